@@ -1,0 +1,59 @@
+# Two commands matter: `make run` and `make test`. Each installs what it needs into .venv, once.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+OUT := build/notebooks
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+# VGG16 with batch norm on the handwritten digits: about two minutes on two cores.
+MAIN_JOB := --data-path digits --model vgg16_bn --epochs 6 --warmup 1 --lr 0.1 --lr-schedule cosine --fix-seed
+
+.PHONY: help install run test lab check notebooks clean
+.DEFAULT_GOAL := help
+
+help: ## what there is to make
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## set up .venv (the others do it when needed)
+
+# TORCH_INDEX=<address> takes torch from another index, e.g. the one with CPU-only builds (see README.md).
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; try make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+ifdef TORCH_INDEX
+	$(BIN)/pip install --quiet -c constraints.txt --index-url $(TORCH_INDEX) torch torchvision
+endif
+	@echo "installing into .venv; the first time this takes some minutes, most of them for torch"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m ipykernel install --sys-prefix --name vgglab --display-name "Python (vgglab)"
+	@touch $@
+
+run: $(INSTALLED) ## the main job: train VGG16 on the digits, then the first notebook as HTML
+	@run=runs/$$(date +%Y%m%d-%H%M%S)-main && \
+	$(BIN)/python -m vgglab.train $(MAIN_JOB) --run-dir $$run && \
+	$(MAKE) --no-print-directory $(OUT)/00_start_here.html && \
+	echo && echo "the run:      $$run (figures in report.json)" && echo "the notebook: $(OUT)/00_start_here.html"
+
+test: $(INSTALLED) ## all tests, every notebook included
+	$(BIN)/python -m pytest
+
+lab: $(INSTALLED) ## JupyterLab with the notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+check: $(INSTALLED) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+notebooks: $(NOTEBOOKS:notebooks/%.ipynb=$(OUT)/%.html) ## execute all notebooks, leave HTML in build/notebooks
+
+$(OUT)/%.html: notebooks/%.ipynb $(INSTALLED) FORCE
+	@mkdir -p $(OUT)
+	VGGLAB_UI=static $(BIN)/papermill --log-level WARNING --cwd notebooks -p output_dir $(CURDIR) $< $(OUT)/$*.ipynb
+	$(BIN)/jupyter nbconvert --log-level WARN --to html --output-dir $(OUT) $(OUT)/$*.ipynb
+
+clean: ## remove what was built; runs stay
+	rm -rf build .venv
+
+FORCE:

@@ -1,0 +1,60 @@
+"""What differs between torch 1.10 (the vendor's old stack) and today, and is not about hardware."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class NotACheckpoint(ValueError):
+    """The file is not a checkpoint, is cut short, or holds more than tensors and plain values."""
+
+
+def load_tensors(path: str | Path) -> Any:
+    """Read a file written by ``torch.save``, to the CPU, without ever running code from it.
+
+    Raises:
+        OSError: the file cannot be read.
+        NotACheckpoint: it is not a checkpoint of tensors, numbers, strings, lists and dicts.
+    """
+    try:
+        if "weights_only" in inspect.signature(torch.load).parameters:  # torch >= 1.13
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", pickle_module=_PlainPickle)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged zip or pickle raises nearly anything
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotACheckpoint(first_line) from None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Rebuilds tensors and plain containers; any other global in the file is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
+            return getattr(torch._utils, name)
+        if module == "torch" and (name.endswith("Storage") or name == "Size"):
+            return getattr(torch, name)
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        raise pickle.UnpicklingError(f"{module}.{name} is not a tensor or a plain value")
+
+
+class _PlainPickle:
+    """The three names that torch.load asks of its ``pickle_module``."""
+
+    Unpickler = _PlainUnpickler
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        return _PlainUnpickler(file, **options).load()
+
+    @staticmethod
+    def dumps(*_: Any) -> bytes:
+        raise NotImplementedError

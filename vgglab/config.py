@@ -1,0 +1,229 @@
+"""One dataclass of settings, and the parser that fills it.
+
+The flags are the seed kit's; ``-`` and ``_`` are both accepted in any of them. The dataclass is the only
+list: the parser, ``config.json`` and ``vgglab.launch`` are made from it. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import sys
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any, Callable, NoReturn, Sequence
+
+from vgglab.devices import AMP_DTYPES, DEVICE_CHOICES
+from vgglab.errors import UserError
+
+MODELS = tuple(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn"))
+SCHEDULES = ("step", "linear", "cosine")
+OPTIMIZERS = ("sgd", "rmsprop")
+HEADS = ("auto", "imagenet", "small")
+SEED_OF_FIX_SEED = 1 << 20  # the seed kit's
+SEED_NUM_CLASSES = 1000  # in all four of the seed kit's commands, whatever the folder holds
+
+
+def _number(convert: Callable[[str], Any], low: float, high: float, allowed: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # false for nan
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return value
+
+    return parse
+
+
+_AT_LEAST_0 = _number(int, 0, math.inf, "a whole number, 0 or more")
+_AT_LEAST_1 = _number(int, 1, math.inf, "a whole number, 1 or more")
+_AT_LEAST_32 = _number(int, 32, math.inf, "a whole number, 32 or more (VGG halves the image five times)")
+_NOT_NEGATIVE = _number(float, 0.0, sys.float_info.max, "a number, 0 or more")
+_POSITIVE = _number(float, sys.float_info.min, sys.float_info.max, "a number above 0")
+_FRACTION = _number(float, 0.0, math.nextafter(1.0, 0.0) if sys.version_info >= (3, 9) else 1 - 2**-53, "in [0, 1)")
+
+
+def _steps(text: str) -> int:
+    if text == "-1":
+        return -1
+    try:
+        return _AT_LEAST_1(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not -1 (all steps) or a whole number, 1 or more") from None
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def _flag(help: str, default: Any = None, parse: Callable[[str], Any] = str, **options: Any) -> Any:
+    """A field with what the parser must know of it; ``names`` adds to ``--the-field's-name``."""
+    return field(default=default, metadata={"help": help, "parse": parse, **options})
+
+
+def _switch(help: str, **options: Any) -> Any:
+    """Off by default; ``--flag``, ``--flag true`` and ``--flag false`` all mean what they say."""
+    return _flag(help, default=False, parse=_boolean, nargs="?", const=True, **options)
+
+
+@dataclass
+class Config:
+    """Everything that decides what a run does. Defaults are the seed kit's unless the help says more."""
+
+    data_path: str = _flag("a bundled set (digits) or a folder with train/ and val/ in class folders", "digits")
+    num_classes: int | None = _flag("classes; default: as many as the folder has", None, _AT_LEAST_1)
+    model: str = _flag("the network", "vgg16", choices=MODELS)
+    device: str = _flag("where to train; auto takes the best there is", "auto", choices=DEVICE_CHOICES)
+    batch_size: int = _flag("images per card and step", 32, _AT_LEAST_1, names=["-b"])
+    epochs: int = _flag("passes over the training images", 90, _AT_LEAST_1)
+    workers: int | None = _flag(
+        "loader processes per card; default: 16, but no more than this machine has cores",
+        None,
+        _AT_LEAST_0,
+        names=["-j"],
+    )
+    image_size: int | None = _flag("side of the square images, in pixels; default 224, digits 32", None, _AT_LEAST_32)
+    head: str = _flag("classifier: the paper's, a small one, or by image size", "auto", choices=HEADS)
+    dropout_rate: float = _flag("both dropouts of the classifier", 0.0, _FRACTION)
+    pretrained: bool = _switch("start from torchvision's published ImageNet weights")
+
+    lr: float = _flag("learning rate for 256 images; scaled by batch size x ranks / 256", 0.01, _NOT_NEGATIVE)
+    optimizer: str = _flag("the optimizer", "sgd", choices=OPTIMIZERS)
+    momentum: float = _flag("momentum", 0.9, _FRACTION)
+    nesterov: bool = _switch("Nesterov momentum (sgd)")
+    rmsprop_alpha: float = _flag("smoothing of squared gradients (rmsprop)", 0.9, _FRACTION)
+    rmsprop_eps: float = _flag("added to the root (rmsprop)", 0.0316, _POSITIVE)
+    weight_decay: float = _flag("weight decay", 1e-4, _NOT_NEGATIVE, names=["--wd"])
+    bn_weight_decay: bool = _switch("apply weight decay to batch norm too")
+    lr_schedule: str = _flag("how the rate falls after warm-up", "step", choices=SCHEDULES)
+    warmup: int = _flag("epochs over which the rate rises to its base", 5, _AT_LEAST_0)
+    end_lr: float = _flag("what cosine falls towards", 0.0, _NOT_NEGATIVE)
+    lr_step_size: int | None = _flag(
+        "step: epochs between two drops; default: drops at 30, 60 and 80", None, _AT_LEAST_1
+    )
+    lr_gamma: float = _flag("step: what each drop multiplies the rate by", 0.1, _POSITIVE)
+
+    amp: bool = _switch(
+        "mixed precision: bfloat16 on cpu, float16 with static loss scale 128 on cuda", names=["--torch-amp"]
+    )
+    amp_dtype: str | None = _flag("mixed precision in this type (implies --amp)", None, choices=AMP_DTYPES)
+    sync_bn: bool = _switch("batch norm over all ranks")
+    broadcast_buffers: bool = _switch("send rank 0's buffers to all ranks before each step")
+    world_size: int = _flag("ranks; a launcher's WORLD_SIZE has precedence", 1, _AT_LEAST_1)
+    dist_url: str = _flag("how the ranks find each other", "env://")
+    fix_seed: bool = _switch(f"--seed {SEED_OF_FIX_SEED}")
+    seed: int | None = _flag("seed of everything random; default: drawn and recorded", None, _AT_LEAST_0)
+
+    training_step_per_epoch: int = _flag("end each epoch after so many steps; -1: all", -1, _steps)
+    eval_step_per_epoch: int = _flag("end each evaluation after so many batches; -1: all", -1, _steps)
+    skip_steps: int = _flag("first steps left out of the images/s figures", 10, _AT_LEAST_0)
+    print_freq: int = _flag("steps between log lines", 10, _AT_LEAST_1)
+    eval_freq: int = _flag("epochs between evaluations and checkpoints (the last always has both)", 1, _AT_LEAST_1)
+    output_dir: str = _flag("the run directory is made in <this>/runs", ".")
+    run_dir: str | None = _flag("use exactly this run directory instead")
+    tensorboard: bool = _switch("write TensorBoard scalars into the run directory")
+    resume: str | None = _flag("go on from a checkpoint file or a run directory")
+    start_epoch: int = _flag("first epoch, counted from 0, where no checkpoint says it", 0, _AT_LEAST_0)
+    test_only: bool = _switch("only evaluate the weights of --resume or --pretrained")
+    cache_dataset: bool = _switch("accepted; folders are read afresh every time, so there is no cache to go stale")
+
+    # The seed kit's dead ends: accepted so that an old command line gets an answer.
+    apex: bool = _switch("not here: use --amp")
+    apex_opt_level: str | None = _flag("not here: use --amp")
+    enable_horovod: bool = _switch("not here: use torchrun")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as ``config.json`` holds them."""
+        return asdict(self)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.replace("argument ", "", 1) if message.startswith("argument ") else message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``python -m vgglab.train``."""
+    parser = _OneLineParser(
+        prog="vgglab.train",
+        description="Train VGG; write a run directory.",
+        epilog="Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, said in one line; 130 interrupted.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for item in fields(Config):
+        options = dict(item.metadata)
+        names = ["--" + item.name.replace("_", "-"), *options.pop("names", [])]
+        parser.add_argument(
+            *names, dest=item.name, type=options.pop("parse"), help=_help(item, options.pop("help")), **options
+        )
+    return parser
+
+
+def _help(item: Field, text: str) -> str:
+    is_plain = item.default not in (None, False, MISSING)
+    return f"{text} (default {item.default})" if is_plain else text
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Flags to settings.
+
+    Raises:
+        UserError: an unknown flag, a value out of its range, or two flags that contradict each other.
+    """
+    parser = build_parser()
+    dashed = [_with_dashes(argument) for argument in argv]
+    known, unknown = parser.parse_known_args(dashed)
+    if unknown:
+        raise UserError(_unknown_flag(unknown[0], parser))
+    config = Config(**vars(known))
+    _check(config)
+    return config
+
+
+def _with_dashes(argument: str) -> str:
+    """``--batch_size=3`` is ``--batch-size=3``; values are left alone."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
+    name = argument.partition("=")[0]
+    close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
+    hint = f"; did you mean {close[0]}?" if close else "; --help lists all flags"
+    return f"{name}: no such flag{hint}"
+
+
+def _check(config: Config) -> None:
+    if config.apex or config.apex_opt_level is not None:
+        raise UserError("--apex: not used here; --amp trains in mixed precision")
+    if config.enable_horovod:
+        raise UserError("--enable-horovod: not used here; start several ranks with torchrun --nproc_per_node=N")
+    if config.nesterov and (config.momentum == 0 or config.optimizer != "sgd"):
+        raise UserError("--nesterov: needs --optimizer sgd and a --momentum above 0")
+    if config.test_only and not (config.resume or config.pretrained):
+        raise UserError("--test-only: nothing to test; name a checkpoint with --resume or take --pretrained")
+    if config.start_epoch >= config.epochs:
+        raise UserError(f"--start-epoch {config.start_epoch}: must be below --epochs {config.epochs}")
+    if config.fix_seed:
+        config.seed = SEED_OF_FIX_SEED
+
+
+def warnings_about(config: Config) -> list[str]:
+    """What is allowed and probably not meant, one line each."""
+    lines = []
+    if config.epochs < config.warmup and not config.test_only:
+        share = config.epochs / config.warmup
+        lines.append(
+            f"--epochs {config.epochs} ends inside --warmup {config.warmup}: "
+            f"the learning rate reaches {share:.0%} of its base and no more"
+        )
+    if config.cache_dataset:
+        lines.append("--cache-dataset has no effect: the folder is read afresh, so no cache can go stale")
+    return lines

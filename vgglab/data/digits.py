@@ -1,0 +1,78 @@
+"""The bundled set: scikit-learn's 1797 handwritten digits, as a folder of image files.
+
+Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998: 8x8 pixels of
+17 grey levels. They are written once, enlarged to 32x32, in the layout that ImageNet has, so that
+training on them walks the path that ImageNet walks.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from vgglab.errors import UserError
+
+NAME = "digits-1"  # raise the number when what is written changes
+EVERY_NTH_IS_HELD_OUT = 5
+IMAGE_SIZE = 32
+
+
+def cache_folder() -> Path:
+    """Where sets are kept: ``$VGGLAB_CACHE``, else ``vgglab`` in the user's cache folder."""
+    named = os.environ.get("VGGLAB_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgglab"
+
+
+def digits_folder() -> Path:
+    """The folder with ``train/``, ``val/`` and the two list files, written if it is not there yet.
+
+    Raises:
+        UserError: scikit-learn is missing, or the cache cannot be written.
+    """
+    folder = cache_folder() / NAME
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{NAME}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"--data-path digits: cannot write {folder} ({error.strerror}); set VGGLAB_CACHE to a folder that can be"
+        ) from None
+    try:
+        _write(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(folder)  # all of it or nothing, also when several ranks start at once
+    except OSError:
+        if not folder.is_dir():  # else another process was faster, with the same images
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _write(folder: Path) -> None:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("--data-path digits: the digits come with scikit-learn; pip install scikit-learn") from None
+    from PIL import Image
+
+    bicubic = getattr(Image, "Resampling", Image).BICUBIC  # Pillow 9.1 moved it
+    digits = load_digits()
+    lines: dict[str, list[str]] = {"train": [], "val": []}
+    for number, (pixels, label) in enumerate(zip(digits.images, digits.target)):
+        # Neighbours in the set are often by one writer, so both parts hold digits of every writer.
+        split = "val" if number % EVERY_NTH_IS_HELD_OUT == 0 else "train"
+        file = f"{label}/{number:04d}.png"
+        grey = (pixels * (255 / 16)).round().astype("uint8")  # (8, 8), 0 to 16 becomes 0 to 255
+        path = folder / split / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grey).resize((IMAGE_SIZE, IMAGE_SIZE), bicubic).save(path)
+        lines[split].append(f"{file} {label}\n")
+    for split, entries in lines.items():
+        (folder / f"{split}_list.txt").write_text("".join(entries))

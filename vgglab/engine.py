@@ -1,0 +1,218 @@
+"""The training loop. It knows no hardware, no flags' spelling and no pictures.
+
+What differs between devices is in the device's verbs, what differs between experiments in the config;
+everything it has to say it writes as events into the run directory.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from vgglab import checkpoint
+from vgglab.checkpoint import Progress
+from vgglab.config import Config
+from vgglab.data.loader import Batches, eval_batches, train_batches
+from vgglab.data.sets import DataSets
+from vgglab.devices.base import Device
+from vgglab.model import build, load_pretrained
+from vgglab.runs import SCHEMA, RunWriter
+from vgglab.schedule import build_optimizer, learning_rate, set_learning_rate
+
+
+def train(config: Config, device: Device, run: RunWriter, sets: DataSets) -> None:
+    """Train, evaluating and saving every ``eval_freq`` epochs and after the last.
+
+    Raises:
+        UserError: a checkpoint that does not fit, an image that cannot be read.
+    """
+    model, network, resumed = prepare_model(config, device, run)
+    optimizer = build_optimizer(config, network)
+    progress = Progress(epoch=config.start_epoch)
+    if resumed is not None:
+        progress = checkpoint.restore_training(resumed, optimizer, str(config.resume))
+    batches = train_batches(sets, config, device)
+    held_out = eval_batches(sets, config, device)
+    announce(run, network, config, sets, progress, steps_per_epoch=len(batches))
+    loss_of = nn.CrossEntropyLoss()
+    clock = Clock(images_per_step=config.batch_size * device.world_size)
+
+    if progress.epoch >= config.epochs:
+        text = f"nothing left to train: the checkpoint has {progress.epoch} of {config.epochs} epochs"
+        run.event("warning", text=text)
+        evaluate(network, held_out, device, run, progress)
+
+    for epoch in range(progress.epoch, config.epochs):
+        # Each epoch starts from a seed of its own, so that one after a resume equals one without.
+        device.seed(epoch_seed(config, device, epoch))
+        rate = learning_rate(config, epoch, device.world_size)
+        set_learning_rate(optimizer, rate)
+        model.train()
+        clock.restart()
+        for step_in_epoch, (images, labels) in clock.waiting_for(batches.epoch(epoch)):
+            images, labels = device.move(images, labels)  # (N, 3, S, S), (N,)
+            with device.autocast():
+                logits = model(images)  # (N, num_classes)
+                loss = loss_of(logits, labels)
+            optimizer.zero_grad(set_to_none=True)
+            device.backward(loss)
+            device.step(optimizer, model, [loss, logits])
+            progress.step += 1
+
+            is_last_of_warmup = progress.step == config.skip_steps  # the clock must start anew behind it
+            if step_in_epoch % config.print_freq == 0 or step_in_epoch == len(batches) or is_last_of_warmup:
+                correct = (logits.detach().argmax(1) == labels).float().mean()
+                figures = device.sum(torch.stack([loss.detach().float(), correct]))
+                mean_loss, mean_correct = device.fetch(figures / device.world_size)  # the loop's only host read
+                run.event(
+                    "train",
+                    epoch=epoch,
+                    step=progress.step,
+                    loss=mean_loss,
+                    acc1=100 * mean_correct,
+                    lr=rate,
+                    warmup=progress.step <= config.skip_steps,
+                    **clock.read(),
+                )
+
+        progress.epoch = epoch + 1
+        if progress.epoch % config.eval_freq == 0 or progress.epoch == config.epochs:
+            is_best = evaluate(network, held_out, device, run, progress)
+            if device.rank == 0:
+                folder = run.path / "checkpoints"
+                checkpoint.save(folder, network, optimizer, progress, config.as_dict(), is_best)
+            run.event("checkpoint", epoch=epoch, step=progress.step, is_best=is_best)
+
+    if progress.step <= config.skip_steps:
+        text = f"no images/s: {progress.step} steps, and --skip-steps {config.skip_steps} leaves none to measure"
+        run.event("warning", text=text)
+
+
+def test(config: Config, device: Device, run: RunWriter, sets: DataSets) -> None:
+    """Evaluate the weights of ``--resume`` or ``--pretrained`` on the held-out images, and nothing else."""
+    _, network, _ = prepare_model(config, device, run)
+    progress = Progress(epoch=config.start_epoch)
+    announce(run, network, config, sets, progress, steps_per_epoch=0)
+    evaluate(network, eval_batches(sets, config, device), device, run, progress)
+
+
+def prepare_model(config: Config, device: Device, run: RunWriter) -> tuple[nn.Module, nn.Module, dict[str, Any] | None]:
+    """The model as trained (wrapped, over several ranks), the bare network in it, and the checkpoint it came from."""
+    resumed = checkpoint.read(config.resume) if config.resume else None
+    device.seed(int(config.seed or 0))  # the same first weights on every rank
+    network = build(config.model, num_classes=config.num_classes, dropout_rate=config.dropout_rate, head=config.head)
+    if resumed is not None:
+        checkpoint.restore_model(resumed, network, config.model, str(config.resume))
+    elif config.pretrained:
+        fresh = load_pretrained(network, config.model)
+        if fresh:
+            text = f"--pretrained: {', '.join(fresh)} start fresh, their shape differs from ImageNet's"
+            run.event("warning", text=text)
+    model = device.wrap(network)
+    return model, getattr(model, "module", model), resumed
+
+
+def epoch_seed(config: Config, device: Device, epoch: int) -> int:
+    """What dropout draws from: different for every seed, epoch and rank; within the 32 bits that any card takes."""
+    return (int(config.seed or 0) * 1_000_003 + epoch * 8191 + device.rank) % 2**32
+
+
+def announce(
+    run: RunWriter, network: nn.Module, config: Config, sets: DataSets, progress: Progress, steps_per_epoch: int
+) -> None:
+    """The first event: what is about to happen, so that a reader can tell how far it is."""
+    run.event(
+        "start",
+        schema=SCHEMA,
+        data=sets.name,
+        num_train_images=len(sets.train) if sets.train else 0,
+        num_eval_images=len(sets.val),
+        num_parameters=sum(p.numel() for p in network.parameters()),
+        epochs=config.epochs,
+        first_epoch=progress.epoch,
+        first_step=progress.step,
+        steps_per_epoch=steps_per_epoch,
+        best=progress.best,
+    )
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, batches: Batches, device: Device, run: RunWriter, progress: Progress) -> bool:
+    """Top-1, top-5 and mean loss over the held-out images, each counted once; true if top-1 is the best so far.
+
+    With fewer than five classes, top-5 is top-n of the n there are.
+    """
+    run.event("eval_start", epoch=max(progress.epoch - 1, 0), num_batches=len(batches))
+    network.eval()
+    totals = torch.zeros(4)  # [loss, top-1 hits, top-5 hits, images], summed on the card
+    for images, labels in batches.epoch(0):
+        images, labels = device.move(images, labels)
+        with device.autocast():
+            logits = network(images)
+        totals = totals.to(logits.device) + _count(logits.float(), labels)
+    loss_sum, hits1, hits5, num_images = device.fetch(device.sum(totals))
+    result = {"acc1": 100 * hits1 / num_images, "acc5": 100 * hits5 / num_images}
+    is_best = progress.best is None or result["acc1"] > progress.best["acc1"]
+    progress.best = {name: max(value, (progress.best or result)[name]) for name, value in result.items()}
+    run.event(
+        "eval",
+        epoch=max(progress.epoch - 1, 0),
+        step=progress.step,
+        loss=loss_sum / num_images,
+        num_images=int(num_images),
+        **result,
+    )
+    return is_best
+
+
+def _count(logits: Tensor, labels: Tensor) -> Tensor:
+    """``[sum of losses, top-1 hits, top-5 hits, images]`` of one batch, float32, on the card."""
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, up to 5), best first
+    hits = (top == labels[:, None]).float()
+    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(loss) * len(labels)])
+
+
+@dataclass
+class Clock:
+    """Measures from one log line to the next. Read it only after the device was waited for."""
+
+    images_per_step: int
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    data_seconds: float = 0.0
+
+    def restart(self) -> None:
+        self.started, self.steps, self.data_seconds = time.perf_counter(), 0, 0.0
+
+    def waiting_for(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """Number the batches from 1 and add up the time spent waiting for them."""
+        iterator, number = iter(batches), 0
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.data_seconds += time.perf_counter() - asked
+            self.steps += 1
+            number += 1
+            yield number, batch
+
+    def read(self) -> dict[str, Any]:
+        """The interval that ends now; the next one starts."""
+        seconds = time.perf_counter() - self.started
+        num_images = self.steps * self.images_per_step
+        interval = {
+            "images_per_second": num_images / seconds,
+            "interval_images": num_images,
+            "interval_steps": self.steps,
+            "interval_seconds": seconds,
+            "data_seconds": self.data_seconds,
+        }
+        self.restart()
+        return interval

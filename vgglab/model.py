@@ -1,0 +1,220 @@
+"""VGG 11, 13, 16 and 19, with and without batch norm, from the paper's one table.
+
+Source: K. Simonyan and A. Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
+Recognition", 2014 (arXiv:1409.1556), table 1, configurations A, B, D and E.
+
+Layers carry the same names as torchvision's (``features.N``, ``classifier.0/3/6``), so that weights
+can be loaded either way and give the same logits.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vgglab.compat import load_tensors
+from vgglab.errors import UserError
+
+# Table 1 of the paper, read downwards: a number is a 3x3 convolution with so many channels,
+# "M" a 2x2 max pooling that halves height and width.
+# fmt: off
+CONFIGURATIONS: dict[str, list[int | str]] = {
+    "vgg11": [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],  # A
+    "vgg13": [64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],  # B
+    "vgg16": [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"],  # D
+    "vgg19": [64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M",
+              512, 512, 512, 512, "M", 512, 512, 512, 512, "M"],  # E
+}
+# fmt: on
+
+# The classifier behind the features: (side of the pooled feature map, width of the hidden layers).
+# "imagenet" is the paper's: 512 x 7 x 7 = 25088 inputs, 4096 wide, 103 million parameters before the
+# last layer. A 32x32 image ends as a 1x1 map; "small" keeps the three layers and pays for 512 inputs.
+HEADS = {"imagenet": (7, 4096), "small": (1, 512)}
+FEATURE_STRIDE = 32  # five poolings, each halves the image
+
+
+class VGG(nn.Module):
+    """The network: ``features`` (convolutions), ``avgpool``, ``classifier`` (three linear layers).
+
+    Args:
+        layers: one row of ``CONFIGURATIONS``.
+        batch_norm: put a batch norm behind every convolution (not in the paper, which predates it).
+        num_classes: width of the last layer.
+        dropout_rate: probability of both dropouts in the classifier (paper, section 3.1: 0.5).
+        head: a key of ``HEADS``.
+        init_weights: draw the initial weights as torchvision does; ``False`` leaves PyTorch's.
+    """
+
+    def __init__(
+        self,
+        layers: list[int | str],
+        batch_norm: bool = False,
+        num_classes: int = 1000,
+        dropout_rate: float = 0.5,
+        head: str = "imagenet",
+        init_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        side, width = HEADS[head]
+        self.features = _features(layers, batch_norm)
+        self.avgpool = nn.AdaptiveAvgPool2d((side, side))
+        self.classifier = nn.Sequential(
+            nn.Linear(512 * side * side, width),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout_rate),
+            nn.Linear(width, width),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout_rate),
+            nn.Linear(width, num_classes),
+        )
+        if init_weights:
+            _init_weights(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` for normalised images ``(N, 3, height, width)``, at least 32x32."""
+        maps = self.features(images)  # (N, 512, height/32, width/32)
+        maps = self.avgpool(maps)  # (N, 512, side, side)
+        return self.classifier(torch.flatten(maps, 1))  # (N, num_classes)
+
+
+def _features(layers: list[int | str], batch_norm: bool) -> nn.Sequential:
+    modules: list[nn.Module] = []
+    in_channels = 3
+    for layer in layers:
+        if layer == "M":
+            modules.append(nn.MaxPool2d(kernel_size=2, stride=2))
+            continue
+        out_channels = int(layer)
+        modules.append(nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1))
+        if batch_norm:
+            modules.append(nn.BatchNorm2d(out_channels))
+        modules.append(nn.ReLU(inplace=True))
+        in_channels = out_channels
+    return nn.Sequential(*modules)
+
+
+def _init_weights(model: VGG) -> None:
+    """Kaiming for convolutions; N(0, 0.01) for linear layers, the paper's own (section 3.1).
+
+    0.01 suits layers 4096 wide and starves narrow ones (each layer would keep a sixth of its signal),
+    so the linear layers never start below Kaiming's sqrt(2 / inputs) for their width.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            is_narrow = module.in_features < HEADS["imagenet"][1]
+            std = math.sqrt(2.0 / module.in_features) if is_narrow else 0.01
+            nn.init.normal_(module.weight, 0.0, std)
+            nn.init.zeros_(module.bias)
+
+
+def head_for(image_size: int) -> str:
+    """The head that suits square images of ``image_size`` pixels: 7x7 needs at least 7 x 32 = 224."""
+    return "imagenet" if image_size >= HEADS["imagenet"][0] * FEATURE_STRIDE else "small"
+
+
+def build(name: str, **options: Any) -> VGG:
+    """The network called ``name`` (``vgg16``, ``vgg16_bn``, ...); options as for :class:`VGG`.
+
+    Raises:
+        UserError: no network of that name.
+    """
+    depth = name[: -len("_bn")] if name.endswith("_bn") else name
+    if depth not in CONFIGURATIONS:
+        raise UserError(f"no network {name!r}; there are {', '.join(model_names())}")
+    return VGG(CONFIGURATIONS[depth], batch_norm=name.endswith("_bn"), **options)
+
+
+def model_names() -> list[str]:
+    """All eight names, plain and with batch norm."""
+    return [depth + suffix for depth in CONFIGURATIONS for suffix in ("", "_bn")]
+
+
+def vgg11(**options: Any) -> VGG:
+    """Configuration A: 8 convolutions, 133 million parameters with 1000 classes (paper, table 2)."""
+    return build("vgg11", **options)
+
+
+def vgg11_bn(**options: Any) -> VGG:
+    """Configuration A with batch norm."""
+    return build("vgg11_bn", **options)
+
+
+def vgg13(**options: Any) -> VGG:
+    """Configuration B: 10 convolutions, 133 million parameters with 1000 classes (paper, table 2)."""
+    return build("vgg13", **options)
+
+
+def vgg13_bn(**options: Any) -> VGG:
+    """Configuration B with batch norm."""
+    return build("vgg13_bn", **options)
+
+
+def vgg16(**options: Any) -> VGG:
+    """Configuration D: 13 convolutions, 138 million parameters with 1000 classes (paper, table 2)."""
+    return build("vgg16", **options)
+
+
+def vgg16_bn(**options: Any) -> VGG:
+    """Configuration D with batch norm."""
+    return build("vgg16_bn", **options)
+
+
+def vgg19(**options: Any) -> VGG:
+    """Configuration E: 16 convolutions, 144 million parameters with 1000 classes (paper, table 2)."""
+    return build("vgg19", **options)
+
+
+def vgg19_bn(**options: Any) -> VGG:
+    """Configuration E with batch norm."""
+    return build("vgg19_bn", **options)
+
+
+def load_pretrained(model: VGG, name: str) -> list[str]:
+    """Load torchvision's published ImageNet weights into ``model``, downloading them at first use.
+
+    Layers whose shape differs (another number of classes, the small head) keep their fresh weights.
+
+    Returns:
+        The names of the linear layers that were left as they were, e.g. ``["classifier.6"]``.
+
+    Raises:
+        UserError: the weights are not in torch's cache and cannot be downloaded.
+    """
+    published = _published_weights(name)
+    own = model.state_dict()
+    fitting = {key: value for key, value in published.items() if own[key].shape == value.shape}
+    model.load_state_dict(fitting, strict=False)
+    return sorted({key.rsplit(".", 1)[0] for key in published if key not in fitting})
+
+
+def _published_weights(name: str) -> dict[str, Tensor]:
+    import torchvision.models
+
+    # The address comes from torchvision's own table, which moved in 0.13.
+    if hasattr(torchvision.models, "get_model_weights"):
+        url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+    else:
+        url = torchvision.models.vgg.model_urls[name]
+    file = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    try:
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            checksum = file.stem.rsplit("-", 1)[1]  # published as vgg16-397923af.pth
+            torch.hub.download_url_to_file(url, str(file), hash_prefix=checksum)
+        return load_tensors(file)
+    except (OSError, ValueError, RuntimeError) as error:  # urllib's errors are OSErrors
+        raise UserError(
+            f"--pretrained: cannot get {name}'s weights ({str(error).splitlines()[0]}); "
+            f"put the file {file.name} into {file.parent} and start again"
+        ) from None

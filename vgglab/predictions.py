@@ -1,0 +1,67 @@
+"""What a trained network says about the held-out images."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from vgglab import checkpoint
+from vgglab.config import Config
+from vgglab.data.loader import eval_batches
+from vgglab.data.sets import NAMED_SETS, open_sets
+from vgglab.devices import open_device
+from vgglab.model import build
+from vgglab.runs import Run
+
+
+class Prediction(NamedTuple):
+    """One image: what it is, what the network says, and how sure it is (softmax, 0 to 1)."""
+
+    file: str
+    actual: str
+    predicted: str
+    probability: float
+
+    @property
+    def is_right(self) -> bool:
+        return self.actual == self.predicted
+
+
+@torch.no_grad()
+def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
+    """All held-out images of a run, in the set's order, by its ``best`` or ``last`` checkpoint, on the CPU.
+
+    Raises:
+        UserError: the run has no such checkpoint, or its images are gone.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    saved = checkpoint.read(run.checkpoint(which))
+    config = _settings_of(run)
+    network = build(config.model, num_classes=config.num_classes, head=config.head)
+    checkpoint.restore_model(saved, network, config.model, str(run.path))
+    network.eval()
+    sets = open_sets(config)
+    labels, guesses, probabilities = [], [], []
+    for images, batch_labels in eval_batches(sets, config, open_device("cpu")).epoch(0):
+        probability, guess = network(images).softmax(dim=1).max(dim=1)  # (N,), (N,)
+        labels += batch_labels.tolist()
+        guesses += guess.tolist()
+        probabilities += probability.tolist()
+    names = [*sets.val.classes, *(f"unused {i}" for i in range(len(sets.val.classes), sets.num_classes))]
+    return [
+        Prediction(file, names[label], names[guess], probability)
+        for file, label, guess, probability in zip(sets.val.files, labels, guesses, probabilities)
+    ]
+
+
+def _settings_of(run: Run) -> Config:
+    """The run's own settings, for looking at all held-out images from wherever we are."""
+    known = {item.name for item in fields(Config)}
+    config = Config(**{name: value for name, value in run.config.items() if name in known})
+    if config.data_path not in NAMED_SETS:
+        config.data_path = str(Path(run.env["cwd"], config.data_path))
+    config.test_only, config.workers, config.eval_step_per_epoch = True, 0, -1
+    return config

@@ -1,0 +1,255 @@
+"""The run directory: the only thing that passes between doing and looking.
+
+    config.json    the resolved settings, written before the first step
+    env.json       versions, commit, command line, hardware, simulated or not
+    events.jsonl   one JSON object a line, append-only; the first carries the schema version
+    log/rank*.txt  what each rank printed
+    checkpoints/   last.pt and best.pt
+    report.json    final figures, derived from the lines above (report.py)
+
+``RunWriter`` writes it, from one process; ``Run`` reads it, from anywhere, also while it grows. Standard
+library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import socket
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+from vgglab.errors import UserError
+from vgglab.version import __version__
+
+SCHEMA = 1
+Event = dict  # what a line of events.jsonl holds
+Listener = Callable[[Event], None]
+
+
+def new_run_path(output_dir: str, data: str, model: str, device: str, world_size: int) -> Path:
+    """``<output_dir>/runs/<time>-<data>-<model>-<device>x<ranks>-<id>``, not yet made."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path(output_dir, "runs", f"{stamp}-{data}-{model}-{device}x{world_size}-{uuid.uuid4().hex[:6]}")
+
+
+class RunWriter:
+    """Writes one run directory; ``listeners`` are called with each event after it is on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.listeners: list[Listener] = []
+        self._started = time.monotonic()
+        try:
+            (path / "log").mkdir(parents=True, exist_ok=True)
+            if (path / "config.json").exists():
+                raise UserError(f"--run-dir {path}: holds a run already; name another folder")
+            self._events = (path / "events.jsonl").open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--output-dir: cannot write {path} ({error.strerror}); name a folder that can be written"
+            ) from None
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        _write_json(self.path / "config.json", config)
+
+    def write_env(self, device: dict[str, Any], world_size: int) -> None:
+        """What ran where: ``device`` is the device's own description."""
+        _write_json(self.path / "env.json", _environment(device, world_size))
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        _write_json(self.path / "report.json", report)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Append one line: ``kind``, seconds since the start, ``values``; null for numbers that are not finite."""
+        event: Event = {"event": kind, "seconds": round(time.monotonic() - self._started, 3)}
+        event.update({key: _finite(value) for key, value in values.items()})
+        self._events.write(json.dumps(event) + "\n")
+        self._events.flush()
+        for listener in self.listeners:
+            listener(event)
+
+    @contextlib.contextmanager
+    def recording_output(self) -> Iterator[None]:
+        """Copy what this process prints into ``log/rank0.txt``, unless a launcher has it written there already."""
+        file = self.path / "log" / "rank0.txt"
+        if file.exists() and os.path.samestat(os.fstat(1), file.stat()):
+            yield
+            return
+        with open(file, "a", encoding="utf-8") as log:
+            screens = sys.stdout, sys.stderr
+            sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
+            try:
+                yield
+            finally:
+                sys.stdout, sys.stderr = screens
+
+    def close(self) -> None:
+        """End the events; listeners that hold files close them."""
+        self._events.close()
+        for listener in self.listeners:
+            close = getattr(listener, "close", None)
+            if close is not None:
+                close()
+
+
+class _Tee:
+    """A text stream that writes to two; in all else it is the first."""
+
+    def __init__(self, screen: Any, log: Any) -> None:
+        self._screen, self._log = screen, log
+
+    def write(self, text: str) -> int:
+        if "\r" not in text:  # a progress bar's redrawing belongs on the screen only
+            self._log.write(text)
+            self._log.flush()
+        return self._screen.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._screen, name)
+
+
+class SilentRun(RunWriter):
+    """What every rank but the first writes to: nothing."""
+
+    def __init__(self) -> None:
+        self.path = Path(os.devnull)
+        self.listeners = []
+
+    def write_config(self, config: dict[str, Any]) -> None: ...
+
+    def write_env(self, device: dict[str, Any], world_size: int) -> None: ...
+
+    def write_report(self, report: dict[str, Any]) -> None: ...
+
+    def event(self, kind: str, **values: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Run:
+    """A run directory, read. Works while the run is going on, and after it is gone."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises UserError where there is no such folder."""
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"no run directory {self.path}")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})  # {self.status}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return _read_json(self.path / "config.json")
+
+    @property
+    def env(self) -> dict[str, Any]:
+        return _read_json(self.path / "env.json")
+
+    def events(self, kind: str | None = None) -> list[Event]:
+        """All events so far, or those of one kind; a line that is still being written is left out."""
+        return [event for event in self._lines() if kind in (None, event["event"])]
+
+    def _lines(self) -> Iterator[Event]:
+        try:
+            text = (self.path / "events.jsonl").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return
+        for line in text.splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+    @property
+    def status(self) -> str:
+        """``starting``, ``running``, or how it ended: ``done``, ``interrupted``, ``failed``."""
+        events = self.events()
+        if not events:
+            return "starting"
+        return events[-1]["status"] if events[-1]["event"] == "end" else "running"
+
+    def report(self) -> dict[str, Any]:
+        """The figures of ``report.json``, made anew from the events."""
+        from vgglab.report import build_report
+
+        return build_report(self)
+
+    def logs(self, rank: int = 0) -> str:
+        """What a rank has printed so far."""
+        file = self.path / "log" / f"rank{rank}.txt"
+        return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+
+    def checkpoint(self, which: str = "best") -> Path:
+        """``best`` or ``last``. Raises UserError where none was written."""
+        file = self.path / "checkpoints" / f"{which}.pt"
+        if not file.exists():
+            raise UserError(f"{self.path} has no {which} checkpoint")
+        return file
+
+    def watch(self) -> Any:
+        """Show the run in a notebook: a live dashboard, or one picture where the front end has no widgets."""
+        from vgglab.view.live import watch
+
+        return watch(self)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    beside = file.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.replace(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"vgglab": __version__, "python": sys.version.split()[0]}
+    for package in ("torch", "torchvision", "numpy", "pillow"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    versions.update(device.pop("versions", {}))
+    return {
+        "simulated": device.pop("simulated"),
+        "device": device.pop("device"),
+        "world_size": world_size,
+        **device,
+        "versions": versions,
+        "commit": _commit(),
+        "argv": sys.argv,
+        "executable": sys.executable,
+        "cwd": os.getcwd(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file lies in, with ``-dirty`` where it was changed."""
+    import subprocess
+
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,170 @@
+"""Train VGG. The launch manual:
+
+    python -m vgglab.train                                        # the bundled digits, VGG16
+    python -m vgglab.train --data-path imagenet --batch-size 192  # a folder with train/ and val/
+    python -m vgglab.train --help                                 # every flag
+
+One card for 90 epochs, eight cards, and the same started as the seed kit starts it:
+
+    python -u vgglab/train.py --data-path=imagenet --batch-size=192 --num_classes=1000 --epochs=90 --dropout_rate=0.5
+    torchrun --nproc_per_node=8 -m vgglab.train --data-path imagenet --batch-size 192 --dropout-rate 0.5
+    python -u -m torch.distributed.launch --nproc_per_node=8 --master_addr=127.0.0.1 --master_port=34568 \\
+        --use_env vgglab/train.py --data-path=imagenet --batch-size=192 --dropout_rate=0.5
+
+Going on after a stop, and testing without training:
+
+    python -m vgglab.train --resume runs/<run> --epochs 90
+    python -m vgglab.train --resume runs/<run>/checkpoints/best.pt --test-only
+
+Everything a run does ends up in its run directory (``vgglab/runs.py``). Exit codes: 0 done, 1 a bug with
+its traceback, 2 bad input with one line on stderr, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__" and not __package__:
+    # Run as a file, Python puts this file's folder in front of every import, and names like "data" or
+    # "model" would be ours for everybody. What is needed is the package, from the folder above.
+    from importlib.util import find_spec
+
+    _here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _here]
+    _spec = find_spec("vgglab")
+    if _spec is None or os.path.dirname(os.path.abspath(str(_spec.origin))) != _here:
+        sys.path.insert(0, os.path.dirname(_here))
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Sequence
+
+from vgglab import config as configuration
+from vgglab.config import Config
+from vgglab.errors import UserError
+from vgglab.launch import obey_leash
+
+if TYPE_CHECKING:
+    from vgglab.data.sets import DataSets
+    from vgglab.devices.base import Device
+    from vgglab.runs import RunWriter
+
+MOST_WORKERS = 16  # the seed kit's default
+MAX_DRAWN_SEED = 2**20  # exact as a float32, in which it travels between ranks
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The shell's door: flags in, exit code out."""
+    obey_leash()
+    try:
+        config = configuration.parse(sys.argv[1:] if argv is None else argv)
+        run_training(config)
+    except UserError as error:
+        print(f"vgglab.train: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vgglab.train: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_training(config: Config) -> None:
+    """Open the device and the data, make the run directory, train, write the report.
+
+    Raises:
+        UserError: before the run directory is made for anything that can be seen from the flags and the
+            folders; later for a checkpoint that does not fit or an image that cannot be read.
+    """
+    from vgglab.data.sets import open_sets  # torch comes in here: a wrong flag is answered without it
+    from vgglab.devices import open_device
+
+    amp_dtype = config.amp_dtype or ("auto" if config.amp else None)
+    device = open_device(
+        config.device, amp_dtype, config.sync_bn, config.broadcast_buffers, config.world_size, config.dist_url
+    )
+    sets = open_sets(config)
+    device.open()
+    try:
+        _resolve(config, device, sets)
+        if device.rank == 0:
+            _train_and_record(config, device, sets)
+        else:
+            _train(config, device, sets)
+    finally:
+        device.close()
+
+
+def _resolve(config: Config, device: Device, sets: DataSets) -> None:
+    """Fill in what the flags left open, so that config.json says what was really used."""
+    from vgglab.model import head_for
+
+    config.device = device.kind
+    config.world_size = device.world_size
+    config.num_classes = sets.num_classes
+    config.image_size = sets.image_size
+    if config.head == "auto":
+        config.head = head_for(sets.image_size)
+    if config.workers is None:
+        config.workers = min(MOST_WORKERS, max(1, (os.cpu_count() or 1) // device.world_size))
+    if config.seed is None:
+        config.seed = _draw_seed(device)
+
+
+def _draw_seed(device: Device) -> int:
+    """Rank 0's, for all ranks: what is not drawn by it adds nothing to the sum."""
+    import torch
+
+    drawn = random.SystemRandom().randrange(MAX_DRAWN_SEED) if device.rank == 0 else 0
+    return int(device.fetch(device.sum(torch.tensor([float(drawn)])))[0])
+
+
+def _train(config: Config, device: Device, sets: DataSets, run: RunWriter | None = None) -> None:
+    from vgglab import engine
+    from vgglab.runs import SilentRun
+
+    (engine.test if config.test_only else engine.train)(config, device, run or SilentRun(), sets)
+
+
+def _train_and_record(config: Config, device: Device, sets: DataSets) -> None:
+    """Rank 0: the run directory from its first line to its report, however the run ends."""
+    from vgglab.report import build_report
+    from vgglab.runs import Run, RunWriter, new_run_path
+    from vgglab.view.scalars import Scalars
+    from vgglab.view.terminal import Terminal
+
+    path = Path(
+        config.run_dir or new_run_path(config.output_dir, sets.name, config.model, device.kind, device.world_size)
+    )
+    run = RunWriter(path)
+    terminal = Terminal()
+    run.listeners.append(terminal)
+    if config.tensorboard:
+        run.listeners.append(Scalars(path / "tensorboard"))
+    run.write_config(config.as_dict())
+    run.write_env(device.describe(), device.world_size)
+    status, failure = "failed", None
+    with run.recording_output():
+        terminal.say(f"run directory: {path}")
+        for text in [*sets.warnings, *configuration.warnings_about(config)]:
+            run.event("warning", text=text)
+        try:
+            _train(config, device, sets, run)
+            status = "done"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        except BaseException as error:
+            failure = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            run.event("end", status=status, error=failure)
+            run.write_report(build_report(Run(path)))
+            run.close()
+        terminal.say(f"report: {path / 'report.json'}")
+
+
+if __name__ == "__main__":
+    from vgglab.train import main as packaged_main  # not __main__'s own copy: one module, one set of classes
+
+    sys.exit(packaged_main())

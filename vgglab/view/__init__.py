@@ -1,0 +1,1 @@
+"""Everything people look at. Views read run directories; they import neither the engine nor torch."""

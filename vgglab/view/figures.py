@@ -1,0 +1,115 @@
+"""Figures from run directories: one look for all of them.
+
+Drawn on ``matplotlib.figure.Figure`` and never through pyplot, which is not safe in the dashboard's thread.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any, Sequence
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vgglab.runs import Run
+
+if TYPE_CHECKING:
+    from vgglab.predict import Prediction
+
+# Okabe and Ito's palette: told apart with any colour vision. Lines differ by dash and marker as well.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+INK, GRID = "#333333", "#DDDDDD"
+
+
+class Picture(Figure):
+    """A figure that a notebook shows as it is, without pyplot."""
+
+    def __init__(self, width: float, height: float) -> None:
+        """Sizes in inches."""
+        super().__init__(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(self)
+
+    def png(self, dpi: int = 96) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=dpi)
+        return file.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+
+def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tuple[Picture, list[Any]]:
+    """A figure and its panels, side by side; sizes in inches."""
+    figure = Picture(width, height)
+    panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
+    for panel in panels:
+        panel.grid(True, color=GRID, linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(colors=INK, labelsize=9)
+    return figure, panels
+
+
+def curves(run: Run) -> Picture:
+    """Loss and top-1 accuracy over the optimizer steps, on training batches and on the held-out images."""
+    train, held_out = run.events("train"), run.events("eval")
+    figure, (loss, accuracy) = new_figure(2)
+    _curve(loss, train, held_out, "loss")
+    loss.set_ylabel("cross entropy")
+    _curve(accuracy, train, held_out, "acc1")
+    accuracy.set_ylabel("top-1 in %")
+    accuracy.set_ylim(-3, 103)
+    for panel in (loss, accuracy):
+        panel.set_xlabel("optimizer step")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if train or held_out:
+            panel.legend(fontsize=9, frameon=False)
+    return figure
+
+
+def _curve(panel: Any, train: list[dict], held_out: list[dict], figure: str) -> None:
+    if train:
+        panel.plot(
+            [e["step"] for e in train],
+            _values(train, figure),
+            color=BLUE,
+            linewidth=1.2,
+            alpha=0.8,
+            label="training batch",
+        )
+    if held_out:
+        panel.plot(
+            [e["step"] for e in held_out],
+            _values(held_out, figure),
+            "o--",
+            color=ORANGE,
+            markersize=5,
+            label="held-out images",
+        )
+
+
+def _values(events: list[dict], figure: str) -> list[float]:
+    return [float("nan") if event[figure] is None else event[figure] for event in events]
+
+
+def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> Picture:
+    """The images with what the network says of them; a wrong answer is framed, crossed and says what was right."""
+    from PIL import Image
+
+    num_rows = max(1, -(-len(predictions) // num_columns))
+    figure = Picture(1.5 * num_columns, 1.85 * num_rows)
+    for panel in figure.subplots(num_rows, num_columns, squeeze=False).flat:
+        panel.set_axis_off()
+    for panel, prediction in zip(figure.axes, predictions):
+        with Image.open(prediction.file) as image:
+            panel.imshow(image.convert("RGB"))
+        panel.set_axis_on()
+        panel.set_xticks([])
+        panel.set_yticks([])
+        answer = f"{prediction.predicted}, {prediction.probability:.0%}"
+        title = f"✓ {answer}" if prediction.is_right else f"✗ {answer}\nis {prediction.actual}"
+        panel.set_title(title, fontsize=9, color=INK if prediction.is_right else ORANGE)
+        for spine in panel.spines.values():
+            spine.set(color=GRID if prediction.is_right else ORANGE, linewidth=1 if prediction.is_right else 3)
+    return figure

@@ -1,0 +1,202 @@
+"""A run in a notebook: a dashboard that moves, or one block where the front end has no widgets.
+
+One daemon thread only ever assigns values of widgets: it neither prints nor uses pyplot, both of which
+go astray when another cell is running. Found out by ``front_end``, forced by ``VGGLAB_UI=live|static``.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from vgglab.runs import Run
+from vgglab.view.progress import Progress, duration
+
+REFRESH_SECONDS = 0.5
+STATIC_REFRESH_SECONDS = 3.0
+NUM_LOG_LINES = 6
+
+
+def front_end() -> str:
+    """``live`` (widgets), ``static`` (a notebook that nobody watches), or ``terminal`` (no notebook)."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return "terminal"
+    shell = get_ipython()
+    if shell is None or not hasattr(shell, "kernel"):
+        return "terminal"
+    forced = os.environ.get("VGGLAB_UI")
+    if forced in ("live", "static"):
+        return forced
+    # Jupyter's server names the session for kernels that a person has opened; papermill does not.
+    is_watched = (
+        "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules or "__vsc_ipynb_file__" in shell.user_ns
+    )
+    return "live" if is_watched and _has_widgets() else "static"
+
+
+def _has_widgets() -> bool:
+    try:
+        import ipywidgets  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def watch(run: Run) -> None:
+    """Show ``run``: a live dashboard and return at once, or follow it to its end where nothing can move."""
+    kind = front_end()
+    if kind == "live":
+        Dashboard(run).show()
+    elif kind == "static":
+        _follow(run, _StaticBlock(run))
+    else:
+        _follow(run, _TerminalLines(run))
+
+
+def _follow(run: Run, block: Any) -> None:
+    try:
+        while not _has_ended(run):
+            block.update()
+            time.sleep(STATIC_REFRESH_SECONDS if isinstance(block, _StaticBlock) else REFRESH_SECONDS)
+    except KeyboardInterrupt:
+        _stop(run)
+        raise
+    finally:
+        block.update()
+    if hasattr(run, "wait"):
+        run.wait()  # raises what the run died of
+
+
+def _has_ended(run: Run) -> bool:
+    return run.status not in ("starting", "running")
+
+
+def _stop(run: Run) -> None:
+    if hasattr(run, "stop"):
+        run.stop()
+
+
+class _TerminalLines:
+    def __init__(self, run: Run) -> None:
+        from vgglab.view.terminal import Terminal
+
+        self.run, self.terminal, self.num_seen = run, Terminal(), 0
+
+    def update(self) -> None:
+        events = self.run.events()
+        for event in events[self.num_seen :]:
+            self.terminal(event)
+        self.num_seen = len(events)
+
+
+class _StaticBlock:
+    """A line and a picture, each updated in place: the executed notebook keeps their last state."""
+
+    def __init__(self, run: Run) -> None:
+        from IPython.display import display
+
+        self.run = run
+        self.line = display({"text/plain": "starting"}, raw=True, display_id=True)
+        self.picture: Any = None
+
+    def update(self) -> None:
+        from IPython.display import display
+
+        from vgglab.view.figures import curves
+
+        progress = progress_of(self.run)
+        text = summary(self.run, progress)
+        self.line.update({"text/plain": text, "text/html": f"<p>{html.escape(text)}</p>"}, raw=True)
+        if not progress.train:
+            return
+        data = {"image/png": curves(self.run).png(), "text/plain": text}
+        if self.picture is None:
+            self.picture = display(data, raw=True, display_id=True)
+        else:
+            self.picture.update(data, raw=True)
+
+
+class Dashboard:
+    """Progress, curves, the last log lines and Stop, kept up to date by a thread until the run has ended."""
+
+    def __init__(self, run: Run) -> None:
+        import ipywidgets as widgets
+
+        self.run = run
+        self.status = widgets.HTML()
+        self.bar = widgets.IntProgress(layout=widgets.Layout(width="100%"))
+        self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        self.log = widgets.HTML()
+        self.stop_button = widgets.Button(
+            description="Stop", icon="stop", tooltip="End this run; checkpoints so far are kept"
+        )
+        self.stop_button.on_click(self._on_stop)
+        self.stop_button.disabled = not hasattr(run, "stop")
+        self.widget = widgets.VBox([self.status, self.bar, self.picture, self.log, self.stop_button])
+        self._drawn = -1  # number of events in the picture
+
+    def show(self) -> None:
+        from IPython.display import display
+
+        self.refresh()
+        display(self.widget)
+        threading.Thread(target=self._keep_fresh, daemon=True, name="vgglab dashboard").start()
+
+    def refresh(self) -> None:
+        from vgglab.view.figures import curves
+
+        progress = progress_of(self.run)
+        self.status.value = f"<b>{html.escape(summary(self.run, progress))}</b>"
+        self.bar.max, self.bar.value = max(progress.num_steps, 1), progress.step
+        lines = self.run.logs().splitlines()[-NUM_LOG_LINES:]
+        self.log.value = f"<pre style='font-size: 85%'>{html.escape(chr(10).join(lines))}</pre>"
+        num_events = len(self.run.events())
+        if progress.train and num_events != self._drawn:
+            self.picture.value = curves(self.run).png()
+            self._drawn = num_events
+
+    def _keep_fresh(self) -> None:
+        while not _has_ended(self.run):
+            time.sleep(REFRESH_SECONDS)
+            self.refresh()
+        self.refresh()
+        self.stop_button.disabled = True
+
+    def _on_stop(self, _: Any) -> None:
+        self.stop_button.disabled = True
+        self.stop_button.description = "Stopping"
+        # Off the kernel's thread: the run may take its grace to end.
+        threading.Thread(target=_stop, args=(self.run,), daemon=True).start()
+
+
+def progress_of(run: Run) -> Progress:
+    """How far the run is now."""
+    progress = Progress()
+    for event in run.events():
+        progress.add(event)
+    if progress.status in ("starting", "running") and run.status == "failed":  # it died before it could say so
+        progress.status = progress.doing = "failed"
+        progress.eta_seconds = None
+    return progress
+
+
+def summary(run: Run, progress: Progress) -> str:
+    """One line: what the run is doing, how well, how fast and for how long still."""
+    parts = [f"{run.path.name}: {progress.doing}"]
+    if progress.num_steps:
+        parts.append(f"step {progress.step} of {progress.num_steps}")
+    if progress.train:
+        loss = progress.train["loss"]
+        parts.append("loss not finite" if loss is None else f"loss {loss:.4f}")
+        parts.append(f"{progress.train['images_per_second']:.1f} images/s")
+    if progress.eval:
+        parts.append(f"held-out top-1 {progress.eval['acc1']:.2f} %")
+    if progress.eta_seconds is not None:
+        parts.append(f"{duration(progress.eta_seconds)} left")
+    return " · ".join(parts)

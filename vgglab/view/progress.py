@@ -1,0 +1,66 @@
+"""How far a run is and when it will be done, from its events alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Progress:
+    """Feed it events in order; read its attributes at any time.
+
+    Attributes:
+        doing: one phrase, e.g. ``epoch 2 of 6``.
+        step, num_steps: optimizer steps done and to be done in all, those before a resume included.
+        eta_seconds: time left, evaluations and checkpoints included; ``None`` before the first step.
+        train, eval: the latest event of each kind, or empty.
+        status: ``starting``, ``running``, ``done``, ``interrupted`` or ``failed``.
+    """
+
+    def __init__(self) -> None:
+        self.doing = "starting"
+        self.status = "starting"
+        self.step = self.num_steps = 0
+        self.eta_seconds: float | None = None
+        self.train: dict[str, Any] = {}
+        self.eval: dict[str, Any] = {}
+        self._start: dict[str, Any] = {}
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take one event into account; unknown kinds are ignored."""
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+    def _on_start(self, event: dict[str, Any]) -> None:
+        self._start, self.status = event, "running"
+        epochs_left = event["epochs"] - event["first_epoch"]
+        self.step = event["first_step"]
+        self.num_steps = self.step + epochs_left * event["steps_per_epoch"]
+        self.doing = f"epoch {event['first_epoch'] + 1} of {event['epochs']}"
+
+    def _on_train(self, event: dict[str, Any]) -> None:
+        self.train, self.step = event, event["step"]
+        self.doing = f"epoch {event['epoch'] + 1} of {self._start['epochs']}"
+        done = self.step - self._start["first_step"]
+        per_step = (event["seconds"] - self._start["seconds"]) / done
+        self.eta_seconds = per_step * (self.num_steps - self.step)
+
+    def _on_eval_start(self, event: dict[str, Any]) -> None:
+        self.doing = "evaluating"
+
+    def _on_eval(self, event: dict[str, Any]) -> None:
+        self.eval, self.doing = event, "saving"
+
+    def _on_end(self, event: dict[str, Any]) -> None:
+        self.status = self.doing = event["status"]
+        self.eta_seconds = None
+
+
+def duration(seconds: float) -> str:
+    """``8 s``, ``3 min 20 s``, ``2 h 05 min``: as people say it."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

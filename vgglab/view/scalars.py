@@ -1,0 +1,42 @@
+"""TensorBoard scalars by the seed kit's names, written while the run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vgglab.errors import UserError
+
+
+class Scalars:
+    """A listener for ``RunWriter``; x is the optimizer step.
+
+    Raises:
+        UserError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard: the package tensorboard is missing; pip install tensorboard") from None
+        self._writer = SummaryWriter(str(folder))
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "train":
+            values = {
+                "learning_rate": event["lr"],
+                "loss": event["loss"],
+                "train_accuracy_step": event["acc1"],
+                "train_fps_step": event["images_per_second"],
+            }
+        elif event["event"] == "eval":
+            values = {"eval_accuracy_epoch": event["acc1"]}
+        else:
+            return
+        for name, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, event["step"])
+
+    def close(self) -> None:
+        self._writer.close()

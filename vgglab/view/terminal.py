@@ -1,0 +1,90 @@
+"""A run on a terminal: a progress bar where there is a screen, a line now and then where there is none."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from vgglab.view.progress import Progress, duration
+
+try:
+    from tqdm import tqdm
+except ImportError:  # the vendor's image may not have it: lines, then
+    tqdm = None
+
+
+class Terminal:
+    """A listener for ``RunWriter``: prints each event as it comes."""
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+        self.bar: Any = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.progress.add(event)
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+    def say(self, text: str) -> None:
+        """One line on stdout, above the bar if there is one."""
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _on_start(self, event: dict[str, Any]) -> None:
+        self.say(
+            f"{event['data']}: {event['num_train_images']} images to learn from, "
+            f"{event['num_eval_images']} held out; {event['num_parameters'] / 1e6:.1f} million parameters"
+        )
+        if tqdm is not None and sys.stderr.isatty() and self.progress.num_steps > self.progress.step:
+            layout = "{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix}"
+            self.bar = tqdm(
+                total=self.progress.num_steps,
+                initial=self.progress.step,
+                bar_format=layout,
+                dynamic_ncols=True,
+                desc=self.progress.doing,
+            )
+
+    def _on_train(self, event: dict[str, Any]) -> None:
+        figures = f"loss {_number(event['loss'])}  {event['images_per_second']:.1f} images/s  {self._left()}"
+        if self.bar is None:
+            self.say(f"{self.progress.doing}, step {event['step']} of {self.progress.num_steps}: {figures}")
+        else:
+            self._draw(figures)
+
+    def _on_eval_start(self, event: dict[str, Any]) -> None:
+        if self.bar is not None:
+            self._draw(self._left())
+
+    def _on_eval(self, event: dict[str, Any]) -> None:
+        self.say(
+            f"epoch {event['epoch'] + 1}: top-1 {event['acc1']:.2f} %, top-5 {event['acc5']:.2f} % "
+            f"of {event['num_images']} held-out images, loss {_number(event['loss'])}"
+        )
+
+    def _on_warning(self, event: dict[str, Any]) -> None:
+        self.say(f"warning: {event['text']}")
+
+    def _on_end(self, event: dict[str, Any]) -> None:
+        self.close()
+
+    def _draw(self, figures: str) -> None:
+        self.bar.set_description_str(self.progress.doing, refresh=False)
+        self.bar.set_postfix_str(figures, refresh=False)
+        self.bar.n = self.progress.step
+        self.bar.refresh()
+
+    def _left(self) -> str:
+        return "" if self.progress.eta_seconds is None else f"{duration(self.progress.eta_seconds)} left"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
