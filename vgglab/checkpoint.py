@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +44,11 @@ def save(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
+    with _undisturbed():
+        _write(folder, content, is_best)
+
+
+def _write(folder: Path, content: Any, is_best: bool) -> None:
     last, unfinished = folder / "last.pt", folder / "unfinished.tmp"
     with open(unfinished, "wb") as file:
         torch.save(_on_cpu(content), file)
@@ -50,6 +58,22 @@ def save(
     if is_best:
         _share(last, unfinished)
         unfinished.replace(folder / "best.pt")
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits until the block is done: inside torch.save it would come out as an error of torch's own."""
+    if threading.current_thread() is not threading.main_thread():  # signals do not come here
+        yield
+        return
+    waiting: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if waiting:
+        raise KeyboardInterrupt
 
 
 def _share(source: Path, target: Path) -> None:

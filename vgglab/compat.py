@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ def load_tensors(path: str | Path) -> Any:
         NotACheckpoint: it is not a checkpoint of tensors, numbers, strings, lists and dicts.
     """
     try:
-        if "weights_only" in inspect.signature(torch.load).parameters:  # torch >= 1.13
-            return torch.load(path, map_location="cpu", weights_only=True)
-        return torch.load(path, map_location="cpu", pickle_module=_PlainPickle)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch comments on foreign files; the caller says what matters
+            if "weights_only" in inspect.signature(torch.load).parameters:  # torch >= 1.13
+                return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", pickle_module=_PlainPickle)
     except OSError:
         raise
     except Exception as error:  # a damaged zip or pickle raises nearly anything

@@ -12,6 +12,7 @@ from typing import Any, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from vgglab import checkpoint
 from vgglab.checkpoint import Progress
@@ -24,27 +25,62 @@ from vgglab.runs import SCHEMA, RunWriter
 from vgglab.schedule import build_optimizer, learning_rate, set_learning_rate
 
 
-def train(config: Config, device: Device, run: RunWriter, sets: DataSets) -> None:
+@dataclass
+class Job:
+    """Everything a run needs, built and checked before the run directory is made."""
+
+    model: nn.Module  # as trained: over several ranks it averages gradients
+    network: nn.Module  # the bare network in it
+    optimizer: Optimizer
+    progress: Progress
+    batches: Batches | None  # None with --test-only
+    held_out: Batches
+    warnings: list[str]
+
+
+def prepare(config: Config, device: Device, sets: DataSets) -> Job:
+    """Build the network, its optimizer and the batches; take up a checkpoint if one is named.
+
+    Raises:
+        UserError: a checkpoint that is none or does not fit, weights that cannot be had, a batch larger than the set.
+    """
+    warnings = []
+    device.seed(int(config.seed or 0))  # the same first weights on every rank
+    batches = None if sets.train is None else train_batches(sets, config, device)
+    network: nn.Module = build(
+        config.model, num_classes=config.num_classes, dropout_rate=config.dropout_rate, head=config.head
+    )
+    saved = None if config.resume is None else checkpoint.read(config.resume)
+    if saved is not None:
+        checkpoint.restore_model(saved, network, config.model, str(config.resume))
+    elif config.pretrained:
+        fresh = load_pretrained(network, config.model)
+        if fresh:
+            warnings.append(f"--pretrained: {', '.join(fresh)} start fresh, their shape differs from ImageNet's")
+    model = device.wrap(network)
+    network = getattr(model, "module", model)  # as wrapped: its layers may have been exchanged
+    optimizer = build_optimizer(config, network)
+    progress = Progress(epoch=config.start_epoch)
+    if saved is not None and not config.test_only:
+        progress = checkpoint.restore_training(saved, optimizer, str(config.resume))
+    return Job(model, network, optimizer, progress, batches, eval_batches(sets, config, device), warnings)
+
+
+def train(job: Job, config: Config, device: Device, run: RunWriter) -> None:
     """Train, evaluating and saving every ``eval_freq`` epochs and after the last.
 
     Raises:
-        UserError: a checkpoint that does not fit, an image that cannot be read.
+        UserError: an image that cannot be read.
     """
-    model, network, resumed = prepare_model(config, device, run)
-    optimizer = build_optimizer(config, network)
-    progress = Progress(epoch=config.start_epoch)
-    if resumed is not None:
-        progress = checkpoint.restore_training(resumed, optimizer, str(config.resume))
-    batches = train_batches(sets, config, device)
-    held_out = eval_batches(sets, config, device)
-    announce(run, network, config, sets, progress, steps_per_epoch=len(batches))
+    model, optimizer, batches, progress = job.model, job.optimizer, job.batches, job.progress
+    assert batches is not None
     loss_of = nn.CrossEntropyLoss()
     clock = Clock(images_per_step=config.batch_size * device.world_size)
 
     if progress.epoch >= config.epochs:
         text = f"nothing left to train: the checkpoint has {progress.epoch} of {config.epochs} epochs"
         run.event("warning", text=text)
-        evaluate(network, held_out, device, run, progress)
+        evaluate(job, device, run)
 
     for epoch in range(progress.epoch, config.epochs):
         # Each epoch starts from a seed of its own, so that one after a resume equals one without.
@@ -81,10 +117,10 @@ def train(config: Config, device: Device, run: RunWriter, sets: DataSets) -> Non
 
         progress.epoch = epoch + 1
         if progress.epoch % config.eval_freq == 0 or progress.epoch == config.epochs:
-            is_best = evaluate(network, held_out, device, run, progress)
+            is_best = evaluate(job, device, run)
             if device.rank == 0:
                 folder = run.path / "checkpoints"
-                checkpoint.save(folder, network, optimizer, progress, config.as_dict(), is_best)
+                checkpoint.save(folder, job.network, optimizer, progress, config.as_dict(), is_best)
             run.event("checkpoint", epoch=epoch, step=progress.step, is_best=is_best)
 
     if progress.step <= config.skip_steps:
@@ -92,38 +128,12 @@ def train(config: Config, device: Device, run: RunWriter, sets: DataSets) -> Non
         run.event("warning", text=text)
 
 
-def test(config: Config, device: Device, run: RunWriter, sets: DataSets) -> None:
-    """Evaluate the weights of ``--resume`` or ``--pretrained`` on the held-out images, and nothing else."""
-    _, network, _ = prepare_model(config, device, run)
-    progress = Progress(epoch=config.start_epoch)
-    announce(run, network, config, sets, progress, steps_per_epoch=0)
-    evaluate(network, eval_batches(sets, config, device), device, run, progress)
-
-
-def prepare_model(config: Config, device: Device, run: RunWriter) -> tuple[nn.Module, nn.Module, dict[str, Any] | None]:
-    """The model as trained (wrapped, over several ranks), the bare network in it, and the checkpoint it came from."""
-    resumed = checkpoint.read(config.resume) if config.resume else None
-    device.seed(int(config.seed or 0))  # the same first weights on every rank
-    network = build(config.model, num_classes=config.num_classes, dropout_rate=config.dropout_rate, head=config.head)
-    if resumed is not None:
-        checkpoint.restore_model(resumed, network, config.model, str(config.resume))
-    elif config.pretrained:
-        fresh = load_pretrained(network, config.model)
-        if fresh:
-            text = f"--pretrained: {', '.join(fresh)} start fresh, their shape differs from ImageNet's"
-            run.event("warning", text=text)
-    model = device.wrap(network)
-    return model, getattr(model, "module", model), resumed
-
-
 def epoch_seed(config: Config, device: Device, epoch: int) -> int:
     """What dropout draws from: different for every seed, epoch and rank; within the 32 bits that any card takes."""
     return (int(config.seed or 0) * 1_000_003 + epoch * 8191 + device.rank) % 2**32
 
 
-def announce(
-    run: RunWriter, network: nn.Module, config: Config, sets: DataSets, progress: Progress, steps_per_epoch: int
-) -> None:
+def announce(job: Job, config: Config, sets: DataSets, run: RunWriter) -> None:
     """The first event: what is about to happen, so that a reader can tell how far it is."""
     run.event(
         "start",
@@ -131,21 +141,22 @@ def announce(
         data=sets.name,
         num_train_images=len(sets.train) if sets.train else 0,
         num_eval_images=len(sets.val),
-        num_parameters=sum(p.numel() for p in network.parameters()),
+        num_parameters=sum(p.numel() for p in job.network.parameters()),
         epochs=config.epochs,
-        first_epoch=progress.epoch,
-        first_step=progress.step,
-        steps_per_epoch=steps_per_epoch,
-        best=progress.best,
+        first_epoch=job.progress.epoch,
+        first_step=job.progress.step,
+        steps_per_epoch=len(job.batches) if job.batches else 0,
+        best=job.progress.best,
     )
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, batches: Batches, device: Device, run: RunWriter, progress: Progress) -> bool:
+def evaluate(job: Job, device: Device, run: RunWriter) -> bool:
     """Top-1, top-5 and mean loss over the held-out images, each counted once; true if top-1 is the best so far.
 
     With fewer than five classes, top-5 is top-n of the n there are.
     """
+    network, batches, progress = job.network, job.held_out, job.progress
     run.event("eval_start", epoch=max(progress.epoch - 1, 0), num_batches=len(batches))
     network.eval()
     totals = torch.zeros(4)  # [loss, top-1 hits, top-5 hits, images], summed on the card

@@ -81,12 +81,15 @@ class LaunchedRun(Run):
     def __init__(self, path: Path, process: subprocess.Popen) -> None:
         super().__init__(path)
         self.process = process
+        self._was_stopped = False
 
     @property
     def status(self) -> str:
         status = super().status
         has_ended = self.process.poll() is not None
-        return "failed" if has_ended and status in ("starting", "running") else status
+        if has_ended and status in ("starting", "running"):  # it could not say how it ended
+            return "interrupted" if self._was_stopped else "failed"
+        return status
 
     def wait(self, timeout_seconds: float | None = None) -> LaunchedRun:
         """Wait until the run has ended; interrupting the wait stops the run.
@@ -119,6 +122,7 @@ class LaunchedRun(Run):
     def stop(self, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
         """Ask the run to end, as Ctrl-C does; what is left after the grace is killed."""
         if self.process.poll() is None:
+            self._was_stopped = True
             self.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(grace_seconds)

@@ -180,7 +180,7 @@ def vgg19_bn(**options: Any) -> VGG:
     return build("vgg19_bn", **options)
 
 
-def load_pretrained(model: VGG, name: str) -> list[str]:
+def load_pretrained(model: nn.Module, name: str) -> list[str]:
     """Load torchvision's published ImageNet weights into ``model``, downloading them at first use.
 
     Layers whose shape differs (another number of classes, the small head) keep their fresh weights.

@@ -20,6 +20,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 import uuid
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -86,6 +87,9 @@ class RunWriter:
             sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
             try:
                 yield
+            except Exception:
+                traceback.print_exc(file=log)
+                raise
             finally:
                 sys.stdout, sys.stderr = screens
 

@@ -48,6 +48,7 @@ from vgglab.launch import obey_leash
 if TYPE_CHECKING:
     from vgglab.data.sets import DataSets
     from vgglab.devices.base import Device
+    from vgglab.engine import Job
     from vgglab.runs import RunWriter
 
 MOST_WORKERS = 16  # the seed kit's default
@@ -73,11 +74,13 @@ def run_training(config: Config) -> None:
     """Open the device and the data, make the run directory, train, write the report.
 
     Raises:
-        UserError: before the run directory is made for anything that can be seen from the flags and the
-            folders; later for a checkpoint that does not fit or an image that cannot be read.
+        UserError: for anything that can be seen before the first step, and then no run directory is made;
+            later for an image that cannot be read.
     """
+    from vgglab import engine
     from vgglab.data.sets import open_sets  # torch comes in here: a wrong flag is answered without it
     from vgglab.devices import open_device
+    from vgglab.runs import SilentRun
 
     amp_dtype = config.amp_dtype or ("auto" if config.amp else None)
     device = open_device(
@@ -87,10 +90,11 @@ def run_training(config: Config) -> None:
     device.open()
     try:
         _resolve(config, device, sets)
+        job = engine.prepare(config, device, sets)
         if device.rank == 0:
-            _train_and_record(config, device, sets)
+            _work_and_record(job, config, device, sets)
         else:
-            _train(config, device, sets)
+            _work(job, config, device, SilentRun())
     finally:
         device.close()
 
@@ -119,15 +123,18 @@ def _draw_seed(device: Device) -> int:
     return int(device.fetch(device.sum(torch.tensor([float(drawn)])))[0])
 
 
-def _train(config: Config, device: Device, sets: DataSets, run: RunWriter | None = None) -> None:
+def _work(job: Job, config: Config, device: Device, run: RunWriter) -> None:
     from vgglab import engine
-    from vgglab.runs import SilentRun
 
-    (engine.test if config.test_only else engine.train)(config, device, run or SilentRun(), sets)
+    if config.test_only:
+        engine.evaluate(job, device, run)
+    else:
+        engine.train(job, config, device, run)
 
 
-def _train_and_record(config: Config, device: Device, sets: DataSets) -> None:
+def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets) -> None:
     """Rank 0: the run directory from its first line to its report, however the run ends."""
+    from vgglab import engine
     from vgglab.report import build_report
     from vgglab.runs import Run, RunWriter, new_run_path
     from vgglab.view.scalars import Scalars
@@ -146,10 +153,11 @@ def _train_and_record(config: Config, device: Device, sets: DataSets) -> None:
     status, failure = "failed", None
     with run.recording_output():
         terminal.say(f"run directory: {path}")
-        for text in [*sets.warnings, *configuration.warnings_about(config)]:
+        engine.announce(job, config, sets, run)
+        for text in [*sets.warnings, *job.warnings, *configuration.warnings_about(config)]:
             run.event("warning", text=text)
         try:
-            _train(config, device, sets, run)
+            _work(job, config, device, run)
             status = "done"
         except KeyboardInterrupt:
             status = "interrupted"

@@ -1,0 +1,100 @@
+"""What the tests share: a folder of images in ImageNet's layout, and the shell's door."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+CLASSES = ("n01", "n02", "n03")
+NUM_TRAIN, NUM_VAL = 6, 3  # images per class
+# Trains in a second: VGG11 on 32x32 pixels, 18 images, 4 at a time: 4 steps an epoch.
+TINY = ("--model=vgg11", "--image-size=32", "--batch-size=4", "--workers=0", "--epochs=1", "--warmup=0", "--device=cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_trace_outside(tmp_path_factory):
+    """Caches of the tests' own, and no variables of a launcher or a notebook around them."""
+    os.environ["VGGLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "VGGLAB_UI", "JPY_SESSION_NAME"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def _images(tmp_path_factory) -> Path:
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("images")
+    draw = random.Random(0)
+    for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
+        for number, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for image_number in range(count):
+                base = [60 * number + draw.randrange(60) for _ in range(3)]
+                image = Image.new("RGB", (48, 40), tuple(base))
+                image.paste(tuple(255 - value for value in base), (0, 0, draw.randrange(8, 40), draw.randrange(8, 32)))
+                image.save(folder / f"{name}_{image_number}.JPEG")
+    return root
+
+
+@pytest.fixture
+def images(_images, tmp_path) -> Path:
+    """A fresh copy of 18 training and 9 held-out JPEGs of 3 classes."""
+    return Path(shutil.copytree(_images, tmp_path / "images"))
+
+
+class Result(NamedTuple):
+    """What came out of the shell's door."""
+
+    code: int
+    out: str
+    err: str
+    run: object  # vgglab.Run, or None where none was made
+
+
+@pytest.fixture
+def train(images, tmp_path, capsys) -> Callable[..., Result]:
+    """``train("--epochs=2", ...)``: the tiny job with these flags on top, in this process."""
+    from vgglab import Run
+    from vgglab.train import main
+
+    def run_training(*flags: str, data: str | Path = images, base: tuple = TINY) -> Result:
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        capsys.readouterr()
+        code = main([*base, f"--data-path={data}", f"--output-dir={out}", *flags])
+        captured = capsys.readouterr()
+        made = sorted(out.glob("runs/*/config.json"))
+        return Result(code, captured.out, captured.err, Run(made[0].parent) if made else None)
+
+    return run_training
+
+
+@pytest.fixture
+def refused(train) -> Callable[..., str]:
+    """``refused(flags...)``: asserts exit code 2, one line on stderr and no run directory; returns the line."""
+
+    def expect_refusal(*flags: str, in_the_middle: bool = False, **options) -> str:
+        result = train(*flags, **options)
+        assert in_the_middle or result.run is None
+        lines = result.err.strip().splitlines()
+        assert (result.code, len(lines)) == (2, 1), result
+        assert lines[0].startswith("vgglab.train: error: ")
+        return lines[0].removeprefix("vgglab.train: error: ")
+
+    return expect_refusal
+
+
+def shell(*words: str | Path, timeout: float = 120, **options) -> subprocess.CompletedProcess:
+    """Run a command as a person would; ``python`` is this interpreter."""
+    command = [sys.executable if word == "python" else str(word) for word in words]
+    options.setdefault("cwd", PROJECT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)

@@ -1,0 +1,86 @@
+"""The parser: the seed kit's flags and defaults, and what a wrong one gets."""
+
+import pytest
+
+from vgglab.config import Config, parse
+from vgglab.errors import UserError
+
+# Flags and defaults of the seed kit. Left open here: the number of classes (the folder's), the workers (16,
+# at most one a core), the device (auto), the folder (the bundled digits) and the drops (30, 60, 80).
+SEED_DEFAULTS = {
+    "model": "vgg16", "batch_size": 32, "epochs": 90, "lr": 0.01, "optimizer": "sgd", "momentum": 0.9,
+    "nesterov": False, "weight_decay": 1e-4, "bn_weight_decay": False, "dropout_rate": 0.0,
+    "lr_schedule": "step", "warmup": 5, "end_lr": 0.0, "lr_gamma": 0.1, "print_freq": 10, "eval_freq": 1,
+    "output_dir": ".", "resume": None, "start_epoch": 0, "test_only": False, "pretrained": False,
+    "cache_dataset": False, "sync_bn": False, "broadcast_buffers": False, "fix_seed": False, "amp": False,
+    "training_step_per_epoch": -1, "eval_step_per_epoch": -1, "skip_steps": 10, "world_size": 1,
+    "dist_url": "env://", "apex": False, "enable_horovod": False,
+}  # fmt: skip
+
+SEED_FLAGS = """--data-path=x --num_classes=5 --model=vgg16 --device=cpu -b=2 --batch-size=2 --epochs=3 -j=1 --workers=1
+--lr=0.1 --optimizer=sgd --momentum=0.8 --nesterov --wd=0.1 --weight-decay=0.1 --bn-weight-decay --dropout_rate=0.1
+--lr-schedule=step --warmup=1 --end-lr=0 --lr-step-size=3 --lr-gamma=0.2 --print-freq=1 --eval-freq=1 --output-dir=o
+--resume=r --start-epoch=1 --test-only --pretrained --cache-dataset --sync-bn --broadcast-buffers --fix-seed
+--torch-amp --amp --training_step_per_epoch=3 --eval_step_per_epoch=3 --skip_steps=1 --world-size=1
+--dist-url=env://""".split()
+
+
+def test_defaults_are_the_seed_kits():
+    config = parse([]).as_dict()
+    assert {name: config[name] for name in SEED_DEFAULTS} == SEED_DEFAULTS
+
+
+@pytest.mark.parametrize("swap", ["-_", "_-"])
+def test_every_flag_of_the_seed_kit_is_taken_with_dashes_and_underscores(swap):
+    def respelt(flag):
+        name, equals, value = flag.partition("=")
+        return "--" + name[2:].replace(*swap) + equals + value if name.startswith("--") else flag
+
+    assert parse([respelt(flag) for flag in SEED_FLAGS]) == parse(SEED_FLAGS)
+
+
+def test_underscores_in_values_are_left_alone():
+    assert parse(["--data-path", "my_data-set", "--output_dir=a_b"]).data_path == "my_data-set"
+    assert parse(["--output_dir=a_b"]).output_dir == "a_b"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--epochs=0"], "--epochs: '0' is not a whole number, 1 or more"),
+        (["--epochs=2.5"], "--epochs: '2.5' is not"),
+        (["--lr=-0.1"], "--lr: '-0.1' is not a number, 0 or more"),
+        (["--lr=nan"], "--lr: 'nan'"),
+        (["--lr=inf"], "--lr: 'inf'"),
+        (["--batch-size=0"], "--batch-size"),
+        (["--model=vgg12"], "--model: invalid choice: 'vgg12'.*vgg11"),
+        (["--device=tpu"], "--device: invalid choice"),
+        (["--dropout_rate=1"], r"--dropout-rate: '1' is not in \[0, 1\)"),
+        (["--training_step_per_epoch=0"], "--training-step-per-epoch: '0' is not -1"),
+        (["--image-size=16"], "--image-size: '16' is not.*32 or more"),
+        (["--lr-schedule=exponential"], "--lr-schedule: invalid choice"),
+        (["--num_clases=3"], "--num-clases: no such flag; did you mean --num-classes?"),
+        (["--frobnicate"], "--frobnicate: no such flag"),
+        (["stray"], "stray: no such flag"),
+        (["--epoch=3"], "--epoch: no such flag; did you mean --epochs?"),
+        (["--epochs"], "--epochs: expected one argument"),
+        (["--test-only"], "--test-only: nothing to test"),
+        (["--start-epoch=90"], "--start-epoch 90: must be below --epochs 90"),
+        (["--nesterov", "--momentum=0"], "--nesterov: needs"),
+    ],
+)
+def test_bad_input_names_the_flag_and_what_is_allowed(argv, says):
+    with pytest.raises(UserError, match=says) as caught:
+        parse(argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_list_of_flags_is_a_promise():
+    """A flag that goes or changes its name is a line in the changelog, and a change here."""
+    assert sorted(Config().as_dict()) == sorted(
+        "amp amp_dtype apex apex_opt_level batch_size bn_weight_decay broadcast_buffers cache_dataset data_path "
+        "device dist_url dropout_rate enable_horovod end_lr epochs eval_freq eval_step_per_epoch fix_seed head "
+        "image_size lr lr_gamma lr_schedule lr_step_size model momentum nesterov num_classes optimizer output_dir "
+        "pretrained print_freq resume rmsprop_alpha rmsprop_eps run_dir seed skip_steps start_epoch sync_bn "
+        "tensorboard test_only training_step_per_epoch warmup weight_decay workers world_size".split()
+    )

@@ -1,0 +1,161 @@
+"""vgglab.launch: runs that are followed, stopped and never left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, shell
+
+import vgglab
+
+MARK = "VGGLAB_TEST_MARK"
+
+
+def processes_with(mark):
+    """Every live process that carries the mark in its environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (entry / "environ").read_bytes()
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if f"{MARK}={mark}".encode() in environment.split(b"\0") and state != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+def wait_until(condition, seconds=60, every=0.1):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(every)
+
+
+@pytest.fixture
+def tiny(images, tmp_path):
+    return [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}"]
+
+
+def test_a_launched_run_is_waited_for_and_read(tiny):
+    run = vgglab.launch(tiny, epochs=2, print_freq=1, nesterov=True, watch=False)
+    assert run.wait(60) is run
+    assert (run.status, run.config["epochs"], run.config["nesterov"]) == ("done", 2, True)
+    assert run.report()["acc1"] is not None
+    assert "held-out images" in run.logs()
+    assert len([line for line in run.logs().splitlines() if line.startswith("run directory")]) == 1
+
+
+def test_in_a_script_launch_prints_and_returns_at_the_end(tiny, capsys):
+    run = vgglab.launch(" ".join(tiny))
+    assert run.process.poll() == 0
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_a_wrong_flag_fails_at_once_without_a_run(tiny, tmp_path):
+    with pytest.raises(vgglab.UserError, match="--epochs: '0'"):
+        vgglab.launch(tiny, epochs=0)
+    with pytest.raises(vgglab.UserError, match=r"--modle: no such flag; did you mean --model\?"):
+        vgglab.launch(tiny, modle="vgg11")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_the_run_refuses_reaches_the_caller(tiny):
+    with pytest.raises(vgglab.UserError, match=r"--num-classes 7: .* has 3 classes"):
+        vgglab.launch(tiny, num_classes=7, watch=False).wait(60)
+
+
+def test_a_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import vgglab.schedule as s\n"
+        "def learning_rate(*_): raise ZeroDivisionError('planted')\n"
+        "s.learning_rate = learning_rate\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    run = vgglab.launch(tiny, watch=False)
+    with pytest.raises(vgglab.RunFailed, match=r"(?s)exit code 1.*Traceback.*planted"):
+        run.wait(60)
+    assert run.status == "failed"
+
+
+def test_stop_ends_the_run_and_its_workers(tiny, monkeypatch):
+    monkeypatch.setenv(MARK, "stop")
+    run = vgglab.launch(tiny, epochs=1000, workers=2, watch=False)
+    wait_until(lambda: run.events("checkpoint"))
+    assert len(processes_with("stop")) >= 3
+    run.stop()
+    assert processes_with("stop") == []
+    assert run.status == "interrupted"
+    assert run.wait() is run  # a run that was stopped did not fail
+    assert run.checkpoint("last").exists()
+    run.stop()  # twice does no harm
+
+
+def test_a_stop_in_the_middle_of_a_checkpoint_waits_for_it(tiny):
+    """torch.save turns Ctrl-C into a RuntimeError of its own: the run was called failed."""
+    for _ in range(3):
+        run = vgglab.launch(tiny, epochs=1000, watch=False)
+        unfinished = run.path / "checkpoints" / "unfinished.tmp"
+        wait_until(unfinished.exists, every=0.001)
+        run.stop()
+        assert run.status == "interrupted"
+        assert sorted(file.name for file in unfinished.parent.iterdir()) == ["best.pt", "last.pt"]
+
+
+LAUNCHER = """
+import sys, time, vgglab
+run = vgglab.launch(sys.argv[1:], epochs=1000, workers=2, watch=False)
+print(run.path, flush=True)
+time.sleep(600)
+"""
+
+
+def start_launcher(tiny, mark, code=LAUNCHER):
+    environment = {**os.environ, MARK: mark}
+    command = [sys.executable, "-c", code, *tiny]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_that_dies_takes_its_run_along(tiny, number):
+    mark = f"dies-{number}"
+    launcher = start_launcher(tiny, mark)
+    run = vgglab.Run(launcher.stdout.readline().strip())
+    wait_until(lambda: run.events("eval"))
+    launcher.send_signal(number)
+    launcher.communicate(timeout=30)
+    wait_until(lambda: not processes_with(mark), seconds=20)
+    assert run.status == "interrupted"
+
+
+def test_a_launcher_that_dies_early_leaves_nothing_either(tiny):
+    """Before the run has imported torch, when it is easily missed."""
+    environment = {**os.environ, MARK: "early"}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, *tiny], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    launcher.stdout.readline()
+    launcher.kill()
+    launcher.communicate(timeout=30)
+    wait_until(lambda: not processes_with("early"), seconds=20)
+
+
+def test_interrupting_the_wait_stops_the_run(tiny):
+    waiter = start_launcher(tiny, "wait", code=LAUNCHER.replace("time.sleep(600)", "run.wait()"))
+    run = vgglab.Run(waiter.stdout.readline().strip())
+    wait_until(lambda: run.events("eval"))
+    waiter.send_signal(signal.SIGINT)
+    _, errors = waiter.communicate(timeout=30)
+    assert "KeyboardInterrupt" in errors
+    assert processes_with("wait") == []
+    assert run.status == "interrupted"
+
+
+def test_importing_the_package_brings_in_neither_torch_nor_matplotlib():
+    code = "import sys, vgglab; vgglab.launch; print(sorted({'torch', 'matplotlib', 'IPython'} & set(sys.modules)))"
+    assert shell("python", "-c", code).stdout.strip() == "[]"

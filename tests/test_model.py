@@ -1,0 +1,89 @@
+"""vgglab.model against torchvision's and the paper's figures."""
+
+import pytest
+import torch
+import torchvision
+
+import vgglab.model as models
+from vgglab.config import MODELS
+from vgglab.errors import UserError
+
+# Table 2 of the paper: millions of parameters with 1000 classes.
+PAPER_MILLIONS = {"vgg11": 133, "vgg13": 133, "vgg16": 138, "vgg19": 144}
+
+
+def randomised(model):
+    """Every parameter and buffer drawn, running variances positive: no layer is an identity."""
+    generator = torch.Generator().manual_seed(1)
+    for name, value in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        drawn = torch.empty_like(value).normal_(0.0, 0.05, generator=generator)
+        value.copy_(drawn.abs() + 0.5 if name.endswith("running_var") else drawn)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_weights_give_the_same_logits_as_torchvision(name):
+    theirs = randomised(getattr(torchvision.models, name)(init_weights=False))
+    ours = models.build(name, init_weights=False).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(ours(images), theirs(images))
+    theirs.load_state_dict(ours.state_dict())  # and back: same names, same order
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+@pytest.mark.parametrize(("name", "millions"), PAPER_MILLIONS.items())
+def test_parameter_counts_are_the_papers(name, millions):
+    count = sum(p.numel() for p in models.build(name, init_weights=False).parameters())
+    assert int(count / 1e6) in (millions - 1, millions)  # the paper cuts or rounds, by row
+
+
+def test_the_small_head_does_not_pay_for_the_large_layer():
+    assert models.head_for(32) == "small"
+    assert models.head_for(224) == "imagenet"
+    small = models.vgg16(num_classes=10, head="small")
+    assert small(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    in_classifier = sum(p.numel() for p in small.classifier.parameters())
+    assert in_classifier < 0.01 * 25088 * 4096
+
+
+def test_the_eight_functions_are_the_eight_names():
+    assert models.model_names() == list(MODELS)
+    for name in MODELS:
+        network = getattr(models, name)(num_classes=3, head="small", dropout_rate=0.25)
+        num_norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
+        num_convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in network.modules())
+        assert num_norms == (num_convolutions if name.endswith("_bn") else 0)
+        assert num_convolutions + 3 == int(name[3:5])  # the number in the name counts layers with weights
+        assert {m.p for m in network.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
+
+
+def test_initial_weights_match_torchvisions_in_spread():
+    theirs = torchvision.models.vgg11(num_classes=10).state_dict()
+    ours = models.vgg11(num_classes=10).state_dict()
+    for name, value in theirs.items():
+        if name.endswith("weight") and value.numel() > 50_000:
+            assert ours[name].std().item() == pytest.approx(value.std().item(), rel=0.05), name
+        if name.endswith("bias"):
+            assert not ours[name].any()
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(UserError, match=r"vgg12.*vgg11, vgg11_bn"):
+        models.build("vgg12")
+    with pytest.raises(UserError):
+        models.build("vgg16_bn_bn")
+
+
+def test_without_network_pretrained_says_what_to_put_where(monkeypatch):
+    def unplugged(*_args, **_options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unplugged)
+    with pytest.raises(
+        UserError, match=r"--pretrained: cannot get vgg13's.*put the file vgg13-\w+\.pth into .*checkpoints"
+    ):
+        models.load_pretrained(models.vgg13(init_weights=False), "vgg13")

@@ -1,0 +1,54 @@
+"""Learning rate and parameter groups, against the seed kit's formulas computed here on their own."""
+
+import math
+
+import pytest
+
+from vgglab.config import parse
+from vgglab.model import build
+from vgglab.schedule import build_optimizer, learning_rate
+
+README = ["--batch-size=192", "--lr=0.01", "--epochs=90"]
+
+
+def seed_formula(schedule, epoch, base, warmup=5, epochs=90, end=0.0):
+    if epoch < warmup:
+        return base * (epoch + 1) / warmup
+    if schedule == "step":
+        k = (epoch >= 30) + (epoch >= 60) + (epoch >= 80)
+        return base * 0.1**k
+    share = (epoch - warmup) / (epochs - warmup)
+    if schedule == "linear":
+        return base * (1 - share)
+    return end + (base - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@pytest.mark.parametrize("schedule", ["step", "linear", "cosine"])
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_every_epoch_of_the_readmes_90(schedule, world_size):
+    config = parse([*README, f"--lr-schedule={schedule}"])
+    base = 0.01 * 192 * world_size / 256
+    for epoch in range(90):
+        expected = seed_formula(schedule, epoch, base)
+        assert learning_rate(config, epoch, world_size) == pytest.approx(expected, rel=1e-12)
+
+
+def test_end_lr_is_what_cosine_falls_towards():
+    config = parse([*README, "--lr-schedule=cosine", "--end-lr=0.001"])
+    assert learning_rate(config, 89, 1) == pytest.approx(seed_formula("cosine", 89, 0.0075, end=0.001))
+
+
+def test_without_warmup_the_first_epoch_has_the_base_rate():
+    assert learning_rate(parse([*README, "--warmup=0"]), 0, 1) == pytest.approx(0.0075)
+
+
+@pytest.mark.parametrize(("decay_norms", "expected"), [(False, 0.0), (True, 0.0005)])
+def test_batch_norm_decays_only_when_asked(decay_norms, expected):
+    config = parse(["--wd=0.0005", f"--bn-weight-decay={decay_norms}"])
+    network = build("vgg11_bn", num_classes=3, head="small")
+    groups = build_optimizer(config, network).param_groups
+    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(decay_of) == len(list(network.parameters()))
+    for name, parameter in network.named_parameters():
+        is_norm = network.get_submodule(name.rpartition(".")[0]).__class__.__name__ == "BatchNorm2d"
+        assert decay_of[id(parameter)] == (expected if is_norm else 0.0005), name
