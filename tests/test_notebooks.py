@@ -1,0 +1,75 @@
+"""Every notebook: clean in git, and run from top to bottom by papermill."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import PROJECT
+
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+# What makes each short enough for a test; without a line here a notebook runs as it is.
+SHORTER = {"00_start_here": {"model": "vgg11", "epochs": 2, "steps_per_epoch": 12}}
+
+each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+
+
+def cells_of(file, kind):
+    return [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def papermill(file, out, parameters, **environment):
+    words = [sys.executable, "-m", "papermill", "--log-level=WARNING", "--cwd", str(file.parent), str(file), str(out)]
+    for name, value in parameters.items():
+        words += ["-p", name, str(value)]
+    environment = {**os.environ, **environment}
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500, check=False)
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@each_notebook
+def test_committed_without_outputs_and_for_any_kernel(file):
+    content = json.loads(file.read_text())
+    assert content["metadata"]["kernelspec"]["name"] == "python3"  # any other is NoSuchKernel elsewhere
+    assert "widgets" not in content["metadata"]
+    for cell in cells_of(file, "code"):
+        assert (cell["outputs"], cell["execution_count"]) == ([], None)
+    tags = [tag for cell in cells_of(file, "code") for tag in cell["metadata"].get("tags", [])]
+    assert tags.count("parameters") == 1
+
+
+@each_notebook
+def test_short_cells_and_enough_prose(file):
+    code = ["".join(cell["source"]).splitlines() for cell in cells_of(file, "code")]
+    assert max(len(lines) for lines in code) <= 15
+    num_words = sum(len("".join(cell["source"]).split()) for cell in cells_of(file, "markdown"))
+    assert num_words / sum(len(lines) for lines in code) >= 5
+
+
+@each_notebook
+def test_runs_from_top_to_bottom(file, tmp_path):
+    out = tmp_path / file.name
+    result = papermill(file, out, {"output_dir": tmp_path, **SHORTER.get(file.stem, {})})
+    assert result.returncode == 0, result.stderr[-3000:]
+    outputs = [output for cell in cells_of(out, "code") for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    # Nobody watched: no widget is left behind, which a report could not show, and no flood of updates.
+    shown = [kind for output in outputs for kind in output.get("data", {})]
+    assert "application/vnd.jupyter.widget-view+json" not in shown
+    assert "image/png" in shown
+    assert len(outputs) < 3 * len(cells_of(out, "code"))
+    assert list(tmp_path.glob("runs/*/report.json"))
+
+
+def test_a_run_that_fails_fails_the_cell_and_the_batch(tmp_path):
+    (file,) = [file for file in NOTEBOOKS if file.stem == "00_start_here"]
+    out = tmp_path / "out.ipynb"
+    result = papermill(file, out, {"output_dir": tmp_path, "model": "vgg12"})
+    assert result.returncode != 0
+    assert "--model: invalid choice" in result.stderr
+    last = [cell for cell in cells_of(out, "code") if cell["outputs"]][-1]
+    assert "vgglab.launch" in "".join(last["source"])  # the cells behind it did not run

@@ -1,0 +1,126 @@
+"""What may know of what: the rules that keep the house small, watched."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, shell
+
+PACKAGE = PROJECT / "vgglab"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+HARDWARE = re.compile(r"\b(cuda|mps|xla|gcu)\b", re.IGNORECASE)
+
+
+def name_of(file):
+    parts = file.relative_to(PROJECT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_by(file, only_at_start=False):
+    tree = ast.parse(file.read_text())
+    typing_only = {
+        id(n)
+        for b in ast.walk(tree)
+        if isinstance(b, ast.If) and "TYPE_CHECKING" in ast.dump(b.test)
+        for n in ast.walk(b)
+    }
+    found = set()
+    for node in tree.body if only_at_start else ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def code_without_prose(file):
+    """The source with docstrings, comments and help texts blanked out."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            node.value.value = ""
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("_flag", "_switch"):
+            node.args = node.args[1:]
+    return ast.unparse(tree)
+
+
+def test_the_package_is_where_the_tests_look():
+    assert {"vgglab.engine", "vgglab.devices.native", "vgglab.view.live"} <= {name_of(file) for file in MODULES}
+
+
+@pytest.mark.parametrize("file", [f for f in MODULES if f.parent.name != "devices"], ids=name_of)
+def test_no_hardware_is_named_outside_devices(file):
+    assert HARDWARE.findall(code_without_prose(file)) == []
+
+
+def test_the_guard_would_see_a_name(tmp_path):
+    (tmp_path / "bad.py").write_text('"""About cuda."""\nif device.kind == "cuda":  # cuda\n    torch.xla.step()\n')
+    assert HARDWARE.findall(code_without_prose(tmp_path / "bad.py")) == ["cuda", "xla"]
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "view").glob("*.py")), ids=name_of)
+def test_views_know_neither_the_engine_nor_torch(file):
+    inside = {name for name in imported_by(file) if name.startswith("vgglab.")}
+    allowed = ("vgglab.view", "vgglab.runs", "vgglab.errors")
+    assert [name for name in inside if not name.startswith(allowed)] == []
+    assert not [name for name in imported_by(file, only_at_start=True) if name.startswith("torch")]
+
+
+def test_looking_at_a_run_works_without_torch(train):
+    run = train("--print-freq=1").run
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None\n"
+        "import vgglab; run = vgglab.Run(sys.argv[1])\n"
+        "from vgglab.view.figures import curves; from vgglab.view.live import summary, progress_of\n"
+        "print(summary(run, progress_of(run)), len(curves(run).png()) > 1000, run.report()['acc1'])\n"
+    )
+    result = shell("python", "-c", code, run.path)
+    assert result.returncode == 0, result.stderr
+    assert "done" in result.stdout
+    assert " True " in result.stdout
+
+
+@pytest.mark.parametrize("name", ["engine", "model", "checkpoint", "schedule", "config", "report"])
+def test_the_core_draws_no_pictures(name):
+    assert not [
+        m for m in imported_by(PACKAGE / f"{name}.py") if m.startswith(("vgglab.view", "matplotlib", "IPython"))
+    ]
+
+
+def test_the_core_stays_on_torch_torchvision_and_the_standard_library():
+    outside = set()
+    for file in MODULES:
+        if file.parent.name == "view":
+            continue
+        outside |= {name.split(".")[0] for name in imported_by(file)} - set(sys.stdlib_module_names)
+    assert outside <= {"vgglab", "torch", "torchvision", "PIL", "sklearn"}  # Pillow comes with torchvision
+
+
+def test_devices_have_about_ten_verbs():
+    from vgglab.devices.base import Device
+
+    assert len(Device.__abstractmethods__) <= 12
+
+
+def test_files_stay_small():
+    lengths = {name_of(file): len(file.read_text().splitlines()) for file in MODULES}
+    assert {name: length for name, length in lengths.items() if length > 320} == {}
+
+
+def test_the_core_is_written_in_python_3_8():
+    for file in MODULES:
+        ast.parse(file.read_text(), feature_version=(3, 8))
+
+
+def test_nobody_names_a_registry():
+    tracked = shell("git", "ls-files").stdout.split()
+    assert tracked
+    hosts = re.compile(r"(pypi|pythonhosted|deb\.debian|registry\.npmjs|download\.pytorch)\.org")
+    files = [Path(PROJECT, name) for name in tracked if Path(PROJECT, name).suffix != ".png"]
+    assert [
+        f.name for f in files if f.is_file() and f.name != Path(__file__).name and hosts.search(f.read_text())
+    ] == []
