@@ -8,7 +8,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # VGG16 with batch norm on the handwritten digits: about two minutes on two cores.
 MAIN_JOB := --data-path digits --model vgg16_bn --epochs 6 --warmup 1 --lr 0.1 --lr-schedule cosine --fix-seed
 
-.PHONY: help install run test lab check notebooks clean
+.PHONY: help install run test lab check notebooks pin clean
 .DEFAULT_GOAL := help
 
 help: ## what there is to make
@@ -52,6 +52,9 @@ $(OUT)/%.html: notebooks/%.ipynb $(INSTALLED) FORCE
 	@mkdir -p $(OUT)
 	VGGLAB_UI=static $(BIN)/papermill --log-level WARNING --cwd notebooks -p output_dir $(CURDIR) $< $(OUT)/$*.ipynb
 	$(BIN)/jupyter nbconvert --log-level WARN --to html --output-dir $(OUT) $(OUT)/$*.ipynb
+
+pin: $(INSTALLED) ## write constraints.txt anew from what .venv holds
+	@{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable; } > build.tmp && mv build.tmp constraints.txt
 
 clean: ## remove what was built; runs stay
 	rm -rf build .venv

@@ -166,7 +166,7 @@ class Dashboard:
             time.sleep(REFRESH_SECONDS)
             self.refresh()
         self.refresh()
-        self.stop_button.disabled = True
+        self.stop_button.disabled, self.stop_button.description = True, "Ended"
 
     def _on_stop(self, _: Any) -> None:
         self.stop_button.disabled = True
