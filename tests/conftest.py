@@ -88,7 +88,7 @@ def refused(train) -> Callable[..., str]:
         lines = result.err.strip().splitlines()
         assert (result.code, len(lines)) == (2, 1), result
         assert lines[0].startswith("vgglab.train: error: ")
-        return lines[0].removeprefix("vgglab.train: error: ")
+        return lines[0][len("vgglab.train: error: ") :]
 
     return expect_refusal
 

@@ -11,16 +11,6 @@ from typing import Any
 from vgglab.errors import UserError
 from vgglab.runs import Event, Run, _write_json
 
-SEED_SETTINGS = (
-    "model",
-    "batch_size",
-    "epochs",
-    "training_step_per_epoch",
-    "eval_step_per_epoch",
-    "device",
-    "skip_steps",
-)
-
 
 def build_report(run: Run) -> dict[str, Any]:
     """The seed kit's fields by its names, and what a reader needs to trust them.
@@ -35,24 +25,35 @@ def build_report(run: Run) -> dict[str, Any]:
     if not config or not events:
         raise UserError(f"{run.path}: nothing to report yet")
     intervals = [event for event in events if event["event"] == "train" and not event["warmup"]]
-    report = {name: config[name] for name in SEED_SETTINGS}
-    report.update(
-        local_rank=0,
-        acc1=_best(events, "acc1"),
-        acc5=_best(events, "acc5"),
-        **_speed(intervals),
-        training_time=_hours_minutes_seconds(events[-1]["seconds"]),
-        status=run.status,
-        world_size=env["world_size"],
-        global_batch_size=config["batch_size"] * env["world_size"],
-        seed=config["seed"],
-        amp_dtype=env["amp_dtype"],
-        hardware=env["hardware"],
-        simulated=env["simulated"],
-        versions=env["versions"],
-        warnings=[event["text"] for event in events if event["event"] == "warning"],
-    )
-    return report
+    speed = _speed(intervals)
+    return {
+        "model": config["model"],
+        "local_rank": 0,
+        "batch_size": config["batch_size"],
+        "epochs": config["epochs"],
+        "training_step_per_epoch": config["training_step_per_epoch"],
+        "eval_step_per_epoch": config["eval_step_per_epoch"],
+        "acc1": _best(events, "acc1"),
+        "acc5": _best(events, "acc5"),
+        "device": config["device"],
+        "skip_steps": config["skip_steps"],
+        "train_fps_mean": speed["mean"],
+        "train_fps_min": speed["min"],
+        "train_fps_max": speed["max"],
+        "training_time": _hours_minutes_seconds(events[-1]["seconds"]),
+        # So far the seed kit's fields, in its order; from here on ours.
+        "status": run.status,
+        "world_size": env["world_size"],
+        "global_batch_size": config["batch_size"] * env["world_size"],
+        "images_per_second": speed["mean"],
+        **_step_times(intervals),
+        "seed": config["seed"],
+        "amp_dtype": env["amp_dtype"],
+        "hardware": env["hardware"],
+        "simulated": env["simulated"],
+        "versions": env["versions"],
+        "warnings": [event["text"] for event in events if event["event"] == "warning"],
+    }
 
 
 def _best(events: list[Event], figure: str) -> float | None:
@@ -62,15 +63,21 @@ def _best(events: list[Event], figure: str) -> float | None:
     return max(seen, default=None)
 
 
-def _speed(intervals: list[Event]) -> dict[str, Any]:
-    seconds = sum(event["interval_seconds"] for event in intervals)
+def _speed(intervals: list[Event]) -> dict[str, float | None]:
+    """Images per second of the whole job; the mean is over time, not over intervals."""
+    if not intervals:
+        return {"mean": None, "min": None, "max": None}
     rates = [event["images_per_second"] for event in intervals]
+    num_images = sum(event["interval_images"] for event in intervals)
+    seconds = sum(event["interval_seconds"] for event in intervals)
+    return {"mean": num_images / seconds, "min": min(rates), "max": max(rates)}
+
+
+def _step_times(intervals: list[Event]) -> dict[str, Any]:
+    """Each interval's mean time a step counts once; with --print-freq 1 these are the steps themselves."""
     step_seconds = sorted(event["interval_seconds"] / event["interval_steps"] for event in intervals)
-    images = sum(event["interval_images"] for event in intervals)
+    seconds = sum(event["interval_seconds"] for event in intervals)
     return {
-        "train_fps_mean": images / seconds if intervals else None,
-        "train_fps_min": min(rates, default=None),
-        "train_fps_max": max(rates, default=None),
         "step_seconds_p50": _percentile(step_seconds, 50),
         "step_seconds_p90": _percentile(step_seconds, 90),
         "step_seconds_p99": _percentile(step_seconds, 99),

@@ -1,0 +1,79 @@
+"""What the documents say is there, is there; the commands they show are understood."""
+
+import re
+import shlex
+
+import pytest
+from conftest import PROJECT, shell
+
+from vgglab import train
+from vgglab.config import parse
+
+README = (PROJECT / "README.md").read_text()
+
+
+def commands(text):
+    """Lines that start a training, continued lines joined, comments and launchers cut off."""
+    joined = re.sub(r"\\\s*\n\s*", " ", text)
+    for line in joined.splitlines():
+        match = re.search(r"(?:vgglab/train\.py|-m vgglab\.train)\b(.*)", line.strip())
+        if line.strip().startswith(("python", "torchrun")) and match:
+            yield match.group(1).split("#")[0]
+
+
+@pytest.mark.parametrize("text", [README, train.__doc__], ids=["README.md", "train.py"])
+def test_every_command_shown_is_understood(text):
+    found = list(commands(text))
+    assert len(found) >= 7
+    for flags in found:
+        words = [re.sub(r"<\w+>", "x", word) for word in shlex.split(flags)]
+        if "--help" not in words:
+            parse(words)
+
+
+def test_the_seed_kits_four_commands_stand_in_the_readme():
+    from test_seed_defects import CONVERGENCE, EIGHT_CARDS, ONE_CARD, PERFORMANCE
+
+    joined = " ".join(re.sub(r"\\\s*\n", " ", README).split())
+    for door in (ONE_CARD, EIGHT_CARDS):
+        for flags in (PERFORMANCE, CONVERGENCE):
+            assert f"{door} {flags.replace('DATA', 'imagenet_raw')}" in joined
+
+
+def test_make_targets_named_in_the_documents_exist():
+    makefile = (PROJECT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    assert {"install", "run", "test", "lab", "check", "notebooks", "help"} <= targets
+    for document in ("README.md", "CONTRIBUTING.md", ".ci/run"):
+        named = set(re.findall(r"(?:^|`)make ([a-z]+)", (PROJECT / document).read_text(), re.MULTILINE))
+        assert named
+        assert named <= targets, document
+    listed = shell("make", "help").stdout
+    assert all(re.search(rf"^{target} ", listed, re.MULTILINE) for target in ("run", "test", "lab", "check"))
+
+
+def test_files_named_in_the_documents_exist():
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (PROJECT / document).read_text()
+        named = set(re.findall(r"`((?:vgglab|tests|notebooks)/[\w./]*)`|\b(\w+\.(?:ya?ml|toml|ipynb))\b", text))
+        for path, name in named:
+            found = (PROJECT / path).exists() if path else list(PROJECT.glob(f"**/{name}"))
+            assert found, (document, path or name)
+
+
+def test_conda_gets_what_make_installs():
+    environment = (PROJECT / "environment.yml").read_text()
+    assert "-c constraints.txt" in environment
+    assert "-e .[dev]" in environment
+    assert "pytorch" not in re.sub(r"#.*", "", environment)  # that channel is closed
+
+
+def test_every_dependency_has_a_reason_and_a_pin():
+    text = (PROJECT / "pyproject.toml").read_text()
+    block = text[text.index("dependencies = [") : text.index("[tool.hatch")]
+    pinned = {line.split("==")[0].lower() for line in (PROJECT / "constraints.txt").read_text().splitlines()}
+    lines = [line for line in block.splitlines() if line.startswith('    "') and "vgglab[" not in line]
+    assert len(lines) > 10
+    for line in lines:
+        assert re.search(r"#\s+\w+", line), line
+        assert re.match(r'\s+"([\w-]+)', line).group(1).lower() in pinned, line
