@@ -22,9 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "$(PYTHON) is older than Python 3.11; try make PYTHON=python3.12 ..." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 ifdef TORCH_INDEX
-	$(BIN)/pip install --quiet -c constraints.txt --index-url $(TORCH_INDEX) torch torchvision
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch torchvision
 endif
-	@echo "installing into .venv; the first time this takes some minutes, most of them for torch"
+	@echo "installing into .venv: some minutes and about 6 GB, most of it torch with CUDA (README.md has the CPU-only way)"
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m ipykernel install --sys-prefix --name vgglab --display-name "Python (vgglab)"
 	@touch $@
@@ -50,8 +50,8 @@ notebooks: $(NOTEBOOKS:notebooks/%.ipynb=$(OUT)/%.html) ## execute all notebooks
 
 $(OUT)/%.html: notebooks/%.ipynb $(INSTALLED) FORCE
 	@mkdir -p $(OUT)
-	VGGLAB_UI=static $(BIN)/papermill --log-level WARNING --cwd notebooks -p output_dir $(CURDIR) $< $(OUT)/$*.ipynb
-	$(BIN)/jupyter nbconvert --log-level WARN --to html --output-dir $(OUT) $(OUT)/$*.ipynb
+	VGGLAB_UI=static $(BIN)/papermill --log-level ERROR --cwd notebooks -p output_dir $(CURDIR) $< $(OUT)/$*.ipynb
+	$(BIN)/jupyter nbconvert --log-level ERROR --to html --output-dir $(OUT) $(OUT)/$*.ipynb
 
 pin: $(INSTALLED) ## write constraints.txt anew from what .venv holds
 	@{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable; } > build.tmp && mv build.tmp constraints.txt

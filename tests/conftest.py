@@ -72,8 +72,8 @@ def train(images, tmp_path, capsys) -> Callable[..., Result]:
         capsys.readouterr()
         code = main([*base, f"--data-path={data}", f"--output-dir={out}", *flags])
         captured = capsys.readouterr()
-        made = sorted(out.glob("runs/*/config.json"))
-        return Result(code, captured.out, captured.err, Run(made[0].parent) if made else None)
+        made = sorted(out.glob("runs/*"))
+        return Result(code, captured.out, captured.err, Run(made[0]) if made else None)
 
     return run_training
 

@@ -20,7 +20,7 @@ SEED_DEFAULTS = {
 SEED_FLAGS = """--data-path=x --num_classes=5 --model=vgg16 --device=cpu -b=2 --batch-size=2 --epochs=3 -j=1 --workers=1
 --lr=0.1 --optimizer=sgd --momentum=0.8 --nesterov --wd=0.1 --weight-decay=0.1 --bn-weight-decay --dropout_rate=0.1
 --lr-schedule=step --warmup=1 --end-lr=0 --lr-step-size=3 --lr-gamma=0.2 --print-freq=1 --eval-freq=1 --output-dir=o
---resume=r --start-epoch=1 --test-only --pretrained --cache-dataset --sync-bn --broadcast-buffers --fix-seed
+--resume=r --start-epoch=1 --test-only --cache-dataset --sync-bn --broadcast-buffers --fix-seed
 --torch-amp --amp --training_step_per_epoch=3 --eval_step_per_epoch=3 --skip_steps=1 --world-size=1
 --dist-url=env://""".split()
 
@@ -37,6 +37,7 @@ def test_every_flag_of_the_seed_kit_is_taken_with_dashes_and_underscores(swap):
         return "--" + name[2:].replace(*swap) + equals + value if name.startswith("--") else flag
 
     assert parse([respelt(flag) for flag in SEED_FLAGS]) == parse(SEED_FLAGS)
+    assert parse(["--pretrained"]).pretrained
 
 
 def test_underscores_in_values_are_left_alone():
@@ -57,14 +58,22 @@ def test_underscores_in_values_are_left_alone():
         (["--device=tpu"], "--device: invalid choice"),
         (["--dropout_rate=1"], r"--dropout-rate: '1' is not in \[0, 1\)"),
         (["--training_step_per_epoch=0"], "--training-step-per-epoch: '0' is not -1"),
-        (["--image-size=16"], "--image-size: '16' is not.*32 or more"),
+        (["--image-size=16"], "--image-size: '16' is not.*from 32"),
         (["--lr-schedule=exponential"], "--lr-schedule: invalid choice"),
         (["--num_clases=3"], "--num-clases: no such flag; did you mean --num-classes?"),
         (["--frobnicate"], "--frobnicate: no such flag"),
-        (["stray"], "stray: no such flag"),
+        (["digits"], "'digits' belongs to no flag.*--data-path digits"),
+        (["--seed=99999999999999999999"], "--seed: "),
+        (["--warmup=" + "9" * 400], "--warmup: "),
+        (["--weight-decay=1e308"], "--weight-decay.*: .1e308"),
+        (["--workers=10000"], "--workers"),
+        (["--image-size=1000000"], "--image-size: "),
         (["--epoch=3"], "--epoch: no such flag; did you mean --epochs?"),
         (["--epochs"], "--epochs: expected one argument"),
         (["--test-only"], "--test-only: nothing to test"),
+        (["--seed=5", "--fix-seed"], "--fix-seed: means --seed 1048576"),
+        (["--seed=-1"], "--seed: '-1' is not"),
+        (["--pretrained", "--resume=x"], "--pretrained: --resume brings its own weights"),
         (["--start-epoch=90"], "--start-epoch 90: must be below --epochs 90"),
         (["--nesterov", "--momentum=0"], "--nesterov: needs"),
     ],

@@ -64,6 +64,13 @@ def test_a_wrong_flag_fails_at_once_without_a_run(tiny, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_settings_are_passed_on_as_they_are_meant(tiny, tmp_path):
+    run = vgglab.launch([*tiny, "--epochs", 2], resume=None, run_dir=tmp_path / "with space", watch=False).wait(60)
+    assert (run.config["epochs"], run.config["resume"]) == (2, None)
+    with pytest.raises(vgglab.UserError, match=r"--run-dir .*with space: holds a run already"):
+        vgglab.launch(tiny, run_dir=tmp_path / "with space")
+
+
 def test_what_the_run_refuses_reaches_the_caller(tiny):
     with pytest.raises(vgglab.UserError, match=r"--num-classes 7: .* has 3 classes"):
         vgglab.launch(tiny, num_classes=7, watch=False).wait(60)

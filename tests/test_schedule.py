@@ -43,7 +43,8 @@ def test_without_warmup_the_first_epoch_has_the_base_rate():
 
 
 @pytest.mark.parametrize(("decay_norms", "expected"), [(False, 0.0), (True, 0.0005)])
-def test_batch_norm_decays_only_when_asked(decay_norms, expected):
+def test_row_32_batch_norm_decays_only_when_asked(decay_norms, expected):
+    """Seed: it looked for "bn" in the names, which no VGG layer carries."""
     config = parse(["--wd=0.0005", f"--bn-weight-decay={decay_norms}"])
     network = build("vgg11_bn", num_classes=3, head="small")
     groups = build_optimizer(config, network).param_groups

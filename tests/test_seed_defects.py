@@ -92,8 +92,11 @@ def test_row_13_step_size_and_gamma_are_honoured(train):
 
 def test_row_13_broadcast_buffers_reaches_the_wrapper(images, tmp_path):
     code = (
-        "import torch.nn.parallel.distributed as d, sys; real = d.DistributedDataParallel.__init__\n"
-        "def init(self, *a, **k): print('BROADCAST', k['broadcast_buffers'], flush=True); real(self, *a, **k)\n"
+        "import functools, sys, torch.nn.parallel.distributed as d\n"
+        "real = d.DistributedDataParallel.__init__\n"
+        "@functools.wraps(real)\n"
+        "def init(self, *a, **k):\n"
+        "    print('BROADCAST', *[v for n, v in k.items() if n != 'device_ids'], flush=True); real(self, *a, **k)\n"
         "d.DistributedDataParallel.__init__ = init\n"
         "from vgglab.train import main; sys.exit(main(sys.argv[1:]))\n"
     )

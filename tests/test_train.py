@@ -1,5 +1,6 @@
 """python -m vgglab.train: what it leaves behind, what it refuses, how it goes on."""
 
+import inspect
 import json
 import os
 import pickle
@@ -25,14 +26,12 @@ def losses(run):
 
 
 def test_a_run_leaves_everything_the_house_promises(train):
-    result = train("--epochs=2", "--print-freq=1", "--skip-steps=2", "--tensorboard")
+    result = train("--epochs=2", "--print-freq=1", "--skip-steps=2")
     assert result.code == 0
     run = result.run
     assert run.status == "done"
     left = {str(file.relative_to(run.path)) for file in run.path.rglob("*") if file.is_file()}
-    scalars = {file for file in left if file.startswith("tensorboard/")}
-    assert len(scalars) == 1
-    assert left - scalars == {
+    assert left == {
         "config.json", "env.json", "events.jsonl", "report.json", "log/rank0.txt",
         "checkpoints/last.pt", "checkpoints/best.pt",
     }  # fmt: skip
@@ -49,6 +48,22 @@ def test_a_run_leaves_everything_the_house_promises(train):
     assert run.logs() in result.out
 
 
+def test_tensorboard_has_the_seeds_scalars(train):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train("--print-freq=1", "--tensorboard").run
+    written = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    for name in ("learning_rate", "loss", "train_accuracy_step", "train_fps_step", "eval_accuracy_epoch"):
+        assert written.Scalars(name), name
+    assert [s.value for s in written.Scalars("loss")] == pytest.approx(losses(run))
+
+
+def test_without_tensorboard_the_flag_says_so(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "--tensorboard: the package tensorboard is missing" in refused("--tensorboard")
+
+
 def test_the_report_has_the_seeds_fields_and_can_be_made_again(train):
     run = train("--print-freq=1", "--skip-steps=2").run
     file = run.path / "report.json"
@@ -57,7 +72,7 @@ def test_the_report_has_the_seeds_fields_and_can_be_made_again(train):
     assert report["num_intervals"] == 2  # four steps, two of them skipped
     assert report["train_fps_min"] <= report["train_fps_mean"] <= report["train_fps_max"]
     assert 0 <= report["data_wait_share"] <= 1
-    measured = [e for e in run.events("train") if not e["warmup"]]
+    measured = [e for e in run.events("train") if e["is_measured"]]
     seconds = sum(e["interval_seconds"] for e in measured)
     assert report["train_fps_mean"] == pytest.approx(sum(e["interval_images"] for e in measured) / seconds)
     file.unlink()
@@ -100,16 +115,68 @@ def test_resuming_a_finished_run_reports_it_and_remembers_its_best(train):
     assert again.run.events("train") == []
 
 
-def test_best_is_kept_while_last_moves_on(train, monkeypatch):
-    from vgglab import engine
-
-    verdicts = iter([True, False])
-    real = engine.evaluate
-    monkeypatch.setattr(engine, "evaluate", lambda *args: (real(*args), next(verdicts))[1])
-    run = train("--epochs=2").run
-    saved = {which: torch.load(run.checkpoint(which), weights_only=True) for which in ("best", "last")}
-    assert (saved["best"]["epoch"], saved["last"]["epoch"]) == (1, 2)
+def test_best_is_the_best_and_is_kept_while_last_moves_on(train):
+    run = train("--model=vgg11_bn", "--epochs=10", "--seed=4", "--lr=2").run
+    accuracies = [event["acc1"] for event in run.events("eval")]
+    best = torch.load(run.checkpoint("best"), weights_only=True)
+    assert best["epoch"] == accuracies.index(max(accuracies)) + 1  # the first of the best
+    assert best["best"]["acc1"] == max(accuracies)
     assert sorted(os.listdir(run.path / "checkpoints")) == ["best.pt", "last.pt"]
+    again = train("--test-only", f"--resume={run.checkpoint('best')}", "--model=vgg11_bn").run
+    assert again.report()["acc1"] == run.report()["acc1"] == max(accuracies)
+    ruined = train("--model=vgg11_bn", "--epochs=11", "--lr=1e9", f"--resume={run.path}").run
+    kept = torch.load(ruined.checkpoint("best"), weights_only=True)
+    assert (kept["epoch"], torch.load(ruined.checkpoint("last"), weights_only=True)["epoch"]) == (best["epoch"], 11)
+
+
+def test_a_resumed_run_that_does_not_get_better_still_has_its_best(train):
+    first = train("--lr=0.1").run
+    resumed = train("--lr=0", "--epochs=2", f"--resume={first.path}").run
+    assert resumed.checkpoint("best").read_bytes() == first.checkpoint("best").read_bytes()
+
+
+def test_the_readmes_resume_lines_need_no_other_flag(images, tmp_path, capsys):
+    from vgglab.train import main
+
+    recipe = ("--model=vgg11_bn", "--lr=0.3", "--lr-schedule=cosine", f"--data-path={images}", "--dropout-rate=0.5")
+    first, longer, tested = (tmp_path / name for name in ("first", "longer", "tested"))
+    assert main([*TINY, *recipe, "--amp", f"--run-dir={first}"]) == 0
+    assert main([f"--resume={first}", "--epochs=2", "--workers=0", f"--run-dir={longer}"]) == 0
+    assert main([f"--resume={longer}", "--test-only", "--workers=0", f"--run-dir={tested}"]) == 0
+    assert "was" not in capsys.readouterr().out.replace("was refused", "")
+    settings = [Run(path).config for path in (first, longer)]
+    differing = {name for name in settings[0] if settings[0][name] != settings[1][name]}
+    assert differing <= {"epochs", "resume", "run_dir", "amp"}
+    assert Run(longer).events("start")[0]["first_epoch"] == 1
+    assert Run(tested).report()["acc1"] == Run(longer).events("eval")[-1]["acc1"]
+
+
+def test_a_shortened_evaluation_looks_at_all_classes(train):
+    """It took the first images, which are all of one class."""
+    run = train("--eval-step-per-epoch=1", "--batch-size=3", "--epochs=1").run
+    (event,) = run.events("eval")
+    assert event["num_images"] == 3
+    assert event["acc1"] in (0.0, pytest.approx(100 / 3), pytest.approx(200 / 3))  # one image of each class
+
+
+def test_a_resumed_run_keeps_its_seed_and_uses_its_own_flags(train, refused):
+    first = train("--weight-decay=0.5").run
+    result = train("--epochs=2", "--momentum=0.5", "--weight-decay=0.3", f"--resume={first.path}")
+    assert result.run.config["seed"] == first.config["seed"]  # which was drawn
+    groups = torch.load(result.run.checkpoint("last"), weights_only=True)["optimizer"]["param_groups"]
+    assert (groups[0]["momentum"], groups[0]["weight_decay"]) == (0.5, 0.3)
+    assert "--resume: --momentum 0.5, was 0.9" in result.out
+    assert "--weight-decay 0.3, was 0.5" in result.out
+    line = refused("--epochs=2", "--optimizer=rmsprop", f"--resume={first.path}")
+    assert "was written with --optimizer sgd" in line
+
+
+def test_a_resumed_run_leaves_out_its_own_first_steps(train):
+    first = train("--skip-steps=1").run
+    resumed = train("--epochs=2", "--skip-steps=2", "--print-freq=1", f"--resume={first.path}").run
+    assert [(e["step"], e["is_measured"]) for e in resumed.events("train")] == [
+        (5, False), (6, False), (7, True), (8, True),
+    ]  # fmt: skip
 
 
 def test_each_file_and_each_module_is_a_door(images, tmp_path):
@@ -141,6 +208,20 @@ def test_missing_and_empty_folders(refused, images, tmp_path):
     (images / "train" / "n04").rmdir()
     (images / "val").rename(images / "elsewhere")
     assert "has no val/ folder" in refused()
+
+
+def test_folders_that_cannot_be_read(refused, images, tmp_path):
+    (images / "train" / "n04").symlink_to("/nowhere")
+    assert "n04 is a link to nowhere" in refused()
+    (images / "train" / "n04").unlink()
+    assert "cannot be read" in refused(data="x" * 5000)
+    assert "no such folder" in refused(data=images / "val/n01/n01_0.JPEG")
+    assert "no such folder" in refused(data="two\nlines")
+
+
+def test_an_image_too_large_to_be_true_is_refused(refused, images, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 48 * 40 // 3)
+    assert "decompression bomb" in refused(in_the_middle=True)
 
 
 def test_classes_that_disagree(refused, train, images):
@@ -186,6 +267,8 @@ def test_an_output_directory_that_cannot_be_written(refused, tmp_path):
 
 
 def test_a_run_directory_is_not_written_twice(refused, train, tmp_path):
+    (tmp_path / "old/checkpoints").mkdir(parents=True)
+    assert "holds a run already" in refused(f"--run-dir={tmp_path}/old")
     assert train(f"--run-dir={tmp_path}/mine").code == 0
     config = (tmp_path / "mine/config.json").read_bytes()
     assert "holds a run already" in refused(f"--run-dir={tmp_path}/mine", "--epochs=3")
@@ -195,18 +278,26 @@ def test_a_run_directory_is_not_written_twice(refused, train, tmp_path):
 def test_checkpoints_that_do_not_fit(refused, train, tmp_path):
     run = train().run
     assert "is a checkpoint of vgg11, this run is --model vgg13" in refused(f"--resume={run.path}", "--model=vgg13")
-    assert "check --num-classes, --head" in refused(f"--resume={run.path}", "--image-size=224")
+    assert "check --num-classes, --head" in refused(f"--resume={run.path}", "--head=imagenet")
     assert "cannot be read" in refused("--resume=/nowhere.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     assert "not a checkpoint" in refused(f"--resume={tmp_path}/text.pt")
     whole = run.checkpoint("last").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     assert "not a checkpoint" in refused(f"--resume={tmp_path}/cut.pt")
+    weights = torch.load(run.checkpoint("last"), weights_only=True)["model"]
+    torch.save({"model": weights, "config": "a string"}, tmp_path / "foreign.pt")
+    assert train(f"--resume={tmp_path}/foreign.pt", "--test-only").code == 0
+    torch.save({"model": {1: weights["features.0.weight"]}}, tmp_path / "keys.pt")
+    assert "holds no model weights" in refused(f"--resume={tmp_path}/keys.pt")
     torch.save({"epoch": 3}, tmp_path / "numbers.pt")
     assert "holds no model weights" in refused(f"--resume={tmp_path}/numbers.pt")
-    torch.save(torch.load(run.checkpoint("last"), weights_only=True)["model"], tmp_path / "weights.pt")
+    torch.save(weights, tmp_path / "weights.pt")
     assert "holds weights only" in refused(f"--resume={tmp_path}/weights.pt", "--epochs=2")
     assert train(f"--resume={tmp_path}/weights.pt", "--test-only").code == 0
+
+
+UNSAFE = {"weights_only": False} if "weights_only" in inspect.signature(torch.load).parameters else {}
 
 
 class Trap:
@@ -224,6 +315,63 @@ def test_a_checkpoint_never_runs_code(refused, tmp_path):
     for name in ("zip", "pickle"):
         assert "not a checkpoint that can be read safely" in refused(f"--resume={tmp_path}/{name}.pt")
     assert not sprung.exists()
+
+
+def test_on_old_torch_too_a_checkpoint_never_runs_code(tmp_path):
+    """torch 1.10 has no weights_only: there our own unpickler reads."""
+    from vgglab.compat import _PlainPickle
+
+    content = {"model": {"w": torch.arange(6.0).reshape(2, 3)}, "epoch": 3}
+    torch.save(content, tmp_path / "good.pt")
+    read = torch.load(tmp_path / "good.pt", pickle_module=_PlainPickle, **UNSAFE)
+    assert torch.equal(read["model"]["w"], content["model"]["w"])
+    torch.save({"model": Trap(str(tmp_path / "sprung"))}, tmp_path / "bad.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "bad.pt", pickle_module=_PlainPickle, **UNSAFE)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_on_old_torch_an_archive_with_code_is_not_opened(tmp_path):
+    """torch 1.10 would hand it to torch.jit.load, which runs what is in it."""
+    from vgglab.compat import NotACheckpoint, _refuse_torchscript
+
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), str(tmp_path / "script.pt"))
+    torch.save({"w": torch.zeros(1)}, tmp_path / "plain.pt")
+    with pytest.raises(NotACheckpoint, match="TorchScript"):
+        _refuse_torchscript(tmp_path / "script.pt")
+    _refuse_torchscript(tmp_path / "plain.pt")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"optimizer": {}}, {"optimizer": None}, {"epoch": "three"}, {"best": 3}, {"config": {}}, {"config": None}],
+)
+def test_a_damaged_checkpoint_is_refused(refused, train, tmp_path, damage):
+    content = torch.load(train().run.checkpoint("last"), weights_only=True)
+    torch.save({**content, **damage}, tmp_path / "damaged.pt")
+    assert "--resume" in refused(f"--resume={tmp_path}/damaged.pt", "--epochs=2")
+
+
+def test_two_ranks_report_what_the_saved_weights_are_worth(images, tmp_path):
+    """Each rank has batch-norm statistics of its own; only rank 0's are saved."""
+    flags = [*TINY, f"--data-path={images}", "--model=vgg11_bn", "--lr=0.5", "--batch-size=2", "--epochs=2"]
+    launcher = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "vgglab.train")
+    result = shell(*launcher, *flags, f"--run-dir={tmp_path}/two")
+    assert result.returncode == 0, result.stderr
+    assert "FutureWarning: `broadcast" not in result.stderr
+    again = ("--test-only", f"--resume={tmp_path}/two", "--device=cpu", "--workers=0", f"--run-dir={tmp_path}/one")
+    assert shell("python", "-m", "vgglab.train", *again).returncode == 0
+    (alone,) = Run(tmp_path / "one").events("eval")
+    together = Run(tmp_path / "two").events("eval")[-1]
+    assert (alone["acc1"], alone["num_images"]) == (together["acc1"], together["num_images"]) == (alone["acc1"], 9)
+    assert alone["loss"] == pytest.approx(together["loss"], rel=1e-5)
+
+
+def test_a_terminal_that_goes_away_does_not_end_the_run(images, tmp_path):
+    flags = " ".join([*TINY, f"--data-path={images}", f"--run-dir={tmp_path}/run"])
+    result = shell("bash", "-c", f"{sys.executable} -m vgglab.train {flags} | true")
+    assert "Traceback" not in result.stderr
+    assert Run(tmp_path / "run").status == "done"
 
 
 def test_devices_that_are_not_there(refused):

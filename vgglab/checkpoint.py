@@ -22,7 +22,7 @@ FORMAT = "vgglab-1"
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """How far a run has come. ``epoch`` epochs and ``step`` optimizer steps are done."""
 
     epoch: int = 0
@@ -31,16 +31,16 @@ class Progress:
 
 
 def save(
-    folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, config: dict[str, Any], is_best: bool
+    folder: Path, model: nn.Module, optimizer: Optimizer, state: TrainingState, config: dict[str, Any], is_best: bool
 ) -> None:
     """Write ``last.pt``; if ``is_best``, make it ``best.pt`` too."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "format": FORMAT,
         "config": config,
-        "epoch": progress.epoch,
-        "step": progress.step,
-        "best": progress.best,
+        "epoch": state.epoch,
+        "step": state.step,
+        "best": state.best,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
@@ -104,45 +104,98 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or not a checkpoint.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "checkpoints" / "last.pt"
     try:
-        content = load_tensors(file)
+        content = load_tensors(locate(path))
     except OSError as error:
-        raise UserError(f"--resume {file}: cannot be read ({error.strerror})") from None
+        raise UserError(
+            f"cannot be read ({error.strerror}); name a checkpoint or a run directory that has one"
+        ) from None
     except NotACheckpoint as error:
-        raise UserError(f"--resume {file}: not a checkpoint that can be read safely ({error})") from None
+        raise UserError(f"not a checkpoint that can be read safely ({error})") from None
     weights = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise UserError(f"--resume {file}: holds no model weights")
-    return content if "model" in content else {"model": weights}
+    if not isinstance(weights, dict) or not weights or not all(_is_weight(*item) for item in weights.items()):
+        raise UserError("holds no model weights")
+    is_ours = content.get("format") == FORMAT and isinstance(content.get("config"), dict)
+    return content if is_ours else {"model": weights}
 
 
-def restore_model(content: dict[str, Any], model: nn.Module, name: str, path: str) -> None:
+def locate(path: str | Path) -> Path:
+    """The checkpoint file that a run directory or a file's own name stands for."""
+    return Path(path, "checkpoints", "last.pt") if Path(path).is_dir() else Path(path)
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def carry_best(resumed: str | Path, folder: Path) -> None:
+    """Give a resumed run the ``best.pt`` that lies beside the checkpoint it goes on from, until it has a better one."""
+    best = locate(resumed).with_name("best.pt")
+    if best.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _share(best, folder / "best.pt")
+
+
+def restore_model(content: dict[str, Any], model: nn.Module, name: str) -> None:
     """Load the weights into ``model``. Raises UserError if they are another network's."""
-    written_by = content.get("config", {}).get("model")
-    if written_by not in (None, name):
-        raise UserError(f"--resume {path}: is a checkpoint of {written_by}, this run is --model {name}")
+    written_by = content.get("config", {}).get("model", name)
+    if written_by != name:
+        raise UserError(f"is a checkpoint of {written_by}, this run is --model {name}")
     own, saved = model.state_dict(), content["model"]
     for key in sorted(set(own) ^ set(saved)):
         where = "is missing" if key in own else "is not a layer of this network"
-        raise UserError(f"--resume {path}: does not fit --model {name}: {key} {where}")
+        raise UserError(f"does not fit --model {name}: {key} {where}")
     for key, value in own.items():
         if saved[key].shape != value.shape:
-            raise UserError(
-                f"--resume {path}: does not fit --model {name}: {key} is {tuple(saved[key].shape)} there "
-                f"and {tuple(value.shape)} here; check --num-classes, --head and --image-size"
-            )
-    model.load_state_dict(saved)
+            there, here = tuple(saved[key].shape), tuple(value.shape)
+            flags = "--num-classes, --head and --image-size"
+            raise UserError(f"does not fit --model {name}: {key} is {there} there and {here} here; check {flags}")
+    with _refusing_damage():
+        model.load_state_dict(saved)
 
 
-def restore_training(content: dict[str, Any], optimizer: Optimizer, path: str) -> Progress:
-    """Load the optimizer and return how far the run had come. Raises UserError if the file does not say."""
-    if content.get("format") != FORMAT:
-        raise UserError(f"--resume {path}: holds weights only; use it with --test-only")
+@contextlib.contextmanager
+def _refusing_damage() -> Iterator[None]:
     try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"is damaged ({str(error).splitlines()[0]})") from None
+
+
+def restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_name: str) -> TrainingState:
+    """Load the optimizer's state and return how far the run had come; the options stay those of this run's flags.
+
+    Raises:
+        UserError: the file holds weights only, or another optimizer's state.
+    """
+    if content.get("format") != FORMAT:
+        raise UserError("holds weights only; use it with --test-only")
+    written_by = content["config"].get("optimizer")
+    if written_by != optimizer_name:
+        raise UserError(f"was written with --optimizer {written_by}, this run is --optimizer {optimizer_name}")
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    with _refusing_damage():
         optimizer.load_state_dict(content["optimizer"])
-    except ValueError:
-        raise UserError(f"--resume {path}: was written with another --optimizer or --bn-weight-decay") from None
-    return Progress(content["epoch"], content["step"], content["best"])
+        best = content["best"] and {name: float(content["best"][name]) for name in ("acc1", "acc5")}
+        state = TrainingState(int(content["epoch"]), int(content["step"]), best)
+    for group, own in zip(optimizer.param_groups, options):
+        group.update(own)
+    return state
+
+
+# What decides the weights: a resumed run that differs here is another experiment from then on.
+RECIPE = (
+    "data_path batch_size world_size image_size dropout_rate lr optimizer momentum nesterov rmsprop_alpha "
+    "rmsprop_eps weight_decay bn_weight_decay lr_schedule warmup end_lr lr_step_size lr_gamma amp_dtype seed "
+    "training_step_per_epoch"
+).split()
+
+
+def changed_settings(content: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """``--lr 0.01, was 0.1`` for each part of the recipe that is not what the checkpoint was trained with."""
+    before = content.get("config", {})
+    return [
+        f"--{name.replace('_', '-')} {config[name]}, was {before[name]}"
+        for name in RECIPE
+        if name in before and before[name] != config[name]
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,23 @@ def load_tensors(path: str | Path) -> Any:
             warnings.simplefilter("ignore")  # torch comments on foreign files; the caller says what matters
             if "weights_only" in inspect.signature(torch.load).parameters:  # torch >= 1.13
                 return torch.load(path, map_location="cpu", weights_only=True)
+            _refuse_torchscript(path)
             return torch.load(path, map_location="cpu", pickle_module=_PlainPickle)
     except OSError:
         raise
     except Exception as error:  # a damaged zip or pickle raises nearly anything
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotACheckpoint(first_line) from None
+
+
+def _refuse_torchscript(path: str | Path) -> None:
+    """torch 1.10 hands such archives to torch.jit.load, which runs the code in them."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        parts = {part for name in archive.namelist() for part in name.split("/")}
+    if parts & {"constants.pkl", "code"}:
+        raise NotACheckpoint("a TorchScript archive, which holds code")
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -50,14 +62,10 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class _PlainPickle:
-    """The three names that torch.load asks of its ``pickle_module``."""
+    """The names that torch.load asks of its ``pickle_module``."""
 
     Unpickler = _PlainUnpickler
 
     @staticmethod
     def load(file: Any, **options: Any) -> Any:
         return _PlainUnpickler(file, **options).load()
-
-    @staticmethod
-    def dumps(*_: Any) -> bytes:
-        raise NotImplementedError

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-import sys
+import os
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Callable, NoReturn, Sequence
 
@@ -37,12 +37,16 @@ def _number(convert: Callable[[str], Any], low: float, high: float, allowed: str
     return parse
 
 
-_AT_LEAST_0 = _number(int, 0, math.inf, "a whole number, 0 or more")
-_AT_LEAST_1 = _number(int, 1, math.inf, "a whole number, 1 or more")
-_AT_LEAST_32 = _number(int, 32, math.inf, "a whole number, 32 or more (VGG halves the image five times)")
-_NOT_NEGATIVE = _number(float, 0.0, sys.float_info.max, "a number, 0 or more")
-_POSITIVE = _number(float, sys.float_info.min, sys.float_info.max, "a number above 0")
-_FRACTION = _number(float, 0.0, math.nextafter(1.0, 0.0) if sys.version_info >= (3, 9) else 1 - 2**-53, "in [0, 1)")
+_AT_LEAST_0 = _number(int, 0, 10**9, "a whole number, 0 or more")
+_AT_LEAST_1 = _number(int, 1, 10**9, "a whole number, 1 or more")
+_SIZE = _number(int, 32, 4096, "a whole number from 32 (VGG halves the image five times) to 4096")
+_WORKERS = _number(int, 0, 1024, "a whole number from 0 to 1024")
+_NOT_NEGATIVE = _number(float, 0.0, 1e30, "a number, 0 or more")  # 1e30: float32 still has room
+_POSITIVE = _number(float, 1e-30, 10.0, "a number above 0, at most 10")
+_FRACTION = _number(float, 0.0, 1 - 2**-53, "in [0, 1)")
+
+
+_SEED = _number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
 
 
 def _steps(text: str) -> int:
@@ -67,7 +71,7 @@ def _flag(help: str, default: Any = None, parse: Callable[[str], Any] = str, **o
 
 def _switch(help: str, **options: Any) -> Any:
     """Off by default; ``--flag``, ``--flag true`` and ``--flag false`` all mean what they say."""
-    return _flag(help, default=False, parse=_boolean, nargs="?", const=True, **options)
+    return _flag(help, default=False, parse=_boolean, nargs="?", const=True, metavar="true|false", **options)
 
 
 @dataclass
@@ -83,10 +87,10 @@ class Config:
     workers: int | None = _flag(
         "loader processes per card; default: 16, but no more than this machine has cores",
         None,
-        _AT_LEAST_0,
+        _WORKERS,
         names=["-j"],
     )
-    image_size: int | None = _flag("side of the square images, in pixels; default 224, digits 32", None, _AT_LEAST_32)
+    image_size: int | None = _flag("side of the square images, in pixels; default 224, digits 32", None, _SIZE)
     head: str = _flag("classifier: the paper's, a small one, or by image size", "auto", choices=HEADS)
     dropout_rate: float = _flag("both dropouts of the classifier", 0.0, _FRACTION)
     pretrained: bool = _switch("start from torchvision's published ImageNet weights")
@@ -95,13 +99,15 @@ class Config:
     optimizer: str = _flag("the optimizer", "sgd", choices=OPTIMIZERS)
     momentum: float = _flag("momentum", 0.9, _FRACTION)
     nesterov: bool = _switch("Nesterov momentum (sgd)")
-    rmsprop_alpha: float = _flag("smoothing of squared gradients (rmsprop)", 0.9, _FRACTION)
+    rmsprop_alpha: float = _flag(
+        "smoothing of squared gradients (rmsprop); torchvision's reference has the same", 0.9, _FRACTION
+    )
     rmsprop_eps: float = _flag("added to the root (rmsprop)", 0.0316, _POSITIVE)
     weight_decay: float = _flag("weight decay", 1e-4, _NOT_NEGATIVE, names=["--wd"])
     bn_weight_decay: bool = _switch("apply weight decay to batch norm too")
     lr_schedule: str = _flag("how the rate falls after warm-up", "step", choices=SCHEDULES)
     warmup: int = _flag("epochs over which the rate rises to its base", 5, _AT_LEAST_0)
-    end_lr: float = _flag("what cosine falls towards", 0.0, _NOT_NEGATIVE)
+    end_lr: float = _flag("what cosine falls towards; it would get there one epoch after the last", 0.0, _NOT_NEGATIVE)
     lr_step_size: int | None = _flag(
         "step: epochs between two drops; default: drops at 30, 60 and 80", None, _AT_LEAST_1
     )
@@ -116,7 +122,7 @@ class Config:
     world_size: int = _flag("ranks; a launcher's WORLD_SIZE has precedence", 1, _AT_LEAST_1)
     dist_url: str = _flag("how the ranks find each other", "env://")
     fix_seed: bool = _switch(f"--seed {SEED_OF_FIX_SEED}")
-    seed: int | None = _flag("seed of everything random; default: drawn and recorded", None, _AT_LEAST_0)
+    seed: int | None = _flag("seed of everything random; default: drawn and recorded", None, _SEED)
 
     training_step_per_epoch: int = _flag("end each epoch after so many steps; -1: all", -1, _steps)
     eval_step_per_epoch: int = _flag("end each evaluation after so many batches; -1: all", -1, _steps)
@@ -126,7 +132,9 @@ class Config:
     output_dir: str = _flag("the run directory is made in <this>/runs", ".")
     run_dir: str | None = _flag("use exactly this run directory instead")
     tensorboard: bool = _switch("write TensorBoard scalars into the run directory")
-    resume: str | None = _flag("go on from a checkpoint file or a run directory")
+    resume: str | None = _flag(
+        "go on from a checkpoint file or a run directory; flags not given are as they were there"
+    )
     start_epoch: int = _flag("first epoch, counted from 0, where no checkpoint says it", 0, _AT_LEAST_0)
     test_only: bool = _switch("only evaluate the weights of --resume or --pretrained")
     cache_dataset: bool = _switch("accepted; folders are read afresh every time, so there is no cache to go stale")
@@ -150,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of ``python -m vgglab.train``."""
     parser = _OneLineParser(
         prog="vgglab.train",
+        usage="python -m vgglab.train [--flag value ...]",
         description="Train VGG; write a run directory.",
         epilog="Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, said in one line; 130 interrupted.",
         allow_abbrev=False,
@@ -194,10 +203,31 @@ def _with_dashes(argument: str) -> str:
 
 
 def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
+    if not argument.startswith("-"):
+        return f"{argument!r} belongs to no flag; every setting has one, e.g. --data-path {argument}"
     name = argument.partition("=")[0]
     close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
     hint = f"; did you mean {close[0]}?" if close else "; --help lists all flags"
     return f"{name}: no such flag{hint}"
+
+
+# What belongs to the run that is being started, not to the one it goes on from.
+NOT_INHERITED = (
+    "resume run_dir output_dir test_only start_epoch pretrained device world_size workers dist_url tensorboard amp "
+    "cache_dataset fix_seed eval_step_per_epoch apex apex_opt_level enable_horovod"
+).split()
+
+
+def inherit(config: Config, given: Sequence[str], earlier: dict[str, Any]) -> None:
+    """Take over what nobody gave on this command line from the settings of the run that is resumed."""
+    for item in fields(Config):
+        if item.name in earlier and item.name not in (*given, *NOT_INHERITED):
+            setattr(config, item.name, earlier[item.name])
+
+
+def flags_given(argv: Sequence[str]) -> list[str]:
+    """The settings that a command line names."""
+    return list(vars(build_parser().parse_known_args([_with_dashes(argument) for argument in argv])[0]))
 
 
 def _check(config: Config) -> None:
@@ -212,7 +242,11 @@ def _check(config: Config) -> None:
     if config.start_epoch >= config.epochs:
         raise UserError(f"--start-epoch {config.start_epoch}: must be below --epochs {config.epochs}")
     if config.fix_seed:
+        if config.seed not in (None, SEED_OF_FIX_SEED):
+            raise UserError(f"--fix-seed: means --seed {SEED_OF_FIX_SEED}; leave out one of the two")
         config.seed = SEED_OF_FIX_SEED
+    if config.pretrained and config.resume:
+        raise UserError("--pretrained: --resume brings its own weights; leave out one of the two")
 
 
 def warnings_about(config: Config) -> list[str]:
@@ -224,6 +258,8 @@ def warnings_about(config: Config) -> list[str]:
             f"--epochs {config.epochs} ends inside --warmup {config.warmup}: "
             f"the learning rate reaches {share:.0%} of its base and no more"
         )
+    if (config.workers or 0) > (os.cpu_count() or 1):
+        lines.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
     if config.cache_dataset:
         lines.append("--cache-dataset has no effect: the folder is read afresh, so no cache can go stale")
     return lines

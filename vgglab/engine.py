@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vgglab import checkpoint
-from vgglab.checkpoint import Progress
+from vgglab.checkpoint import TrainingState
 from vgglab.config import Config
-from vgglab.data.loader import Batches, eval_batches, train_batches
+from vgglab.data.loader import Batches, eval_batches, mix_seeds, train_batches
 from vgglab.data.sets import DataSets
 from vgglab.devices.base import Device
+from vgglab.errors import blaming
 from vgglab.model import build, load_pretrained
 from vgglab.runs import SCHEMA, RunWriter
 from vgglab.schedule import build_optimizer, learning_rate, set_learning_rate
@@ -32,17 +33,17 @@ class Job:
     model: nn.Module  # as trained: over several ranks it averages gradients
     network: nn.Module  # the bare network in it
     optimizer: Optimizer
-    progress: Progress
+    state: TrainingState
     batches: Batches | None  # None with --test-only
     held_out: Batches
     warnings: list[str]
 
 
-def prepare(config: Config, device: Device, sets: DataSets) -> Job:
-    """Build the network, its optimizer and the batches; take up a checkpoint if one is named.
+def prepare(config: Config, device: Device, sets: DataSets, saved: dict[str, Any] | None) -> Job:
+    """Build the network, its optimizer and the batches; take up the checkpoint ``saved``, if there is one.
 
     Raises:
-        UserError: a checkpoint that is none or does not fit, weights that cannot be had, a batch larger than the set.
+        UserError: a checkpoint that does not fit, weights that cannot be had, a batch larger than the set.
     """
     warnings = []
     device.seed(int(config.seed or 0))  # the same first weights on every rank
@@ -50,20 +51,21 @@ def prepare(config: Config, device: Device, sets: DataSets) -> Job:
     network: nn.Module = build(
         config.model, num_classes=config.num_classes, dropout_rate=config.dropout_rate, head=config.head
     )
-    saved = None if config.resume is None else checkpoint.read(config.resume)
-    if saved is not None:
-        checkpoint.restore_model(saved, network, config.model, str(config.resume))
-    elif config.pretrained:
+    if config.pretrained:
         fresh = load_pretrained(network, config.model)
         if fresh:
             warnings.append(f"--pretrained: {', '.join(fresh)} start fresh, their shape differs from ImageNet's")
-    model = device.wrap(network)
-    network = getattr(model, "module", model)  # as wrapped: its layers may have been exchanged
+    if saved is not None:
+        with blaming(f"--resume {config.resume}"):
+            checkpoint.restore_model(saved, network, config.model)
+    model, network = device.wrap(network)
     optimizer = build_optimizer(config, network)
-    progress = Progress(epoch=config.start_epoch)
+    state = TrainingState(epoch=config.start_epoch)
     if saved is not None and not config.test_only:
-        progress = checkpoint.restore_training(saved, optimizer, str(config.resume))
-    return Job(model, network, optimizer, progress, batches, eval_batches(sets, config, device), warnings)
+        with blaming(f"--resume {config.resume}"):
+            state = checkpoint.restore_training(saved, optimizer, config.optimizer)
+        warnings += [f"--resume: {change}" for change in checkpoint.changed_settings(saved, config.as_dict())]
+    return Job(model, network, optimizer, state, batches, eval_batches(sets, config, device), warnings)
 
 
 def train(job: Job, config: Config, device: Device, run: RunWriter) -> None:
@@ -72,21 +74,23 @@ def train(job: Job, config: Config, device: Device, run: RunWriter) -> None:
     Raises:
         UserError: an image that cannot be read.
     """
-    model, optimizer, batches, progress = job.model, job.optimizer, job.batches, job.progress
+    model, optimizer, batches, state = job.model, job.optimizer, job.batches, job.state
     assert batches is not None
     loss_of = nn.CrossEntropyLoss()
     clock = Clock(images_per_step=config.batch_size * device.world_size)
+    last_skipped_step = state.step + config.skip_steps  # a run's first steps are slow, also a resumed one's
+    if config.resume and device.rank == 0:
+        checkpoint.carry_best(config.resume, run.path / "checkpoints")
 
-    if progress.epoch >= config.epochs:
-        text = f"nothing left to train: the checkpoint has {progress.epoch} of {config.epochs} epochs"
+    if state.epoch >= config.epochs:
+        text = f"nothing left to train: the checkpoint has {state.epoch} of {config.epochs} epochs"
         run.event("warning", text=text)
         evaluate(job, device, run)
 
-    for epoch in range(progress.epoch, config.epochs):
+    for epoch in range(state.epoch, config.epochs):
         # Each epoch starts from a seed of its own, so that one after a resume equals one without.
         device.seed(epoch_seed(config, device, epoch))
-        rate = learning_rate(config, epoch, device.world_size)
-        set_learning_rate(optimizer, rate)
+        set_learning_rate(optimizer, learning_rate(config, epoch, device.world_size))
         model.train()
         clock.restart()
         for step_in_epoch, (images, labels) in clock.waiting_for(batches.epoch(epoch)):
@@ -97,40 +101,40 @@ def train(job: Job, config: Config, device: Device, run: RunWriter) -> None:
             optimizer.zero_grad(set_to_none=True)
             device.backward(loss)
             device.step(optimizer, model, [loss, logits])
-            progress.step += 1
+            state.step += 1
 
-            is_last_of_warmup = progress.step == config.skip_steps  # the clock must start anew behind it
-            if step_in_epoch % config.print_freq == 0 or step_in_epoch == len(batches) or is_last_of_warmup:
+            is_due = step_in_epoch % config.print_freq == 0 or step_in_epoch == len(batches)
+            if is_due or state.step == last_skipped_step:  # behind the skipped steps the clock starts anew
                 correct = (logits.detach().argmax(1) == labels).float().mean()
                 figures = device.sum(torch.stack([loss.detach().float(), correct]))
                 mean_loss, mean_correct = device.fetch(figures / device.world_size)  # the loop's only host read
                 run.event(
                     "train",
                     epoch=epoch,
-                    step=progress.step,
+                    step=state.step,
                     loss=mean_loss,
                     acc1=100 * mean_correct,
-                    lr=rate,
-                    warmup=progress.step <= config.skip_steps,
+                    lr=optimizer.param_groups[0]["lr"],
+                    is_measured=state.step > last_skipped_step,
                     **clock.read(),
                 )
 
-        progress.epoch = epoch + 1
-        if progress.epoch % config.eval_freq == 0 or progress.epoch == config.epochs:
+        state.epoch = epoch + 1
+        if state.epoch % config.eval_freq == 0 or state.epoch == config.epochs:
             is_best = evaluate(job, device, run)
             if device.rank == 0:
                 folder = run.path / "checkpoints"
-                checkpoint.save(folder, job.network, optimizer, progress, config.as_dict(), is_best)
-            run.event("checkpoint", epoch=epoch, step=progress.step, is_best=is_best)
+                checkpoint.save(folder, job.network, optimizer, state, config.as_dict(), is_best)
+            run.event("checkpoint", epoch=epoch, step=state.step, is_best=is_best)
 
-    if progress.step <= config.skip_steps:
-        text = f"no images/s: {progress.step} steps, and --skip-steps {config.skip_steps} leaves none to measure"
-        run.event("warning", text=text)
+    num_steps = state.step - (last_skipped_step - config.skip_steps)
+    if 0 < num_steps <= config.skip_steps:
+        run.event("warning", text=f"no images/s: {num_steps} steps, all within --skip-steps {config.skip_steps}")
 
 
 def epoch_seed(config: Config, device: Device, epoch: int) -> int:
-    """What dropout draws from: different for every seed, epoch and rank; within the 32 bits that any card takes."""
-    return (int(config.seed or 0) * 1_000_003 + epoch * 8191 + device.rank) % 2**32
+    """What dropout draws from in this epoch on this rank; 32 bits, which any card takes."""
+    return mix_seeds(int(config.seed or 0), epoch, device.rank) % 2**32
 
 
 def announce(job: Job, config: Config, sets: DataSets, run: RunWriter) -> None:
@@ -141,12 +145,13 @@ def announce(job: Job, config: Config, sets: DataSets, run: RunWriter) -> None:
         data=sets.name,
         num_train_images=len(sets.train) if sets.train else 0,
         num_eval_images=len(sets.val),
+        num_classes=config.num_classes,
         num_parameters=sum(p.numel() for p in job.network.parameters()),
         epochs=config.epochs,
-        first_epoch=job.progress.epoch,
-        first_step=job.progress.step,
+        first_epoch=job.state.epoch,
+        first_step=job.state.step,
         steps_per_epoch=len(job.batches) if job.batches else 0,
-        best=job.progress.best,
+        best=job.state.best,
     )
 
 
@@ -156,8 +161,10 @@ def evaluate(job: Job, device: Device, run: RunWriter) -> bool:
 
     With fewer than five classes, top-5 is top-n of the n there are.
     """
-    network, batches, progress = job.network, job.held_out, job.progress
-    run.event("eval_start", epoch=max(progress.epoch - 1, 0), num_batches=len(batches))
+    network, batches, state = job.network, job.held_out, job.state
+    _share_buffers(network, device)
+    last_epoch = state.epoch - 1 if state.epoch else None  # counted from 0; none where nothing was trained
+    run.event("eval_start", epoch=last_epoch, num_batches=len(batches))
     network.eval()
     totals = torch.zeros(4)  # [loss, top-1 hits, top-5 hits, images], summed on the card
     for images, labels in batches.epoch(0):
@@ -167,17 +174,24 @@ def evaluate(job: Job, device: Device, run: RunWriter) -> bool:
         totals = totals.to(logits.device) + _count(logits.float(), labels)
     loss_sum, hits1, hits5, num_images = device.fetch(device.sum(totals))
     result = {"acc1": 100 * hits1 / num_images, "acc5": 100 * hits5 / num_images}
-    is_best = progress.best is None or result["acc1"] > progress.best["acc1"]
-    progress.best = {name: max(value, (progress.best or result)[name]) for name, value in result.items()}
+    is_best = state.best is None or result["acc1"] > state.best["acc1"]
+    state.best = {name: max(value, (state.best or result)[name]) for name, value in result.items()}
     run.event(
         "eval",
-        epoch=max(progress.epoch - 1, 0),
-        step=progress.step,
+        epoch=last_epoch,
+        step=state.step,
         loss=loss_sum / num_images,
         num_images=int(num_images),
         **result,
     )
     return is_best
+
+
+def _share_buffers(network: nn.Module, device: Device) -> None:
+    """All ranks take rank 0's batch-norm statistics: those that are saved are those that are tested."""
+    if device.world_size > 1:
+        for buffer in network.buffers():
+            buffer.copy_(device.sum(buffer if device.rank == 0 else torch.zeros_like(buffer)))
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:

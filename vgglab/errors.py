@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Iterator
+
 
 class UserError(Exception):
     """Something the reader can put right.
@@ -13,6 +16,15 @@ class UserError(Exception):
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a cell: the line, without the way it took through our code."""
         return [f"{type(self).__name__}: {self}"]
+
+
+@contextlib.contextmanager
+def blaming(culprit: str) -> Iterator[None]:
+    """Put the flag or the file in front of what is refused in the block: ``--resume x.pt: holds no weights``."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{culprit}: {error}") from None
 
 
 class RunFailed(RuntimeError):

@@ -7,10 +7,10 @@ the kernel: the process holds the reading end of a pipe, and ends when the kerne
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,15 +20,15 @@ from typing import Any, Generator, Sequence
 
 from vgglab.config import parse
 from vgglab.errors import RunFailed, UserError
-from vgglab.runs import Run, new_run_path
+from vgglab.runs import LAUNCHED, Run, claim, run_path, write_json
 
 LEASH = "VGGLAB_LEASH"  # set for a launched process: stdin is its leash
 STOP_GRACE_SECONDS = 10.0
 NUM_LOG_LINES_SHOWN = 30
 
 
-def launch(flags: str | Sequence[str] = "", watch: bool = True, **settings: Any) -> LaunchedRun:
-    """Train in a new process and show it.
+def launch(flags: str | Sequence[Any] = "", watch: bool = True, **settings: Any) -> LaunchedRun:
+    """Train in a new process and show it; the run directory is there when this returns.
 
     In a live notebook this returns at once and leaves a dashboard; elsewhere (papermill, a script) it
     returns when the run has ended.
@@ -36,17 +36,17 @@ def launch(flags: str | Sequence[str] = "", watch: bool = True, **settings: Any)
     Args:
         flags: as on the command line, e.g. ``"--data-path digits --epochs 2"``, or a list of them.
         watch: show the run while it goes on; without it this always returns at once.
-        settings: the same flags as keywords, e.g. ``data_path="digits", epochs=2``; ``True`` sets a switch.
+        settings: the same flags as keywords, e.g. ``data_path="digits", epochs=2``; ``True`` sets a switch,
+            ``None`` is as if it were not there.
 
     Raises:
         UserError: a flag that is unknown or out of range; or, later, whatever the run refuses.
         RunFailed: the run ended in an error (where this waits for it).
     """
-    argv = shlex.split(flags) if isinstance(flags, str) else list(flags)
-    argv += [_as_flag(name, value) for name, value in settings.items()]
+    argv = shlex.split(flags) if isinstance(flags, str) else [str(flag) for flag in flags]
+    argv += [_as_flag(name, value) for name, value in settings.items() if value is not None]
     config = parse(argv)
-    data = Path(config.data_path).name
-    path = Path(config.run_dir or new_run_path(config.output_dir, data, config.model, config.device, 1))
+    path = run_path(config)
     run = LaunchedRun(path, _start(argv, path))
     if watch:
         run.watch()
@@ -58,21 +58,27 @@ def _as_flag(name: str, value: Any) -> str:
 
 
 def _start(argv: list[str], path: Path) -> subprocess.Popen:
-    try:
-        (path / "log").mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"--output-dir: cannot make {path} ({error.strerror}); name a folder that can be written"
-        ) from None
+    claim(path)
     with open(path / "log" / "rank0.txt", "wb") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-u", "-m", "vgglab.train", *argv, f"--run-dir={path}"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, LEASH: "1"},
+            env=_environment(),
             start_new_session=True,  # the kernel's Ctrl-C is not the run's: stop() asks it properly
         )
+    write_json(path / LAUNCHED, {"pid": process.pid, "host": socket.gethostname(), "argv": argv})
+    return process
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with the leash on; the package is found also where it is not installed."""
+    environment = {**os.environ, LEASH: "1"}
+    home = Path(__file__).resolve().parent.parent
+    if home.name not in ("site-packages", "dist-packages"):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(home)]))
+    return environment
 
 
 class LaunchedRun(Run):
@@ -85,8 +91,8 @@ class LaunchedRun(Run):
 
     @property
     def status(self) -> str:
+        has_ended = self.process.poll() is not None  # asked first: it may end while its events are read
         status = super().status
-        has_ended = self.process.poll() is not None
         if has_ended and status in ("starting", "running"):  # it could not say how it ended
             return "interrupted" if self._was_stopped else "failed"
         return status
@@ -121,14 +127,15 @@ class LaunchedRun(Run):
 
     def stop(self, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
         """Ask the run to end, as Ctrl-C does; what is left after the grace is killed."""
-        if self.process.poll() is None:
-            self._was_stopped = True
-            self.process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        if self.process.poll() is not None:
+            return
+        self._was_stopped = True
+        self.process.send_signal(signal.SIGINT)
+        try:
             self.process.wait(grace_seconds)
-        with contextlib.suppress(ProcessLookupError):
+        except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)  # a session of its own: this reaches its workers too
-        self.process.wait()
+            self.process.wait()
 
     def _raise_if_failed(self) -> None:
         code = self.process.returncode

@@ -32,8 +32,8 @@ CONFIGURATIONS: dict[str, list[int | str]] = {
 # fmt: on
 
 # The classifier behind the features: (side of the pooled feature map, width of the hidden layers).
-# "imagenet" is the paper's: 512 x 7 x 7 = 25088 inputs, 4096 wide, 103 million parameters before the
-# last layer. A 32x32 image ends as a 1x1 map; "small" keeps the three layers and pays for 512 inputs.
+# "imagenet" is the paper's: 512 x 7 x 7 = 25088 inputs, 4096 wide, 103 million weights in the
+# first of its three layers. A 32x32 image ends as a 1x1 map; "small" keeps the three layers and pays for 512 inputs.
 HEADS = {"imagenet": (7, 4096), "small": (1, 512)}
 FEATURE_STRIDE = 32  # five poolings, each halves the image
 
@@ -47,7 +47,7 @@ class VGG(nn.Module):
         num_classes: width of the last layer.
         dropout_rate: probability of both dropouts in the classifier (paper, section 3.1: 0.5).
         head: a key of ``HEADS``.
-        init_weights: draw the initial weights as torchvision does; ``False`` leaves PyTorch's.
+        init_weights: draw the initial weights (``_init_weights``); ``False`` leaves PyTorch's.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class VGG(nn.Module):
         init_weights: bool = True,
     ) -> None:
         super().__init__()
+        if head not in HEADS:
+            raise UserError(f"no head {head!r}; there are {', '.join(HEADS)}")
         side, width = HEADS[head]
         self.features = _features(layers, batch_norm)
         self.avgpool = nn.AdaptiveAvgPool2d((side, side))
@@ -99,10 +101,10 @@ def _features(layers: list[int | str], batch_norm: bool) -> nn.Sequential:
 
 
 def _init_weights(model: VGG) -> None:
-    """Kaiming for convolutions; N(0, 0.01) for linear layers, the paper's own (section 3.1).
+    """As torchvision: Kaiming for convolutions, N(0, 0.01) for linear layers, biases 0.
 
-    0.01 suits layers 4096 wide and starves narrow ones (each layer would keep a sixth of its signal),
-    so the linear layers never start below Kaiming's sqrt(2 / inputs) for their width.
+    A deviation of 0.01 suits layers 4096 wide; with 512 inputs each layer would keep a sixth of its signal
+    (0.01 x sqrt(512 / 2)), so narrow linear layers get Kaiming's sqrt(2 / inputs) instead.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

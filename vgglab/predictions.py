@@ -13,6 +13,7 @@ from vgglab.config import Config
 from vgglab.data.loader import eval_batches
 from vgglab.data.sets import NAMED_SETS, open_sets
 from vgglab.devices import open_device
+from vgglab.errors import blaming
 from vgglab.model import build
 from vgglab.runs import Run
 
@@ -38,10 +39,10 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
         UserError: the run has no such checkpoint, or its images are gone.
     """
     run = run if isinstance(run, Run) else Run(run)
-    saved = checkpoint.read(run.checkpoint(which))
     config = _settings_of(run)
     network = build(config.model, num_classes=config.num_classes, head=config.head)
-    checkpoint.restore_model(saved, network, config.model, str(run.path))
+    with blaming(str(run.path)):
+        checkpoint.restore_model(checkpoint.read(run.checkpoint(which)), network, config.model)
     network.eval()
     sets = open_sets(config)
     labels, guesses, probabilities = [], [], []

@@ -5,11 +5,12 @@ Safe to delete: ``python -m vgglab.report RUN`` writes it again.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
 from vgglab.errors import UserError
-from vgglab.runs import Event, Run, _write_json
+from vgglab.runs import Event, Run, write_json
 
 
 def build_report(run: Run) -> dict[str, Any]:
@@ -22,9 +23,9 @@ def build_report(run: Run) -> dict[str, Any]:
     evaluation and checkpoints included.
     """
     config, env, events = run.config, run.env, run.events()
-    if not config or not events:
+    if not config or not env or not events:
         raise UserError(f"{run.path}: nothing to report yet")
-    intervals = [event for event in events if event["event"] == "train" and not event["warmup"]]
+    intervals = [event for event in events if event["event"] == "train" and event["is_measured"]]
     speed = _speed(intervals)
     return {
         "model": config["model"],
@@ -44,6 +45,9 @@ def build_report(run: Run) -> dict[str, Any]:
         # So far the seed kit's fields, in its order; from here on ours.
         "status": run.status,
         "world_size": env["world_size"],
+        "data_path": config["data_path"],
+        "image_size": config["image_size"],
+        "lr": config["lr"],
         "global_batch_size": config["batch_size"] * env["world_size"],
         "images_per_second": speed["mean"],
         **_step_times(intervals),
@@ -100,13 +104,12 @@ def _hours_minutes_seconds(seconds: float) -> str:
 
 def main() -> int:
     """Write ``report.json`` anew for each run directory named on the command line."""
-    if len(sys.argv) < 2:
-        print("vgglab.report: error: name a run directory", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="vgglab.report", description=main.__doc__)
+    parser.add_argument("run", nargs="+", help="a run directory")
     try:
-        for path in sys.argv[1:]:
+        for path in parser.parse_args().run:
             run = Run(path)
-            _write_json(run.path / "report.json", run.report())
+            write_json(run.path / "report.json", run.report())
             print(run.path / "report.json")
     except UserError as error:
         print(f"vgglab.report: error: {error}", file=sys.stderr)

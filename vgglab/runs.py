@@ -23,48 +23,67 @@ import time
 import traceback
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 from vgglab.errors import UserError
 from vgglab.version import __version__
 
+if TYPE_CHECKING:
+    from vgglab.config import Config
+
 SCHEMA = 1
+OURS = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
+LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
+_NO_WRITING = "cannot be written; name another folder with --output-dir or --run-dir"
 Event = dict  # what a line of events.jsonl holds
 Listener = Callable[[Event], None]
 
 
-def new_run_path(output_dir: str, data: str, model: str, device: str, world_size: int) -> Path:
-    """``<output_dir>/runs/<time>-<data>-<model>-<device>x<ranks>-<id>``, not yet made."""
+def run_path(config: Config) -> Path:
+    """Where this run goes: ``run_dir``, else ``<output_dir>/runs/<time>-<data>-<model>-<device>x<ranks>-<id>``.
+
+    A launcher names the folder before anybody has looked at the machine: there ``<device>`` can be ``auto``.
+    """
+    if config.run_dir:
+        return Path(config.run_dir)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path(output_dir, "runs", f"{stamp}-{data}-{model}-{device}x{world_size}-{uuid.uuid4().hex[:6]}")
+    data = (Path(config.data_path).name or Path(config.data_path).resolve().name)[:40]
+    name = f"{stamp}-{data}-{config.model}-{config.device}x{config.world_size}-{uuid.uuid4().hex[:6]}"
+    return Path(config.output_dir, "runs", name)
+
+
+def claim(path: Path) -> None:
+    """Make the folder of a new run. Raises UserError where it cannot be made or holds a run already."""
+    try:
+        if any((path / name).exists() for name in OURS):
+            raise UserError(f"--run-dir {path}: holds a run already; name another folder")
+        (path / "log").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: {_NO_WRITING} ({error.strerror})") from None
 
 
 class RunWriter:
     """Writes one run directory; ``listeners`` are called with each event after it is on disk."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, listeners: Sequence[Listener] = ()) -> None:
         self.path = path
-        self.listeners: list[Listener] = []
+        self.listeners = list(listeners)
         self._started = time.monotonic()
+        claim(path)
         try:
-            (path / "log").mkdir(parents=True, exist_ok=True)
-            if (path / "config.json").exists():
-                raise UserError(f"--run-dir {path}: holds a run already; name another folder")
             self._events = (path / "events.jsonl").open("a", encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"--output-dir: cannot write {path} ({error.strerror}); name a folder that can be written"
-            ) from None
+            raise UserError(f"{path}: {_NO_WRITING} ({error.strerror})") from None
 
     def write_config(self, config: dict[str, Any]) -> None:
-        _write_json(self.path / "config.json", config)
+        write_json(self.path / "config.json", config)
 
     def write_env(self, device: dict[str, Any], world_size: int) -> None:
         """What ran where: ``device`` is the device's own description."""
-        _write_json(self.path / "env.json", _environment(device, world_size))
+        write_json(self.path / "env.json", _environment(device, world_size))
 
     def write_report(self, report: dict[str, Any]) -> None:
-        _write_json(self.path / "report.json", report)
+        write_json(self.path / "report.json", report)
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one line: ``kind``, seconds since the start, ``values``; null for numbers that are not finite."""
@@ -82,7 +101,7 @@ class RunWriter:
         if file.exists() and os.path.samestat(os.fstat(1), file.stat()):
             yield
             return
-        with open(file, "a", encoding="utf-8") as log:
+        with open(file, "a", encoding="utf-8", errors="backslashreplace") as log:
             screens = sys.stdout, sys.stderr
             sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
             try:
@@ -112,7 +131,13 @@ class _Tee:
         if "\r" not in text:  # a progress bar's redrawing belongs on the screen only
             self._log.write(text)
             self._log.flush()
-        return self._screen.write(text)
+        with contextlib.suppress(OSError, AttributeError):  # a screen that has gone, or never was, ends no run
+            self._screen.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            self._screen.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._screen, name)
@@ -123,27 +148,21 @@ class SilentRun(RunWriter):
 
     def __init__(self) -> None:
         self.path = Path(os.devnull)
-        self.listeners = []
 
-    def write_config(self, config: dict[str, Any]) -> None: ...
-
-    def write_env(self, device: dict[str, Any], world_size: int) -> None: ...
-
-    def write_report(self, report: dict[str, Any]) -> None: ...
-
-    def event(self, kind: str, **values: Any) -> None: ...
-
-    def close(self) -> None: ...
+    def event(self, kind: str, **values: Any) -> None:
+        pass
 
 
 class Run:
     """A run directory, read. Works while the run is going on, and after it is gone."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises UserError where there is no such folder."""
+        """Raises UserError where there is no such folder, or no run in it."""
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise UserError(f"no run directory {self.path}")
+        self._seen: list[Event] = []
+        self._num_bytes_seen = 0
+        if not any((self.path / name).exists() for name in (*OURS, LAUNCHED)):
+            raise UserError(f"no run directory: {self.path.resolve()}")
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})  # {self.status}"
@@ -158,24 +177,43 @@ class Run:
 
     def events(self, kind: str | None = None) -> list[Event]:
         """All events so far, or those of one kind; a line that is still being written is left out."""
-        return [event for event in self._lines() if kind in (None, event["event"])]
+        self._read_on()
+        return [event for event in self._seen if kind in (None, event["event"])]
 
-    def _lines(self) -> Iterator[Event]:
-        try:
-            text = (self.path / "events.jsonl").read_text(encoding="utf-8")
-        except FileNotFoundError:
+    def _read_on(self) -> None:
+        """Take in the lines that were added since the last look."""
+        file = self.path / "events.jsonl"
+        if not file.exists():
             return
-        for line in text.splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
+        with file.open("rb") as lines:
+            lines.seek(self._num_bytes_seen)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    return
+                self._seen.append(json.loads(line))
+                self._num_bytes_seen += len(line)
 
     @property
     def status(self) -> str:
         """``starting``, ``running``, or how it ended: ``done``, ``interrupted``, ``failed``."""
         events = self.events()
-        if not events:
-            return "starting"
-        return events[-1]["status"] if events[-1]["event"] == "end" else "running"
+        if events and events[-1]["event"] == "end":
+            return events[-1]["status"]
+        if self._is_dead():
+            return "failed"  # killed before it could say so
+        return "running" if events else "starting"
+
+    def _is_dead(self) -> bool:
+        env = self.env or _read_json(self.path / LAUNCHED)
+        if env.get("host") != socket.gethostname():
+            return False  # not to be seen from here
+        try:
+            os.kill(env["pid"], 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # somebody else's, and alive
+            pass
+        return False
 
     def report(self) -> dict[str, Any]:
         """The figures of ``report.json``, made anew from the events."""
@@ -195,18 +233,18 @@ class Run:
             raise UserError(f"{self.path} has no {which} checkpoint")
         return file
 
-    def watch(self) -> Any:
+    def watch(self) -> None:
         """Show the run in a notebook: a live dashboard, or one picture where the front end has no widgets."""
         from vgglab.view.live import watch
 
-        return watch(self)
+        watch(self)
 
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
     beside = file.with_suffix(".tmp")
     beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     beside.replace(file)

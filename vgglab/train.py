@@ -37,12 +37,11 @@ if __name__ == "__main__" and not __package__:
         sys.path.insert(0, os.path.dirname(_here))
 
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Sequence
 
 from vgglab import config as configuration
 from vgglab.config import Config
-from vgglab.errors import UserError
+from vgglab.errors import UserError, blaming
 from vgglab.launch import obey_leash
 
 if TYPE_CHECKING:
@@ -59,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The shell's door: flags in, exit code out."""
     obey_leash()
     try:
-        config = configuration.parse(sys.argv[1:] if argv is None else argv)
-        run_training(config)
+        argv = sys.argv[1:] if argv is None else argv
+        run_training(configuration.parse(argv), configuration.flags_given(argv))
     except UserError as error:
-        print(f"vgglab.train: error: {error}", file=sys.stderr)
+        one_line = " ".join(str(error).splitlines())
+        print(f"vgglab.train: error: {one_line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vgglab.train: interrupted", file=sys.stderr)
@@ -70,27 +70,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_training(config: Config) -> None:
+def run_training(config: Config, given: Sequence[str] = ()) -> None:
     """Open the device and the data, make the run directory, train, write the report.
+
+    Args:
+        given: the settings that somebody chose; with ``resume`` the others are those of the earlier run.
 
     Raises:
         UserError: for anything that can be seen before the first step, and then no run directory is made;
             later for an image that cannot be read.
     """
-    from vgglab import engine
-    from vgglab.data.sets import open_sets  # torch comes in here: a wrong flag is answered without it
+    try:
+        import torch  # noqa: F401  from here on; a wrong flag is answered without it
+    except ModuleNotFoundError:
+        raise UserError(f"PyTorch is not installed for {sys.executable}; activate .venv, or see the README") from None
+    from vgglab import checkpoint, engine
+    from vgglab.data.sets import open_sets
     from vgglab.devices import open_device
     from vgglab.runs import SilentRun
 
-    amp_dtype = config.amp_dtype or ("auto" if config.amp else None)
+    saved = None
+    if config.resume:
+        with blaming(f"--resume {config.resume}"):
+            saved = checkpoint.read(config.resume)
+        configuration.inherit(config, given, saved.get("config", {}))
     device = open_device(
-        config.device, amp_dtype, config.sync_bn, config.broadcast_buffers, config.world_size, config.dist_url
+        config.device,
+        amp_dtype=config.amp_dtype or ("auto" if config.amp else None),
+        sync_bn=config.sync_bn,
+        broadcast_buffers=config.broadcast_buffers,
+        world_size=config.world_size,
+        init_method=config.dist_url,
     )
     sets = open_sets(config)
     device.open()
     try:
         _resolve(config, device, sets)
-        job = engine.prepare(config, device, sets)
+        job = engine.prepare(config, device, sets, saved)
         if device.rank == 0:
             _work_and_record(job, config, device, sets)
         else:
@@ -104,15 +120,22 @@ def _resolve(config: Config, device: Device, sets: DataSets) -> None:
     from vgglab.model import head_for
 
     config.device = device.kind
+    config.amp_dtype = device.amp_dtype
     config.world_size = device.world_size
     config.num_classes = sets.num_classes
     config.image_size = sets.image_size
     if config.head == "auto":
         config.head = head_for(sets.image_size)
     if config.workers is None:
-        config.workers = min(MOST_WORKERS, max(1, (os.cpu_count() or 1) // device.world_size))
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
+        config.workers = min(MOST_WORKERS, max(1, _num_cores() // ranks_here))
     if config.seed is None:
         config.seed = _draw_seed(device)
+
+
+def _num_cores() -> int:
+    """Those this process may use, which in a container or under Slurm are not all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _draw_seed(device: Device) -> int:
@@ -136,27 +159,23 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets) -
     """Rank 0: the run directory from its first line to its report, however the run ends."""
     from vgglab import engine
     from vgglab.report import build_report
-    from vgglab.runs import Run, RunWriter, new_run_path
+    from vgglab.runs import Run, RunWriter, run_path
     from vgglab.view.scalars import Scalars
     from vgglab.view.terminal import Terminal
 
-    path = Path(
-        config.run_dir or new_run_path(config.output_dir, sets.name, config.model, device.kind, device.world_size)
-    )
-    run = RunWriter(path)
+    path = run_path(config)
     terminal = Terminal()
-    run.listeners.append(terminal)
-    if config.tensorboard:
-        run.listeners.append(Scalars(path / "tensorboard"))
-    run.write_config(config.as_dict())
-    run.write_env(device.describe(), device.world_size)
+    scalars = [Scalars(path / "tensorboard")] if config.tensorboard else []
+    run = RunWriter(path, listeners=[terminal, *scalars])
     status, failure = "failed", None
     with run.recording_output():
-        terminal.say(f"run directory: {path}")
-        engine.announce(job, config, sets, run)
-        for text in [*sets.warnings, *job.warnings, *configuration.warnings_about(config)]:
-            run.event("warning", text=text)
         try:
+            run.write_config(config.as_dict())
+            run.write_env(device.describe(), device.world_size)
+            terminal.say(f"run directory: {path}")
+            engine.announce(job, config, sets, run)
+            for text in [*sets.warnings, *job.warnings, *configuration.warnings_about(config)]:
+                run.event("warning", text=text)
             _work(job, config, device, run)
             status = "done"
         except KeyboardInterrupt:
@@ -169,7 +188,9 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets) -
             run.event("end", status=status, error=failure)
             run.write_report(build_report(Run(path)))
             run.close()
-        terminal.say(f"report: {path / 'report.json'}")
+        report = Run(path).report()
+        best = "" if report["acc1"] is None else f"best top-1 {report['acc1']:.2f} % "
+        terminal.say(f"{best}after {report['training_time']} (h:mm:ss); report: {path / 'report.json'}")
 
 
 if __name__ == "__main__":

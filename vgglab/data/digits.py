@@ -66,7 +66,7 @@ def _write(folder: Path) -> None:
     digits = load_digits()
     lines: dict[str, list[str]] = {"train": [], "val": []}
     for number, (pixels, label) in enumerate(zip(digits.images, digits.target)):
-        # Neighbours in the set are often by one writer, so both parts hold digits of every writer.
+        # Spread over the whole set, so that both parts are alike.
         split = "val" if number % EVERY_NTH_IS_HELD_OUT == 0 else "train"
         file = f"{label}/{number:04d}.png"
         grey = (pixels * (255 / 16)).round().astype("uint8")  # (8, 8), 0 to 16 becomes 0 to 255

@@ -6,6 +6,7 @@ number of workers, and not on how many ranks share a global batch.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Iterator, NamedTuple
 
 import torch
@@ -18,8 +19,15 @@ from vgglab.data.sets import DataSets, Split, eval_transform, train_transform
 from vgglab.devices.base import Device
 from vgglab.errors import UserError
 
-STRIDE = 1_000_003  # a prime above any number of epochs: seeds of two epochs do not meet
-MAX_SEED = 2**63  # what a torch generator takes
+STRIDE = 1_000_000_007  # a prime above any number of images or epochs
+
+
+def mix_seeds(*parts: int) -> int:
+    """One seed from several numbers, within what a torch generator takes; neighbours get seeds far apart."""
+    seed = 0
+    for part in parts:
+        seed = (seed * STRIDE + part) % 2**63
+    return seed
 
 
 class Pick(NamedTuple):
@@ -44,11 +52,12 @@ class ImageFiles(Dataset):
         try:
             with Image.open(file) as image:
                 pixels = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
-            raise UserError(f"{file}: cannot be read as an image ({error}); repair or remove it") from None
-        # torchvision draws from torch's global generator, which in the main process is also dropout's.
+        except Exception as error:  # decoders raise nearly anything for a broken file
+            raise UserError(f"{file!r} cannot be read as an image ({error}); repair or remove it") from None
+        # torchvision draws from torch's global generator, which in the main process is also dropout's. Only
+        # the CPU's is seeded here: torch.manual_seed would reach the cards' too.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(pick.seed)
+            torch.default_generator.manual_seed(pick.seed)
             return self.transform(pixels), self.split.labels[pick.image]
 
 
@@ -59,29 +68,40 @@ class TrainPicks(Sampler):
     each rank takes its stretch of them. So one rank with batch 64 and two with 32 see the same images.
     """
 
-    def __init__(self, num_images: int, batch_size: int, device: Device, seed: int) -> None:
+    epoch = 0
+
+    def __init__(self, num_images: int, batch_size: int, device: Device, seed: int, max_batches: int = -1) -> None:
+        num_batches = num_images // (batch_size * device.world_size)
+        self.num_batches = num_batches if max_batches == -1 else min(num_batches, max_batches)
         self.num_images = num_images
         self.batch_size = batch_size
         self.rank, self.world_size = device.rank, device.world_size
         self.seed = seed
-        self.epoch = 0
 
     def __len__(self) -> int:
-        return self.num_images // (self.batch_size * self.world_size)
+        return self.num_batches
 
     def __iter__(self) -> Iterator[list[Pick]]:
-        epoch_seed = (self.seed * STRIDE + self.epoch) % MAX_SEED
+        epoch_seed = mix_seeds(self.seed, self.epoch)
         order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(epoch_seed)).tolist()
         for step in range(len(self)):
             start = (step * self.world_size + self.rank) * self.batch_size
-            yield [Pick(i, (epoch_seed * STRIDE + i) % MAX_SEED) for i in order[start : start + self.batch_size]]
+            yield [Pick(i, mix_seeds(epoch_seed, i)) for i in order[start : start + self.batch_size]]
 
 
 class EvalPicks(Sampler):
-    """Every image once, in order; rank r of n takes images r, r + n, r + 2n, ... and nothing is padded."""
+    """Every image once, in order; rank r of n takes images r, r + n, r + 2n, ... and nothing is padded.
 
-    def __init__(self, num_images: int, batch_size: int, device: Device) -> None:
-        self.indices = range(device.rank, num_images, device.world_size)
+    With ``max_batches`` a rank, so many images spread evenly over the set: its start would be one class.
+    """
+
+    epoch = 0  # the same in each
+
+    def __init__(self, num_images: int, batch_size: int, device: Device, max_batches: int = -1) -> None:
+        num_wanted = num_images if max_batches == -1 else max_batches * batch_size * device.world_size
+        num_taken = min(num_images, num_wanted)
+        places = range(device.rank, num_taken, device.world_size)
+        self.indices = [place * num_images // num_taken for place in places]
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -93,20 +113,20 @@ class EvalPicks(Sampler):
 
 
 class Batches:
-    """Batches of ``images (N, 3, S, S) float32, labels (N,) int64``; at most ``max_batches`` a pass."""
+    """Batches of ``images (N, 3, S, S) float32, labels (N,) int64``, ``len(self)`` of them a pass."""
 
-    def __init__(self, files: ImageFiles, picks: Any, workers: int, max_batches: int, device: Device) -> None:
-        self.num_images = len(files)
+    def __init__(self, files: ImageFiles, picks: TrainPicks | EvalPicks, workers: int, device: Device) -> None:
         self._picks = picks
-        self._max_batches = max_batches
         # A generator of its own: drawing the workers' seeds must not move the one that dropout draws from.
         options: dict[str, Any] = {"generator": torch.Generator(), "pin_memory": device.pins_memory}
         if workers:
             options.update(persistent_workers=True, multiprocessing_context=device.worker_start)
-        self._loader = DataLoader(files, batch_sampler=picks, num_workers=workers, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remark on many workers: config.py has its own, shorter
+            self._loader = DataLoader(files, batch_sampler=picks, num_workers=workers, **options)
 
     def __len__(self) -> int:
-        return len(self._picks) if self._max_batches == -1 else min(len(self._picks), self._max_batches)
+        return len(self._picks)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one pass.
@@ -116,8 +136,7 @@ class Batches:
         """
         self._picks.epoch = epoch
         try:
-            for _, batch in zip(range(len(self)), self._loader):
-                yield batch
+            yield from self._loader
         except UserError as error:
             # From a worker process it arrives with that process's traceback around it.
             last_line = str(error).strip().splitlines()[-1]
@@ -131,17 +150,15 @@ def train_batches(sets: DataSets, config: Config, device: Device) -> Batches:
         UserError: the set does not fill one batch on every rank.
     """
     assert sets.train is not None
-    picks = TrainPicks(len(sets.train), config.batch_size, device, int(config.seed or 0))
+    num_images, max_batches = len(sets.train), config.training_step_per_epoch
+    picks = TrainPicks(num_images, config.batch_size, device, int(config.seed or 0), max_batches)
     if len(picks) == 0:
         ranks = f" x {device.world_size} ranks" if device.world_size > 1 else ""
-        size = len(sets.train)
-        raise UserError(f"--batch-size {config.batch_size}{ranks}: larger than the training set ({size} images)")
-    files = ImageFiles(sets.train, train_transform(sets))
-    return Batches(files, picks, int(config.workers or 0), config.training_step_per_epoch, device)
+        raise UserError(f"--batch-size {config.batch_size}{ranks}: larger than the training set ({num_images} images)")
+    return Batches(ImageFiles(sets.train, train_transform(sets)), picks, int(config.workers or 0), device)
 
 
 def eval_batches(sets: DataSets, config: Config, device: Device) -> Batches:
     """Held-out batches of this rank."""
-    picks = EvalPicks(len(sets.val), config.batch_size, device)
-    files = ImageFiles(sets.val, eval_transform(sets))
-    return Batches(files, picks, int(config.workers or 0), config.eval_step_per_epoch, device)
+    picks = EvalPicks(len(sets.val), config.batch_size, device, config.eval_step_per_epoch)
+    return Batches(ImageFiles(sets.val, eval_transform(sets)), picks, int(config.workers or 0), device)

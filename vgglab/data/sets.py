@@ -61,8 +61,17 @@ def open_sets(config: Config) -> DataSets:
     """Find the images that ``config.data_path`` names and check them against the other flags.
 
     Raises:
-        UserError: a missing folder, an empty class, classes that disagree, a batch larger than the set.
+        UserError: a missing or unreadable folder, an empty class, classes that disagree.
     """
+    try:
+        return _open_sets(config)
+    except OSError as error:
+        raise UserError(
+            f"--data-path {config.data_path}: cannot be read ({error.strerror}: {error.filename})"
+        ) from None
+
+
+def _open_sets(config: Config) -> DataSets:
     name, root, preparation = _locate(config.data_path)
     train = None if config.test_only else read_split(root, "train")
     val = read_split(root, "val", classes=train.classes if train else _class_names(root))
@@ -86,7 +95,14 @@ def _locate(data_path: str) -> tuple[str, Path, Preparation]:
 
 def _class_names(root: Path) -> list[str] | None:
     """The training classes, if they are there: they decide which label a class has."""
-    return read_split(root, "train").classes if (root / "train").is_dir() else None
+    return _class_folders(root / "train") if (root / "train").is_dir() else None
+
+
+def _class_folders(folder: Path) -> list[str]:
+    for entry in os.scandir(folder):
+        if entry.is_symlink() and not Path(entry.path).exists():
+            raise UserError(f"--data-path: {entry.path} is a link to nowhere; repair or remove it")
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def read_split(root: Path, split: str, classes: list[str] | None = None) -> Split:
@@ -98,7 +114,7 @@ def read_split(root: Path, split: str, classes: list[str] | None = None) -> Spli
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"--data-path {root}: has no {split}/ folder; it needs train/ and val/ with a folder per class")
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    found = _class_folders(folder)
     if not found:
         raise UserError(f"--data-path {root}: {split}/ has no class folders")
     classes = found if classes is None else classes

@@ -1,4 +1,4 @@
-"""The interface between the engine and the hardware: twelve verbs."""
+"""The interface between the engine and the hardware: eleven verbs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class Device(ABC):
         rank, local_rank, world_size: this process among all, among those of its machine, and how many.
         worker_start: how loader workers are started (``fork`` or ``spawn``).
         pins_memory: whether copies from page-locked memory overlap with computing.
+        amp_dtype: the type of mixed precision in use; ``None`` for full float32.
     """
 
     kind: str
@@ -25,6 +26,7 @@ class Device(ABC):
     world_size: int
     worker_start: str
     pins_memory: bool
+    amp_dtype: str | None
 
     @abstractmethod
     def open(self) -> None:
@@ -43,8 +45,8 @@ class Device(ABC):
         """Mixed precision around the forward pass, if it was asked for."""
 
     @abstractmethod
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model on the card; over several ranks, one that averages gradients."""
+    def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The model on the card: as trained (over several ranks it averages gradients), and the bare network in it."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -61,10 +63,6 @@ class Device(ABC):
     @abstractmethod
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor summed over all ranks, on the card; one that is not there yet is moved first."""
-
-    @abstractmethod
-    def sync(self) -> None:
-        """Wait until the card has done all it was given."""
 
     @abstractmethod
     def seed(self, seed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import platform
 import random
@@ -96,7 +97,7 @@ class NativeDevice(Device):
                 init_method=self._init_method,
                 rank=self.rank,
                 world_size=self.world_size,
-                timeout=timedelta(minutes=30),
+                timeout=timedelta(minutes=30),  # torch's own for gloo; nccl's 10 is short for a first epoch's files
             )
 
     def close(self) -> None:
@@ -114,14 +115,18 @@ class NativeDevice(Device):
             return contextlib.nullcontext()
         return torch.autocast(self.kind, dtype=getattr(torch, self.amp_dtype))
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        model = model.to(self._torch_device)
+    def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
+        network = model.to(self._torch_device)
         if self.world_size == 1:
-            return model
+            return network, network
         if self._sync_bn:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         device_ids = [self.local_rank] if self.kind == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=self._broadcast_buffers)
+        # torch 2.15 renames the option and warns of the old name.
+        has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+        name = "forward_sync_buffers" if has_new_name else "broadcast_buffers"
+        options: dict[str, Any] = {name: self._broadcast_buffers}
+        return DistributedDataParallel(network, device_ids=device_ids, **options), network
 
     def backward(self, loss: Tensor) -> None:
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
@@ -142,12 +147,6 @@ class NativeDevice(Device):
             tensor = tensor.clone()
             torch.distributed.all_reduce(tensor)
         return tensor
-
-    def sync(self) -> None:
-        if self.kind == "cuda":
-            torch.cuda.synchronize()
-        elif self.kind == "mps":
-            torch.mps.synchronize()
 
     def seed(self, seed: int) -> None:
         random.seed(seed)

@@ -6,6 +6,7 @@ Drawn on ``matplotlib.figure.Figure`` and never through pyplot, which is not saf
 from __future__ import annotations
 
 import io
+import math
 from typing import TYPE_CHECKING, Any, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,10 +16,10 @@ from matplotlib.ticker import MaxNLocator
 from vgglab.runs import Run
 
 if TYPE_CHECKING:
-    from vgglab.predict import Prediction
+    from vgglab.predictions import Prediction
 
 # Okabe and Ito's palette: told apart with any colour vision. Lines differ by dash and marker as well.
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+BLUE, ORANGE = "#0072B2", "#D55E00"
 INK, GRID = "#333333", "#DDDDDD"
 
 
@@ -55,6 +56,10 @@ def curves(run: Run) -> Picture:
     """Loss and top-1 accuracy over the optimizer steps, on training batches and on the held-out images."""
     train, held_out = run.events("train"), run.events("eval")
     figure, (loss, accuracy) = new_figure(2)
+    for start in run.events("start"):
+        classes = start["num_classes"]
+        loss.axhline(math.log(classes), color=INK, linestyle=":", linewidth=1, label=f"guessing, ln {classes}")
+        accuracy.axhline(100 / classes, color=INK, linestyle=":", linewidth=1, label=f"guessing, 1 in {classes}")
     _curve(loss, train, held_out, "loss")
     loss.set_ylabel("cross entropy")
     _curve(accuracy, train, held_out, "acc1")
@@ -107,8 +112,8 @@ def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> 
         panel.set_axis_on()
         panel.set_xticks([])
         panel.set_yticks([])
-        answer = f"{prediction.predicted}, {prediction.probability:.0%}"
-        title = f"✓ {answer}" if prediction.is_right else f"✗ {answer}\nis {prediction.actual}"
+        answer = f"says {prediction.predicted}, {prediction.probability:.0%}"
+        title = f"✓ {answer}" if prediction.is_right else f"✗ {answer}\n(is {prediction.actual})"
         panel.set_title(title, fontsize=9, color=INK if prediction.is_right else ORANGE)
         for spine in panel.spines.values():
             spine.set(color=GRID if prediction.is_right else ORANGE, linewidth=1 if prediction.is_right else 3)

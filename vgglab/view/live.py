@@ -134,7 +134,7 @@ class Dashboard:
         self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         self.log = widgets.HTML()
         self.stop_button = widgets.Button(
-            description="Stop", icon="stop", tooltip="End this run; checkpoints so far are kept"
+            description="Stop", icon="stop", tooltip="End this run; the epochs finished so far are kept"
         )
         self.stop_button.on_click(self._on_stop)
         self.stop_button.disabled = not hasattr(run, "stop")
@@ -180,8 +180,8 @@ def progress_of(run: Run) -> Progress:
     progress = Progress()
     for event in run.events():
         progress.add(event)
-    if progress.status in ("starting", "running") and run.status == "failed":  # it died before it could say so
-        progress.status = progress.doing = "failed"
+    if progress.status in ("starting", "running") and _has_ended(run):  # killed before it could say so
+        progress.status = progress.doing = run.status
         progress.eta_seconds = None
     return progress
 

@@ -11,7 +11,8 @@ class Progress:
     Attributes:
         doing: one phrase, e.g. ``epoch 2 of 6``.
         step, num_steps: optimizer steps done and to be done in all, those before a resume included.
-        eta_seconds: time left, evaluations and checkpoints included; ``None`` before the first step.
+        eta_seconds: time left; ``None`` before the first step.
+            An estimate from what has been done so far, so before the first evaluation it leaves evaluations out.
         train, eval: the latest event of each kind, or empty.
         status: ``starting``, ``running``, ``done``, ``interrupted`` or ``failed``.
     """

@@ -20,7 +20,8 @@ class Scalars:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("--tensorboard: the package tensorboard is missing; pip install tensorboard") from None
-        self._writer = SummaryWriter(str(folder))
+        self._open = lambda: SummaryWriter(str(folder))
+        self._writer: Any = None
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["event"] == "train":
@@ -34,9 +35,12 @@ class Scalars:
             values = {"eval_accuracy_epoch": event["acc1"]}
         else:
             return
+        if self._writer is None:
+            self._writer = self._open()
         for name, value in values.items():
             if value is not None:
                 self._writer.add_scalar(name, value, event["step"])
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -19,6 +19,7 @@ class Terminal:
     def __init__(self) -> None:
         self.progress = Progress()
         self.bar: Any = None
+        self.top = 5
 
     def __call__(self, event: dict[str, Any]) -> None:
         self.progress.add(event)
@@ -39,10 +40,10 @@ class Terminal:
             self.bar = None
 
     def _on_start(self, event: dict[str, Any]) -> None:
-        self.say(
-            f"{event['data']}: {event['num_train_images']} images to learn from, "
-            f"{event['num_eval_images']} held out; {event['num_parameters'] / 1e6:.1f} million parameters"
-        )
+        self.top = min(5, event["num_classes"])
+        to_learn_from = f"{event['num_train_images']} images to learn from, " if event["num_train_images"] else ""
+        size = f"{event['num_parameters'] / 1e6:.1f} million parameters"
+        self.say(f"{event['data']}: {to_learn_from}{event['num_eval_images']} held out; {size}")
         if tqdm is not None and sys.stderr.isatty() and self.progress.num_steps > self.progress.step:
             layout = "{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix}"
             self.bar = tqdm(
@@ -65,8 +66,9 @@ class Terminal:
             self._draw(self._left())
 
     def _on_eval(self, event: dict[str, Any]) -> None:
+        epoch = "" if event["epoch"] is None else f"epoch {event['epoch'] + 1}: "
         self.say(
-            f"epoch {event['epoch'] + 1}: top-1 {event['acc1']:.2f} %, top-5 {event['acc5']:.2f} % "
+            f"{epoch}top-1 {event['acc1']:.2f} %, top-{self.top} {event['acc5']:.2f} % "
             f"of {event['num_images']} held-out images, loss {_number(event['loss'])}"
         )
 

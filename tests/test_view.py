@@ -1,0 +1,110 @@
+"""What people see: the bar on a terminal, the dashboard, the block in a report."""
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from conftest import TINY
+
+import vgglab
+from vgglab.view.live import Dashboard, front_end, progress_of, summary
+from vgglab.view.progress import Progress, duration
+
+
+def test_on_a_terminal_there_is_a_bar_that_says_what_is_going_on_and_for_how_long(images, tmp_path):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # 40 lines of 120 characters
+    flags = [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--print-freq=1", "--epochs=2"]
+    process = subprocess.Popen([sys.executable, "-m", "vgglab.train", *flags], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        seen += part
+    assert process.wait(30) == 0
+    text = seen.decode()
+    assert "epoch 2 of 2 |" in text
+    assert "/8 steps" in text
+    assert "images/s" in text
+    assert " left" in text
+    (log,) = tmp_path.glob("runs/*/log/rank0.txt")
+    assert "\r" not in log.read_text()  # the redrawing stays on the screen
+    assert "top-1" in log.read_text()
+
+
+def test_time_left_is_told_from_what_was_done():
+    progress = Progress()
+    progress.add(
+        {"event": "start", "seconds": 10, "epochs": 2, "first_epoch": 0, "first_step": 0, "steps_per_epoch": 50}
+    )
+    assert progress.eta_seconds is None
+    progress.add({"event": "train", "seconds": 20, "step": 25, "epoch": 0})
+    assert progress.eta_seconds == pytest.approx(10 / 25 * 75)
+    assert (progress.doing, progress.num_steps) == ("epoch 1 of 2", 100)
+    assert [duration(s) for s in (8, 200, 7500)] == ["8 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_the_dashboard_shows_a_run_and_its_button_stops_it(images, tmp_path):
+    pytest.importorskip("ipywidgets")
+    flags = [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--epochs=1000"]
+    run = vgglab.launch(flags, watch=False)
+    dashboard = Dashboard(run)
+    deadline = time.monotonic() + 60
+    while not run.events("checkpoint"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    dashboard.refresh()
+    assert "of 4000" in dashboard.status.value
+    assert "held-out top-1" in dashboard.status.value
+    assert bytes(dashboard.picture.value[:4]) == b"\x89PNG"
+    assert "top-1" in dashboard.log.value
+    dashboard.stop_button.click()
+    while run.process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert run.status == "interrupted"
+    dashboard.refresh()
+    assert ": interrupted" in dashboard.status.value
+
+
+def test_a_run_that_was_killed_is_not_taken_for_alive(images, tmp_path):
+    flags = [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--epochs=1000"]
+    launched = vgglab.launch(flags, watch=False)
+    while not launched.events("train"):
+        time.sleep(0.1)
+    launched.process.kill()
+    launched.process.wait()
+    run = vgglab.Run(launched.path)
+    assert run.status == "failed"
+    assert run.report()["status"] == "failed"
+    assert ": failed" in summary(run, progress_of(run))
+    run.watch()  # returns: there is nothing to wait for
+
+
+def test_a_launch_that_never_began_is_over_too(images, tmp_path):
+    launched = vgglab.launch(data_path="/nowhere", run_dir=tmp_path / "run", watch=False)
+    launched.process.wait()
+    run = vgglab.Run(tmp_path / "run")
+    assert run.status == "failed"
+    run.watch()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(vgglab.UserError, match="no run directory"):
+        vgglab.Run(tmp_path)
+
+
+def test_without_a_notebook_the_front_end_is_the_terminal(monkeypatch):
+    monkeypatch.setenv("VGGLAB_UI", "live")
+    assert front_end() == "terminal"
