@@ -5,6 +5,7 @@ The numbers are those of the list of 32 that this kit started from; CONTRIBUTING
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -259,7 +260,8 @@ def test_the_four_commands_are_understood(flags):
 @pytest.mark.parametrize("door", [ONE_CARD, EIGHT_CARDS.replace("=8", "=2")])
 def test_the_four_commands_run_when_shortened(door, images, tmp_path):
     """On this machine's CPU, a smaller image and batch, and two ranks for eight; everything else as it stands."""
-    shorter = [f"--output-dir={tmp_path}", "--device=cpu", "--batch-size=2", "--image-size=32", "--workers=1"]
+    workers = 3
+    shorter = [f"--output-dir={tmp_path}", "--device=cpu", "--batch-size=2", "--image-size=32", f"--workers={workers}"]
     shorter += ["--training_step_per_epoch=3", "--eval_step_per_epoch=3", "--model=vgg11", "--epochs=1"]
     result = shell(*door.split(), *PERFORMANCE.replace("DATA", str(images)).split(), *shorter)
     assert result.returncode == 0, result.stderr
@@ -267,3 +269,5 @@ def test_the_four_commands_run_when_shortened(door, images, tmp_path):
     num_ranks = 2 if "distributed" in door else 1
     assert (report["status"], report["world_size"], report["global_batch_size"]) == ("done", num_ranks, 2 * num_ranks)
     assert result.stdout.count("run directory") == 1  # one rank speaks
+    assert "DataLoader" not in result.stderr  # torch's three lines on more workers than cores
+    assert f"--workers {workers}: more than the" in result.stdout or (os.cpu_count() or 1) >= workers

@@ -10,7 +10,7 @@ import argparse
 import difflib
 import math
 import os
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Callable, NoReturn, Sequence
 
 from vgglab.devices import AMP_DTYPES, DEVICE_CHOICES
@@ -174,8 +174,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _help(item: Field, text: str) -> str:
-    is_plain = item.default not in (None, False, MISSING)
-    return f"{text} (default {item.default})" if is_plain else text
+    is_worth_saying = item.default is not None and item.default is not False
+    return f"{text} (default {item.default})" if is_worth_saying else text
 
 
 def parse(argv: Sequence[str]) -> Config:

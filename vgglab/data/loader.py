@@ -6,6 +6,7 @@ number of workers, and not on how many ranks share a global batch.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any, Iterator, NamedTuple
 
@@ -112,6 +113,14 @@ class EvalPicks(Sampler):
             yield [Pick(i, 0) for i in self.indices[start : start + self.batch_size]]
 
 
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Without torch's on the number of workers: config.py has a shorter one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 class Batches:
     """Batches of ``images (N, 3, S, S) float32, labels (N,) int64``, ``len(self)`` of them a pass."""
 
@@ -120,9 +129,10 @@ class Batches:
         # A generator of its own: drawing the workers' seeds must not move the one that dropout draws from.
         options: dict[str, Any] = {"generator": torch.Generator(), "pin_memory": device.pins_memory}
         if workers:
-            options.update(persistent_workers=True, multiprocessing_context=device.worker_start)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remark on many workers: config.py has its own, shorter
+            # The held-out images' workers end with each pass: idle, they would double the processes.
+            is_training = isinstance(picks, TrainPicks)
+            options.update(persistent_workers=is_training, multiprocessing_context=device.worker_start)
+        with _without_remarks():
             self._loader = DataLoader(files, batch_sampler=picks, num_workers=workers, **options)
 
     def __len__(self) -> int:
@@ -135,8 +145,10 @@ class Batches:
             UserError: an image that cannot be read, by name.
         """
         self._picks.epoch = epoch
+        with _without_remarks():
+            batches = iter(self._loader)
         try:
-            yield from self._loader
+            yield from batches
         except UserError as error:
             # From a worker process it arrives with that process's traceback around it.
             last_line = str(error).strip().splitlines()[-1]
