@@ -6,6 +6,7 @@
     log/rank*.txt  what each rank printed
     checkpoints/   last.pt and best.pt
     report.json    final figures, derived from the lines above (report.py)
+    launch.json    who started it, where that was vgglab.launch
 
 ``RunWriter`` writes it, from one process; ``Run`` reads it, from anywhere, also while it grows. Standard
 library only.
