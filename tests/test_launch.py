@@ -114,6 +114,28 @@ def test_a_stop_in_the_middle_of_a_checkpoint_waits_for_it(tiny):
         assert sorted(file.name for file in unfinished.parent.iterdir()) == ["best.pt", "last.pt"]
 
 
+def test_a_stop_while_workers_are_forked_is_not_lost(tiny):
+    """It fell into one of Python's fork hooks, and the run went on until it was killed."""
+    for delay_seconds in (0, 0.004, 0.008, 0.012):
+        run = vgglab.launch(
+            tiny, epochs=1000, workers=2, batch_size=1, training_step_per_epoch=1, eval_step_per_epoch=1, watch=False
+        )
+        wait_until(lambda run=run: run.events("eval_start"), every=0.001)
+        time.sleep(delay_seconds)
+        run.stop()
+        assert run.events("end"), run.logs()
+        assert run.status == "interrupted"
+
+
+@pytest.mark.parametrize("seconds", [0, 0.5, 2])
+def test_a_stop_during_start_up_is_no_failure(tiny, seconds):
+    run = vgglab.launch(tiny, epochs=1000, watch=False)
+    time.sleep(seconds)
+    run.stop()
+    assert run.status == "interrupted"
+    assert run.wait() is run
+
+
 LAUNCHER = """
 import sys, time, vgglab
 run = vgglab.launch(sys.argv[1:], epochs=1000, workers=2, watch=False)

@@ -14,6 +14,7 @@ import torch
 import torchvision
 from conftest import NUM_VAL, TINY, shell
 
+from vgglab.compat import load_tensors
 from vgglab.config import parse
 from vgglab.model import build
 
@@ -48,7 +49,7 @@ def test_row_6_the_last_epoch_is_always_evaluated_and_saved(train, refused):
     for epochs in (1, 3):
         run = train("--eval-freq=2", f"--epochs={epochs}").run
         assert run.events("eval")[-1]["epoch"] == epochs - 1
-        saved = torch.load(run.checkpoint("last"), weights_only=True)
+        saved = load_tensors(run.checkpoint("last"))
         assert saved["epoch"] == epochs
         assert run.report()["acc1"] is not None
     assert "--epochs" in refused("--epochs=0")
@@ -79,7 +80,7 @@ def test_row_11_the_model_named_is_the_model_trained(train, refused):
     """Seed: always vgg16, whatever was asked for, and the report repeated the wish."""
     run = train("--model=vgg13_bn", "--training-step-per-epoch=1").run
     assert run.report()["model"] == "vgg13_bn"
-    weights = torch.load(run.checkpoint("last"), weights_only=True)["model"]
+    weights = load_tensors(run.checkpoint("last"))["model"]
     assert list(weights) == list(build("vgg13_bn", num_classes=3, head="small").state_dict())
     assert "--model: invalid choice: 'does_not_exist'" in refused("--model=does_not_exist")
 
@@ -130,7 +131,7 @@ def test_row_16_rmsprop_trains(train):
     """Seed: its flags were missing, so it crashed when it was built."""
     run = train("--optimizer=rmsprop", "--rmsprop-alpha=0.99").run
     assert run.status == "done"
-    groups = torch.load(run.checkpoint("last"), weights_only=True)["optimizer"]["param_groups"]
+    groups = load_tensors(run.checkpoint("last"))["optimizer"]["param_groups"]
     assert groups[0]["alpha"] == 0.99
 
 
@@ -178,7 +179,7 @@ def test_row_23_pretrained_with_other_classes_replaces_the_last_layer(train):
     result = train("--pretrained", "--image-size=224", "--lr=0", *shorter)
     assert result.code == 0
     assert "--pretrained: classifier.6 start fresh" in result.out
-    trained = torch.load(result.run.checkpoint("last"), weights_only=True)["model"]
+    trained = load_tensors(result.run.checkpoint("last"))["model"]
     assert torch.equal(trained["features.0.weight"], published["features.0.weight"])
     assert torch.equal(trained["classifier.3.weight"], published["classifier.3.weight"])
     assert trained["classifier.6.weight"].shape == (3, 4096)

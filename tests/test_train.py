@@ -14,6 +14,7 @@ import torch
 from conftest import NUM_VAL, PROJECT, TINY, shell
 
 from vgglab import Run
+from vgglab.compat import load_tensors
 
 SEED_REPORT_FIELDS = (
     "model local_rank batch_size epochs training_step_per_epoch eval_step_per_epoch acc1 acc5 device skip_steps "
@@ -102,7 +103,7 @@ def test_a_resumed_run_equals_the_one_that_was_not_stopped(train):
     resumed = train(*flags, "--epochs=3", f"--resume={first.path}").run
     assert losses(first) + losses(resumed) == losses(whole)
     assert [e["step"] for e in resumed.events("train")] == list(range(5, 13))
-    ends = [torch.load(run.checkpoint("last"), weights_only=True)["model"] for run in (whole, resumed)]
+    ends = [load_tensors(run.checkpoint("last"))["model"] for run in (whole, resumed)]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
@@ -118,15 +119,15 @@ def test_resuming_a_finished_run_reports_it_and_remembers_its_best(train):
 def test_best_is_the_best_and_is_kept_while_last_moves_on(train):
     run = train("--model=vgg11_bn", "--epochs=10", "--seed=4", "--lr=2").run
     accuracies = [event["acc1"] for event in run.events("eval")]
-    best = torch.load(run.checkpoint("best"), weights_only=True)
+    best = load_tensors(run.checkpoint("best"))
     assert best["epoch"] == accuracies.index(max(accuracies)) + 1  # the first of the best
     assert best["best"]["acc1"] == max(accuracies)
     assert sorted(os.listdir(run.path / "checkpoints")) == ["best.pt", "last.pt"]
     again = train("--test-only", f"--resume={run.checkpoint('best')}", "--model=vgg11_bn").run
     assert again.report()["acc1"] == run.report()["acc1"] == max(accuracies)
     ruined = train("--model=vgg11_bn", "--epochs=11", "--lr=1e9", f"--resume={run.path}").run
-    kept = torch.load(ruined.checkpoint("best"), weights_only=True)
-    assert (kept["epoch"], torch.load(ruined.checkpoint("last"), weights_only=True)["epoch"]) == (best["epoch"], 11)
+    kept = load_tensors(ruined.checkpoint("best"))
+    assert (kept["epoch"], load_tensors(ruined.checkpoint("last"))["epoch"]) == (best["epoch"], 11)
 
 
 def test_a_resumed_run_that_does_not_get_better_still_has_its_best(train):
@@ -151,6 +152,29 @@ def test_the_readmes_resume_lines_need_no_other_flag(images, tmp_path, capsys):
     assert Run(tested).report()["acc1"] == Run(longer).events("eval")[-1]["acc1"]
 
 
+def test_what_is_given_with_resume_wins_and_what_contradicts_is_refused(train, refused, tmp_path):
+    first = train("--nesterov", "--amp", "--seed=7").run
+    plain = train("--epochs=2", "--amp=false", "--fix-seed", f"--resume={first.path}").run
+    assert (plain.config["amp"], plain.config["amp_dtype"], plain.config["seed"]) == (False, None, 1 << 20)
+    assert plain.config["nesterov"] is True
+    assert "--nesterov: needs" in refused("--epochs=2", "--momentum=0", f"--resume={first.path}")
+    content = load_tensors(first.checkpoint("last"))
+    for setting in ({"lr": "abc"}, {"optimizer": "adam"}):
+        torch.save({**content, "config": {**content["config"], **setting}}, tmp_path / "odd.pt")
+        assert f"its {next(iter(setting))} is damaged" in refused("--epochs=2", f"--resume={tmp_path}/odd.pt")
+
+
+def test_a_run_can_be_resumed_from_another_folder(images, tmp_path, monkeypatch):
+    from vgglab.train import main
+
+    monkeypatch.chdir(images.parent)
+    assert main([*TINY, f"--data-path={images.name}", "--run-dir=here"]) == 0
+    run = Run("here")
+    monkeypatch.chdir("/")
+    assert main([f"--resume={run.path}", "--test-only", f"--run-dir={tmp_path}/there"]) == 0
+    assert Run(tmp_path / "there").report()["acc1"] == run.report()["acc1"]
+
+
 def test_a_shortened_evaluation_looks_at_all_classes(train):
     """It took the first images, which are all of one class."""
     run = train("--eval-step-per-epoch=1", "--batch-size=3", "--epochs=1").run
@@ -163,7 +187,7 @@ def test_a_resumed_run_keeps_its_seed_and_uses_its_own_flags(train, refused):
     first = train("--weight-decay=0.5").run
     result = train("--epochs=2", "--momentum=0.5", "--weight-decay=0.3", f"--resume={first.path}")
     assert result.run.config["seed"] == first.config["seed"]  # which was drawn
-    groups = torch.load(result.run.checkpoint("last"), weights_only=True)["optimizer"]["param_groups"]
+    groups = load_tensors(result.run.checkpoint("last"))["optimizer"]["param_groups"]
     assert (groups[0]["momentum"], groups[0]["weight_decay"]) == (0.5, 0.3)
     assert "--resume: --momentum 0.5, was 0.9" in result.out
     assert "--weight-decay 0.3, was 0.5" in result.out
@@ -285,7 +309,7 @@ def test_checkpoints_that_do_not_fit(refused, train, tmp_path):
     whole = run.checkpoint("last").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     assert "not a checkpoint" in refused(f"--resume={tmp_path}/cut.pt")
-    weights = torch.load(run.checkpoint("last"), weights_only=True)["model"]
+    weights = load_tensors(run.checkpoint("last"))["model"]
     torch.save({"model": weights, "config": "a string"}, tmp_path / "foreign.pt")
     assert train(f"--resume={tmp_path}/foreign.pt", "--test-only").code == 0
     torch.save({"model": {1: weights["features.0.weight"]}}, tmp_path / "keys.pt")
@@ -347,7 +371,7 @@ def test_on_old_torch_an_archive_with_code_is_not_opened(tmp_path):
     [{"optimizer": {}}, {"optimizer": None}, {"epoch": "three"}, {"best": 3}, {"config": {}}, {"config": None}],
 )
 def test_a_damaged_checkpoint_is_refused(refused, train, tmp_path, damage):
-    content = torch.load(train().run.checkpoint("last"), weights_only=True)
+    content = load_tensors(train().run.checkpoint("last"))
     torch.save({**content, **damage}, tmp_path / "damaged.pt")
     assert "--resume" in refused(f"--resume={tmp_path}/damaged.pt", "--epochs=2")
 

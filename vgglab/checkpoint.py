@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
@@ -17,6 +15,7 @@ from torch.optim import Optimizer
 
 from vgglab.compat import NotACheckpoint, load_tensors
 from vgglab.errors import UserError
+from vgglab.interrupts import undisturbed
 
 FORMAT = "vgglab-1"
 
@@ -44,7 +43,7 @@ def save(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    with _undisturbed():
+    with undisturbed():
         _write(folder, content, is_best)
 
 
@@ -58,22 +57,6 @@ def _write(folder: Path, content: Any, is_best: bool) -> None:
     if is_best:
         _share(last, unfinished)
         unfinished.replace(folder / "best.pt")
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C waits until the block is done: inside torch.save it would come out as an error of torch's own."""
-    if threading.current_thread() is not threading.main_thread():  # signals do not come here
-        yield
-        return
-    waiting: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if waiting:
-        raise KeyboardInterrupt
 
 
 def _share(source: Path, target: Path) -> None:

@@ -92,10 +92,9 @@ class LaunchedRun(Run):
     @property
     def status(self) -> str:
         has_ended = self.process.poll() is not None  # asked first: it may end while its events are read
-        status = super().status
-        if has_ended and status in ("starting", "running"):  # it could not say how it ended
+        if has_ended and not self.events("end"):  # it could not say how it ended
             return "interrupted" if self._was_stopped else "failed"
-        return status
+        return super().status
 
     def wait(self, timeout_seconds: float | None = None) -> LaunchedRun:
         """Wait until the run has ended; interrupting the wait stops the run.

@@ -11,7 +11,7 @@ import torch
 from vgglab import checkpoint
 from vgglab.config import Config
 from vgglab.data.loader import eval_batches
-from vgglab.data.sets import NAMED_SETS, open_sets
+from vgglab.data.sets import open_sets
 from vgglab.devices import open_device
 from vgglab.errors import blaming
 from vgglab.model import build
@@ -39,10 +39,11 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
         UserError: the run has no such checkpoint, or its images are gone.
     """
     run = run if isinstance(run, Run) else Run(run)
+    file = run.checkpoint(which)
     config = _settings_of(run)
     network = build(config.model, num_classes=config.num_classes, head=config.head)
     with blaming(str(run.path)):
-        checkpoint.restore_model(checkpoint.read(run.checkpoint(which)), network, config.model)
+        checkpoint.restore_model(checkpoint.read(file), network, config.model)
     network.eval()
     sets = open_sets(config)
     labels, guesses, probabilities = [], [], []
@@ -62,7 +63,5 @@ def _settings_of(run: Run) -> Config:
     """The run's own settings, for looking at all held-out images from wherever we are."""
     known = {item.name for item in fields(Config)}
     config = Config(**{name: value for name, value in run.config.items() if name in known})
-    if config.data_path not in NAMED_SETS:
-        config.data_path = str(Path(run.env["cwd"], config.data_path))
     config.test_only, config.workers, config.eval_step_per_epoch = True, 0, -1
     return config

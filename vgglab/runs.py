@@ -159,11 +159,11 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         """Raises UserError where there is no such folder, or no run in it."""
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # to be found after a change of folder, too
         self._seen: list[Event] = []
         self._num_bytes_seen = 0
         if not any((self.path / name).exists() for name in (*OURS, LAUNCHED)):
-            raise UserError(f"no run directory: {self.path.resolve()}")
+            raise UserError(f"no run directory: {self.path}")
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})  # {self.status}"

@@ -37,7 +37,8 @@ if __name__ == "__main__" and not __package__:
         sys.path.insert(0, os.path.dirname(_here))
 
 import random
-from typing import TYPE_CHECKING, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Sequence
 
 from vgglab import config as configuration
 from vgglab.config import Config
@@ -84,16 +85,15 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
         import torch  # noqa: F401  from here on; a wrong flag is answered without it
     except ModuleNotFoundError:
         raise UserError(f"PyTorch is not installed for {sys.executable}; activate .venv, or see the README") from None
-    from vgglab import checkpoint, engine
+    from vgglab import checkpoint
     from vgglab.data.sets import open_sets
     from vgglab.devices import open_device
-    from vgglab.runs import SilentRun
 
     saved = None
     if config.resume:
         with blaming(f"--resume {config.resume}"):
             saved = checkpoint.read(config.resume)
-        configuration.inherit(config, given, saved.get("config", {}))
+            configuration.inherit(config, given, saved.get("config", {}))
     device = open_device(
         config.device,
         amp_dtype=config.amp_dtype or ("auto" if config.amp else None),
@@ -106,11 +106,7 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
     device.open()
     try:
         _resolve(config, device, sets)
-        job = engine.prepare(config, device, sets, saved)
-        if device.rank == 0:
-            _work_and_record(job, config, device, sets)
-        else:
-            _work(job, config, device, SilentRun())
+        _prepare_and_work(config, device, sets, saved)
     finally:
         device.close()
 
@@ -120,7 +116,9 @@ def _resolve(config: Config, device: Device, sets: DataSets) -> None:
     from vgglab.model import head_for
 
     config.device = device.kind
-    config.amp_dtype = device.amp_dtype
+    config.amp, config.amp_dtype = device.amp_dtype is not None, device.amp_dtype
+    if Path(config.data_path).is_dir():  # a folder, then, which has to be found from elsewhere too
+        config.data_path = str(Path(config.data_path).absolute())
     config.world_size = device.world_size
     config.num_classes = sets.num_classes
     config.image_size = sets.image_size
@@ -144,6 +142,18 @@ def _draw_seed(device: Device) -> int:
 
     drawn = random.SystemRandom().randrange(MAX_DRAWN_SEED) if device.rank == 0 else 0
     return int(device.fetch(device.sum(torch.tensor([float(drawn)])))[0])
+
+
+def _prepare_and_work(config: Config, device: Device, sets: DataSets, saved: dict[str, Any] | None) -> None:
+    """The job lives in here only: on torch 1.10 a wrapped model that outlives its process group hangs at exit."""
+    from vgglab import engine
+    from vgglab.runs import SilentRun
+
+    job = engine.prepare(config, device, sets, saved)
+    if device.rank == 0:
+        _work_and_record(job, config, device, sets)
+    else:
+        _work(job, config, device, SilentRun())
 
 
 def _work(job: Job, config: Config, device: Device, run: RunWriter) -> None:

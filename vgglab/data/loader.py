@@ -19,6 +19,7 @@ from vgglab.config import Config
 from vgglab.data.sets import DataSets, Split, eval_transform, train_transform
 from vgglab.devices.base import Device
 from vgglab.errors import UserError
+from vgglab.interrupts import undisturbed
 
 STRIDE = 1_000_000_007  # a prime above any number of images or epochs
 
@@ -145,8 +146,8 @@ class Batches:
             UserError: an image that cannot be read, by name.
         """
         self._picks.epoch = epoch
-        with _without_remarks():
-            batches = iter(self._loader)
+        with undisturbed(), _without_remarks():
+            batches = iter(self._loader)  # forks the workers, which keep ignoring Ctrl-C: we end them
         try:
             yield from batches
         except UserError as error:

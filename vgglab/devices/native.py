@@ -78,6 +78,8 @@ class NativeDevice(Device):
             raise UserError(f"--amp: not offered on {self.kind}; leave it out to train in float32")
         if amp_dtype == "float16" and self.kind == "cpu":
             raise UserError("--amp-dtype float16: a CPU trains in bfloat16; choose bfloat16")
+        if amp_dtype is not None and self.kind == "cpu" and not _cpu_pools_bfloat16():
+            raise UserError(f"--amp: the CPU kernels of torch {torch.__version__} lack bfloat16; leave it out")
         if self.world_size > 1 and self.kind not in BACKENDS:
             raise UserError(f"--device {self.kind}: one process only")
         if self.world_size > 1 and "RANK" not in os.environ:
@@ -162,6 +164,15 @@ class NativeDevice(Device):
             "amp_dtype": self.amp_dtype,
             "simulated": False,
         }
+
+
+def _cpu_pools_bfloat16() -> bool:
+    """torch 1.10 has autocast on the CPU, and no bfloat16 max pooling."""
+    try:
+        nn.functional.max_pool2d(torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16), 2)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _loss_scaler() -> Any:
