@@ -39,7 +39,7 @@ test: $(INSTALLED) ## all tests, every notebook included
 	$(BIN)/python -m pytest
 
 lab: $(INSTALLED) ## JupyterLab with the notebooks
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 check: $(INSTALLED) ## style and types
 	$(BIN)/ruff check .
