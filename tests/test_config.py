@@ -91,5 +91,5 @@ def test_the_list_of_flags_is_a_promise():
         "device dist_url dropout_rate enable_horovod end_lr epochs eval_freq eval_step_per_epoch fix_seed head "
         "image_size lr lr_gamma lr_schedule lr_step_size model momentum nesterov num_classes optimizer output_dir "
         "pretrained print_freq resume rmsprop_alpha rmsprop_eps run_dir seed skip_steps start_epoch sync_bn "
-        "tensorboard test_only training_step_per_epoch warmup weight_decay workers world_size".split()
+        "tensorboard test_only tf32 training_step_per_epoch warmup weight_decay workers world_size".split()
     )

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import CLASSES, NUM_TRAIN, NUM_VAL
+from torch.utils.data.distributed import DistributedSampler
 
 from vgglab.config import parse
 from vgglab.data import loader
@@ -16,7 +17,9 @@ from vgglab.data.sets import open_sets
 
 
 def rank(number=0, of=1):
-    return SimpleNamespace(rank=number, world_size=of, worker_start="fork", pins_memory=False)
+    return SimpleNamespace(
+        rank=number, world_size=of, worker_start="fork", pins_memory=False, sampler=DistributedSampler
+    )
 
 
 def test_digits_lie_in_imagenets_layout_with_lists_that_tell_the_truth():

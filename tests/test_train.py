@@ -399,7 +399,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(images, tmp_path):
 
 
 def test_devices_that_are_not_there(refused):
-    assert "--device gcu: this version does not drive GCU cards yet" in refused("--device=gcu")
+    assert "--device gcu: torch_gcu is not installed" in refused("--device=gcu")
     assert "--device mps: this is not a Mac" in refused("--device=mps")
     if not torch.cuda.is_available():
         assert "--device cuda: PyTorch sees no CUDA card" in refused("--device=cuda")

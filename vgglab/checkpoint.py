@@ -169,7 +169,7 @@ def restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_na
 # What decides the weights: a resumed run that differs here is another experiment from then on.
 RECIPE = (
     "data_path batch_size world_size image_size dropout_rate lr optimizer momentum nesterov rmsprop_alpha "
-    "rmsprop_eps weight_decay bn_weight_decay lr_schedule warmup end_lr lr_step_size lr_gamma amp_dtype seed "
+    "rmsprop_eps weight_decay bn_weight_decay lr_schedule warmup end_lr lr_step_size lr_gamma amp_dtype tf32 seed "
     "training_step_per_epoch"
 ).split()
 

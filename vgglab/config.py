@@ -71,7 +71,8 @@ def _flag(help: str, default: Any = None, parse: Callable[[str], Any] = str, **o
 
 def _switch(help: str, **options: Any) -> Any:
     """Off by default; ``--flag``, ``--flag true`` and ``--flag false`` all mean what they say."""
-    return _flag(help, default=False, parse=_boolean, nargs="?", const=True, metavar="true|false", **options)
+    default = None if "negation" in options else False  # with a --no- form, saying nothing is a third answer
+    return _flag(help, default=default, parse=_boolean, nargs="?", const=True, metavar="true|false", **options)
 
 
 @dataclass
@@ -114,9 +115,13 @@ class Config:
     lr_gamma: float = _flag("step: what each drop multiplies the rate by", 0.1, _POSITIVE)
 
     amp: bool = _switch(
-        "mixed precision: bfloat16 on cpu, float16 with static loss scale 128 on cuda", names=["--torch-amp"]
+        "mixed precision: bfloat16 on cpu, float16 with static loss scale 128 on cards", names=["--torch-amp"]
     )
     amp_dtype: str | None = _flag("mixed precision in this type (implies --amp)", None, choices=AMP_DTYPES)
+    tf32: bool | None = _switch(
+        "float32 matrix products in TF32 on cards that have it; default: no, or what ENFLAME_ENABLE_TF32 says (T20)",
+        negation="--no-tf32",
+    )
     sync_bn: bool = _switch("batch norm over all ranks")
     broadcast_buffers: bool = _switch("send rank 0's buffers to all ranks before each step")
     world_size: int = _flag("ranks; a launcher's WORLD_SIZE has precedence", 1, _AT_LEAST_1)
@@ -167,6 +172,9 @@ def build_parser() -> argparse.ArgumentParser:
     for item in fields(Config):
         options = dict(item.metadata)
         names = ["--" + item.name.replace("_", "-"), *options.pop("names", [])]
+        negation = options.pop("negation", None)
+        if negation:
+            parser.add_argument(negation, dest=item.name, action="store_const", const=False, help="not so")
         parser.add_argument(
             *names, dest=item.name, type=options.pop("parse"), help=_help(item, options.pop("help")), **options
         )

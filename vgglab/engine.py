@@ -124,7 +124,8 @@ def train(job: Job, config: Config, device: Device, run: RunWriter) -> None:
             is_best = evaluate(job, device, run)
             if device.rank == 0:
                 folder = run.path / "checkpoints"
-                checkpoint.save(folder, job.network, optimizer, state, config.as_dict(), is_best)
+                settings = {**config.as_dict(), "simulated": device.is_simulated}
+                checkpoint.save(folder, job.network, optimizer, state, settings, is_best)
             run.event("checkpoint", epoch=epoch, step=state.step, is_best=is_best)
 
     num_steps = state.step - (last_skipped_step - config.skip_steps)
@@ -172,6 +173,7 @@ def evaluate(job: Job, device: Device, run: RunWriter) -> bool:
         with device.autocast():
             logits = network(images)
         totals = totals.to(logits.device) + _count(logits.float(), labels)
+        device.flush([totals])
     loss_sum, hits1, hits5, num_images = device.fetch(device.sum(totals))
     result = {"acc1": 100 * hits1 / num_images, "acc5": 100 * hits5 / num_images}
     is_best = state.best is None or result["acc1"] > state.best["acc1"]
@@ -192,6 +194,7 @@ def _share_buffers(network: nn.Module, device: Device) -> None:
     if device.world_size > 1:
         for buffer in network.buffers():
             buffer.copy_(device.sum(buffer if device.rank == 0 else torch.zeros_like(buffer)))
+        device.flush(list(network.buffers()))
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:

@@ -19,13 +19,14 @@ def build_report(run: Run) -> dict[str, Any]:
     ``acc1`` and ``acc5`` are the best of all evaluations, in percent, each for itself, as in the seed kit.
     ``train_fps_*`` are images per second of the whole job, loading included; an interval between two log
     lines is one measurement, and those within the first ``skip_steps`` steps do not count. Where no
-    interval is left the figures are null. ``training_time`` is h:mm:ss from the first event to the last,
-    evaluation and checkpoints included.
+    interval is left the figures are null, and so they are for a simulated card, whose speed is nobody's.
+    ``training_time`` is h:mm:ss from the first event to the last, evaluation and checkpoints included.
     """
     config, env, events = run.config, run.env, run.events()
     if not config or not env or not events:
         raise UserError(f"{run.path}: nothing to report yet")
-    intervals = [event for event in events if event["event"] == "train" and event["is_measured"]]
+    is_card_or_cpu = not env["simulated"]
+    intervals = [event for event in events if event["event"] == "train" and event["is_measured"] and is_card_or_cpu]
     speed = _speed(intervals)
     return {
         "model": config["model"],
@@ -53,6 +54,8 @@ def build_report(run: Run) -> dict[str, Any]:
         **_step_times(intervals),
         "seed": config["seed"],
         "amp_dtype": env["amp_dtype"],
+        "tf32": env.get("tf32"),
+        "peak_bytes": next((event.get("peak_bytes") for event in events if event["event"] == "end"), None),
         "hardware": env["hardware"],
         "simulated": env["simulated"],
         "versions": env["versions"],

@@ -66,9 +66,10 @@ def claim(path: Path) -> None:
 class RunWriter:
     """Writes one run directory; ``listeners`` are called with each event after it is on disk."""
 
-    def __init__(self, path: Path, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(self, path: Path, listeners: Sequence[Listener] = (), is_simulated: bool = False) -> None:
         self.path = path
         self.listeners = list(listeners)
+        self._mark = {"simulated": True} if is_simulated else {}  # on all that a simulated card has part in
         self._started = time.monotonic()
         claim(path)
         try:
@@ -77,7 +78,7 @@ class RunWriter:
             raise UserError(f"{path}: {_NO_WRITING} ({error.strerror})") from None
 
     def write_config(self, config: dict[str, Any]) -> None:
-        write_json(self.path / "config.json", config)
+        write_json(self.path / "config.json", {**config, **self._mark})
 
     def write_env(self, device: dict[str, Any], world_size: int) -> None:
         """What ran where: ``device`` is the device's own description."""
@@ -89,7 +90,7 @@ class RunWriter:
     def event(self, kind: str, **values: Any) -> None:
         """Append one line: ``kind``, seconds since the start, ``values``; null for numbers that are not finite."""
         event: Event = {"event": kind, "seconds": round(time.monotonic() - self._started, 3)}
-        event.update({key: _finite(value) for key, value in values.items()})
+        event.update({key: _finite(value) for key, value in values.items()}, **self._mark)
         self._events.write(json.dumps(event) + "\n")
         self._events.flush()
         for listener in self.listeners:

@@ -81,10 +81,7 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
         UserError: for anything that can be seen before the first step, and then no run directory is made;
             later for an image that cannot be read.
     """
-    try:
-        import torch  # noqa: F401  from here on; a wrong flag is answered without it
-    except ModuleNotFoundError:
-        raise UserError(f"PyTorch is not installed for {sys.executable}; activate .venv, or see the README") from None
+    _import_torch(config.device)  # from here on; a wrong flag is answered without it
     from vgglab import checkpoint
     from vgglab.data.sets import open_sets
     from vgglab.devices import open_device
@@ -97,6 +94,7 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
     device = open_device(
         config.device,
         amp_dtype=config.amp_dtype or ("auto" if config.amp else None),
+        tf32=config.tf32,
         sync_bn=config.sync_bn,
         broadcast_buffers=config.broadcast_buffers,
         world_size=config.world_size,
@@ -111,12 +109,31 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
         device.close()
 
 
+def _import_torch(device: str) -> None:
+    """Raises UserError where it is not there, or breaks off because a card's library that it loads is broken."""
+    from vgglab.devices import before_torch
+
+    before_torch(device)
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UserError(f"PyTorch is not installed for {sys.executable}; activate .venv, or see the README") from None
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(
+            f"--device {device}: torch cannot be imported ({reason}); see python -m vgglab.doctor"
+        ) from None
+
+
 def _resolve(config: Config, device: Device, sets: DataSets) -> None:
     """Fill in what the flags left open, so that config.json says what was really used."""
     from vgglab.model import head_for
 
     config.device = device.kind
     config.amp, config.amp_dtype = device.amp_dtype is not None, device.amp_dtype
+    config.tf32 = device.tf32
     if Path(config.data_path).is_dir():  # a folder, then, which has to be found from elsewhere too
         config.data_path = str(Path(config.data_path).absolute())
     config.world_size = device.world_size
@@ -176,7 +193,7 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets) -
     path = run_path(config)
     terminal = Terminal()
     scalars = [Scalars(path / "tensorboard")] if config.tensorboard else []
-    run = RunWriter(path, listeners=[terminal, *scalars])
+    run = RunWriter(path, listeners=[terminal, *scalars], is_simulated=device.is_simulated)
     status, failure = "failed", None
     with run.recording_output():
         try:
@@ -184,7 +201,7 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets) -
             run.write_env(device.describe(), device.world_size)
             terminal.say(f"run directory: {path}")
             engine.announce(job, config, sets, run)
-            for text in [*sets.warnings, *job.warnings, *configuration.warnings_about(config)]:
+            for text in [*device.warnings, *sets.warnings, *job.warnings, *configuration.warnings_about(config)]:
                 run.event("warning", text=text)
             _work(job, config, device, run)
             status = "done"
@@ -195,7 +212,7 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets) -
             failure = f"{type(error).__name__}: {error}"
             raise
         finally:
-            run.event("end", status=status, error=failure)
+            run.event("end", status=status, error=failure, **device.usage())
             run.write_report(build_report(Run(path)))
             run.close()
         report = Run(path).report()

@@ -66,8 +66,8 @@ class ImageFiles(Dataset):
 class TrainPicks(Sampler):
     """Shuffled batches of one rank; a last batch that is not full on every rank is left out.
 
-    Step k of an epoch takes places ``k x global_batch_size`` and on of one shuffle that all ranks share;
-    each rank takes its stretch of them. So one rank with batch 64 and two with 32 see the same images.
+    Step k of an epoch takes places ``k x global_batch_size`` and on of one shuffle that all ranks share,
+    dealt out by the device's sampler. So one rank with batch 64 and two with 32 see the same images.
     """
 
     epoch = 0
@@ -77,7 +77,7 @@ class TrainPicks(Sampler):
         self.num_batches = num_batches if max_batches == -1 else min(num_batches, max_batches)
         self.num_images = num_images
         self.batch_size = batch_size
-        self.rank, self.world_size = device.rank, device.world_size
+        self.places = device.sampler(range(num_images), num_replicas=device.world_size, rank=device.rank, shuffle=False)
         self.seed = seed
 
     def __len__(self) -> int:
@@ -86,9 +86,10 @@ class TrainPicks(Sampler):
     def __iter__(self) -> Iterator[list[Pick]]:
         epoch_seed = mix_seeds(self.seed, self.epoch)
         order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(epoch_seed)).tolist()
-        for step in range(len(self)):
-            start = (step * self.world_size + self.rank) * self.batch_size
-            yield [Pick(i, mix_seeds(epoch_seed, i)) for i in order[start : start + self.batch_size]]
+        self.places.set_epoch(self.epoch)
+        mine = [order[place] for place in self.places]
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield [Pick(i, mix_seeds(epoch_seed, i)) for i in mine[start : start + self.batch_size]]
 
 
 class EvalPicks(Sampler):

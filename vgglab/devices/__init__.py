@@ -3,46 +3,87 @@
 A device object is opened once, at the door, and passed into the engine; no other module tests for a
 kind of hardware or names one. This module imports torch only when a device is opened, so that the
 parser and the views can ask for the choices without it.
+
+    base.py       the interface
+    stock.py      what plain PyTorch does on every device it drives itself
+    native.py     cpu, cuda, mps
+    gcu_eager.py  today's torch_gcu: device "gcu", backend "eccl"
+    gcu_lazy.py   the T20 cards' torch_gcu: device "xla", torch 1.10, the step cuts a graph
+    gcu_sim.py    gcu-sim: gcu_eager.py on the simulated card of sim/
+    gcu.py        finding torch_gcu, and which of the two it is
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from vgglab.errors import UserError
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
 
 # "gpu" is the word in the seed kit's second README.
-DEVICE_CHOICES = ("auto", "cpu", "cuda", "mps", "gcu", "gpu")
+DEVICE_CHOICES = ("auto", "cpu", "cuda", "mps", "gcu", "gcu-sim", "gpu")
 AMP_DTYPES = ("float16", "bfloat16")
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # torch >= 2.5: unset or "1" lets `import torch` load torch_gcu
 
 
-def open_device(
-    name: str,
-    amp_dtype: str | None = None,
-    sync_bn: bool = False,
-    broadcast_buffers: bool = False,
-    world_size: int = 1,
-    init_method: str = "env://",
-) -> Device:
-    """Take the device for this process and, under a launcher, join the other ranks.
+@dataclass(frozen=True)
+class Wishes:
+    """What the flags ask of a device."""
+
+    amp_dtype: str | None = None  # None: full float32; "auto": the device's own choice; or one of AMP_DTYPES
+    tf32: bool | None = None  # None: what the device's environment says, and float32 where it says nothing
+    sync_bn: bool = False  # batch norm over all ranks
+    broadcast_buffers: bool = False  # send rank 0's buffers to all ranks before each step
+    world_size: int = 1  # ranks to expect where no launcher has set WORLD_SIZE
+    init_method: str = "env://"  # how the ranks find each other
+
+
+def before_torch(name: str) -> None:
+    """Call before torch is first imported, with the device that the flags name.
+
+    Where a card's library is installed, ``import torch`` loads it, and a broken one makes that import fail.
+    Who has asked for another device does not need it; a simulated card would even collide with it.
+    """
+    if name not in ("auto", "gcu"):
+        os.environ[AUTOLOAD] = "0"
+
+
+def open_device(name: str, **wishes: Any) -> Device:
+    """Take the device for this process; ``open()`` it to join the other ranks.
 
     Args:
-        name: one of ``DEVICE_CHOICES``; ``auto`` takes cuda, mps or cpu, the first that is there.
-        amp_dtype: ``None`` for full float32, ``auto`` for the device's own choice, or one of ``AMP_DTYPES``.
-        sync_bn: batch norm over all ranks.
-        broadcast_buffers: send rank 0's buffers to all ranks before each step.
-        world_size: ranks to expect where no launcher has set ``WORLD_SIZE``.
-        init_method: how the ranks find each other.
+        name: one of ``DEVICE_CHOICES``; ``auto`` takes gcu, cuda, mps or cpu, the first that is there.
+        wishes: the fields of ``Wishes``.
 
     Raises:
         UserError: the machine has no such device, or the device cannot do what is asked.
     """
-    if name == "gcu":
-        raise UserError("--device gcu: this version does not drive GCU cards yet; choose auto, cpu, cuda or mps")
-    from vgglab.devices import native
+    asked = Wishes(**wishes)
+    if name == "auto":
+        return _open_best(asked)
+    kind = {"gpu": "cuda"}.get(name, name)
+    if kind == "gcu":
+        from vgglab.devices import gcu
 
-    kind = {"gpu": "cuda", "auto": native.best_kind()}.get(name, name)
-    return native.NativeDevice(kind, amp_dtype, sync_bn, broadcast_buffers, world_size, init_method)
+        return gcu.open_installed(asked)
+    if kind == "gcu-sim":
+        from vgglab.devices.gcu_sim import SimulatedGcu
+
+        return SimulatedGcu(asked)
+    from vgglab.devices.native import NativeDevice
+
+    return NativeDevice(kind, asked)
+
+
+def _open_best(asked: Wishes) -> Device:
+    """gcu, cuda, mps or cpu: the first that this machine has. Raises UserError for a torch_gcu that does not load."""
+    from vgglab.devices import gcu, native
+
+    if gcu.has_cards(asked):
+        return gcu.open_installed(asked)
+    device = native.NativeDevice(native.best_kind(), asked)
+    if gcu.is_installed():
+        device.warnings.append(f"--device auto took {device.kind}: {gcu.why_no_cards()}")
+    return device

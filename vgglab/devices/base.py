@@ -1,12 +1,16 @@
-"""The interface between the engine and the hardware: eleven verbs."""
+"""The interface between the engine and the hardware."""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from typing import Any, ContextManager, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from vgglab.devices import Wishes
+from vgglab.errors import UserError
 
 
 class Device(ABC):
@@ -17,16 +21,39 @@ class Device(ABC):
         rank, local_rank, world_size: this process among all, among those of its machine, and how many.
         worker_start: how loader workers are started (``fork`` or ``spawn``).
         pins_memory: whether copies from page-locked memory overlap with computing.
+        sampler: the class that deals the places of an epoch out to the ranks; made with
+            ``(places, num_replicas=, rank=, shuffle=False)``, told ``set_epoch`` once an epoch.
         amp_dtype: the type of mixed precision in use; ``None`` for full float32.
+        tf32: matrix products of float32 may be computed in TF32.
+        is_simulated: no card was there, so no speed it shows is a card's.
+        warnings: what the run should say about the device, one line each.
     """
 
     kind: str
-    rank: int
-    local_rank: int
-    world_size: int
     worker_start: str
     pins_memory: bool
+    sampler: type[Any]
     amp_dtype: str | None
+    tf32: bool = False
+    is_simulated: bool = False
+
+    def __init__(self, wishes: Wishes) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.world_size = int(os.environ.get("WORLD_SIZE", wishes.world_size))
+        self.warnings: list[str] = []
+        self._wishes = wishes
+        if self.world_size > 1 and "RANK" not in os.environ:
+            raise UserError(
+                f"--world-size {self.world_size}: nobody started the other ranks; "
+                f"use torchrun --nproc_per_node={self.world_size} -m vgglab.train"
+            )
+
+    def _refuse_missing_card(self, num_cards: int) -> None:
+        if self.local_rank >= num_cards:
+            raise UserError(
+                f"--nproc_per_node: rank {self.rank} wants card {self.local_rank}, this machine has {num_cards}"
+            )
 
     @abstractmethod
     def open(self) -> None:
@@ -57,6 +84,10 @@ class Device(ABC):
         """One optimizer step; ``outputs`` are the tensors that will be read after it."""
 
     @abstractmethod
+    def flush(self, tensors: Sequence[Tensor]) -> None:
+        """Have these computed now, on a card that only records operations; others have done so already."""
+
+    @abstractmethod
     def fetch(self, tensor: Tensor) -> list[float]:
         """The values of a one-dimensional tensor. The only host read in the loop: it waits for the card."""
 
@@ -71,3 +102,7 @@ class Device(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What was really used, for ``env.json``: hardware, precision, simulated or not."""
+
+    @abstractmethod
+    def usage(self) -> dict[str, Any]:
+        """What the run has taken of the card so far, for its last event, e.g. ``peak_bytes`` of its memory."""

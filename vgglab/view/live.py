@@ -194,7 +194,8 @@ def summary(run: Run, progress: Progress) -> str:
     if progress.train:
         loss = progress.train["loss"]
         parts.append("loss not finite" if loss is None else f"loss {loss:.4f}")
-        parts.append(f"{progress.train['images_per_second']:.1f} images/s")
+        is_simulated = progress.train.get("simulated")
+        parts.append("simulated card" if is_simulated else f"{progress.train['images_per_second']:.1f} images/s")
     if progress.eval:
         parts.append(f"held-out top-1 {progress.eval['acc1']:.2f} %")
     if progress.eta_seconds is not None:

@@ -29,7 +29,7 @@ class Scalars:
                 "learning_rate": event["lr"],
                 "loss": event["loss"],
                 "train_accuracy_step": event["acc1"],
-                "train_fps_step": event["images_per_second"],
+                "train_fps_step": None if event.get("simulated") else event["images_per_second"],
             }
         elif event["event"] == "eval":
             values = {"eval_accuracy_epoch": event["acc1"]}

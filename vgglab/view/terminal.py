@@ -44,6 +44,8 @@ class Terminal:
         to_learn_from = f"{event['num_train_images']} images to learn from, " if event["num_train_images"] else ""
         size = f"{event['num_parameters'] / 1e6:.1f} million parameters"
         self.say(f"{event['data']}: {to_learn_from}{event['num_eval_images']} held out; {size}")
+        if event.get("simulated"):
+            self.say("simulated card: the losses are real, the time it takes says nothing about a card's")
         if tqdm is not None and sys.stderr.isatty() and self.progress.num_steps > self.progress.step:
             layout = "{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix}"
             self.bar = tqdm(
@@ -55,7 +57,8 @@ class Terminal:
             )
 
     def _on_train(self, event: dict[str, Any]) -> None:
-        figures = f"loss {_number(event['loss'])}  {event['images_per_second']:.1f} images/s  {self._left()}"
+        speed = "" if event.get("simulated") else f"{event['images_per_second']:.1f} images/s  "
+        figures = f"loss {_number(event['loss'])}  {speed}{self._left()}"
         if self.bar is None:
             self.say(f"{self.progress.doing}, step {event['step']} of {self.progress.num_steps}: {figures}")
         else:

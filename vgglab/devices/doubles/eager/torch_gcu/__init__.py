@@ -1,0 +1,29 @@
+"""A double of the eager generation of torch_gcu: the simulated card, loaded as the vendor's package is, and watched.
+
+What the simulated card does not show by itself: how ``import torch`` loads the package (``torch.backends`` entry point,
+``TORCH_DEVICE_BACKEND_AUTOLOAD``; ``torch_gcu/__init__.py`` of the vendor's repository), the order of calls around
+distributed training, and what an adapter must leave alone.
+"""
+
+import os
+
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+_before = os.environ.get(_AUTOLOAD)
+os.environ[_AUTOLOAD] = "0"  # who imports this package first keeps it so, and so do its children
+
+IS_CONTRACT_DOUBLE = True
+__version__ = "2.10.0"
+
+
+def _autoload():
+    """``import torch`` calls this: the variable is put back."""
+    os.environ[_AUTOLOAD] = _before or "1"
+
+
+from torch_gcu.contract import ContractBroken, log, watch  # noqa: E402
+from vgglab.devices import sim  # noqa: E402
+
+__all__ = ["ContractBroken", "log"]
+
+sim.install()
+watch()

@@ -1,0 +1,61 @@
+"""A double of the lazy generation of torch_gcu: its calls, its rules, no card.
+
+The surface is that of Enflame's Python package for torch 1.10 (``core/model.py``, ``core/device.py``,
+``core/random.py``, ``amp/``, ``distributed/``); see ``vgglab/devices/doubles/__init__.py``. As the real one, it changes
+``torch.Tensor`` when it is imported, and torch.device type ``xla`` is its own.
+"""
+
+import os
+
+from torch_gcu.core.contract import ContractBroken, log
+from torch_gcu.core.device import (
+    current_device,
+    device,
+    device_count,
+    gcu_device,
+    get_device_name,
+    get_version,
+    is_available,
+    set_device,
+)
+from torch_gcu.core.model import (
+    JitRunMode,
+    collect_amp_training_params,
+    collect_buffers,
+    optimizer_step,
+    sync_lived_tensor,
+    synchronize,
+    unlazy,
+)
+from torch_gcu.core.patches import install
+from torch_gcu.core.random import manual_seed_all
+
+IS_CONTRACT_DOUBLE = True
+__all__ = [
+    "ContractBroken",
+    "JitRunMode",
+    "collect_amp_training_params",
+    "collect_buffers",
+    "current_device",
+    "device",
+    "device_count",
+    "gcu_device",
+    "get_device_name",
+    "get_version",
+    "is_available",
+    "log",
+    "manual_seed_all",
+    "optimizer_step",
+    "set_device",
+    "sync_lived_tensor",
+    "synchronize",
+    "unlazy",
+]
+
+log.tf32_at_import = os.environ.get("ENFLAME_ENABLE_TF32")
+log.call("import", tf32=log.tf32_at_import)
+install()
+
+from torch_gcu import amp, distributed  # noqa: E402, F401
+from torch_gcu.nn import parallel  # noqa: E402, F401
+from torch_gcu.utils.data import distributed as _sampler  # noqa: E402, F401

@@ -1,0 +1,1 @@
+"""What the real library has native code for."""

@@ -1,0 +1,77 @@
+"""The ordered log of calls, and what a step has to look like."""
+
+import json
+import os
+
+FLOAT32_STEP = ["zero_grad", "backward", "optimizer_step"]
+AMP_STEP = ["zero_grad", "scale", "backward", "scaler.step", "scaler.update", "unlazy"]
+
+
+class ContractBroken(AssertionError):
+    """The vendor's loop does not do this; the message says what it does."""
+
+
+class Log:
+    """Calls in order; and the step that is being recorded: from one flush to the next.
+
+    Attributes:
+        calls: ``(name, details)`` of everything so far.
+        num_graphs: graphs compiled and run, those that a read forced included.
+        num_graph_breaks: reads of values that had not been asked for as outputs of their step.
+        is_strict: raise ``ContractBroken`` at the line; otherwise only count.
+        window: number of the step that is being recorded.
+    """
+
+    def __init__(self):
+        self.calls = []
+        self.num_graphs = self.num_graph_breaks = self.window = 0
+        self.is_strict = True
+        self.is_training = False  # a forward pass with gradients has been recorded since the last flush
+        self.step = []  # what a step consists of, as far as it has come
+        self.scaled_loss = None
+        self.tf32_at_import = None
+        self._file = os.environ.get("VGGLAB_DOUBLE_LOG")
+
+    def call(self, name, **details):
+        self.calls.append((name, details))
+        if self._file:
+            with open(self._file, "a") as file:
+                file.write(json.dumps({"rank": int(os.environ.get("RANK", 0)), "call": name, **details}) + "\n")
+
+    def part_of_step(self, name, **details):
+        self.call(name, **details)
+        if name in self.step:
+            self.broken(f"a second {name} before the flush: the step before was never run, weights do not change")
+        self.step.append(name)
+
+    def broken(self, text):
+        self.call("broken", text=text)
+        if self.is_strict:
+            raise ContractBroken(text)
+
+    def graph_break(self, text):
+        self.num_graph_breaks += 1
+        self.num_graphs += 1
+        self.call("graph_break", text=text)
+        if self.is_strict:
+            raise ContractBroken(text)
+
+    def flush(self, name):
+        """One graph is run. Raises ContractBroken if it ends a training step that is not the vendor's."""
+        self.num_graphs += 1
+        if os.environ.get("ENFLAME_ENABLE_TF32") != self.tf32_at_import:
+            self.broken("ENFLAME_ENABLE_TF32 was changed after torch_gcu was imported")
+        if self.is_training or self.step:
+            self.step.append(name)
+            if self.step not in (FLOAT32_STEP, AMP_STEP):
+                self.broken(f"a step of {self.step}; the vendor's loop has {FLOAT32_STEP} or {AMP_STEP}")
+        self.call(name)
+        self.is_training, self.step, self.scaled_loss = False, [], None
+        self.window += 1
+
+    def count(self, name):
+        """How often a call has been made."""
+        return sum(called == name for called, _ in self.calls)
+
+
+log = Log()

@@ -1,0 +1,108 @@
+"""What importing torch_gcu does to torch, and what the double adds to see how it is used."""
+
+import functools
+import os
+
+import torch
+from torch.nn.parallel import DistributedDataParallel as StockParallel
+from torch.utils.data.distributed import DistributedSampler as StockSampler
+
+from torch_gcu.core.contract import log
+from torch_gcu.core.model import stepping
+from torch_gcu.core.tensor import is_on_card, original_to, parameter_to_card, target_device, to_card
+
+original_module_to, original_save = torch.nn.Module.to, torch.save
+
+
+def install():
+    torch.Tensor.to = _tensor_to
+    torch.Tensor.is_gcu = lambda tensor: is_on_card(tensor)  # a method in this generation
+    torch.nn.Module.to = _module_to
+    torch.save = _save
+    for optimizer in vars(torch.optim).values():
+        if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer) and "step" in vars(optimizer):
+            optimizer.step = _watched_step(optimizer.step)
+    torch.optim.Optimizer.zero_grad = _watched_zero_grad(torch.optim.Optimizer.zero_grad)
+    StockParallel.__init__ = _refused(StockParallel, "torch_gcu.nn.parallel.DistributedDataParallel")
+    StockSampler.__init__ = _refused(StockSampler, "torch_gcu.utils.data.distributed.DistributedSampler")
+
+
+@functools.wraps(original_to)  # by its name it is known again where tensors on the card are handled
+def _tensor_to(tensor, *args, **kwargs):
+    device = target_device(args, kwargs)
+    if not is_on_card(tensor) and device is not None and device.type == "xla":
+        return to_card(tensor, device.index or 0)
+    return original_to(tensor, *args, **kwargs)
+
+
+def _module_to(module, *args, **kwargs):
+    device = target_device(args, kwargs)
+    if device is None or device.type != "xla":
+        return original_module_to(module, *args, **kwargs)
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not is_on_card(parameter):
+                part._parameters[name] = parameter_to_card(parameter, device.index or 0)
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not is_on_card(buffer):
+                part._buffers[name] = to_card(buffer, device.index or 0)
+    return module
+
+
+def _on_card(optimizer):
+    return any(is_on_card(p) for group in optimizer.param_groups for p in group["params"])
+
+
+def _watched_step(step):
+    @functools.wraps(step)
+    def watched(optimizer, *args, **kwargs):
+        if _on_card(optimizer) and not stepping:
+            log.broken("a bare optimizer.step(): nothing runs on a lazy card until torch_gcu.optimizer_step or unlazy")
+        if _on_card(optimizer):
+            # What has to survive the step, by name; optimizers know their parameters only.
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            log.must_be_kept = {f"parameter {number}": p for number, p in enumerate(parameters)}
+        return step(optimizer, *args, **kwargs)
+
+    return watched
+
+
+def _watched_zero_grad(zero_grad):
+    @functools.wraps(zero_grad)
+    def watched(optimizer, set_to_none=False):
+        if _on_card(optimizer):
+            log.part_of_step("zero_grad", set_to_none=set_to_none)
+            if not set_to_none:
+                log.broken("zero_grad() keeps the gradients in the graph; the vendor's loop calls zero_grad(True)")
+        return zero_grad(optimizer, set_to_none=set_to_none)
+
+    return watched
+
+
+def _refused(stock, instead):
+    original = stock.__init__
+
+    @functools.wraps(original)
+    def checked(self, *args, **kwargs):
+        if type(self) is stock:
+            log.broken(f"torch's own {stock.__name__}: with this generation use {instead}")
+        original(self, *args, **kwargs)
+
+    return checked
+
+
+def _save(content, *args, **kwargs):
+    if _holds_card_tensors(content):
+        log.broken("torch.save of a tensor on the card: not to be read where torch_gcu is not; save a copy from .cpu()")
+    if int(os.environ.get("RANK", 0)) != 0:
+        log.broken("torch.save on a rank other than 0")
+    log.call("save")
+    return original_save(content, *args, **kwargs)
+
+
+def _holds_card_tensors(value):
+    if isinstance(value, dict):
+        return any(_holds_card_tensors(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_card_tensors(item) for item in value)
+    return is_on_card(value)

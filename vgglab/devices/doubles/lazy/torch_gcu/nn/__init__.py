@@ -1,0 +1,1 @@
+"""``torch_gcu.nn`` of the contract."""

@@ -1,0 +1,1 @@
+"""``torch_gcu.utils`` of the contract."""

@@ -1,0 +1,1 @@
+"""``torch_gcu.utils.data`` of the contract."""

@@ -1,0 +1,119 @@
+"""Finding torch_gcu: is it installed, does it load, which generation is it, has it cards.
+
+Two libraries of that name exist. The older (T20 cards, torch 1.10) is lazy and knows no ``torch.gcu``; the newer
+(S60, torch 2.10) is eager. Contracts: Enflame's ``torch_gcu`` packages of both generations.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vgglab.devices import AUTOLOAD, Wishes
+from vgglab.errors import UserError
+
+if TYPE_CHECKING:
+    from vgglab.devices.base import Device
+
+TF32_SWITCH = "ENFLAME_ENABLE_TF32"  # read by the lazy generation only
+VISIBLE_CARDS = "TOPS_VISIBLE_DEVICES"
+ADVICE = "python -m vgglab.doctor says what to mend"
+
+
+def open_installed(wishes: Wishes) -> Device:
+    """The adapter for the torch_gcu that is installed. Raises UserError where there is none that works."""
+    torch_gcu = load(wishes)
+    if count_cards(torch_gcu) == 0:
+        raise UserError(f"--device gcu: {why_no_cards()}")
+    if is_lazy(torch_gcu):
+        from vgglab.devices.gcu_lazy import LazyGcu
+
+        return LazyGcu(wishes, torch_gcu)
+    from vgglab.devices.gcu_eager import EagerGcu
+
+    return EagerGcu(wishes, torch_gcu)
+
+
+def is_installed() -> bool:
+    return "torch_gcu" in sys.modules or find_spec("torch_gcu") is not None
+
+
+def load(wishes: Wishes) -> Any:
+    """Import torch_gcu, in the order that it needs. Raises UserError where that fails."""
+    if not is_installed():
+        raise UserError(
+            f"--device gcu: torch_gcu is not installed for {sys.executable}; "
+            "install Enflame's wheel, or take --device gcu-sim, a simulated card"
+        )
+    if _is_lazy_on_disk():
+        _settle_tf32(wishes.tf32)
+    try:
+        # Explicitly, although `import torch` may have done it: the lazy generation has no autoload, and a
+        # parent that had loaded the eager one leaves autoload off for its children. It comes before anything
+        # that makes a TensorBoard writer: importing sets flags of the driver that must be there by then.
+        torch_gcu = importlib.import_module("torch_gcu")
+    except Exception as error:  # a broken install raises nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--device gcu: torch_gcu cannot be loaded ({reason}); {ADVICE}") from None
+    # Loader workers touch CPU tensors only: they need not wait for the card's library. (The import
+    # itself may have left the variable at 0; whoever needs a card imports torch_gcu as above.)
+    os.environ[AUTOLOAD] = "0"
+    return torch_gcu
+
+
+def _is_lazy_on_disk() -> bool:
+    """Which generation it is, before it is imported: only the older has a ``core`` package."""
+    spec = find_spec("torch_gcu") if "torch_gcu" not in sys.modules else sys.modules["torch_gcu"].__spec__
+    return any(Path(folder, "core").is_dir() for folder in (spec and spec.submodule_search_locations) or ())
+
+
+def _settle_tf32(wanted: bool | None) -> None:
+    """The switch is an environment variable, to be set before the import and left alone from then on."""
+    value = wants_tf32(wanted)
+    if "torch_gcu" in sys.modules and os.environ.get(TF32_SWITCH) != str(value).lower():
+        raise UserError(f"--tf32: torch_gcu is loaded already; set {TF32_SWITCH}={str(value).lower()} before")
+    os.environ[TF32_SWITCH] = str(value).lower()  # "False" would not be understood
+
+
+def wants_tf32(wanted: bool | None) -> bool:
+    """The flag, else what the environment says; FP32 where neither says anything, as in the seed kit's README."""
+    return os.environ.get(TF32_SWITCH, "false").lower() in ("true", "1") if wanted is None else wanted
+
+
+def is_lazy(torch_gcu: Any) -> bool:
+    """True for the older generation. Raises UserError for a library that is neither."""
+    import torch
+
+    if hasattr(torch_gcu, "JitRunMode"):
+        return True
+    if hasattr(torch, "gcu"):
+        return False
+    raise UserError(f"--device gcu: this torch_gcu is of no generation known here; {ADVICE}")
+
+
+def count_cards(torch_gcu: Any) -> int:
+    """0 without a driver. Only the older generation has these calls in torch_gcu itself."""
+    import torch
+
+    api = torch_gcu if is_lazy(torch_gcu) else torch.gcu  # type: ignore[attr-defined]
+    return api.device_count() if api.is_available() else 0
+
+
+def has_cards(wishes: Wishes) -> bool:
+    """Whether ``--device auto`` finds a card. Raises UserError where torch_gcu is installed and broken."""
+    return is_installed() and count_cards(load(wishes)) > 0
+
+
+def why_no_cards() -> str:
+    """One line about an installed torch_gcu that sees no card."""
+    visible = os.environ.get(VISIBLE_CARDS)
+    cards = [card.strip() for card in (visible or "").split(",")]
+    if visible is not None and len(set(cards)) < len(cards):
+        return f"{VISIBLE_CARDS}={visible} names a card twice, and then torch_gcu sees none; name each once"
+    if visible is not None and (visible.strip() == "" or cards[0].startswith("-")):
+        return f"{VISIBLE_CARDS}={visible} hides every card; unset it or name some"
+    return f"torch_gcu sees no card: check the driver and LD_LIBRARY_PATH=/opt/tops/lib; {ADVICE}"

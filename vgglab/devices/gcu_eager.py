@@ -1,0 +1,77 @@
+"""Today's torch_gcu (S60: torch 2.10, device ``gcu``, backend ``eccl``), and the simulated card.
+
+Eager: the loop is plain PyTorch. What differs from CUDA is written at its line. Never imported:
+``torch_gcu.transfer_to_gcu``, which rewrites ``torch.cuda`` under everybody's feet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, ContextManager
+
+import torch
+import torch.distributed
+
+from vgglab.devices import Wishes
+from vgglab.devices.stock import LOSS_SCALE, SCALE_GROWTH_INTERVAL, StockDevice
+from vgglab.errors import UserError
+
+
+class EagerGcu(StockDevice):
+    """One card of the eager generation."""
+
+    kind = "gcu"
+    worker_start = "spawn"  # a forked child that touches the card is an error
+    pins_memory = True  # without it, non_blocking copies block
+    _backend = "eccl"
+
+    def __init__(self, wishes: Wishes, torch_gcu: Any) -> None:
+        super().__init__(wishes)
+        self._gcu: Any = torch.gcu  # type: ignore[attr-defined]  # torch_gcu has put it there
+        self._version = str(getattr(torch_gcu, "__version__", "unknown"))
+        self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
+        self._refuse_missing_card(self._gcu.device_count())
+        self.amp_dtype = "float16" if wishes.amp_dtype == "auto" else wishes.amp_dtype
+        self._check()
+        self._torch_device = torch.device("gcu", self.local_rank)
+        if self.amp_dtype == "float16":
+            # By keyword: its first argument is not a device's name, as torch.amp.GradScaler's is.
+            # Not to be combined with fused optimizers, which refuse it.
+            self._scaler = self._gcu.amp.GradScaler(init_scale=LOSS_SCALE, growth_interval=SCALE_GROWTH_INTERVAL)
+
+    def _check(self) -> None:
+        if self._wishes.tf32:
+            raise UserError(f"--tf32: torch_gcu {self._version} has no switch for it; leave it out")
+        if self.amp_dtype == "bfloat16" and not self._gcu.is_bf16_supported():
+            raise UserError("--amp-dtype bfloat16: this card has none; choose float16")
+        if self._wishes.sync_bn and self.world_size > 1:
+            raise UserError("--sync-bn: torch_gcu has no kernel for it; leave it out on gcu")
+        is_there = getattr(torch.distributed, "is_eccl_available", lambda: False)
+        if self.world_size > 1 and not is_there():
+            raise UserError("--device gcu: several ranks need eccl, which is not here; install tops-eccl")
+
+    def open(self) -> None:
+        self._gcu.set_device(self.local_rank)  # before joining: eccl takes the current card
+        super().open()
+
+    def autocast(self) -> ContextManager[Any]:
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return self._gcu.amp.autocast(dtype=getattr(torch, self.amp_dtype))
+
+    def describe(self) -> dict[str, Any]:
+        card = self._gcu.get_device_properties(self.local_rank)
+        return {
+            "device": self.kind,
+            "hardware": f"{self._gcu.get_device_name(self.local_rank)} {card.major}.{card.minor}",
+            "num_cpus": os.cpu_count(),
+            "num_threads": torch.get_num_threads(),
+            "amp_dtype": self.amp_dtype,
+            "tf32": self.tf32,
+            "simulated": self.is_simulated,
+            "versions": {"torch_gcu": self._version},
+        }
+
+    def usage(self) -> dict[str, Any]:
+        return {"peak_bytes": self._gcu.max_memory_allocated()}

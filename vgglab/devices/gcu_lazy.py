@@ -1,0 +1,139 @@
+"""The T20 cards' torch_gcu (torch 1.10, Python 3.8, device ``xla``).
+
+Lazy: operations are only recorded; a graph is compiled and run when outputs are asked for. So each training step
+ends in exactly one such cut, which names everything that has to be kept, and no value is read before it: a
+read would cut the step in two. The order of calls is that of Enflame's own VGG script (ModelZoo, ``vgg/train.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import random
+from typing import Any, ContextManager, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vgglab.devices import Wishes
+from vgglab.devices.base import Device
+from vgglab.devices.gcu import wants_tf32
+from vgglab.devices.stock import LOSS_SCALE, SCALE_GROWTH_INTERVAL
+from vgglab.errors import UserError
+
+
+class LazyGcu(Device):
+    """One card of the lazy generation."""
+
+    kind = "gcu"
+    worker_start = "spawn"  # as in the vendor's script
+    pins_memory = False  # on torch 1.10 that works with CUDA only
+
+    def __init__(self, wishes: Wishes, torch_gcu: Any) -> None:
+        super().__init__(wishes)
+        for module in ("amp", "distributed", "nn.parallel", "utils.data.distributed"):
+            importlib.import_module(f"torch_gcu.{module}")
+        self._gcu = torch_gcu
+        self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
+        self._refuse_missing_card(torch_gcu.device_count())
+        self.amp_dtype = "float16" if wishes.amp_dtype == "auto" else wishes.amp_dtype
+        self.tf32 = wants_tf32(wishes.tf32)  # settled before torch_gcu was imported, not to be changed now
+        self._check()
+        self.sampler = torch_gcu.utils.data.distributed.DistributedSampler
+        # gcu_device, not device: that one is a context manager.
+        self._torch_device = torch_gcu.gcu_device(self.local_rank)
+        self._mode = torch_gcu.JitRunMode.ASYNC if self.world_size > 1 else torch_gcu.JitRunMode.SAFEASYNC
+        self._scaler = self._loss_scaler() if self.amp_dtype else None
+
+    def _check(self) -> None:
+        if self._wishes.sync_bn and self.world_size > 1:
+            raise UserError("--sync-bn: torch_gcu has no such layer; leave it out on gcu")
+        if self.world_size > 1 and not hasattr(self._gcu.distributed, "init_process_group"):
+            # It defines nothing where torch sees CUDA.
+            raise UserError("--device gcu: torch_gcu.distributed is empty beside CUDA; set CUDA_VISIBLE_DEVICES=''")
+
+    def _loss_scaler(self) -> Any:
+        # use_zero_grad: on overflow the gradients are zeroed on the card. The other path reads from the card in
+        # each step, and in the release at hand it fails at once.
+        return self._gcu.amp.GradScaler(
+            init_scale=LOSS_SCALE, growth_interval=SCALE_GROWTH_INTERVAL, use_zero_grad=True
+        )
+
+    def open(self) -> None:
+        if self.world_size > 1:
+            # Its own, not torch.distributed, which knows no eccl.
+            self._gcu.distributed.init_process_group(
+                backend="eccl", init_method=self._wishes.init_method, world_size=self.world_size, rank=self.rank
+            )
+
+    def close(self) -> None:
+        if self.world_size > 1 and self._gcu.distributed.is_initialized():
+            self._gcu.distributed.destroy_process_group()
+
+    def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        # int32, as the vendor's script has it. Batches of one shape only: a new shape is a new graph to compile;
+        # so training leaves out the last batch if it is not full, and evaluation pays for one more graph.
+        return images.to(self._torch_device), labels.int().to(self._torch_device)
+
+    def autocast(self) -> ContextManager[Any]:
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return self._gcu.amp.autocast(dtype=getattr(torch, self.amp_dtype))
+
+    def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
+        network = model.to(self._torch_device)
+        if self.world_size == 1:
+            return network, network
+        # Its own class. Without device_ids it would take all cards of the machine; views into buckets it refuses.
+        parallel = self._gcu.nn.parallel.DistributedDataParallel(
+            network, device_ids=[self.local_rank], broadcast_buffers=self._wishes.broadcast_buffers
+        )
+        return parallel, network
+
+    def backward(self, loss: Tensor) -> None:
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+
+    def step(self, optimizer: Optimizer, model: nn.Module, outputs: Sequence[Tensor]) -> None:
+        if self._scaler is None:
+            # A list of the card's tensors and nothing else: a stranger in it has all of them dropped, silently.
+            self._gcu.optimizer_step(optimizer, list(outputs), model=model, mode=self._mode)
+            return
+        self._scaler.step(optimizer)
+        self._scaler.update()
+        kept = self._gcu.collect_amp_training_params(model, optimizer, self._scaler)
+        self._gcu.unlazy([*kept, *outputs], mode=self._mode)
+
+    def flush(self, tensors: Sequence[Tensor]) -> None:
+        self._gcu.unlazy(list(tensors), mode=self._mode)
+
+    def fetch(self, tensor: Tensor) -> list[float]:
+        return tensor.cpu().tolist()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self._torch_device)
+        if self.world_size > 1:
+            tensor = tensor.clone()
+            self._gcu.distributed.all_reduce(tensor, op=self._gcu.distributed.ReduceOp.SUM)
+        return tensor
+
+    def seed(self, seed: int) -> None:
+        random.seed(seed)
+        torch.manual_seed(seed)  # does not reach the cards on torch 1.10
+        self._gcu.manual_seed_all(seed)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "device": self.kind,
+            "hardware": str(self._gcu.get_device_name(self.local_rank)),
+            "num_cpus": os.cpu_count(),
+            "num_threads": torch.get_num_threads(),
+            "amp_dtype": self.amp_dtype,
+            "tf32": self.tf32,
+            "simulated": self.is_simulated,
+            "versions": {"torch_gcu": str(self._gcu.get_version())},
+        }
+
+    def usage(self) -> dict[str, Any]:
+        return {}  # this generation counts what is allocated now, not the most there was

@@ -1,0 +1,31 @@
+"""``gcu-sim``: a card for people without one: ``gcu_eager.py``, line by line, on the simulated card of ``sim/``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vgglab.devices import Wishes, sim
+from vgglab.devices.gcu_eager import EagerGcu
+from vgglab.errors import UserError
+
+
+class SimulatedGcu(EagerGcu):
+    """A card that is computed on the CPU and says so wherever it is written down."""
+
+    kind = "gcu-sim"
+
+    def __init__(self, wishes: Wishes) -> None:
+        try:
+            sim.install()
+        except sim.CannotSimulate as error:
+            raise UserError(f"--device gcu-sim: {error}") from None
+        super().__init__(wishes, sim)
+        self.is_simulated = True
+
+    def describe(self) -> dict[str, Any]:
+        described = super().describe()
+        described["hardware"] += " (simulated)"
+        return described
+
+    def usage(self) -> dict[str, Any]:
+        return {**super().usage(), "host_reads": sim.num_host_reads()}

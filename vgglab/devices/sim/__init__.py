@@ -1,0 +1,75 @@
+"""A simulated GCU card: a real torch device named ``gcu`` whose numbers are computed on the CPU.
+
+    >>> from vgglab.devices import sim
+    >>> sim.install()
+    >>> torch.ones(2, device="gcu:1") + 1      # torch.gcu, .gcu() and backend "eccl" are there too
+
+What it takes over from the card's contract: tensors of different devices do not mix, 64-bit types lose their
+upper half, every host read is counted, forked children may not touch it, ``eccl`` serves nothing else. What it
+cannot show: speed, the card's rounding (its results are the CPU's), its missing kernels, its memory's limit.
+``VGGLAB_SIM_CARDS`` says how many cards the machine pretends to have (8, as the machine of the seed kit's commands).
+
+It is PyTorch's experimental Python backend for the PrivateUse1 key (torch >= 2.10), once per process and for good.
+
+    card.py      the cards' state: which are there, what lies in their memory, their random numbers
+    tensor.py    the tensor and how an operation on it is carried out
+    autocast.py  mixed precision
+    api.py       torch.gcu
+    eccl.py      the process group
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+__version__ = "simulated"
+IS_CONTRACT_DOUBLE = True  # read where a real torch_gcu is expected in this module's place
+
+_NEEDED = "needs torch 2.10 or newer"
+
+
+class CannotSimulate(RuntimeError):
+    """This process cannot have a simulated card; the message says why."""
+
+
+def install() -> None:
+    """Register the device; a second call does nothing.
+
+    Raises:
+        CannotSimulate: torch is too old, or the name is taken by a real torch_gcu.
+    """
+    if is_installed():
+        return
+    if hasattr(torch, "gcu") or not getattr(sys.modules.get("torch_gcu"), "IS_CONTRACT_DOUBLE", True):
+        raise CannotSimulate("a real torch_gcu is loaded in this process; start another one for the simulated card")
+    try:
+        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as register
+    except ImportError:
+        raise CannotSimulate(f"{_NEEDED}, this is {torch.__version__}") from None
+    from vgglab.devices.sim import api, autocast, eccl, tensor
+
+    register("gcu", api.as_module(), tensor.Hook(), tensor.Guard())
+    tensor.register()
+    autocast.register()
+    eccl.register()
+    # A Python backend counts as one card to the autograd engine, which has one thread a card; with backward
+    # in the calling thread the other cards work too.
+    torch.autograd.set_multithreading_enabled(False)
+    # Module.to() keeps its Parameter objects, as it does for real cards: an optimizer made before stays right.
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    # There is no page-locked memory to be had for a Python backend: asking for it is no error, and no gain.
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor  # type: ignore
+
+
+def is_installed() -> bool:
+    """Whether ``torch.gcu`` is the simulated card's."""
+    return getattr(getattr(torch, "gcu", None), "IS_SIMULATED", False)
+
+
+def num_host_reads() -> int:
+    """How often this process has waited for a card to read a value from it."""
+    from vgglab.devices.sim.card import state
+
+    return state.num_host_reads

@@ -1,0 +1,45 @@
+"""Mixed precision on the simulated card, by PyTorch's own lists of what gains and what must stay exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+KEY = "AutocastPrivateUse1"
+# What VGG needs of the lists in PyTorch's "Autocast Op Reference"; everything else runs in the type it is given.
+IN_LOW_PRECISION = "conv2d convolution linear addmm mm matmul bmm baddbmm addbmm".split()
+IN_FLOAT32 = "log_softmax.int softmax.int nll_loss nll_loss_nd cross_entropy_loss mse_loss l1_loss".split()
+IN_FLOAT32 += "sum sum.dim_IntList prod cumsum exp log pow.Tensor_Scalar norm.Scalar".split()
+
+_libraries: list[torch.library.Library] = []
+
+
+def register() -> None:
+    everything = torch.library.Library("_", "IMPL")
+    everything.fallback(torch.library.fallthrough_kernel, KEY)
+    listed = torch.library.Library("aten", "IMPL")
+    for name in IN_LOW_PRECISION:
+        listed.impl(name, _casting(name, None), KEY)
+    for name in IN_FLOAT32:
+        listed.impl(name, _casting(name, torch.float32), KEY)
+    _libraries.extend([everything, listed])
+
+
+def _casting(name: str, dtype: torch.dtype | None) -> Any:
+    """The operation with its float tensors in ``dtype``; ``None`` is autocast's own low precision."""
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, KEY))
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(cast(item) for item in value)
+        is_float = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype or torch.get_autocast_dtype("gcu")) if is_float else value
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(without_autocast):
+            return op(*[cast(value) for value in args], **{key: cast(value) for key, value in kwargs.items()})
+
+    return call

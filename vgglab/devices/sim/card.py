@@ -1,0 +1,140 @@
+"""The state of the simulated cards of this process."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+
+CARDS = "VGGLAB_SIM_CARDS"
+DEFAULT_CARDS = 8
+KEEP_64_BITS = "TORCH_GCU_ENABLE_INT64_AND_UINT64"  # the vendor's opt-in; float64 stays narrow with it
+NARROW = {
+    torch.int64: torch.int32,
+    torch.uint64: torch.uint32,
+    torch.float64: torch.float32,
+    torch.complex128: torch.complex64,
+}
+FORKED = (
+    "Cannot re-initialize GCU in forked subprocess. To use GCU with multiprocessing, "
+    "you must use the 'spawn' start method"
+)
+
+
+class State:
+    """What ``torch.gcu`` reports on. Sizes in bytes, one entry per card."""
+
+    def __init__(self) -> None:
+        self.current = 0
+        self.is_initialized = False
+        self.is_forked_child = False
+        self.num_host_reads = 0
+        self.allocated: dict[int, int] = {}
+        self.peak: dict[int, int] = {}
+        self.storages: dict[int, int] = {}  # address -> how many tensors lie in it
+        self.generators: dict[int, torch.Generator] = {}
+        self.warned_of: set[torch.dtype] = set()
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self) -> None:
+        self.is_forked_child = self.is_initialized
+
+    def touch(self) -> None:
+        """Every operation on a card begins here."""
+        if self.is_forked_child:
+            raise RuntimeError(FORKED)
+        self.is_initialized = True
+
+    def generator(self, card: int) -> torch.Generator:
+        if card not in self.generators:
+            self.generators[card] = torch.Generator()
+            self.generators[card].manual_seed(torch.initial_seed())
+        return self.generators[card]
+
+
+state = State()
+
+
+def num_cards() -> int:
+    """Cards that are visible: ``VGGLAB_SIM_CARDS``, cut down by ``TOPS_VISIBLE_DEVICES`` by the vendor's rules."""
+    text = os.environ.get(CARDS, str(DEFAULT_CARDS))
+    if not text.isdigit() or int(text) > 64:
+        raise ValueError(f"{CARDS}={text} is not a whole number from 0 to 64")
+    visible = os.environ.get("TOPS_VISIBLE_DEVICES")
+    if visible is None:
+        return int(text)
+    names = [name.strip() for name in visible.split(",")]
+    if len(set(names)) < len(names):
+        return 0  # a card named twice: none at all
+    count = 0
+    for name in names:
+        if not name.isdigit() or int(name) >= int(text):
+            break  # a negative or unknown entry ends the list
+        count += 1
+    return count
+
+
+def check_card(index: int) -> int:
+    """Raises RuntimeError for a card that is not there."""
+    if not 0 <= index < num_cards():
+        raise RuntimeError(f"invalid device ordinal: gcu:{index}; {num_cards()} GCU cards are visible")
+    return index
+
+
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Stored in 32 bits on the card, whatever its name says."""
+    if dtype in (torch.int64, torch.uint64):
+        return os.environ.get(KEEP_64_BITS, "false") not in ("true", "1")
+    return dtype in NARROW
+
+
+def narrow_(numbers: torch.Tensor) -> None:
+    """Take the upper half of 64-bit values away, in place; say so once per type."""
+    if not is_narrow(numbers.dtype):
+        return
+    if numbers.dtype not in state.warned_of:
+        state.warned_of.add(numbers.dtype)
+        small = str(NARROW[numbers.dtype]).replace("torch.", "")
+        warnings.warn(
+            f"GCU keeps {str(numbers.dtype).replace('torch.', '')} as {small}: values beyond it are lost "
+            "(expected on this card; shown once)",
+            stacklevel=2,
+        )
+    numbers.copy_(numbers.to(NARROW[numbers.dtype]))
+
+
+class Held:
+    """The numbers behind a tensor on a card; the card's memory is free again when the last one has gone."""
+
+    __slots__ = ("address", "card", "num_bytes", "numbers")
+
+    def __init__(self, numbers: torch.Tensor, card: int) -> None:
+        self.numbers, self.card = numbers, card
+        storage = numbers.untyped_storage()
+        self.address = storage._cdata
+        self.num_bytes = storage.nbytes() // (2 if is_narrow(numbers.dtype) else 1)
+        state.storages[self.address] = state.storages.get(self.address, 0) + 1
+        if state.storages[self.address] == 1:
+            total = state.allocated.get(card, 0) + self.num_bytes
+            state.allocated[card] = total
+            state.peak[card] = max(total, state.peak.get(card, 0))
+
+    def __del__(self) -> None:
+        state.storages[self.address] -= 1
+        if state.storages[self.address] == 0:
+            del state.storages[self.address]
+            state.allocated[self.card] -= self.num_bytes
+
+
+def with_cards_random_numbers(card: int, draw: Any) -> Any:
+    """Call ``draw`` with the card's random numbers in the place of the CPU's."""
+    generator, host = state.generator(card), torch.default_generator
+    host_state = host.get_state()
+    host.set_state(generator.get_state())
+    try:
+        return draw()
+    finally:
+        generator.set_state(host.get_state())
+        host.set_state(host_state)

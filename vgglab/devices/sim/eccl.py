@@ -1,0 +1,97 @@
+"""``eccl`` among simulated cards: a process group that hands their numbers to gloo."""
+
+# mypy: disable-error-code="override"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.futures import Future
+from torch.utils import _pytree as pytree
+
+from vgglab.devices.sim.card import narrow_, state
+from vgglab.devices.sim.tensor import SimTensor
+
+
+def register() -> None:
+    dist.Backend.register_backend("eccl", _create, devices=["gcu"])
+    dist.is_eccl_available = lambda: True  # type: ignore[attr-defined]
+
+
+def _create(store: Any, rank: int, size: int, timeout: Any) -> ProcessGroup:
+    return SimulatedEccl(dist.ProcessGroupGloo(dist.PrefixStore("eccl", store), rank, size, timeout), rank, size)
+
+
+class SimulatedEccl(ProcessGroup):
+    """Serves tensors on gcu only. A collective is finished when its call returns: there is no overlap to be had."""
+
+    def __init__(self, gloo: Any, rank: int, size: int) -> None:
+        super().__init__(rank, size)
+        self._gloo = gloo
+
+    def getBackendName(self) -> str:
+        return "eccl"
+
+    def allreduce(self, tensors: Any, options: Any = None) -> Any:
+        is_mean = options is not None and options.reduceOp == dist.ReduceOp.AVG
+        if is_mean:  # not known to gloo
+            options.reduceOp = dist.ReduceOp.SUM
+        work = self._run("allreduce", tensors, tensors, *([] if options is None else [options]))
+        if is_mean:
+            for tensor in tensors:
+                tensor._held.numbers.div_(self.size())
+        return work
+
+    def allreduce_coalesced(self, tensors: Any, options: Any = None) -> Any:
+        for tensor in tensors:
+            work = self.allreduce([tensor], dist.AllreduceOptions())
+        return work
+
+    def broadcast(self, tensors: Any, options: Any) -> Any:
+        return self._run("broadcast", tensors, tensors, options)
+
+    def reduce(self, tensors: Any, options: Any) -> Any:
+        return self._run("reduce", tensors, tensors, options)
+
+    def allgather(self, outputs: Any, inputs: Any, options: Any = None) -> Any:
+        return self._run("allgather", outputs, outputs, inputs)
+
+    def gather(self, outputs: Any, inputs: Any, options: Any) -> Any:
+        return self._run("gather", outputs, outputs, inputs, options)
+
+    def scatter(self, outputs: Any, inputs: Any, options: Any) -> Any:
+        return self._run("scatter", outputs, outputs, inputs, options)
+
+    def send(self, tensors: Any, target: int, tag: int = 0) -> Any:
+        return self._run("send", tensors, tensors, target, tag)
+
+    def recv(self, tensors: Any, source: int, tag: int = 0) -> Any:
+        return self._run("recv", tensors, tensors, source, tag)
+
+    def barrier(self, options: Any = None) -> Any:
+        self._gloo.barrier().wait()
+        return _finished([])
+
+    def _run(self, name: str, results: Any, *args: Any) -> Any:
+        """gloo's collective of that name on the numbers, finished, and wrapped up as the caller expects it."""
+        state.touch()
+        call = getattr(self._gloo, name)
+        call(*pytree.tree_map(_numbers_of, args)).wait()
+        for result in pytree.tree_leaves(results):
+            narrow_(result._held.numbers)  # 64-bit values travel as 32 bits
+        return _finished(results)
+
+
+def _numbers_of(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and not isinstance(value, SimTensor):
+        raise RuntimeError(f"eccl serves tensors on gcu only, this one is on {value.device}")
+    return value._held.numbers if isinstance(value, SimTensor) else value
+
+
+def _finished(result: Any) -> Any:
+    future: Future = Future()
+    future.set_result(result)
+    return torch._C._distributed_c10d._create_work_from_future(future)

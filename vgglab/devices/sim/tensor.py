@@ -1,0 +1,240 @@
+"""The tensor of a simulated card, and how an operation on it is carried out."""
+
+# mypy: disable-error-code="override,assignment"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from vgglab.devices.sim.card import Held, check_card, is_narrow, narrow_, state, with_cards_random_numbers
+
+aten = torch.ops.aten
+# These take tensors of several devices on real cards too.
+MIXES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default, aten.index.Tensor, aten.index_put_.default}
+# These hand a value, or a shape that depends on values, to the host.
+READS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default}
+CHANGES_SHAPE = {aten.resize_.default, aten.set_.source_Tensor, aten.t_.default, aten.transpose_.default}
+CHANGES_SHAPE |= {aten.squeeze_.default, aten.squeeze_.dim, aten.unsqueeze_.default, aten.swapaxes_.default}
+SUMS = {aten.sum.default, aten.sum.dim_IntList, aten.cumsum.default, aten.prod.default}
+PRODUCTS = {aten.convolution.default, aten.convolution_backward.default, aten.mm.default, aten.addmm.default}
+CPU = torch.device("cpu")
+
+
+class SimTensor(torch.Tensor):
+    """A tensor on ``gcu:<card>``; its numbers are a CPU tensor of the same shape, strides and type."""
+
+    _held: Held
+
+    @staticmethod
+    def __new__(cls, numbers: torch.Tensor, card: int) -> SimTensor:
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            numbers.size(),
+            strides=numbers.stride(),
+            storage_offset=numbers.storage_offset(),
+            dtype=numbers.dtype,
+            layout=numbers.layout,
+            device=torch.device("gcu", card),
+        )
+        tensor._held = Held(numbers, card)
+        return tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return carry_out(op, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        text = repr(self.detach().cpu())[:-1]
+        gradient = ", requires_grad=True" if self.requires_grad else ""
+        return f"{text}, device='{self.device}'{gradient})"
+
+    def tolist(self) -> Any:
+        return self.detach().cpu().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        if force:
+            return self.detach().cpu().numpy()
+        raise TypeError("can't convert a tensor on gcu to numpy; use Tensor.cpu() to copy it to host memory first")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """In a file there is a CPU tensor: it can be read where no card is."""
+        host = self.detach().cpu()
+        return (torch.nn.Parameter(host) if isinstance(self, torch.nn.Parameter) else host).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        if not self.is_leaf:
+            raise RuntimeError("only tensors made by the user support deepcopy, not results of operations")
+        with torch.no_grad():
+            copy: Any = self.detach().clone()
+        if isinstance(self, torch.nn.Parameter):
+            copy = torch.nn.Parameter(copy, self.requires_grad)
+        memo[id(self)] = copy
+        return copy
+
+
+class Hook(torch._C._acc.PrivateUse1Hooks):
+    """What PyTorch's core asks a backend."""
+
+    def is_available(self) -> bool:
+        return True
+
+    def has_primary_context(self, index: int) -> bool:
+        return True
+
+    def is_built(self) -> bool:
+        return True
+
+
+class Guard(torch._C._acc.DeviceGuard):
+    """Names the key; selecting a card is ``torch.gcu.set_device``'s."""
+
+    def type_(self) -> Any:
+        return torch._C._autograd.DeviceType.PrivateUse1
+
+
+_libraries: list[torch.library.Library] = []  # registrations last as long as these
+
+
+def register() -> None:
+    """Have everything that is asked of the PrivateUse1 key carried out here: factories, above all."""
+    everything = torch.library.Library("_", "IMPL")
+    everything.fallback(lambda op, *args, **kwargs: carry_out(op, args, kwargs), "PrivateUse1")
+    copies = torch.library.Library("aten", "IMPL")
+    # torch.tensor(..., device="gcu") calls this one past __torch_dispatch__, where no fallback is looked for.
+    copies.impl("_copy_from", _copy_from, "PrivateUse1")
+    _libraries.extend([everything, copies])
+    torch.serialization.register_package(0, lambda storage: None, _refuse_location)
+
+
+def _refuse_location(storage: Any, location: str) -> None:
+    if location.startswith("gcu"):
+        raise NotImplementedError("the simulated card loads no files; use map_location='cpu', then move the tensors")
+
+
+def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    return carry_out(aten.copy_.default, (target, source, non_blocking), {})
+
+
+def carry_out(op: Any, args: tuple, kwargs: dict) -> Any:
+    """One operation: on the CPU, by the rules of the card."""
+    state.touch()
+    tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    on_cards = [tensor for tensor in tensors if isinstance(tensor, SimTensor)]
+    if op not in MIXES:
+        _refuse_mixing(tensors)
+    if op in CHANGES_SHAPE:
+        raise NotImplementedError(f"{op} changes a tensor's shape in place, which the simulated card does not offer")
+    _refuse_unsupported(op, args, kwargs)
+    card, is_for_host = _target(op, on_cards, args, kwargs.get("device"))
+    if on_cards and (is_for_host or op in READS):
+        state.num_host_reads += 1
+
+    given = {id(tensor._held.numbers): tensor for tensor in on_cards}
+    args, kwargs = pytree.tree_map(_on_cpu, (args, dict(kwargs)))
+    if torch.Tag.nondeterministic_seeded in op.tags:
+        _refuse_host_generator(kwargs)
+        result = with_cards_random_numbers(card, lambda: _run(op, args, kwargs))
+    else:
+        result = _run(op, args, kwargs)
+    if is_for_host:
+        return result
+
+    def on_card(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if not op.is_view:
+            narrow_(value)
+        return given[id(value)] if id(value) in given else SimTensor(value, card)
+
+    return pytree.tree_map(on_card, result)
+
+
+def _refuse_mixing(tensors: list[torch.Tensor]) -> None:
+    """Single values may come from the CPU, as on every card; everything else has to lie on one device."""
+    devices = {str(tensor.device) for tensor in tensors if isinstance(tensor, SimTensor) or tensor.dim() > 0}
+    if len(devices) > 1:
+        first, second = sorted(devices, reverse=True)[:2]
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, {first} and {second}!"
+        )
+
+
+def _refuse_unsupported(op: Any, args: tuple, kwargs: dict) -> None:
+    """What the vendor's list of operators excludes and a metric might ask for."""
+    if op is aten.topk.default and (kwargs.get("sorted", args[4] if len(args) > 4 else True)) is False:
+        raise RuntimeError("topk with sorted=False is not supported on GCU")
+    dtype = kwargs.get("dtype")
+    if op in SUMS and dtype is not None and args[0].is_floating_point() and dtype != args[0].dtype:
+        raise RuntimeError(
+            f"{op} from {args[0].dtype} to {dtype} is not supported on GCU; cast first, e.g. with .float()"
+        )
+
+
+def _refuse_host_generator(kwargs: dict) -> None:
+    if kwargs.get("generator") is not None:
+        raise RuntimeError("Expected a 'gcu' device type for generator but found 'cpu'")
+
+
+def _target(op: Any, on_cards: list[SimTensor], args: tuple, device: Any) -> tuple[int, bool]:
+    """The card that the result belongs on, and whether it goes to the host instead."""
+    if device is not None:
+        device = torch.device(device)
+        if device.type != "gcu":
+            return 0, True
+        return check_card(state.current if device.index is None else device.index), False
+    if op is aten.copy_.default:
+        target = args[0]
+        return (target.device.index, False) if isinstance(target, SimTensor) else (0, True)
+    return (on_cards[0].device.index if on_cards else state.current), False
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, SimTensor):
+        return value._held.numbers
+    return CPU if isinstance(value, torch.device) and value.type == "gcu" else value
+
+
+def _run(op: Any, args: tuple, kwargs: dict) -> Any:
+    special = SPECIAL.get(op, op)
+    if op in PRODUCTS and any(isinstance(value, torch.Tensor) and value.dtype is torch.float16 for value in args):
+        # As cards do it: products of float16 are summed in float32. The CPU's own float16 is very slow, too.
+        result = special(*[_cast(value, torch.float16, torch.float32) for value in args], **kwargs)
+        return pytree.tree_map(lambda value: _cast(value, torch.float32, torch.float16), result)
+    return special(*args, **kwargs)
+
+
+def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
+    return value.to(target) if isinstance(value, torch.Tensor) and value.dtype is source else value
+
+
+def _dropout(images: torch.Tensor, p: float, train: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cards have dropout as one kernel; in the order of the CPU's own operations it gives the CPU's own numbers."""
+    if not train or p == 0:
+        return images.clone(), torch.ones_like(images, dtype=torch.bool)
+    if p == 1:
+        return torch.zeros_like(images), torch.zeros_like(images, dtype=torch.bool)
+    kept = torch.empty_like(images).bernoulli_(1 - p)
+    return images * kept.div(1 - p), kept.bool()
+
+
+def _dropout_backward(gradient: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    return gradient * mask.to(gradient.dtype).div(1 / scale) if scale else torch.zeros_like(gradient)
+
+
+def _fill_(numbers: torch.Tensor, value: float) -> torch.Tensor:
+    """A number that the narrow type cannot hold is clamped, as the card does, not wrapped."""
+    if numbers.dtype is torch.int64 and is_narrow(numbers.dtype):
+        value = max(-(2**31), min(2**31 - 1, int(value)))
+    return numbers.fill_(value)
+
+
+SPECIAL: dict[Any, Any] = {
+    aten.native_dropout.default: _dropout,
+    aten.native_dropout_backward.default: _dropout_backward,
+    aten.fill_.Scalar: _fill_,
+}

@@ -1,0 +1,91 @@
+"""What plain PyTorch does on every device that it drives itself: its own step, its own DDP, its own collectives."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from datetime import timedelta
+from typing import Any, Sequence
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data.distributed import DistributedSampler
+
+from vgglab.devices.base import Device
+
+# The seed kit's static scale: float16 gradients are multiplied by it and it never grows.
+LOSS_SCALE, SCALE_GROWTH_INTERVAL = 128.0, 1_000_000_000
+
+
+class StockDevice(Device):
+    """A device whose only peculiarities are the attributes below; ``_scaler`` is ``None`` without a loss scale."""
+
+    sampler = DistributedSampler
+    _torch_device: torch.device
+    _backend: str  # of torch.distributed
+    _scaler: Any = None
+
+    def open(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.init_process_group(
+                self._backend,
+                init_method=self._wishes.init_method,
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timedelta(minutes=30),  # torch's own for gloo; nccl's 10 is short for a first epoch's files
+            )
+
+    def close(self) -> None:
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        # Labels stay int64: the loss's kernels on the CPU and on eager cards refuse int32.
+        return (
+            images.to(self._torch_device, non_blocking=True),
+            labels.to(self._torch_device, non_blocking=True),
+        )
+
+    def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
+        network = model.to(self._torch_device)
+        if self.world_size == 1:
+            return network, network
+        if self._wishes.sync_bn:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        device_ids = None if self._torch_device.index is None else [self._torch_device.index]
+        # torch 2.15 renames the option and warns of the old name.
+        has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+        name = "forward_sync_buffers" if has_new_name else "broadcast_buffers"
+        # Gradients live in the buckets that travel: without it VGG16's 553 MB of them are held twice.
+        options: dict[str, Any] = {name: self._wishes.broadcast_buffers, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(network, device_ids=device_ids, **options), network
+
+    def backward(self, loss: Tensor) -> None:
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+
+    def step(self, optimizer: Optimizer, model: nn.Module, outputs: Sequence[Tensor]) -> None:
+        if self._scaler is None:
+            optimizer.step()
+        else:
+            self._scaler.step(optimizer)
+            self._scaler.update()
+
+    def flush(self, tensors: Sequence[Tensor]) -> None:
+        pass
+
+    def fetch(self, tensor: Tensor) -> list[float]:
+        return tensor.cpu().tolist()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self._torch_device)
+        if self.world_size > 1:
+            tensor = tensor.clone()
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def seed(self, seed: int) -> None:
+        random.seed(seed)
+        torch.manual_seed(seed)  # reaches every card's generator too
