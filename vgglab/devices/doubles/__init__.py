@@ -24,6 +24,6 @@ def load_lazy() -> Any:
     """The lazy double as ``torch_gcu`` in this process, for a notebook; it changes ``torch.Tensor.to`` for good."""
     if str(LAZY) not in sys.path:
         sys.path.insert(0, str(LAZY))
-    import torch_gcu
+    import torch_gcu  # type: ignore[import-not-found]
 
     return torch_gcu

@@ -1,0 +1,230 @@
+"""The seam and the simulated card, through the shell's door and as a person at a prompt would use them."""
+
+import json
+import os
+from importlib.metadata import version
+
+import pytest
+import torch
+from conftest import PROJECT, TINY, shell
+from expected_losses import FOLDER, RELATIVE_TOLERANCE, largest_deviation, measure
+
+from vgglab import Run
+from vgglab.devices import open_device
+
+CAN_SIMULATE = tuple(int(part) for part in version("torch").split(".")[:2]) >= (2, 10)
+needs_sim = pytest.mark.skipif(not CAN_SIMULATE, reason="the simulated card needs torch 2.10")
+
+
+def run_ranks(tmp_path, images, device, num_ranks, *flags, **environment):
+    """A tiny run over several processes; returns it, asserted to have gone well."""
+    path = tmp_path / f"{device}-{num_ranks}-{len(list(tmp_path.iterdir()))}"
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"] if num_ranks > 1 else []
+    job = [*TINY[:-1], "--batch-size=2", f"--data-path={images}", "--seed=1", "--print-freq=1", f"--device={device}"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **environment}
+    words = ["python", *launcher, "-m", "vgglab.train", *job, f"--run-dir={path}", *flags]
+    result = shell(*words, timeout=300, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return Run(path)
+
+
+def losses(run):
+    return [event["loss"] for event in run.events() if event["event"] in ("train", "eval")]
+
+
+def at_a_prompt(code, **environment):
+    """Run lines in a fresh process with the simulated card; what they print."""
+    prelude = "import torch, warnings\nwarnings.simplefilter('ignore')\nfrom vgglab.devices import sim\nsim.install()\n"
+    result = shell("python", "-c", prelude + code, env={**os.environ, "PYTHONPATH": str(PROJECT), **environment})
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.strip()
+
+
+@needs_sim
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+def test_the_simulated_card_gives_the_losses_of_the_cpu_step_for_step(images, tmp_path, num_ranks):
+    flags = ["--model=vgg11_bn", "--dropout-rate=0.5", "--epochs=2"]
+    sim = run_ranks(tmp_path, images, "gcu-sim", num_ranks, *flags)
+    assert losses(sim) == losses(run_ranks(tmp_path, images, "cpu", num_ranks, *flags))
+    assert len(losses(sim)) == 2 * (18 // (2 * num_ranks)) + 2
+
+
+@needs_sim
+def test_all_that_a_simulated_card_writes_says_so_and_shows_no_speed(images, tmp_path):
+    run = run_ranks(tmp_path, images, "gcu-sim", 1, "--skip-steps=0", "--tensorboard")
+    assert run.config["simulated"] is run.env["simulated"] is run.report()["simulated"] is True
+    assert run.env["device"] == "gcu-sim"
+    assert all(event["simulated"] is True for event in run.events())
+    assert torch.load(run.path / "checkpoints/last.pt")["config"]["simulated"] is True
+    assert [run.report()[name] for name in ("train_fps_mean", "images_per_second", "step_seconds_p50")] == [None] * 3
+    assert "images/s" not in run.logs().replace("no images/s", "")
+    assert run.events("end")[0]["host_reads"] > 0
+
+
+@needs_sim
+def test_a_cpu_run_is_not_called_simulated(train):
+    run = train("--skip-steps=0").run
+    assert run.env["simulated"] is run.report()["simulated"] is False
+    assert "simulated" not in run.config
+    assert not any("simulated" in event for event in run.events())
+    assert run.report()["train_fps_mean"] > 0
+
+
+@needs_sim
+def test_the_loop_reads_from_the_card_once_a_log_line():
+    code = (
+        "from vgglab.devices import open_device\n"
+        "from vgglab import engine, config\n"
+        "from vgglab.data.sets import open_sets\n"
+        "import vgglab.checkpoint as c; c.save = lambda *a: None\n"
+        "class Run:\n"
+        "    path = __import__('pathlib').Path('.')\n"
+        "    reads = []\n"
+        "    def event(self, kind, **v): self.reads.append((kind, sim.num_host_reads()))\n"
+        "s = config.parse('--data-path digits --model vgg11 --epochs 1 --training-step-per-epoch 6 --print-freq 3 "
+        "--batch-size 4 --eval-step-per-epoch 3 --skip-steps 0 --workers 0 --seed 1'.split())\n"
+        "d = open_device('gcu-sim'); sets = open_sets(s); s.num_classes, s.image_size, s.head = 10, 32, 'small'\n"
+        "d.open(); run = Run(); job = engine.prepare(s, d, sets, None); before = sim.num_host_reads()\n"
+        "engine.train(job, s, d, run)\n"
+        "print([(kind, n - before) for kind, n in run.reads])\n"
+    )
+    assert at_a_prompt(code) == str([("train", 1), ("train", 2), ("eval_start", 2), ("eval", 3), ("checkpoint", 3)])
+
+
+@needs_sim
+def test_a_forgotten_to_device_fails():
+    code = (
+        "net = torch.nn.Conv2d(3, 4, 3).to('gcu')\n"
+        "for images in (torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8, device='gcu:1')):\n"
+        "    try: net(images)\n"
+        "    except RuntimeError as error: print(error)\n"
+        "print((torch.ones(2, device='gcu') * torch.tensor(2.0)).tolist())\n"
+    )
+    lines = at_a_prompt(code).splitlines()
+    assert "at least two devices, gcu:0 and cpu" in lines[0]
+    assert "at least two devices, gcu:1 and gcu:0" in lines[1]
+    assert lines[2] == "[2.0, 2.0]"  # single values may come from the CPU
+
+
+@needs_sim
+def test_64_bit_types_are_narrow_and_warn_once():
+    code = (
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    big = torch.tensor([2**40 + 7, 3]).to('gcu'); more = big + 1\n"
+        "    fine = torch.tensor([1 + 1e-12], dtype=torch.float64).to('gcu')\n"
+        "    zeros = torch.zeros(1, dtype=torch.int64, device='gcu').fill_(2**40)\n"
+        "print(big.dtype, big.tolist(), fine.dtype, fine.tolist(), zeros.tolist())\n"
+        "print([str(w.message)[:25] for w in seen])\n"
+    )
+    values, warned = at_a_prompt(code).splitlines()
+    assert values == f"torch.int64 [7, 3] torch.float64 [1.0] [{2**31 - 1}]"
+    assert warned == "['GCU keeps int64 as int32: ', 'GCU keeps float64 as floa']".replace("int32: ", "int32:")
+    kept = at_a_prompt("print(torch.tensor([2**40]).to('gcu').tolist())", TORCH_GCU_ENABLE_INT64_AND_UINT64="true")
+    assert kept == f"[{2**40}]"
+
+
+@needs_sim
+def test_torch_gcu_answers_what_the_contract_lists():
+    code = (
+        "g = torch.gcu\n"
+        "print(g.device_count(), g.is_available(), g.get_device_name(), g.get_device_capability())\n"
+        "print(g.memory_allocated()); x = torch.zeros(1000, device='gcu'); print(g.memory_allocated())\n"
+        "del x; print(g.memory_allocated(), g.max_memory_allocated()); g.reset_peak_memory_stats()\n"
+        "print(g.max_memory_allocated(), g.mem_get_info()[0] <= g.mem_get_info()[1])\n"
+        "torch.manual_seed(5); a = torch.rand(3, device='gcu'); g.manual_seed_all(5); b = torch.rand(3, device='gcu')\n"
+        "print(a.tolist() == b.tolist(), g.initial_seed())\n"
+        "s, e = g.Event(enable_timing=True), g.Event(enable_timing=True); s.record(); e.record(); g.synchronize()\n"
+        "print(s.elapsed_time(e) >= 0)\n"
+        "g.set_device(1); print(g.current_device(), torch.ones(1, device='gcu').device)\n"
+        "bad = lambda: g.get_device_properties(9), lambda: g.set_device('gcu'), lambda: g.memory_allocated('cpu')\n"
+        "for call in bad:\n"
+        "    try: call()\n"
+        "    except Exception as error: print(type(error).__name__)\n"
+    )
+    lines = at_a_prompt(code, VGGLAB_SIM_CARDS="3").splitlines()
+    assert lines[0] == "3 True GCU (3, 0)"
+    assert lines[1:4] == ["0", "4000", "0 4000"]
+    assert lines[4:8] == ["0 True", "True 5", "True", "1 gcu:1"]
+    assert lines[8:] == ["AssertionError", "ValueError", "ValueError"]
+
+
+@needs_sim
+def test_a_forked_child_may_not_touch_the_card():
+    code = (
+        "import os; torch.ones(1, device='gcu'); child = os.fork()\n"
+        "if child == 0:\n"
+        "    try: torch.ones(1, device='gcu'); os._exit(1)\n"
+        "    except RuntimeError as error: os._exit(0 if 'spawn' in str(error) else 2)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    assert at_a_prompt(code) == "0"
+
+
+@needs_sim
+def test_loader_workers_are_spawned_and_do_not_need_the_card(images, tmp_path):
+    run = run_ranks(tmp_path, images, "gcu-sim", 1, "--workers=1")
+    assert losses(run) == losses(run_ranks(tmp_path, images, "cpu", 1, "--workers=0"))
+
+
+@needs_sim
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_mixed_precision_is_used_and_recorded(images, tmp_path, dtype):
+    run = run_ranks(tmp_path, images, "gcu-sim", 1, f"--amp-dtype={dtype}")
+    assert run.env["amp_dtype"] == run.report()["amp_dtype"] == dtype
+    exact = losses(run_ranks(tmp_path, images, "gcu-sim", 1))
+    assert losses(run) != exact
+    assert losses(run) == pytest.approx(exact, rel=0.1)
+
+
+@needs_sim
+def test_the_number_of_cards_is_kept_to(images, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}
+    words = ["python", "-m", "vgglab.train", *TINY[:-1], f"--data-path={images}", "--device=gcu-sim"]
+    result = shell(*words, env={**environment, "VGGLAB_SIM_CARDS": "2"}, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "rank 2 wants card 2, this machine has 2" in result.stderr
+
+
+@pytest.mark.skipif(CAN_SIMULATE, reason="torch is new enough")
+def test_an_old_torch_is_told_that_it_cannot_simulate(refused):
+    assert "--device gcu-sim: needs torch 2.10 or newer" in refused("--device=gcu-sim")
+
+
+def test_tf32_is_off_unless_asked_for_and_refused_in_one_line_where_there_is_none(train, refused):
+    assert "--tf32: not offered on cpu" in refused("--tf32")
+    run = train("--no-tf32").run
+    assert run.config["tf32"] is run.env["tf32"] is run.report()["tf32"] is False
+
+
+def test_the_tf32_switches_of_cuda_are_both_set():
+    from vgglab.devices.native import _use_tf32
+
+    for wanted in (True, False):
+        _use_tf32(wanted)
+        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is wanted
+
+
+def test_auto_takes_the_best_there_is_and_records_it(train):
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    assert train("--device=auto").run.config["device"] == here
+    assert open_device("auto").kind == here
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_the_first_losses_are_those_of_the_record(file):
+    expected = json.loads(file.read_text())
+    if expected["device"] == "gcu-sim" and not CAN_SIMULATE:
+        pytest.skip("the simulated card needs torch 2.10")
+    if expected["device"] not in ("cpu", "gcu-sim"):
+        pytest.skip(f"recorded on {expected['hardware']}; compare with: python tests/expected_losses.py")
+    measured = measure(expected["device"])
+    assert len(expected["losses"]) == 20
+    assert largest_deviation(measured["losses"], expected["losses"]) < RELATIVE_TOLERANCE
+    assert measured["simulated"] is expected["simulated"] is (expected["device"] == "gcu-sim")
+
+
+@pytest.mark.parametrize("change", ["--momentum=0.8", "--lr=0.011", "--weight-decay=0.1"])
+def test_the_record_would_notice(change):
+    expected = json.loads((FOLDER / "cpu.json").read_text())["losses"]
+    assert largest_deviation(measure("cpu", change)["losses"], expected) > RELATIVE_TOLERANCE
