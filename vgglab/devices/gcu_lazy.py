@@ -106,7 +106,8 @@ class LazyGcu(Device):
         self._gcu.unlazy([*kept, *outputs], mode=self._mode)
 
     def flush(self, tensors: Sequence[Tensor]) -> None:
-        self._gcu.unlazy(list(tensors), mode=self._mode)
+        if tensors:  # a graph without outputs is not allowed
+            self._gcu.unlazy(list(tensors), mode=self._mode)
 
     def fetch(self, tensor: Tensor) -> list[float]:
         return tensor.cpu().tolist()

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel as StockParallel
 from torch.utils.data.distributed import DistributedSampler as StockSampler
 
 from torch_gcu.core.contract import log
+from torch_gcu.core.device import device_count
 from torch_gcu.core.model import stepping
 from torch_gcu.core.tensor import is_on_card, original_to, parameter_to_card, target_device, to_card
 
@@ -84,7 +85,7 @@ def _refused(stock, instead):
 
     @functools.wraps(original)
     def checked(self, *args, **kwargs):
-        if type(self) is stock:
+        if type(self) is stock and device_count() > 0:  # where there is no card, the CPU may be trained on
             log.broken(f"torch's own {stock.__name__}: with this generation use {instead}")
         original(self, *args, **kwargs)
 

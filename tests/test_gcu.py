@@ -1,0 +1,277 @@
+"""Both generations of torch_gcu, against the contract doubles: ``--device gcu`` through the shell's door."""
+
+import json
+import os
+import shutil
+from typing import NamedTuple
+
+import pytest
+from conftest import PROJECT, TINY, shell
+from test_devices import CAN_SIMULATE, losses
+
+from vgglab import Run
+from vgglab.devices.doubles import EAGER, LAZY
+
+needs_sim = pytest.mark.skipif(not CAN_SIMULATE, reason="the eager double computes on the simulated card")
+GENERATIONS = [pytest.param(LAZY, id="lazy"), pytest.param(EAGER, id="eager", marks=needs_sim)]
+STEPS = 4  # of TINY: 18 images, 4 at a time
+
+
+class Outcome(NamedTuple):
+    code: int
+    err: str
+    run: object
+    calls: list  # of rank 0, in order
+    details: list
+
+
+@pytest.fixture
+def on_gcu(images, tmp_path):
+    """``on_gcu(LAZY, "--flag", ranks=2, package=folder, VARIABLE="x")``: a tiny run on the double."""
+
+    def run_it(double, *flags, ranks=1, package=PROJECT, device="gcu", **variables):
+        number = len(list(tmp_path.glob("log*")))
+        path, log = tmp_path / f"run{number}", tmp_path / f"log{number}"
+        log.touch()
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        job = [*TINY[:-1], f"--data-path={images}", "--seed=1", "--print-freq=1", f"--run-dir={path}"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (package, double))), "OMP_NUM_THREADS": "1"}
+        environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
+        environment.update(VGGLAB_DOUBLE_LOG=str(log), **variables)
+        words = ["python", *launcher, "-m", "vgglab.train", *job, f"--device={device}", *flags]
+        result = shell(*words, env=environment, cwd=tmp_path, timeout=300)
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        mine = [line for line in lines if line["rank"] == 0]
+        run = Run(path) if path.exists() else None
+        return Outcome(result.returncode, result.stderr, run, [line["call"] for line in mine], mine)
+
+    return run_it
+
+
+@pytest.mark.parametrize("double", GENERATIONS)
+def test_a_run_keeps_the_contract_and_gives_the_losses_of_the_cpu(on_gcu, double):
+    flags = ["--model=vgg11_bn", "--dropout-rate=0.5"]
+    outcome = on_gcu(double, *flags)
+    assert outcome.code == 0, outcome.err
+    assert "broken" not in outcome.calls
+    assert "graph_break" not in outcome.calls
+    assert losses(outcome.run) == losses(on_gcu(double, *flags, device="cpu").run)
+    assert outcome.run.env["simulated"] is outcome.run.report()["simulated"] is True
+    assert outcome.run.env["device"] == outcome.run.config["device"] == "gcu"
+    assert "torch_gcu" in outcome.run.env["versions"]
+
+
+@pytest.mark.parametrize("double", GENERATIONS)
+def test_auto_takes_the_card(on_gcu, double):
+    assert on_gcu(double, device="auto").run.config["device"] == "gcu"
+
+
+@pytest.mark.parametrize("double", GENERATIONS)
+def test_two_ranks_over_eccl(on_gcu, double):
+    outcome = on_gcu(double, "--batch-size=2", ranks=2)
+    assert outcome.code == 0, outcome.err
+    assert outcome.calls.count("init_process_group") == 1
+    assert [d["device_ids"] for d in outcome.details if d["call"] == "DistributedDataParallel"] == [[0]]
+    assert len(losses(outcome.run)) == STEPS + 1
+
+
+def test_lazy_each_step_is_the_vendors(on_gcu):
+    calls = on_gcu(LAZY, "--print-freq=100", "--epochs=2").calls
+    steps = [call for call in calls if call in ("zero_grad", "backward", "optimizer_step")]
+    assert steps == ["zero_grad", "backward", "optimizer_step"] * STEPS * 2
+    assert calls.count("set_epoch") == 2
+    between = calls[calls.index("zero_grad") : calls.index("optimizer_step", calls.index("optimizer_step") + 1)]
+    assert "read" not in between
+    assert calls.count("manual_seed_all") == 3  # before the first weights, then once an epoch
+
+
+def test_lazy_mixed_precision_ends_in_one_unlazy_with_everything_in_it(on_gcu):
+    outcome = on_gcu(LAZY, "--amp", "--eval-step-per-epoch=1", "--print-freq=100", ranks=2)
+    assert outcome.code == 0, outcome.err
+    parts = ("zero_grad", "scale", "backward", "scaler.step", "scaler.update", "unlazy")
+    steps = [call for call in outcome.calls if call in (*parts, "optimizer_step")]
+    assert steps[: 6 * 2] == [*parts] * 2
+    assert outcome.run.env["amp_dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "variable", "expected"),
+    [
+        ((), None, "false"),
+        (("--tf32",), None, "true"),
+        (("--no-tf32",), "true", "false"),
+        ((), "true", "true"),
+    ],
+)
+def test_lazy_tf32_is_settled_before_the_library_is_imported(on_gcu, flags, variable, expected):
+    outcome = on_gcu(LAZY, *flags, **({"ENFLAME_ENABLE_TF32": variable} if variable else {}))
+    assert outcome.details[0] == {"rank": 0, "call": "import", "tf32": expected}
+    assert outcome.run.env["tf32"] is outcome.run.report()["tf32"] is (expected == "true")
+
+
+@needs_sim
+def test_eager_has_no_tf32_and_sets_no_variable(on_gcu):
+    outcome = on_gcu(EAGER, "--tf32")
+    assert outcome.code == 2
+    assert "--tf32: torch_gcu 2.10.0 has no switch for it" in outcome.err
+    assert "ENFLAME" not in (PROJECT / "vgglab/devices/gcu_eager.py").read_text()
+
+
+@needs_sim
+def test_eager_one_step_for_one_backward_and_the_card_chosen_before_joining(on_gcu):
+    outcome = on_gcu(EAGER, "--amp", "--batch-size=2", ranks=2)
+    assert outcome.code == 0, outcome.err
+    assert [c for c in outcome.calls if c in ("backward", "optimizer.step")] == ["backward", "optimizer.step"] * STEPS
+    assert outcome.calls.index("set_device") < outcome.calls.index("init_process_group")
+
+
+@needs_sim
+@pytest.mark.parametrize("is_imported_first", [True, False])
+def test_eager_autoload_is_as_the_contract_has_it(is_imported_first):
+    first = "import torch_gcu" if is_imported_first else "import torch"
+    code = f"{first}; import os, torch; print(os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'], torch.ones(1).gcu().device)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (PROJECT, EAGER)))}
+    environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
+    assert shell("python", "-c", code, env=environment).stdout.split() == ["0" if is_imported_first else "1", "gcu:0"]
+
+
+def test_checkpoints_come_and_go_between_card_and_cpu(on_gcu):
+    first = on_gcu(LAZY).run
+    again = on_gcu(LAZY, f"--resume={first.path}", "--epochs=3")
+    assert again.code == 0, again.err
+    assert len(losses(again.run)) == 2 * (STEPS + 1)
+    assert losses(on_gcu(LAZY, f"--resume={first.path}", "--epochs=3", device="cpu").run) == losses(again.run)
+
+
+@pytest.mark.parametrize(
+    ("double", "variables", "words"),
+    [
+        pytest.param(LAZY, {"VGGLAB_DOUBLE_CARDS": "0"}, ["sees no card", "driver"], id="lazy-no-cards"),
+        pytest.param(EAGER, {"VGGLAB_SIM_CARDS": "0"}, ["sees no card", "driver"], id="no-driver", marks=needs_sim),
+        pytest.param(EAGER, {"TOPS_VISIBLE_DEVICES": "0,0"}, ["a card twice"], id="duplicates", marks=needs_sim),
+        pytest.param(EAGER, {"TOPS_VISIBLE_DEVICES": "-1"}, ["hides every card"], id="hidden", marks=needs_sim),
+    ],
+)
+def test_no_cards_is_one_line_and_under_auto_a_warning(on_gcu, double, variables, words):
+    outcome = on_gcu(double, **variables)
+    assert (outcome.code, outcome.run, len(outcome.err.strip().splitlines())) == (2, None, 1)
+    assert all(word in outcome.err for word in ["--device gcu: ", *words])
+    fallback = on_gcu(double, device="auto", **variables)
+    assert fallback.run.config["device"] != "gcu"
+    assert any("--device auto took" in event["text"] for event in fallback.run.events("warning"))
+
+
+# What a careless change would do, and which double says no. Each is applied to a copy of the package.
+MUTATIONS = {
+    "a bare optimizer.step() on lazy": (
+        LAZY,
+        "devices/gcu_lazy.py",
+        "self._gcu.optimizer_step(optimizer, list(outputs), model=model, mode=self._mode)",
+        "optimizer.step()",
+        "bare optimizer.step()",
+    ),
+    "a loss.item() before the flush": (
+        LAZY,
+        "engine.py",
+        "            device.step(optimizer, model, [loss, logits])\n",
+        "            loss.item()\n            device.step(optimizer, model, [loss, logits])\n",
+        "between the forward pass and the flush",
+    ),
+    "the loss left out of the outputs": (
+        LAZY,
+        "engine.py",
+        "device.step(optimizer, model, [loss, logits])",
+        "device.step(optimizer, model, [logits])",
+        "not among the outputs",
+    ),
+    "no model named": (LAZY, "devices/gcu_lazy.py", "list(outputs), model=model,", "list(outputs),", "without model"),
+    "torch's own DDP on lazy": (
+        LAZY,
+        "devices/gcu_lazy.py",
+        "self._gcu.nn.parallel.DistributedDataParallel(\n            network, device_ids=[",
+        "nn.parallel.DistributedDataParallel(\n            network, device_ids=[",
+        "torch's own DistributedDataParallel",
+    ),
+    "torch's own sampler on lazy": (
+        LAZY,
+        "devices/gcu_lazy.py",
+        "self.sampler = torch_gcu.utils",
+        "self.sampler = torch.utils",
+        "torch's own DistributedSampler",
+    ),
+    "waiting for each graph under DDP": (
+        LAZY,
+        "devices/gcu_lazy.py",
+        "JitRunMode.ASYNC if",
+        "JitRunMode.SAFEASYNC if",
+        "Enflame's scripts have",
+    ),
+    "weights left out of unlazy": (LAZY, "devices/gcu_lazy.py", "[*kept, *outputs]", "[*outputs]", "leaves out"),
+    "gradients kept in the graph": (
+        LAZY,
+        "engine.py",
+        "zero_grad(set_to_none=True)",
+        "zero_grad(set_to_none=False)",
+        "zero_grad(True)",
+    ),
+    "card tensors in a checkpoint": (
+        LAZY,
+        "checkpoint.py",
+        "torch.save(_on_cpu(content), file)",
+        "torch.save(content, file)",
+        "torch.save of a tensor",
+    ),
+    "TF32 changed after the import": (
+        LAZY,
+        "devices/gcu_lazy.py",
+        "self._check()\n",
+        "self._check()\n        os.environ['ENFLAME_ENABLE_TF32'] = 'x'\n",
+        "ENFLAME_ENABLE_TF32 was changed",
+    ),
+    "transfer_to_gcu imported": (
+        EAGER,
+        "devices/gcu_eager.py",
+        "        super().__init__(wishes)\n",
+        "        super().__init__(wishes)\n        from torch_gcu import transfer_to_gcu\n",
+        "transfer_to_gcu was imported",
+    ),
+    "int32 labels on eager": (
+        EAGER,
+        "devices/stock.py",
+        "labels.to(self._torch_device",
+        "labels.int().to(self._torch_device",
+        "Int",
+    ),
+    "a forgotten move": (
+        EAGER,
+        "engine.py",
+        "            images, labels = device.move(images, labels)  # (N, 3, S, S), (N,)\n",
+        "",
+        "all tensors to be on the same device",
+    ),
+    "the card chosen after joining": (
+        EAGER,
+        "devices/gcu_eager.py",
+        "self._gcu.set_device(self.local_rank)",
+        "self",
+        "comes before init_process_group",
+    ),
+}
+NEEDS_RANKS = ("DDP", "joining")
+NEEDS_AMP = ("unlazy",)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_careless_change_is_caught(on_gcu, tmp_path, name):
+    double, file, old, new, complaint = MUTATIONS[name]
+    if double is EAGER and not CAN_SIMULATE:
+        pytest.skip("the eager double computes on the simulated card")
+    shutil.copytree(PROJECT / "vgglab", tmp_path / "changed/vgglab")
+    source = tmp_path / "changed/vgglab" / file
+    assert source.read_text().count(old) >= 1, "the line has changed: mutate it as it is now"
+    source.write_text(source.read_text().replace(old, new))
+    flags = ["--amp"] if any(word in name for word in NEEDS_AMP) else []
+    ranks = 2 if any(word in name for word in NEEDS_RANKS) else 1
+    outcome = on_gcu(double, *flags, ranks=ranks, package=tmp_path / "changed")
+    assert outcome.code == 1
+    assert complaint in outcome.err
