@@ -1,0 +1,64 @@
+"""The lanes: the same tests on the vendors' stacks. ``make lanes``, or ``nox -s t20``.
+
+    t20    Python 3.8, torch 1.10.0           the core, and the lazy generation's contract double
+    s60    Python 3.10 and 3.12, torch 2.10.0 everything but the notebooks and their kernels
+    today  this checkout's .venv              everything (the same as make test)
+
+A lane whose interpreter is missing is skipped, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["t20", "s60", "today"]
+nox.options.error_on_missing_interpreters = False
+nox.options.default_venv_backend = "venv"  # each interpreter's own: the old ones make theirs best themselves
+nox.options.reuse_existing_virtualenvs = True
+
+TESTS = ["pytest>=7", "pytest-timeout>=2.2"]
+TRAIN = "python -m vgglab.train --data-path digits --model vgg11 --epochs 1 --training-step-per-epoch 20".split()
+# What the tests of the core need nothing but torch, torchvision and scikit-learn for.
+CORE = "config data model schedule predictions seed_defects train devices gcu doctor".split()
+NO_NOTEBOOK = ["--ignore=tests/test_notebooks.py", "--ignore=tests/test_launch.py", "--ignore=tests/test_readme.py"]
+
+
+def put_on_path(version: str) -> None:
+    """pyenv keeps interpreters where its shims find them only after they are selected; nox looks on the PATH."""
+    if subprocess.run(f"python{version} -c ''", shell=True, capture_output=True).returncode == 0:
+        return
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    for folder in sorted(versions.glob(f"{version}.*/bin")):
+        os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+for _version in ("3.8", "3.10", "3.12"):
+    put_on_path(_version)
+
+
+@nox.session(python="3.8")
+def t20(session: nox.Session) -> None:
+    """The T20 cards' stack. The kit is installed as a card owner installs it: pip install ."""
+    session.install("torch==1.10.0", "torchvision==0.11.1", "numpy<2")
+    session.install(".[digits]", *TESTS)
+    session.run("pytest", "-m", "not newer_torch", *[f"tests/test_{name}.py" for name in CORE])
+    session.run(*TRAIN, f"--run-dir={session.create_tmp()}/run-{os.getpid()}")
+
+
+@nox.session(python=["3.10", "3.12"])
+def s60(session: nox.Session) -> None:
+    """The S60 cards' stack, with the simulated card and the eager generation's contract double."""
+    session.install("torch==2.10.0", "torchvision==0.25.0")
+    session.install(".[digits,tensorboard]", "matplotlib", "ipython", *TESTS)
+    session.run("pytest", *NO_NOTEBOOK)
+    session.run(*TRAIN, "--device=gcu-sim", f"--run-dir={session.create_tmp()}/run-{os.getpid()}")
+
+
+@nox.session(venv_backend="none")
+def today(session: nox.Session) -> None:
+    """The newest of everything, as make install has it."""
+    session.run("make", "test", external=True)

@@ -1,0 +1,222 @@
+"""What can be seen of this machine's hardware and its libraries from outside, and what is wrong with it.
+
+Nothing here imports torch in the asking process: a broken install may raise, abort or hang when it is imported, so
+each question is put to a child process (``ask``). The table of failures is that of the two torch_gcu contracts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vgglab.devices import AUTOLOAD
+from vgglab.devices.gcu import TF32_SWITCH, VISIBLE_CARDS
+
+TIMEOUT_SECONDS = 120
+WATCHED = re.compile(
+    r"(TOPS_|ENFLAME_|TORCH_GCU|TORCHGCU|PYTORCH_GCU|PYTORCH_NO_GCU|TORCH_ECCL_|ECCL_|USE_GCU|VGGLAB_|MASTER_)"
+    rf"|^({AUTOLOAD}|LD_LIBRARY_PATH|CUDA_VISIBLE_DEVICES|RANK|WORLD_SIZE|LOCAL_RANK)$"
+)
+BOOLEANS = ("TORCH_GCU_ENABLE_INT64_AND_UINT64", "USE_GCU_DEFAULT_STREAM", TF32_SWITCH)
+ALLOC_KEYS = {
+    "backend", "max_split_size_mb", "garbage_collection_threshold", "roundup_power2_divisions",
+    "pinned_use_gcu_host_register", "pinned_num_register_threads", "release_lock_on_topsmalloc",
+}  # fmt: skip
+NOT_PROBED = {"error": "not asked"}
+
+TORCH = """
+import torch
+facts = {"cuda cards": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
+mps = getattr(torch.backends, "mps", None)
+facts["mps"] = mps is not None and mps.is_available()
+"""
+TORCHVISION = "import torchvision; facts = {'version': torchvision.__version__}"
+AS_THE_USER = "import torch; facts = {}"
+CARDS = """
+from vgglab.devices import Wishes, gcu
+torch_gcu = gcu.load(Wishes())
+import torch
+is_lazy = gcu.is_lazy(torch_gcu)
+count = gcu.count_cards(torch_gcu)
+api = torch_gcu if is_lazy else torch.gcu
+facts = {"generation": "lazy" if is_lazy else "eager", "num_cards": count,
+         "is_double": getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)}
+facts["version"] = str(torch_gcu.get_version() if is_lazy else torch_gcu.__version__)
+facts["cards"] = [str(api.get_device_name(i)) for i in range(count)]
+facts["why_none"] = None if count else gcu.why_no_cards()
+facts["major"] = None if is_lazy or not count else api.get_device_capability(0)[0]
+if is_lazy:
+    import torch_gcu.distributed as eccl
+    facts["eccl"] = hasattr(eccl, "is_available") and bool(eccl.is_available())
+    facts["is_beside_cuda"] = torch.cuda.is_available()
+else:
+    facts["eccl"] = bool(getattr(torch.distributed, "is_eccl_available", lambda: False)())
+"""
+AUTO = "from vgglab.devices import open_device; facts = {'kind': open_device('auto').kind}"
+
+
+def ask(code: str, **environment: str) -> dict[str, Any]:
+    """``facts`` as the lines leave it in a fresh process, or ``{"error": one line}``, whatever becomes of it."""
+    wrapped = (
+        "import json\ntry:\n"
+        + "".join(f"    {line}\n" for line in code.strip().splitlines())
+        + "    answer = facts\nexcept BaseException as error:\n"
+        + "    answer = {'error': ' '.join(str(error.__cause__ or error).split()) or type(error).__name__}\n"
+        + "print()\nprint(json.dumps(answer))\n"
+    )
+    home = str(Path(__file__).resolve().parent.parent.parent)
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), home]))
+    # Without a launcher's variables: the child is alone, and joins nobody.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", wrapped],
+            env={**inherited, **environment, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+        return json.loads(child.stdout.decode(errors="replace").strip().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {"error": f"hangs: no answer after {TIMEOUT_SECONDS} s"}
+    except (OSError, IndexError, ValueError):
+        how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
+        return {"error": f"the process died ({how})"}
+
+
+def installed(package: str) -> str | None:
+    """The version on record, without importing anything."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+class Checkup:
+    """Collects ``facts``, ``problems`` (each with its fix) and ``notes``."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {}
+        self.problems: list[dict[str, str]] = []
+        self.notes: list[str] = []
+
+    def problem(self, text: str, fix: str) -> None:
+        self.problems.append({"problem": text, "fix": fix})
+
+    def run(self) -> None:
+        from importlib.util import find_spec
+
+        has_torch = find_spec("torch") is not None
+        if not has_torch:
+            self.problem("PyTorch is not installed", "pip install torch torchvision, in this interpreter")
+        self._torch(has_torch)
+        has_gcu = find_spec("torch_gcu") is not None
+        cards = self._torch_gcu(has_gcu and has_torch)
+        self._environment(cards)
+        auto = ask(AUTO) if has_torch else NOT_PROBED
+        self.facts["--device auto"] = auto.get("kind") or f"refused: {auto['error']}"
+        if not has_gcu:
+            self.notes.append("no torch_gcu here: --device gcu-sim is a simulated card to try things on")
+
+    def _torch(self, has_torch: bool) -> None:
+        self.facts["torch"], self.facts["torchvision"] = installed("torch"), installed("torchvision")
+        if not has_torch:
+            return
+        alone = ask(TORCH, **{AUTOLOAD: "0"})
+        if "error" in alone:
+            self.problem(f"torch cannot be imported: {alone['error']}", "pip install torch torchvision, anew")
+            return
+        self.facts.update(alone)
+        self.facts["gcu-sim can run"] = _release(self.facts["torch"]) >= (2, 10)
+        vision = ask(TORCHVISION, **{AUTOLOAD: "0"})
+        if "error" in vision:
+            fix = f"install the torchvision that belongs to torch {self.facts['torch']}"
+            self.problem(f"torchvision cannot be imported: {vision['error']}", fix)
+        as_user = ask(AS_THE_USER)
+        if "error" in as_user:
+            self.problem(
+                f"`import torch` fails on the card's library: {as_user['error']}",
+                f"LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to go without the card",
+            )
+
+    def _torch_gcu(self, is_here: bool) -> dict[str, Any]:
+        cards = ask(CARDS, **{AUTOLOAD: "0"}) if is_here else {}
+        self.facts["torch_gcu"] = cards.get("version") or (installed("torch_gcu") if is_here else None)
+        self.facts["generation"] = cards.get("generation")
+        self.facts["gcu cards"] = cards.get("cards", [])
+        self.facts["eccl"] = cards.get("eccl", False)
+        self.facts["driver"] = (
+            "no torch_gcu to ask" if not is_here else "answers" if cards.get("num_cards") else "does not answer"
+        )
+        self.facts["/opt/tops/lib"] = Path("/opt/tops/lib").is_dir()
+        if "error" in cards:
+            # gcu.load's own line ends with the advice to come here.
+            reason = cards["error"].replace("; python -m vgglab.doctor says what to mend", "")
+            self.problem(reason, "LD_LIBRARY_PATH=/opt/tops/lib; else install the driver and torch_gcu of one release")
+        elif cards:
+            self._generation(cards)
+        return cards
+
+    def _generation(self, cards: dict[str, Any]) -> None:
+        if cards["why_none"]:
+            fix = f"check the driver, LD_LIBRARY_PATH=/opt/tops/lib and {VISIBLE_CARDS}"
+            self.problem(cards["why_none"].replace("; python -m vgglab.doctor says what to mend", ""), fix)
+        if cards["num_cards"] > 1 and not cards["eccl"]:
+            self.problem("several cards and no eccl to join them", "install tops-eccl of the same release")
+        if cards.get("is_beside_cuda"):
+            self.problem("torch_gcu.distributed is empty where torch sees CUDA", "CUDA_VISIBLE_DEVICES=''")
+        if cards["is_double"]:
+            self.notes.append("this torch_gcu is a contract double: it computes on the CPU")
+        else:
+            self._versions(cards)
+        if cards["major"] == 3:
+            self.notes.append("S60 with torch_gcu 2.10: much of VGG's backward pass runs on the host, so it is slow")
+        if cards["generation"] == "eager":
+            self.notes.append("one warning for each 64-bit type is expected: the card keeps them as 32 bits")
+
+    def _versions(self, cards: dict[str, Any]) -> None:
+        torch_release = _release(self.facts["torch"])
+        wanted = (1, 10) if cards["generation"] == "lazy" else _release(cards["version"])
+        if torch_release != wanted:
+            text = f"torch {self.facts['torch']} with a torch_gcu made for torch {wanted[0]}.{wanted[1]}"
+            self.problem(text, f"pip install torch=={wanted[0]}.{wanted[1]}.0 and the torchvision that belongs to it")
+
+    def _environment(self, cards: dict[str, Any]) -> None:
+        variables = {name: value for name, value in sorted(os.environ.items()) if WATCHED.search(name)}
+        self.facts["variables"] = variables
+        for name in BOOLEANS:
+            if name in variables and not re.fullmatch(r"true|false|-?\d+", variables[name]):
+                self.problem(
+                    f"{name}={variables[name]} is read as false", f"{name}: say true or false, in small letters"
+                )
+        for entry in filter(None, variables.get("PYTORCH_GCU_ALLOC_CONF", "").split(",")):
+            if entry.partition(":")[0].strip() not in ALLOC_KEYS:
+                self.problem(f"PYTORCH_GCU_ALLOC_CONF: {entry} is not supported", f"leave out {entry}")
+        if ("RANK" in variables) != ("WORLD_SIZE" in variables):
+            self.problem("one of RANK and WORLD_SIZE is set without the other", "unset it, or start with torchrun")
+        self._remarks(variables, cards)
+
+    def _remarks(self, variables: dict[str, str], cards: dict[str, Any]) -> None:
+        if variables.get(AUTOLOAD, "1") != "1":
+            text = "`import torch` alone does not load torch_gcu; vgglab imports it"
+            self.notes.append(f"{AUTOLOAD}={variables[AUTOLOAD]}: {text}")
+        if TF32_SWITCH in variables and cards.get("generation") == "eager":
+            self.notes.append(f"{TF32_SWITCH} is read by nobody in this generation")
+        if "PYTORCH_NO_GCU_MEMORY_CACHING" in variables:
+            self.notes.append("PYTORCH_NO_GCU_MEMORY_CACHING switches the cache off whatever its value; unset it")
+        for name in ("ENFLAME_LOG_DEBUG_LEVEL", "ENFLAME_PT_OP_DEBUG_CONFIG"):
+            if name in variables:
+                self.notes.append(f"{name} is set: debugging makes every step slow")
+
+
+def _release(text: str | None) -> tuple[int, ...]:
+    """``(2, 10)`` of ``2.10.0+cpu``; ``()`` where it says nothing."""
+    found = re.match(r"(\d+)\.(\d+)", text or "")
+    return tuple(int(part) for part in found.groups()) if found else ()

@@ -1,0 +1,110 @@
+"""What is this machine, what would a run take, and what is wrong with it: ``python -m vgglab.doctor [--json]``.
+
+It answers on a broken install too. Exit codes: 0 nothing wrong, 1 problems found, 2 a flag that does not exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from vgglab.version import __version__
+
+
+@dataclass
+class Diagnosis:
+    """``facts`` by name, ``problems`` each with its ``fix``, and ``notes`` on what is harmless and good to know."""
+
+    facts: dict[str, Any]
+    problems: list[dict[str, str]]
+    notes: list[str]
+
+    @property
+    def auto(self) -> str:
+        """What ``--device auto`` would take."""
+        return self.facts["--device auto"]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"facts": self.facts, "problems": self.problems, "notes": self.notes, "auto": self.auto}
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and value of every fact, ready to be shown."""
+        return [(name, _readable(value)) for name, value in self.facts.items()]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.facts)
+        lines = [f"{name:<{width}}  {value}" for name, value in self.rows()]
+        for item in self.problems:
+            lines += ["", f"PROBLEM  {item['problem']}", f"    fix  {item['fix']}"]
+        lines += ["", *(f"note  {note}" for note in self.notes)] if self.notes else []
+        return "\n".join([*lines, "", self.verdict()])
+
+    def verdict(self) -> str:
+        return "nothing wrong" if not self.problems else f"{len(self.problems)} to mend"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        def row(name: str, value: str) -> str:
+            return f"<tr><th style='text-align: left'>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+
+        rows = [row(name, value) for name, value in self.rows()]
+        for item in self.problems:
+            rows += [row("PROBLEM", item["problem"]), row("fix", item["fix"])]
+        rows += [row("note", note) for note in self.notes]
+        return f"<table>{''.join(rows)}</table><p>{html.escape(self.verdict())}</p>"
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return f"{len(value)}: {', '.join(sorted(set(value)))}" if value else "none"
+    if isinstance(value, dict):
+        return "  ".join(f"{name}={text}" for name, text in value.items()) or "none"
+    return "none" if value is None else str(value)
+
+
+def examine() -> Diagnosis:
+    """Look this machine over; takes some seconds, since each library is tried in a process of its own."""
+    from vgglab.devices.checkup import Checkup
+
+    checkup = Checkup()
+    checkup.facts.update(
+        {
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+            "python": f"{platform.python_version()} ({sys.executable})",
+            "vgglab": __version__,
+        }
+    )
+    checkup.run()
+    return Diagnosis(checkup.facts, checkup.problems, checkup.notes)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.exit(2, f"vgglab.doctor: error: {message}; there is only --json\n")
+
+
+def main() -> int:
+    """The shell's door."""
+    parser = _OneLineParser(
+        prog="vgglab.doctor",
+        description="Look this machine over.",
+        epilog="Exit codes: 0 nothing wrong; 1 problems found, each with its fix; 2 bad flag.",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    as_json = parser.parse_args().json
+    diagnosis = examine()
+    print(json.dumps(diagnosis.as_dict()) if as_json else diagnosis)
+    return 1 if diagnosis.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
