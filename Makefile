@@ -8,7 +8,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # VGG16 with batch norm on the handwritten digits: about two minutes on two cores.
 MAIN_JOB := --data-path digits --model vgg16_bn --epochs 6 --warmup 1 --lr 0.1 --lr-schedule cosine --fix-seed
 
-.PHONY: help install run test lab check notebooks pin clean
+.PHONY: help install run test lab check notebooks lanes pin clean
 .DEFAULT_GOAL := help
 
 help: ## what there is to make
@@ -52,6 +52,9 @@ $(OUT)/%.html: notebooks/%.ipynb $(INSTALLED) FORCE
 	@mkdir -p $(OUT)
 	VGGLAB_UI=static $(BIN)/papermill --log-level ERROR --cwd notebooks -p output_dir $(CURDIR) $< $(OUT)/$*.ipynb
 	$(BIN)/jupyter nbconvert --log-level ERROR --to html --output-dir $(OUT) $(OUT)/$*.ipynb
+
+lanes: $(INSTALLED) ## the tests on the card vendors' old stacks too; LANES="t20 s60" for some (see noxfile.py)
+	$(BIN)/nox $(if $(LANES),-s $(LANES))
 
 pin: $(INSTALLED) ## write constraints.txt anew from what .venv holds
 	@{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable; } > build.tmp && mv build.tmp constraints.txt

@@ -10,7 +10,10 @@ from conftest import PROJECT
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 # What makes each short enough for a test; without a line here a notebook runs as it is.
-SHORTER = {"00_start_here": {"model": "vgg11", "epochs": 2, "steps_per_epoch": 12}}
+SHORTER = {
+    "00_start_here": {"model": "vgg11", "epochs": 2, "steps_per_epoch": 12},
+    "06_gcu": {"num_ranks": 2},
+}
 
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
