@@ -130,4 +130,5 @@ def test_nobody_names_a_registry():
 
 def test_nobody_imports_what_rewrites_torch():
     """The vendor's migration helper changes torch.cuda, torch.jit.script and the warning filters for everybody."""
-    assert [name_of(file) for file in MODULES if "transfer_to_gcu" in code_without_prose(file)] == []
+    ours = [file for file in MODULES if "doubles" not in file.parts]
+    assert [name_of(file) for file in ours if "transfer_to_gcu" in code_without_prose(file)] == []
