@@ -36,7 +36,7 @@ run: $(INSTALLED) ## the main job: train VGG16 on the digits, then the first not
 	echo && echo "the run:      $$run (figures in report.json)" && echo "the notebook: $(OUT)/00_start_here.html"
 
 test: $(INSTALLED) ## all tests, every notebook included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lab: $(INSTALLED) ## JupyterLab with the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -60,6 +60,6 @@ pin: $(INSTALLED) ## write constraints.txt anew from what .venv holds
 	@{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable; } > build.tmp && mv build.tmp constraints.txt
 
 clean: ## remove what was built; runs stay
-	rm -rf build .venv
+	rm -rf build .venv .nox
 
 FORCE:

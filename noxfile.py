@@ -21,7 +21,7 @@ nox.options.error_on_missing_interpreters = False
 nox.options.default_venv_backend = "venv"  # each interpreter's own: the old ones make theirs best themselves
 nox.options.reuse_existing_virtualenvs = True
 
-TESTS = ["pytest>=7", "pytest-timeout>=2.2"]
+TESTS = ["pytest>=7.3", "pytest-timeout>=2.2", "pytest-xdist>=3"]
 TRAIN = "python -m vgglab.train --data-path digits --model vgg11 --epochs 1 --training-step-per-epoch 20".split()
 # The tests that need nothing but torch, torchvision and scikit-learn; of these, what torch 1.10 has no kernels or no
 # calls for: bfloat16 pooling on the CPU and mixed precision with it, torchvision's list of published weights.
@@ -49,7 +49,7 @@ def t20(session: nox.Session) -> None:
     """The T20 cards' stack. The kit is installed as a card owner installs it: pip install ."""
     session.install("torch==1.10.0", "torchvision==0.11.1", "numpy<2")
     session.install(".[digits]", *TESTS)
-    session.run("pytest", "-k", NEWER_TORCH, *[f"tests/test_{name}.py" for name in CORE])
+    session.run("pytest", "-n2", "-k", NEWER_TORCH, *[f"tests/test_{name}.py" for name in CORE])
     session.run(*TRAIN, f"--run-dir={session.create_tmp()}/run-{os.getpid()}")
 
 
@@ -60,7 +60,7 @@ def s60(session: nox.Session) -> None:
     session.install(".[digits,tensorboard]", "matplotlib", "ipython", *TESTS)
     # One of the two interpreters runs everything; the other what is made of the cards' libraries.
     chosen = NO_NOTEBOOK if session.python == "3.10" else [f"tests/test_{name}.py" for name in CARDS]
-    session.run("pytest", *chosen)
+    session.run("pytest", "-n2", *chosen)
     session.run(*TRAIN, "--device=gcu-sim", f"--run-dir={session.create_tmp()}/run-{os.getpid()}")
 
 

@@ -38,7 +38,7 @@ def install() -> None:
     """Register the device; a second call does nothing.
 
     Raises:
-        CannotSimulate: torch is too old, or the name is taken by a real torch_gcu.
+        CannotSimulate: torch is too old, or the name is taken by another torch_gcu, be it the lazy double.
     """
     if is_installed():
         return
@@ -50,6 +50,8 @@ def install() -> None:
         raise CannotSimulate(f"{_NEEDED}, this is {torch.__version__}") from None
     from vgglab.devices.sim import api, autocast, eccl, tensor
 
+    if hasattr(torch.Tensor, "is_gcu"):  # the lazy generation's too, and PyTorch adds it only once
+        raise CannotSimulate("a lazy torch_gcu is loaded in this process; install the simulated card before it")
     register("gcu", api.as_module(), tensor.Hook(), tensor.Guard())
     tensor.register()
     autocast.register()
