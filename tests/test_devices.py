@@ -201,6 +201,16 @@ except sim.CannotSimulate as error:
     assert result.stdout.startswith("a lazy torch_gcu is loaded"), result.stderr
 
 
+@needs_sim
+@pytest.mark.parametrize("value", ["-1", "abc", "65"])
+def test_a_wrong_number_of_cards_is_one_line(tmp_path, value):
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "VGGLAB_SIM_CARDS": value}
+    result = shell("python", "-m", "vgglab.train", "--device=gcu-sim", env=environment, cwd=tmp_path)
+    assert result.returncode == 2
+    assert f"VGGLAB_SIM_CARDS={value} is not a whole number" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.skipif(CAN_SIMULATE, reason="torch is new enough")
 def test_an_old_torch_is_told_that_it_cannot_simulate(refused):
     assert "--device gcu-sim: needs torch 2.10 or newer" in refused("--device=gcu-sim")

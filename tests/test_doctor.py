@@ -64,6 +64,13 @@ def test_text_for_a_terminal_and_one_line_for_a_bad_flag():
     assert (bad.returncode, len(bad.stderr.strip().splitlines())) == (2, 1)
 
 
+def test_a_library_that_ends_the_process_is_answered_in_one_line(tmp_path):
+    """It was taken for the end of the run: no word, and the library's own exit code."""
+    result = train_on_gcu(tmp_path, fake_torch_gcu(tmp_path, "raise SystemExit(3)"))
+    assert result.returncode == 2
+    assert "torch_gcu cannot be loaded (SystemExit: 3)" in result.stderr
+
+
 @needs_sim
 def test_a_library_that_raises_when_torch_loads_it(tmp_path):
     body = "raise OSError('libtopsrt.so: cannot open shared object file')"

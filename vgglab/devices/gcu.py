@@ -56,8 +56,8 @@ def load(wishes: Wishes) -> Any:
         # parent that had loaded the eager one leaves autoload off for its children. It comes before anything
         # that makes a TensorBoard writer: importing sets flags of the driver that must be there by then.
         torch_gcu = importlib.import_module("torch_gcu")
-    except Exception as error:  # a broken install raises nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except (Exception, SystemExit) as error:  # a broken install raises nearly anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"--device gcu: torch_gcu cannot be loaded ({reason}); {ADVICE}") from None
     # Loader workers touch CPU tensors only: they need not wait for the card's library. (The import
     # itself may have left the variable at 0; whoever needs a card imports torch_gcu as above.)

@@ -17,7 +17,8 @@ class SimulatedGcu(EagerGcu):
     def __init__(self, wishes: Wishes) -> None:
         try:
             sim.install()
-        except sim.CannotSimulate as error:
+            sim.card.num_cards()
+        except (sim.CannotSimulate, ValueError) as error:
             raise UserError(f"--device gcu-sim: {error}") from None
         super().__init__(wishes, sim)
         self.is_simulated = True

@@ -122,6 +122,8 @@ class Held:
             state.peak[card] = max(total, state.peak.get(card, 0))
 
     def __del__(self) -> None:
+        if not hasattr(self, "num_bytes"):  # never came to be: a tracer's tensor has no numbers
+            return
         state.storages[self.address] -= 1
         if state.storages[self.address] == 0:
             del state.storages[self.address]
