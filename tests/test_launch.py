@@ -111,7 +111,7 @@ def test_a_stop_in_the_middle_of_a_checkpoint_waits_for_it(tiny):
         wait_until(unfinished.exists, every=0.001)
         run.stop()
         assert run.status == "interrupted"
-        assert sorted(file.name for file in unfinished.parent.iterdir()) == ["best.pt", "last.pt"]
+        assert sorted(file.name for file in unfinished.parent.iterdir()) == ["best.pt", "last.pt", "previous.pt"]
 
 
 def test_a_stop_while_workers_are_forked_is_not_lost(tiny):

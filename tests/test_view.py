@@ -45,9 +45,7 @@ def test_on_a_terminal_there_is_a_bar_that_says_what_is_going_on_and_for_how_lon
 
 def test_time_left_is_told_from_what_was_done():
     progress = Progress()
-    progress.add(
-        {"event": "start", "seconds": 10, "epochs": 2, "first_epoch": 0, "first_step": 0, "steps_per_epoch": 50}
-    )
+    progress.add({"event": "start", "seconds": 10, "epochs": 2, "first_epoch": 0, "first_step": 0, "num_steps": 100})
     assert progress.eta_seconds is None
     progress.add({"event": "train", "seconds": 20, "step": 25, "epoch": 0})
     assert progress.eta_seconds == pytest.approx(10 / 25 * 75)

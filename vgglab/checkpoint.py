@@ -1,13 +1,19 @@
-"""Checkpoints: ``last.pt`` and ``best.pt``, on the CPU, whole or not there at all."""
+"""Checkpoints: ``last.pt``, ``previous.pt`` and ``best.pt``, on the CPU, whole or not there at all.
+
+All that a run needs to go on as if it had never stopped is in one: weights, optimizer, loss scale, and how far it
+was. There is no random state to keep, on any rank: each step, image and epoch draws from a seed that is made of the
+run's seed and its own place. The file is a zip archive whose parts carry their checksums (CRC-32).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,45 +28,118 @@ FORMAT = "vgglab-1"
 
 @dataclass
 class TrainingState:
-    """How far a run has come. ``epoch`` epochs and ``step`` optimizer steps are done."""
+    """How far a run has come: ``epoch`` epochs, ``images`` images of the next one, ``step`` steps in all."""
 
     epoch: int = 0
+    images: int = 0
     step: int = 0
     best: dict[str, float] | None = None  # acc1 and acc5 in percent, each the highest so far
 
 
+class CannotSave(Exception):
+    """The file system refused; the checkpoints that were there are as they were."""
+
+
+class NotFinite(Exception):
+    """The weights hold nan or infinity, and are not worth keeping."""
+
+
 def save(
-    folder: Path, model: nn.Module, optimizer: Optimizer, state: TrainingState, config: dict[str, Any], is_best: bool
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: dict[str, Any],
+    state: TrainingState,
+    config: dict[str, Any],
+    is_best: bool,
 ) -> None:
-    """Write ``last.pt``; if ``is_best``, make it ``best.pt`` too."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``last.pt``, and keep the one before as ``previous.pt``; if ``is_best``, make it ``best.pt`` too.
+
+    Raises:
+        CannotSave: no space, or no permission.
+        NotFinite: the weights are ruined.
+    """
     content = {
         "format": FORMAT,
         "config": config,
         "epoch": state.epoch,
+        "images": state.images,
         "step": state.step,
         "best": state.best,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "scaler": scaler,
     }
+    content = _on_cpu(content)
+    for name, value in content["model"].items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise NotFinite(name)
     with undisturbed():
-        _write(folder, content, is_best)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder, content, is_best)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                (folder / "unfinished.tmp").unlink()
+            raise CannotSave(error.strerror or str(error)) from None
 
 
 def _write(folder: Path, content: Any, is_best: bool) -> None:
     last, unfinished = folder / "last.pt", folder / "unfinished.tmp"
     with open(unfinished, "wb") as file:
-        torch.save(_on_cpu(content), file)
+        patient = _PatientFile(file)
+        torch.save(content, patient)  # type: ignore[arg-type]  # all it asks for is write and flush
+        if patient.error:
+            raise patient.error
         file.flush()
         os.fsync(file.fileno())
+    if last.exists():
+        _share(last, folder / "previous.tmp")
+        (folder / "previous.tmp").replace(folder / "previous.pt")
     unfinished.replace(last)  # the old last.pt stays until the new one is whole
     if is_best:
         _share(last, unfinished)
         unfinished.replace(folder / "best.pt")
+    _flush_folder(folder)
+
+
+class _PatientFile:
+    """Takes all that is written and keeps the first error for later.
+
+    torch's archive writer, told of a full disk in the middle of a file, ends the process.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            if self.error is None:
+                self._file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def _flush_folder(folder: Path) -> None:
+    """New names are on the disk only after their folder is, too."""
+    if os.name != "posix":
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _share(source: Path, target: Path) -> None:
     """A second name for the same file: the next save replaces ``source`` and leaves this one as it is."""
+    with contextlib.suppress(FileNotFoundError):
+        target.unlink()
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
@@ -85,9 +164,10 @@ def read(path: str | Path) -> dict[str, Any]:
     ``--test-only``. No code in the file is ever run.
 
     Raises:
-        UserError: no such file, or not a checkpoint.
+        UserError: no such file, or not a checkpoint, or a damaged one.
     """
     try:
+        _check_sums(locate(path))
         content = load_tensors(locate(path))
     except OSError as error:
         raise UserError(
@@ -102,6 +182,45 @@ def read(path: str | Path) -> dict[str, Any]:
     return content if is_ours else {"model": weights}
 
 
+def _check_sums(file: Path) -> None:
+    """Raises UserError where a part is not what was written. torch itself does not look."""
+    if not zipfile.is_zipfile(file):  # another format, or cut short: torch says which
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+        raise UserError(f"is damaged ({error})") from None
+    if damaged:
+        raise UserError(f"is damaged (the checksum of {damaged} does not match)")
+
+
+def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest intact checkpoint in the run directories ``folders``, its content, and what was passed over and why.
+
+    ``None`` and nothing where there is none.
+    """
+    files = [file for folder in folders for file in folder.glob("checkpoints/*.pt")]
+    passed_over: list[str] = []
+    for file in sorted(files, key=_age):
+        try:
+            content = read(file)
+            if content.get("format") == FORMAT:
+                return file, content, passed_over
+            passed_over.append(f"{file} holds weights only")
+        except UserError as error:
+            passed_over.append(f"{file} {error}")
+    return None, {}, passed_over
+
+
+NAMES = ("last.pt", "previous.pt", "best.pt")
+
+
+def _age(file: Path) -> tuple[float, int]:
+    """Newest first; of two names for one file the first of ``NAMES``."""
+    return -file.stat().st_mtime, NAMES.index(file.name) if file.name in NAMES else len(NAMES)
+
+
 def locate(path: str | Path) -> Path:
     """The checkpoint file that a run directory or a file's own name stands for."""
     return Path(path, "checkpoints", "last.pt") if Path(path).is_dir() else Path(path)
@@ -114,7 +233,7 @@ def _is_weight(name: Any, value: Any) -> bool:
 def carry_best(resumed: str | Path, folder: Path) -> None:
     """Give a resumed run the ``best.pt`` that lies beside the checkpoint it goes on from, until it has a better one."""
     best = locate(resumed).with_name("best.pt")
-    if best.exists():
+    if best.exists() and best.parent.absolute() != folder.absolute():
         folder.mkdir(parents=True, exist_ok=True)
         _share(best, folder / "best.pt")
 
@@ -160,7 +279,7 @@ def restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_na
     with _refusing_damage():
         optimizer.load_state_dict(content["optimizer"])
         best = content["best"] and {name: float(content["best"][name]) for name in ("acc1", "acc5")}
-        state = TrainingState(int(content["epoch"]), int(content["step"]), best)
+        state = TrainingState(int(content["epoch"]), int(content.get("images", 0)), int(content["step"]), best)
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)
     return state

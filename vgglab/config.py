@@ -138,7 +138,11 @@ class Config:
     run_dir: str | None = _flag("use exactly this run directory instead")
     tensorboard: bool = _switch("write TensorBoard scalars into the run directory")
     resume: str | None = _flag(
-        "go on from a checkpoint file or a run directory; flags not given are as they were there"
+        "go on from a checkpoint file, a run directory, or auto: the newest intact one of --run-dir (in place) or of "
+        "<output-dir>/runs, from the start where there is none; flags not given are as they were there"
+    )
+    checkpoint_every: int = _flag(
+        "steps between checkpoints, besides those after an evaluation; 0: none", 0, _AT_LEAST_0
     )
     start_epoch: int = _flag("first epoch, counted from 0, where no checkpoint says it", 0, _AT_LEAST_0)
     test_only: bool = _switch("only evaluate the weights of --resume or --pretrained")
@@ -165,7 +169,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="vgglab.train",
         usage="python -m vgglab.train [--flag value ...]",
         description="Train VGG; write a run directory.",
-        epilog="Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, said in one line; 130 interrupted.",
+        epilog="Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, said in one line; "
+        "75 left at SIGTERM or SIGUSR1 with a checkpoint to go on from; 130 interrupted.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )

@@ -6,23 +6,26 @@ everything it has to say it writes as events into the run directory.
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
-from typing import Any, Iterable, Iterator
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vgglab import checkpoint
+from vgglab import checkpoint, interrupts
 from vgglab.checkpoint import TrainingState
 from vgglab.config import Config
 from vgglab.data.loader import Batches, eval_batches, mix_seeds, train_batches
 from vgglab.data.sets import DataSets
 from vgglab.devices.base import Device
-from vgglab.errors import blaming
+from vgglab.errors import UserError, blaming
+from vgglab.interrupts import Leaving
 from vgglab.model import build, load_pretrained
-from vgglab.runs import SCHEMA, RunWriter
+from vgglab.pace import Clock, Watch
+from vgglab.recording import RankWriter
+from vgglab.runs import SCHEMA
 from vgglab.schedule import build_optimizer, learning_rate, set_learning_rate
 
 
@@ -64,20 +67,23 @@ def prepare(config: Config, device: Device, sets: DataSets, saved: dict[str, Any
     if saved is not None and not config.test_only:
         with blaming(f"--resume {config.resume}"):
             state = checkpoint.restore_training(saved, optimizer, config.optimizer)
+            device.load_scaler_state(saved.get("scaler", {}))
         warnings += [f"--resume: {change}" for change in checkpoint.changed_settings(saved, config.as_dict())]
     return Job(model, network, optimizer, state, batches, eval_batches(sets, config, device), warnings)
 
 
-def train(job: Job, config: Config, device: Device, run: RunWriter) -> None:
+def train(job: Job, config: Config, device: Device, run: RankWriter) -> None:
     """Train, evaluating and saving every ``eval_freq`` epochs and after the last.
 
     Raises:
-        UserError: an image that cannot be read.
+        UserError: an image that cannot be read; a loss that is not finite; no room for the last checkpoint.
+        Leaving: a signal asked for it; the checkpoint is written.
     """
     model, optimizer, batches, state = job.model, job.optimizer, job.batches, job.state
     assert batches is not None
     loss_of = nn.CrossEntropyLoss()
-    clock = Clock(images_per_step=config.batch_size * device.world_size)
+    images_per_step = config.batch_size * device.world_size
+    clock, watch = Clock(images_per_step), Watch(device)
     last_skipped_step = state.step + config.skip_steps  # a run's first steps are slow, also a resumed one's
     if config.resume and device.rank == 0:
         checkpoint.carry_best(config.resume, run.path / "checkpoints")
@@ -85,29 +91,36 @@ def train(job: Job, config: Config, device: Device, run: RunWriter) -> None:
     if state.epoch >= config.epochs:
         text = f"nothing left to train: the checkpoint has {state.epoch} of {config.epochs} epochs"
         run.event("warning", text=text)
-        evaluate(job, device, run)
+        evaluate(job, device, run, state.epoch - 1)
 
     for epoch in range(state.epoch, config.epochs):
-        # Each epoch starts from a seed of its own, so that one after a resume equals one without.
-        device.seed(epoch_seed(config, device, epoch))
         set_learning_rate(optimizer, learning_rate(config, epoch, device.world_size))
         model.train()
         clock.restart()
-        for step_in_epoch, (images, labels) in clock.waiting_for(batches.epoch(epoch)):
+        first_batch = min(state.images // images_per_step, len(batches))
+        for batch, (images, labels) in clock.waiting_for(batches.epoch(epoch, first_batch), first_batch):
+            # Each step draws from a seed of its own, so that one after a resume equals one without.
+            device.seed(step_seed(config, device, state.step))
             images, labels = device.move(images, labels)  # (N, 3, S, S), (N,)
             with device.autocast():
                 logits = model(images)  # (N, num_classes)
                 loss = loss_of(logits, labels)
+            clock.was_handed_over()  # from here on the ranks wait for one another
             optimizer.zero_grad(set_to_none=True)
             device.backward(loss)
             device.step(optimizer, model, [loss, logits])
-            state.step += 1
+            state.step, state.images = state.step + 1, batch * images_per_step
 
-            is_due = step_in_epoch % config.print_freq == 0 or step_in_epoch == len(batches)
-            if is_due or state.step == last_skipped_step:  # behind the skipped steps the clock starts anew
+            is_saved = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
+            is_logged = is_saved or batch % config.print_freq == 0 or batch == len(batches)
+            is_logged = is_logged or state.step == last_skipped_step  # behind the skipped steps the clock starts anew
+            if is_logged or watch.is_due():
                 correct = (logits.detach().argmax(1) == labels).float().mean()
-                figures = device.sum(torch.stack([loss.detach().float(), correct]))
-                mean_loss, mean_correct = device.fetch(figures / device.world_size)  # the loop's only host read
+                mine = torch.stack([loss.detach().float(), correct])
+                mean_loss, mean_correct, own_loss = watch.look(mine)  # the loop's only host read
+                _refuse_nan(mean_loss, state)
+            if is_logged:
+                run.rank_event(step=state.step, loss=own_loss, **clock.own(), **device.usage())
                 run.event(
                     "train",
                     epoch=epoch,
@@ -118,27 +131,61 @@ def train(job: Job, config: Config, device: Device, run: RunWriter) -> None:
                     is_measured=state.step > last_skipped_step,
                     **clock.read(),
                 )
+            if is_saved or watch.all_leave:
+                _save(job, config, device, run)
+            if watch.all_leave:
+                raise Leaving
 
-        state.epoch = epoch + 1
-        if state.epoch % config.eval_freq == 0 or state.epoch == config.epochs:
-            is_best = evaluate(job, device, run)
-            if device.rank == 0:
-                folder = run.path / "checkpoints"
-                settings = {**config.as_dict(), "simulated": device.is_simulated}
-                checkpoint.save(folder, job.network, optimizer, state, settings, is_best)
-            run.event("checkpoint", epoch=epoch, step=state.step, is_best=is_best)
+        if state.epoch + 1 == config.epochs or (state.epoch + 1) % config.eval_freq == 0:
+            try:
+                is_best = evaluate(job, device, run, epoch)
+            except Leaving:
+                _save(job, config, device, run)  # all its images seen, its evaluation still to come
+                raise
+            state.epoch, state.images = epoch + 1, 0
+            _save(job, config, device, run, is_best)
+        else:
+            state.epoch, state.images = epoch + 1, 0
 
     num_steps = state.step - (last_skipped_step - config.skip_steps)
     if 0 < num_steps <= config.skip_steps:
         run.event("warning", text=f"no images/s: {num_steps} steps, all within --skip-steps {config.skip_steps}")
 
 
-def epoch_seed(config: Config, device: Device, epoch: int) -> int:
-    """What dropout draws from in this epoch on this rank; 32 bits, which any card takes."""
-    return mix_seeds(int(config.seed or 0), epoch, device.rank) % 2**32
+def step_seed(config: Config, device: Device, step: int) -> int:
+    """What dropout draws from in this step on this rank; 32 bits, which any card takes."""
+    return mix_seeds(int(config.seed or 0), step, device.rank) % 2**32
 
 
-def announce(job: Job, config: Config, sets: DataSets, run: RunWriter) -> None:
+def _save(job: Job, config: Config, device: Device, run: RankWriter, is_best: bool = False) -> None:
+    """Rank 0 writes the checkpoint. One that does not fit on the disk ends the run only if it is the last."""
+    state = job.state
+    if device.rank != 0:
+        return
+    settings = {**config.as_dict(), "simulated": device.is_simulated}
+    folder = run.path / "checkpoints"
+    try:
+        checkpoint.save(folder, job.network, job.optimizer, device.scaler_state(), state, settings, is_best)
+    except checkpoint.NotFinite as error:
+        raise UserError(f"{error} is not finite after step {state.step}; {_ADVICE}") from None
+    except checkpoint.CannotSave as error:
+        text = f"the checkpoint of step {state.step} was not written ({error}); the one before is intact"
+        if state.epoch == config.epochs:
+            raise UserError(f"{folder}: {text}; make room and --resume {run.path}") from None
+        run.event("warning", text=text)
+    else:
+        run.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)
+
+
+_ADVICE = "the last checkpoint is from before that; lower --lr or lengthen --warmup"
+
+
+def _refuse_nan(loss: float, state: TrainingState) -> None:
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is not finite ({loss}) at step {state.step}; {_ADVICE}")
+
+
+def announce(job: Job, config: Config, sets: DataSets, run: RankWriter) -> None:
     """The first event: what is about to happen, so that a reader can tell how far it is."""
     run.event(
         "start",
@@ -151,30 +198,48 @@ def announce(job: Job, config: Config, sets: DataSets, run: RunWriter) -> None:
         epochs=config.epochs,
         first_epoch=job.state.epoch,
         first_step=job.state.step,
+        num_steps=_num_steps(job, config),
         steps_per_epoch=len(job.batches) if job.batches else 0,
         best=job.state.best,
     )
 
 
+def _num_steps(job: Job, config: Config) -> int:
+    """Optimizer steps of the whole run, those before a resume included."""
+    if not job.batches:
+        return 0
+    done_of_epoch = min(job.state.images // (config.batch_size * config.world_size), len(job.batches))
+    left = (config.epochs - job.state.epoch) * len(job.batches) - done_of_epoch
+    return job.state.step + max(left, 0)
+
+
 @torch.no_grad()
-def evaluate(job: Job, device: Device, run: RunWriter) -> bool:
+def evaluate(job: Job, device: Device, run: RankWriter, last_epoch: int | None = None) -> bool:
     """Top-1, top-5 and mean loss over the held-out images, each counted once; true if top-1 is the best so far.
 
-    With fewer than five classes, top-5 is top-n of the n there are.
+    ``last_epoch`` is the last that was trained, counted from 0. With fewer than five classes, top-5 is top-n.
+
+    Raises:
+        Leaving: a rank was asked to leave, so all stop here together.
     """
     network, batches, state = job.network, job.held_out, job.state
     _share_buffers(network, device)
-    last_epoch = state.epoch - 1 if state.epoch else None  # counted from 0; none where nothing was trained
     run.event("eval_start", epoch=last_epoch, num_batches=len(batches))
     network.eval()
     totals = torch.zeros(4)  # [loss, top-1 hits, top-5 hits, images], summed on the card
     for images, labels in batches.epoch(0):
+        if interrupts.leave_requested():
+            break
         images, labels = device.move(images, labels)
         with device.autocast():
             logits = network(images)
         totals = totals.to(logits.device) + _count(logits.float(), labels)
         device.flush([totals])
-    loss_sum, hits1, hits5, num_images = device.fetch(device.sum(totals))
+    asked_to_leave = torch.tensor([float(interrupts.leave_requested())]).to(totals.device)
+    *figures, num_leaving = device.fetch(device.sum(torch.cat([totals, asked_to_leave])))
+    if num_leaving:
+        raise Leaving
+    loss_sum, hits1, hits5, num_images = figures
     result = {"acc1": 100 * hits1 / num_images, "acc5": 100 * hits5 / num_images}
     is_best = state.best is None or result["acc1"] > state.best["acc1"]
     state.best = {name: max(value, (state.best or result)[name]) for name, value in result.items()}
@@ -203,44 +268,3 @@ def _count(logits: Tensor, labels: Tensor) -> Tensor:
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, up to 5), best first
     hits = (top == labels[:, None]).float()
     return torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(loss) * len(labels)])
-
-
-@dataclass
-class Clock:
-    """Measures from one log line to the next. Read it only after the device was waited for."""
-
-    images_per_step: int
-    started: float = field(default_factory=time.perf_counter)
-    steps: int = 0
-    data_seconds: float = 0.0
-
-    def restart(self) -> None:
-        self.started, self.steps, self.data_seconds = time.perf_counter(), 0, 0.0
-
-    def waiting_for(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """Number the batches from 1 and add up the time spent waiting for them."""
-        iterator, number = iter(batches), 0
-        while True:
-            asked = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self.data_seconds += time.perf_counter() - asked
-            self.steps += 1
-            number += 1
-            yield number, batch
-
-    def read(self) -> dict[str, Any]:
-        """The interval that ends now; the next one starts."""
-        seconds = time.perf_counter() - self.started
-        num_images = self.steps * self.images_per_step
-        interval = {
-            "images_per_second": num_images / seconds,
-            "interval_images": num_images,
-            "interval_steps": self.steps,
-            "interval_seconds": seconds,
-            "data_seconds": self.data_seconds,
-        }
-        self.restart()
-        return interval

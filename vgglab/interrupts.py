@@ -1,11 +1,17 @@
-"""Ctrl-C, at a moment when it can do no harm."""
+"""Ctrl-C and a scheduler's warning, each at a moment when it can do no harm."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from typing import Iterator
+from typing import Any, Iterator
+
+_warnings: list[int] = []  # the signals by which this process was asked to leave
+
+
+class Leaving(BaseException):
+    """The run was asked to leave and has saved what it had; not an error, so no ``except Exception`` may hold it."""
 
 
 @contextlib.contextmanager
@@ -26,3 +32,35 @@ def undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
     if waiting:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def heeding_warnings() -> Iterator[None]:
+    """In the block SIGTERM and SIGUSR1 are only noted; the loop asks ``leave_requested`` and ends in good order."""
+    _warnings.clear()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    previous = {number: signal.signal(number, _note) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def leave_signals_to_parent(_: int = 0) -> None:
+    """In a loader's worker: torchrun warns whole process groups, and the rank still needs its batches."""
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _note(number: int, _: Any) -> None:
+    _warnings.append(number)
+
+
+def leave_requested() -> bool:
+    """Whether somebody has asked this process to save and leave."""
+    return bool(_warnings)

@@ -1,34 +1,44 @@
 """Start a run from a notebook or a script: a process of its own, followed through its run directory.
 
 The training never runs inside the kernel, so a cell that fails cannot hurt it; and it does not outlive
-the kernel: the process holds the reading end of a pipe, and ends when the kernel that holds the other end does.
+the kernel: its processes hold the reading end of a pipe, and end when the kernel that holds the other end does. Every
+one of them carries the run directory in its environment, so that what should be left over all the same is found.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any, Generator, Sequence
 
+from vgglab import ranks
 from vgglab.config import parse
 from vgglab.errors import RunFailed, UserError
-from vgglab.runs import LAUNCHED, Run, claim, run_path, write_json
+from vgglab.runs import LAUNCHED, Run, claim, holds_a_run, run_path, write_json
 
-LEASH = "VGGLAB_LEASH"  # set for a launched process: stdin is its leash
-STOP_GRACE_SECONDS = 10.0
 NUM_LOG_LINES_SHOWN = 30
 
 
-def launch(flags: str | Sequence[Any] = "", watch: bool = True, **settings: Any) -> LaunchedRun:
-    """Train in a new process and show it; the run directory is there when this returns.
+def launch(
+    flags: str | Sequence[Any] = "",
+    watch: bool = True,
+    nproc: int = 1,
+    nnodes: int = 1,
+    node_rank: int = 0,
+    rendezvous: str | None = None,
+    max_restarts: int = 0,
+    python: str | None = None,
+    detach: bool = False,
+    **settings: Any,
+) -> LaunchedRun:
+    """Train in new processes and show it; the run directory is there when this returns.
 
     In a live notebook this returns at once and leaves a dashboard; elsewhere (papermill, a script) it
     returns when the run has ended.
@@ -36,45 +46,85 @@ def launch(flags: str | Sequence[Any] = "", watch: bool = True, **settings: Any)
     Args:
         flags: as on the command line, e.g. ``"--data-path digits --epochs 2"``, or a list of them.
         watch: show the run while it goes on; without it this always returns at once.
+        nproc: ranks on this machine, one a card; they are started by torchrun.
+        nnodes, node_rank, rendezvous: several machines: how many, which this is, and ``host:port`` of the first.
+        max_restarts: how often torchrun starts all ranks anew after one has died; the run goes on from its last
+            checkpoint.
+        python: another interpreter to train with, e.g. that of the card vendor's stack.
+        detach: let the run outlive this process; ``vgglab.Run(path)`` finds it again, watches it and stops it.
         settings: the same flags as keywords, e.g. ``data_path="digits", epochs=2``; ``True`` sets a switch,
             ``None`` is as if it were not there.
 
     Raises:
-        UserError: a flag that is unknown or out of range; or, later, whatever the run refuses.
+        UserError: an argument or a flag that is unknown or out of range; or, later, whatever the run refuses.
         RunFailed: the run ended in an error (where this waits for it).
     """
     argv = shlex.split(flags) if isinstance(flags, str) else [str(flag) for flag in flags]
     argv += [_as_flag(name, value) for name, value in settings.items() if value is not None]
     config = parse(argv)
+    config.world_size = _checked_count("nproc", nproc) * _checked_count("nnodes", nnodes)
+    if nnodes > 1 and (not rendezvous or config.run_dir is None):
+        raise UserError("nnodes: several machines need rendezvous='<first machine>:<port>' and a run_dir they share")
     path = run_path(config)
-    run = LaunchedRun(path, _start(argv, path))
+    command = [python or sys.executable, "-u"]
+    is_multiple = config.world_size > 1 or max_restarts > 0
+    if is_multiple:
+        command += _torchrun(nproc, nnodes, node_rank, rendezvous, max_restarts)
+    goes_on = config.resume == "auto" and config.run_dir is not None and holds_a_run(path)
+    command += ["-m", "vgglab.train", *argv, f"--run-dir={path}"]
+    log = path / "log" / ("launcher.txt" if is_multiple else "rank0.txt")
+    is_new = not goes_on and node_rank == 0
+    run = LaunchedRun(path, _start(command, argv, path, log, detach, is_new), is_multiple)
     if watch:
         run.watch()
     return run
+
+
+def _checked_count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}: {value!r} is not a number of at least 1")
+    return value
+
+
+def _torchrun(nproc: int, nnodes: int, node_rank: int, rendezvous: str | None, max_restarts: int) -> list[str]:
+    """The module itself: the command ``torchrun`` is not on every kernel's PATH. Spelled as torch 1.10 takes it too."""
+    command = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", f"--max_restarts={max_restarts}"]
+    if nnodes == 1:
+        return [*command, "--standalone"]
+    # c10d: the machines agree on their order themselves, so node_rank only says who makes the run directory.
+    endpoint = [f"--rdzv_endpoint={rendezvous}", "--rdzv_backend=c10d", "--rdzv_id=vgglab"]
+    return [*command, f"--nnodes={nnodes}", f"--node_rank={node_rank}", *endpoint]
 
 
 def _as_flag(name: str, value: Any) -> str:
     return f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def _start(argv: list[str], path: Path) -> subprocess.Popen:
-    claim(path)
-    with open(path / "log" / "rank0.txt", "wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "vgglab.train", *argv, f"--run-dir={path}"],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_environment(),
-            start_new_session=True,  # the kernel's Ctrl-C is not the run's: stop() asks it properly
-        )
-    write_json(path / LAUNCHED, {"pid": process.pid, "host": socket.gethostname(), "argv": argv})
+def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: bool, is_new: bool) -> subprocess.Popen:
+    if is_new:
+        claim(path)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL if detach else subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_environment(path, detach),
+                start_new_session=True,  # the kernel's Ctrl-C is not the run's: stop() asks it properly
+            )
+    except OSError as error:
+        raise UserError(f"python: {command[0]!r} cannot be started ({error.strerror})") from None
+    write_json(path / LAUNCHED, {"pid": process.pid, "host": socket.gethostname(), "argv": argv, "command": command})
     return process
 
 
-def _environment() -> dict[str, str]:
-    """This process's, with the leash on; the package is found also where it is not installed."""
-    environment = {**os.environ, LEASH: "1"}
+def _environment(path: Path, detach: bool) -> dict[str, str]:
+    """This process's, with the mark and the leash on; the package is found also where it is not installed."""
+    environment = {**os.environ, ranks.MARK: str(path.absolute())}
+    if not detach:
+        environment[ranks.LEASH] = "1"
     home = Path(__file__).resolve().parent.parent
     if home.name not in ("site-packages", "dist-packages"):
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(home)]))
@@ -84,9 +134,10 @@ def _environment() -> dict[str, str]:
 class LaunchedRun(Run):
     """A run that this process has started. ``await run`` in a cell waits and keeps its Stop button alive."""
 
-    def __init__(self, path: Path, process: subprocess.Popen) -> None:
+    def __init__(self, path: Path, process: subprocess.Popen, is_multiple: bool = False) -> None:
         super().__init__(path)
         self.process = process
+        self.is_multiple = is_multiple  # torchrun stands between
         self._was_stopped = False
 
     @property
@@ -94,7 +145,10 @@ class LaunchedRun(Run):
         has_ended = self.process.poll() is not None  # asked first: it may end while its events are read
         if has_ended and not self.events("end"):  # it could not say how it ended
             return "interrupted" if self._was_stopped else "failed"
-        return super().status
+        status = super().status
+        if not has_ended and status in ("failed", "interrupted", "done"):
+            return "running"  # torchrun is about to start its ranks anew, or to end
+        return status
 
     def wait(self, timeout_seconds: float | None = None) -> LaunchedRun:
         """Wait until the run has ended; interrupting the wait stops the run.
@@ -124,41 +178,46 @@ class LaunchedRun(Run):
         self._raise_if_failed()
         return self
 
-    def stop(self, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
-        """Ask the run to end, as Ctrl-C does; what is left after the grace is killed."""
+    def stop(self, grace_seconds: float = ranks.GRACE_SECONDS) -> None:
+        """Ask the run to save and leave; what is left after the grace is killed."""
         if self.process.poll() is not None:
             return
         self._was_stopped = True
-        self.process.send_signal(signal.SIGINT)
+        self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(grace_seconds)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)  # a session of its own: this reaches its workers too
             self.process.wait()
+        ranks.kill_all(self.path)
 
     def _raise_if_failed(self) -> None:
         code = self.process.returncode
         if code == 0 or self.status == "interrupted":
             return
+        ranks.kill_all(self.path)  # where torchrun itself was killed
         lines = self.logs().strip().splitlines() or ["it printed nothing"]
-        if code == 2:
+        if code == ranks.EXIT_BAD_INPUT and not self.is_multiple:
             raise UserError(lines[-1].replace("vgglab.train: error: ", ""))
+        cause = next(iter(self.failures()), None)
+        killed = self._killed_rank()
+        if killed and (cause is None or cause["has_lost_peers"]):
+            raise RunFailed(f"the run in {self.path}: {killed}")
+        if cause and cause["exit_code"] == ranks.EXIT_BAD_INPUT:
+            raise UserError(cause["error"].partition(": ")[2])
+        if cause and self.is_multiple:
+            raise RunFailed(f"the run in {self.path}: rank {cause['rank']} failed\n{cause['traceback'].rstrip()}")
         tail = "\n".join(lines[-NUM_LOG_LINES_SHOWN:])
         raise RunFailed(f"the run in {self.path} ended with exit code {code}\n{tail}")
 
-
-def obey_leash() -> None:
-    """In a launched process: end when the launcher does, however it ends. Call it before the slow imports."""
-    if os.environ.pop(LEASH, None) is None:
-        return
-    # A kernel may have Ctrl-C switched off at the moment it starts us, and that is inherited.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_end_with_launcher, daemon=True, name="leash").start()
-
-
-def _end_with_launcher() -> None:
-    while os.read(0, 1024):
-        pass
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(STOP_GRACE_SECONDS)
-    os.killpg(os.getpgid(0), signal.SIGKILL)
+    def _killed_rank(self) -> str:
+        """Which rank was ended from outside and could not write it down: torchrun's summary knows."""
+        said = self.path / "log" / "launcher.txt"
+        text = said.read_text(errors="replace") if said.exists() else ""
+        found = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", text, re.DOTALL)
+        if not found:
+            return ""
+        rank, number = int(found[1]), int(found[2])
+        signal_name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
+        hint = "; if nobody did it, the machine had no memory left" if number == signal.SIGKILL else ""
+        return f"rank {rank} was killed ({signal_name}){hint}"

@@ -3,31 +3,29 @@
     config.json    the resolved settings, written before the first step
     env.json       versions, commit, command line, hardware, simulated or not
     events.jsonl   one JSON object a line, append-only; the first carries the schema version
-    log/rank*.txt  what each rank printed
-    checkpoints/   last.pt and best.pt
+    log/           rank<r>.txt: what each rank printed; rank<r>.jsonl: its own figures, a line for each log line;
+                   failure-rank<r>.json: what it died of; launcher.txt: what torchrun said to vgglab.launch
+    checkpoints/   last.pt, previous.pt and best.pt
     report.json    final figures, derived from the lines above (report.py)
     launch.json    who started it, where that was vgglab.launch
 
-``RunWriter`` writes it, from one process; ``Run`` reads it, from anywhere, also while it grows. Standard
-library only.
+``RunWriter`` (``recording.py``) writes it; ``Run`` reads it, from anywhere, also while it grows. Standard library only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
+import signal
 import socket
-import sys
 import time
-import traceback
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vgglab.errors import UserError
-from vgglab.version import __version__
+from vgglab.ranks import GRACE_SECONDS, failures, is_alive, kill_all, processes_of
 
 if TYPE_CHECKING:
     from vgglab.config import Config
@@ -35,9 +33,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 OURS = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
 LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
-_NO_WRITING = "cannot be written; name another folder with --output-dir or --run-dir"
+NO_WRITING = "cannot be written; name another folder with --output-dir or --run-dir"
 Event = dict  # what a line of events.jsonl holds
-Listener = Callable[[Event], None]
 
 
 def run_path(config: Config) -> Path:
@@ -53,106 +50,19 @@ def run_path(config: Config) -> Path:
     return Path(config.output_dir, "runs", name)
 
 
+def holds_a_run(path: Path) -> bool:
+    """Whether some run has been writing there."""
+    return any((path / name).exists() for name in OURS)
+
+
 def claim(path: Path) -> None:
     """Make the folder of a new run. Raises UserError where it cannot be made or holds a run already."""
     try:
-        if any((path / name).exists() for name in OURS):
+        if holds_a_run(path):
             raise UserError(f"--run-dir {path}: holds a run already; name another folder")
         (path / "log").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: {_NO_WRITING} ({error.strerror})") from None
-
-
-class RunWriter:
-    """Writes one run directory; ``listeners`` are called with each event after it is on disk."""
-
-    def __init__(self, path: Path, listeners: Sequence[Listener] = (), is_simulated: bool = False) -> None:
-        self.path = path
-        self.listeners = list(listeners)
-        self._mark = {"simulated": True} if is_simulated else {}  # on all that a simulated card has part in
-        self._started = time.monotonic()
-        claim(path)
-        try:
-            self._events = (path / "events.jsonl").open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path}: {_NO_WRITING} ({error.strerror})") from None
-
-    def write_config(self, config: dict[str, Any]) -> None:
-        write_json(self.path / "config.json", {**config, **self._mark})
-
-    def write_env(self, device: dict[str, Any], world_size: int) -> None:
-        """What ran where: ``device`` is the device's own description."""
-        write_json(self.path / "env.json", _environment(device, world_size))
-
-    def write_report(self, report: dict[str, Any]) -> None:
-        write_json(self.path / "report.json", report)
-
-    def event(self, kind: str, **values: Any) -> None:
-        """Append one line: ``kind``, seconds since the start, ``values``; null for numbers that are not finite."""
-        event: Event = {"event": kind, "seconds": round(time.monotonic() - self._started, 3)}
-        event.update({key: _finite(value) for key, value in values.items()}, **self._mark)
-        self._events.write(json.dumps(event) + "\n")
-        self._events.flush()
-        for listener in self.listeners:
-            listener(event)
-
-    @contextlib.contextmanager
-    def recording_output(self) -> Iterator[None]:
-        """Copy what this process prints into ``log/rank0.txt``, unless a launcher has it written there already."""
-        file = self.path / "log" / "rank0.txt"
-        if file.exists() and os.path.samestat(os.fstat(1), file.stat()):
-            yield
-            return
-        with open(file, "a", encoding="utf-8", errors="backslashreplace") as log:
-            screens = sys.stdout, sys.stderr
-            sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
-            try:
-                yield
-            except Exception:
-                traceback.print_exc(file=log)
-                raise
-            finally:
-                sys.stdout, sys.stderr = screens
-
-    def close(self) -> None:
-        """End the events; listeners that hold files close them."""
-        self._events.close()
-        for listener in self.listeners:
-            close = getattr(listener, "close", None)
-            if close is not None:
-                close()
-
-
-class _Tee:
-    """A text stream that writes to two; in all else it is the first."""
-
-    def __init__(self, screen: Any, log: Any) -> None:
-        self._screen, self._log = screen, log
-
-    def write(self, text: str) -> int:
-        if "\r" not in text:  # a progress bar's redrawing belongs on the screen only
-            self._log.write(text)
-            self._log.flush()
-        with contextlib.suppress(OSError, AttributeError):  # a screen that has gone, or never was, ends no run
-            self._screen.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            self._screen.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._screen, name)
-
-
-class SilentRun(RunWriter):
-    """What every rank but the first writes to: nothing."""
-
-    def __init__(self) -> None:
-        self.path = Path(os.devnull)
-
-    def event(self, kind: str, **values: Any) -> None:
-        pass
+        raise UserError(f"{path}: {NO_WRITING} ({error.strerror})") from None
 
 
 class Run:
@@ -178,7 +88,10 @@ class Run:
         return _read_json(self.path / "env.json")
 
     def events(self, kind: str | None = None) -> list[Event]:
-        """All events so far, or those of one kind; a line that is still being written is left out."""
+        """All events so far, or those of one kind; a line that is still being written is left out.
+
+        Where a run went on from a checkpoint, what came after that checkpoint the first time is left out too.
+        """
         self._read_on()
         return [event for event in self._seen if kind in (None, event["event"])]
 
@@ -192,8 +105,13 @@ class Run:
             for line in lines:
                 if not line.endswith(b"\n"):
                     return
-                self._seen.append(json.loads(line))
                 self._num_bytes_seen += len(line)
+                event = _event_in(line)
+                if event is None:
+                    continue
+                if event["event"] == "start":
+                    self._seen = [earlier for earlier in self._seen if _is_before(earlier, event)]
+                self._seen.append(event)
 
     @property
     def status(self) -> str:
@@ -209,13 +127,7 @@ class Run:
         env = self.env or _read_json(self.path / LAUNCHED)
         if env.get("host") != socket.gethostname():
             return False  # not to be seen from here
-        try:
-            os.kill(env["pid"], 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # somebody else's, and alive
-            pass
-        return False
+        return not is_alive(env["pid"])
 
     def report(self) -> dict[str, Any]:
         """The figures of ``report.json``, made anew from the events."""
@@ -227,6 +139,39 @@ class Run:
         """What a rank has printed so far."""
         file = self.path / "log" / f"rank{rank}.txt"
         return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+
+    def ranks(self) -> list[dict[str, Any]]:
+        """Each rank's own latest figures, in the order of the ranks; empty before the first log line."""
+        latest = []
+        for file in (self.path / "log").glob("rank*.jsonl"):
+            lines = _tail(file).splitlines()
+            event = _event_in(lines[-1]) if lines else None
+            if event is not None:
+                latest.append(event)
+        return sorted(latest, key=lambda event: event["rank"])
+
+    def failures(self) -> list[dict[str, Any]]:
+        """What ranks died of (``rank``, ``error``, ``traceback``, ...), the cause first."""
+        return failures(self.path)
+
+    def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
+        """Ask a run on this machine to save and leave; what is left of a launched one after the grace is killed."""
+        for pid in self._leaders():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + grace_seconds
+        while self._leaders() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        kill_all(self.path)
+
+    def _leaders(self) -> list[int]:
+        """The process to ask: what was launched, else rank 0; only if it still is the same, as far as can be seen."""
+        launched = _read_json(self.path / LAUNCHED)
+        owner = launched or self.env
+        if not owner or owner.get("host") != socket.gethostname():
+            return []
+        is_there = is_alive(owner["pid"]) and (not launched or owner["pid"] in processes_of(self.path))
+        return [owner["pid"]] if is_there else []
 
     def checkpoint(self, which: str = "best") -> Path:
         """``best`` or ``last``. Raises UserError where none was written."""
@@ -242,8 +187,29 @@ class Run:
         watch(self)
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _event_in(line: bytes) -> Event | None:
+    """None for a line that a killed writer left unfinished, and whose rest somebody else has written since."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _is_before(event: Event, start: Event) -> bool:
+    """Whether a run that starts (again) at ``start`` has this event behind it."""
+    if event["event"] in ("end", "start"):
+        return False
+    if event["event"] in ("eval_start", "eval", "checkpoint"):
+        return event["epoch"] is not None and event["epoch"] < start["first_epoch"]
+    return event.get("step", 0) <= start["first_step"]
+
+
+def _tail(file: Path, num_bytes: int = 4096) -> bytes:
+    """The last whole lines of a file."""
+    with file.open("rb") as lines:
+        lines.seek(0, os.SEEK_END)
+        lines.seek(max(0, lines.tell() - num_bytes))
+        return lines.read().rpartition(b"\n")[0]
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -254,46 +220,3 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"vgglab": __version__, "python": sys.version.split()[0]}
-    for package in ("torch", "torchvision", "numpy", "pillow"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "unknown"
-    versions.update(device.pop("versions", {}))
-    return {
-        "simulated": device.pop("simulated"),
-        "device": device.pop("device"),
-        "world_size": world_size,
-        **device,
-        "versions": versions,
-        "commit": _commit(),
-        "argv": sys.argv,
-        "executable": sys.executable,
-        "cwd": os.getcwd(),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file lies in, with ``-dirty`` where it was changed."""
-    import subprocess
-
-    here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists():
-        return None
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None

@@ -14,10 +14,13 @@ One card for 90 epochs, eight cards, and the same started as the seed kit starts
 Going on after a stop, and testing without training:
 
     python -m vgglab.train --resume runs/<run> --epochs 90
+    python -m vgglab.train --run-dir runs/<run> --resume auto  # the same line every time, from a scheduler
+    torchrun --max-restarts=3 --nproc_per_node=8 -m vgglab.train --checkpoint-every 500
     python -m vgglab.train --resume runs/<run>/checkpoints/best.pt --test-only
 
 Everything a run does ends up in its run directory (``vgglab/runs.py``). Exit codes: 0 done, 1 a bug with
-its traceback, 2 bad input with one line on stderr, 130 interrupted.
+its traceback, 2 bad input with one line on stderr, 75 left at a signal (SIGTERM, SIGUSR1) with a checkpoint to go on
+from, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -41,34 +44,56 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
 from vgglab import config as configuration
+from vgglab import ranks
 from vgglab.config import Config
 from vgglab.errors import UserError, blaming
-from vgglab.launch import obey_leash
+from vgglab.interrupts import Leaving, heeding_warnings
 
 if TYPE_CHECKING:
     from vgglab.data.sets import DataSets
     from vgglab.devices.base import Device
     from vgglab.engine import Job
-    from vgglab.runs import RunWriter
+    from vgglab.recording import RankWriter
 
 MOST_WORKERS = 16  # the seed kit's default
+MOST_PATH_BYTES = 4096
 MAX_DRAWN_SEED = 2**20  # exact as a float32, in which it travels between ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The shell's door: flags in, exit code out."""
-    obey_leash()
+    ranks.attach()
     try:
         argv = sys.argv[1:] if argv is None else argv
+        ranks.take_up_slurm()
         run_training(configuration.parse(argv), configuration.flags_given(argv))
     except UserError as error:
+        ranks.report_failure(error, ranks.EXIT_BAD_INPUT)
         one_line = " ".join(str(error).splitlines())
-        print(f"vgglab.train: error: {one_line}", file=sys.stderr)
-        return 2
+        print(f"vgglab.train: error: {ranks.name()}{one_line}", file=sys.stderr)
+        return ranks.EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("vgglab.train: interrupted", file=sys.stderr)
         return 130
+    except Leaving:
+        print(f"vgglab.train: {ranks.name()}left as it was asked to; go on with --resume", file=sys.stderr)
+        return ranks.EXIT_LEFT
+    except _SaidElsewhere:
+        return ranks.EXIT_BAD_INPUT
+    except Exception as error:
+        ranks.report_failure(error, 1)
+        if ranks.has_lost_peers(error) and ranks.name():
+            # Its own traceback would bury that of the rank that failed.
+            print(f"vgglab.train: {ranks.name()}another rank has gone ({str(error).splitlines()[0]})", file=sys.stderr)
+            return 1
+        if ranks.name():
+            print(f"vgglab.train: {ranks.name()}failed:", file=sys.stderr)
+        raise
     return 0
+
+
+class _SaidElsewhere(Exception):
+    """Rank 0 has refused, and says why; the others only leave."""
 
 
 def run_training(config: Config, given: Sequence[str] = ()) -> None:
@@ -86,7 +111,13 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
     from vgglab.data.sets import open_sets
     from vgglab.devices import open_device
 
-    saved = None
+    saved, notes, is_in_place = None, [], False
+    earlier = ranks.run_of_earlier_attempt()
+    if earlier is not None:  # torchrun has started the ranks anew: the same run goes on
+        config.run_dir, config.resume = str(earlier), "auto"
+    if config.resume == "auto":
+        is_in_place = config.run_dir is not None
+        notes = _find_checkpoint(config)
     if config.resume:
         with blaming(f"--resume {config.resume}"):
             saved = checkpoint.read(config.resume)
@@ -104,9 +135,28 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
     device.open()
     try:
         _resolve(config, device, sets)
-        _prepare_and_work(config, device, sets, saved)
+        device.warnings += notes
+        _prepare_and_work(config, device, sets, saved, is_in_place)
     finally:
         device.close()
+
+
+def _find_checkpoint(config: Config) -> list[str]:
+    """Put the newest intact checkpoint, if there is one, in the place of ``auto``; say what was passed over."""
+    from vgglab import checkpoint
+    from vgglab.runs import holds_a_run
+
+    runs = Path(config.output_dir, "runs")
+    folders = [Path(config.run_dir)] if config.run_dir else sorted(runs.glob("*"))
+    file, _, passed_over = checkpoint.newest(folders)
+    config.resume = None if file is None else str(file)
+    notes = [f"--resume auto: passed over {text}" for text in passed_over]
+    if file is None:
+        where = config.run_dir or runs
+        if notes or (config.run_dir and holds_a_run(Path(config.run_dir))):
+            notes.append(f"--resume auto: no intact checkpoint in {where}; starting from the beginning")
+        return notes
+    return [*notes, f"--resume auto: goes on from {file}"]
 
 
 def _import_torch(device: str) -> None:
@@ -130,6 +180,7 @@ def _import_torch(device: str) -> None:
 def _resolve(config: Config, device: Device, sets: DataSets) -> None:
     """Fill in what the flags left open, so that config.json says what was really used."""
     from vgglab.model import head_for
+    from vgglab.runs import run_path
 
     config.device = device.kind
     config.amp, config.amp_dtype = device.amp_dtype is not None, device.amp_dtype
@@ -146,6 +197,8 @@ def _resolve(config: Config, device: Device, sets: DataSets) -> None:
         config.workers = min(MOST_WORKERS, max(1, _num_cores() // ranks_here))
     if config.seed is None:
         config.seed = _draw_seed(device)
+    if config.run_dir is None or device.world_size > 1:
+        config.run_dir = _share(str(run_path(config)), device)  # rank 0's clock names it
 
 
 def _num_cores() -> int:
@@ -161,19 +214,43 @@ def _draw_seed(device: Device) -> int:
     return int(device.fetch(device.sum(torch.tensor([float(drawn)])))[0])
 
 
-def _prepare_and_work(config: Config, device: Device, sets: DataSets, saved: dict[str, Any] | None) -> None:
+def _share(text: str, device: Device) -> str:
+    """Rank 0's, for all ranks, the same way."""
+    import torch
+
+    mine = text.encode() if device.rank == 0 else b""
+    codes = torch.tensor([float(code) for code in mine.ljust(MOST_PATH_BYTES, b"\0")])
+    return bytes(int(code) for code in device.fetch(device.sum(codes))).rstrip(b"\0").decode()
+
+
+def _all_ranks(is_so: bool, device: Device) -> bool:
+    """Whether it is so on every rank."""
+    import torch
+
+    return device.fetch(device.sum(torch.tensor([float(not is_so)])))[0] == 0
+
+
+def _prepare_and_work(
+    config: Config, device: Device, sets: DataSets, saved: dict[str, Any] | None, is_in_place: bool
+) -> None:
     """The job lives in here only: on torch 1.10 a wrapped model that outlives its process group hangs at exit."""
     from vgglab import engine
-    from vgglab.runs import SilentRun
+    from vgglab.recording import RankWriter
 
     job = engine.prepare(config, device, sets, saved)
+    path = Path(str(config.run_dir))
     if device.rank == 0:
-        _work_and_record(job, config, device, sets)
-    else:
-        _work(job, config, device, SilentRun())
+        _work_and_record(job, config, device, sets, path, is_in_place)
+        return
+    if not _all_ranks(True, device):  # rank 0 makes the run directory first
+        raise _SaidElsewhere
+    ranks.set_run_dir(path)
+    run = RankWriter(path, device.rank, device.is_simulated)
+    with run.recording_output(), heeding_warnings():
+        _work(job, config, device, run)
 
 
-def _work(job: Job, config: Config, device: Device, run: RunWriter) -> None:
+def _work(job: Job, config: Config, device: Device, run: RankWriter) -> None:
     from vgglab import engine
 
     if config.test_only:
@@ -182,20 +259,29 @@ def _work(job: Job, config: Config, device: Device, run: RunWriter) -> None:
         engine.train(job, config, device, run)
 
 
-def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets) -> None:
+def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, path: Path, is_in_place: bool) -> None:
     """Rank 0: the run directory from its first line to its report, however the run ends."""
     from vgglab import engine
+    from vgglab.recording import RunWriter
     from vgglab.report import build_report
-    from vgglab.runs import Run, RunWriter, run_path
+    from vgglab.runs import Run, holds_a_run
     from vgglab.view.scalars import Scalars
     from vgglab.view.terminal import Terminal
 
-    path = run_path(config)
     terminal = Terminal()
     scalars = [Scalars(path / "tensorboard")] if config.tensorboard else []
-    run = RunWriter(path, listeners=[terminal, *scalars], is_simulated=device.is_simulated)
+    is_continued = is_in_place and holds_a_run(path)
+    try:
+        run = RunWriter(path, [terminal, *scalars], device.is_simulated, is_continued)
+    except UserError:
+        _all_ranks(False, device)
+        raise
+    ranks.forget_failures(path)
+    ranks.remember_run(path)
+    ranks.set_run_dir(path)
+    _all_ranks(True, device)
     status, failure = "failed", None
-    with run.recording_output():
+    with run.recording_output(), heeding_warnings():
         try:
             run.write_config(config.as_dict())
             run.write_env(device.describe(), device.world_size)
@@ -205,7 +291,7 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets) -
                 run.event("warning", text=text)
             _work(job, config, device, run)
             status = "done"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Leaving):
             status = "interrupted"
             raise
         except BaseException as error:

@@ -19,7 +19,7 @@ from vgglab.config import Config
 from vgglab.data.sets import DataSets, Split, eval_transform, train_transform
 from vgglab.devices.base import Device
 from vgglab.errors import UserError
-from vgglab.interrupts import undisturbed
+from vgglab.interrupts import leave_signals_to_parent, undisturbed
 
 STRIDE = 1_000_000_007  # a prime above any number of images or epochs
 
@@ -71,6 +71,7 @@ class TrainPicks(Sampler):
     """
 
     epoch = 0
+    first = 0  # batches of this epoch that were done before a resume
 
     def __init__(self, num_images: int, batch_size: int, device: Device, seed: int, max_batches: int = -1) -> None:
         num_batches = num_images // (batch_size * device.world_size)
@@ -88,7 +89,7 @@ class TrainPicks(Sampler):
         order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(epoch_seed)).tolist()
         self.places.set_epoch(self.epoch)
         mine = [order[place] for place in self.places]
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield [Pick(i, mix_seeds(epoch_seed, i)) for i in mine[start : start + self.batch_size]]
 
 
@@ -98,7 +99,7 @@ class EvalPicks(Sampler):
     With ``max_batches`` a rank, so many images spread evenly over the set: its start would be one class.
     """
 
-    epoch = 0  # the same in each
+    epoch = first = 0  # the same in each
 
     def __init__(self, num_images: int, batch_size: int, device: Device, max_batches: int = -1) -> None:
         num_wanted = num_images if max_batches == -1 else max_batches * batch_size * device.world_size
@@ -134,19 +135,20 @@ class Batches:
             # The held-out images' workers end with each pass: idle, they would double the processes.
             is_training = isinstance(picks, TrainPicks)
             options.update(persistent_workers=is_training, multiprocessing_context=device.worker_start)
+            options.update(worker_init_fn=leave_signals_to_parent)
         with _without_remarks():
             self._loader = DataLoader(files, batch_sampler=picks, num_workers=workers, **options)
 
     def __len__(self) -> int:
         return len(self._picks)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one pass.
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one pass, from batch ``first`` on.
 
         Raises:
             UserError: an image that cannot be read, by name.
         """
-        self._picks.epoch = epoch
+        self._picks.epoch, self._picks.first = epoch, first
         with undisturbed(), _without_remarks():
             batches = iter(self._loader)  # forks the workers, which keep ignoring Ctrl-C: we end them
         try:

@@ -36,6 +36,7 @@ class Device(ABC):
     amp_dtype: str | None
     tf32: bool = False
     is_simulated: bool = False
+    _scaler: Any = None  # of the loss, where float16 needs one
 
     def __init__(self, wishes: Wishes) -> None:
         self.rank = int(os.environ.get("RANK", 0))
@@ -82,6 +83,15 @@ class Device(ABC):
     @abstractmethod
     def step(self, optimizer: Optimizer, model: nn.Module, outputs: Sequence[Tensor]) -> None:
         """One optimizer step; ``outputs`` are the tensors that will be read after it."""
+
+    def scaler_state(self) -> dict[str, Any]:
+        """The loss scale, for a checkpoint; reads from the card. Empty without one."""
+        return {} if self._scaler is None else self._scaler.state_dict()
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Take up the loss scale of a checkpoint, if this run has one at all."""
+        if self._scaler is not None and state:
+            self._scaler.load_state_dict(state)
 
     @abstractmethod
     def flush(self, tensors: Sequence[Tensor]) -> None:

@@ -10,29 +10,33 @@ from typing import Any, Sequence
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
 from vgglab.devices.base import Device
+from vgglab.ranks import num_restarts
 
 # The seed kit's static scale: float16 gradients are multiplied by it and it never grows.
 LOSS_SCALE, SCALE_GROWTH_INTERVAL = 128.0, 1_000_000_000
 
 
 class StockDevice(Device):
-    """A device whose only peculiarities are the attributes below; ``_scaler`` is ``None`` without a loss scale."""
+    """A device whose only peculiarities are the attributes below."""
 
     sampler = DistributedSampler
     _torch_device: torch.device
     _backend: str  # of torch.distributed
-    _scaler: Any = None
 
     def open(self) -> None:
         if self.world_size > 1:
+            store, _, _ = next(rendezvous(self._wishes.init_method, self.rank, self.world_size))
+            # torchrun hands the ranks of a restart the store in which those before them have left their addresses.
+            store = torch.distributed.PrefixStore(f"attempt_{num_restarts()}", store)
             torch.distributed.init_process_group(
                 self._backend,
-                init_method=self._wishes.init_method,
+                store=store,
                 rank=self.rank,
                 world_size=self.world_size,
                 timeout=timedelta(minutes=30),  # torch's own for gloo; nccl's 10 is short for a first epoch's files

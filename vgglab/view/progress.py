@@ -34,9 +34,7 @@ class Progress:
 
     def _on_start(self, event: dict[str, Any]) -> None:
         self._start, self.status = event, "running"
-        epochs_left = event["epochs"] - event["first_epoch"]
-        self.step = event["first_step"]
-        self.num_steps = self.step + epochs_left * event["steps_per_epoch"]
+        self.step, self.num_steps = event["first_step"], event["num_steps"]
         self.doing = f"epoch {event['first_epoch'] + 1} of {event['epochs']}"
 
     def _on_train(self, event: dict[str, Any]) -> None:

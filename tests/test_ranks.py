@@ -1,0 +1,282 @@
+"""Several ranks: the same training and the same accuracy whatever their number, and what is seen when one fails."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+from conftest import PROJECT, TINY, shell
+from test_devices import run_ranks
+from test_launch import MARK, processes_with, wait_until
+
+import vgglab
+from vgglab import Run
+from vgglab.errors import UserError
+from vgglab.ranks import first_host, take_up_slurm
+
+PLANTED = """
+import os, sys
+import vgglab.pace as pace
+original, steps = pace.Clock.was_handed_over, []
+def was_handed_over(clock):
+    original(clock)
+    steps.append(1)
+    if os.environ.get("RANK") == "{rank}" and len(steps) == 2:
+        {deed}
+pace.Clock.was_handed_over = was_handed_over
+"""
+RAISES = "raise ZeroDivisionError('planted')"
+KILLED = "os.kill(os.getpid(), 9)"
+HANGS = "__import__('time').sleep(600)"
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """Variables under which rank ``rank`` does something in its second step."""
+
+    def plant(deed, rank=1):
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site" / "sitecustomize.py").write_text(PLANTED.format(deed=deed, rank=rank))
+        return {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{PROJECT}", "OMP_NUM_THREADS": "1"}
+
+    return plant
+
+
+@pytest.fixture
+def tiny(images, tmp_path):
+    return [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--print-freq=1", "--seed=1"]
+
+
+def test_row_8_accuracy_is_the_same_to_the_last_digit_on_1_2_and_3_ranks(images, tmp_path):
+    """11 held-out images: no number of ranks here divides them, and none is counted twice."""
+    for source, copy in (("n01/n01_0.JPEG", "n01/more.JPEG"), ("n02/n02_1.JPEG", "n02/more.JPEG")):
+        shutil.copy(images / "val" / source, images / "val" / copy)
+    saved = run_ranks(tmp_path, images, "cpu", 1).checkpoint("last")
+    results = []
+    for num_ranks in (1, 2, 3):
+        run = run_ranks(tmp_path, images, "cpu", num_ranks, "--test-only", f"--resume={saved}")
+        [event] = run.events("eval")
+        results.append((event["acc1"], event["acc5"], event["num_images"]))
+    assert results[0] == results[1] == results[2]
+    assert results[0][2] == 11
+
+
+def test_one_rank_and_two_train_the_same_with_the_same_global_batch(images, tmp_path):
+    flags = ["--model=vgg11", "--epochs=2", "--lr=0.01"]
+    one = run_ranks(tmp_path, images, "cpu", 1, *flags, "--batch-size=8")
+    two = run_ranks(tmp_path, images, "cpu", 2, *flags, "--batch-size=4")
+    losses, other = ([event["loss"] for event in run.events("train")] for run in (one, two))
+    assert len(losses) == len(other) == 4
+    assert losses == pytest.approx(other, rel=2e-5)
+
+
+def test_row_19_one_rank_writes_and_each_has_its_own_log(images, tmp_path):
+    run = run_ranks(tmp_path, images, "cpu", 2)
+    assert sorted(file.name for file in (run.path / "log").iterdir()) == [
+        "rank0.jsonl", "rank0.txt", "rank1.jsonl", "rank1.txt",
+    ]  # fmt: skip
+    assert [figures["rank"] for figures in run.ranks()] == [0, 1]
+    last = run.events("train")[-1]
+    assert all(figures["step"] == last["step"] for figures in run.ranks())
+    assert sum(figures["loss"] for figures in run.ranks()) / 2 == pytest.approx(last["loss"], rel=1e-5)
+    assert len(run.events("start")) == 1
+    assert run.logs(1) == ""
+
+
+def test_a_rank_that_raises_is_named_with_its_own_traceback(tiny, planted, tmp_path):
+    words = ["python", "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "vgglab.train", *tiny]
+    result = shell(*words, env={**os.environ, **planted(RAISES)}, cwd=tmp_path, timeout=120)
+    assert result.returncode == 1
+    assert "vgglab.train: rank 1 of 2: failed:" in result.stderr
+    assert "ZeroDivisionError: planted" in result.stderr
+    assert result.stderr.count("vgglab.train: rank 0 of 2: another rank has gone") <= 1
+    [run] = tmp_path.glob("runs/*")
+    cause = Run(run).failures()[0]
+    assert (cause["rank"], cause["error"]) == (1, "ZeroDivisionError: planted")
+    assert "ZeroDivisionError" in Run(run).logs(1)
+
+
+def test_a_launched_rank_that_raises_fails_the_cell_with_its_traceback(tiny, planted, monkeypatch):
+    for name, value in planted(RAISES).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(MARK, "raises")
+    run = vgglab.launch(tiny, nproc=2, watch=False)
+    with pytest.raises(vgglab.RunFailed, match=r"(?s)rank 1 failed\nTraceback.*was_handed_over.*planted"):
+        run.wait(120)
+    assert processes_with("raises") == []
+
+
+def test_a_launched_rank_that_is_killed_is_named(tiny, planted, monkeypatch):
+    for name, value in planted(KILLED).items():
+        monkeypatch.setenv(name, value)
+    run = vgglab.launch(tiny, nproc=2, watch=False)
+    with pytest.raises(vgglab.RunFailed, match=r"rank 1 was killed \(SIGKILL\); if nobody did it"):
+        run.wait(120)
+
+
+def test_a_rank_that_hangs_is_seen_and_stopped(tiny, planted, monkeypatch):
+    for name, value in planted(HANGS).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(MARK, "hangs")
+    run = vgglab.launch(tiny, nproc=2, watch=False)
+    wait_until(lambda: run.events("train"), seconds=60)
+    time.sleep(1)
+    assert run.status == "running"
+    run.stop(grace_seconds=2)
+    assert processes_with("hangs") == []
+    assert run.status == "interrupted"
+
+
+def test_what_all_ranks_refuse_reaches_the_caller_in_one_line(tiny):
+    with pytest.raises(UserError, match=r"^--num-classes 7: .* has 3 classes"):
+        vgglab.launch(tiny, nproc=2, num_classes=7, watch=False).wait(120)
+
+
+def test_stop_ends_all_ranks_with_a_checkpoint(tiny, monkeypatch):
+    monkeypatch.setenv(MARK, "stopped")
+    run = vgglab.launch(tiny, nproc=2, epochs=1000, workers=1, watch=False)
+    wait_until(lambda: len(run.events("train")) > 3)
+    assert len(processes_with("stopped")) >= 5  # torchrun, two ranks, a worker each
+    run.stop()
+    assert processes_with("stopped") == []
+    assert run.status == "interrupted"
+    assert run.events("checkpoint")[-1]["step"] == run.events("train")[-1]["step"]
+    assert run.wait() is run
+
+
+def torchrun_of(run):
+    return json.loads((run.path / "launch.json").read_text())["pid"]
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["early", "training"])
+def test_a_torchrun_that_is_killed_leaves_no_rank(tiny, monkeypatch, early):
+    monkeypatch.setenv(MARK, f"torchrun-{early}")
+    run = vgglab.launch(tiny, nproc=2, epochs=1000, workers=1, watch=False)
+    if early:
+        wait_until(lambda: len(processes_with(f"torchrun-{early}")) >= 3, every=0.01)
+    else:
+        wait_until(lambda: run.events("train"))
+    os.kill(torchrun_of(run), signal.SIGKILL)
+    with pytest.raises(vgglab.RunFailed):
+        run.wait(30)
+    wait_until(lambda: not processes_with(f"torchrun-{early}"), seconds=20)
+
+
+LAUNCHER = """
+import sys, time, vgglab
+run = vgglab.launch(sys.argv[2:], nproc=2, epochs=1000, workers=1, watch=False, detach=sys.argv[1] == "detached")
+print(run.path, flush=True)
+time.sleep(600)
+"""
+
+
+def start_launcher(tiny, mark, how):
+    from subprocess import PIPE, Popen
+
+    command = [sys.executable, "-c", LAUNCHER, how, *tiny]
+    return Popen(command, env={**os.environ, MARK: mark, "PYTHONPATH": str(PROJECT)}, stdout=PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_that_dies_takes_its_ranks_along(tiny, number):
+    mark = f"ranks-{number}"
+    launcher = start_launcher(tiny, mark, "attached")
+    run = Run(launcher.stdout.readline().strip())
+    wait_until(lambda: run.events("train"))
+    launcher.send_signal(number)
+    launcher.communicate(timeout=30)
+    wait_until(lambda: not processes_with(mark), seconds=30)
+
+
+def test_a_detached_run_outlives_its_launcher_and_is_found_and_stopped(tiny):
+    launcher = start_launcher(tiny, "detached", "detached")
+    run = Run(launcher.stdout.readline().strip())
+    wait_until(lambda: run.events("train"))
+    launcher.kill()
+    launcher.communicate(timeout=30)
+    step = run.events("train")[-1]["step"]
+    wait_until(lambda: run.events("train")[-1]["step"] > step + 3)
+    again = Run(run.path)
+    assert again.status == "running"
+    again.stop()
+    assert processes_with("detached") == []
+    assert again.status == "interrupted"
+
+
+def test_two_launchers_train_one_model(tiny, images, tmp_path):
+    """Two machines, played by two torchruns that meet over c10d."""
+    import socket
+    import subprocess
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
+    words += [f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=two", "-m", "vgglab.train", *tiny]
+    words += [f"--run-dir={tmp_path / 'run'}", "--batch-size=2"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    run, alone = Run(tmp_path / "run"), run_ranks(tmp_path, images, "cpu", 2)
+    assert [event["loss"] for event in run.events("train")] == [event["loss"] for event in alone.events("train")]
+    assert run.report()["world_size"] == 2
+
+
+SLURM = {
+    "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "4711",
+    "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NODELIST": "gpu[003-004]",
+}  # fmt: skip
+
+
+def test_row_21_slurm_tasks_become_ranks():
+    environment = dict(SLURM)
+    take_up_slurm(environment)
+    wanted = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu003"}
+    assert wanted.items() <= environment.items()
+    assert environment["MASTER_PORT"] == "19711"
+    for alone in ({**SLURM, "RANK": "0"}, {**SLURM, "SLURM_NTASKS": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}):
+        before = dict(alone)
+        take_up_slurm(alone)  # under torchrun, one task, or a plain shell of an allocation: no ranks of srun's
+        assert alone == before
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("n1", "n1"), ("n1,n2", "n1"), ("gpu[003-007,9],cpu1", "gpu003"), ("a-[7,9]", "a-7")]
+)
+def test_the_first_of_slurms_nodes(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_row_21_a_run_under_srun_with_two_tasks(tiny, tmp_path):
+    import subprocess
+
+    common = {
+        **os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2",
+        "SLURM_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid()),
+    }  # fmt: skip
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "vgglab.train", *tiny, f"--run-dir={tmp_path / 'run'}", "--batch-size=2"],
+            env={**common, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for task in range(2)
+    ]
+    outputs = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert Run(tmp_path / "run").report()["world_size"] == 2
+
+
+@pytest.mark.parametrize("bad", [{"nproc": 0}, {"nproc": "two"}, {"nnodes": 2}, {"python": "/no/such/python"}])
+def test_what_cannot_be_launched_is_said(tiny, bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        vgglab.launch(tiny, watch=False, **bad)

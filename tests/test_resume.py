@@ -1,0 +1,279 @@
+"""Runs that survive: stopped in an epoch, killed, out of disk; resumed, they end as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import PROJECT, TINY
+from test_devices import needs_sim
+
+from vgglab import Run
+
+EPOCHS, STEPS = 3, 4  # of TINY on 18 images: 4 steps an epoch with 1 rank, 2 with 2
+LEFT = 75
+JOB = [*TINY[:-1], "--model=vgg11_bn", "--dropout-rate=0.5", f"--epochs={EPOCHS}", "--seed=7", "--print-freq=1"]
+
+
+@pytest.fixture
+def job(images, tmp_path):
+    """``job("name", "--flag", ranks=2)``: a process that trains into the run directory ``name``."""
+
+    def start(name, *flags, ranks=1, restarts=0, **variables):
+        launcher = []
+        if ranks > 1 or restarts:
+            launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
+            launcher += ["--standalone"]
+        words = [sys.executable, *launcher, "-m", "vgglab.train", *JOB, "--device=cpu", f"--data-path={images}"]
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **variables}
+        return subprocess.Popen(
+            [*words, f"--run-dir={tmp_path / name}", *flags],
+            env=environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(name, *flags, code=0, **options):
+        process = start(name, *flags, **options)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == code, output
+        return Run(tmp_path / name)
+
+    run.start = start
+    return run
+
+
+def trained(run):
+    """What must be the same: every loss, and every number in the last checkpoint."""
+    events = run.events()
+    losses = [(event["step"], event["loss"]) for event in events if event["event"] in ("train", "eval")]
+    content = torch.load(run.checkpoint("last"))
+    state = content["optimizer"]["state"]
+    momenta = [state[key]["momentum_buffer"] for key in sorted(state)]
+    return losses, [*content["model"].values(), *momenta], (content["epoch"], content["images"], content["step"])
+
+
+def assert_same(one, other, after=0):
+    (losses, tensors, place), (other_losses, other_tensors, other_place) = trained(one), trained(other)
+    assert [entry for entry in losses if entry[0] > after] == [entry for entry in other_losses if entry[0] > after]
+    assert len(tensors) == len(other_tensors) > 20
+    assert all(torch.equal(a, b) for a, b in zip(tensors, other_tensors))
+    assert place == other_place
+
+
+def wait_for_step(path, step, seconds=120):
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        done = Run(path).events("train") if (path / "events.jsonl").exists() else []
+        if done and done[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} in {path}")
+
+
+CASES = [(1, 0, "cpu"), (1, 2, "cpu"), (2, 0, "cpu"), (2, 2, "cpu"), (1, 0, "gcu-sim"), (2, 0, "gcu-sim")]
+
+
+@pytest.mark.parametrize(("ranks", "workers", "device"), [pytest.param(*case, marks=needs_sim) for case in CASES])
+def test_row_5_a_run_resumed_in_the_middle_of_an_epoch_is_the_one_that_never_stopped(
+    job, tmp_path, ranks, workers, device
+):
+    flags = [f"--workers={workers}", f"--device={device}"]
+    undisturbed = job("undisturbed", *flags, ranks=ranks)
+    steps_an_epoch = STEPS // ranks
+    stop = steps_an_epoch + 1  # the first step of the second epoch
+    stopped = job("stopped", *flags, f"--checkpoint-every={stop}", "--epochs=2", ranks=ranks)
+    middle = stopped.path / "checkpoints" / "previous.pt"
+    assert torch.load(middle)["images"] == 4 * ranks
+    resumed = job("resumed", *flags, f"--resume={middle}", f"--epochs={EPOCHS}", ranks=ranks)
+    assert resumed.events("start")[-1]["first_step"] == stop
+    assert_same(undisturbed, resumed, after=stop)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_row_4_a_warning_is_answered_with_a_checkpoint_and_an_exit_code(job, tmp_path, number, ranks):
+    process = job.start("warned", "--epochs=400", ranks=ranks)
+    wait_for_step(tmp_path / "warned", 3)
+    warned_at = time.time()
+    if ranks == 1:
+        process.send_signal(number)
+    else:  # as a scheduler does it: one of the ranks is enough
+        os.kill(rank_pids(process.pid)[-1], number)
+    output, _ = process.communicate(timeout=60)
+    assert time.time() - warned_at < 30
+    assert "left as it was asked to" in output
+    if ranks == 1:
+        assert process.returncode == LEFT
+    run = Run(tmp_path / "warned")
+    assert run.status == "interrupted"
+    content = torch.load(run.checkpoint("last"))
+    assert content["step"] == run.events("train")[-1]["step"]
+
+
+def rank_pids(launcher):
+    children = subprocess.run(["ps", "--ppid", str(launcher), "-o", "pid="], capture_output=True, text=True).stdout
+    return sorted(int(pid) for pid in children.split())
+
+
+def test_a_run_that_left_goes_on_in_place_with_the_same_command(job, tmp_path):
+    undisturbed = job("undisturbed", "--epochs=6")
+    process = job.start("same", "--resume=auto", "--epochs=6")
+    wait_for_step(tmp_path / "same", 5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == LEFT
+    left_at = Run(tmp_path / "same").events("train")[-1]["step"]
+    resumed = job("same", "--resume=auto", "--epochs=6")
+    assert resumed.status == "done"
+    assert resumed.events("start")[-1]["first_step"] == left_at < 24
+    assert [event["step"] for event in resumed.events("train")] == list(range(1, 25))
+    assert_same(undisturbed, resumed)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_brings_a_run_with_a_killed_rank_to_the_same_end(job, tmp_path, victim):
+    flags = ["--epochs=8", "--checkpoint-every=3"]
+    undisturbed = job("undisturbed", *flags, ranks=2)
+    process = job.start("killed", *flags, ranks=2, restarts=2)
+    wait_for_step(tmp_path / "killed", 5)
+    os.kill(rank_pids(process.pid)[victim], signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    run = Run(tmp_path / "killed")
+    assert run.status == "done"
+    assert run.failures() == []
+    assert_same(undisturbed, run)
+
+
+def test_row_3_no_kill_harms_a_checkpoint(job, tmp_path):
+    """A few of those that were done by the dozen by hand; half of them while a checkpoint is being written."""
+    undisturbed = job("undisturbed")
+    draw = random.Random(0)
+    for number in range(4):
+        name = f"killed{number}"
+        process = job.start(name, "--checkpoint-every=1", "--resume=auto")
+        wait_for_step(tmp_path / name, 1 + draw.randrange(STEPS))
+        unfinished = tmp_path / name / "checkpoints" / "unfinished.tmp"
+        while number % 2 and not unfinished.exists() and process.poll() is None:
+            time.sleep(0.0005)
+        process.kill()
+        process.communicate()
+        assert_same(undisturbed, job(name, "--checkpoint-every=1", "--resume=auto"))
+
+
+def test_resume_auto_passes_over_what_is_damaged_and_says_so(job, tmp_path):
+    run = job("run", "--checkpoint-every=3", "--epochs=1")
+    last = run.checkpoint("last")
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit, in the middle of the weights
+    last.unlink()  # best.pt may be the same file
+    last.write_bytes(content)
+    (run.path / "checkpoints" / "best.pt").write_bytes(b"not a checkpoint")
+    resumed = job("run", "--resume=auto", "--epochs=1")
+    texts = " ".join(event["text"] for event in resumed.events("warning"))
+    assert f"passed over {last} is damaged (the checksum of" in texts
+    assert "passed over" in texts
+    assert "best.pt" in texts
+    assert "goes on from" in texts
+    assert "previous.pt" in texts
+    assert resumed.events("start")[-1]["first_step"] == 3
+
+
+def test_resume_auto_without_a_run_directory_takes_the_newest_run_there_is(job, tmp_path):
+    path = job("runs/older", "--epochs=1").path
+    process = job.start("runs/newer", "--resume=auto", f"--output-dir={tmp_path}", "--epochs=1")
+    assert process.communicate()[1] is None
+    assert process.returncode == 0
+    assert Run(tmp_path / "runs/newer").events("start")[-1]["first_step"] == 0  # its own folder only
+    words = [sys.executable, "-m", "vgglab.train", "--resume=auto", f"--output-dir={tmp_path}", "--epochs=2"]
+    env = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    result = subprocess.run(words, env=env, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"goes on from {tmp_path / 'runs/newer'}" in result.stdout
+    assert path.exists()
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused_in_one_line(job, refused):
+    last = job("run", "--epochs=1").checkpoint("last")
+    content = bytearray(last.read_bytes())
+    content[len(content) // 3] ^= 16
+    last.write_bytes(content)
+    assert "the checksum of" in refused(f"--resume={last}")
+
+
+def test_row_12_a_loss_that_is_not_finite_ends_the_run_in_one_line(job, tmp_path):
+    process = job.start("run", "--epochs=3", "--checkpoint-every=1", "--lr=1e30", "--warmup=0", "--model=vgg11")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "Traceback" not in output
+    assert "not finite" in output
+    assert "lower --lr" in output
+    run = Run(tmp_path / "run")
+    assert run.status == "failed"
+    for file in (run.path / "checkpoints").glob("*.pt"):
+        assert all(torch.isfinite(value).all() for value in torch.load(file)["model"].values())
+    json.loads((run.path / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+FULL_DISK = """
+import resource, signal
+import vgglab.checkpoint as checkpoint
+original, saved = checkpoint._write, []
+def write(folder, content, is_best):
+    saved.append(1)
+    size = 1_000_000 if len(saved) in {when} else -1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))  # a file cannot grow beyond: what a full disk says, early
+    try:
+        original(folder, content, is_best)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+checkpoint._write = write
+"""
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    def fill(*when):
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site" / "sitecustomize.py").write_text(FULL_DISK.replace("{when}", str(set(when))))
+        return {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{PROJECT}"}
+
+    return fill
+
+
+def test_row_30_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(job, full_disk):
+    run = job("run", **full_disk(2))
+    assert run.status == "done"
+    [warning] = [event["text"] for event in run.events("warning") if "not written" in event["text"]]
+    assert "step 8" in warning
+    assert "the one before is intact" in warning
+    assert torch.load(run.checkpoint("last"))["step"] == 12
+    assert torch.load(run.path / "checkpoints" / "previous.pt")["step"] == 4
+    assert not (run.path / "checkpoints" / "unfinished.tmp").exists()
+
+
+def test_row_30_a_disk_that_is_full_at_the_end_is_said_and_the_run_can_go_on(job, full_disk, tmp_path):
+    process = job.start("run", **full_disk(3))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "step 12 was not written" in output
+    assert "make room and --resume" in output
+    assert torch.load(Run(tmp_path / "run").checkpoint("last"))["step"] == 8
+    resumed = job("run", "--resume=auto")
+    assert torch.load(resumed.checkpoint("last"))["step"] == 12
+
+
+def test_an_image_after_a_resume_with_other_ranks_comes_once(job):
+    """The place in the data is kept in images: one rank's checkpoint goes on with two."""
+    flags = ["--epochs=1", "--checkpoint-every=2"]
+    middle = job("one", *flags, "--training-step-per-epoch=3").path / "checkpoints" / "previous.pt"
+    resumed = job("two", *flags, "--training-step-per-epoch=2", f"--resume={middle}", ranks=2)
+    assert [event["step"] for event in resumed.events("train")] == [3]  # 8 of 16 images were done, and 8 are a step now

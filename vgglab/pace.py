@@ -1,0 +1,107 @@
+"""What the loop keeps an eye on: the time its steps take, and whether the ranks have been asked to leave."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from vgglab import interrupts
+from vgglab.devices.base import Device
+
+LOOK_SECONDS = 5.0  # several ranks ask one another at least so often whether to leave
+
+
+@dataclass
+class Clock:
+    """Measures from one log line to the next. Read it only after the device was waited for."""
+
+    images_per_step: int
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    data_seconds: float = 0.0
+    own_seconds: float = 0.0  # up to the backward pass, in which the ranks wait for one another
+    _asked: float = 0.0
+
+    def restart(self) -> None:
+        self.started, self.steps = time.perf_counter(), 0
+        self.data_seconds = self.own_seconds = 0.0
+
+    def waiting_for(self, batches: Iterable[Any], num_before: int = 0) -> Iterator[tuple[int, Any]]:
+        """Number the batches from 1 (or on from ``num_before``) and add up the time spent waiting for them."""
+        iterator, number = iter(batches), num_before
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._asked = asked
+            self.data_seconds += time.perf_counter() - asked
+            self.steps += 1
+            number += 1
+            yield number, batch
+
+    def was_handed_over(self) -> None:
+        """This rank has done what it can do alone: loading, copying and the forward pass, as the host sees them."""
+        self.own_seconds += time.perf_counter() - self._asked
+
+    def own(self) -> dict[str, Any]:
+        """What this rank needed for itself in the interval, for finding the one that the others wait for."""
+        return {
+            "interval_steps": self.steps,
+            "own_seconds": self.own_seconds,
+            "data_seconds": self.data_seconds,
+            "interval_seconds": time.perf_counter() - self.started,
+        }
+
+    def read(self) -> dict[str, Any]:
+        """The interval that ends now; the next one starts."""
+        seconds = time.perf_counter() - self.started
+        num_images = self.steps * self.images_per_step
+        interval = {
+            "images_per_second": num_images / seconds,
+            "interval_images": num_images,
+            "interval_steps": self.steps,
+            "interval_seconds": seconds,
+            "data_seconds": self.data_seconds,
+        }
+        self.restart()
+        return interval
+
+
+class Watch:
+    """Where the ranks ask one another whether to leave: at log lines, and every few seconds in between.
+
+    A rank that leaves alone would have the others wait for it for ever. Alone, a process looks after every step.
+    """
+
+    all_leave = False
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._steps_between = 1  # the first step is looked at, to know how long one takes
+        self._steps = 0
+        self._since = time.perf_counter()
+
+    def is_due(self) -> bool:
+        """Whether to look after this step; the same answer on every rank."""
+        self._steps += 1
+        if self._device.world_size == 1:
+            return interrupts.leave_requested()
+        return self._steps >= self._steps_between
+
+    def look(self, figures: Tensor) -> list[float]:
+        """``figures (2,)`` averaged over the ranks, then the first of them as this rank has it; sets ``all_leave``."""
+        device = self._device
+        seconds = (time.perf_counter() - self._since) / max(self._steps, 1)
+        state = torch.tensor([float(interrupts.leave_requested()), seconds]).to(figures.device)
+        both = torch.cat([device.sum(torch.cat([figures, state])) / device.world_size, figures])
+        *means, share_leaving, mean_seconds, own, _ = device.fetch(both)
+        self.all_leave = share_leaving > 0
+        self._steps_between = max(1, int(LOOK_SECONDS / max(mean_seconds, 1e-6)))
+        self._steps, self._since = 0, time.perf_counter()
+        return [*means, own]

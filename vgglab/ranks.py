@@ -1,0 +1,226 @@
+"""This process among the others of its job: who started it, when to end with them, what it leaves when it fails.
+
+Standard library only, and cheap: a rank whose launcher dies before torch is imported must notice it, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, MutableMapping
+
+from vgglab.errors import UserError
+
+LEASH = "VGGLAB_LEASH"  # set for a launched process: stdin is its leash
+MARK = "VGGLAB_RUN"  # set for a launched process and all below it: the run directory they work for
+GRACE_SECONDS = 10.0
+EXIT_BAD_INPUT = 2
+EXIT_LEFT = 75  # sysexits.h: a temporary failure, try again
+GUARD_SECONDS = 0.5
+LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "nccl", "socket")
+
+_run_dir: Path | None = None  # where this process's failure is written down
+
+
+def attach() -> None:
+    """Tie this process to what started it: it ends when that does, however that ends. Call it before slow imports."""
+    if os.environ.pop(LEASH, None) is not None:
+        # A kernel may have Ctrl-C switched off at the moment it starts us, and that is inherited.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=_end_with_launcher, daemon=True, name="leash").start()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A torchrun that is killed leaves its ranks training: each is a session of its own.
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True, name="guard").start()
+
+
+def _end_with_launcher() -> None:
+    while os.read(0, 1024):
+        pass
+    _end()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent and parent != 1:
+        time.sleep(GUARD_SECONDS)
+    _end()
+
+
+def _end() -> None:
+    """Ask this process to save and leave; what is left of it and its workers after the grace is killed."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    with contextlib.suppress(OSError):
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def take_up_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Under ``srun`` with one task a card: what torchrun would have set, from what Slurm has.
+
+    Only where several tasks were started by srun itself; inside torchrun, or in a plain shell of an allocation,
+    Slurm's variables describe something else.
+
+    Raises:
+        UserError: the first node's name cannot be read.
+    """
+    is_step = "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1
+    if "RANK" in environment or not is_step:
+        return
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["LOCAL_WORLD_SIZE"] = environment.get("SLURM_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    # One port a job, so that two on a node do not meet: as Slurm's users do it.
+    environment.setdefault("MASTER_PORT", str(15000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def first_host(nodes: str) -> str:
+    """The first name of Slurm's short form: ``gpu[003-007,9],cpu1`` gives ``gpu003``. Raises UserError."""
+    if not nodes:
+        raise UserError("SLURM_STEP_NODELIST is not set; say export MASTER_ADDR=<the first node's name>")
+    prefix, bracket, rest = nodes.partition("[")
+    if not bracket or "," in prefix:
+        return prefix.split(",")[0]
+    number = rest.partition("]")[0].split(",")[0].split("-")[0]
+    return prefix + number
+
+
+def num_restarts() -> int:
+    """How often torchrun has started this job's ranks anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def _torchrun_folder() -> Path | None:
+    """One that all attempts of a torchrun share, and no other torchrun: ``<this>/attempt_<n>/<rank>/error.json``."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parents[2] if error_file else None
+
+
+def remember_run(path: Path) -> None:
+    """For the next attempt, if this one's ranks should be killed."""
+    folder = _torchrun_folder()
+    if folder is not None and folder.is_dir():
+        with contextlib.suppress(OSError):
+            (folder / "vgglab_run").write_text(str(path.absolute()), encoding="utf-8")
+
+
+def run_of_earlier_attempt() -> Path | None:
+    """The run directory in which the ranks before a restart have worked; None in a first attempt.
+
+    Raises:
+        UserError: several machines, and no run directory that all of them could know.
+    """
+    if num_restarts() == 0:
+        return None
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        raise UserError("--max-restarts on several machines needs a --run-dir on a folder that all of them share")
+    folder = _torchrun_folder()
+    note = folder / "vgglab_run" if folder else None
+    return Path(note.read_text(encoding="utf-8")) if note and note.exists() else None
+
+
+def set_run_dir(path: Path) -> None:
+    """From here on, this rank's failure is written down there."""
+    global _run_dir
+    _run_dir = path
+
+
+def name() -> str:
+    """``rank 1 of 8: `` in front of what this process says; nothing where it is alone."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    return f"rank {os.environ.get('RANK', 0)} of {world_size}: " if world_size > 1 else ""
+
+
+def report_failure(error: BaseException, exit_code: int) -> None:
+    """Write down what this rank died of, in the run directory and where torchrun looks for it.
+
+    ``log/failure-rank<r>.json``: rank, time, error in one line, traceback, exit code. The earliest is the cause.
+    """
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    line = f"{type(error).__name__}: {error}"
+    failure = {
+        "rank": int(os.environ.get("RANK", 0)),
+        "time": time.time(),
+        "host": socket.gethostname(),
+        "error": line,
+        "traceback": text,
+        "exit_code": exit_code,
+        "has_lost_peers": has_lost_peers(error),
+    }
+    launched_for = os.environ.get(MARK)  # its log folder is there before any rank is
+    run_dir = _run_dir or (Path(launched_for) if launched_for else None)
+    if run_dir is not None and (run_dir / "log").is_dir():
+        with contextlib.suppress(OSError):
+            file = run_dir / "log" / f"failure-rank{failure['rank']}.json"
+            file.write_text(json.dumps(failure, indent=1) + "\n", encoding="utf-8")
+    if name() and os.environ.get("TORCHELASTIC_ERROR_FILE") and "torch" in sys.modules:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        with contextlib.suppress(Exception):  # its summary is a courtesy
+            get_error_handler().record_exception(error)
+
+
+def has_lost_peers(error: BaseException) -> bool:
+    """Whether this is how a rank notices that another one has gone."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in LOST_PEERS)
+
+
+def failures(path: Path) -> list[dict[str, Any]]:
+    """What the ranks of a run died of, the cause first: those that only lost the others come last."""
+    found = []
+    for file in sorted((path / "log").glob("failure-rank*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(file.read_text(encoding="utf-8")))
+    return sorted(found, key=lambda failure: (failure["has_lost_peers"], failure["time"]))
+
+
+def forget_failures(path: Path) -> None:
+    """A run that goes on has survived them."""
+    for file in (path / "log").glob("failure-rank*.json"):
+        file.unlink()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's, and alive
+        pass
+    return True
+
+
+def processes_of(path: Path) -> list[int]:
+    """The processes on this machine that were launched for a run, by the mark in their environment (Linux)."""
+    wanted = f"{MARK}={path.absolute()}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z" and wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def kill_all(path: Path) -> None:
+    """Kill what is left of a run on this machine, and wait until it is gone."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline:
+        left = processes_of(path)
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
