@@ -52,6 +52,12 @@ def images(_images, tmp_path) -> Path:
     return Path(shutil.copytree(_images, tmp_path / "images"))
 
 
+def torchrun(num_ranks: int, max_restarts: int = 0) -> list[str]:
+    """After ``python``: one machine, and a port that is free (``--standalone`` is one fixed port on torch 1.10)."""
+    meeting = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--rdzv_id=test"]
+    return ["-m", "torch.distributed.run", *meeting, f"--nproc_per_node={num_ranks}", f"--max_restarts={max_restarts}"]
+
+
 class Result(NamedTuple):
     """What came out of the shell's door."""
 

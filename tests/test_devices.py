@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, shell
+from conftest import PROJECT, TINY, shell, torchrun
 from expected_losses import FOLDER, RELATIVE_TOLERANCE, largest_deviation, measure
 
 from vgglab import Run
@@ -19,7 +19,7 @@ needs_sim = pytest.mark.skipif(not CAN_SIMULATE, reason="the simulated card need
 def run_ranks(tmp_path, images, device, num_ranks, *flags, **environment):
     """A tiny run over several processes; returns it, asserted to have gone well."""
     path = tmp_path / f"{device}-{num_ranks}-{len(list(tmp_path.iterdir()))}"
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"] if num_ranks > 1 else []
+    launcher = torchrun(num_ranks) if num_ranks > 1 else []
     job = [*TINY[:-1], "--batch-size=2", f"--data-path={images}", "--seed=1", "--print-freq=1", f"--device={device}"]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **environment}
     words = ["python", *launcher, "-m", "vgglab.train", *job, f"--run-dir={path}", *flags]

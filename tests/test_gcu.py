@@ -6,7 +6,7 @@ import shutil
 from typing import NamedTuple
 
 import pytest
-from conftest import PROJECT, TINY, shell
+from conftest import PROJECT, TINY, shell, torchrun
 from test_devices import CAN_SIMULATE, losses
 
 from vgglab import Run
@@ -33,7 +33,7 @@ def on_gcu(images, tmp_path):
         number = len(list(tmp_path.glob("log*")))
         path, log = tmp_path / f"run{number}", tmp_path / f"log{number}"
         log.touch()
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        launcher = torchrun(ranks) if ranks > 1 else []
         job = [*TINY[:-1], f"--data-path={images}", "--seed=1", "--print-freq=1", f"--run-dir={path}"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (package, double))), "OMP_NUM_THREADS": "1"}
         environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)

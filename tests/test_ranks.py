@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import PROJECT, TINY, shell
+from conftest import PROJECT, TINY, shell, torchrun
 from test_devices import run_ranks
 from test_launch import MARK, processes_with, wait_until
 
@@ -87,7 +87,7 @@ def test_row_19_one_rank_writes_and_each_has_its_own_log(images, tmp_path):
 
 
 def test_a_rank_that_raises_is_named_with_its_own_traceback(tiny, planted, tmp_path):
-    words = ["python", "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "vgglab.train", *tiny]
+    words = ["python", *torchrun(2), "-m", "vgglab.train", *tiny]
     result = shell(*words, env={**os.environ, **planted(RAISES)}, cwd=tmp_path, timeout=120)
     assert result.returncode == 1
     assert "vgglab.train: rank 1 of 2: failed:" in result.stderr

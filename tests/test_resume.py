@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import PROJECT, TINY
+from conftest import PROJECT, TINY, torchrun
 from test_devices import needs_sim
 
 from vgglab import Run
@@ -25,10 +25,7 @@ def job(images, tmp_path):
     """``job("name", "--flag", ranks=2)``: a process that trains into the run directory ``name``."""
 
     def start(name, *flags, ranks=1, restarts=0, **variables):
-        launcher = []
-        if ranks > 1 or restarts:
-            launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
-            launcher += ["--standalone"]
+        launcher = torchrun(ranks, restarts) if ranks > 1 or restarts else []
         words = [sys.executable, *launcher, "-m", "vgglab.train", *JOB, "--device=cpu", f"--data-path={images}"]
         environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **variables}
         return subprocess.Popen(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import NUM_VAL, TINY, shell
+from conftest import NUM_VAL, TINY, shell, torchrun
 
 from vgglab.compat import load_tensors
 from vgglab.config import parse
@@ -105,8 +105,7 @@ def test_row_13_broadcast_buffers_reaches_the_wrapper(images, tmp_path):
     (tmp_path / "spy.py").write_text(code)
     for flag, expected in ((), "False"), (("--broadcast-buffers",), "True"):
         flags = [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--training-step-per-epoch=1", *flag]
-        launcher = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-        result = shell(*launcher, tmp_path / "spy.py", *flags)
+        result = shell("python", *torchrun(2), tmp_path / "spy.py", *flags)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count(f"BROADCAST {expected}") == 2
 

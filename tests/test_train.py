@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import NUM_VAL, PROJECT, TINY, shell
+from conftest import NUM_VAL, PROJECT, TINY, shell, torchrun
 
 from vgglab import Run
 from vgglab.compat import load_tensors
@@ -379,8 +379,7 @@ def test_a_damaged_checkpoint_is_refused(refused, train, tmp_path, damage):
 def test_two_ranks_report_what_the_saved_weights_are_worth(images, tmp_path):
     """Each rank has batch-norm statistics of its own; only rank 0's are saved."""
     flags = [*TINY, f"--data-path={images}", "--model=vgg11_bn", "--lr=0.5", "--batch-size=2", "--epochs=2"]
-    launcher = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "vgglab.train")
-    result = shell(*launcher, *flags, f"--run-dir={tmp_path}/two")
+    result = shell("python", *torchrun(2), "-m", "vgglab.train", *flags, f"--run-dir={tmp_path}/two")
     assert result.returncode == 0, result.stderr
     assert "FutureWarning: `broadcast" not in result.stderr
     again = ("--test-only", f"--resume={tmp_path}/two", "--device=cpu", "--workers=0", f"--run-dir={tmp_path}/one")

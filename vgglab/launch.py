@@ -89,11 +89,10 @@ def _checked_count(name: str, value: Any) -> int:
 def _torchrun(nproc: int, nnodes: int, node_rank: int, rendezvous: str | None, max_restarts: int) -> list[str]:
     """The module itself: the command ``torchrun`` is not on every kernel's PATH. Spelled as torch 1.10 takes it too."""
     command = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", f"--max_restarts={max_restarts}"]
-    if nnodes == 1:
-        return [*command, "--standalone"]
+    # Not --standalone for one machine: on torch 1.10 that is always port 29400, and two launches share a rendezvous.
+    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint={rendezvous or 'localhost:0'}", "--rdzv_id=vgglab"]
     # c10d: the machines agree on their order themselves, so node_rank only says who makes the run directory.
-    endpoint = [f"--rdzv_endpoint={rendezvous}", "--rdzv_backend=c10d", "--rdzv_id=vgglab"]
-    return [*command, f"--nnodes={nnodes}", f"--node_rank={node_rank}", *endpoint]
+    return [*command, f"--nnodes={nnodes}", f"--node_rank={node_rank}"]
 
 
 def _as_flag(name: str, value: Any) -> str:
