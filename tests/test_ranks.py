@@ -5,37 +5,40 @@ import os
 import shutil
 import signal
 import sys
-import time
 
 import pytest
 from conftest import PROJECT, TINY, shell, torchrun
-from test_devices import run_ranks
+from test_devices import needs_sim, run_ranks
 from test_launch import MARK, processes_with, wait_until
 
 import vgglab
 from vgglab import Run
 from vgglab.errors import UserError
 from vgglab.ranks import first_host, take_up_slurm
+from vgglab.view import rank_table
+from vgglab.view.live import progress_of, summary
+from vgglab.view.rank_table import as_html, as_text, rank_rows, silence
 
 PLANTED = """
 import os, sys
 import vgglab.pace as pace
 original, steps = pace.Clock.was_handed_over, []
 def was_handed_over(clock):
-    original(clock)
     steps.append(1)
-    if os.environ.get("RANK") == "{rank}" and len(steps) == 2:
+    if os.environ.get("RANK") == "{rank}" and len(steps) >= 2:
         {deed}
+    original(clock)
 pace.Clock.was_handed_over = was_handed_over
 """
 RAISES = "raise ZeroDivisionError('planted')"
 KILLED = "os.kill(os.getpid(), 9)"
 HANGS = "__import__('time').sleep(600)"
+DAWDLES = "__import__('time').sleep(0.5)"
 
 
 @pytest.fixture
 def planted(tmp_path):
-    """Variables under which rank ``rank`` does something in its second step."""
+    """Variables under which rank ``rank`` does something from its second step on."""
 
     def plant(deed, rank=1):
         (tmp_path / "site").mkdir()
@@ -64,13 +67,24 @@ def test_row_8_accuracy_is_the_same_to_the_last_digit_on_1_2_and_3_ranks(images,
     assert results[0][2] == 11
 
 
-def test_one_rank_and_two_train_the_same_with_the_same_global_batch(images, tmp_path):
-    flags = ["--model=vgg11", "--epochs=2", "--lr=0.01"]
+@pytest.mark.parametrize("model", ["vgg11", "vgg11_bn"])
+def test_one_rank_and_two_train_the_same_with_the_same_global_batch(images, tmp_path, model):
+    flags = [f"--model={model}", "--epochs=2", "--lr=0.01", "--dropout-rate=0", "--sync-bn"]
     one = run_ranks(tmp_path, images, "cpu", 1, *flags, "--batch-size=8")
     two = run_ranks(tmp_path, images, "cpu", 2, *flags, "--batch-size=4")
     losses, other = ([event["loss"] for event in run.events("train")] for run in (one, two))
     assert len(losses) == len(other) == 4
     assert losses == pytest.approx(other, rel=2e-5)
+    held_out, other = ([event["loss"] for event in run.events("eval")] for run in (one, two))
+    assert held_out == pytest.approx(other, rel=2e-5)
+
+
+@needs_sim
+def test_synchronised_batch_norm_is_the_same_on_the_simulated_card(images, tmp_path):
+    flags = ["--model=vgg11_bn", "--sync-bn"]
+    on_cpu, on_sim = (run_ranks(tmp_path, images, device, 2, *flags) for device in ("cpu", "gcu-sim"))
+    losses, other = ([event["loss"] for event in run.events("train")] for run in (on_cpu, on_sim))
+    assert losses == other
 
 
 def test_row_19_one_rank_writes_and_each_has_its_own_log(images, tmp_path):
@@ -123,11 +137,32 @@ def test_a_rank_that_hangs_is_seen_and_stopped(tiny, planted, monkeypatch):
     monkeypatch.setenv(MARK, "hangs")
     run = vgglab.launch(tiny, nproc=2, watch=False)
     wait_until(lambda: run.events("train"), seconds=60)
-    time.sleep(1)
+    monkeypatch.setattr(rank_table, "NO_NEWS_SECONDS", 1)
+    wait_until(lambda: silence(run), seconds=60)  # ten times what a step takes
+    assert "run.where()" in summary(run, progress_of(run))
+    rank0, rank1 = run.where().split("rank 1:")
+    assert "was_handed_over" in rank1
+    assert "was_handed_over" not in rank0
+    assert "backward" in rank0  # where it waits for rank 1's gradients
     assert run.status == "running"
     run.stop(grace_seconds=2)
     assert processes_with("hangs") == []
     assert run.status == "interrupted"
+
+
+def test_the_rank_that_the_others_wait_for_is_marked(tiny, planted, monkeypatch):
+    for name, value in planted(DAWDLES).items():
+        monkeypatch.setenv(name, value)
+    run = vgglab.launch(tiny, nproc=2, watch=False).wait(120)
+    rank0, rank1 = rank_rows(run)
+    assert (rank0.is_straggler, rank1.is_straggler) == (False, True)
+    assert rank1.own_seconds > 0.5 > rank0.own_seconds
+    assert rank0.images_per_second > 0
+    assert rank0.peak_bytes > 2**20
+    assert "wait for it" in as_text([rank0, rank1]).splitlines()[2]
+    assert "wait for it" in as_html([rank0, rank1])
+    assert "no rank" not in run.where()  # both have gone; nobody else is sent a signal
+    assert run.where().count("not there") == 2
 
 
 def test_what_all_ranks_refuse_reaches_the_caller_in_one_line(tiny):

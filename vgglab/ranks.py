@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ from vgglab.errors import UserError
 LEASH = "VGGLAB_LEASH"  # set for a launched process: stdin is its leash
 MARK = "VGGLAB_RUN"  # set for a launched process and all below it: the run directory they work for
 GRACE_SECONDS = 10.0
+ASK_WHERE = signal.SIGUSR2  # a rank answers by writing its stack into its log
 EXIT_BAD_INPUT = 2
 EXIT_LEFT = 75  # sysexits.h: a temporary failure, try again
 GUARD_SECONDS = 0.5
@@ -211,6 +213,33 @@ def processes_of(path: Path) -> list[int]:
             if state != "Z" and wanted in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
     return [pid for pid in found if pid != os.getpid()]
+
+
+def ask_where(pid: int, log: Path, seconds: float = 2.0) -> str:
+    """The Python stack of a rank's main thread, newest call first; empty where ``pid`` is not the writer of ``log``.
+
+    On Linux and this machine only. The stack stays in the log.
+    """
+    if not _has_open(pid, log):
+        return ""
+    size, deadline, said = log.stat().st_size, time.monotonic() + seconds, b""
+    os.kill(pid, ASK_WHERE)
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        before, said = said, log.read_bytes()[size:]
+        if said and said == before:
+            break
+    *_, main_thread = re.split(r"^(?:Current thread|Thread) .*\n", said.decode(errors="replace"), flags=re.MULTILINE)
+    return main_thread
+
+
+def _has_open(pid: int, file: Path) -> bool:
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if link.samefile(file):
+                    return True
+    return False
 
 
 def kill_all(path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import math
 import os
+import signal
 import socket
 import sys
 import time
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 from vgglab.errors import UserError
+from vgglab.ranks import ASK_WHERE
 from vgglab.runs import NO_WRITING, Event, Run, claim, write_json
 from vgglab.version import __version__
 
@@ -33,7 +36,7 @@ class RankWriter:
 
     def rank_event(self, **values: Any) -> None:
         """Append a line to this rank's own file."""
-        line = {"rank": self.rank, "time": round(time.time(), 3)}
+        line = {"rank": self.rank, "pid": os.getpid(), "time": round(time.time(), 3)}
         line.update({key: _finite(value) for key, value in values.items()}, **self._mark)
         with open(self.path / "log" / f"rank{self.rank}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -43,9 +46,12 @@ class RankWriter:
         """Copy what this process prints into ``log/rank<r>.txt``, unless a launcher has it written there already."""
         file = self.path / "log" / f"rank{self.rank}.txt"
         if file.exists() and os.path.samestat(os.fstat(1), file.stat()):
+            faulthandler.register(ASK_WHERE, file=1)
             yield
             return
         with open(file, "a", encoding="utf-8", errors="backslashreplace") as log:
+            # Written from C, so it also works deep inside a collective that hangs, where Python's handlers wait.
+            faulthandler.register(ASK_WHERE, file=log)
             screens = sys.stdout, sys.stderr
             sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
             try:
@@ -54,6 +60,8 @@ class RankWriter:
                 traceback.print_exc(file=log)
                 raise
             finally:
+                faulthandler.unregister(ASK_WHERE)
+                signal.signal(ASK_WHERE, signal.SIG_IGN)  # unregistered, it would end a rank that was asked too late
                 sys.stdout, sys.stderr = screens
 
 

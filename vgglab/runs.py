@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgglab.errors import UserError
-from vgglab.ranks import GRACE_SECONDS, failures, is_alive, kill_all, processes_of
+from vgglab.ranks import GRACE_SECONDS, ask_where, failures, is_alive, kill_all, processes_of
 
 if TYPE_CHECKING:
     from vgglab.config import Config
@@ -135,9 +135,9 @@ class Run:
 
         return build_report(self)
 
-    def logs(self, rank: int = 0) -> str:
-        """What a rank has printed so far."""
-        file = self.path / "log" / f"rank{rank}.txt"
+    def logs(self, rank: int | str = 0) -> str:
+        """What a rank has printed so far; ``"launcher"``: what torchrun has."""
+        file = self.path / "log" / (f"{rank}.txt" if rank == "launcher" else f"rank{rank}.txt")
         return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
     def ranks(self) -> list[dict[str, Any]]:
@@ -149,6 +149,14 @@ class Run:
             if event is not None:
                 latest.append(event)
         return sorted(latest, key=lambda event: event["rank"])
+
+    def where(self) -> str:
+        """What each rank on this machine is doing right now: its Python stack, newest call first (Linux)."""
+        answers = []
+        for figures in self.ranks():
+            stack = ask_where(figures["pid"], self.path / "log" / f"rank{figures['rank']}.txt")
+            answers.append(f"rank {figures['rank']}:\n{stack or '  not there'}")
+        return "\n".join(answers) or "no rank has said anything yet"
 
     def failures(self) -> list[dict[str, Any]]:
         """What ranks died of (``rank``, ``error``, ``traceback``, ...), the cause first."""

@@ -45,8 +45,6 @@ class EagerGcu(StockDevice):
             raise UserError(f"--tf32: torch_gcu {self._version} has no switch for it; leave it out")
         if self.amp_dtype == "bfloat16" and not self._gcu.is_bf16_supported():
             raise UserError("--amp-dtype bfloat16: this card has none; choose float16")
-        if self._wishes.sync_bn and self.world_size > 1:
-            raise UserError("--sync-bn: torch_gcu has no kernel for it; leave it out on gcu")
         is_there = getattr(torch.distributed, "is_eccl_available", lambda: False)
         if self.world_size > 1 and not is_there():
             raise UserError("--device gcu: several ranks need eccl, which is not here; install tops-eccl")

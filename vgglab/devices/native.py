@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import resource
+import sys
 from typing import Any, ContextManager
 
 import torch
@@ -68,8 +70,6 @@ class NativeDevice(StockDevice):
             raise UserError(f"--amp: the CPU kernels of torch {torch.__version__} lack bfloat16; leave it out")
         if self.world_size > 1 and self.kind not in BACKENDS:
             raise UserError(f"--device {self.kind}: one process only")
-        if self._wishes.sync_bn and self.world_size > 1 and self.kind == "cpu":
-            raise UserError("--sync-bn: PyTorch synchronises batch norm on cards only; leave it out on cpu")
 
     def open(self) -> None:
         if self.kind == "cuda":
@@ -94,7 +94,10 @@ class NativeDevice(StockDevice):
         }
 
     def usage(self) -> dict[str, Any]:
-        return {"peak_bytes": torch.cuda.max_memory_allocated()} if self.kind == "cuda" else {}
+        if self.kind == "cuda":
+            return {"peak_bytes": torch.cuda.max_memory_allocated()}
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process, in KiB, on macOS in bytes
+        return {"peak_bytes": most if sys.platform == "darwin" else most * 1024} if self.kind == "cpu" else {}
 
 
 def _use_tf32(is_wanted: bool) -> None:

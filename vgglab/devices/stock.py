@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
 from vgglab.devices.base import Device
+from vgglab.devices.sync_bn import synchronise
 from vgglab.ranks import num_restarts
 
 # The seed kit's static scale: float16 gradients are multiplied by it and it never grows.
@@ -58,7 +59,8 @@ class StockDevice(Device):
         if self.world_size == 1:
             return network, network
         if self._wishes.sync_bn:
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            is_cuda = self._torch_device.type == "cuda"  # elsewhere PyTorch's own has no kernels
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if is_cuda else synchronise(network)
         device_ids = None if self._torch_device.index is None else [self._torch_device.index]
         # torch 2.15 renames the option and warns of the old name.
         has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters

@@ -15,6 +15,7 @@ from typing import Any
 
 from vgglab.runs import Run
 from vgglab.view.progress import Progress, duration
+from vgglab.view.rank_table import RankRow, as_html, as_text, rank_rows, silence
 
 REFRESH_SECONDS = 0.5
 STATIC_REFRESH_SECONDS = 3.0
@@ -112,7 +113,11 @@ class _StaticBlock:
 
         progress = progress_of(self.run)
         text = summary(self.run, progress)
-        self.line.update({"text/plain": text, "text/html": f"<p>{html.escape(text)}</p>"}, raw=True)
+        markup = f"<p>{html.escape(text)}</p>"
+        rows = ranks_of(self.run)
+        if rows:
+            text, markup = f"{text}\n{as_text(rows)}", markup + as_html(rows)
+        self.line.update({"text/plain": text, "text/html": markup}, raw=True)
         if not progress.train:
             return
         data = {"image/png": curves(self.run).png(), "text/plain": text}
@@ -123,7 +128,7 @@ class _StaticBlock:
 
 
 class Dashboard:
-    """Progress, curves, the last log lines and Stop, kept up to date by a thread until the run has ended."""
+    """Progress, curves, a row per rank, the last log lines and Stop, kept up to date by a thread until the end."""
 
     def __init__(self, run: Run) -> None:
         import ipywidgets as widgets
@@ -132,13 +137,14 @@ class Dashboard:
         self.status = widgets.HTML()
         self.bar = widgets.IntProgress(layout=widgets.Layout(width="100%"))
         self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        self.ranks = widgets.HTML()
         self.log = widgets.HTML()
         self.stop_button = widgets.Button(
             description="Stop", icon="stop", tooltip="End this run; the epochs finished so far are kept"
         )
         self.stop_button.on_click(self._on_stop)
         self.stop_button.disabled = not hasattr(run, "stop")
-        self.widget = widgets.VBox([self.status, self.bar, self.picture, self.log, self.stop_button])
+        self.widget = widgets.VBox([self.status, self.bar, self.picture, self.ranks, self.log, self.stop_button])
         self._drawn = -1  # number of events in the picture
 
     def show(self) -> None:
@@ -154,7 +160,9 @@ class Dashboard:
         progress = progress_of(self.run)
         self.status.value = f"<b>{html.escape(summary(self.run, progress))}</b>"
         self.bar.max, self.bar.value = max(progress.num_steps, 1), progress.step
-        lines = self.run.logs().splitlines()[-NUM_LOG_LINES:]
+        rows = ranks_of(self.run)
+        self.ranks.value = as_html(rows) if rows else ""
+        lines = last_lines(self.run)
         self.log.value = f"<pre style='font-size: 85%'>{html.escape(chr(10).join(lines))}</pre>"
         num_events = len(self.run.events())
         if progress.train and num_events != self._drawn:
@@ -173,6 +181,17 @@ class Dashboard:
         self.stop_button.description = "Stopping"
         # Off the kernel's thread: the run may take its grace to end.
         threading.Thread(target=_stop, args=(self.run,), daemon=True).start()
+
+
+def ranks_of(run: Run) -> list[RankRow]:
+    """The rows worth a table: those of a run with several ranks."""
+    rows = rank_rows(run)
+    return rows if len(rows) > 1 else []
+
+
+def last_lines(run: Run) -> list[str]:
+    """The end of rank 0's log; before it has one, of what its launcher said."""
+    return (run.logs() or run.logs("launcher")).splitlines()[-NUM_LOG_LINES:]
 
 
 def progress_of(run: Run) -> Progress:
@@ -200,4 +219,6 @@ def summary(run: Run, progress: Progress) -> str:
         parts.append(f"held-out top-1 {progress.eval['acc1']:.2f} %")
     if progress.eta_seconds is not None:
         parts.append(f"{duration(progress.eta_seconds)} left")
+    if not _has_ended(run):
+        parts += filter(None, [silence(run)])
     return " · ".join(parts)

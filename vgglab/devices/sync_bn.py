@@ -1,0 +1,61 @@
+"""Batch norm over all ranks, of plain operations: for devices on which PyTorch's ``nn.SyncBatchNorm`` has no kernels.
+
+Each rank normalises with the mean and variance of the global batch (Ioffe & Szegedy 2015, algorithm 1), so that
+several ranks compute what one would with all their images. Mean first, then variance around it: two all-reduces,
+and the figures agree with one rank's to float32 rounding, which sums of squares would not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Forward and backward are the same sum: what one rank's input adds to the total, every rank's loss may feel."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` whose training statistics are those of all ranks; every rank's batch is equally large."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(N, C, H, W)`` in and out, in float32 inside."""
+        if not self.training:
+            return super().forward(input)
+        assert self.momentum is not None
+        images = input.float()
+        num_ranks = torch.distributed.get_world_size()
+        mean = _SumOverRanks.apply(images.mean((0, 2, 3))) / num_ranks  # (C,)
+        centred = images - mean[:, None, None]
+        variance = _SumOverRanks.apply((centred * centred).mean((0, 2, 3))) / num_ranks  # (C,), biased
+        count = num_ranks * images.numel() // images.shape[1]
+        with torch.no_grad():
+            self.get_buffer("num_batches_tracked").add_(1)
+            self.get_buffer("running_mean").lerp_(mean, self.momentum)
+            unbiased = variance * (count / (count - 1))  # as PyTorch keeps it
+            self.get_buffer("running_var").lerp_(unbiased, self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+
+
+def synchronise(model: nn.Module) -> nn.Module:
+    """Put ``SyncBatchNorm2d`` in the place of every ``nn.BatchNorm2d``, its weights and statistics kept."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d  # same parameters, same buffers, same names in a checkpoint
+    return model

@@ -1,0 +1,102 @@
+"""One row per rank: how far it is, how fast, what it has taken of its card, and which one the others wait for."""
+
+from __future__ import annotations
+
+import html
+import time
+from statistics import median
+from typing import Any, NamedTuple
+
+from vgglab.runs import Run
+
+HEADINGS = ("rank", "step", "images/s", "loss", "peak memory", "own time a step", "")
+# A straggler's own part of a step is this much longer than the others', and they lose this share of a step by it.
+SLOWER, SHARE_LOST = 1.25, 0.10
+NO_NEWS_SECONDS = 30.0  # and ten times the usual
+
+
+class RankRow(NamedTuple):
+    """A rank's latest figures; speeds are None for a simulated card."""
+
+    rank: int
+    step: int
+    images_per_second: float | None  # of this rank's part of the batch
+    loss: float | None  # of its last batch, before averaging
+    peak_bytes: int | None
+    own_seconds: float | None  # of a step, before it waits for the others: loading, copying, forward, as the host sees
+    is_straggler: bool
+
+    def cells(self) -> tuple[str, ...]:
+        """As people read them, one for each heading."""
+        speed = "simulated" if self.images_per_second is None else f"{self.images_per_second:.1f}"
+        return (
+            str(self.rank),
+            str(self.step),
+            speed,
+            "not finite" if self.loss is None else f"{self.loss:.4f}",
+            "" if self.peak_bytes is None else f"{self.peak_bytes / 2**30:.2f} GiB",
+            "" if self.own_seconds is None else f"{1000 * self.own_seconds:.0f} ms",
+            "◀ the others wait for it" if self.is_straggler else "",
+        )
+
+
+def rank_rows(run: Run) -> list[RankRow]:
+    """The ranks of a run, each as it last reported; empty before the first log line."""
+    latest = run.ranks()
+    batch_size = run.config.get("batch_size", 0)
+    rows = []
+    for figures in latest:
+        own = _own_seconds(figures)
+        others = [_own_seconds(other) for other in latest if other is not figures]
+        step_seconds = figures["interval_seconds"] / figures["interval_steps"]
+        is_behind = bool(others) and own > SLOWER * median(others) and own - median(others) > SHARE_LOST * step_seconds
+        is_real = not figures.get("simulated")
+        rows.append(
+            RankRow(
+                rank=figures["rank"],
+                step=figures["step"],
+                images_per_second=batch_size / step_seconds if is_real else None,
+                loss=figures["loss"],
+                peak_bytes=figures.get("peak_bytes"),
+                own_seconds=own if is_real else None,
+                is_straggler=is_behind and is_real,
+            )
+        )
+    return rows
+
+
+def _own_seconds(figures: dict[str, Any]) -> float:
+    return figures["own_seconds"] / figures["interval_steps"]
+
+
+def silence(run: Run) -> str:
+    """A line where a run has said nothing for much longer than it used to between two log lines; else empty.
+
+    Only between training steps: an evaluation or a first step may take its time.
+    """
+    events, latest = run.events(), run.ranks()
+    if not latest or events[-1]["event"] != "train":
+        return ""
+    seconds = time.time() - max(figures["time"] for figures in latest)
+    usual = max(figures["interval_seconds"] for figures in latest)
+    if seconds < max(NO_NEWS_SECONDS, 10 * usual):
+        return ""
+    return f"no news for {seconds:.0f} s, usually {usual:.0f} s; run.where() shows what each rank is doing"
+
+
+def as_text(rows: list[RankRow]) -> str:
+    """The table in plain text."""
+    table = [HEADINGS, *(row.cells() for row in rows)]
+    widths = [max(len(cells[column]) for cells in table) for column in range(len(HEADINGS))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)).rstrip() for cells in table)
+
+
+def as_html(rows: list[RankRow]) -> str:
+    """The table for a notebook; a straggler's row is bold and marked in words, not by colour alone."""
+    head = "".join(f"<th style='text-align: right; padding: 0 1em'>{heading}</th>" for heading in HEADINGS)
+    lines = []
+    for row in rows:
+        style = "text-align: right; padding: 0 1em" + ("; font-weight: bold" if row.is_straggler else "")
+        lines.append("".join(f"<td style='{style}'>{html.escape(cell)}</td>" for cell in row.cells()))
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table style='font-variant-numeric: tabular-nums'><tr>{head}</tr>{body}</table>"
