@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vgglab.predictions import Prediction
 
 # Okabe and Ito's palette: told apart with any colour vision. Lines differ by dash and marker as well.
-BLUE, ORANGE = "#0072B2", "#D55E00"
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 INK, GRID = "#333333", "#DDDDDD"
 
 
@@ -47,6 +47,7 @@ def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tupl
     for panel in panels:
         panel.grid(True, color=GRID, linewidth=0.8)
         panel.set_axisbelow(True)
+        panel.set_prop_cycle(color=[BLUE, ORANGE, GREEN, PURPLE])
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(colors=INK, labelsize=9)
     return figure, panels
