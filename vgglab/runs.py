@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 OURS = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
 LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
+NUM_RECENT = 8  # lines, enough to tell a slow rank from a slow moment
 NO_WRITING = "cannot be written; name another folder with --output-dir or --run-dir"
 Event = dict  # what a line of events.jsonl holds
 
@@ -142,13 +143,16 @@ class Run:
 
     def ranks(self) -> list[dict[str, Any]]:
         """Each rank's own latest figures, in the order of the ranks; empty before the first log line."""
-        latest = []
+        return [events[-1] for events in self.recent_figures()]
+
+    def recent_figures(self) -> list[list[dict[str, Any]]]:
+        """For each rank the last few lines of its own figures, the latest last."""
+        recent = []
         for file in (self.path / "log").glob("rank*.jsonl"):
-            lines = _tail(file).splitlines()
-            event = _event_in(lines[-1]) if lines else None
-            if event is not None:
-                latest.append(event)
-        return sorted(latest, key=lambda event: event["rank"])
+            events = [event for event in map(_event_in, _tail(file).splitlines()) if event is not None]
+            if events:
+                recent.append(events[-NUM_RECENT:])
+        return sorted(recent, key=lambda events: events[-1]["rank"])
 
     def where(self) -> str:
         """What each rank on this machine is doing right now: its Python stack, newest call first (Linux)."""

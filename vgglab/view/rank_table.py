@@ -23,7 +23,8 @@ class RankRow(NamedTuple):
     images_per_second: float | None  # of this rank's part of the batch
     loss: float | None  # of its last batch, before averaging
     peak_bytes: int | None
-    own_seconds: float | None  # of a step, before it waits for the others: loading, copying, forward, as the host sees
+    own_seconds: float | None  # of a step, before it waits for the others: loading, copying, forward, as the host
+    # sees them; of the last few log lines, as is_straggler
     is_straggler: bool
 
     def cells(self) -> tuple[str, ...]:
@@ -42,12 +43,12 @@ class RankRow(NamedTuple):
 
 def rank_rows(run: Run) -> list[RankRow]:
     """The ranks of a run, each as it last reported; empty before the first log line."""
-    latest = run.ranks()
+    recent = run.recent_figures()
     batch_size = run.config.get("batch_size", 0)
     rows = []
-    for figures in latest:
-        own = _own_seconds(figures)
-        others = [_own_seconds(other) for other in latest if other is not figures]
+    for events in recent:
+        figures, own = events[-1], _own_seconds(events)
+        others = [_own_seconds(other) for other in recent if other is not events]
         step_seconds = figures["interval_seconds"] / figures["interval_steps"]
         is_behind = bool(others) and own > SLOWER * median(others) and own - median(others) > SHARE_LOST * step_seconds
         is_real = not figures.get("simulated")
@@ -65,8 +66,8 @@ def rank_rows(run: Run) -> list[RankRow]:
     return rows
 
 
-def _own_seconds(figures: dict[str, Any]) -> float:
-    return figures["own_seconds"] / figures["interval_steps"]
+def _own_seconds(events: list[dict[str, Any]]) -> float:
+    return sum(event["own_seconds"] for event in events) / sum(event["interval_steps"] for event in events)
 
 
 def silence(run: Run) -> str:
