@@ -125,7 +125,9 @@ def test_best_is_the_best_and_is_kept_while_last_moves_on(train):
     assert sorted(os.listdir(run.path / "checkpoints")) == ["best.pt", "last.pt", "previous.pt"]
     again = train("--test-only", f"--resume={run.checkpoint('best')}", "--model=vgg11_bn").run
     assert again.report()["acc1"] == run.report()["acc1"] == max(accuracies)
-    ruined = train("--model=vgg11_bn", "--epochs=11", "--lr=1e4", "--training-step-per-epoch=1", f"--resume={run.path}").run
+    ruined = train(
+        "--model=vgg11_bn", "--epochs=11", "--lr=1e4", "--training-step-per-epoch=1", f"--resume={run.path}"
+    ).run
     kept = load_tensors(ruined.checkpoint("best"))
     assert (kept["epoch"], load_tensors(ruined.checkpoint("last"))["epoch"]) == (best["epoch"], 11)
 
