@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import NUM_VAL, TINY, shell, torchrun
+from conftest import NUM_VAL, PROJECT, TINY, shell, torchrun
 
 from vgglab.compat import load_tensors
 from vgglab.config import parse
@@ -94,20 +94,24 @@ def test_row_13_step_size_and_gamma_are_honoured(train):
 
 def test_row_13_broadcast_buffers_reaches_the_wrapper(images, tmp_path):
     code = (
-        "import functools, sys, torch.nn.parallel.distributed as d\n"
+        "import functools, os, sys, torch.nn.parallel.distributed as d\n"
         "real = d.DistributedDataParallel.__init__\n"
         "@functools.wraps(real)\n"
         "def init(self, *a, **k):\n"
-        "    print('BROADCAST', *[v for n, v in k.items() if 'buffers' in n], flush=True); real(self, *a, **k)\n"
+        "    [value] = [v for n, v in k.items() if 'buffers' in n]\n"
+        "    open(f'broadcast-{value}-{os.environ[\"RANK\"]}', 'w').close(); real(self, *a, **k)\n"
         "d.DistributedDataParallel.__init__ = init\n"
         "from vgglab.train import main; sys.exit(main(sys.argv[1:]))\n"
     )
     (tmp_path / "spy.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     for flag, expected in ((), "False"), (("--broadcast-buffers",), "True"):
-        flags = [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--training-step-per-epoch=1", *flag]
-        result = shell("python", *torchrun(2), tmp_path / "spy.py", *flags)
+        flags = [*TINY, f"--data-path={images}", "--training-step-per-epoch=1", *flag]
+        result = shell("python", *torchrun(2), tmp_path / "spy.py", *flags, cwd=tmp_path, env=environment)
         assert result.returncode == 0, result.stderr
-        assert result.stdout.count(f"BROADCAST {expected}") == 2
+        # A file each: lines that two ranks print at once run into one another.
+        seen = {file.name for file in tmp_path.glob("broadcast-*")}
+        assert {f"broadcast-{expected}-{rank}" for rank in (0, 1)} <= seen
 
 
 @pytest.mark.parametrize("flag", ["--amp", "--torch-amp"])

@@ -85,13 +85,13 @@ def test_accuracy_does_not_depend_on_the_batch_size(train):
     """9 images; no batch size here but 1, 3 and 9 divides them."""
     trained = train()
     weights = trained.run.checkpoint("last")
-    figures = set()
+    reference = trained.run.events("eval")[-1]
     for batch_size in (1, 2, 4, 5, 9, 64):
         result = train("--test-only", f"--resume={weights}", f"--batch-size={batch_size}")
         (event,) = result.run.events("eval")
-        figures.add((event["acc1"], event["acc5"], round(event["loss"], 5), event["num_images"]))
-    assert len(figures) == 1
-    assert figures.pop()[:2] == (trained.run.events("eval")[-1]["acc1"], trained.run.events("eval")[-1]["acc5"])
+        for figure in ("acc1", "acc5", "num_images"):
+            assert event[figure] == reference[figure]
+        assert event["loss"] == pytest.approx(reference["loss"], rel=1e-4)  # other kernels round otherwise
 
 
 def test_a_resumed_run_equals_the_one_that_was_not_stopped(train):
