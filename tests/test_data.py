@@ -54,7 +54,7 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_files(images):
     shutil.copy(images / "train/n01/n01_0.JPEG", images / "train/n01/._n01_0.JPEG")
     sets = open_sets(parse([f"--data-path={images}"]))
     assert sets.train.classes == sets.val.classes == list(CLASSES)
-    assert sets.train.labels == [label for label in range(3) for _ in range(NUM_TRAIN)]
+    assert list(sets.train.labels) == [label for label in range(3) for _ in range(NUM_TRAIN)]
     assert (len(sets.train), len(sets.val), sets.num_classes) == (3 * NUM_TRAIN, 3 * NUM_VAL, 3)
 
 
@@ -99,7 +99,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(images):
             [f"--data-path={images}", "--batch-size=4", "--image-size=32", f"--workers={workers}", "--seed=5"]
         )
         batches = loader.train_batches(open_sets(config), config, rank())
-        return [(x.sum().item(), y.tolist()) for epoch in (0, 1) for x, y in batches.epoch(epoch)]
+        return [(b.images.sum().item(), b.labels.tolist()) for epoch in (0, 1) for b in batches.epoch(epoch)]
 
     alone = pixels(0)
     assert len(set(map(str, alone))) == len(alone)  # the crops do differ

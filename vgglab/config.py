@@ -19,6 +19,7 @@ from vgglab.errors import UserError
 MODELS = tuple(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn"))
 SCHEDULES = ("step", "linear", "cosine")
 OPTIMIZERS = ("sgd", "rmsprop")
+DECODERS = ("pil", "fast")
 HEADS = ("auto", "imagenet", "small")
 SEED_OF_FIX_SEED = 1 << 20  # the seed kit's
 SEED_NUM_CLASSES = 1000  # in all four of the seed kit's commands, whatever the folder holds
@@ -79,7 +80,11 @@ def _switch(help: str, **options: Any) -> Any:
 class Config:
     """Everything that decides what a run does. Defaults are the seed kit's unless the help says more."""
 
-    data_path: str = _flag("a bundled set (digits) or a folder with train/ and val/ in class folders", "digits")
+    data_path: str = _flag(
+        "a folder with train/ and val/ in class folders, or a set by name: digits (bundled), fashion-mnist, cifar10, "
+        "cifar100, imagenette (downloaded the first time), fake (generated, to measure computing alone)",
+        "digits",
+    )
     num_classes: int | None = _flag("classes; default: as many as the folder has", None, _AT_LEAST_1)
     model: str = _flag("the network", "vgg16", choices=MODELS)
     device: str = _flag("where to train; auto takes the best there is", "auto", choices=DEVICE_CHOICES)
@@ -91,7 +96,20 @@ class Config:
         _WORKERS,
         names=["-j"],
     )
-    image_size: int | None = _flag("side of the square images, in pixels; default 224, digits 32", None, _SIZE)
+    image_size: int | None = _flag(
+        "side of the square images, in pixels; default 224; 32 for digits, fashion-mnist and cifar", None, _SIZE
+    )
+    decoder: str = _flag(
+        "how images are read: pil (as torchvision's reference, to the last bit) or fast (simplejpeg, and no more rows "
+        "than the crop needs); auto: fast where it can be",
+        "auto",
+        choices=("auto", *DECODERS),
+    )
+    on_bad_image: str = _flag(
+        "a file that cannot be read ends the run, or is left out, counted and listed in the run's log/",
+        "fail",
+        choices=("fail", "skip"),
+    )
     head: str = _flag("classifier: the paper's, a small one, or by image size", "auto", choices=HEADS)
     dropout_rate: float = _flag("both dropouts of the classifier", 0.0, _FRACTION)
     pretrained: bool = _switch("start from torchvision's published ImageNet weights")
@@ -146,7 +164,7 @@ class Config:
     )
     start_epoch: int = _flag("first epoch, counted from 0, where no checkpoint says it", 0, _AT_LEAST_0)
     test_only: bool = _switch("only evaluate the weights of --resume or --pretrained")
-    cache_dataset: bool = _switch("accepted; folders are read afresh every time, so there is no cache to go stale")
+    cache_dataset: bool = _switch("accepted; listings of large folders are always kept, and checked against the folder")
 
     # The seed kit's dead ends: accepted so that an old command line gets an answer.
     apex: bool = _switch("not here: use --amp")
@@ -158,14 +176,16 @@ class Config:
         return asdict(self)
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as a UserError."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message.replace("argument ", "", 1) if message.startswith("argument ") else message)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``python -m vgglab.train``."""
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="vgglab.train",
         usage="python -m vgglab.train [--flag value ...]",
         description="Train VGG; write a run directory.",
@@ -198,7 +218,7 @@ def parse(argv: Sequence[str]) -> Config:
         UserError: an unknown flag, a value out of its range, or two flags that contradict each other.
     """
     parser = build_parser()
-    dashed = [_with_dashes(argument) for argument in argv]
+    dashed = [with_dashes(argument) for argument in argv]
     known, unknown = parser.parse_known_args(dashed)
     if unknown:
         raise UserError(_unknown_flag(unknown[0], parser))
@@ -207,7 +227,7 @@ def parse(argv: Sequence[str]) -> Config:
     return config
 
 
-def _with_dashes(argument: str) -> str:
+def with_dashes(argument: str) -> str:
     """``--batch_size=3`` is ``--batch-size=3``; values are left alone."""
     if not argument.startswith("--"):
         return argument
@@ -263,7 +283,7 @@ def _checked(item: Field, value: Any) -> Any:
 
 def flags_given(argv: Sequence[str]) -> list[str]:
     """The settings that a command line names."""
-    return list(vars(build_parser().parse_known_args([_with_dashes(argument) for argument in argv])[0]))
+    return list(vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0]))
 
 
 def _check(config: Config) -> None:
@@ -297,5 +317,5 @@ def warnings_about(config: Config) -> list[str]:
     if (config.workers or 0) > (os.cpu_count() or 1):
         lines.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
     if config.cache_dataset:
-        lines.append("--cache-dataset has no effect: the folder is read afresh, so no cache can go stale")
+        lines.append("--cache-dataset has no effect: listings of large folders are always kept, and checked each time")
     return lines

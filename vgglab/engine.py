@@ -19,6 +19,7 @@ from vgglab.checkpoint import TrainingState
 from vgglab.config import Config
 from vgglab.data.loader import Batches, eval_batches, mix_seeds, train_batches
 from vgglab.data.sets import DataSets
+from vgglab.data.transform import normalised
 from vgglab.devices.base import Device
 from vgglab.errors import UserError, blaming
 from vgglab.interrupts import Leaving
@@ -98,10 +99,11 @@ def train(job: Job, config: Config, device: Device, run: RankWriter) -> None:
         model.train()
         clock.restart()
         first_batch = min(state.images // images_per_step, len(batches))
-        for batch, (images, labels) in clock.waiting_for(batches.epoch(epoch, first_batch), first_batch):
+        arriving = device.feed(batches.epoch(epoch, first_batch, run.skipped))
+        for batch, (images, labels) in clock.waiting_for(arriving, first_batch):
             # Each step draws from a seed of its own, so that one after a resume equals one without.
             device.seed(step_seed(config, device, state.step))
-            images, labels = device.move(images, labels)  # (N, 3, S, S), (N,)
+            images = normalised(images)  # (N, S, S, 3) bytes to (N, 3, S, S) float32; labels (N,)
             with device.autocast():
                 logits = model(images)  # (N, num_classes)
                 loss = loss_of(logits, labels)
@@ -191,6 +193,7 @@ def announce(job: Job, config: Config, sets: DataSets, run: RankWriter) -> None:
         "start",
         schema=SCHEMA,
         data=sets.name,
+        is_fake=sets.is_fake,
         num_train_images=len(sets.train) if sets.train else 0,
         num_eval_images=len(sets.val),
         num_classes=config.num_classes,
@@ -227,12 +230,11 @@ def evaluate(job: Job, device: Device, run: RankWriter, last_epoch: int | None =
     run.event("eval_start", epoch=last_epoch, num_batches=len(batches))
     network.eval()
     totals = torch.zeros(4)  # [loss, top-1 hits, top-5 hits, images], summed on the card
-    for images, labels in batches.epoch(0):
+    for images, labels in device.feed(batches.epoch(0, on_skipped=run.skipped)):
         if interrupts.leave_requested():
             break
-        images, labels = device.move(images, labels)
         with device.autocast():
-            logits = network(images)
+            logits = network(normalised(images))
         totals = totals.to(logits.device) + _count(logits.float(), labels)
         device.flush([totals])
     asked_to_leave = torch.tensor([float(interrupts.leave_requested())]).to(totals.device)
@@ -240,6 +242,8 @@ def evaluate(job: Job, device: Device, run: RankWriter, last_epoch: int | None =
     if num_leaving:
         raise Leaving
     loss_sum, hits1, hits5, num_images = figures
+    if num_images == 0:
+        raise UserError("--on-bad-image skip: none of the held-out images can be read; python -m vgglab.data check")
     result = {"acc1": 100 * hits1 / num_images, "acc5": 100 * hits5 / num_images}
     is_best = state.best is None or result["acc1"] > state.best["acc1"]
     state.best = {name: max(value, (state.best or result)[name]) for name, value in result.items()}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from vgglab import checkpoint
 from vgglab.config import Config
+from vgglab.data.decode import as_tensor
+from vgglab.data.images import Split
 from vgglab.data.loader import eval_batches
 from vgglab.data.sets import open_sets
+from vgglab.data.transform import normalised
 from vgglab.devices import open_device
 from vgglab.errors import blaming
 from vgglab.model import build
@@ -21,14 +24,20 @@ from vgglab.runs import Run
 class Prediction(NamedTuple):
     """One image: what it is, what the network says, and how sure it is (softmax, 0 to 1)."""
 
-    file: str
+    file: str  # or its place in a set that is no files
     actual: str
     predicted: str
     probability: float
+    split: Split
+    place: int
 
     @property
     def is_right(self) -> bool:
         return self.actual == self.predicted
+
+    def pixels(self) -> Any:
+        """The image itself, whole: an array ``(H, W, 3)`` of bytes."""
+        return as_tensor(self.split.images.open(self.place, "pil").pixels()).numpy()
 
 
 @torch.no_grad()
@@ -46,17 +55,15 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
         checkpoint.restore_model(checkpoint.read(file), network, config.model)
     network.eval()
     sets = open_sets(config)
-    labels, guesses, probabilities = [], [], []
-    for images, batch_labels in eval_batches(sets, config, open_device("cpu")).epoch(0):
-        probability, guess = network(images).softmax(dim=1).max(dim=1)  # (N,), (N,)
-        labels += batch_labels.tolist()
-        guesses += guess.tolist()
-        probabilities += probability.tolist()
     names = [*sets.val.classes, *(f"unused {i}" for i in range(len(sets.val.classes), sets.num_classes))]
-    return [
-        Prediction(file, names[label], names[guess], probability)
-        for file, label, guess, probability in zip(sets.val.files, labels, guesses, probabilities)
-    ]
+    predictions = []
+    for batch in eval_batches(sets, config, open_device("cpu")).epoch(0):
+        probability, guess = network(normalised(batch.images)).softmax(dim=1).max(dim=1)  # (N,), (N,)
+        for row in zip(batch.places, batch.labels.tolist(), guess.tolist(), probability.tolist()):
+            place, label, guessed, sure = row
+            image = sets.val.images.name(place)
+            predictions.append(Prediction(image, names[label], names[guessed], sure, sets.val, place))
+    return predictions
 
 
 def _settings_of(run: Run) -> Config:
@@ -64,4 +71,5 @@ def _settings_of(run: Run) -> Config:
     known = {item.name for item in fields(Config)}
     config = Config(**{name: value for name, value in run.config.items() if name in known})
     config.test_only, config.workers, config.eval_step_per_epoch = True, 0, -1
+    config.decoder = "auto"  # here, where simplejpeg may not be
     return config

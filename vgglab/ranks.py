@@ -96,6 +96,11 @@ def first_host(nodes: str) -> str:
     return prefix + number
 
 
+def num_cores() -> int:
+    """Those this process may use, which in a container or under Slurm are not all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def num_restarts() -> int:
     """How often torchrun has started this job's ranks anew."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

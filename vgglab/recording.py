@@ -29,10 +29,23 @@ class RankWriter:
     def __init__(self, path: Path, rank: int, is_simulated: bool = False) -> None:
         self.path = path
         self.rank = rank
+        self._skipped: set[str] = set()
         self._mark = {"simulated": True} if is_simulated else {}  # on all that a simulated card has part in
 
     def event(self, kind: str, **values: Any) -> None:
         pass
+
+    def skipped(self, image: str, reason: str) -> None:
+        """Note an image that this rank has left out: once, in ``log/skipped-rank<r>.jsonl``."""
+        if image in self._skipped:
+            return
+        self._skipped.add(image)
+        file = self.path / "log" / f"skipped-rank{self.rank}.jsonl"
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"image": image, "reason": reason}) + "\n")
+        if len(self._skipped) == 1:
+            text = f"skipped {image} ({reason}); all that follow are listed in {file.parent}"
+            self.event("warning", text=text)
 
     def rank_event(self, **values: Any) -> None:
         """Append a line to this rank's own file."""

@@ -4,7 +4,8 @@
     env.json       versions, commit, command line, hardware, simulated or not
     events.jsonl   one JSON object a line, append-only; the first carries the schema version
     log/           rank<r>.txt: what each rank printed; rank<r>.jsonl: its own figures, a line for each log line;
-                   failure-rank<r>.json: what it died of; launcher.txt: what torchrun said to vgglab.launch
+                   skipped-rank<r>.jsonl: images that it left out; failure-rank<r>.json: what it died of;
+                   launcher.txt: what torchrun said to vgglab.launch
     checkpoints/   last.pt, previous.pt and best.pt
     report.json    final figures, derived from the lines above (report.py)
     launch.json    who started it, where that was vgglab.launch
@@ -153,6 +154,12 @@ class Run:
             if events:
                 recent.append(events[-NUM_RECENT:])
         return sorted(recent, key=lambda events: events[-1]["rank"])
+
+    def skipped(self) -> dict[str, str]:
+        """The images that ranks have left out because they could not be read, and why."""
+        lines = b"".join(file.read_bytes() for file in sorted((self.path / "log").glob("skipped-rank*.jsonl")))
+        found = filter(None, map(_event_in, lines.splitlines()))
+        return {entry["image"]: entry["reason"] for entry in found}
 
     def where(self) -> str:
         """What each rank on this machine is doing right now: its Python stack, newest call first (Linux)."""

@@ -190,20 +190,16 @@ def _resolve(config: Config, device: Device, sets: DataSets) -> None:
     config.world_size = device.world_size
     config.num_classes = sets.num_classes
     config.image_size = sets.image_size
+    config.decoder = sets.decoder
     if config.head == "auto":
         config.head = head_for(sets.image_size)
     if config.workers is None:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
-        config.workers = min(MOST_WORKERS, max(1, _num_cores() // ranks_here))
+        config.workers = min(MOST_WORKERS, max(1, ranks.num_cores() // ranks_here))
     if config.seed is None:
         config.seed = _draw_seed(device)
     if config.run_dir is None or device.world_size > 1:
         config.run_dir = _share(str(run_path(config)), device)  # rank 0's clock names it
-
-
-def _num_cores() -> int:
-    """Those this process may use, which in a container or under Slurm are not all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _draw_seed(device: Device) -> int:

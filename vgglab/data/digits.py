@@ -7,24 +7,16 @@ training on them walks the path that ImageNet walks.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
+from vgglab.data.cache import cache_folder
 from vgglab.errors import UserError
 
 NAME = "digits-1"  # raise the number when what is written changes
 EVERY_NTH_IS_HELD_OUT = 5
 IMAGE_SIZE = 32
-
-
-def cache_folder() -> Path:
-    """Where sets are kept: ``$VGGLAB_CACHE``, else ``vgglab`` in the user's cache folder."""
-    named = os.environ.get("VGGLAB_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgglab"
 
 
 def digits_folder() -> Path:

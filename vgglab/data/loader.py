@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vgglab.config import Config
-from vgglab.data.sets import DataSets, Split, eval_transform, train_transform
+from vgglab.data.decode import BadImage
+from vgglab.data.images import Split
+from vgglab.data.sets import DataSets
 from vgglab.devices.base import Device
 from vgglab.errors import UserError
 from vgglab.interrupts import leave_signals_to_parent, undisturbed
 
+OnSkipped = Callable[[str, str], None]
 STRIDE = 1_000_000_007  # a prime above any number of images or epochs
 
 
@@ -39,28 +41,53 @@ class Pick(NamedTuple):
     seed: int
 
 
-class ImageFiles(Dataset):
-    """Decodes and transforms the image files of a split."""
+class Batch(NamedTuple):
+    """What a loader process hands over: bytes, a quarter of what float32 would weigh."""
 
-    def __init__(self, split: Split, transform: Any) -> None:
-        self.split = split
-        self.transform = transform
+    images: Tensor  # (N, S, S, 3) uint8
+    labels: Tensor  # (N,) int64
+    places: tuple[int, ...]  # of the images in their split
+    skipped: tuple[tuple[str, str], ...]  # (image, reason) of those that were left out
+
+
+class BatchReader(Dataset):
+    """Reads and transforms a whole batch at a time."""
+
+    def __init__(self, split: Split, transform: Any, size: int, decoder: str, skips_bad_images: bool) -> None:
+        self.split, self.transform, self.size = split, transform, size
+        self.decoder, self.skips_bad_images = decoder, skips_bad_images
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, pick: Pick) -> tuple[Tensor, int]:
-        file = self.split.files[pick.image]
-        try:
-            with Image.open(file) as image:
-                pixels = image.convert("RGB")
-        except Exception as error:  # decoders raise nearly anything for a broken file
-            raise UserError(f"{file!r} cannot be read as an image ({error}); repair or remove it") from None
-        # torchvision draws from torch's global generator, which in the main process is also dropout's. Only
-        # the CPU's is seeded here: torch.manual_seed would reach the cards' too.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(pick.seed)
-            return self.transform(pixels), self.split.labels[pick.image]
+    def __getitem__(self, picks: list[Pick]) -> Batch:
+        """Raises BadImage, unless such images are skipped."""
+        images = torch.empty(len(picks), self.size, self.size, 3, dtype=torch.uint8)
+        places: list[int] = []
+        skipped = []
+        for place, seed in picks:
+            try:
+                picture = self.split.images.open(place, self.decoder)
+                images[len(places)] = self.transform(picture, seed)
+            except BadImage as error:
+                if not self.skips_bad_images:
+                    raise
+                skipped.append((error.file, error.reason))
+            else:
+                places.append(place)
+        labels = torch.tensor([self.split.labels[place] for place in places], dtype=torch.int64)
+        return Batch(images[: len(places)], labels, tuple(places), tuple(skipped))
+
+
+class Picks(Protocol):
+    """Which images each batch of a pass has; ``first`` batches of it were done before."""
+
+    epoch: int
+    first: int
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[Pick]]: ...
 
 
 class TrainPicks(Sampler):
@@ -86,11 +113,12 @@ class TrainPicks(Sampler):
 
     def __iter__(self) -> Iterator[list[Pick]]:
         epoch_seed = mix_seeds(self.seed, self.epoch)
-        order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(epoch_seed)).tolist()
+        order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(epoch_seed))
         self.places.set_epoch(self.epoch)
-        mine = [order[place] for place in self.places]
+        mine = order[torch.tensor(list(self.places))]  # a tensor: as a list, ImageNet's would be 50 MB of numbers
         for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
-            yield [Pick(i, mix_seeds(epoch_seed, i)) for i in mine[start : start + self.batch_size]]
+            picked = mine[start : start + self.batch_size].tolist()
+            yield [Pick(image, mix_seeds(epoch_seed, image)) for image in picked]
 
 
 class EvalPicks(Sampler):
@@ -125,9 +153,9 @@ def _without_remarks() -> Iterator[None]:
 
 
 class Batches:
-    """Batches of ``images (N, 3, S, S) float32, labels (N,) int64``, ``len(self)`` of them a pass."""
+    """Batches of one rank, ``len(self)`` of them a pass."""
 
-    def __init__(self, files: ImageFiles, picks: TrainPicks | EvalPicks, workers: int, device: Device) -> None:
+    def __init__(self, reader: BatchReader, picks: Picks, workers: int, device: Device) -> None:
         self._picks = picks
         # A generator of its own: drawing the workers' seeds must not move the one that dropout draws from.
         options: dict[str, Any] = {"generator": torch.Generator(), "pin_memory": device.pins_memory}
@@ -137,26 +165,44 @@ class Batches:
             options.update(persistent_workers=is_training, multiprocessing_context=device.worker_start)
             options.update(worker_init_fn=leave_signals_to_parent)
         with _without_remarks():
-            self._loader = DataLoader(files, batch_sampler=picks, num_workers=workers, **options)
+            # What the sampler yields is a whole batch already; batch_size=None has it handed on as it is.
+            self._loader = DataLoader(
+                reader, sampler=picks, batch_size=None, collate_fn=_as_it_is, num_workers=workers, **options
+            )
 
     def __len__(self) -> int:
         return len(self._picks)
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, first: int = 0, on_skipped: OnSkipped | None = None) -> Iterator[Batch]:
         """The batches of one pass, from batch ``first`` on.
 
+        Args:
+            on_skipped: called with the name of each image that was left out, and why.
+
         Raises:
-            UserError: an image that cannot be read, by name.
+            UserError: an image that cannot be read, by name; with ``--on-bad-image skip`` only where a batch has no
+                other.
         """
         self._picks.epoch, self._picks.first = epoch, first
         with undisturbed(), _without_remarks():
             batches = iter(self._loader)  # forks the workers, which keep ignoring Ctrl-C: we end them
         try:
-            yield from batches
+            for batch in batches:
+                for image, reason in batch.skipped:
+                    if on_skipped is not None:
+                        on_skipped(image, reason)
+                if batch.places:
+                    yield batch
+                elif isinstance(self._picks, TrainPicks):  # the other ranks count on a step here
+                    raise UserError(f"--on-bad-image skip: a whole batch cannot be read, e.g. {batch.skipped[0][0]!r}")
         except UserError as error:
             # From a worker process it arrives with that process's traceback around it.
             last_line = str(error).strip().splitlines()[-1]
-            raise UserError(last_line.split("UserError: ", 1)[-1]) from None
+            raise UserError(last_line.split(f"{type(error).__name__}: ", 1)[-1]) from None
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def train_batches(sets: DataSets, config: Config, device: Device) -> Batches:
@@ -171,10 +217,15 @@ def train_batches(sets: DataSets, config: Config, device: Device) -> Batches:
     if len(picks) == 0:
         ranks = f" x {device.world_size} ranks" if device.world_size > 1 else ""
         raise UserError(f"--batch-size {config.batch_size}{ranks}: larger than the training set ({num_images} images)")
-    return Batches(ImageFiles(sets.train, train_transform(sets)), picks, int(config.workers or 0), device)
+    reader = _reader(sets.train, sets.train_transform(), sets, config)
+    return Batches(reader, picks, int(config.workers or 0), device)
 
 
 def eval_batches(sets: DataSets, config: Config, device: Device) -> Batches:
     """Held-out batches of this rank."""
     picks = EvalPicks(len(sets.val), config.batch_size, device, config.eval_step_per_epoch)
-    return Batches(ImageFiles(sets.val, eval_transform(sets)), picks, int(config.workers or 0), device)
+    return Batches(_reader(sets.val, sets.eval_transform(), sets, config), picks, int(config.workers or 0), device)
+
+
+def _reader(split: Split, transform: Any, sets: DataSets, config: Config) -> BatchReader:
+    return BatchReader(split, transform, sets.image_size, sets.decoder, config.on_bad_image == "skip")

@@ -1,47 +1,21 @@
-"""Which images there are: a named set or a folder in ImageNet's layout, and how its images are prepared."""
+"""Which images there are: a named set or a folder in ImageNet's layout, and how they are prepared."""
 
 from __future__ import annotations
 
-import os
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torchvision import transforms
+from typing import Any
 
 from vgglab.config import SEED_NUM_CLASSES, Config
-from vgglab.data.digits import digits_folder
+from vgglab.data import lists
+from vgglab.data.decode import best_decoder
+from vgglab.data.images import FakeImages, FileImages, Split
+from vgglab.data.index import Index, Paths, read_index
+from vgglab.data.lists import ListFile
+from vgglab.data.named import NAMED_SETS, saying_what_to_put_where
+from vgglab.data.transform import AsItIs, CentreCrop, Preparation, RandomCrop
 from vgglab.errors import UserError
-
-# Mean and standard deviation of ImageNet's training images per channel (red, green, blue), of values in [0, 1].
-CHANNEL_MEAN = (0.485, 0.456, 0.406)
-CHANNEL_STD = (0.229, 0.224, 0.225)
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-
-class Preparation(NamedTuple):
-    """How a set's images become squares. ``resize_ratio`` is ImageNet's 256/224: shrink, then cut the centre."""
-
-    image_size: int = 224
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop; torchvision's default
-    flip: bool = True
-    resize_ratio: float = 256 / 224
-
-
-# A mirrored 2 is no digit, and a crop of a twelfth of one cannot be told from another.
-NAMED_SETS = {"digits": (digits_folder, Preparation(32, crop_scale=(0.7, 1.0), flip=False, resize_ratio=1.0))}
-
-
-@dataclass
-class Split:
-    """Image files with their labels (index into ``classes``)."""
-
-    files: list[str]
-    labels: list[int]
-    classes: list[str]
-
-    def __len__(self) -> int:
-        return len(self.files)
 
 
 @dataclass
@@ -54,14 +28,31 @@ class DataSets:
     num_classes: int
     image_size: int
     preparation: Preparation
+    decoder: str
     warnings: list[str]
+
+    @property
+    def is_fake(self) -> bool:
+        """The images are generated: whatever is learnt from them, and how fast they come, says nothing."""
+        return isinstance(self.val.images, FakeImages)
+
+    def train_transform(self) -> Any:
+        """What is done to a training image: ``(picture, seed)`` to ``(image_size, image_size, 3)`` bytes."""
+        if self.is_fake:
+            return AsItIs()
+        return RandomCrop(self.image_size, self.preparation.crop_scale, self.preparation.flip)
+
+    def eval_transform(self) -> Any:
+        """What is done to a held-out image: likewise, and nothing random in it."""
+        return AsItIs() if self.is_fake else CentreCrop(self.image_size, self.preparation.resize_ratio)
 
 
 def open_sets(config: Config) -> DataSets:
     """Find the images that ``config.data_path`` names and check them against the other flags.
 
     Raises:
-        UserError: a missing or unreadable folder, an empty class, classes that disagree.
+        UserError: a missing or unreadable folder, an empty class, classes or labels that disagree, listed files that
+            are not there, a set that cannot be downloaded, a decoder that this machine does not have.
     """
     try:
         return _open_sets(config)
@@ -72,49 +63,112 @@ def open_sets(config: Config) -> DataSets:
 
 
 def _open_sets(config: Config) -> DataSets:
-    name, root, preparation = _locate(config.data_path)
-    train = None if config.test_only else read_split(root, "train")
-    val = read_split(root, "val", classes=train.classes if train else _class_names(root))
-    num_classes, warnings = _num_classes(config, val.classes)
+    name, preparation = config.data_path, Preparation()
+    decoder = _decoder(config)
+    warnings: list[str] = []
+    if name in NAMED_SETS:
+        preparation = NAMED_SETS[name].preparation
     image_size = config.image_size or preparation.image_size
-    return DataSets(name, train, val, num_classes, image_size, preparation, warnings)
+    if name in NAMED_SETS and NAMED_SETS[name].split is not None:
+        train, val = _named_splits(name, image_size, config)
+    else:
+        root = _named_folder(name) if name in NAMED_SETS else _folder(name)
+        name = name if name in NAMED_SETS else root.resolve().name
+        train, val = _read_splits(root, config, warnings)
+    num_classes, more = _num_classes(config, val.classes)
+    return DataSets(name, train, val, num_classes, image_size, preparation, decoder, warnings + more)
 
 
-def _locate(data_path: str) -> tuple[str, Path, Preparation]:
-    if data_path in NAMED_SETS:
-        write, preparation = NAMED_SETS[data_path]
-        return data_path, write(), preparation
+def _decoder(config: Config) -> str:
+    best = best_decoder()
+    if config.decoder == "fast" != best:
+        raise UserError(
+            "--decoder fast: needs the package simplejpeg and torch 2.1 or newer; pip install simplejpeg, or "
+            "leave the flag out to read images with Pillow"
+        )
+    return best if config.decoder == "auto" else config.decoder
+
+
+def _named_splits(name: str, image_size: int, config: Config) -> tuple[Split | None, Split]:
+    read = NAMED_SETS[name].split
+    assert read is not None
+    with saying_what_to_put_where(name):
+        return None if config.test_only else read("train", image_size), read("val", image_size)
+
+
+def _named_folder(name: str) -> Path:
+    find = NAMED_SETS[name].folder
+    assert find is not None
+    with saying_what_to_put_where(name):
+        return find()
+
+
+def _folder(data_path: str) -> Path:
     root = Path(data_path)
     if not root.is_dir():
         names = ", ".join(NAMED_SETS)
         raise UserError(
-            f"--data-path {data_path}: no such folder; name one with train/ and val/ in it or a bundled set ({names})"
+            f"--data-path {data_path}: no such folder; name one with train/ and val/ in it, or a set: {names}"
         )
-    return root.resolve().name, root, Preparation()
+    return root
 
 
-def _class_names(root: Path) -> list[str] | None:
-    """The training classes, if they are there: they decide which label a class has."""
-    return _class_folders(root / "train") if (root / "train").is_dir() else None
+def _read_splits(root: Path, config: Config, warnings: list[str]) -> tuple[Split | None, Split]:
+    is_strict = config.on_bad_image == "fail"
+    if config.test_only:
+        return None, read_split(root, "val", _training_classes(root), is_strict, warnings)
+    train = read_split(root, "train", None, is_strict, warnings)
+    return train, read_split(root, "val", train.classes, is_strict, warnings)
 
 
-def _class_folders(folder: Path) -> list[str]:
-    for entry in os.scandir(folder):
-        if entry.is_symlink() and not Path(entry.path).exists():
-            raise UserError(f"--data-path: {entry.path} is a link to nowhere; repair or remove it")
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+def _training_classes(root: Path) -> list[str] | None:
+    """They decide which label a class has, also where nobody trains; None where they are not there."""
+    listed = lists.read_list(root, "train")
+    if listed is not None:
+        return lists.classes_of(listed)
+    if not (root / "train").is_dir():
+        return None
+    return [name for name in read_index(root / "train") if name]
 
 
-def read_split(root: Path, split: str, classes: list[str] | None = None) -> Split:
-    """``<root>/<split>/<class>/<image>``, classes and files in sorted order, hidden ones left out.
+def read_split(root: Path, split: str, classes: list[str] | None, is_strict: bool, warnings: list[str]) -> Split:
+    """The images of ``<root>/<split>/``: those of ``<split>_list.txt`` where it is there, else of the class folders.
 
     Args:
-        classes: the class names whose position is the label; default: the split's own folders.
+        classes: the training classes, whose place is the label; None: the split has its own.
+        is_strict: refuse a list with files that are not there.
+        warnings: takes a line for each disagreement between list and folders.
     """
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"--data-path {root}: has no {split}/ folder; it needs train/ and val/ with a folder per class")
-    found = _class_folders(folder)
+    index = read_index(folder)
+    listed = lists.read_list(root, split)
+    if listed is not None:
+        return _listed_split(root, folder, listed, index, classes, is_strict, warnings)
+    return _split_of_folders(root, split, index, classes)
+
+
+def _listed_split(
+    root: Path, folder: Path, listed: ListFile, index: Index, classes: list[str] | None, is_strict: bool, warnings: list
+) -> Split:
+    if classes is None:
+        classes = lists.classes_of(listed)
+    else:
+        lists.refuse_other_labels(listed, classes, "the training images")
+    missing = lists.missing_from(listed, folder, index)
+    if missing:
+        first = listed.paths[min(missing)]
+        text = f"{listed.name}: {len(missing)} of {len(listed.paths)} files are not there, e.g. {folder / first}"
+        if is_strict or len(missing) == len(listed.paths):
+            raise UserError(f"{text}; mend the list, or leave them out with --on-bad-image skip")
+        warnings.append(f"{text}; they are skipped")
+    warnings += lists.disagreements(listed, index)
+    return Split(FileImages(Paths(f"{folder}/{path}" for path in listed.paths)), listed.labels, classes)
+
+
+def _split_of_folders(root: Path, split: str, index: Index, classes: list[str] | None) -> Split:
+    found = [name for name in index if name]
     if not found:
         raise UserError(f"--data-path {root}: {split}/ has no class folders")
     classes = found if classes is None else classes
@@ -124,22 +178,14 @@ def read_split(root: Path, split: str, classes: list[str] | None = None) -> Spli
         raise UserError(
             f"--data-path {root}: {split}/{strangers[0]} is not a class of train/; use the same names in both"
         )
-    result = Split([], [], classes)
+    labels, folder = array("i"), root / split
     for name in found:
-        files = sorted(_image_files(folder / name))
-        if not files:
+        num_images = len(index[name].split())
+        if not num_images:
             raise UserError(f"--data-path {root}: class folder {split}/{name} holds no images; fill it or remove it")
-        result.files += files
-        result.labels += [label_of[name]] * len(files)
-    return result
-
-
-def _image_files(folder: Path) -> list[str]:
-    return [
-        entry.path
-        for entry in os.scandir(folder)
-        if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".")
-    ]
+        labels.extend([label_of[name]] * num_images)
+    paths = Paths(f"{folder}/{name}/{image}" for name in found for image in index[name].split())
+    return Split(FileImages(paths), labels, classes)
 
 
 def _num_classes(config: Config, classes: list[str]) -> tuple[int, list[str]]:
@@ -151,22 +197,3 @@ def _num_classes(config: Config, classes: list[str]) -> tuple[int, list[str]]:
         # ImageNet's 1000 classes number them otherwise.
         return asked, [f"--num-classes {asked}: the folder has {found} classes; the other outputs stay unused"]
     raise UserError(f"--num-classes {asked}: {config.data_path} has {found} classes; leave the flag out or say {found}")
-
-
-def train_transform(sets: DataSets) -> Any:
-    """Random crop, perhaps mirrored, normalised: ``(3, image_size, image_size)`` float32."""
-    crop = transforms.RandomResizedCrop(sets.image_size, scale=sets.preparation.crop_scale)
-    flip = [transforms.RandomHorizontalFlip()] if sets.preparation.flip else []
-    return transforms.Compose([crop, *flip, *_to_normalised_tensor()])
-
-
-def eval_transform(sets: DataSets) -> Any:
-    """Shrunk, centre cut out, normalised: ``(3, image_size, image_size)`` float32. Nothing random."""
-    resized = round(sets.image_size * sets.preparation.resize_ratio)
-    return transforms.Compose(
-        [transforms.Resize(resized), transforms.CenterCrop(sets.image_size), *_to_normalised_tensor()]
-    )
-
-
-def _to_normalised_tensor() -> list[Any]:
-    return [transforms.ToTensor(), transforms.Normalize(CHANNEL_MEAN, CHANNEL_STD)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from typing import Any, ContextManager, Sequence
+from typing import Any, ContextManager, Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -66,7 +66,12 @@ class Device(ABC):
 
     @abstractmethod
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch, on the card, in the types it wants."""
+        """The batch, on the card, in the types it wants; ``images`` are bytes, ``(N, S, S, 3)``."""
+
+    def feed(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images and labels of each batch, on the card; where it can, the next travels while one is computed."""
+        for batch in batches:
+            yield self.move(batch.images, batch.labels)
 
     @abstractmethod
     def autocast(self) -> ContextManager[Any]:

@@ -75,7 +75,8 @@ class LazyGcu(Device):
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         # int32, as the vendor's script has it. Batches of one shape only: a new shape is a new graph to compile;
         # so training leaves out the last batch if it is not full, and evaluation pays for one more graph.
-        return images.to(self._torch_device), labels.int().to(self._torch_device)
+        # The vendor's scripts send float32 and nothing says that a T20 takes bytes, so it is spared them.
+        return images.float().to(self._torch_device), labels.int().to(self._torch_device)
 
     def autocast(self) -> ContextManager[Any]:
         if self.amp_dtype is None:

@@ -7,15 +7,18 @@ import os
 import platform
 import resource
 import sys
-from typing import Any, ContextManager
+from collections import deque
+from typing import Any, ContextManager, Iterable, Iterator, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vgglab.devices import Wishes
+from vgglab.devices.memory import keep_freed_memory
 from vgglab.devices.stock import LOSS_SCALE, SCALE_GROWTH_INTERVAL, StockDevice
 from vgglab.errors import UserError
 
+Item = TypeVar("Item")
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 AMP_DEFAULTS = {"cpu": "bfloat16", "cuda": "float16"}
 
@@ -75,7 +78,25 @@ class NativeDevice(StockDevice):
         if self.kind == "cuda":
             torch.cuda.set_device(self._torch_device)
             _use_tf32(self.tf32)
+        if self.kind == "cpu":
+            keep_freed_memory()
         super().open()
+
+    def feed(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.kind != "cuda":
+            yield from super().feed(batches)
+            return
+        copying = torch.cuda.Stream()
+
+        def send(batch: Any) -> tuple[Tensor, Tensor]:
+            with torch.cuda.stream(copying):
+                return self.move(batch.images, batch.labels)
+
+        for images, labels in one_ahead(map(send, batches)):
+            torch.cuda.current_stream().wait_stream(copying)
+            for tensor in (images, labels):
+                tensor.record_stream(torch.cuda.current_stream())  # its memory is not for others before it is used
+            yield images, labels
 
     def autocast(self) -> ContextManager[Any]:
         if self.amp_dtype is None:
@@ -98,6 +119,16 @@ class NativeDevice(StockDevice):
             return {"peak_bytes": torch.cuda.max_memory_allocated()}
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process, in KiB, on macOS in bytes
         return {"peak_bytes": most if sys.platform == "darwin" else most * 1024} if self.kind == "cpu" else {}
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items; the next has been asked for by the time one is handed out."""
+    waiting: deque[Item] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _use_tf32(is_wanted: bool) -> None:

@@ -101,15 +101,12 @@ def _values(events: list[dict], figure: str) -> list[float]:
 
 def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> Picture:
     """The images with what the network says of them; a wrong answer is framed, crossed and says what was right."""
-    from PIL import Image
-
     num_rows = max(1, -(-len(predictions) // num_columns))
     figure = Picture(1.5 * num_columns, 1.85 * num_rows)
     for panel in figure.subplots(num_rows, num_columns, squeeze=False).flat:
         panel.set_axis_off()
     for panel, prediction in zip(figure.axes, predictions):
-        with Image.open(prediction.file) as image:
-            panel.imshow(image.convert("RGB"))
+        panel.imshow(prediction.pixels())
         panel.set_axis_on()
         panel.set_xticks([])
         panel.set_yticks([])

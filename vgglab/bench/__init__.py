@@ -1,0 +1,1 @@
+"""Measuring, always beside a reference in the same run: machines are noisy, ratios are not."""

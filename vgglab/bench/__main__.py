@@ -1,0 +1,31 @@
+"""``python -m vgglab.bench data ...``: how fast images come. ``--help`` behind it has the flags."""
+
+from __future__ import annotations
+
+import sys
+
+from vgglab.errors import UserError
+
+SUBJECTS = ("data",)
+
+
+def main(argv: list[str]) -> int:
+    """The exit code: 0 done, 2 bad input."""
+    if not argv or argv[0] not in SUBJECTS:
+        print(f"usage: python -m vgglab.bench {{{','.join(SUBJECTS)}}} [--flag value ...]", file=sys.stderr)
+        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+    try:
+        from vgglab.bench import data
+
+        data.main(argv[1:])
+    except UserError as error:
+        print(f"vgglab.bench: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vgglab.bench: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""Where things are kept that take long to make: written images, downloads, indices of large folders."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Iterator
+
+
+def cache_folder() -> Path:
+    """``$VGGLAB_CACHE``, else ``vgglab`` in the user's cache folder."""
+    named = os.environ.get("VGGLAB_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgglab"
+
+
+@contextlib.contextmanager
+def one_at_a_time(file: Path) -> Iterator[None]:
+    """Of several processes of a machine only one is in the block; the others wait for it.
+
+    Best effort: where the file cannot be written or the file system knows no locks, nobody waits. What is done in the
+    block must be safe without it.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            lock = stack.enter_context(open(file, "a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, also when the process is killed
+        yield

@@ -1,0 +1,156 @@
+"""Walk a set once, before 90 epochs do: which files cannot be read, and which are not what they seem.
+
+    python -m vgglab.data check imagenet
+    python -m vgglab.data check imagenet --json
+
+Every file is decoded in full, by several processes. What cannot be read is listed by name; what can, but is out of the
+ordinary, is counted with an example. Exit codes: 0 all can be read; 1 some cannot; 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import sys
+import warnings
+from typing import Any, NamedTuple, Sequence
+
+from PIL import Image
+
+from vgglab import ranks
+from vgglab.config import OneLineParser, with_dashes
+from vgglab.config import parse as parse_training
+from vgglab.data.decode import SIXTEEN_BITS, BadImage, open_picture
+from vgglab.data.images import FileImages
+from vgglab.data.sets import open_sets
+
+ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = 1
+# What is noted of a file that can be read, and what training does with it.
+KINDS = {
+    "grey": "its one channel is used three times",
+    "cmyk": "converted to RGB by Pillow",
+    "palette": "converted to RGB; transparency is dropped",
+    "transparent": "transparency is dropped",
+    "16-bit": "the upper 8 bits are used",
+    "animated": "the first picture is used",
+    "turned": "EXIF says it should be turned; the pixels are taken as they lie, as torchvision's reference does",
+    "misnamed": "its name says another format than it has",
+}
+NUM_AT_A_TIME = 64
+
+
+class Verdict(NamedTuple):
+    """On one file: why it cannot be read (empty where it can), and which of ``KINDS`` it is."""
+
+    file: str
+    trouble: str
+    kinds: tuple[str, ...]
+
+
+class Findings(NamedTuple):
+    """On a set; the fields of the JSON object."""
+
+    num_files: int
+    unreadable: dict[str, str]  # file -> why
+    kinds: dict[str, list[str]]  # one of KINDS -> files
+    disagreements: list[str]  # what lists and folders say of one another
+
+
+def examine(file: str) -> Verdict:
+    """Decode one file in full."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kinds = _kinds_of(file)
+            open_picture(file, "pil").pixels()
+    except BadImage as error:
+        return Verdict(file, error.reason, ())
+    return Verdict(file, "", kinds)
+
+
+def _kinds_of(file: str) -> tuple[str, ...]:
+    try:
+        image = Image.open(file)
+    except Exception:  # the same comes out of open_picture, in our words
+        return ()
+    with image:
+        orientation = image.getexif().get(ORIENTATION, UPRIGHT)
+        is_jpeg_by_name = file.lower().endswith((".jpg", ".jpeg"))
+        facts = {
+            "grey": image.mode in ("1", "L", "LA"),
+            "cmyk": image.mode == "CMYK",
+            "palette": image.mode == "P",
+            "transparent": image.mode in ("RGBA", "LA", "PA"),
+            "16-bit": image.mode in SIXTEEN_BITS,
+            "animated": getattr(image, "n_frames", 1) > 1,
+            "turned": orientation not in (0, UPRIGHT),
+            "misnamed": is_jpeg_by_name != (image.format in ("JPEG", "MPO")),
+        }
+    return tuple(kind for kind in KINDS if facts[kind])
+
+
+def check(data_path: str, workers: int) -> Findings:
+    """Examine every image file of a set, training and held-out, with a progress bar on stderr.
+
+    Raises:
+        UserError: as ``open_sets``, but for files that cannot be read.
+    """
+    sets = open_sets(parse_training([f"--data-path={data_path}", "--on-bad-image=skip"]))
+    files: list[str] = []
+    for split in (sets.train, sets.val):
+        if split is not None and isinstance(split.images, FileImages):
+            files += split.images.paths
+    unreadable: dict[str, str] = {}
+    kinds: dict[str, list[str]] = {}
+    context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else "spawn")
+    with context.Pool(max(1, workers), initializer=_leave_interrupts_to_parent) as pool:
+        for verdict in _with_bar(pool.imap(examine, files, chunksize=NUM_AT_A_TIME), len(files)):
+            if verdict.trouble:
+                unreadable[verdict.file] = verdict.trouble
+            for kind in verdict.kinds:
+                kinds.setdefault(kind, []).append(verdict.file)
+    return Findings(len(files), unreadable, kinds, sets.warnings)
+
+
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends us with SIGTERM
+
+
+def _with_bar(verdicts: Any, total: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return verdicts
+    return tqdm(verdicts, total=total, unit=" files", dynamic_ncols=True, disable=None)
+
+
+def as_text(findings: Findings) -> str:
+    """The findings for people."""
+    lines = [f"{findings.num_files} files: {len(findings.unreadable)} cannot be read"]
+    lines += [f"  {file}: {why}" for file, why in findings.unreadable.items()]
+    for kind, files in findings.kinds.items():
+        lines.append(f"{len(files)} {kind}: {KINDS[kind]}; e.g. {files[0]}")
+    lines += findings.disagreements
+    if findings.unreadable:
+        lines.append("repair or remove them, or train with --on-bad-image skip")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit code. Raises UserError."""
+    parser = OneLineParser(
+        prog="vgglab.data check",
+        usage="python -m vgglab.data check PATH [--flag value ...]",
+        description="Read every image of a set once and say which cannot be read.",
+        epilog="Exit codes: 0 all can be read; 1 some cannot; 2 bad input.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("path", help="a folder with train/ and val/, or a set by name")
+    parser.add_argument("-j", "--workers", type=int, default=ranks.num_cores(), help="processes; default: one a core")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    options = parser.parse_args([with_dashes(argument) for argument in argv])
+    findings = check(options.path, options.workers)
+    print(json.dumps(findings._asdict()) if options.json else as_text(findings))
+    return 1 if findings.unreadable else 0

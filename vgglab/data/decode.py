@@ -1,0 +1,220 @@
+"""From a file to pixels, and no more of them than are needed.
+
+Two decoders. ``pil`` is what torchvision's reference script does, to the last bit. ``fast`` reads ordinary JPEGs with
+libjpeg-turbo through simplejpeg and leaves out the rows below the crop: a JPEG says how many rows it has in two
+bytes of its header, and a decoder that reads a smaller number there stops early. The pixels are the same; shrinking
+them on a tensor instead of in Pillow changes a value by one step in 255 at most (``tests/test_decode.py``). Every
+other file goes the way of ``pil``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import struct
+import warnings
+from typing import Any, NamedTuple, Union
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vgglab.errors import UserError
+
+BILINEAR = getattr(Image, "Resampling", Image).BILINEAR  # Pillow 9.1 moved it
+SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for a grey image of more than 8 bits
+BASELINE = (0xC0, 0xC1)  # start-of-frame markers of sequential JPEGs with Huffman codes
+START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+END_OF_IMAGE = b"\xff\xd9"
+TAIL_BYTES = 4096  # some cameras and editors leave a little something behind the image
+
+
+class BadImage(UserError):
+    """A file that is listed as an image and cannot be used as one; the message names it."""
+
+    def __init__(self, message: str, file: str = "", reason: str = "") -> None:
+        super().__init__(message)  # one argument is enough: workers send exceptions by their message
+        self.file, self.reason = file, reason
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+Pixels = Union[Tensor, Image.Image]  # (H, W, 3) uint8, or an RGB image of Pillow's
+
+
+def best_decoder() -> str:
+    """``fast`` where simplejpeg is installed and torch shrinks bytes with antialiasing (2.1 and later)."""
+    try:
+        import simplejpeg  # noqa: F401
+    except ImportError:
+        return "pil"
+    return "fast" if shrinks_tensors() else "pil"
+
+
+def shrinks_tensors() -> bool:
+    """Whether this torch can resize uint8 tensors as Pillow resizes images."""
+    if "antialias" not in inspect.signature(nn.functional.interpolate).parameters:
+        return False
+    try:
+        nn.functional.interpolate(
+            torch.zeros(1, 3, 8, 8, dtype=torch.uint8), size=(4, 4), mode="bilinear", antialias=True
+        )
+    except RuntimeError:
+        return False
+    return True
+
+
+class Picture:
+    """An image file whose header has been read, and whose pixels are read when a part of them is asked for."""
+
+    def __init__(self, file: str) -> None:
+        """Raises BadImage for a file that is missing, empty, no image, or too large to be one."""
+        self.file = file
+        try:
+            with warnings.catch_warnings():
+                # At 89 million pixels Pillow warns of a decompression bomb, at twice that it refuses: here the first.
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                warnings.filterwarnings("ignore", module="PIL", category=UserWarning)  # on odd EXIF data and the like
+                self._image = Image.open(file)  # of an animation the first picture
+        except Exception as error:  # decoders raise nearly anything for a broken file
+            raise bad_image(file, _reason(error)) from None
+        self.width, self.height = self._image.size
+
+    def pixels(self, rows: int | None = None) -> Pixels:
+        """The image in RGB, at least its first ``rows`` rows; to be asked for once. Raises BadImage."""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module="PIL", category=UserWarning)
+                with self._image as image:
+                    return to_rgb(image)
+        except Exception as error:
+            raise bad_image(self.file, _reason(error)) from None
+
+
+class JpegPicture:
+    """An ordinary JPEG in memory: sequential, 8 bits, grey or colour, with its end where it belongs."""
+
+    def __init__(self, file: str, data: bytearray, frame: _Frame) -> None:
+        self.file, self._data, self._frame = file, data, frame
+        self.height, self.width = frame.height, frame.width
+
+    def pixels(self, rows: int | None = None) -> Pixels:
+        import simplejpeg
+
+        # The last row of a cut image lacks the colours of the row below it, so one more is decoded.
+        block = self._frame.block_height
+        enough = self.height if rows is None else (rows // block + 1) * block
+        if enough < self.height:
+            struct.pack_into(">H", self._data, self._frame.height_at, enough)
+        try:
+            # Not strict, as Pillow is not: what remains of the data after the last row would be an error.
+            return torch.from_numpy(simplejpeg.decode_jpeg(self._data, strict=False))
+        except ValueError:  # an unusual kind of colour; Pillow knows more of them
+            return Picture(self.file).pixels()
+
+
+def open_picture(file: str, decoder: str) -> Picture | JpegPicture:
+    """Read as much of ``file`` as it takes to know its size. Raises BadImage."""
+    if decoder == "fast" and file.lower().endswith((".jpeg", ".jpg")):
+        try:
+            with open(file, "rb") as lines:
+                data = bytearray(lines.read())
+        except OSError as error:
+            raise bad_image(file, _reason(error)) from None
+        frame = _frame_of(data)
+        if frame is not None:
+            return JpegPicture(file, data, frame)
+    return Picture(file)
+
+
+class _Frame(NamedTuple):
+    """What a JPEG's start-of-frame segment says."""
+
+    height: int
+    width: int
+    height_at: int  # where in the file the height stands, 2 bytes
+    block_height: int  # rows that are coded together: 8, or 16 and more where colours are stored at a lower resolution
+
+
+def _frame_of(data: bytearray) -> _Frame | None:
+    """None for anything but a whole sequential JPEG. Source: ITU-T T.81, B.1.1 and B.2.2."""
+    if data[:2] != b"\xff\xd8" or data.rfind(END_OF_IMAGE, max(0, len(data) - TAIL_BYTES)) < 0:
+        return None
+    at = 2
+    try:
+        while True:
+            if data[at] != 0xFF:
+                return None
+            marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+            if marker == 0xFF:  # padding
+                at += 1
+                continue
+            if marker in START_OF_FRAME:
+                break
+            at += 2 + length
+        precision, height, width, num_components = struct.unpack_from(">BHHB", data, at + 4)
+        factors = [data[at + 10 + 3 * number + 1] & 15 for number in range(num_components)]
+    except (IndexError, struct.error):
+        return None
+    is_ordinary = marker in BASELINE and precision == 8 and num_components in (1, 3) and height and width
+    if not is_ordinary or height * width > (Image.MAX_IMAGE_PIXELS or height * width):
+        return None
+    return _Frame(height, width, at + 5, 8 * max(factors))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """As ``convert("RGB")``, which would clip 16-bit greys to white: those keep their upper 8 bits."""
+    if image.mode in SIXTEEN_BITS:
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    elif image.mode == "F":
+        raise ValueError("its pixels are real numbers, on a scale that it does not give")
+    return image.convert("RGB")
+
+
+def bad_image(file: str, reason: str) -> BadImage:
+    """The exception for a file, with what the reader can do about it."""
+    advice = "repair or remove it, or leave such files out with --on-bad-image skip"
+    return BadImage(f"{file!r} cannot be read as an image ({reason}); {advice}", file, reason)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return f"more than {Image.MAX_IMAGE_PIXELS or 0} pixels, as a decompression bomb has"
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "not an image"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def resize(pixels: Pixels, height: int, width: int) -> Pixels:
+    """To a new size: bilinear, with antialiasing, as Pillow and torchvision do it."""
+    if isinstance(pixels, Image.Image):
+        return pixels if pixels.size == (width, height) else pixels.resize((width, height), BILINEAR)
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    planes = pixels.permute(2, 0, 1)[None]  # (1, 3, H, W), in memory as it was
+    options: dict[str, Any] = {"mode": "bilinear", "antialias": True}
+    return nn.functional.interpolate(planes, size=(height, width), **options)[0].permute(1, 2, 0)
+
+
+def cut(pixels: Pixels, box: Box) -> Pixels:
+    """The part of an image that ``box`` names."""
+    top, left, height, width = box
+    if isinstance(pixels, Image.Image):
+        return pixels.crop((left, top, left + width, top + height))
+    return pixels[top : top + height, left : left + width]
+
+
+def as_tensor(pixels: Pixels) -> Tensor:
+    """``(H, W, 3)`` uint8."""
+    if isinstance(pixels, Tensor):
+        return pixels
+    flat = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
+    return flat.view(pixels.height, pixels.width, 3)

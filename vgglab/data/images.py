@@ -1,0 +1,110 @@
+"""Where the pixels of a split come from: image files, arrays in memory, or nowhere (``fake``).
+
+Each kind knows how many images it has, what to call one in a message, and how to open one for a transform.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import Protocol, Sequence, Union
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vgglab.data.decode import JpegPicture, Picture, Pixels, open_picture
+from vgglab.data.index import Paths
+
+
+class Images(Protocol):
+    def __len__(self) -> int: ...
+
+    def name(self, place: int) -> str:
+        """What to call an image: its file, or its place in a named set."""
+
+    def open(self, place: int, decoder: str) -> AnyPicture:
+        """An image, of which a part can be asked for. Raises BadImage."""
+
+
+class FileImages:
+    """Files on the disk."""
+
+    def __init__(self, paths: Paths) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, place: int) -> str:
+        return self.paths[place]
+
+    def open(self, place: int, decoder: str) -> AnyPicture:
+        return open_picture(self.paths[place], decoder)
+
+
+class ArrayPicture:
+    """One image of an array."""
+
+    def __init__(self, pixels: Tensor, decoder: str) -> None:
+        """``pixels``: (H, W) grey or (H, W, 3), uint8."""
+        self.height, self.width = pixels.shape[:2]
+        self._pixels, self._decoder = pixels, decoder
+
+    def pixels(self, rows: int | None = None) -> Pixels:
+        colours = self._pixels if self._pixels.dim() == 3 else self._pixels[:, :, None].expand(-1, -1, 3)
+        if self._decoder == "fast":
+            return colours.contiguous()
+        return Image.fromarray(colours.contiguous().numpy())
+
+
+class ArrayImages:
+    """A small set that is held in memory: ``(N, H, W)`` grey or ``(N, H, W, 3)``, uint8."""
+
+    def __init__(self, pixels: Tensor, set_name: str) -> None:
+        self.pixels, self.set_name = pixels, set_name
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, place: int) -> str:
+        return f"{self.set_name} {place}"
+
+    def open(self, place: int, decoder: str) -> AnyPicture:
+        return ArrayPicture(self.pixels[place], decoder)
+
+
+class FakeImages:
+    """Random pixels, drawn once and shown again and again: they cost next to nothing, so that the rest is measured."""
+
+    NUM_DRAWN = 64
+
+    def __init__(self, num_images: int, size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.NUM_DRAWN, size, size, 3)
+        self.num_images = num_images
+        self.pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def name(self, place: int) -> str:
+        return f"fake {place}"
+
+    def open(self, place: int, decoder: str) -> AnyPicture:
+        return ArrayPicture(self.pixels[place % self.NUM_DRAWN], "fast")
+
+
+AnyPicture = Union[Picture, JpegPicture, ArrayPicture]
+
+
+@dataclass
+class Split:
+    """Images with their labels (index into ``classes``)."""
+
+    images: Images
+    labels: Sequence[int] | array
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)

@@ -1,0 +1,146 @@
+"""Which image files a split has: ``<split>/<class>/<image>``, and how to know it of a million files in a second.
+
+Listing ImageNet's 1.28 million names takes minutes on a disk that is far away, each time, on every rank. So a large
+listing is kept in the cache folder, one line a class folder, with the folder's time of change. A folder's time changes
+when a name in it comes or goes; such folders are listed again and the others are not. The listing is found by the
+absolute path, and of several ranks one makes it while the others wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from array import array
+from pathlib import Path
+from typing import Dict, Iterable, Iterator, NamedTuple, Sequence, overload
+
+from vgglab.data.cache import cache_folder, one_at_a_time
+from vgglab.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FORMAT = 1
+SMALLEST_KEPT = 10_000  # files; fewer are listed faster than they are looked up
+# A name that comes within the clock's step of a listing does not move the folder's time: young ones are not trusted.
+SETTLED_NANOSECONDS = 2 * 10**9
+
+
+class Listing(NamedTuple):
+    """A folder's image names in sorted order, and when they were read."""
+
+    changed: int  # the folder's own time of change, ns
+    listed: int  # when it was read, ns
+    names: str  # joined by "/", which no name contains: a million small strings would cost 100 MB
+
+    def split(self) -> list[str]:
+        return self.names.split("/") if self.names else []
+
+
+Index = Dict[str, Listing]  # class folder -> its images, in sorted order; "" for those that lie beside the folders
+
+
+class Paths(Sequence[str]):
+    """Many paths in two flat buffers.
+
+    A list of a million strings has a million reference counts, and every one that a forked loader process touches
+    copies a page: its memory would grow all epoch long.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._bytes, self._ends = bytearray(), array("q", [0])
+        for path in paths:
+            self._bytes += os.fsencode(path)
+            self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number = range(len(self))[place]  # raises IndexError, counts from the end
+        return os.fsdecode(bytes(self._bytes[self._ends[number] : self._ends[number + 1]]))
+
+
+def read_index(folder: Path) -> Index:
+    """All image files of a split, by class folder; hidden files and folders are left out.
+
+    Raises:
+        UserError: a class folder is a link to nowhere.
+        OSError: a folder cannot be read.
+    """
+    kept = _load(folder)
+    if kept:
+        return _refresh(folder, kept)
+    with contextlib.suppress(OSError):
+        _file_of(folder).parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(_file_of(folder).with_name("lock")):
+        return _refresh(folder, _load(folder))  # another rank may have made it meanwhile
+
+
+def _refresh(folder: Path, kept: Index) -> Index:
+    """The index as it is now, and kept for the next time."""
+    now = time.time_ns()
+    index, own = {}, []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_symlink() and not os.path.exists(entry.path) and not _is_image(entry.name):
+            raise UserError(f"--data-path: {entry.path} is a link to nowhere; repair or remove it")
+        if entry.is_dir():
+            if not entry.name.startswith("."):
+                changed = entry.stat().st_mtime_ns  # asked first: what comes while we list makes it younger
+                before = kept.get(entry.name)
+                if before is None or before.changed != changed or before.listed - changed < SETTLED_NANOSECONDS:
+                    before = Listing(changed, now, "/".join(sorted(_images_in(entry.path))))
+                index[entry.name] = before
+        elif _is_image(entry.name):
+            own.append(entry.name)
+    index[""] = Listing(0, now, "/".join(own))
+    num_images = sum(listing.names.count("/") + 1 for listing in index.values())
+    if num_images >= SMALLEST_KEPT and any(kept.get(name) != index[name] for name in index if name):
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time and nothing else
+            _save(folder, index)
+    return index
+
+
+def _images_in(folder: str) -> Iterator[str]:
+    return (entry.name for entry in os.scandir(folder) if _is_image(entry.name))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def _file_of(folder: Path) -> Path:
+    name = hashlib.sha1(os.fsencode(os.path.realpath(folder))).hexdigest()
+    return cache_folder() / "index" / f"{name}.jsonl"
+
+
+def _load(folder: Path) -> Index:
+    """Empty where there is none, or none that can be read."""
+    try:
+        with open(_file_of(folder), encoding="ascii") as lines:
+            head, *listings = map(json.loads, lines)
+            if head != [FORMAT, os.path.realpath(folder)]:
+                return {}
+            return {name: Listing(*rest) for name, *rest in listings}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _save(folder: Path, index: Index) -> None:
+    """Beside, then renamed: a reader finds the old one or the new one."""
+    file = _file_of(folder)
+    number, beside = tempfile.mkstemp(prefix=file.stem, dir=file.parent)
+    with open(number, "w", encoding="ascii") as lines:
+        lines.write(json.dumps([FORMAT, os.path.realpath(folder)]) + "\n")
+        for name, listing in index.items():
+            lines.write(json.dumps([name, *listing]) + "\n")
+    os.replace(beside, file)

@@ -1,0 +1,171 @@
+"""``train_list.txt`` and ``val_list.txt``: lines ``path label`` that say what is in a set, and where they lie.
+
+The path is relative to the root or to the split's folder and may hold spaces; labels count from 0. Where such a file
+is there, it decides; where the folders tell another story, that is counted and said.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from vgglab.data.index import Index
+from vgglab.errors import UserError
+
+MAX_LABEL = 100_000
+
+
+class ListFile(NamedTuple):
+    """What a list file says, line by line; paths are relative to the split's folder."""
+
+    name: str
+    paths: list[str]
+    labels: array
+
+    def folders(self) -> list[str]:
+        """The first folder of each path; empty for an image that lies in none."""
+        return [path.partition("/")[0] if "/" in path else "" for path in self.paths]
+
+
+def read_list(root: Path, split: str) -> ListFile | None:
+    """The list file of a split, or None where there is none.
+
+    Raises:
+        UserError: a line that is not a path and a label, or leads out of the set; nothing in it at all.
+    """
+    file = root / f"{split}_list.txt"
+    if not file.is_file():
+        return None
+    result = ListFile(file.name, [], array("i"))
+    prefix = "" if (root / split / split).is_dir() else f"{split}/"
+    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            path, label = _parse(line, f"{file}, line {number}")
+            if prefix and path.startswith(prefix):
+                path = path[len(prefix) :]
+            result.paths.append(path)
+            result.labels.append(label)
+    if not result.paths:
+        raise UserError(f"{file}: empty; remove it, and the folders say what is in the set")
+    return result
+
+
+def _parse(line: str, where: str) -> tuple[str, int]:
+    path, _, label = line.strip().replace("\t", " ").rpartition(" ")
+    path = path.strip()
+    if not path or not (label.isascii() and label.isdigit()) or int(label) > MAX_LABEL:
+        raise UserError(f"{where}: {line.strip()[:80]!r} is not a path and a label from 0 on")
+    while path.startswith("./"):
+        path = path[2:]
+    if path.startswith("/") or ".." in path.split("/"):
+        raise UserError(f"{where}: {path!r} leads out of the set; paths are relative to it")
+    return path, int(label)
+
+
+def classes_of(listed: ListFile) -> list[str]:
+    """A name for each label: its folder's, where they belong to one another alone, else ``label <number>``.
+
+    Raises:
+        UserError: labels that leave numbers out, such as those that count from 1.
+    """
+    used = sorted(set(listed.labels))
+    if used[-1] + 1 != len(used):
+        missing = next(number for number, label in enumerate([*used, -1]) if number != label)
+        raise UserError(f"{listed.name}: labels from {used[0]} to {used[-1]}, but none is {missing}; they count from 0")
+    names: dict[int, set[str]] = {label: set() for label in used}
+    labels: dict[str, set[int]] = {}
+    for folder, label in zip(listed.folders(), listed.labels):
+        names[label].add(folder)
+        labels.setdefault(folder, set()).add(label)
+    result = []
+    for label in used:
+        [*folders] = names[label]
+        is_its_own = len(folders) == 1 and folders[0] != "" and len(labels[folders[0]]) == 1
+        result.append(folders[0] if is_its_own else f"label {label}")
+    return result
+
+
+def missing_from(listed: ListFile, folder: Path, index: Index) -> set[int]:
+    """Places in the list of files that are not there (a link to nowhere is)."""
+    names: dict[str, set[str]] = {}
+    missing = set()
+    for place, path in enumerate(listed.paths):
+        head, _, name = path.rpartition("/")
+        if head in index:
+            if head not in names:
+                names[head] = set(index[head].split())
+            is_there = name in names[head] or os.path.lexists(folder / path)
+        else:
+            is_there = os.path.lexists(folder / path)
+        if not is_there:
+            missing.add(place)
+    return missing
+
+
+def disagreements(listed: ListFile, index: Index) -> list[str]:
+    """What the folders say otherwise, a line each, with counts."""
+    lines = []
+    num_twice = len(listed.paths) - len(set(listed.paths))
+    if num_twice:
+        first = next(path for path, count in Counter(listed.paths).items() if count > 1)
+        lines.append(f"{listed.name}: {num_twice} lines name a file again, e.g. {first}")
+    listed_in = Counter(path.rpartition("/")[0] for path in set(listed.paths))
+    unlisted = {name: len(found.split()) - listed_in[name] for name, found in index.items()}
+    num_unlisted = sum(count for count in unlisted.values() if count > 0)
+    if num_unlisted:
+        first = next(name for name, count in unlisted.items() if count > 0)
+        lines.append(f"{listed.name}: leaves out {num_unlisted} image files of the folders, e.g. in {first or '.'}/")
+    usual: dict[str, Counter] = {}
+    for folder, label in zip(listed.folders(), listed.labels):
+        if folder:
+            usual.setdefault(folder, Counter())[label] += 1
+    num_odd = sum(sum(counts.values()) - max(counts.values()) for counts in usual.values())
+    if num_odd:
+        first = next(folder for folder, counts in usual.items() if len(counts) > 1)
+        lines.append(
+            f"{listed.name}: {num_odd} of {len(listed.paths)} images have another label than most of their folder, "
+            f"e.g. in {first}/; the list decides"
+        )
+    in_order = {folder: number for number, folder in enumerate(sorted(folder for folder in index if folder))}
+    others = [f for f, counts in usual.items() if f in in_order and counts.most_common(1)[0][0] != in_order[f]]
+    if others and not num_odd:
+        lines.append(
+            f"{listed.name}: numbers {len(others)} of {len(usual)} class folders otherwise than their sorted order, "
+            f"e.g. {others[0]}/; the list decides"
+        )
+    return lines
+
+
+def refuse_other_labels(listed: ListFile, classes: list[str], other: str) -> None:
+    """Two splits that number the same folders differently would be trained on one thing and tested on another.
+
+    Args:
+        classes: of the training images; a folder's place in it is its label.
+        other: where they come from, for the message.
+
+    Raises:
+        UserError: images whose folder has another label there, or labels that it does not have.
+    """
+    label_of = {name: label for label, name in enumerate(classes)}
+    wrong = [
+        (path, label, label_of[folder])
+        for path, folder, label in zip(listed.paths, listed.folders(), listed.labels)
+        if folder in label_of and label_of[folder] != label
+    ]
+    if wrong:
+        path, label, right = wrong[0]
+        raise UserError(
+            f"{listed.name}: {len(wrong)} of {len(listed.paths)} labels contradict {other}, "
+            f"e.g. {path} is {label}, there {right}; make them agree"
+        )
+    too_high = [label for label in listed.labels if label >= len(classes)]
+    if too_high:
+        raise UserError(
+            f"{listed.name}: {len(too_high)} of {len(listed.paths)} labels are beyond the {len(classes)} classes of "
+            f"{other}, e.g. {too_high[0]}"
+        )

@@ -1,0 +1,102 @@
+"""Sets that have a name: found in the cache folder, or fetched into it by torchvision the first time.
+
+torchvision shows the progress, checks the checksums, and asks for nothing that is there already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple
+
+import torch
+
+from vgglab.data.cache import cache_folder, one_at_a_time
+from vgglab.data.digits import digits_folder
+from vgglab.data.images import ArrayImages, FakeImages, Split
+from vgglab.data.transform import Preparation
+from vgglab.errors import UserError
+
+# Debian's package dataset-fashion-mnist brings the four files.
+PACKAGED_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+NUM_FAKE = {"train": 1_281_167, "val": 50_000}  # ImageNet's numbers
+NUM_FAKE_CLASSES = 1000
+
+
+class NamedSet(NamedTuple):
+    """``folder`` gives a root with train/ and val/ in it, ``splits`` the images of one; a set has one of the two."""
+
+    preparation: Preparation
+    folder: Callable[[], Path] | None = None
+    split: Callable[[str, int], Split] | None = None  # of "train" or "val", in images of this size
+    archives: str = ""  # what to put where by hand
+
+
+def _fashion_mnist(split: str, size: int) -> Split:
+    raw = cache_folder() / "FashionMNIST" / "raw"
+    if PACKAGED_FASHION_MNIST.is_dir():
+        raw.mkdir(parents=True, exist_ok=True)
+        for file in PACKAGED_FASHION_MNIST.glob("*.gz"):
+            with contextlib.suppress(FileExistsError):  # another rank was faster
+                (raw / file.name).symlink_to(file)
+    found = _torchvision("FashionMNIST", train=split == "train")
+    return Split(ArrayImages(found.data, f"fashion-mnist/{split}"), found.targets.tolist(), list(found.classes))
+
+
+def _cifar(name: str, split: str, size: int) -> Split:
+    found = _torchvision(name, train=split == "train")
+    pixels = ArrayImages(torch.from_numpy(found.data), f"{name.lower()}/{split}")
+    return Split(pixels, list(found.targets), list(found.classes))
+
+
+def _imagenette() -> Path:
+    """The version whose shorter sides are 320 pixels."""
+    root = cache_folder() / "imagenette2-320"
+    if not (root / "train").is_dir():
+        _torchvision("Imagenette", split="train", size="320px")
+    return root
+
+
+def _torchvision(name: str, **options: Any) -> Any:
+    """A set of torchvision's, fetched if it is not there; the other ranks of this machine wait for the first."""
+    from torchvision import datasets
+
+    if not hasattr(datasets, name):
+        raise UserError(f"this torchvision has no {name}; a newer one has")
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(cache_folder() / f"{name}.lock"):
+        return getattr(datasets, name)(str(cache_folder()), download=True, **options)
+
+
+def _fake(split: str, size: int) -> Split:
+    labels = array("H", (place % NUM_FAKE_CLASSES for place in range(NUM_FAKE[split])))
+    return Split(FakeImages(NUM_FAKE[split], size), labels, [f"fake {n}" for n in range(NUM_FAKE_CLASSES)])
+
+
+# A mirrored 2 is no digit, and a crop of a twelfth of a small picture cannot be told from another.
+SMALL = Preparation(32, crop_scale=(0.7, 1.0), resize_ratio=1.0)
+NAMED_SETS = {
+    "digits": NamedSet(SMALL._replace(flip=False), folder=digits_folder),
+    "fashion-mnist": NamedSet(SMALL, split=_fashion_mnist, archives="its four .gz files in FashionMNIST/raw"),
+    "cifar10": NamedSet(SMALL, split=partial(_cifar, "CIFAR10"), archives="cifar-10-python.tar.gz"),
+    "cifar100": NamedSet(SMALL, split=partial(_cifar, "CIFAR100"), archives="cifar-100-python.tar.gz"),
+    "imagenette": NamedSet(Preparation(), folder=_imagenette, archives="imagenette2-320.tgz"),
+    "fake": NamedSet(Preparation(), split=_fake),
+}
+
+
+@contextlib.contextmanager
+def saying_what_to_put_where(name: str) -> Iterator[None]:
+    """A set that cannot be fetched is answered with one line that says what to put where."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # no network, a damaged file, no room: torchvision raises nearly anything
+        reason = " ".join(str(error).split())[:200]
+        archives = NAMED_SETS[name].archives
+        raise UserError(
+            f"--data-path {name}: cannot be had ({reason}); without network put {archives} into {cache_folder()}"
+        ) from None

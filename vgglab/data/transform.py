@@ -1,0 +1,118 @@
+"""What is done to an image between its file and the network.
+
+On the way into a batch: a crop of the wanted size, perhaps mirrored, ``(S, S, 3)`` bytes. On the card, for the whole
+batch at once: to float32, normalised. The crops are those of torchvision's reference script (``RandomResizedCrop``;
+``Resize``, then ``CenterCrop``), drawn from a seed of the image's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vgglab.data.decode import Box, as_tensor, cut, resize
+
+if TYPE_CHECKING:
+    from vgglab.data.images import AnyPicture
+
+# Mean and standard deviation of ImageNet's training images per channel (red, green, blue), of values in [0, 1].
+CHANNEL_MEAN = (0.485, 0.456, 0.406)
+CHANNEL_STD = (0.229, 0.224, 0.225)
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # width to height of a random crop
+
+
+class Preparation(NamedTuple):
+    """How a set's images become squares. ``resize_ratio`` is ImageNet's 256/224: shrink, then cut the centre."""
+
+    image_size: int = 224
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop; torchvision's default
+    flip: bool = True
+    resize_ratio: float = 256 / 224
+
+
+class RandomCrop(NamedTuple):
+    """Training: a random part of the image, shrunk or enlarged to a square, mirrored half of the time."""
+
+    size: int
+    scale: tuple[float, float]
+    flip: bool
+
+    def __call__(self, picture: AnyPicture, seed: int) -> Tensor:
+        """``(size, size, 3)`` uint8. Raises BadImage."""
+        draw = random.Random(seed)
+        box = random_box(picture.height, picture.width, self.scale, draw)
+        is_mirrored = self.flip and draw.random() < 0.5
+        pixels = as_tensor(resize(cut(picture.pixels(box.top + box.height), box), self.size, self.size))
+        return pixels.flip(1) if is_mirrored else pixels
+
+
+class CentreCrop(NamedTuple):
+    """Evaluation: the shorter side to ``size x resize_ratio``, then the centre. Nothing random."""
+
+    size: int
+    resize_ratio: float
+
+    def __call__(self, picture: AnyPicture, seed: int = 0) -> Tensor:
+        """``(size, size, 3)`` uint8. Raises BadImage."""
+        short = round(self.size * self.resize_ratio)
+        height, width = picture.height, picture.width
+        if height < width:
+            height, width = short, int(short * width / height)
+        else:
+            height, width = int(short * height / width), short
+        centre = Box(_half(height - self.size), _half(width - self.size), self.size, self.size)
+        return as_tensor(cut(resize(picture.pixels(), height, width), centre))
+
+
+class AsItIs(NamedTuple):
+    """For images that already have the right size."""
+
+    def __call__(self, picture: AnyPicture, seed: int = 0) -> Tensor:
+        """``(H, W, 3)`` uint8."""
+        return as_tensor(picture.pixels())
+
+
+def _half(pixels: int) -> int:
+    return round(pixels / 2)
+
+
+def random_box(height: int, width: int, scale: tuple[float, float], draw: random.Random) -> Box:
+    """A part of the image of ``scale`` times its area and an aspect ratio from 3/4 to 4/3.
+
+    Source: Szegedy et al., "Going Deeper with Convolutions", 2014, section 6; the numbers are torchvision's. Where ten
+    draws do not fit into the image, it is the largest centred part whose ratio is allowed.
+    """
+    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
+    for _ in range(10):
+        area = height * width * draw.uniform(*scale)
+        ratio = math.exp(draw.uniform(low, high))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top, left = draw.randint(0, height - box_height), draw.randint(0, width - box_width)
+            return Box(top, left, box_height, box_width)
+    narrowest, widest = ASPECT_RATIOS
+    box_width = min(width, round(height * widest))
+    box_height = min(height, round(width / narrowest))
+    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def normalised(images: Tensor) -> Tensor:
+    """``(N, S, S, 3)`` uint8 to ``(N, 3, S, S)`` float32 with mean 0 and deviation 1 over ImageNet, on the same device.
+
+    Each step is rounded as torchvision's ``ToTensor`` and ``Normalize`` round it.
+    """
+    mean, std = _constants(images.device)
+    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return planes.div_(255).sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=None)
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Moved once, not every step: a copy that is not pinned makes the host wait."""
+    mean, std = (torch.tensor(values).view(3, 1, 1).to(device) for values in (CHANNEL_MEAN, CHANNEL_STD))
+    return mean, std
