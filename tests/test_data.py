@@ -1,17 +1,21 @@
 """The bundled digits, folders in ImageNet's layout, and which image comes when."""
 
+import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import urllib.error
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CLASSES, NUM_TRAIN, NUM_VAL
+from conftest import CLASSES, NUM_TRAIN, NUM_VAL, shell
 from torch.utils.data.distributed import DistributedSampler
 
 from vgglab.config import parse
-from vgglab.data import loader
+from vgglab.data import index, loader
 from vgglab.data.digits import digits_folder
 from vgglab.data.sets import open_sets
 
@@ -104,3 +108,323 @@ def test_batches_do_not_depend_on_the_number_of_workers(images):
     alone = pixels(0)
     assert len(set(map(str, alone))) == len(alone)  # the crops do differ
     assert pixels(2) == alone
+
+
+# Row 9, 10 and 22 of the seed kit's defects: listings, classes and list files.
+
+
+@pytest.fixture
+def many(images, monkeypatch):
+    """The folder of images, large enough to have its listing kept."""
+    monkeypatch.setattr(index, "SMALLEST_KEPT", 1)
+    monkeypatch.setenv("VGGLAB_CACHE", str(images.parent / "cache"))
+    for folder in images.glob("*/*"):
+        settle(folder)
+    return images
+
+
+def settle(folder):
+    """As if it had last changed a minute ago."""
+    minute = 60 * 10**9
+    os.utime(folder, ns=(folder.stat().st_atime_ns, folder.stat().st_mtime_ns - minute))
+
+
+def names(folder):
+    return {name: listing.split() for name, listing in index.read_index(folder).items() if name}
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """The folders that were listed since, rather than remembered."""
+    seen = []
+    original = index._images_in
+    monkeypatch.setattr(index, "_images_in", lambda folder: seen.append(os.path.basename(folder)) or original(folder))
+    return seen
+
+
+def test_row_9_a_kept_listing_saves_listing_and_is_never_stale(many, listed):
+    """Seed: found by the path as it was typed; images that came were not seen, images that went ended the run."""
+    folder = many / "train"
+    first = names(folder)
+    assert listed == ["n01", "n02", "n03"]
+    listed.clear()
+    assert names(folder) == first
+    assert listed == []
+    shutil.copy(folder / "n02/n02_0.JPEG", folder / "n02/n02_new.JPEG")
+    settle(folder / "n02")
+    (folder / "n03/n03_1.JPEG").unlink()
+    (folder / "n00").mkdir()
+    shutil.copy(folder / "n02/n02_0.JPEG", folder / "n00/a.JPEG")
+    shutil.rmtree(folder / "n01")
+    now = names(folder)
+    assert listed == ["n00", "n02", "n03"]
+    assert list(now) == ["n00", "n02", "n03"]
+    assert "n02_new.JPEG" in now["n02"]
+    assert "n03_1.JPEG" not in now["n03"]
+
+
+def test_row_9_a_name_that_comes_right_after_the_listing_is_seen(many, listed):
+    """A folder that has only just changed can change again without its time showing it."""
+    folder = many / "train"
+    (folder / "n01" / "new.JPEG").write_bytes(b"")
+    changed = (folder / "n01").stat().st_mtime_ns
+    names(folder)
+    (folder / "n01" / "newer.JPEG").write_bytes(b"")
+    os.utime(folder / "n01", ns=(changed, changed))
+    assert "newer.JPEG" in names(folder)["n01"]
+
+
+def test_row_9_the_same_relative_path_elsewhere_is_another_set(many, tmp_path, monkeypatch):
+    monkeypatch.chdir(many.parent)
+    here = names(Path("images/train"))
+    other = tmp_path / "elsewhere" / "images" / "train" / "cats"
+    other.mkdir(parents=True)
+    shutil.copy(many / "train/n01/n01_0.JPEG", other / "cat.JPEG")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert names(Path("images/train")) == {"cats": ["cat.JPEG"]}
+    monkeypatch.chdir(many.parent)
+    assert names(Path("images/train")) == here
+
+
+def test_a_damaged_listing_or_a_cache_that_cannot_be_written_only_costs_time(many, listed):
+    folder = many / "train"
+    first = names(folder)
+    [kept] = (many.parent / "cache" / "index").glob("*.jsonl")
+    kept.write_bytes(kept.read_bytes()[:-20])
+    assert names(folder) == first
+    shutil.rmtree(many.parent / "cache")
+    (many.parent / "cache").write_text("in the way")
+    assert names(folder) == first
+
+
+def test_several_processes_may_index_at_once_and_one_lists(many):
+    code = (
+        "import sys, os; from pathlib import Path; from vgglab.data import index\n"
+        "index.SMALLEST_KEPT = 1; original = index._images_in\n"
+        "index._images_in = lambda f: (__import__('time').sleep(0.2), print('listed'), list(original(f)))[2]\n"
+        "print(sum(len(l.split()) for l in index.read_index(Path(sys.argv[1])).values()))\n"
+    )
+    command = [sys.executable, "-c", code, str(many / "train")]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [rank.communicate(timeout=60)[0].split() for rank in ranks]
+    assert [words[-1] for words in said] == ["18"] * 4
+    assert sum(words.count("listed") for words in said) == 3  # one of them listed the three folders
+
+
+def test_a_read_only_folder_can_be_trained_on(images, train):
+    folders = [images, *(folder for folder in images.rglob("*") if folder.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        assert train().code == 0
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+
+
+def test_paths_are_kept_in_two_flat_buffers(tmp_path):
+    wanted = ["a", "späß/图 片.JPEG", os.fsdecode(b"not\xffutf8"), ""]
+    paths = index.Paths(wanted)
+    assert list(paths) == wanted
+    assert paths[-1] == ""
+    assert paths[1:3] == wanted[1:3]
+    with pytest.raises(IndexError):
+        paths[4]
+
+
+def write_lists(images, change=lambda split, lines: lines):
+    for split in ("train", "val"):
+        files = sorted((images / split).glob("*/*"))
+        lines = [f"{file.relative_to(images / split)} {CLASSES.index(file.parent.name)}" for file in files]
+        (images / f"{split}_list.txt").write_text("\n".join(change(split, lines)) + "\n")
+
+
+def opened(images, *flags):
+    return open_sets(parse([f"--data-path={images}", *flags]))
+
+
+@pytest.mark.parametrize("prefix", ["", "{split}/", "./"])
+def test_row_22_list_files_say_what_is_in_the_set(images, prefix):
+    """Seed: shown in the README, read by nothing."""
+    kept = {}
+
+    def shorten(split, lines):
+        kept[split] = lines[1::2][::-1]
+        return [prefix.format(split=split) + line for line in kept[split]]
+
+    write_lists(images, shorten)
+    sets = opened(images)
+    for split, found in (("train", sets.train), ("val", sets.val)):
+        files = [os.path.relpath(found.images.name(place), images / split) for place in range(len(found))]
+        assert [f"{file} {label}" for file, label in zip(files, found.labels)] == kept[split]
+    assert sets.train.classes == list(CLASSES)
+    left_out = 3 * NUM_TRAIN - len(kept["train"])
+    assert any(f"train_list.txt: leaves out {left_out} image files" in text for text in sets.warnings)
+
+
+def test_row_22_a_list_may_name_held_out_images_that_lie_in_no_class_folder(images, train):
+    lines = []
+    for file in sorted((images / "val").glob("*/*")):
+        lines.append(f"{file.name} {CLASSES.index(file.parent.name)}")
+        file.rename(images / "val" / file.name)
+        if not list(file.parent.iterdir()):
+            file.parent.rmdir()
+    (images / "val_list.txt").write_text("\n".join(lines))
+    result = train()
+    assert result.run.events("eval")[0]["num_images"] == 3 * NUM_VAL
+    assert not [text for text in result.run.report()["warnings"] if "list" in text]
+
+
+def test_row_22_listed_files_that_are_missing_are_counted(images, refused, train):
+    write_lists(images)
+    (images / "train/n02/n02_1.JPEG").unlink()
+    (images / "train/n03/n03_2.JPEG").unlink()
+    line = refused()
+    assert "train_list.txt: 2 of 18 files are not there" in line
+    assert "n02/n02_1.JPEG" in line
+    result = train("--on-bad-image=skip", "--batch-size=6")
+    assert result.run.report()["num_skipped_images"] == 2
+    assert any("2 of 18 files are not there" in text for text in result.run.report()["warnings"])
+
+
+def test_row_22_labels_that_contradict_the_folders_are_counted(images):
+    write_lists(images, lambda split, lines: [lines[0][:-1] + "2", *lines[1:]] if split == "train" else lines)
+    assert any("1 of 18 images have another label than most of their folder" in t for t in opened(images).warnings)
+    write_lists(images, lambda split, lines: [line[:-1] + str(2 - int(line[-1])) for line in lines])
+    sets = opened(images)
+    assert any("numbers 2 of 3 class folders otherwise" in text for text in sets.warnings)
+    assert sets.train.classes == list(CLASSES)[::-1]
+    assert list(sets.val.labels) == [2] * NUM_VAL + [1] * NUM_VAL + [0] * NUM_VAL
+
+
+def test_row_10_lists_that_number_the_classes_differently_are_refused(images, refused):
+    """Seed: each folder had its own numbering; wrong accuracy, and no word of it."""
+    write_lists(
+        images, lambda split, lines: [line[:-1] + str((int(line[-1]) + (split == "val")) % 3) for line in lines]
+    )
+    assert "val_list.txt: 9 of 9 labels contradict the training images" in refused()
+    (images / "train_list.txt").unlink()
+    assert "val_list.txt: 9 of 9 labels contradict the training images" in refused()
+
+
+def test_row_10_classes_of_the_two_splits_are_compared(images, refused, train):
+    (images / "train/.ipynb_checkpoints").mkdir()
+    shutil.copy(images / "train/n01/n01_0.JPEG", images / "train/.ipynb_checkpoints/n01_0.JPEG")
+    assert train().run.config["num_classes"] == 3  # a stray dot folder shifts no label
+    (images / "val/n02").rename(images / "val/n02b")
+    assert "val/n02b is not a class of train/" in refused()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("n01/n01_0.JPEG", "is not a path and a label"),
+        ("n01/n01_0.JPEG one", "is not a path and a label"),
+        ("n01/n01_0.JPEG -1", "is not a path and a label"),
+        ("/etc/passwd 0", "leads out of the set"),
+        ("../../secret.JPEG 0", "leads out of the set"),
+        ("", "empty; remove it"),
+    ],
+)
+def test_lines_that_are_none_are_named(images, refused, line, says):
+    (images / "train_list.txt").write_text(f"{line}\n")
+    assert says in (said := refused())
+    assert "train_list.txt" in said
+
+
+def test_labels_that_count_from_one_are_refused(images, refused):
+    write_lists(images, lambda split, lines: [line[:-1] + str(int(line[-1]) + 1) for line in lines])
+    assert "labels from 1 to 3, but none is 0; they count from 0" in refused()
+
+
+def test_fashion_mnist_is_read_from_the_cache_without_network(tmp_path, monkeypatch, train):
+    """Written here in its format: what torchvision finds on the disk, it does not download."""
+    monkeypatch.setenv("VGGLAB_CACHE", str(tmp_path))
+    monkeypatch.setattr("vgglab.data.named.PACKAGED_FASHION_MNIST", tmp_path / "none")
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, count in (("train", 40), ("t10k", 20)):
+        labels = bytes(number % 10 for number in range(count))
+        pixels = b"".join(bytes([25 * label] * 784) for label in labels)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels)
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
+    result = train("--image-size=32", "--epochs=1", data="fashion-mnist")
+    assert result.code == 0, result.err
+    assert result.run.events("eval")[0]["num_images"] == 20
+    assert result.run.config["num_classes"] == 10
+    sets = open_sets(parse(["--data-path=fashion-mnist"]))
+    assert sets.val.classes[9] == "Ankle boot"
+    [first, *_] = loader.eval_batches(sets, parse(["--batch-size=20", "--workers=0"]), rank()).epoch(0)
+    assert first.images[:, 0, 0, 0].tolist() == [25 * (number % 10) for number in range(20)]
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "cifar100", "imagenette"])
+def test_a_set_that_cannot_be_fetched_says_what_to_put_where(tmp_path, monkeypatch, refused, name):
+    def no_network(*args, **options):
+        raise urllib.error.URLError("no network here")
+
+    monkeypatch.setenv("VGGLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("vgglab.data.named.PACKAGED_FASHION_MNIST", tmp_path / "none")
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    line = refused("--image-size=32", data=name)
+    assert f"--data-path {name}: cannot be had" in line
+    assert str(tmp_path / "cache") in line
+    assert ".tar.gz" in line or ".tgz" in line or ".gz" in line
+
+
+def test_fake_images_cost_nothing_and_are_marked(train):
+    result = train("--image-size=32", "--training-step-per-epoch=3", "--eval-step-per-epoch=2", data="fake")
+    report = result.run.report()
+    assert (report["data_is_fake"], result.run.config["num_classes"]) == (True, 1000)
+    assert result.run.events("start")[0]["num_train_images"] == 1_281_167
+    assert train().run.report()["data_is_fake"] is False
+
+
+def test_memory_does_not_grow_with_epochs_and_a_loader_left_alive_ends_with_its_process(images):
+    code = (
+        "import sys; from multiprocessing import active_children; from vgglab.config import parse\n"
+        "from vgglab.data.sets import open_sets; from vgglab.data import loader\n"
+        "from vgglab.devices import open_device\n"
+        "c = parse([f'--data-path={sys.argv[1]}', '--batch-size=6', '--workers=1', '--seed=1', '--image-size=224'])\n"
+        "b = loader.train_batches(open_sets(c), c, open_device('cpu'))\n"
+        "kib = lambda: [int(line.split()[1]) for child in active_children()\n"
+        "               for line in open(f'/proc/{child.pid}/status') if line.startswith('VmRSS')]\n"
+        "seen = []\n"
+        "for epoch in range(40):\n"
+        "    for batch in b.epoch(epoch): pass\n"
+        "    seen += kib()\n"
+        "print(len(seen), max(seen[-3:]) - max(seen[:10]))\n"
+    )
+    result = shell("python", "-c", code, images, timeout=60)
+    assert result.returncode == 0, result.stderr
+    num_seen, growth_kib = map(int, result.stdout.split())
+    assert num_seen == 40
+    assert growth_kib < 4 * 1024
+
+
+def test_the_next_batch_is_asked_for_before_one_is_handed_out():
+    from vgglab.devices.native import one_ahead
+
+    asked = []
+    source = (asked.append(number) or number for number in range(4))
+    handed = []
+    for number in one_ahead(source):
+        handed.append((number, len(asked)))
+    assert handed == [(0, 2), (1, 3), (2, 4), (3, 4)]
+    assert list(one_ahead([])) == []
+    assert list(one_ahead([7])) == [7]
+
+
+def test_the_benchmark_prints_ratios_and_ends_with_one_line_of_json(images):
+    words = ["python", "-m", "vgglab.bench", "data", f"--data-path={images}", "--image-size=32", "--batch-size=6"]
+    result = shell(*words, "--seconds=0.2", "--workers=1", "--card=100", "--json")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert {"images_per_second", "reference_images_per_second", "ratio"} <= set(figures)
+    assert figures["ratio_range"][0] <= figures["ratio"] <= figures["ratio_range"][1]
+    assert figures["by_workers"]["1"]["images_per_second"] > 0
+    assert "100 images/s: needs" in result.stdout
+    for wrong in (["--workers=0"], ["--data-path=/nowhere"], ["--seconds=x"], ["--no-such"]):
+        result = shell(*words, *wrong)
+        assert (result.returncode, len(result.stderr.strip().splitlines())) == (2, 1), result.stderr
+    assert shell("python", "-m", "vgglab.bench", "nothing").returncode == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from typing import Any, Iterator
@@ -51,10 +52,25 @@ def heeding_warnings() -> Iterator[None]:
 
 
 def leave_signals_to_parent(_: int = 0) -> None:
-    """In a loader's worker: torchrun warns whole process groups, and the rank still needs its batches."""
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+    """In a loader's worker: torchrun warns whole process groups, and the rank still needs its batches.
+
+    SIGTERM ends the worker only where its parent sends it, as Python does on its way out; ignored from there too, the
+    two would wait for one another for ever.
+    """
+    for name in ("SIGUSR1", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux: it says who
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_parents_word, args=(os.getppid(),), daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_at_parents_word(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _note(number: int, _: Any) -> None:

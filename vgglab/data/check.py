@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import signal
 import sys
 import warnings
 from typing import Any, NamedTuple, Sequence
@@ -24,6 +23,7 @@ from vgglab.config import parse as parse_training
 from vgglab.data.decode import SIXTEEN_BITS, BadImage, open_picture
 from vgglab.data.images import FileImages
 from vgglab.data.sets import open_sets
+from vgglab.interrupts import leave_signals_to_parent
 
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = 1
@@ -105,17 +105,13 @@ def check(data_path: str, workers: int) -> Findings:
     unreadable: dict[str, str] = {}
     kinds: dict[str, list[str]] = {}
     context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else "spawn")
-    with context.Pool(max(1, workers), initializer=_leave_interrupts_to_parent) as pool:
+    with context.Pool(max(1, workers), initializer=leave_signals_to_parent) as pool:
         for verdict in _with_bar(pool.imap(examine, files, chunksize=NUM_AT_A_TIME), len(files)):
             if verdict.trouble:
                 unreadable[verdict.file] = verdict.trouble
             for kind in verdict.kinds:
                 kinds.setdefault(kind, []).append(verdict.file)
     return Findings(len(files), unreadable, kinds, sets.warnings)
-
-
-def _leave_interrupts_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends us with SIGTERM
 
 
 def _with_bar(verdicts: Any, total: int) -> Any:

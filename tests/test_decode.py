@@ -1,0 +1,254 @@
+"""Reading images: the fast decoder beside Pillow's, and every kind of file that is not what it seems."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, NUM_TRAIN, NUM_VAL, shell
+from PIL import Image, TiffImagePlugin
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from vgglab.data.decode import BadImage, Box, JpegPicture, as_tensor, best_decoder, cut, open_picture, resize
+from vgglab.data.transform import CHANNEL_MEAN, CHANNEL_STD, CentreCrop, RandomCrop, normalised, random_box
+
+needs_fast = pytest.mark.skipif(
+    best_decoder() != "fast", reason="simplejpeg, or a torch that shrinks bytes, is missing"
+)
+
+
+def photograph(width=500, height=375, mode="RGB"):
+    """Smooth shapes and some noise, as in a photograph."""
+    draw = np.random.default_rng(width * height)
+    y, x = np.mgrid[0:height, 0:width] / 60
+    planes = [128 + 80 * np.sin(x + k) * np.cos(y - k) + draw.normal(0, 12, (height, width)) for k in range(3)]
+    return Image.fromarray(np.clip(np.stack(planes, -1), 0, 255).astype("uint8")).convert(mode)
+
+
+@pytest.fixture
+def jpeg(tmp_path):
+    def save(image=None, name="photo.JPEG", **options):
+        (image or photograph()).save(tmp_path / name, "JPEG", **{"quality": 90, **options})
+        return str(tmp_path / name)
+
+    return save
+
+
+@needs_fast
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("options", [{}, {"restart_marker_blocks": 8}, {"optimize": True}], ids=["", "restart", "opt"])
+def test_the_rows_that_are_decoded_are_those_of_the_whole_image(jpeg, subsampling, options):
+    file = jpeg(subsampling=subsampling, **options)
+    whole = as_tensor(open_picture(file, "pil").pixels())
+    for rows in (1, 15, 16, 17, 31, 200, 352, 359, 360, 374, 375):
+        picture = open_picture(file, "fast")
+        assert isinstance(picture, JpegPicture)
+        pixels = picture.pixels(rows)
+        assert torch.equal(pixels[:rows], whole[:rows]), rows
+        assert len(pixels) <= rows + 32
+
+
+@needs_fast
+def test_the_fast_crop_differs_from_pillows_by_one_step_in_255_at_most(jpeg):
+    file = jpeg()
+    for seed in range(40):
+        crops = [RandomCrop(224, (0.08, 1.0), True)(open_picture(file, name), seed).int() for name in ("pil", "fast")]
+        assert (crops[0] - crops[1]).abs().max() <= 1, seed
+    held_out = [CentreCrop(224, 256 / 224)(open_picture(file, name)).int() for name in ("pil", "fast")]
+    assert (held_out[0] - held_out[1]).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (224, 224), (1000, 230), (40, 60)])
+def test_pil_is_torchvisions_reference_to_the_last_bit(jpeg, size):
+    file = jpeg(photograph(*size))
+    with Image.open(file) as image:
+        image = image.convert("RGB")
+    normalise = transforms.Normalize(CHANNEL_MEAN, CHANNEL_STD)
+    steps = [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), normalise]
+    wanted = transforms.Compose(steps)(image)
+    ours = CentreCrop(224, 256 / 224)(open_picture(file, "pil"))
+    assert torch.equal(normalised(ours[None])[0], wanted)
+    for seed in range(5):
+        draw = random.Random(seed)
+        box = random_box(image.height, image.width, (0.08, 1.0), draw)
+        is_mirrored = draw.random() < 0.5
+        wanted = functional.resized_crop(image, *box, [224, 224])
+        wanted = functional.pil_to_tensor(functional.hflip(wanted) if is_mirrored else wanted)
+        ours = RandomCrop(224, (0.08, 1.0), True)(open_picture(file, "pil"), seed)
+        assert torch.equal(ours.permute(2, 0, 1), wanted)
+
+
+def test_crops_have_the_areas_and_shapes_of_the_paper():
+    draw = random.Random(0)
+    boxes = [random_box(375, 500, (0.08, 1.0), draw) for _ in range(4000)]
+    for top, left, height, width in boxes:
+        assert top >= 0
+        assert left >= 0
+        assert top + height <= 375
+        assert left + width <= 500
+        assert 0.07 < height * width / (375 * 500) <= 1
+        assert 0.72 < width / height < 1.36
+    reference, image = transforms.RandomResizedCrop(224), Image.new("L", (500, 375))
+    theirs = [reference.get_params(image, reference.scale, reference.ratio) for _ in boxes]
+    for column in range(4):
+        ours, other = (np.mean([box[column] for box in drawn]) for drawn in (boxes, theirs))
+        assert ours == pytest.approx(other, rel=0.06, abs=4)
+
+
+@pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (1, 1)])
+def test_an_image_that_no_crop_fits_gives_its_middle(size):
+    width, height = size
+    box = random_box(height, width, (0.9, 1.0), random.Random(0))
+    assert (box.top + box.height <= height, box.left + box.width <= width) == (True, True)
+    assert min(box.height, box.width) == min(size)
+
+
+@pytest.mark.parametrize("decoder", ["pil", "fast"])
+def test_tiny_parts_can_be_enlarged(jpeg, decoder):
+    if decoder == "fast" and best_decoder() != "fast":
+        pytest.skip("no fast decoder here")
+    file = jpeg(photograph(40, 30))
+    for height, width in ((1, 1), (1, 7), (7, 1), (2, 2)):
+        pixels = cut(open_picture(file, decoder).pixels(), Box(3, 2, height, width))
+        assert as_tensor(resize(pixels, 32, 32)).shape == (32, 32, 3)
+
+
+def broken(folder):
+    """One file of each kind that cannot be read, by what is said of it."""
+    whole = io.BytesIO()
+    photograph().save(whole, "JPEG")
+    data = whole.getvalue()
+    (folder / "cut.JPEG").write_bytes(data[: len(data) // 2])
+    (folder / "empty.JPEG").write_bytes(b"")
+    (folder / "text.JPEG").write_text("not an image at all")
+    (folder / "dangling.JPEG").symlink_to(folder / "nowhere.JPEG")
+    (folder / "headless.JPEG").write_bytes(data[300:])
+    bomb = bytearray(data)
+    at = bomb.index(b"\xff\xc0") + 5
+    bomb[at : at + 4] = b"\xff\xdc\xff\xdc"  # 65500 x 65500
+    (folder / "bomb.JPEG").write_bytes(bomb)
+    return {
+        "cut.JPEG": "truncated",
+        "empty.JPEG": "not an image",
+        "text.JPEG": "not an image",
+        "dangling.JPEG": "no such file",
+        "headless.JPEG": "not an image",
+        "bomb.JPEG": "decompression bomb",
+    }
+
+
+@pytest.mark.parametrize("decoder", ["pil", "fast"])
+def test_row_28_what_cannot_be_read_is_named_with_the_reason(tmp_path, decoder):
+    """Seed: "image file is truncated", and of which of 1.28 million files it was, nobody knew."""
+    for name, reason in broken(tmp_path).items():
+        with pytest.raises(BadImage, match=reason) as raised:
+            open_picture(str(tmp_path / name), decoder).pixels(10)
+        assert str(tmp_path / name) in str(raised.value)
+        assert raised.value.file == str(tmp_path / name)
+
+
+def unusual(folder):
+    """One readable file of each unusual kind, and what its pixel at (0, 0) should become."""
+    grey16 = Image.fromarray(np.full((40, 50), 0x8040, dtype="uint16"))
+    grey16.save(folder / "sixteen.png")
+    turned = Image.new("RGB", (50, 40), (200, 20, 20))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(folder / "turned.JPEG", quality=100, subsampling="4:4:4", exif=exif)
+    Image.new("CMYK", (50, 40), (0, 255, 255, 0)).save(folder / "cmyk.JPEG", quality=100)
+    Image.new("L", (50, 40), 77).save(folder / "grey.JPEG", quality=100)
+    Image.new("RGB", (50, 40), (10, 200, 30)).quantize(8).save(folder / "palette.png")
+    Image.new("RGBA", (50, 40), (10, 200, 30, 128)).save(folder / "clear.png")
+    frames = [Image.new("RGB", (50, 40), colour) for colour in ((9, 9, 200), (0, 0, 0))]
+    frames[0].save(folder / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
+    progressive = Image.new("RGB", (50, 40), (60, 70, 80))
+    progressive.save(folder / "progressive.JPEG", quality=100, progressive=True)
+    Image.new("RGB", (50, 40), (1, 2, 3)).save(folder / "really_a_png.JPEG", "PNG")
+    return {
+        "sixteen.png": (128, 128, 128), "turned.JPEG": (200, 20, 20), "cmyk.JPEG": (255, 0, 0), "grey.JPEG": (77,) * 3,
+        "palette.png": (10, 200, 30), "clear.png": (10, 200, 30), "moving.webp": (9, 9, 200),
+        "progressive.JPEG": (60, 70, 80), "really_a_png.JPEG": (1, 2, 3),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("decoder", ["pil", "fast"])
+def test_unusual_files_are_read_as_they_are_meant(tmp_path, decoder):
+    for name, colour in unusual(tmp_path).items():
+        picture = open_picture(str(tmp_path / name), decoder)
+        assert (picture.height, picture.width) == (40, 50), name  # a turned one as it lies, as torchvision takes it
+        pixels = as_tensor(picture.pixels())
+        assert pixels.shape == (40, 50, 3)
+        assert pixels[0, 0].tolist() == pytest.approx(colour, abs=3), name
+
+
+def test_real_numbers_have_no_scale(tmp_path):
+    Image.fromarray(np.zeros((4, 4), dtype="float32")).save(tmp_path / "f.tiff")
+    assert TiffImagePlugin  # Pillow reads it
+    with pytest.raises(BadImage, match="real numbers"):
+        open_picture(str(tmp_path / "f.tiff"), "pil").pixels()
+
+
+@needs_fast
+def test_something_behind_the_end_of_a_jpeg_does_no_harm(jpeg):
+    file = jpeg()
+    wanted = open_picture(file, "fast").pixels()
+    with open(file, "ab") as lines:
+        lines.write(b"\0" * 1000)
+    assert torch.equal(open_picture(file, "fast").pixels(), wanted)
+    assert torch.equal(open_picture(file, "fast").pixels(100)[:100], wanted[:100])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_skipped_counted_and_listed_and_nothing_takes_their_place(train, images, workers):
+    bad = {}
+    for name, reason in broken(images / "train" / "n02").items():
+        bad[str(images / "train" / "n02" / name)] = reason
+    (images / "val" / "n03" / "empty.png").write_bytes(b"")
+    bad[str(images / "val" / "n03" / "empty.png")] = "not an image"
+    flags = ("--epochs=2", "--batch-size=6", f"--workers={workers}", "--on-bad-image=skip", "--seed=2")
+    result = train(*flags)
+    assert result.code == 0
+    assert sum("warning: skipped" in line for line in result.out.splitlines()) == 1
+    found = result.run.skipped()
+    assert set(found) == set(bad)
+    assert all(bad[file] in reason for file, reason in found.items())
+    assert result.run.report()["num_skipped_images"] == len(bad)
+    assert [event["num_images"] for event in result.run.events("eval")] == [3 * NUM_VAL] * 2
+    lines = (result.run.path / "log" / "skipped-rank0.jsonl").read_text().splitlines()
+    assert len(lines) == len(bad)  # once each, not once an epoch
+
+
+def test_without_the_policy_the_first_bad_image_ends_the_run_by_name(refused, images):
+    (images / "train" / "n02" / "empty.JPEG").write_bytes(b"")
+    line = refused("--batch-size=6", "--epochs=9", in_the_middle=True)
+    assert f"{images / 'train' / 'n02' / 'empty.JPEG'}" in line
+    assert "--on-bad-image skip" in line
+
+
+def test_a_batch_of_nothing_but_bad_images_is_not_passed_over(refused, images):
+    for file in (images / "train").glob("*/*"):
+        file.write_bytes(b"")
+    assert "a whole batch cannot be read" in refused("--on-bad-image=skip", in_the_middle=True)
+
+
+def test_check_names_what_cannot_be_read_and_counts_what_is_unusual(images):
+    bad, odd = broken(images / "train" / "n01"), unusual(images / "val" / "n02")
+    result = shell("python", "-m", "vgglab.data", "check", images)
+    assert result.returncode == 1
+    num_files = 3 * (NUM_TRAIN + NUM_VAL) + len(bad) + len(odd)
+    assert f"{num_files} files: {len(bad)} cannot be read" in result.stdout
+    for name, reason in bad.items():
+        [line] = [line for line in result.stdout.splitlines() if f"/train/n01/{name}:" in line]
+        assert reason in line
+    for kind in ("grey", "cmyk", "palette", "transparent", "16-bit", "animated", "turned", "misnamed"):
+        assert f" {kind}: " in result.stdout, kind
+
+
+def test_check_of_a_good_set_is_quiet_and_zero(images):
+    result = shell("python", "-m", "vgglab.data", "check", images, "--json", "--workers=1")
+    assert result.returncode == 0, result.stderr
+    assert '"unreadable": {}' in result.stdout
+    assert shell("python", "-m", "vgglab.data", "check", images / "nowhere").returncode == 2
+    assert len(CLASSES) == 3
