@@ -12,6 +12,7 @@ NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 # What makes each short enough for a test; without a line here a notebook runs as it is.
 SHORTER = {
     "00_start_here": {"model": "vgg11", "epochs": 2, "steps_per_epoch": 12},
+    "02_data": {"seconds": 0.2},
     "05_many_cards": {"steps": 10},
     "06_gcu": {"num_ranks": 2},
 }

@@ -140,6 +140,18 @@ class Config:
         "float32 matrix products in TF32 on cards that have it; default: no, or what ENFLAME_ENABLE_TF32 says (T20)",
         negation="--no-tf32",
     )
+    fast: bool = _switch(
+        "the fastest honest path of the device, which rounds otherwise: mixed precision where the hardware has it, "
+        "--channels-last and --fused"
+    )
+    channels_last: bool | None = _switch(
+        "images and weights in memory with the channels of a pixel side by side; default: no, or what --fast says",
+        negation="--no-channels-last",
+    )
+    fused: bool | None = _switch(
+        "the optimizer's step in one kernel for all weights; default: no, or what --fast says", negation="--no-fused"
+    )
+    compile: bool = _switch("torch.compile the network; the first steps take a minute longer")
     sync_bn: bool = _switch("batch norm over all ranks")
     broadcast_buffers: bool = _switch("send rank 0's buffers to all ranks before each step")
     world_size: int = _flag("ranks; a launcher's WORLD_SIZE has precedence", 1, _AT_LEAST_1)
@@ -154,6 +166,10 @@ class Config:
     eval_freq: int = _flag("epochs between evaluations and checkpoints (the last always has both)", 1, _AT_LEAST_1)
     output_dir: str = _flag("the run directory is made in <this>/runs", ".")
     run_dir: str | None = _flag("use exactly this run directory instead")
+    timers: bool = _switch("measure the parts of each step, and average gradients apart from the backward pass")
+    trace: int = _flag(
+        "write a profiler's trace of so many steps, after --skip-steps, into the run directory", 0, _AT_LEAST_0
+    )
     tensorboard: bool = _switch("write TensorBoard scalars into the run directory")
     resume: str | None = _flag(
         "go on from a checkpoint file, a run directory, or auto: the newest intact one of --run-dir (in place) or of "
@@ -223,7 +239,7 @@ def parse(argv: Sequence[str]) -> Config:
     if unknown:
         raise UserError(_unknown_flag(unknown[0], parser))
     config = Config(**vars(known))
-    _check(config)
+    check(config)
     return config
 
 
@@ -244,49 +260,13 @@ def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
     return f"{name}: no such flag{hint}"
 
 
-# What belongs to the run that is being started, not to the one it goes on from.
-NOT_INHERITED = (
-    "resume run_dir output_dir test_only start_epoch pretrained device world_size workers dist_url tensorboard amp "
-    "cache_dataset fix_seed eval_step_per_epoch apex apex_opt_level enable_horovod"
-).split()
-
-
-# Who gives the first has said something about the others too.
-IMPLIED = {"fix_seed": ["seed"], "amp": ["amp_dtype"], "data_path": ["num_classes"]}
-
-
-def inherit(config: Config, given: Sequence[str], earlier: dict[str, Any]) -> None:
-    """Take over what nobody gave on this command line from the settings of the run that is resumed.
-
-    Raises:
-        UserError: a setting in there is none, or contradicts one that was given.
-    """
-    kept = {*given, *NOT_INHERITED, *(other for name in given for other in IMPLIED.get(name, ()))}
-    for item in fields(Config):
-        if item.name in earlier and item.name not in kept:
-            setattr(config, item.name, _checked(item, earlier[item.name]))
-    _check(config)
-
-
-def _checked(item: Field, value: Any) -> Any:
-    """A setting that was read from a file, held to what its flag allows."""
-    if value is None:
-        return item.default
-    try:
-        parsed = item.metadata["parse"](str(value))
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        raise UserError(f"its {item.name} is damaged: {error}") from None
-    if parsed not in item.metadata.get("choices", (parsed,)):
-        raise UserError(f"its {item.name} is damaged: {value!r}")
-    return parsed
-
-
 def flags_given(argv: Sequence[str]) -> list[str]:
     """The settings that a command line names."""
     return list(vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0]))
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
+    """Raises UserError for settings that contradict each other."""
     if config.apex or config.apex_opt_level is not None:
         raise UserError("--apex: not used here; --amp trains in mixed precision")
     if config.enable_horovod:

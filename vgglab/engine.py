@@ -28,6 +28,7 @@ from vgglab.pace import Clock, Watch
 from vgglab.recording import RankWriter
 from vgglab.runs import SCHEMA
 from vgglab.schedule import build_optimizer, learning_rate, set_learning_rate
+from vgglab.tracing import Tracer
 
 
 @dataclass
@@ -63,7 +64,7 @@ def prepare(config: Config, device: Device, sets: DataSets, saved: dict[str, Any
         with blaming(f"--resume {config.resume}"):
             checkpoint.restore_model(saved, network, config.model)
     model, network = device.wrap(network)
-    optimizer = build_optimizer(config, network)
+    optimizer = build_optimizer(config, network, device.fuses)
     state = TrainingState(epoch=config.start_epoch)
     if saved is not None and not config.test_only:
         with blaming(f"--resume {config.resume}"):
@@ -84,7 +85,8 @@ def train(job: Job, config: Config, device: Device, run: RankWriter) -> None:
     assert batches is not None
     loss_of = nn.CrossEntropyLoss()
     images_per_step = config.batch_size * device.world_size
-    clock, watch = Clock(images_per_step), Watch(device)
+    clock, watch = Clock(images_per_step, device, config.timers), Watch(device)
+    tracer = Tracer(run.path, config.skip_steps, config.trace if device.rank == 0 else 0)
     last_skipped_step = state.step + config.skip_steps  # a run's first steps are slow, also a resumed one's
     if config.resume and device.rank == 0:
         checkpoint.carry_best(config.resume, run.path / "checkpoints")
@@ -103,14 +105,22 @@ def train(job: Job, config: Config, device: Device, run: RankWriter) -> None:
         for batch, (images, labels) in clock.waiting_for(arriving, first_batch):
             # Each step draws from a seed of its own, so that one after a resume equals one without.
             device.seed(step_seed(config, device, state.step))
-            images = normalised(images)  # (N, S, S, 3) bytes to (N, 3, S, S) float32; labels (N,)
+            images = normalised(images, device.channels_last)  # (N, S, S, 3) bytes to (N, 3, S, S) float32; labels (N,)
+            clock.lap("copy")
             with device.autocast():
                 logits = model(images)  # (N, num_classes)
                 loss = loss_of(logits, labels)
+            clock.lap("forward")
             clock.was_handed_over()  # from here on the ranks wait for one another
             optimizer.zero_grad(set_to_none=True)
             device.backward(loss)
+            clock.lap("backward")
+            device.average_gradients(model)
+            clock.lap("all_reduce")
             device.step(optimizer, model, [loss, logits])
+            clock.lap("optimizer")
+            clock.step_has_ended()
+            tracer.step_has_ended()
             state.step, state.images = state.step + 1, batch * images_per_step
 
             is_saved = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
@@ -149,6 +159,7 @@ def train(job: Job, config: Config, device: Device, run: RankWriter) -> None:
         else:
             state.epoch, state.images = epoch + 1, 0
 
+    tracer.close()
     num_steps = state.step - (last_skipped_step - config.skip_steps)
     if 0 < num_steps <= config.skip_steps:
         run.event("warning", text=f"no images/s: {num_steps} steps, all within --skip-steps {config.skip_steps}")
@@ -234,7 +245,7 @@ def evaluate(job: Job, device: Device, run: RankWriter, last_epoch: int | None =
         if interrupts.leave_requested():
             break
         with device.autocast():
-            logits = network(normalised(images))
+            logits = network(normalised(images, device.channels_last))
         totals = totals.to(logits.device) + _count(logits.float(), labels)
         device.flush([totals])
     asked_to_leave = torch.tensor([float(interrupts.leave_requested())]).to(totals.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import Any, Iterable, Iterator
 
 import torch
@@ -11,24 +10,34 @@ from torch import Tensor
 
 from vgglab import interrupts
 from vgglab.devices.base import Device
+from vgglab.ranks import STARTED
 
 LOOK_SECONDS = 5.0  # several ranks ask one another at least so often whether to leave
 
 
-@dataclass
-class Clock:
-    """Measures from one log line to the next. Read it only after the device was waited for."""
+PHASES = ("data", "copy", "forward", "backward", "all_reduce", "optimizer", "host")
 
-    images_per_step: int
-    started: float = field(default_factory=time.perf_counter)
-    steps: int = 0
-    data_seconds: float = 0.0
-    own_seconds: float = 0.0  # up to the backward pass, in which the ranks wait for one another
-    _asked: float = 0.0
+
+class Clock:
+    """Measures from one log line to the next. Read it only after the device was waited for.
+
+    Each step is marked on the device's own clock and costs no waiting. With ``has_phases`` so are the parts of a step:
+    whoever calls ``lap(phase)`` says what has just ended.
+    """
+
+    def __init__(self, images_per_step: int, device: Device, has_phases: bool = False) -> None:
+        self.images_per_step, self.has_phases = images_per_step, has_phases
+        self._device = device
+        self._has_seen_a_step = False
+        self.restart()
 
     def restart(self) -> None:
         self.started, self.steps = time.perf_counter(), 0
-        self.data_seconds = self.own_seconds = 0.0
+        self.data_seconds = 0.0
+        self.own_seconds = 0.0  # up to the backward pass, in which the ranks wait for one another
+        self._asked = 0.0
+        self._marks = [self._device.mark()]  # the start, then the end of each step
+        self._laps: list[tuple[str, Any]] = [("", self._marks[0])]
 
     def waiting_for(self, batches: Iterable[Any], num_before: int = 0) -> Iterator[tuple[int, Any]]:
         """Number the batches from 1 (or on from ``num_before``) and add up the time spent waiting for them."""
@@ -43,11 +52,20 @@ class Clock:
             self.data_seconds += time.perf_counter() - asked
             self.steps += 1
             number += 1
+            self.lap("data")
             yield number, batch
+
+    def lap(self, phase: str) -> None:
+        """``phase`` has ended here."""
+        if self.has_phases:
+            self._laps.append((phase, self._device.mark()))
 
     def was_handed_over(self) -> None:
         """This rank has done what it can do alone: loading, copying and the forward pass, as the host sees them."""
         self.own_seconds += time.perf_counter() - self._asked
+
+    def step_has_ended(self) -> None:
+        self._marks.append(self._device.mark())
 
     def own(self) -> dict[str, Any]:
         """What this rank needed for itself in the interval, for finding the one that the others wait for."""
@@ -62,13 +80,24 @@ class Clock:
         """The interval that ends now; the next one starts."""
         seconds = time.perf_counter() - self.started
         num_images = self.steps * self.images_per_step
-        interval = {
+        between = self._device.seconds_between
+        interval: dict[str, Any] = {
             "images_per_second": num_images / seconds,
             "interval_images": num_images,
             "interval_steps": self.steps,
             "interval_seconds": seconds,
             "data_seconds": self.data_seconds,
+            "step_seconds": [round(between(*pair), 7) for pair in zip(self._marks, self._marks[1:])],
         }
+        if not self._has_seen_a_step:
+            self._has_seen_a_step = True
+            interval["first_step_seconds"] = time.monotonic() - STARTED - sum(interval["step_seconds"][1:])
+        if self.has_phases:
+            spent = dict.fromkeys(PHASES, 0.0)
+            for (_, before), (phase, after) in zip(self._laps, self._laps[1:]):
+                spent[phase] += between(before, after)
+            spent["host"] += max(0.0, seconds - sum(spent.values()))  # what no lap has seen
+            interval["phase_seconds"] = spent
         self.restart()
         return interval
 

@@ -29,6 +29,7 @@ EXIT_LEFT = 75  # sysexits.h: a temporary failure, try again
 GUARD_SECONDS = 0.5
 LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "nccl", "socket")
 
+STARTED = time.monotonic()  # when this process began; this module is among the first to be imported
 _run_dir: Path | None = None  # where this process's failure is written down
 
 

@@ -12,6 +12,9 @@ from typing import Any
 from vgglab.errors import UserError
 from vgglab.runs import Event, Run, write_json
 
+STEADY = 1.2  # a tenth of the steps slower than this many medians is worth a remark
+FEWEST_STEPS_TO_JUDGE = 20
+
 
 def build_report(run: Run) -> dict[str, Any]:
     """The seed kit's fields by its names, and what a reader needs to trust them.
@@ -25,8 +28,7 @@ def build_report(run: Run) -> dict[str, Any]:
     config, env, events = run.config, run.env, run.events()
     if not config or not env or not events:
         raise UserError(f"{run.path}: nothing to report yet")
-    is_card_or_cpu = not env["simulated"]
-    intervals = [event for event in events if event["event"] == "train" and event["is_measured"] and is_card_or_cpu]
+    intervals = [] if env["simulated"] else measured(events)
     speed = _speed(intervals)
     return {
         "model": config["model"],
@@ -58,12 +60,26 @@ def build_report(run: Run) -> dict[str, Any]:
         "seed": config["seed"],
         "amp_dtype": env["amp_dtype"],
         "tf32": env.get("tf32"),
+        "channels_last": env.get("channels_last", False),
+        "fused": env.get("fused", False),
+        "compiled": env.get("compiled", False),
+        "first_step_seconds": None if env["simulated"] else _first_step(events),
         "peak_bytes": next((event.get("peak_bytes") for event in events if event["event"] == "end"), None),
         "hardware": env["hardware"],
         "simulated": env["simulated"],
         "versions": env["versions"],
         "warnings": [event["text"] for event in events if event["event"] == "warning"],
     }
+
+
+def _first_step(events: list[Event]) -> float | None:
+    """From the start of the process to the end of its first step."""
+    return next((event["first_step_seconds"] for event in events if "first_step_seconds" in event), None)
+
+
+def measured(events: list[Event]) -> list[Event]:
+    """The training events whose speed counts: behind the skipped steps."""
+    return [event for event in events if event["event"] == "train" and event["is_measured"]]
 
 
 def _best(events: list[Event], figure: str) -> float | None:
@@ -84,16 +100,45 @@ def _speed(intervals: list[Event]) -> dict[str, float | None]:
 
 
 def _step_times(intervals: list[Event]) -> dict[str, Any]:
-    """Each interval's mean time a step counts once; with --print-freq 1 these are the steps themselves."""
-    step_seconds = sorted(event["interval_seconds"] / event["interval_steps"] for event in intervals)
+    """Of single steps where they were marked; a run of before that has the mean of each interval."""
+    step_seconds: list[float] = []
+    for event in intervals:
+        mean = event["interval_seconds"] / event["interval_steps"]
+        step_seconds += event.get("step_seconds") or [mean] * event["interval_steps"]
+    step_seconds.sort()
     seconds = sum(event["interval_seconds"] for event in intervals)
     return {
         "step_seconds_p50": _percentile(step_seconds, 50),
         "step_seconds_p90": _percentile(step_seconds, 90),
         "step_seconds_p99": _percentile(step_seconds, 99),
+        "num_measured_steps": len(step_seconds),
         "data_wait_share": sum(event["data_seconds"] for event in intervals) / seconds if intervals else None,
         "num_intervals": len(intervals),
+        "phase_seconds": _phases(intervals),
     }
+
+
+def _phases(intervals: list[Event]) -> dict[str, float] | None:
+    """Seconds a step, by the parts of a step; None without --timers."""
+    timed = [event for event in intervals if "phase_seconds" in event]
+    num_steps = sum(event["interval_steps"] for event in timed)
+    if not num_steps:
+        return None
+    return {
+        name: sum(event["phase_seconds"][name] for event in timed) / num_steps for name in timed[0]["phase_seconds"]
+    }
+
+
+def remark_on_steadiness(intervals: list[Event]) -> str:
+    """A line where the figures are not those of a machine at rest; else empty."""
+    times = _step_times(intervals)
+    num_steps, median, slow = (times[name] for name in ("num_measured_steps", "step_seconds_p50", "step_seconds_p90"))
+    if num_steps < FEWEST_STEPS_TO_JUDGE or slow <= STEADY * median:
+        return ""
+    return (
+        f"not steady: a tenth of the {num_steps} measured steps took {slow / median:.2f} x the median or longer; "
+        "quote the median, and see whether something else is running"
+    )
 
 
 def _percentile(ordered: list[float], percent: int) -> float | None:

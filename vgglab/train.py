@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
 from vgglab import config as configuration
-from vgglab import ranks
+from vgglab import inheritance, ranks
 from vgglab.config import Config
 from vgglab.errors import UserError, blaming
 from vgglab.interrupts import Leaving, heeding_warnings
@@ -121,11 +121,16 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
     if config.resume:
         with blaming(f"--resume {config.resume}"):
             saved = checkpoint.read(config.resume)
-            configuration.inherit(config, given, saved.get("config", {}))
+            inheritance.inherit(config, given, saved.get("config", {}))
     device = open_device(
         config.device,
         amp_dtype=config.amp_dtype or ("auto" if config.amp else None),
         tf32=config.tf32,
+        fast=config.fast,
+        channels_last=config.channels_last,
+        fused=config.fused,
+        compile=config.compile,
+        timers=config.timers,
         sync_bn=config.sync_bn,
         broadcast_buffers=config.broadcast_buffers,
         world_size=config.world_size,
@@ -185,6 +190,7 @@ def _resolve(config: Config, device: Device, sets: DataSets) -> None:
     config.device = device.kind
     config.amp, config.amp_dtype = device.amp_dtype is not None, device.amp_dtype
     config.tf32 = device.tf32
+    config.channels_last, config.fused = device.channels_last, device.fuses
     if Path(config.data_path).is_dir():  # a folder, then, which has to be found from elsewhere too
         config.data_path = str(Path(config.data_path).absolute())
     config.world_size = device.world_size
@@ -259,7 +265,7 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, p
     """Rank 0: the run directory from its first line to its report, however the run ends."""
     from vgglab import engine
     from vgglab.recording import RunWriter
-    from vgglab.report import build_report
+    from vgglab.report import build_report, measured, remark_on_steadiness
     from vgglab.runs import Run, holds_a_run
     from vgglab.view.scalars import Scalars
     from vgglab.view.terminal import Terminal
@@ -287,6 +293,9 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, p
                 run.event("warning", text=text)
             _work(job, config, device, run)
             status = "done"
+            remark = "" if device.is_simulated else remark_on_steadiness(measured(Run(path).events()))
+            if remark:
+                run.event("warning", text=remark)
         except (KeyboardInterrupt, Leaving):
             status = "interrupted"
             raise

@@ -1,12 +1,13 @@
-"""``python -m vgglab.bench data ...``: how fast images come. ``--help`` behind it has the flags."""
+"""``python -m vgglab.bench data ...`` and ``step ...``: how fast images come, and how fast training steps are."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from vgglab.errors import UserError
 
-SUBJECTS = ("data",)
+SUBJECTS = ("data", "step")
 
 
 def main(argv: list[str]) -> int:
@@ -15,9 +16,7 @@ def main(argv: list[str]) -> int:
         print(f"usage: python -m vgglab.bench {{{','.join(SUBJECTS)}}} [--flag value ...]", file=sys.stderr)
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     try:
-        from vgglab.bench import data
-
-        data.main(argv[1:])
+        importlib.import_module(f"vgglab.bench.{argv[0]}").main(argv[1:])
     except UserError as error:
         print(f"vgglab.bench: error: {error}", file=sys.stderr)
         return 2

@@ -101,13 +101,15 @@ def random_box(height: int, width: int, scale: tuple[float, float], draw: random
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
-def normalised(images: Tensor) -> Tensor:
+def normalised(images: Tensor, channels_last: bool = False) -> Tensor:
     """``(N, S, S, 3)`` uint8 to ``(N, 3, S, S)`` float32 with mean 0 and deviation 1 over ImageNet, on the same device.
 
-    Each step is rounded as torchvision's ``ToTensor`` and ``Normalize`` round it.
+    ``channels_last`` leaves a pixel's channels side by side in memory, as they come. Each step is rounded as
+    torchvision's ``ToTensor`` and ``Normalize`` round it.
     """
     mean, std = _constants(images.device)
-    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
     return planes.div_(255).sub_(mean).div_(std)
 
 

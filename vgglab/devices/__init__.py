@@ -34,10 +34,20 @@ class Wishes:
 
     amp_dtype: str | None = None  # None: full float32; "auto": the device's own choice; or one of AMP_DTYPES
     tf32: bool | None = None  # None: what the device's environment says, and float32 where it says nothing
+    fast: bool = False  # the fastest path, where the flags below say nothing
+    channels_last: bool | None = None
+    fused: bool | None = None  # the optimizer's step in one kernel
+    compile: bool = False
+    timers: bool = False  # averaging gradients apart from the backward pass, to see what it costs
     sync_bn: bool = False  # batch norm over all ranks
     broadcast_buffers: bool = False  # send rank 0's buffers to all ranks before each step
     world_size: int = 1  # ranks to expect where no launcher has set WORLD_SIZE
     init_method: str = "env://"  # how the ranks find each other
+
+    @property
+    def amp(self) -> str | None:
+        """``amp_dtype``, or the device's own choice where only ``fast`` was asked for."""
+        return "auto" if self.fast and self.amp_dtype is None else self.amp_dtype
 
 
 def before_torch(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from abc import ABC, abstractmethod
 from typing import Any, ContextManager, Iterable, Iterator, Sequence
 
@@ -25,6 +26,9 @@ class Device(ABC):
             ``(places, num_replicas=, rank=, shuffle=False)``, told ``set_epoch`` once an epoch.
         amp_dtype: the type of mixed precision in use; ``None`` for full float32.
         tf32: matrix products of float32 may be computed in TF32.
+        channels_last: activations and weights have the channels of a pixel side by side.
+        fuses: the optimizer should make its step in one kernel.
+        compiles: the network is compiled.
         is_simulated: no card was there, so no speed it shows is a card's.
         warnings: what the run should say about the device, one line each.
     """
@@ -35,6 +39,9 @@ class Device(ABC):
     sampler: type[Any]
     amp_dtype: str | None
     tf32: bool = False
+    channels_last: bool = False
+    fuses: bool = False
+    compiles: bool = False
     is_simulated: bool = False
     _scaler: Any = None  # of the loss, where float16 needs one
 
@@ -49,6 +56,16 @@ class Device(ABC):
                 f"--world-size {self.world_size}: nobody started the other ranks; "
                 f"use torchrun --nproc_per_node={self.world_size} -m vgglab.train"
             )
+
+    def _refuse_native_parts(self) -> None:
+        """What plain PyTorch's own devices have and a card's library does not promise."""
+        for flag, is_wanted in (
+            ("--channels-last", self._wishes.channels_last),
+            ("--fused", self._wishes.fused),
+            ("--compile", self._wishes.compile),
+        ):
+            if is_wanted:
+                raise UserError(f"{flag}: not offered on {self.kind}; leave it out")
 
     def _refuse_missing_card(self, num_cards: int) -> None:
         if self.local_rank >= num_cards:
@@ -73,6 +90,14 @@ class Device(ABC):
         for batch in batches:
             yield self.move(batch.images, batch.labels)
 
+    def mark(self) -> Any:
+        """This moment, on the clock of the device, without waiting for it."""
+        return time.perf_counter()
+
+    def seconds_between(self, earlier: Any, later: Any) -> float:
+        """From one mark to another; to be asked once the device was waited for."""
+        return later - earlier
+
     @abstractmethod
     def autocast(self) -> ContextManager[Any]:
         """Mixed precision around the forward pass, if it was asked for."""
@@ -84,6 +109,9 @@ class Device(ABC):
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Gradients of ``loss``, scaled if the precision needs it."""
+
+    def average_gradients(self, model: nn.Module) -> None:  # noqa: B027  # most have nothing to do here
+        """With --timers, over the ranks and apart from the backward pass, in which it is hidden otherwise."""
 
     @abstractmethod
     def step(self, optimizer: Optimizer, model: nn.Module, outputs: Sequence[Tensor]) -> None:

@@ -32,7 +32,7 @@ class EagerGcu(StockDevice):
         self._version = str(getattr(torch_gcu, "__version__", "unknown"))
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._refuse_missing_card(self._gcu.device_count())
-        self.amp_dtype = "float16" if wishes.amp_dtype == "auto" else wishes.amp_dtype
+        self.amp_dtype = "float16" if wishes.amp == "auto" else wishes.amp
         self._check()
         self._torch_device = torch.device("gcu", self.local_rank)
         if self.amp_dtype == "float16":
@@ -41,6 +41,7 @@ class EagerGcu(StockDevice):
             self._scaler = self._gcu.amp.GradScaler(init_scale=LOSS_SCALE, growth_interval=SCALE_GROWTH_INTERVAL)
 
     def _check(self) -> None:
+        self._refuse_native_parts()
         if self._wishes.tf32:
             raise UserError(f"--tf32: torch_gcu {self._version} has no switch for it; leave it out")
         if self.amp_dtype == "bfloat16" and not self._gcu.is_bf16_supported():
@@ -52,6 +53,14 @@ class EagerGcu(StockDevice):
     def open(self) -> None:
         self._gcu.set_device(self.local_rank)  # before joining: eccl takes the current card
         super().open()
+
+    def mark(self) -> Any:
+        event = self._gcu.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, earlier: Any, later: Any) -> float:
+        return earlier.elapsed_time(later) / 1000
 
     def autocast(self) -> ContextManager[Any]:
         if self.amp_dtype is None:

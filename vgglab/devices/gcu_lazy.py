@@ -38,7 +38,7 @@ class LazyGcu(Device):
         self._gcu = torch_gcu
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._refuse_missing_card(torch_gcu.device_count())
-        self.amp_dtype = "float16" if wishes.amp_dtype == "auto" else wishes.amp_dtype
+        self.amp_dtype = "float16" if wishes.amp == "auto" else wishes.amp
         self.tf32 = wants_tf32(wishes.tf32)  # settled before torch_gcu was imported, not to be changed now
         self._check()
         self.sampler = torch_gcu.utils.data.distributed.DistributedSampler
@@ -48,6 +48,7 @@ class LazyGcu(Device):
         self._scaler = self._loss_scaler() if self.amp_dtype else None
 
     def _check(self) -> None:
+        self._refuse_native_parts()
         if self._wishes.sync_bn and self.world_size > 1:
             raise UserError("--sync-bn: torch_gcu has no such layer; leave it out on gcu")
         if self.world_size > 1 and not hasattr(self._gcu.distributed, "init_process_group"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import platform
 import resource
 import sys
 from collections import deque
+from pathlib import Path
 from typing import Any, ContextManager, Iterable, Iterator, TypeVar
 
 import torch
@@ -46,6 +48,11 @@ class NativeDevice(StockDevice):
         self.pins_memory = kind == "cuda"
         self._check()
         self.amp_dtype = AMP_DEFAULTS[kind] if wishes.amp_dtype == "auto" else wishes.amp_dtype
+        if wishes.fast and wishes.amp_dtype is None:
+            self.amp_dtype = _fast_dtype(kind)
+        self.channels_last = bool(wishes.fast if wishes.channels_last is None else wishes.channels_last)
+        self.fuses = _can_fuse(kind) if wishes.fast and wishes.fused is None else bool(wishes.fused)
+        self.compiles = wishes.compile
         self.tf32 = bool(wishes.tf32)
         self._scaler = _loss_scaler() if self.amp_dtype == "float16" else None
         self._backend = BACKENDS.get(kind, "")
@@ -71,6 +78,10 @@ class NativeDevice(StockDevice):
             raise UserError(f"--amp-dtype bfloat16: {torch.cuda.get_device_name()} has none; choose float16")
         if amp_dtype is not None and self.kind == "cpu" and not _cpu_pools_bfloat16():
             raise UserError(f"--amp: the CPU kernels of torch {torch.__version__} lack bfloat16; leave it out")
+        if self._wishes.fused and not _can_fuse(self.kind):
+            raise UserError(f"--fused: torch {torch.__version__} has no such optimizer on {self.kind}; leave it out")
+        if self._wishes.compile and not hasattr(torch, "compile"):
+            raise UserError(f"--compile: torch {torch.__version__} has no compiler; leave it out")
         if self.world_size > 1 and self.kind not in BACKENDS:
             raise UserError(f"--device {self.kind}: one process only")
 
@@ -98,6 +109,18 @@ class NativeDevice(StockDevice):
                 tensor.record_stream(torch.cuda.current_stream())  # its memory is not for others before it is used
             yield images, labels
 
+    def mark(self) -> Any:
+        if self.kind != "cuda":
+            return super().mark()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, earlier: Any, later: Any) -> float:
+        if self.kind != "cuda":
+            return super().seconds_between(earlier, later)
+        return earlier.elapsed_time(later) / 1000
+
     def autocast(self) -> ContextManager[Any]:
         if self.amp_dtype is None:
             return contextlib.nullcontext()
@@ -111,6 +134,9 @@ class NativeDevice(StockDevice):
             "num_threads": torch.get_num_threads(),
             "amp_dtype": self.amp_dtype,
             "tf32": self.tf32,
+            "channels_last": self.channels_last,
+            "fused": self.fuses,
+            "compiled": self.compiles,
             "simulated": False,
         }
 
@@ -139,6 +165,33 @@ def _use_tf32(is_wanted: bool) -> None:
     """
     torch.backends.cuda.matmul.allow_tf32 = is_wanted
     torch.backends.cudnn.allow_tf32 = is_wanted
+
+
+def _fast_dtype(kind: str) -> str | None:
+    """The mixed precision that is fastest; None where it would only be emulated."""
+    if kind == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return "bfloat16" if kind == "cpu" and _cpu_computes_bfloat16() and _cpu_pools_bfloat16() else None
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """AVX-512 BF16 or AMX, which multiply two such numbers in an instruction (Linux; elsewhere false)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _can_fuse(kind: str) -> bool:
+    if "fused" not in inspect.signature(torch.optim.SGD).parameters:  # torch >= 2.3
+        return False
+    weight = torch.zeros(1, device=kind, requires_grad=True)
+    try:
+        torch.optim.SGD([weight], lr=0.1, fused=True)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _cpu_pools_bfloat16() -> bool:

@@ -29,6 +29,7 @@ class StockDevice(Device):
     sampler = DistributedSampler
     _torch_device: torch.device
     _backend: str  # of torch.distributed
+    _averages_apart = False
 
     def open(self) -> None:
         if self.world_size > 1:
@@ -56,8 +57,11 @@ class StockDevice(Device):
 
     def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
         network = model.to(self._torch_device)
-        if self.world_size == 1:
-            return network, network
+        if self.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        self._averages_apart = self.world_size > 1 and self._wishes.timers and not self._wishes.sync_bn
+        if self.world_size == 1 or self._averages_apart:
+            return self._compiled(network), network
         if self._wishes.sync_bn:
             is_cuda = self._torch_device.type == "cuda"  # elsewhere PyTorch's own has no kernels
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if is_cuda else synchronise(network)
@@ -67,7 +71,19 @@ class StockDevice(Device):
         name = "forward_sync_buffers" if has_new_name else "broadcast_buffers"
         # Gradients live in the buckets that travel: without it VGG16's 553 MB of them are held twice.
         options: dict[str, Any] = {name: self._wishes.broadcast_buffers, "gradient_as_bucket_view": True}
-        return DistributedDataParallel(network, device_ids=device_ids, **options), network
+        return self._compiled(DistributedDataParallel(network, device_ids=device_ids, **options)), network
+
+    def _compiled(self, model: nn.Module) -> nn.Module:
+        return torch.compile(model) if self.compiles else model  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def average_gradients(self, model: nn.Module) -> None:
+        if not self._averages_apart:
+            return
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+            gradient /= self.world_size
 
     def backward(self, loss: Tensor) -> None:
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()

@@ -1,0 +1,136 @@
+"""One way of training, in a process of its own that makes a step when it is told to.
+
+Two of these, told in turns, see the same weather on a noisy machine; and settings that belong to a process, such as
+what its C library does with freed memory, do not reach the other.
+"""
+
+from __future__ import annotations
+
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple
+
+import torch
+from torch import nn
+
+from vgglab import engine
+from vgglab.config import Config, parse
+from vgglab.data.loader import Batch, Batches, eval_batches, train_batches
+from vgglab.data.sets import open_sets
+from vgglab.data.transform import normalised
+from vgglab.devices import open_device
+from vgglab.devices.base import Device
+from vgglab.errors import UserError
+from vgglab.model import build, head_for
+from vgglab.recording import RankWriter
+
+
+class Way(NamedTuple):
+    """How to train: by the kit with these flags, or by a plain PyTorch loop."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    is_plain: bool = False  # a loop of the kind that torchvision's reference script has, in float32
+    is_prepared: bool = True  # the process is set up as the kit sets up its own
+    is_torchvisions: bool = False  # its network, too
+
+
+class Enough(Exception):
+    """Ends the training loop from within its batches."""
+
+
+def work(connection: Connection, way: Way, flags: list[str]) -> None:
+    """Take numbers of steps from the connection, and answer each with the seconds of each step; None ends it.
+
+    The first answer, before any number, is what the device is, or a string: why it cannot be.
+    """
+    try:
+        config = parse([*flags, *way.flags])
+        device = open_device(
+            config.device, amp_dtype=config.amp_dtype or ("auto" if config.amp else None), tf32=config.tf32,
+            fast=config.fast, channels_last=config.channels_last, fused=config.fused, compile=config.compile,
+        )  # fmt: skip
+        if way.is_prepared:
+            device.open()
+        sets = open_sets(config)
+        config.seed, config.num_classes, config.image_size = 0, sets.num_classes, sets.image_size
+        config.head = head_for(sets.image_size) if config.head == "auto" else config.head
+        batch = next(iter(train_batches(sets, config, device).epoch(0)))
+        connection.send(device.describe())
+        if way.is_plain:
+            _plain_loop(connection, way, config, device, batch)
+        else:
+            held_out = eval_batches(sets, config, device)
+            gate = Gate(connection, device, batch, held_out)
+            job = engine.prepare(config, device, sets, None)
+            job.batches = gate
+            engine.train(job, config, device, Quiet(Path("."), 0))
+    except Enough:
+        connection.send(device.usage())
+    except UserError as error:
+        connection.send(str(error))
+    except (KeyboardInterrupt, EOFError):
+        pass
+
+
+class Gate(Batches):
+    """The same batch again and again, each time when the connection asks for a step."""
+
+    def __init__(self, connection: Connection, device: Device, batch: Batch, like: Batches) -> None:
+        self._picks = like._picks
+        self.connection, self.device, self.batch = connection, device, batch
+
+    def __len__(self) -> int:
+        return 10**9  # no end of the epoch
+
+    def epoch(self, epoch: int, first: int = 0, on_skipped: Any = None) -> Iterator[Batch]:
+        for _ in _steps(self.connection, self.device):
+            yield self.batch
+
+
+def _steps(connection: Connection, device: Device) -> Iterator[None]:
+    """One turn of the loop for each step asked for; each is timed to the end of the device's work."""
+    while True:
+        number = connection.recv()
+        if number is None:
+            raise Enough
+        seconds = []
+        for _ in range(number):
+            started = time.perf_counter()
+            yield
+            device.fetch(device.sum(torch.zeros(1)))  # comes when all before it is done
+            seconds.append(time.perf_counter() - started)
+        connection.send(seconds)
+
+
+def _plain_loop(connection: Connection, way: Way, config: Config, device: Device, batch: Batch) -> None:
+    images, labels = device.move(batch.images, batch.labels)
+    images = normalised(images)
+    model, _ = device.wrap(_network(way, config))
+    model.train()
+    loss_of = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    for _ in _steps(connection, device):
+        loss = loss_of(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def _network(way: Way, config: Config) -> nn.Module:
+    if not way.is_torchvisions:
+        return build(config.model, num_classes=config.num_classes, dropout_rate=config.dropout_rate, head=config.head)
+    from torchvision import models
+
+    return getattr(models, config.model)(num_classes=config.num_classes)
+
+
+class Quiet(RankWriter):
+    """A run that leaves nothing behind."""
+
+    def rank_event(self, **values: Any) -> None:
+        pass
+
+    def skipped(self, image: str, reason: str) -> None:
+        pass

@@ -1,0 +1,46 @@
+"""What a resumed run takes over from the one it goes on from."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import Field, fields
+from typing import Any, Sequence
+
+from vgglab.config import Config, check
+from vgglab.errors import UserError
+
+# What belongs to the run that is being started, not to the one it goes on from.
+NOT_INHERITED = (
+    "resume run_dir output_dir test_only start_epoch pretrained device world_size workers dist_url tensorboard amp "
+    "cache_dataset fix_seed eval_step_per_epoch timers trace apex apex_opt_level enable_horovod"
+).split()
+
+
+# Who gives the first has said something about the others too.
+IMPLIED = {"fix_seed": ["seed"], "amp": ["amp_dtype"], "data_path": ["num_classes"]}
+
+
+def inherit(config: Config, given: Sequence[str], earlier: dict[str, Any]) -> None:
+    """Take over what nobody gave on this command line from the settings of the run that is resumed.
+
+    Raises:
+        UserError: a setting in there is none, or contradicts one that was given.
+    """
+    kept = {*given, *NOT_INHERITED, *(other for name in given for other in IMPLIED.get(name, ()))}
+    for item in fields(Config):
+        if item.name in earlier and item.name not in kept:
+            setattr(config, item.name, _checked(item, earlier[item.name]))
+    check(config)
+
+
+def _checked(item: Field, value: Any) -> Any:
+    """A setting that was read from a file, held to what its flag allows."""
+    if value is None:
+        return item.default
+    try:
+        parsed = item.metadata["parse"](str(value))
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise UserError(f"its {item.name} is damaged: {error}") from None
+    if parsed not in item.metadata.get("choices", (parsed,)):
+        raise UserError(f"its {item.name} is damaged: {value!r}")
+    return parsed

@@ -1,0 +1,238 @@
+"""The layers of a network as a table, and under the roofline of a machine. The rows are plain values.
+
+``vgglab.anatomy`` fills them; what it wrote with ``--json`` can be shown where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from typing import TYPE_CHECKING, NamedTuple, Sequence
+
+from vgglab.errors import UserError
+
+if TYPE_CHECKING:
+    from vgglab.view.figures import Picture
+
+# Units stand in the headings. The first columns hold words and stand on the left.
+NUM_WORDS = 3
+HEADINGS = (
+    "layer|kind|output|parameters|multiply-adds\nM an image|training\nGFLOP an image|moved\nMB|FLOP\nper byte|"
+    "receptive\nfield|jump"
+).split("|")
+MEASURED_HEADINGS = "forward\nms|backward\nms|reached\nGFLOP/s|attainable\nGFLOP/s|share".split("|")
+LABEL_GAP = 0.034  # between two labels of the roofline, as a part of its width
+
+
+class Layer(NamedTuple):
+    """One layer, as it is called in the forward pass; a row of the table.
+
+    Attributes:
+        name: as in ``model.named_modules()``.
+        kind: conv, linear, batch norm, relu, pool, dropout or flatten.
+        output_shape: ``(N, C, H, W)`` or ``(N, features)``, N images in the batch; ``input_shape`` likewise.
+        num_parameters: its own; one that an earlier layer has brought counts there.
+        multiply_adds: of the forward pass, for one image; a multiplication with its addition is one. Convolutions and
+            linear layers without their biases; the few operations of the others count 0, as in torch's own counter.
+        bytes_moved: of the forward pass in float32, for the whole batch, and the least there can be: the input and
+            the weights read once, the output written once. A flatten moves nothing.
+        receptive_field: side of the square of pixels that one output can depend on. It may exceed the image: the rest
+            is padding. Behind a linear layer it is the whole image.
+        jump: pixels from the square of one output to its neighbour's, the product of all strides so far.
+        training_multiply_adds: of the forward and backward pass, for one image: as many again for the gradient of the
+            weights, and again for that of the input if anything before this layer learns. So the first layer costs
+            twice its forward pass, the others three times.
+        forward_seconds, backward_seconds: of the whole batch; None until measured.
+    """
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]
+    num_parameters: int
+    multiply_adds: int
+    bytes_moved: int
+    receptive_field: int
+    jump: int
+    input_shape: tuple[int, ...]
+    training_multiply_adds: int
+    forward_seconds: float | None = None
+    backward_seconds: float | None = None
+
+    @property
+    def flop(self) -> int:
+        """Floating point operations of the forward pass, for one image: two for each multiply-add."""
+        return 2 * self.multiply_adds
+
+    @property
+    def training_flop(self) -> int:
+        """The same, of the forward and the backward pass."""
+        return 2 * self.training_multiply_adds
+
+    @property
+    def intensity(self) -> float:
+        """Arithmetic intensity of the forward pass: FLOP for each byte moved, at this batch size."""
+        return self.output_shape[0] * self.flop / self.bytes_moved if self.flop else 0.0
+
+    @property
+    def flop_per_second(self) -> float | None:
+        """What the forward pass reached; None where it was not measured or has no FLOP."""
+        return self.output_shape[0] * self.flop / self.forward_seconds if self.flop and self.forward_seconds else None
+
+
+class Ceilings(NamedTuple):
+    """What a machine can do at best, measured on it: the two lines of a roofline.
+
+    Source: S. Williams, A. Waterman and D. Patterson, "Roofline: an insightful visual performance model for multicore
+    architectures", Communications of the ACM 52(4), 2009.
+    """
+
+    flop_per_second: float  # computing
+    bytes_per_second: float  # moving
+
+    @property
+    def ridge(self) -> float:
+        """FLOP per byte where the two meet: a layer with less waits for memory, one with more for arithmetic."""
+        return self.flop_per_second / self.bytes_per_second
+
+    def attainable(self, intensity: float) -> float:
+        """FLOP/s that a layer of so many FLOP per byte can reach."""
+        return min(self.flop_per_second, intensity * self.bytes_per_second)
+
+
+def as_text(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str = "") -> str:
+    """The table in plain text: a row for each layer, the totals in the last; with times where they were measured."""
+    heads, lines = _table(rows, ceilings)
+    table = [*zip(*(f"{head}\n".split("\n")[:2] for head in heads)), *lines]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    shown = ["  ".join(map(_aligned, cells, widths, range(len(cells)))).rstrip() for cells in table]
+    return "\n".join([*([title, ""] if title else []), *shown, *_about(ceilings)])
+
+
+def _aligned(cell: str, width: int, place: int) -> str:
+    return cell.ljust(width) if place < NUM_WORDS else cell.rjust(width)
+
+
+def as_html(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str = "") -> str:
+    """The same for a notebook."""
+    heads, lines = _table(rows, ceilings)
+    body = [_html_row(heads, "th"), *(_html_row(line, "td") for line in lines[:-1]), _html_row(lines[-1], "th")]
+    table = f"<table style='font-variant-numeric: tabular-nums'>{''.join(body)}</table>"
+    above = f"<p>{html.escape(title)}</p>" if title else ""
+    return above + table + "".join(f"<p>{html.escape(line)}</p>" for line in _about(ceilings))
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    shown = ""
+    for place, cell in enumerate(cells):
+        side = "left" if place < NUM_WORDS else "right"
+        text = html.escape(cell).replace("\n", "<br>")
+        shown += f"<{tag} style='text-align: {side}; padding: 0 0.7em'>{text}</{tag}>"
+    return f"<tr>{shown}</tr>"
+
+
+def _about(ceilings: Ceilings | None) -> list[str]:
+    if ceilings is None:
+        return []
+    peak, bandwidth = ceilings.flop_per_second / 1e9, ceilings.bytes_per_second / 1e9
+    meet = f"which meet at {ceilings.ridge:.1f} FLOP per byte"
+    return [f"this machine's ceilings, measured: {peak:.1f} GFLOP/s and {bandwidth:.1f} GB/s, {meet}"]
+
+
+def _table(rows: Sequence[Layer], ceilings: Ceilings | None) -> tuple[list[str], list[list[str]]]:
+    is_measured = any(row.forward_seconds is not None for row in rows)
+    heads = HEADINGS + (MEASURED_HEADINGS if is_measured else [])
+    lines = [_cells(row) + (_measured_cells(row, ceilings) if is_measured else []) for row in rows]
+    num_parameters, moved = sum(row.num_parameters for row in rows), sum(row.bytes_moved for row in rows)
+    flop, training_flop = sum(row.flop for row in rows), sum(row.training_flop for row in rows)
+    total = ["total", "", "", f"{num_parameters:,}", _scaled(flop / 2, 1e6), _scaled(training_flop, 1e9, 2)]
+    total += [_scaled(moved, 1e6), "", "", ""]
+    if is_measured:
+        forward, backward = (sum(times) for times in zip(*((r.forward_seconds, r.backward_seconds) for r in rows)))
+        total += [_scaled(forward, 1e-3), _scaled(backward, 1e-3), "", "", ""]
+    return heads, [*lines, total]
+
+
+def _cells(row: Layer) -> list[str]:
+    return [
+        row.name,
+        row.kind,
+        "x".join(map(str, row.output_shape[1:])),
+        f"{row.num_parameters:,}" if row.num_parameters else "",
+        _scaled(row.multiply_adds, 1e6),
+        _scaled(row.training_flop, 1e9, 2),
+        _scaled(row.bytes_moved, 1e6),
+        _scaled(row.intensity, 1),
+        str(row.receptive_field),
+        str(row.jump),
+    ]
+
+
+def _measured_cells(row: Layer, ceilings: Ceilings | None) -> list[str]:
+    times = [_scaled(row.forward_seconds or 0, 1e-3), _scaled(row.backward_seconds or 0, 1e-3)]
+    if row.flop_per_second is None or ceilings is None:
+        return [*times, "", "", ""]
+    attainable = ceilings.attainable(row.intensity)
+    share = f"{row.flop_per_second / attainable:.0%}"
+    return [*times, _scaled(row.flop_per_second, 1e9), _scaled(attainable, 1e9), share]
+
+
+def _scaled(value: float, unit: float, digits: int = 1) -> str:
+    """Empty for nothing, two significant digits for little: 1,849.7, 0.25, 0.0041."""
+    value /= unit
+    if not value:
+        return ""
+    return f"{value:.2g}" if value < 1 else f"{value:,.{digits}f}"
+
+
+def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> Picture:
+    """Measured layers under the two ceilings, both axes logarithmic: FLOP per byte, and GFLOP/s of the forward pass.
+
+    Only layers with multiply-adds have a place there. A layer far below its ceiling has something to gain.
+
+    Raises:
+        UserError: nothing in ``rows`` was measured.
+    """
+    from vgglab.view.figures import BLUE, GREEN, INK, ORANGE, PURPLE, new_figure
+
+    shown = [row for row in rows if row.flop_per_second is not None]
+    if not shown:
+        raise UserError("nothing to place under the roof: no layer with multiply-adds was measured")
+    figure, (panel,) = new_figure(1, 9.0, 5.0)
+    speeds = [(row.flop_per_second or 0) / 1e9 for row in shown]
+    peak, ridge = ceilings.flop_per_second / 1e9, ceilings.ridge
+    left, right = min(ridge, *(r.intensity for r in shown)) / 2, max(ridge, *(r.intensity for r in shown)) * 2
+    bottom = min(*speeds, ceilings.attainable(left) / 1e9) / 30  # the labels stand below the layers
+    moving = f"moving, {ceilings.bytes_per_second / 1e9:.1f} GB/s"
+    panel.plot([left, ridge], [ceilings.attainable(left) / 1e9, peak], "--", color=GREEN, linewidth=2, label=moving)
+    panel.plot([ridge, right], [peak, peak], "-", color=PURPLE, linewidth=2, label=f"computing, {peak:.1f} GFLOP/s")
+    for kind, marker, color in (("conv", "o", BLUE), ("linear", "s", ORANGE)):
+        of_kind = [(row.intensity, speed) for row, speed in zip(shown, speeds) if row.kind == kind]
+        if of_kind:
+            panel.plot(*zip(*of_kind), marker, color=color, markersize=7, alpha=0.8, label=kind)
+    panel.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * max(peak, *speeds)))
+    panel.set_xlabel("arithmetic intensity in FLOP per byte")
+    panel.set_ylabel("forward pass in GFLOP/s")
+    for label, intensity, speed, place in _labels(shown, speeds, left, right):
+        panel.annotate(
+            label, (intensity, speed), (place, 0.03), textcoords="axes fraction", rotation=90, fontsize=8, color=INK,
+            ha="center", va="bottom", arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.5},
+        )  # fmt: skip
+    panel.legend(fontsize=9, frameon=False, loc="upper left")
+    return figure
+
+
+def _labels(
+    rows: Sequence[Layer], speeds: Sequence[float], left: float, right: float
+) -> list[tuple[str, float, float, float]]:
+    """Names, where their markers are, and places along the axis (0 to 1) far enough from each other to be read."""
+    marks = sorted(zip((row.intensity for row in rows), speeds, (row.name for row in rows)))
+    wanted = [math.log(mark[0] / left) / math.log(right / left) for mark in marks]
+    gap = min(LABEL_GAP, 1 / (len(marks) + 1))
+    places: list[float] = []
+    for place in wanted:  # pushed to the right where it is crowded,
+        places.append(max([place, *(p + gap for p in places[-1:])]))
+    most = 1 - gap / 2
+    for number in reversed(range(len(places))):  # and back from the edge
+        places[number] = min(places[number], most)
+        most = places[number] - gap
+    return [(name, intensity, speed, place) for (intensity, speed, name), place in zip(marks, places)]
