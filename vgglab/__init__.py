@@ -5,7 +5,7 @@
     >>> vgglab.Run("runs/<name>").watch()
 
 Importing this package imports neither torch nor matplotlib, so that a run can be looked at where only its
-directory has been copied; ``model`` and ``predict`` bring torch in when they are first used.
+directory has been copied; ``model``, ``anatomy`` and ``predict`` bring torch in when they are first used.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from vgglab.version import __version__
 from vgglab.launch import launch  # isort: skip
 from vgglab.runs import Run  # isort: skip
 
-__all__ = ["Run", "RunFailed", "UserError", "__version__", "launch", "model", "predict"]
+__all__ = ["Run", "RunFailed", "UserError", "__version__", "anatomy", "launch", "model", "predict"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "model":
-        return importlib.import_module("vgglab.model")
+    if name in ("anatomy", "model"):
+        return importlib.import_module(f"vgglab.{name}")
     if name == "predict":
         return importlib.import_module("vgglab.predictions").predict
     raise AttributeError(f"module 'vgglab' has no attribute {name!r}")

@@ -18,11 +18,12 @@ import copy
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from math import prod
 from statistics import median
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,7 @@ from vgglab.devices import open_device
 from vgglab.devices.base import Device
 from vgglab.errors import UserError
 from vgglab.model import build, head_for
-from vgglab.view.anatomy_table import Ceilings, Layer, as_html, as_text
-
-__all__ = ["Anatomy", "Ceilings", "Layer", "ceilings", "measure", "of"]
+from vgglab.view.anatomy_table import Anatomy, Ceilings, Layer
 
 KINDS: dict[str, tuple[type, ...]] = {
     "conv": (nn.Conv2d,),
@@ -50,65 +49,10 @@ FLOAT32_BYTES = 4
 HAS_META = int(torch.__version__.split(".")[0]) >= 2  # tensors with a shape and no memory, for every operation here
 # A matrix product grows until it takes so long that starting it and reading the clock no longer count.
 PRODUCT_SECONDS, SMALLEST_SIDE, LARGEST_SIDE = 0.05, 512, 8192
-COPIED_BYTES = 2**28  # of each of three tensors: far more than any cache of a core or a card (32 MiB, 50 MiB)
+COPIED_BYTES = 2**28  # each of three tensors: far above any cache, of a core (32 MiB) or a card (50 MiB)
 
-
-@dataclass(frozen=True, repr=False, eq=False)
-class Anatomy(Sequence[Layer]):
-    """The layers of a network in the order of its forward pass; shows itself as a table, totals in the last row."""
-
-    model: str
-    image_size: int  # side, in pixels
-    batch_size: int
-    layers: tuple[Layer, ...]
-    modules: tuple[nn.Module, ...]  # what the rows are about; their weights have shapes and no values
-    ceilings: Ceilings | None = None  # once measured
-
-    def __getitem__(self, place: Any) -> Any:
-        return self.layers[place]
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(layer.num_parameters for layer in self)
-
-    @property
-    def multiply_adds(self) -> int:
-        """Of the forward pass, for one image; a FLOP counter says twice as much."""
-        return sum(layer.multiply_adds for layer in self)
-
-    @property
-    def training_flop(self) -> int:
-        """Of the forward and the backward pass, for one image: 92.65e9 for VGG16 at 224 pixels."""
-        return sum(layer.training_flop for layer in self)
-
-    @property
-    def title(self) -> str:
-        return f"{self.model}: images of {self.image_size} x {self.image_size}, {self.batch_size} at a time"
-
-    def __repr__(self) -> str:
-        return as_text(self, self.ceilings, self.title)
-
-    def _repr_html_(self) -> str:
-        return as_html(self, self.ceilings, self.title)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values: the totals, the layers, and the ceilings once measured."""
-        names = "model image_size batch_size num_parameters multiply_adds training_flop".split()
-        layers = [{**layer._asdict(), "flop": layer.flop, "intensity": layer.intensity} for layer in self]
-        roof = self.ceilings and self.ceilings._asdict()
-        return {**{name: getattr(self, name) for name in names}, "layers": layers, "ceilings": roof}
-
-
-class Call(NamedTuple):
-    """A layer, as the forward pass came by."""
-
-    name: str
-    module: nn.Module
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
+# A layer as the forward pass came by: its name, itself, the shapes of its input and its output.
+Call = Tuple[str, nn.Module, Tuple[int, ...], Tuple[int, ...]]
 
 
 def of(
@@ -129,7 +73,11 @@ def of(
     if min(image_size, batch_size, num_classes) < 1:
         raise UserError("image_size, batch_size and num_classes: whole numbers, 1 or more")
     name = model if isinstance(model, str) else type(model).__name__
-    network = _named(model, image_size, num_classes) if isinstance(model, str) else _hollow(model)
+    if isinstance(model, str):
+        with torch.device("meta") if HAS_META else nullcontext():
+            network: nn.Module = build(model, num_classes=num_classes, head=head_for(image_size), init_weights=False)
+    else:
+        network = _hollow(model)
     for path, module in _leaves(network):
         if not _kind(module):
             raise UserError(f"{path or name} is a {type(module).__name__}; anatomy knows {', '.join(KINDS)}")
@@ -138,25 +86,16 @@ def of(
     try:
         calls = _calls(network, shape)
     except (RuntimeError, ValueError) as error:  # torch's words for shapes that do not fit
-        raise UserError(f"{name} cannot take images of {image_size} x {image_size}: {_first_line(error)}") from error
-    return Anatomy(name, image_size, batch_size, tuple(_rows(calls, shape)), tuple(call.module for call in calls))
-
-
-def _named(name: str, image_size: int, num_classes: int) -> nn.Module:
-    options: dict[str, Any] = {"num_classes": num_classes, "head": head_for(image_size), "init_weights": False}
-    if not HAS_META:
-        return build(name, **options)
-    with torch.device("meta"):
-        return build(name, **options)
+        raise UserError(f"{name}, {image_size} x {image_size} pixels: {str(error).splitlines()[0]}") from error
+    return Anatomy(name, image_size, batch_size, tuple(_rows(calls, shape)), tuple(call[1] for call in calls))
 
 
 def _hollow(model: nn.Module) -> nn.Module:
     """A copy to walk through: in float32, without the values of the weights and what the reader has hooked onto it."""
-    known: dict[int, Any] = {}
-    if HAS_META:  # deepcopy takes these for copies that it has made already
-        for weight in model.parameters():
-            known[id(weight)] = nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
-        known.update((id(buffer), buffer.to("meta")) for buffer in model.buffers())
+    known: dict[int, Any] = {}  # what deepcopy takes for copies that it has made already
+    if HAS_META:
+        known.update((id(value), value.to("meta")) for value in model.buffers())
+        known.update((id(value), nn.Parameter(value.to("meta"), value.requires_grad)) for value in model.parameters())
     network = copy.deepcopy(model, known).float()
     for module in network.modules():
         module._forward_hooks.clear()
@@ -167,12 +106,13 @@ def _calls(network: nn.Module, shape: tuple[int, ...]) -> list[Call]:
     calls: list[Call] = []
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append(Call(name, module, tuple(inputs[0].shape), tuple(output.shape)))
+        calls.append((name, module, tuple(inputs[0].shape), tuple(output.shape)))
 
-    for name, module in _leaves(network):
-        module.register_forward_hook(partial(note, name))
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in _leaves(network)]
     with torch.no_grad():
         network.eval()(torch.empty(shape, device="meta") if HAS_META else torch.zeros(shape))
+    for hook in hooks:
+        hook.remove()
     return calls
 
 
@@ -183,18 +123,16 @@ def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
     learns = False  # something before this layer
     for name, module, input_shape, output_shape in calls:
         if prod(input_shape) != prod(shape):
-            raise UserError(
-                f"{name} does not take what the layer before it wrote; anatomy reads chains, in which all that changes "
-                "shapes is a layer (nn.MaxPool2d, not F.max_pool2d)"
-            )
+            why = "anatomy reads chains, in which all that changes shapes is a layer (nn.MaxPool2d, not F.max_pool2d)"
+            raise UserError(f"{name} does not take what the layer before it wrote; {why}")
         shape = output_shape
         weights = list(module.parameters())
         states = [buffer for buffer in module.buffers() if buffer.is_floating_point()]  # batch norm's mean and variance
         values = prod(input_shape) + sum(tensor.numel() for tensor in [*weights, *states]) + prod(output_shape)
         multiply_adds = _multiply_adds(module, output_shape)
         num_gradients = learns + weights[0].requires_grad if multiply_adds else 0
-        # The usual recursion: k neighbours span k - 1 jumps, a stride multiplies the jump. Source: A. Araujo, W. Norris,
-        # J. Sim, "Computing receptive fields of convolutional neural networks", Distill, 2019 (10.23915/distill.00021).
+        # The usual recursion: k neighbours span k - 1 jumps, a stride multiplies the jump. Source: Araujo, Norris, Sim,
+        # "Computing receptive fields of convolutional neural networks", Distill, 2019, doi 10.23915/distill.00021.
         extent, stride = _window(module, input_shape[-1], output_shape[-1])
         field, jump = field + (extent - 1) * jump, jump * stride
         if isinstance(module, nn.Linear):
@@ -212,7 +150,7 @@ def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
             training_multiply_adds=multiply_adds * (1 + num_gradients),
         )
         counted.update(map(id, weights))
-        learns = learns or _learns(module)
+        learns = learns or any(weight.requires_grad for weight in weights)
 
 
 def _multiply_adds(module: nn.Module, output_shape: tuple[int, ...]) -> int:
@@ -239,10 +177,6 @@ def _pair(value: Any) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def _learns(module: nn.Module) -> bool:
-    return any(weight.requires_grad for weight in module.parameters())
-
-
 def _kind(module: nn.Module) -> str:
     return next((kind for kind, types in KINDS.items() if isinstance(module, types)), "")
 
@@ -251,17 +185,13 @@ def _leaves(network: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in network.named_modules() if not list(module.children())]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def measure(what: Anatomy | str | nn.Module, device: Device, repeats: int = 5) -> Anatomy:
     """Time the forward and the backward pass of each layer by itself, and the ceilings of the machine.
 
     A layer gets fresh weights and random input of its shape, in float32 and training mode, and runs once to warm up
-    and ``repeats`` times more; the median counts. What fits into a cache stays there between the repeats, so a small
-    layer may come out above the ceiling of moving; one above that of computing needs fewer multiplications than are
-    counted (Winograd's convolution).
+    and ``repeats`` times more; the median counts. A share of a little over 100 % is no mistake: the ceilings are what
+    torch reaches elsewhere. A convolution may be better written than the matrix product; a layer that mostly reads is
+    quicker than a copy; what fits into a cache is there since the last repeat.
 
     Args:
         what: the answer of ``of``, or what ``of`` takes.
@@ -276,29 +206,27 @@ def measure(what: Anatomy | str | nn.Module, device: Device, repeats: int = 5) -
     """
     anatomy = what if isinstance(what, Anatomy) else of(what)
     roof = ceilings(device, repeats)
-    layers, learns = [], False
+    layers, learns = [], False  # learns: something before this layer
     for layer, module in zip(anatomy.layers, anatomy.modules):
         try:
             forward, backward = _layer_seconds(layer, module, learns, device, repeats)
         except ValueError as error:  # torch's words on batch norm
-            raise UserError(f"{layer.name}: {_first_line(error)}; a larger batch has more") from error
+            raise UserError(f"{layer.name}: {str(error).splitlines()[0]}; a larger batch has more") from error
         layers.append(layer._replace(forward_seconds=forward, backward_seconds=backward))
-        learns = learns or _learns(module)
+        learns = learns or any(weight.requires_grad for weight in module.parameters())
     return replace(anatomy, layers=tuple(layers), ceilings=roof)
 
 
 def _layer_seconds(layer: Layer, module: nn.Module, learns: bool, device: Device, repeats: int) -> tuple[float, float]:
     module = copy.deepcopy(module).to_empty(device="cpu").train()
-    if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
+    getattr(module, "reset_parameters", int)()  # to_empty leaves whatever was in memory
     module = device.wrap(module)[1]
     images = _moved(torch.randn(layer.input_shape), device).requires_grad_(learns)
     wanted = [images] * learns + [weight for weight in module.parameters() if weight.requires_grad]
     gradient = _moved(torch.randn(layer.output_shape), device)
     forward, backward = [], []
     for _ in range(1 + repeats):
-        fed = images.clone()  # a layer that works in place needs its own each time
-        _wait(fed, device)
+        fed = _timed(images.clone, device)[1]  # a layer that works in place needs its own each time
         seconds, output = _timed(partial(module, fed), device)
         forward.append(seconds)
         pull = partial(torch.autograd.grad, output, wanted, gradient)
@@ -309,8 +237,8 @@ def _layer_seconds(layer: Layer, module: nn.Module, learns: bool, device: Device
 def ceilings(device: Device, repeats: int = 5) -> Ceilings:
     """Measure what ``device`` computes and moves per second, the best of ``repeats``; takes seconds and 0.8 GB.
 
-    Computing: square matrix products in float32, 2 n^3 FLOP. Moving: a copy (2 tensors) and ``a = b + 2 c`` (3), counted
-    as J. McCalpin's STREAM does: what the program names, not what a cache reads before it writes.
+    Computing: square matrix products in float32, 2 n^3 FLOP. Moving: a copy (2 tensors) and ``a = b + 2 c`` (3),
+    counted as J. McCalpin's STREAM does: what the program names, not what a cache reads before it writes.
 
     Raises:
         UserError: a simulated card, which has no speed.
@@ -336,13 +264,9 @@ def _fastest(run: Callable[[], Tensor], device: Device, repeats: int) -> float:
 def _timed(run: Callable[[], Any], device: Device) -> tuple[float, Any]:
     started = time.perf_counter()
     result = run()
-    _wait(result[-1] if isinstance(result, tuple) else result, device)
+    last = result[-1] if isinstance(result, tuple) else result
+    device.fetch(last.detach().reshape(-1)[:1])  # to read a value is to wait until it is there
     return time.perf_counter() - started, result
-
-
-def _wait(tensor: Tensor, device: Device) -> None:
-    """Until it is computed: one of its values is read."""
-    device.fetch(tensor.detach().reshape(-1)[:1])
 
 
 def _moved(tensor: Tensor, device: Device) -> Tensor:
@@ -351,10 +275,8 @@ def _moved(tensor: Tensor, device: Device) -> Tensor:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Raises UserError."""
-    parser = OneLineParser(
-        prog="vgglab.anatomy", usage="python -m vgglab.anatomy [--flag value ...]", allow_abbrev=False
-    )
-    parser.description = "What a network is made of and what it costs, layer by layer."
+    about = "What a network is made of and what it costs, layer by layer."
+    parser = OneLineParser(prog="python -m vgglab.anatomy", description=about, allow_abbrev=False)
     for name, default, text in (
         ("model", "vgg16", "the network"),
         ("image-size", 224, "side of the square images, in pixels"),

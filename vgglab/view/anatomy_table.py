@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import html
 import math
-from typing import TYPE_CHECKING, NamedTuple, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Sequence
 
 from vgglab.errors import UserError
 
@@ -17,10 +18,9 @@ if TYPE_CHECKING:
 # Units stand in the headings. The first columns hold words and stand on the left.
 NUM_WORDS = 3
 HEADINGS = (
-    "layer|kind|output|parameters|multiply-adds\nM an image|training\nGFLOP an image|moved\nMB|FLOP\nper byte|"
-    "receptive\nfield|jump"
+    "layer|kind|output|parameters|multiply-\nadds, M|training\nGFLOP|moved\nMB|FLOP\nper byte|receptive\nfield|jump"
 ).split("|")
-MEASURED_HEADINGS = "forward\nms|backward\nms|reached\nGFLOP/s|attainable\nGFLOP/s|share".split("|")
+MEASURED_HEADINGS = "forward\nms|backward\nms|reached\nGFLOP/s|roof\nGFLOP/s|share".split("|")
 LABEL_GAP = 0.034  # between two labels of the roofline, as a part of its width
 
 
@@ -97,6 +97,58 @@ class Ceilings(NamedTuple):
     def attainable(self, intensity: float) -> float:
         """FLOP/s that a layer of so many FLOP per byte can reach."""
         return min(self.flop_per_second, intensity * self.bytes_per_second)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Anatomy(Sequence[Layer]):
+    """The layers of a network in the order of its forward pass; shows itself as a table, totals in the last row."""
+
+    model: str
+    image_size: int  # side, in pixels
+    batch_size: int
+    layers: tuple[Layer, ...]
+    modules: tuple[Any, ...]  # what the rows are about; their weights have shapes and no values
+    ceilings: Ceilings | None = None  # once measured
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.layers[place]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(layer.num_parameters for layer in self)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the forward pass, for one image; a FLOP counter says twice as much."""
+        return sum(layer.multiply_adds for layer in self)
+
+    @property
+    def training_flop(self) -> int:
+        """Of the forward and the backward pass, for one image: 92.65e9 for VGG16 at 224 pixels."""
+        return sum(layer.training_flop for layer in self)
+
+    @property
+    def title(self) -> str:
+        what = "multiply-adds and FLOP for one image"
+        return (
+            f"{self.model}, {self.image_size} x {self.image_size} pixels: {what}, bytes for {self.batch_size} at once"
+        )
+
+    def __repr__(self) -> str:
+        return as_text(self, self.ceilings, self.title)
+
+    def _repr_html_(self) -> str:
+        return as_html(self, self.ceilings, self.title)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values: the totals, the layers, and the ceilings once measured."""
+        names = "model image_size batch_size num_parameters multiply_adds training_flop".split()
+        layers = [{**layer._asdict(), "flop": layer.flop, "intensity": layer.intensity} for layer in self]
+        roof = self.ceilings and self.ceilings._asdict()
+        return {**{name: getattr(self, name) for name in names}, "layers": layers, "ceilings": roof}
 
 
 def as_text(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str = "") -> str:

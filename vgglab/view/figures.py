@@ -116,3 +116,38 @@ def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> 
         for spine in panel.spines.values():
             spine.set(color=GRID if prediction.is_right else ORANGE, linewidth=1 if prediction.is_right else 3)
     return figure
+
+
+PHASE_LOOK = {
+    "data": (ORANGE, "waiting for data"),
+    "copy": ("#E69F00", "copying, normalising"),
+    "forward": (BLUE, "forward"),
+    "backward": ("#56B4E9", "backward"),
+    "all_reduce": (PURPLE, "averaging gradients"),
+    "optimizer": (GREEN, "optimizer"),
+    "host": ("#999999", "host, and all else"),
+}
+HATCHES = ("", "//", "", "..", "xx", "\\\\", "")
+
+
+def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> Picture:
+    """One stacked bar a run: the parts of a mean step, in milliseconds; of runs with --timers."""
+    figure = Picture(9.0, 1.2 + 0.6 * len(runs))
+    panel = figure.subplots()
+    for place, run in enumerate(runs):
+        spent, left = run.report()["phase_seconds"] or {}, 0.0
+        for (phase, (colour, label)), hatch in zip(PHASE_LOOK.items(), HATCHES):
+            width = 1000 * spent.get(phase, 0.0)
+            panel.barh(
+                place, width, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5,
+                label=label if place == 0 else None,
+            )  # fmt: skip
+            left += width
+        panel.text(left, place, f" {left:.0f} ms", va="center", fontsize=9, color=INK)
+    panel.set_yticks(range(len(runs)), list(names) or [run.path.name for run in runs], fontsize=9)
+    panel.invert_yaxis()
+    panel.set_xlabel("milliseconds of a mean step")
+    panel.margins(x=0.12)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    return figure

@@ -1,0 +1,306 @@
+"""vgglab.anatomy against the paper, torch's own FLOP counter, a real forward pass and a measured receptive field."""
+
+import json
+
+import pytest
+import torch
+from conftest import shell
+from torch import nn
+
+import vgglab
+import vgglab.model as models
+from vgglab import anatomy
+from vgglab.config import MODELS
+from vgglab.devices import open_device
+from vgglab.errors import UserError
+from vgglab.view.anatomy_table import Ceilings, Layer, as_html, as_text, roofline
+
+# Table 2 of the paper: millions of parameters with 1000 classes.
+PAPER_MILLIONS = {"vgg11": 133, "vgg13": 133, "vgg16": 138, "vgg19": 144}
+
+
+def by_hand():
+    """A network as a reader writes one: grey images, a stride, dilation, groups, all kinds of layers."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 5, stride=2, padding=2, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 8, 3, padding=2, dilation=2, groups=2),
+        nn.AvgPool2d(2),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(32, 10),
+    )
+
+
+@pytest.mark.parametrize(("name", "millions"), PAPER_MILLIONS.items())
+def test_parameter_counts_are_the_papers(name, millions):
+    assert round(anatomy.of(name).num_parameters / 1e6) == millions
+
+
+def counted_flop(network, images):
+    """Forward, and forward with backward, as torch's dispatcher sees them go by."""
+    counter = pytest.importorskip("torch.utils.flop_counter")
+    figures = []
+    for is_training in (False, True):
+        with counter.FlopCounterMode(display=False) as counting:
+            output = network.eval()(images)
+            if is_training:
+                output.sum().backward()
+        figures.append(counting.get_total_flops())
+    return figures
+
+
+@pytest.mark.parametrize("image_size", [224, 64])
+@pytest.mark.parametrize("name", MODELS)
+def test_multiply_adds_are_half_of_what_torchs_counter_says(name, image_size):
+    pytest.importorskip("torch.utils.flop_counter")
+    with torch.device("meta"):
+        network = models.build(name, head=models.head_for(image_size), init_weights=False)
+        forward, training = counted_flop(network, torch.empty(2, 3, image_size, image_size))
+    counted = anatomy.of(name, image_size, batch_size=2)
+    assert (2 * 2 * counted.multiply_adds, 2 * counted.training_flop) == (forward, training)
+    assert counted.num_parameters == sum(weight.numel() for weight in network.parameters())
+    if (name, image_size) == ("vgg16", 224):
+        assert counted.multiply_adds == 15_470_264_320
+        assert counted.training_flop / 1e9 == pytest.approx(92.65, abs=0.005)
+
+
+def test_what_is_frozen_costs_no_gradient():
+    network = models.vgg11(num_classes=10, head="small", init_weights=False)
+    for weight in network.features[:6].parameters():
+        weight.requires_grad_(False)
+    counted = anatomy.of(network, 32)
+    conv = [layer for layer in counted if layer.kind == "conv"]
+    costs = [layer.training_multiply_adds // layer.multiply_adds for layer in conv]
+    assert costs == [1, 1, 2, 3, 3, 3, 3, 3]
+    assert counted.training_flop == counted_flop(network, torch.zeros(1, 3, 32, 32))[1]
+
+
+def test_a_network_written_by_hand_is_read_and_left_as_it_is():
+    network, seen = by_hand(), []
+    network[0].register_forward_hook(lambda *_: seen.append(1))
+    counted = anatomy.of(network, 30, batch_size=3)
+    assert counted[-1].output_shape == (3, 10)
+    assert [layer.name for layer in counted] == [str(number) for number in range(9)]
+    kinds = ["conv", "batch norm", "relu", "conv", "pool", "pool", "flatten", "dropout", "linear"]
+    assert [layer.kind for layer in counted] == kinds
+    # 30 -> 15 (stride 2) -> 15 -> 7 -> 2: the adaptive pooling's windows are the 4 places from 0 and from 3.
+    assert [layer.receptive_field for layer in counted] == [5, 5, 5, 13, 15, 27, 27, 27, 30]
+    assert [layer.jump for layer in counted] == [2, 2, 2, 2, 4, 16, 16, 16, 30]
+    assert seen == []
+    assert len(network[0]._forward_hooks) == 1
+    assert network.training
+    assert network[0].weight.device.type == "cpu"
+    assert 2 * counted.multiply_adds * 3 == counted_flop(network, torch.zeros(3, 1, 30, 30))[0]
+
+
+def test_bytes_are_counted_once_each():
+    rows = {layer.name: layer for layer in anatomy.of(by_hand(), 30, batch_size=3)}
+    maps = 3 * 4 * 15 * 15
+    assert rows["0"].bytes_moved == 4 * (3 * 30 * 30 + 4 * 25 + maps)
+    assert rows["1"].bytes_moved == 4 * (maps + 4 * 4 + maps)  # scale, shift, mean and variance
+    assert rows["2"].bytes_moved == 4 * (maps + maps)
+    assert rows["6"].bytes_moved == 0
+    assert rows["0"].intensity == 3 * 2 * rows["0"].multiply_adds / rows["0"].bytes_moved
+
+
+def test_a_layer_that_is_used_twice_brings_its_parameters_once():
+    layer = nn.Conv2d(3, 3, 3, padding=1)
+    counted = anatomy.of(nn.Sequential(layer, nn.ReLU(), layer), 8)
+    assert [row.num_parameters for row in counted] == [84, 0, 0]
+    assert counted[2].bytes_moved == counted[0].bytes_moved
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "vgg16"])
+def test_shapes_are_those_of_a_real_forward_pass(name):
+    network = models.build(name, num_classes=7, head="small", init_weights=False).eval()
+    shapes = []
+    for _, module in network.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(
+                lambda _module, inputs, output: shapes.append((tuple(inputs[0].shape), tuple(output.shape)))
+            )
+    with torch.no_grad():
+        network(torch.zeros(2, 3, 64, 64))
+    counted = anatomy.of(name, 64, batch_size=2, num_classes=7)
+    assert [(layer.input_shape, layer.output_shape) for layer in counted] == shapes
+
+
+def extent_in_the_image(layers, images, place):
+    """The first and the last column of pixels that one output depends on: where its gradient is not zero."""
+    maps = layers(images)
+    (gradient,) = torch.autograd.grad(maps[0, 0, maps.shape[2] // 2, place], images)
+    columns = gradient[0, 0].sum(0).nonzero()
+    return int(columns[0]), int(columns[-1])
+
+
+def test_receptive_fields_are_where_the_gradient_comes_from():
+    """VGG16's features, one channel wide. Positive weights and average pooling, so that nothing cancels or is left."""
+    layers = []
+    for layer in models.CONFIGURATIONS["vgg16"]:
+        layers += [nn.AvgPool2d(2)] if layer == "M" else [nn.Conv2d(1, 1, 3, padding=1, bias=False), nn.ReLU()]
+    network = nn.Sequential(*layers)
+    for weight in network.parameters():
+        nn.init.ones_(weight)
+    images = torch.ones(1, 1, 288, 288, requires_grad=True)
+    counted = anatomy.of(network, 288)
+    for number, layer in enumerate(counted, start=1):
+        centre = layer.output_shape[-1] // 2
+        first, last = extent_in_the_image(network[:number], images, centre)
+        assert last - first + 1 == layer.receptive_field, layer.name
+        assert first - extent_in_the_image(network[:number], images, centre - 1)[0] == layer.jump, layer.name
+    of_vgg16 = anatomy.of("vgg16")
+    assert [layer.receptive_field for layer in of_vgg16[: len(layers)]] == [layer.receptive_field for layer in counted]
+    assert (of_vgg16[28].kind, of_vgg16[28].receptive_field) == ("conv", 196)
+    assert (of_vgg16[30].kind, of_vgg16[30].receptive_field) == ("pool", 212)
+    assert of_vgg16[-1].receptive_field == 224
+
+
+class Branching(nn.Module):
+    """Halves its maps behind the back of its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, images):
+        return self.second(nn.functional.max_pool2d(self.first(images), 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "image_size", "line"),
+    [
+        ("vgg12", 224, r"no network 'vgg12'"),
+        ("vgg16", 16, r"vgg16, 16 x 16 pixels: "),
+        ("vgg16", 0, r"image_size.*1 or more"),
+        (nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU()), 8, r"1 is a GELU; anatomy knows conv, linear"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(5, 5)), 8, r"Sequential, 8 x 8 pixels: "),
+        (Branching(), 8, r"second does not take what the layer before it wrote"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line(model, image_size, line):
+    with pytest.raises(UserError, match=line) as refusal:
+        anatomy.of(model, image_size)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def measured():
+    device = open_device("cpu")
+    device.open()
+    return anatomy.measure(anatomy.of(by_hand(), 30, batch_size=4), device, repeats=1)
+
+
+def test_each_layer_is_timed_and_so_are_the_ceilings(measured):
+    assert all(layer.forward_seconds > 0 for layer in measured)
+    assert all(layer.backward_seconds > 0 for layer in measured)
+    assert [layer.flop_per_second is not None for layer in measured] == [layer.flop > 0 for layer in measured]
+    roof = measured.ceilings
+    assert roof.flop_per_second > 0
+    assert roof.bytes_per_second > 0
+    assert roof.attainable(roof.ridge / 2) == pytest.approx(roof.flop_per_second / 2)
+    assert roof.attainable(2 * roof.ridge) == roof.flop_per_second
+
+
+def test_what_learns_nothing_has_no_backward_pass():
+    device = open_device("cpu")
+    rows = anatomy.of(nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 2, 1)), 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(anatomy, "ceilings", lambda *_: Ceilings(1e9, 1e9))
+        relu, conv = anatomy.measure(rows, device, repeats=1)
+        assert (relu.backward_seconds, conv.backward_seconds > 0) == (0.0, True)
+        with pytest.raises(UserError, match=r"^1: Expected more than 1 value.*; a larger batch has more"):
+            anatomy.measure(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)), device)
+
+
+def test_a_simulated_card_has_no_speed():
+    device = open_device("cpu")
+    device.is_simulated = True
+    with pytest.raises(UserError, match="no speed"):
+        anatomy.measure(by_hand(), device)
+
+
+def test_the_table_shows_itself_with_its_totals():
+    counted = anatomy.of("vgg16")
+    lines = repr(counted).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert lines[0].startswith("vgg16, 224 x 224 pixels")
+    last = lines[-1].split()
+    assert last[:4] == ["total", "138,357,544", "15,470.3", "92.65"]
+    assert len(lines) == 2 + 2 + len(counted) + 1
+    shown = counted._repr_html_()
+    assert shown.count("<tr>") == 1 + len(counted) + 1
+    assert "138,357,544" in shown
+
+
+def test_measured_rows_show_times_and_their_place_under_the_roof(measured):
+    text = as_text(measured, measured.ceilings)
+    assert "GFLOP/s" in text
+    assert "ceilings, measured" in text
+    row = text.splitlines()[2]
+    assert row.split()[0] == "0"
+    assert row.endswith("%")
+    assert "GFLOP/s" not in as_text(anatomy.of(by_hand(), 30))
+    assert "%</td>" in as_html(measured, measured.ceilings)
+
+
+def test_the_roofline_is_drawn(measured):
+    pytest.importorskip("matplotlib")
+    picture = roofline(measured, measured.ceilings)
+    assert len(picture.png()) > 1000
+    (panel,) = picture.axes
+    assert "FLOP per byte" in panel.get_xlabel()
+    assert "GFLOP/s" in panel.get_ylabel()
+    assert {text.get_text() for text in panel.texts} == {"0", "3", "8"}
+    with pytest.raises(UserError, match="nothing to place"):
+        roofline(anatomy.of(by_hand(), 30), measured.ceilings)
+
+
+def test_labels_of_like_layers_keep_their_distance():
+    pytest.importorskip("matplotlib")
+    rows = [layer._replace(forward_seconds=0.01) for layer in anatomy.of("vgg19")]
+    panel = roofline(rows, Ceilings(100e9, 20e9)).axes[0]
+    places = sorted(text.get_position()[0] for text in panel.texts)
+    assert len(places) == 19
+    assert min(b - a for a, b in zip(places, places[1:])) > 0.03
+    assert 0 < places[0] < places[-1] < 1
+
+
+def test_the_shells_door_prints_the_table_and_json():
+    result = shell("python", "-m", "vgglab.anatomy", "--model=vgg11_bn", "--image_size=64", "--batch-size=2", "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    *table, last = result.stdout.splitlines()
+    assert table[0].startswith("vgg11_bn, 64 x 64 pixels")
+    told = json.loads(last)
+    counted = anatomy.of("vgg11_bn", 64, batch_size=2)
+    assert told["multiply_adds"] == counted.multiply_adds
+    assert told["ceilings"] is None
+    assert told["layers"][0]["intensity"] == counted[0].intensity
+    fields = {name: told["layers"][0][name] for name in Layer._fields}
+    assert Layer(**fields)._replace(output_shape=(2, 64, 64, 64), input_shape=(2, 3, 64, 64)) == counted[0]
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--model=vgg12", "--model"),
+        ("--image-size=7", "--image-size"),
+        ("--batch-size=0", "--batch-size"),
+        ("--batch=2", "--batch"),
+        ("--device=toaster", "--device"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flag, named, capsys):
+    assert anatomy.main([flag]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("vgglab.anatomy: error: ")
+    assert named in line
+
+
+def test_the_package_knows_it_by_name():
+    assert vgglab.anatomy.of is anatomy.of
+    assert "anatomy" in vgglab.__all__

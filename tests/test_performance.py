@@ -1,0 +1,181 @@
+"""The fast path, the clock of the loop and its parts, and the benchmark of steps."""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import shell
+from test_devices import needs_sim, run_ranks
+
+from vgglab import Run
+from vgglab.compat import load_tensors
+from vgglab.devices.memory import keep_freed_memory
+from vgglab.pace import PHASES
+from vgglab.report import remark_on_steadiness
+
+has_fused = pytest.mark.skipif("fused" not in torch.optim.SGD.__init__.__code__.co_varnames, reason="torch before 2.3")
+
+
+def losses(run):
+    return [event["loss"] for event in run.events("train")]
+
+
+@has_fused
+def test_fast_is_recorded_part_by_part_and_trains_the_same_thing(train):
+    plain, fast = (train("--seed=1", "--print-freq=1", *flags).run for flags in ((), ("--fast",)))
+    report = fast.report()
+    assert (report["channels_last"], report["fused"]) == (True, True)
+    assert (fast.config["channels_last"], fast.config["fused"]) == (True, True)
+    assert report["amp_dtype"] in ("bfloat16", None)  # None: a CPU that would only emulate it
+    assert [plain.report()[name] for name in ("channels_last", "fused", "compiled", "amp_dtype")] == [False] * 3 + [
+        None
+    ]
+    assert losses(fast) == pytest.approx(losses(plain), rel=0.05)
+
+
+@has_fused
+@pytest.mark.parametrize("flag", ["--channels-last", "--fused"])
+def test_each_part_has_its_own_flag_and_only_rounds_otherwise(train, flag):
+    flags = ("--seed=1", "--print-freq=1", "--dropout-rate=0")
+    plain, changed = (train(*flags, *more).run for more in ((), (flag,)))
+    assert losses(changed) == pytest.approx(losses(plain), rel=1e-4)
+    assert changed.report()[flag[2:].replace("-", "_")] is True
+    assert changed.report()["amp_dtype"] is None
+
+
+def test_a_part_of_fast_can_be_left_out(train):
+    run = train("--fast", "--no-channels-last", "--no-fused").run
+    assert (run.report()["channels_last"], run.report()["fused"]) == (False, False)
+
+
+def test_the_weights_of_a_channels_last_run_are_read_like_any_other(train):
+    run = train("--channels-last").run
+    weights = load_tensors(run.checkpoint("last"))["model"]
+    assert weights["features.3.weight"].shape == (128, 64, 3, 3)
+    again = train("--test-only", f"--resume={run.path}", "--no-channels-last").run
+    assert again.events("eval")[0]["acc1"] == run.events("eval")[-1]["acc1"]
+
+
+@needs_sim
+@pytest.mark.parametrize("flag", ["--channels-last", "--fused", "--compile"])
+def test_a_card_that_promises_none_of_it_says_so(refused, flag):
+    assert f"{flag}: not offered on gcu-sim" in refused("--device=gcu-sim", flag)
+
+
+@needs_sim
+def test_fast_on_a_gcu_is_its_mixed_precision(images, tmp_path):
+    run = run_ranks(tmp_path, images, "gcu-sim", 1, "--fast")
+    assert run.report()["amp_dtype"] == "float16"
+    assert run.report()["step_seconds_p50"] is None  # a simulated card has no speed
+
+
+def test_each_step_is_timed_and_the_first_since_the_start_of_the_process(images, tmp_path):
+    run = run_ranks(tmp_path, images, "cpu", 1, "--print-freq=2", "--epochs=3", "--skip-steps=3")
+    events = run.events("train")
+    for event in events:
+        assert len(event["step_seconds"]) == event["interval_steps"]
+        assert all(seconds > 0 for seconds in event["step_seconds"])
+        assert sum(event["step_seconds"]) <= event["interval_seconds"] * 1.001
+    assert [("first_step_seconds" in event) for event in events] == [True] + [False] * (len(events) - 1)
+    report = run.report()
+    assert report["num_measured_steps"] == events[-1]["step"] - 3
+    assert report["first_step_seconds"] > max(events[0]["step_seconds"])  # it imports torch first
+    assert report["step_seconds_p50"] <= report["step_seconds_p90"] <= report["step_seconds_p99"]
+
+
+def test_uneven_steps_are_remarked_upon():
+    def interval(step_seconds):
+        return {
+            "step_seconds": step_seconds, "interval_seconds": sum(step_seconds), "data_seconds": 0.0,
+            "interval_steps": len(step_seconds),
+        }  # fmt: skip
+
+    assert remark_on_steadiness([interval([0.1] * 10), interval([0.11] * 10)]) == ""
+    remark = remark_on_steadiness([interval([0.1] * 17), interval([0.3] * 3)])
+    assert remark.startswith("not steady: a tenth of the 20 measured steps took 3.00 x the median")
+    assert remark_on_steadiness([interval([0.1] * 5 + [9.0])]) == ""  # too few to say
+
+
+def test_timers_show_a_slow_loader(train, monkeypatch):
+    from vgglab.data import loader
+
+    flags = ("--timers", "--print-freq=1", "--skip-steps=0", "--epochs=2")
+    run = train(*flags).run
+    original = loader.BatchReader.__getitem__
+    monkeypatch.setattr(
+        loader.BatchReader, "__getitem__", lambda *args: (__import__("time").sleep(0.3), original(*args))[1]
+    )
+    slow = train(*flags).run
+    usual, waiting = (one.report()["phase_seconds"] for one in (run, slow))
+    assert list(usual) == list(PHASES)
+    assert waiting["data"] > 0.3 > usual["data"]
+    for event in run.events("train"):
+        assert sum(event["phase_seconds"].values()) == pytest.approx(event["interval_seconds"], rel=0.2)
+    assert train().run.report()["phase_seconds"] is None
+
+
+def test_with_timers_two_ranks_average_the_same_gradients(images, tmp_path):
+    flags = ["--dropout-rate=0", "--lr=0.05", "--skip-steps=0"]
+    usual, timed = (run_ranks(tmp_path, images, "cpu", 2, *flags, *more) for more in ([], ["--timers"]))
+    assert losses(timed) == pytest.approx(losses(usual), rel=1e-6)
+    assert timed.report()["phase_seconds"]["all_reduce"] > 0
+
+
+def test_where_the_time_goes_is_drawn(train):
+    from vgglab.view.figures import where_time_goes
+
+    run = train("--timers", "--print-freq=1", "--skip-steps=0").run
+    assert len(where_time_goes([run, run], ["one", "the other"]).png()) > 5000
+
+
+def test_a_trace_is_written_on_request(train):
+    run = train("--trace=1", "--skip-steps=1").run
+    trace = json.loads((run.path / "trace.json").read_text())
+    assert any("conv" in str(event.get("name", "")) for event in trace["traceEvents"])
+    assert not (train().run.path / "trace.json").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="Linux")
+def test_freed_memory_is_kept():
+    code = (
+        "import ctypes, resource; from vgglab.devices.memory import keep_freed_memory\n"
+        "kept = keep_freed_memory(); libc = ctypes.CDLL(None)\n"
+        "libc.malloc.restype, libc.free.argtypes, libc.memset.argtypes = ctypes.c_void_p, [ctypes.c_void_p], "
+        "[ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]\n"
+        "faults = []\n"
+        "for turn in range(3):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    block = libc.malloc(ctypes.c_size_t(2**26)); libc.memset(block, 1, 2**26); libc.free(block)\n"
+        "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+        "print(kept, faults[2] < 100 < faults[0])\n"
+    )
+    wanted = "True" if keep_freed_memory() else "False"
+    assert shell("python", "-c", code).stdout.split() == [wanted, wanted]
+
+
+def test_bench_step_goes_in_turns_and_leaves_a_run_directory(tmp_path):
+    words = [
+        "python",
+        "-m",
+        "vgglab.bench",
+        "step",
+        "--model=vgg11",
+        "--image-size=32",
+        "--batch-size=2",
+        "--device=cpu",
+    ]
+    words += ["--turns=2", f"--output-dir={tmp_path}"]
+    result = shell(*words, "--ways=float32,bare", "--against=torchvision", "--json")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert {"images_per_second", "reference_images_per_second", "ratio"} <= set(figures)
+    assert [row["way"] for row in figures["all"]] == ["float32", "bare", "torchvision"]
+    assert all(row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1] for row in figures["all"])
+    [path] = tmp_path.glob("runs/*")
+    assert Run(path).status == "done"
+    assert Run(path).env["simulated"] is False
+    assert json.loads((path / "bench.json").read_text())["results"] == figures["all"]
+    for wrong in ("--ways=slow", "--batch-size=0", "--model=vgg12", "--turns=0", "--image-size=8"):
+        result = shell(*words, wrong)
+        assert (result.returncode, len(result.stderr.strip().splitlines())) == (2, 1), result.stderr
