@@ -1,0 +1,64 @@
+"""The results page: from run directories alone, and nothing simulated beside something measured."""
+
+import json
+import shutil
+
+import pytest
+from conftest import shell
+from test_devices import needs_sim, run_ranks
+
+from vgglab.view import results
+
+
+def test_the_page_has_a_row_per_run_and_the_published_figures_marked(images, tmp_path):
+    for num_ranks in (1, 2):
+        run_ranks(tmp_path, images, "cpu", num_ranks, "--skip-steps=1")
+    rows = results.collect([tmp_path / "runs"])
+    assert [row.ranks for row in rows] == [1, 2]
+    assert all(row.images_per_second > 0 and row.num_steps > 0 and row.slow_ratio >= 1 for row in rows)
+    assert rows[1].efficiency == pytest.approx(rows[1].images_per_second / rows[0].images_per_second / 2)
+    text = results.as_text(rows)
+    assert text.count("published: ") == 4
+    assert "590.3" in text
+    assert "71.30" in text
+    for row in rows:
+        assert row.source in text
+        assert row.source in results.as_html(rows)
+
+
+@needs_sim
+def test_a_simulated_run_has_no_speed_and_a_table_of_its_own(images, tmp_path):
+    real = run_ranks(tmp_path, images, "cpu", 1, "--skip-steps=1")
+    simulated = run_ranks(tmp_path, images, "gcu-sim", 1, "--skip-steps=1")
+    rows = results.collect([tmp_path / "runs"])
+    speeds = {row.source: row.images_per_second for row in rows}
+    assert speeds[simulated.path.name] is None
+    measured, others = results.as_text(rows).split("On a simulated card")
+    assert real.path.name in measured
+    assert simulated.path.name in others
+    assert simulated.path.name not in measured
+
+
+def test_the_door(images, tmp_path):
+    run = run_ranks(tmp_path, images, "cpu", 1)
+    page = tmp_path / "page.html"
+    result = shell("python", "-m", "vgglab.view.results", tmp_path / "runs", "--html", page)
+    assert result.returncode == 0, result.stderr
+    assert run.path.name in page.read_text()
+    assert "http" not in page.read_text()  # nothing from elsewhere
+    assert shell("python", "-m", "vgglab.view.results", tmp_path / "nowhere").returncode == 2
+    shutil.rmtree(run.path / "log")
+    (run.path / "events.jsonl").unlink()  # a run that has only just begun is left out
+    assert results.collect([run.path]) == []
+
+
+def test_a_benchmark_has_a_row_for_each_way(images, tmp_path):
+    run = run_ranks(tmp_path, images, "cpu", 1)
+    device = {"hardware": "a CPU", "amp_dtype": "bfloat16", "tf32": False, "channels_last": True, "simulated": False}
+    row = {
+        "way": "fast", "batch_size": 16, "images_per_second": 5.0, "ratio": 2.5, "num_turns": 5, "device": device,
+    }  # fmt: skip
+    (run.path / "bench.json").write_text(json.dumps({"results": [row, {**row, "way": "float32"}]}))
+    first, second = results.collect([run.path])
+    assert (first.plain_ratio, first.precision, first.layout) == (2.5, "bfloat16", "channels last")
+    assert second.source.endswith("way float32")

@@ -1,0 +1,242 @@
+"""One page from run directories: what ran where, how fast and how well, beside what others have published.
+
+    python -m vgglab.view.results                      # every run below runs/, as text
+    python -m vgglab.view.results runs --html page.html
+
+Speeds are of measured steps only. A simulated card has none, so its runs stand in a list of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import sys
+from pathlib import Path
+from typing import Any, Iterable, NamedTuple, Sequence
+
+from vgglab.errors import UserError
+from vgglab.runs import Run, holds_a_run
+
+HEADINGS = (
+    "model", "hardware", "precision", "layout", "ranks", "batch a card", "size", "images/s", "steps", "slowest tenth",
+    "x plain loop", "scaling", "top-1 %", "torch", "where it is from",
+)  # fmt: skip
+# What Enflame's README says of one T20 and of eight; which of the two 431.6 is per, it does not say.
+PUBLISHED = (
+    ("one card, batch 256, its first README", 1, 256, 590.3, None),
+    ("eight cards, its first README; per card or in all, it does not say", 8, 192, 431.6, None),
+    ("90 epochs, its first README", None, 192, None, 71.6),
+    ("90 epochs, its later README", None, 192, None, 71.3),
+)
+
+
+class Result(NamedTuple):
+    """A row: what ran, and what came out; None where that was not measured."""
+
+    model: str
+    hardware: str
+    precision: str  # float32, tf32, or the type of mixed precision
+    layout: str  # what of the fast path was used besides
+    ranks: int | None
+    batch_size: int
+    image_size: int
+    images_per_second: float | None  # of all ranks, at the median step
+    num_steps: int | None  # that were measured
+    slow_ratio: float | None  # the 90th percentile of the steps over the median
+    plain_ratio: float | None  # images/s over those of a plain PyTorch loop in the same run
+    acc1: float | None
+    torch: str
+    source: str  # the run directory, or who has published it
+    is_simulated: bool = False
+    is_fake: bool = False
+    efficiency: float | None = None  # images/s over ranks x those of one rank of the same kind
+
+    def cells(self) -> tuple[str, ...]:
+        """As people read them, one for each heading."""
+        return (
+            self.model,
+            self.hardware,
+            self.precision,
+            self.layout,
+            "" if self.ranks is None else str(self.ranks),
+            str(self.batch_size),
+            str(self.image_size),
+            _number(self.images_per_second, "{:.1f}"),
+            "" if self.num_steps is None else str(self.num_steps),
+            _number(self.slow_ratio, "{:.2f} x median"),
+            _number(self.plain_ratio, "{:.2f}"),
+            _number(self.efficiency, "{:.0%}"),
+            "fake images" if self.is_fake and self.acc1 is not None else _number(self.acc1, "{:.2f}"),
+            self.torch,
+            self.source,
+        )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def published() -> list[Result]:
+    """The seed kit's own figures."""
+    return [
+        Result("vgg16", "Enflame T20", "float32", "", ranks, batch, 224, speed, None, None, None, acc1, "1.10",
+               f"published: {where}")
+        for where, ranks, batch, speed, acc1 in PUBLISHED
+    ]  # fmt: skip
+
+
+def collect(folders: Iterable[Path]) -> list[Result]:
+    """A row for each run in the folders, or below them, and for each way that a benchmark has measured.
+
+    Raises:
+        UserError: a folder that is not there.
+    """
+    results = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        paths = [folder] if holds_a_run(folder) else sorted(path for path in folder.glob("*") if holds_a_run(path))
+        for path in paths:
+            results += _results_of(path)
+    return _with_efficiency(results)
+
+
+def _results_of(path: Path) -> list[Result]:
+    bench = path / "bench.json"
+    if bench.exists():
+        rows, run = json.loads(bench.read_text(encoding="utf-8"))["results"], Run(path)
+        return [_of_benchmark(row, run) for row in rows]
+    try:
+        report = Run(path).report()
+    except UserError:  # it has only just begun
+        return []
+    fastest_step, slow = report["step_seconds_p50"], report["step_seconds_p90"]
+    return [
+        Result(
+            model=report["model"],
+            hardware=report["hardware"],
+            precision=_precision(report),
+            layout=_layout(report),
+            ranks=report["world_size"],
+            batch_size=report["batch_size"],
+            image_size=report["image_size"],
+            images_per_second=report["global_batch_size"] / fastest_step if fastest_step else None,
+            num_steps=report["num_measured_steps"] or None,
+            slow_ratio=slow / fastest_step if fastest_step else None,
+            plain_ratio=None,
+            acc1=report["acc1"],
+            torch=report["versions"]["torch"],
+            source=path.name,
+            is_simulated=report["simulated"],
+            is_fake=report["data_is_fake"],
+        )
+    ]
+
+
+def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
+    device = row["device"]
+    return Result(
+        model=run.config["model"],
+        hardware=device["hardware"],
+        precision=_precision(device),
+        layout=_layout(device),
+        ranks=1,
+        batch_size=row["batch_size"],
+        image_size=run.config["image_size"],
+        images_per_second=None if device["simulated"] else row["images_per_second"],
+        num_steps=row["num_turns"],
+        slow_ratio=None,
+        plain_ratio=None if device["simulated"] else row["ratio"],
+        acc1=None,
+        torch=run.env["versions"]["torch"],
+        source=f"{run.path.name}, way {row['way']}",
+        is_simulated=device["simulated"],
+    )
+
+
+def _precision(described: dict[str, Any]) -> str:
+    return described["amp_dtype"] or ("tf32" if described.get("tf32") else "float32")
+
+
+def _layout(described: dict[str, Any]) -> str:
+    parts = {"channels_last": "channels last", "fused": "fused", "compiled": "compiled"}
+    return ", ".join(text for name, text in parts.items() if described.get(name))
+
+
+def _with_efficiency(results: list[Result]) -> list[Result]:
+    """Several ranks beside one of the same kind, where there is one with a speed."""
+
+    def kind(row: Result) -> tuple:
+        return (*row[:4], row.batch_size, row.image_size, row.torch)
+
+    alone = {kind(row): row.images_per_second for row in results if row.ranks == 1 and row.images_per_second}
+    return [
+        row._replace(efficiency=row.images_per_second / (row.ranks * alone[kind(row)]))
+        if row.images_per_second and (row.ranks or 0) > 1 and row.ranks and kind(row) in alone
+        else row
+        for row in results
+    ]
+
+
+def as_text(results: Sequence[Result]) -> str:
+    """The tables in plain text."""
+    parts = []
+    for title, rows in _tables(results):
+        table = [HEADINGS, *(row.cells() for row in rows)]
+        columns = [c for c in range(len(HEADINGS)) if any(cells[c] for cells in table[1:])]
+        widths = {c: max(len(cells[c]) for cells in table) for c in columns}
+        lines = ["  ".join(cells[c].ljust(widths[c]) for c in columns).rstrip() for cells in table]
+        parts.append("\n".join([title, *lines]))
+    return "\n\n".join(parts)
+
+
+def as_html(results: Sequence[Result]) -> str:
+    """A page of its own; it needs nothing from elsewhere."""
+    parts = []
+    for title, rows in _tables(results):
+        head = "".join(f"<th>{html.escape(heading)}</th>" for heading in HEADINGS)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells()) + "</tr>" for row in rows
+        )
+        parts.append(f"<h2>{html.escape(title)}</h2><div><table><tr>{head}</tr>{body}</table></div>")
+    style = (
+        "body{font:16px/1.4 sans-serif;margin:2em;color:#333}div{overflow-x:auto}table{border-collapse:collapse}"
+        "td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left;font-variant-numeric:tabular-nums}"
+    )
+    return (
+        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+        f"<title>vgglab: results</title><style>{style}</style><h1>Results</h1>{''.join(parts)}</html>\n"
+    )
+
+
+def _tables(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+    real = [row for row in results if not row.is_simulated]
+    simulated = [row for row in results if row.is_simulated]
+    tables = [("Measured here, and what Enflame has published (marked so, not measured here)", real + published())]
+    if simulated:
+        tables.append(("On a simulated card: the losses are real, speeds there are none", simulated))
+    return tables
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables, or write them as a page."""
+    parser = argparse.ArgumentParser(prog="vgglab.view.results", description=main.__doc__)
+    parser.add_argument("folder", nargs="*", type=Path, default=[Path("runs")], help="a run, or a folder of runs")
+    parser.add_argument("--html", type=Path, help="write a page to this file instead")
+    options = parser.parse_args(argv)
+    try:
+        results = collect(options.folder)
+        if options.html:
+            options.html.write_text(as_html(results), encoding="utf-8")
+            print(options.html)
+        else:
+            print(as_text(results))
+    except (UserError, OSError) as error:
+        print(f"vgglab.view.results: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
