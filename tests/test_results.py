@@ -13,7 +13,7 @@ from vgglab.view import results
 def test_the_page_has_a_row_per_run_and_the_published_figures_marked(images, tmp_path):
     for num_ranks in (1, 2):
         run_ranks(tmp_path, images, "cpu", num_ranks, "--skip-steps=1")
-    rows = results.collect([tmp_path / "runs"])
+    rows = results.collect([tmp_path])
     assert [row.ranks for row in rows] == [1, 2]
     assert all(row.images_per_second > 0 and row.num_steps > 0 and row.slow_ratio >= 1 for row in rows)
     assert rows[1].efficiency == pytest.approx(rows[1].images_per_second / rows[0].images_per_second / 2)
@@ -30,7 +30,7 @@ def test_the_page_has_a_row_per_run_and_the_published_figures_marked(images, tmp
 def test_a_simulated_run_has_no_speed_and_a_table_of_its_own(images, tmp_path):
     real = run_ranks(tmp_path, images, "cpu", 1, "--skip-steps=1")
     simulated = run_ranks(tmp_path, images, "gcu-sim", 1, "--skip-steps=1")
-    rows = results.collect([tmp_path / "runs"])
+    rows = results.collect([tmp_path])
     speeds = {row.source: row.images_per_second for row in rows}
     assert speeds[simulated.path.name] is None
     measured, others = results.as_text(rows).split("On a simulated card")
@@ -42,7 +42,7 @@ def test_a_simulated_run_has_no_speed_and_a_table_of_its_own(images, tmp_path):
 def test_the_door(images, tmp_path):
     run = run_ranks(tmp_path, images, "cpu", 1)
     page = tmp_path / "page.html"
-    result = shell("python", "-m", "vgglab.view.results", tmp_path / "runs", "--html", page)
+    result = shell("python", "-m", "vgglab.view.results", tmp_path, "--html", page)
     assert result.returncode == 0, result.stderr
     assert run.path.name in page.read_text()
     assert "http" not in page.read_text()  # nothing from elsewhere
