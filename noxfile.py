@@ -25,7 +25,7 @@ TESTS = ["pytest>=7.3", "pytest-timeout>=2.2", "pytest-xdist>=3"]
 TRAIN = "python -m vgglab.train --data-path digits --model vgg11 --epochs 1 --training-step-per-epoch 20".split()
 # The tests that need nothing but torch, torchvision and scikit-learn; of these, what torch 1.10 has no kernels or no
 # calls for: bfloat16 pooling on the CPU and mixed precision with it, torchvision's list of published weights.
-CORE = "config data model schedule predictions seed_defects train devices gcu doctor".split()
+CORE = "config data decode model schedule predictions seed_defects train devices gcu doctor anatomy".split()
 NEWER_TORCH = "not rows_14_and_15 and not row_23 and not readmes_resume and not given_with_resume"
 CARDS = "devices gcu doctor".split()
 NO_NOTEBOOK = ["--ignore=tests/test_notebooks.py", "--ignore=tests/test_launch.py", "--ignore=tests/test_readme.py"]
@@ -57,7 +57,7 @@ def t20(session: nox.Session) -> None:
 def s60(session: nox.Session) -> None:
     """The S60 cards' stack, with the simulated card and the eager generation's contract double."""
     session.install("torch==2.10.0", "torchvision==0.25.0")
-    session.install(".[digits,tensorboard]", "matplotlib", "ipython", *TESTS)
+    session.install(".[digits,jpeg,tensorboard]", "matplotlib", "ipython", *TESTS)
     # One of the two interpreters runs everything; the other what is made of the cards' libraries.
     chosen = NO_NOTEBOOK if session.python == "3.10" else [f"tests/test_{name}.py" for name in CARDS]
     session.run("pytest", "-n2", *chosen)
