@@ -100,6 +100,17 @@ def test_row_19_one_rank_writes_and_each_has_its_own_log(images, tmp_path):
     assert run.logs(1) == ""
 
 
+def test_ranks_over_gloo_end_without_taking_python_apart(tiny, planted, tmp_path):
+    """There, now and then, a thread that gloo had left behind aborted a run that had gone well."""
+    environment = {**os.environ, **planted("__import__('atexit').register(print, 'taken apart')", rank=0)}
+    alone = shell("python", "-m", "vgglab.train", *tiny, env={**environment, "RANK": "0"}, cwd=tmp_path)
+    several = shell("python", *torchrun(2), "-m", "vgglab.train", *tiny, env=environment, cwd=tmp_path)
+    assert (alone.returncode, several.returncode) == (0, 0), several.stderr
+    assert "taken apart" in alone.stdout
+    assert "report.json" in several.stdout
+    assert "taken apart" not in several.stdout
+
+
 def test_a_rank_that_raises_is_named_with_its_own_traceback(tiny, planted, tmp_path):
     words = ["python", *torchrun(2), "-m", "vgglab.train", *tiny]
     result = shell(*words, env={**os.environ, **planted(RAISES)}, cwd=tmp_path, timeout=120)

@@ -314,4 +314,4 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, p
 if __name__ == "__main__":
     from vgglab.train import main as packaged_main  # not __main__'s own copy: one module, one set of classes
 
-    sys.exit(packaged_main())
+    ranks.leave(packaged_main())

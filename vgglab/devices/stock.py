@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
+from vgglab import ranks
 from vgglab.devices.base import Device
 from vgglab.devices.sync_bn import synchronise
-from vgglab.ranks import num_restarts
 
 # The seed kit's static scale: float16 gradients are multiplied by it and it never grows.
 LOSS_SCALE, SCALE_GROWTH_INTERVAL = 128.0, 1_000_000_000
@@ -35,7 +35,7 @@ class StockDevice(Device):
         if self.world_size > 1:
             store, _, _ = next(rendezvous(self._wishes.init_method, self.rank, self.world_size))
             # torchrun hands the ranks of a restart the store in which those before them have left their addresses.
-            store = torch.distributed.PrefixStore(f"attempt_{num_restarts()}", store)
+            store = torch.distributed.PrefixStore(f"attempt_{ranks.num_restarts()}", store)
             torch.distributed.init_process_group(
                 self._backend,
                 store=store,
@@ -47,6 +47,10 @@ class StockDevice(Device):
     def close(self) -> None:
         if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+            if self._backend == "gloo" or self.is_simulated:
+                # DistributedDataParallel keeps the group and its gloo threads for good (seen on torch 2.15), and one
+                # of them that lets go of a tensor while Python takes itself apart aborts the process.
+                ranks.end_at_once()
 
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         # Labels stay int64: the loss's kernels on the CPU and on eager cards refuse int32.
