@@ -22,7 +22,7 @@ FLAGS = (
     "--data-path digits --model vgg11 --epochs 1 --warmup 0 --batch-size 32 --lr 0.01 --workers 0 --fix-seed "
     f"--print-freq 1 --training-step-per-epoch {NUM_LOSSES} --eval-step-per-epoch 1"
 ).split()
-RELATIVE_TOLERANCE = 1e-4  # between processors and their kernels; a wrong step is off by far more
+RELATIVE_TOLERANCE = 3e-4  # between processors and their kernels; a wrong step is off by far more
 
 
 def file_for(device: str) -> Path:

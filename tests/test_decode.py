@@ -1,6 +1,7 @@
 """Reading images: the fast decoder beside Pillow's, and every kind of file that is not what it seems."""
 
 import io
+import os
 import random
 
 import numpy as np
@@ -17,6 +18,9 @@ from vgglab.data.transform import CHANNEL_MEAN, CHANNEL_STD, CentreCrop, RandomC
 needs_fast = pytest.mark.skipif(
     best_decoder() != "fast", reason="simplejpeg, or a torch that shrinks bytes, is missing"
 )
+
+
+each_decoder = pytest.mark.parametrize("decoder", ["pil", pytest.param("fast", marks=needs_fast)])
 
 
 def photograph(width=500, height=375, mode="RGB"):
@@ -51,13 +55,16 @@ def test_the_rows_that_are_decoded_are_those_of_the_whole_image(jpeg, subsamplin
 
 
 @needs_fast
-def test_the_fast_crop_differs_from_pillows_by_one_step_in_255_at_most(jpeg):
+def test_the_fast_crop_differs_from_pillows_by_a_step_in_255(jpeg):
     file = jpeg()
+    differences = []
     for seed in range(40):
         crops = [RandomCrop(224, (0.08, 1.0), True)(open_picture(file, name), seed).int() for name in ("pil", "fast")]
-        assert (crops[0] - crops[1]).abs().max() <= 1, seed
+        differences.append((crops[0] - crops[1]).abs())
     held_out = [CentreCrop(224, 256 / 224)(open_picture(file, name)).int() for name in ("pil", "fast")]
-    assert (held_out[0] - held_out[1]).abs().max() <= 1
+    differences.append((held_out[0] - held_out[1]).abs())
+    assert max(difference.max() for difference in differences) <= 2
+    assert sum((difference > 1).sum() for difference in differences) < 1e-5 * sum(d.numel() for d in differences)
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (224, 224), (1000, 230), (40, 60)])
@@ -105,10 +112,8 @@ def test_an_image_that_no_crop_fits_gives_its_middle(size):
     assert min(box.height, box.width) == min(size)
 
 
-@pytest.mark.parametrize("decoder", ["pil", "fast"])
+@each_decoder
 def test_tiny_parts_can_be_enlarged(jpeg, decoder):
-    if decoder == "fast" and best_decoder() != "fast":
-        pytest.skip("no fast decoder here")
     file = jpeg(photograph(40, 30))
     for height, width in ((1, 1), (1, 7), (7, 1), (2, 2)):
         pixels = cut(open_picture(file, decoder).pixels(), Box(3, 2, height, width))
@@ -120,10 +125,21 @@ def broken(folder):
     whole = io.BytesIO()
     photograph().save(whole, "JPEG")
     data = whole.getvalue()
+    png = io.BytesIO()
+    photograph(60, 40).save(png, "PNG")
     (folder / "cut.JPEG").write_bytes(data[: len(data) // 2])
     (folder / "empty.JPEG").write_bytes(b"")
     (folder / "text.JPEG").write_text("not an image at all")
     (folder / "dangling.JPEG").symlink_to(folder / "nowhere.JPEG")
+    os.mkfifo(folder / "pipe.JPEG")
+    (folder / "half.png").write_bytes(png.getvalue()[: len(png.getvalue()) // 2])
+    thumbnail = io.BytesIO()
+    photograph(160, 120).save(thumbnail, "JPEG")
+    # A camera's file, a whole small JPEG in its header, and the large one is cut right after it.
+    app1 = b"Exif\0\0" + thumbnail.getvalue()
+    (folder / "thumb.JPEG").write_bytes(
+        data[:2] + b"\xff\xe1" + (len(app1) + 2).to_bytes(2, "big") + app1 + data[2:1500]
+    )
     (folder / "headless.JPEG").write_bytes(data[300:])
     bomb = bytearray(data)
     at = bomb.index(b"\xff\xc0") + 5
@@ -131,6 +147,9 @@ def broken(folder):
     (folder / "bomb.JPEG").write_bytes(bomb)
     return {
         "cut.JPEG": "truncated",
+        "thumb.JPEG": "truncated",
+        "half.png": "truncated",
+        "pipe.JPEG": "not a regular file",
         "empty.JPEG": "not an image",
         "text.JPEG": "not an image",
         "dangling.JPEG": "no such file",
@@ -139,7 +158,7 @@ def broken(folder):
     }
 
 
-@pytest.mark.parametrize("decoder", ["pil", "fast"])
+@each_decoder
 def test_row_28_what_cannot_be_read_is_named_with_the_reason(tmp_path, decoder):
     """Seed: "image file is truncated", and of which of 1.28 million files it was, nobody knew."""
     for name, reason in broken(tmp_path).items():
@@ -173,7 +192,7 @@ def unusual(folder):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("decoder", ["pil", "fast"])
+@each_decoder
 def test_unusual_files_are_read_as_they_are_meant(tmp_path, decoder):
     for name, colour in unusual(tmp_path).items():
         picture = open_picture(str(tmp_path / name), decoder)

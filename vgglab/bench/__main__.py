@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from vgglab.errors import UserError
@@ -20,6 +21,8 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"vgglab.bench: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read it has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("vgglab.bench: interrupted", file=sys.stderr)
         return 130

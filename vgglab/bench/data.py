@@ -22,7 +22,8 @@ from typing import Any, Callable, Iterator, List, NamedTuple, Sequence
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import default_collate  # torch 1.10 has it only there
 from torchvision import transforms
 
 from vgglab import ranks
@@ -92,6 +93,8 @@ def measure(config: Config, seconds: float, workers: list[int], card: float | No
     sets = open_sets(config)
     split = sets.train
     assert split is not None
+    if sets.is_fake:
+        raise UserError("--data-path fake: nothing is read there; name a folder, or another set")
     device = open_device("cpu")
     device.open()
     with _on_one_core():
@@ -126,8 +129,7 @@ def _chunks(split: Split, sets: DataSets, config: Config, seconds: float) -> Ite
     until, number = time.perf_counter() + seconds, 0
     while number < 4 or time.perf_counter() < until:
         places = [(number * size + offset) % len(split) for offset in range(size)]
-        for place in places:
-            split.images.open(place, "pil")  # into the system's memory, for both
+        _decode(split, places, sets.decoder)  # files into the system's memory, for both
         picks = [Pick(place, mix_seeds(number, place)) for place in places]
         runs: list[Callable[[], Any]] = [
             partial(_ours, reader, picks),
@@ -250,10 +252,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="images per batch (default 32)")
     parser.add_argument("--decoder", choices=("auto", *DECODERS), default="auto", help="as for training")
     parser.add_argument("--workers", help="numbers of loader processes to try, e.g. 1,2,4; default: 1 and all cores")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each of the two parts, about (default 20)")
-    parser.add_argument("--card", type=float, help="images/s that your card computes: how many processes it needs")
+    parser.add_argument("--seconds", type=_positive, default=20.0, help="for each of the two parts, about (default 20)")
+    parser.add_argument("--card", type=_positive, help="images/s that your card computes: how many processes it needs")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser.parse_args([with_dashes(argument) for argument in argv])
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e12:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def main(argv: Sequence[str]) -> None:
@@ -271,6 +283,6 @@ def _counts(text: str | None) -> list[int]:
     if text is None:
         return sorted({1, ranks.num_cores()})
     words = text.split(",")
-    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+    if not all(word.strip().isascii() and word.strip().isdigit() and int(word) > 0 for word in words):
         raise UserError(f"--workers: {text!r} is not a list of numbers above 0, such as 1,2,4")
     return [int(word) for word in words]

@@ -166,7 +166,7 @@ def main(argv: Sequence[str]) -> None:
     if unknown:
         raise UserError(f"--ways: no way {unknown[0]!r}; there are {', '.join(WAYS)}")
     sizes = options.batch_size.split(",")
-    if not all(size.strip().isdigit() and int(size) > 0 for size in sizes):
+    if not all(size.strip().isascii() and size.strip().isdigit() and int(size) > 0 for size in sizes):
         raise UserError(f"--batch-size: {options.batch_size!r} is not a number above 0, or several such as 8,16")
     if min(options.turns, options.steps) < 1:
         raise UserError("--turns, --steps: at least 1")

@@ -9,10 +9,13 @@ ordinary, is counted with an example. Exit codes: 0 all can be read; 1 some cann
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple, Sequence
 
 from PIL import Image
@@ -23,6 +26,7 @@ from vgglab.config import parse as parse_training
 from vgglab.data.decode import SIXTEEN_BITS, BadImage, open_picture
 from vgglab.data.images import FileImages
 from vgglab.data.sets import open_sets
+from vgglab.errors import UserError
 from vgglab.interrupts import leave_signals_to_parent
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -37,6 +41,7 @@ KINDS = {
     "animated": "the first picture is used",
     "turned": "EXIF says it should be turned; the pixels are taken as they lie, as torchvision's reference does",
     "misnamed": "its name says another format than it has",
+    "odd": "its pixels can be read, what is written beside them (EXIF and the like) cannot",
 }
 NUM_AT_A_TIME = 64
 
@@ -61,21 +66,18 @@ class Findings(NamedTuple):
 def examine(file: str) -> Verdict:
     """Decode one file in full."""
     try:
+        open_picture(file, "pil").pixels()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kinds = _kinds_of(file)
-            open_picture(file, "pil").pixels()
+            return Verdict(file, "", _kinds_of(file))
     except BadImage as error:
         return Verdict(file, error.reason, ())
-    return Verdict(file, "", kinds)
+    except Exception:  # its pixels can be read, what is written beside them cannot
+        return Verdict(file, "", ("odd",))
 
 
 def _kinds_of(file: str) -> tuple[str, ...]:
-    try:
-        image = Image.open(file)
-    except Exception:  # the same comes out of open_picture, in our words
-        return ()
-    with image:
+    with Image.open(file) as image:
         orientation = image.getexif().get(ORIENTATION, UPRIGHT)
         is_jpeg_by_name = file.lower().endswith((".jpg", ".jpeg"))
         facts = {
@@ -87,6 +89,7 @@ def _kinds_of(file: str) -> tuple[str, ...]:
             "animated": getattr(image, "n_frames", 1) > 1,
             "turned": orientation not in (0, UPRIGHT),
             "misnamed": is_jpeg_by_name != (image.format in ("JPEG", "MPO")),
+            "odd": False,
         }
     return tuple(kind for kind in KINDS if facts[kind])
 
@@ -98,6 +101,8 @@ def check(data_path: str, workers: int) -> Findings:
         UserError: as ``open_sets``, but for files that cannot be read.
     """
     sets = open_sets(parse_training([f"--data-path={data_path}", "--on-bad-image=skip"]))
+    if not isinstance(sets.val.images, FileImages):
+        raise UserError(f"{data_path}: no files to check; its images are held in memory")
     files: list[str] = []
     for split in (sets.train, sets.val):
         if split is not None and isinstance(split.images, FileImages):
@@ -105,12 +110,19 @@ def check(data_path: str, workers: int) -> Findings:
     unreadable: dict[str, str] = {}
     kinds: dict[str, list[str]] = {}
     context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else "spawn")
-    with context.Pool(max(1, workers), initializer=leave_signals_to_parent) as pool:
-        for verdict in _with_bar(pool.imap(examine, files, chunksize=NUM_AT_A_TIME), len(files)):
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=leave_signals_to_parent)
+    try:
+        for verdict in _with_bar(pool.map(examine, files, chunksize=NUM_AT_A_TIME), len(files)):
             if verdict.trouble:
                 unreadable[verdict.file] = verdict.trouble
             for kind in verdict.kinds:
                 kinds.setdefault(kind, []).append(verdict.file)
+    except BrokenProcessPool:
+        raise UserError("a process that was reading images was killed; is there memory for so many -j?") from None
+    finally:
+        for process in list(pool._processes.values()):  # each heeds its parent alone
+            process.terminate()
+        pool.shutdown(wait=False)
     return Findings(len(files), unreadable, kinds, sets.warnings)
 
 
@@ -125,13 +137,23 @@ def _with_bar(verdicts: Any, total: int) -> Any:
 def as_text(findings: Findings) -> str:
     """The findings for people."""
     lines = [f"{findings.num_files} files: {len(findings.unreadable)} cannot be read"]
-    lines += [f"  {file}: {why}" for file, why in findings.unreadable.items()]
+    lines += [f"  {_readable(file)}: {why}" for file, why in findings.unreadable.items()]
     for kind, files in findings.kinds.items():
-        lines.append(f"{len(files)} {kind}: {KINDS[kind]}; e.g. {files[0]}")
+        lines.append(f"{len(files)} {kind}: {KINDS[kind]}; e.g. {_readable(files[0])}")
     lines += findings.disagreements
     if findings.unreadable:
         lines.append("repair or remove them, or train with --on-bad-image skip")
     return "\n".join(lines)
+
+
+def _readable(file: str) -> str:
+    return file if file.isprintable() else repr(file)
+
+
+def _at_least_one(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -144,7 +166,9 @@ def main(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("path", help="a folder with train/ and val/, or a set by name")
-    parser.add_argument("-j", "--workers", type=int, default=ranks.num_cores(), help="processes; default: one a core")
+    parser.add_argument(
+        "-j", "--workers", type=_at_least_one, default=ranks.num_cores(), help="processes; default: one a core"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     options = parser.parse_args([with_dashes(argument) for argument in argv])
     findings = check(options.path, options.workers)

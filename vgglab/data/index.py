@@ -1,8 +1,8 @@
 """Which image files a split has: ``<split>/<class>/<image>``, and how to know it of a million files in a second.
 
 Listing ImageNet's 1.28 million names takes minutes on a disk that is far away, each time, on every rank. So a large
-listing is kept in the cache folder, one line a class folder, with the folder's time of change. A folder's time changes
-when a name in it comes or goes; such folders are listed again and the others are not. The listing is found by the
+listing is kept in the cache folder, one line a class folder, with the folder's times of change. They move when
+a name in it comes or goes; such folders are listed again and the others are not. The listing is found by the
 absolute path, and of several ranks one makes it while the others wait.
 """
 
@@ -16,24 +16,26 @@ import tempfile
 import time
 from array import array
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, NamedTuple, Sequence, overload
+from typing import Dict, Iterable, NamedTuple, Sequence, overload
 
 from vgglab.data.cache import cache_folder, one_at_a_time
 from vgglab.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-FORMAT = 1
+FORMAT = 2
 SMALLEST_KEPT = 10_000  # files; fewer are listed faster than they are looked up
 # A name that comes within the clock's step of a listing does not move the folder's time: young ones are not trusted.
 SETTLED_NANOSECONDS = 2 * 10**9
 
 
 class Listing(NamedTuple):
-    """A folder's image names in sorted order, and when they were read."""
+    """A folder's image names in sorted order, and what the folder was when they were read."""
 
-    changed: int  # the folder's own time of change, ns
+    inode: int  # another folder under the same name has another
+    changed: int  # ns; the later of its two times of change, of which nobody can set back the second
     listed: int  # when it was read, ns
     names: str  # joined by "/", which no name contains: a million small strings would cost 100 MB
+    num_folders: int = 0  # that lie in it, and are not looked into
 
     def split(self) -> list[str]:
         return self.names.split("/") if self.names else []
@@ -82,7 +84,7 @@ def read_index(folder: Path) -> Index:
         return _refresh(folder, kept)
     with contextlib.suppress(OSError):
         _file_of(folder).parent.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(_file_of(folder).with_name("lock")):
+    with one_at_a_time(_file_of(folder).with_suffix(".lock")):
         return _refresh(folder, _load(folder))  # another rank may have made it meanwhile
 
 
@@ -95,14 +97,10 @@ def _refresh(folder: Path, kept: Index) -> Index:
             raise UserError(f"--data-path: {entry.path} is a link to nowhere; repair or remove it")
         if entry.is_dir():
             if not entry.name.startswith("."):
-                changed = entry.stat().st_mtime_ns  # asked first: what comes while we list makes it younger
-                before = kept.get(entry.name)
-                if before is None or before.changed != changed or before.listed - changed < SETTLED_NANOSECONDS:
-                    before = Listing(changed, now, "/".join(sorted(_images_in(entry.path))))
-                index[entry.name] = before
+                index[entry.name] = _listing(entry, kept.get(entry.name), now)
         elif _is_image(entry.name):
             own.append(entry.name)
-    index[""] = Listing(0, now, "/".join(own))
+    index[""] = Listing(0, 0, now, "/".join(own))
     num_images = sum(listing.names.count("/") + 1 for listing in index.values())
     if num_images >= SMALLEST_KEPT and any(kept.get(name) != index[name] for name in index if name):
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time and nothing else
@@ -110,8 +108,26 @@ def _refresh(folder: Path, kept: Index) -> Index:
     return index
 
 
-def _images_in(folder: str) -> Iterator[str]:
-    return (entry.name for entry in os.scandir(folder) if _is_image(entry.name))
+def _listing(folder: os.DirEntry, before: Listing | None, now: int) -> Listing:
+    """What was listed before, if it can be trusted; else what is there now."""
+    status = os.stat(folder.path)  # asked first: what comes while we list makes it younger
+    changed = max(status.st_mtime_ns, status.st_ctime_ns)
+    is_same = before is not None and (before.inode, before.changed) == (status.st_ino, changed)
+    if before is not None and is_same and before.listed - changed >= SETTLED_NANOSECONDS:
+        return before
+    images, num_folders = _contents(folder.path)
+    return Listing(status.st_ino, changed, now, "/".join(images), num_folders)
+
+
+def _contents(folder: str) -> tuple[list[str], int]:
+    """The images of a folder, sorted, and how many folders lie in it."""
+    images, num_folders = [], 0
+    for entry in os.scandir(folder):
+        if _is_image(entry.name):
+            images.append(entry.name)
+        elif not entry.name.startswith(".") and entry.is_dir():
+            num_folders += 1
+    return sorted(images), num_folders
 
 
 def _is_image(name: str) -> bool:
@@ -130,17 +146,23 @@ def _load(folder: Path) -> Index:
             head, *listings = map(json.loads, lines)
             if head != [FORMAT, os.path.realpath(folder)]:
                 return {}
-            return {name: Listing(*rest) for name, *rest in listings}
-    except (OSError, ValueError, TypeError):
+            index = {name: Listing(*rest) for name, *rest in listings}
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
+    is_ours = all(isinstance(listing.names, str) and isinstance(listing.listed, int) for listing in index.values())
+    return index if is_ours else {}
 
 
 def _save(folder: Path, index: Index) -> None:
     """Beside, then renamed: a reader finds the old one or the new one."""
     file = _file_of(folder)
     number, beside = tempfile.mkstemp(prefix=file.stem, dir=file.parent)
-    with open(number, "w", encoding="ascii") as lines:
-        lines.write(json.dumps([FORMAT, os.path.realpath(folder)]) + "\n")
-        for name, listing in index.items():
-            lines.write(json.dumps([name, *listing]) + "\n")
-    os.replace(beside, file)
+    try:
+        with open(number, "w", encoding="ascii") as lines:
+            lines.write(json.dumps([FORMAT, os.path.realpath(folder)]) + "\n")
+            for name, listing in index.items():
+                lines.write(json.dumps([name, *listing]) + "\n")
+        os.replace(beside, file)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)

@@ -7,6 +7,7 @@ is there, it decides; where the folders tell another story, that is counted and 
 from __future__ import annotations
 
 import os
+import posixpath
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -37,11 +38,13 @@ def read_list(root: Path, split: str) -> ListFile | None:
         UserError: a line that is not a path and a label, or leads out of the set; nothing in it at all.
     """
     file = root / f"{split}_list.txt"
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
+    if not file.is_file():
+        raise UserError(f"{file}: not a file; mend or remove it, and the folders say what is in the set")
     result = ListFile(file.name, [], array("i"))
     prefix = "" if (root / split / split).is_dir() else f"{split}/"
-    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -58,13 +61,12 @@ def read_list(root: Path, split: str) -> ListFile | None:
 def _parse(line: str, where: str) -> tuple[str, int]:
     path, _, label = line.strip().replace("\t", " ").rpartition(" ")
     path = path.strip()
-    if not path or not (label.isascii() and label.isdigit()) or int(label) > MAX_LABEL:
+    is_number = label.isascii() and label.isdigit() and len(label) <= len(str(MAX_LABEL))
+    if not path or not is_number or int(label) > MAX_LABEL:
         raise UserError(f"{where}: {line.strip()[:80]!r} is not a path and a label from 0 on")
-    while path.startswith("./"):
-        path = path[2:]
     if path.startswith("/") or ".." in path.split("/"):
         raise UserError(f"{where}: {path!r} leads out of the set; paths are relative to it")
-    return path, int(label)
+    return posixpath.normpath(path), int(label)
 
 
 def classes_of(listed: ListFile) -> list[str]:
@@ -99,12 +101,16 @@ def missing_from(listed: ListFile, folder: Path, index: Index) -> set[int]:
         if head in index:
             if head not in names:
                 names[head] = set(index[head].split())
-            is_there = name in names[head] or os.path.lexists(folder / path)
+            is_there = name in names[head] or _is_no_folder(folder / path)
         else:
-            is_there = os.path.lexists(folder / path)
+            is_there = _is_no_folder(folder / path)
         if not is_there:
             missing.add(place)
     return missing
+
+
+def _is_no_folder(path: Path) -> bool:
+    return os.path.lexists(path) and not path.is_dir()
 
 
 def disagreements(listed: ListFile, index: Index) -> list[str]:

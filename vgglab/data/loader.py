@@ -194,7 +194,10 @@ class Batches:
                 if batch.places:
                     yield batch
                 elif isinstance(self._picks, TrainPicks):  # the other ranks count on a step here
-                    raise UserError(f"--on-bad-image skip: a whole batch cannot be read, e.g. {batch.skipped[0][0]!r}")
+                    raise UserError(
+                        f"--on-bad-image skip: a whole batch cannot be read, e.g. {batch.skipped[0][0]!r}; raise "
+                        "--batch-size, or see how many there are with python -m vgglab.data check"
+                    )
         except UserError as error:
             # From a worker process it arrives with that process's traceback around it.
             last_line = str(error).strip().splitlines()[-1]

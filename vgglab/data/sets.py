@@ -146,6 +146,7 @@ def read_split(root: Path, split: str, classes: list[str] | None, is_strict: boo
     listed = lists.read_list(root, split)
     if listed is not None:
         return _listed_split(root, folder, listed, index, classes, is_strict, warnings)
+    warnings += _left_out(split, index, classes)
     return _split_of_folders(root, split, index, classes)
 
 
@@ -165,6 +166,22 @@ def _listed_split(
         warnings.append(f"{text}; they are skipped")
     warnings += lists.disagreements(listed, index)
     return Split(FileImages(Paths(f"{folder}/{path}" for path in listed.paths)), listed.labels, classes)
+
+
+def _left_out(split: str, index: Index, classes: list[str] | None) -> list[str]:
+    """What lies where nobody looks, a line each, with counts."""
+    lines, loose = [], index[""].split()
+    if loose:
+        lines.append(f"{split}/: {len(loose)} images lie in no class folder and are left out, e.g. {loose[0]}")
+    nested = [name for name, listing in index.items() if listing.num_folders]
+    if nested:
+        lines.append(
+            f"{split}/: folders inside {len(nested)} class folders are not looked into, e.g. in {split}/{nested[0]}/"
+        )
+    missing = [name for name in classes or () if name not in index]
+    if missing:
+        lines.append(f"{split}/: has no images of {len(missing)} of {len(classes or ())} classes, e.g. {missing[0]}")
+    return lines
 
 
 def _split_of_folders(root: Path, split: str, index: Index, classes: list[str] | None) -> Split:
