@@ -1,5 +1,6 @@
 """The bundled digits, folders in ImageNet's layout, and which image comes when."""
 
+import gzip
 import json
 import os
 import shutil
@@ -380,17 +381,25 @@ def test_labels_that_count_from_one_are_refused(images, refused):
     assert "labels from 1 to 3, but none is 0; they count from 0" in refused()
 
 
-def test_fashion_mnist_is_read_from_the_cache_without_network(tmp_path, monkeypatch, train):
-    """Written here in its format: what torchvision finds on the disk, it does not download."""
-    monkeypatch.setenv("VGGLAB_CACHE", str(tmp_path))
-    monkeypatch.setattr("vgglab.data.named.PACKAGED_FASHION_MNIST", tmp_path / "none")
-    raw = tmp_path / "FashionMNIST" / "raw"
+@pytest.mark.parametrize("place", ["cache", "package"])
+def test_fashion_mnist_is_read_without_network(tmp_path, monkeypatch, train, place):
+    """Written here in its format, into the cache or packed as Debian's package has it."""
+    monkeypatch.setenv("VGGLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("vgglab.data.named.PACKAGED_FASHION_MNIST", tmp_path / "package")
+    raw = tmp_path / "cache" / "FashionMNIST" / "raw" if place == "cache" else tmp_path / "package"
     raw.mkdir(parents=True)
     for name, count in (("train", 40), ("t10k", 20)):
         labels = bytes(number % 10 for number in range(count))
         pixels = b"".join(bytes([25 * label] * 784) for label in labels)
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels)
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
+        contents = {
+            f"{name}-images-idx3-ubyte": struct.pack(">4i", 2051, count, 28, 28) + pixels,
+            f"{name}-labels-idx1-ubyte": struct.pack(">2i", 2049, count) + labels,
+        }
+        for file, content in contents.items():
+            if place == "cache":
+                (raw / file).write_bytes(content)
+            else:
+                (raw / f"{file}.gz").write_bytes(gzip.compress(content))
     result = train("--image-size=32", "--epochs=1", data="fashion-mnist")
     assert result.code == 0, result.err
     assert result.run.events("eval")[0]["num_images"] == 20

@@ -6,6 +6,10 @@ torchvision shows the progress, checks the checksums, and asks for nothing that 
 from __future__ import annotations
 
 import contextlib
+import gzip
+import os
+import shutil
+import tempfile
 from array import array
 from functools import partial
 from pathlib import Path
@@ -19,7 +23,7 @@ from vgglab.data.images import ArrayImages, FakeImages, Split
 from vgglab.data.transform import Preparation
 from vgglab.errors import UserError
 
-# Debian's package dataset-fashion-mnist brings the four files.
+# Debian's package dataset-fashion-mnist brings the four files here.
 PACKAGED_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 NUM_FAKE = {"train": 1_281_167, "val": 50_000}  # ImageNet's numbers
 NUM_FAKE_CLASSES = 1000
@@ -36,13 +40,20 @@ class NamedSet(NamedTuple):
 
 def _fashion_mnist(split: str, size: int) -> Split:
     raw = cache_folder() / "FashionMNIST" / "raw"
-    if PACKAGED_FASHION_MNIST.is_dir():
-        raw.mkdir(parents=True, exist_ok=True)
-        for file in PACKAGED_FASHION_MNIST.glob("*.gz"):
-            with contextlib.suppress(FileExistsError):  # another rank was faster
-                (raw / file.name).symlink_to(file)
+    for packed in PACKAGED_FASHION_MNIST.glob("*.gz"):
+        _unpack(packed, raw / packed.stem)  # not as they are: Debian packs them anew, with other checksums
     found = _torchvision("FashionMNIST", train=split == "train")
     return Split(ArrayImages(found.data, f"fashion-mnist/{split}"), found.targets.tolist(), list(found.classes))
+
+
+def _unpack(packed: Path, target: Path) -> None:
+    """Beside, then renamed: several ranks may start at once."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(packed) as source, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as beside:
+        shutil.copyfileobj(source, beside)
+    os.replace(beside.name, target)
 
 
 def _cifar(name: str, split: str, size: int) -> Split:
