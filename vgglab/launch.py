@@ -115,6 +115,9 @@ def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: b
             )
     except OSError as error:
         raise UserError(f"python: {command[0]!r} cannot be started ({error.strerror})") from None
+    if process.stdin is not None and hasattr(os, "register_at_fork"):
+        # What this process forks may outlive it, and must not hold the leash then.
+        os.register_at_fork(after_in_child=process.stdin.close)
     write_json(path / LAUNCHED, {"pid": process.pid, "host": socket.gethostname(), "argv": argv, "command": command})
     return process
 

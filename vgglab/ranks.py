@@ -52,9 +52,25 @@ def _end_with_launcher() -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent and parent != 1:
-        time.sleep(GUARD_SECONDS)
+    if _is_torchrun(parent):
+        while os.getppid() == parent:
+            time.sleep(GUARD_SECONDS)
     _end()
+
+
+def _is_torchrun(pid: int) -> bool:
+    """Whether this still is what started us, and not somebody who adopts orphans: init, systemd --user, tini.
+
+    In a container torchrun can itself be process 1.
+    """
+    folder = Path(f"/proc/{pid}")
+    try:
+        if MARK in os.environ:  # the torchrun that vgglab.launch has started carries the same one
+            return f"{MARK}={os.environ[MARK]}".encode() in (folder / "environ").read_bytes().split(b"\0")
+        is_python = "python" in (folder / "exe").resolve().name
+        return is_python and (pid != 1 or b"torch" in (folder / "cmdline").read_bytes())
+    except OSError:  # no /proc, or somebody else's process
+        return pid != 1
 
 
 def _end() -> None:
@@ -222,6 +238,8 @@ def is_alive(pid: int) -> bool:
         return False
     except PermissionError:  # somebody else's, and alive
         pass
+    with contextlib.suppress(OSError):  # ended, but nobody has asked how: a container's process 1 often never does
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
 
 

@@ -25,8 +25,10 @@ from, 130 interrupted.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+import traceback
 
 if __name__ == "__main__" and not __package__:
     # Run as a file, Python puts this file's folder in front of every import, and names like "data" or
@@ -39,12 +41,11 @@ if __name__ == "__main__" and not __package__:
     if _spec is None or os.path.dirname(os.path.abspath(str(_spec.origin))) != _here:
         sys.path.insert(0, os.path.dirname(_here))
 
-import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
+from vgglab import agreement, inheritance, ranks
 from vgglab import config as configuration
-from vgglab import inheritance, ranks
 from vgglab.config import Config
 from vgglab.errors import UserError, blaming
 from vgglab.interrupts import Leaving, heeding_warnings
@@ -56,8 +57,6 @@ if TYPE_CHECKING:
     from vgglab.recording import RankWriter
 
 MOST_WORKERS = 16  # the seed kit's default
-MOST_PATH_BYTES = 4096
-MAX_DRAWN_SEED = 2**20  # exact as a float32, in which it travels between ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -203,33 +202,9 @@ def _resolve(config: Config, device: Device, sets: DataSets) -> None:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
         config.workers = min(MOST_WORKERS, max(1, ranks.num_cores() // ranks_here))
     if config.seed is None:
-        config.seed = _draw_seed(device)
+        config.seed = agreement.draw_seed(device)
     if config.run_dir is None or device.world_size > 1:
-        config.run_dir = _share(str(run_path(config)), device)  # rank 0's clock names it
-
-
-def _draw_seed(device: Device) -> int:
-    """Rank 0's, for all ranks: what is not drawn by it adds nothing to the sum."""
-    import torch
-
-    drawn = random.SystemRandom().randrange(MAX_DRAWN_SEED) if device.rank == 0 else 0
-    return int(device.fetch(device.sum(torch.tensor([float(drawn)])))[0])
-
-
-def _share(text: str, device: Device) -> str:
-    """Rank 0's, for all ranks, the same way."""
-    import torch
-
-    mine = text.encode() if device.rank == 0 else b""
-    codes = torch.tensor([float(code) for code in mine.ljust(MOST_PATH_BYTES, b"\0")])
-    return bytes(int(code) for code in device.fetch(device.sum(codes))).rstrip(b"\0").decode()
-
-
-def _all_ranks(is_so: bool, device: Device) -> bool:
-    """Whether it is so on every rank."""
-    import torch
-
-    return device.fetch(device.sum(torch.tensor([float(not is_so)])))[0] == 0
+        config.run_dir = agreement.share(str(run_path(config)), device)  # rank 0's clock names it
 
 
 def _prepare_and_work(
@@ -244,7 +219,7 @@ def _prepare_and_work(
     if device.rank == 0:
         _work_and_record(job, config, device, sets, path, is_in_place)
         return
-    if not _all_ranks(True, device):  # rank 0 makes the run directory first
+    if not agreement.all_ranks(True, device):  # rank 0 makes the run directory first
         raise _SaidElsewhere
     ranks.set_run_dir(path)
     run = RankWriter(path, device.rank, device.is_simulated)
@@ -276,12 +251,12 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, p
     try:
         run = RunWriter(path, [terminal, *scalars], device.is_simulated, is_continued)
     except UserError:
-        _all_ranks(False, device)
+        agreement.all_ranks(False, device)
         raise
     ranks.forget_failures(path)
     ranks.remember_run(path)
     ranks.set_run_dir(path)
-    _all_ranks(True, device)
+    agreement.all_ranks(True, device)
     status, failure = "failed", None
     with run.recording_output(), heeding_warnings():
         try:
@@ -314,4 +289,10 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, p
 if __name__ == "__main__":
     from vgglab.train import main as packaged_main  # not __main__'s own copy: one module, one set of classes
 
-    ranks.leave(packaged_main())
+    try:
+        code = packaged_main()
+    except Exception:  # shown here: Python would keep it and its frames, and with them the loader's processes
+        traceback.print_exc()
+        code = 1
+    gc.collect()  # what the batches have started ends with the last reference to them
+    ranks.leave(code)

@@ -1,0 +1,36 @@
+"""What all ranks must know alike: rank 0 says it, and it travels as numbers over the cards."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vgglab.devices.base import Device
+
+MOST_PATH_BYTES = 4096
+MAX_DRAWN_SEED = 2**20  # exact as a float32, in which it travels between ranks
+
+
+def draw_seed(device: Device) -> int:
+    """Rank 0's, for all ranks: what is not drawn by it adds nothing to the sum."""
+    import torch
+
+    drawn = random.SystemRandom().randrange(MAX_DRAWN_SEED) if device.rank == 0 else 0
+    return int(device.fetch(device.sum(torch.tensor([float(drawn)])))[0])
+
+
+def share(text: str, device: Device) -> str:
+    """Rank 0's, for all ranks, the same way."""
+    import torch
+
+    mine = text.encode() if device.rank == 0 else b""
+    codes = torch.tensor([float(code) for code in mine.ljust(MOST_PATH_BYTES, b"\0")])
+    return bytes(int(code) for code in device.fetch(device.sum(codes))).rstrip(b"\0").decode()
+
+
+def all_ranks(is_so: bool, device: Device) -> bool:
+    """Whether it is so on every rank."""
+    import torch
+
+    return device.fetch(device.sum(torch.tensor([float(not is_so)])))[0] == 0
