@@ -244,9 +244,9 @@ MUTATIONS = {
     ),
     "a forgotten move": (
         EAGER,
-        "engine.py",
-        "            images, labels = device.move(images, labels)  # (N, 3, S, S), (N,)\n",
-        "",
+        "devices/base.py",
+        "yield self.move(batch.images, batch.labels)",
+        "yield batch.images, batch.labels",
         "all tensors to be on the same device",
     ),
     "the card chosen after joining": (
