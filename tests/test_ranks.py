@@ -186,7 +186,7 @@ def test_stop_ends_all_ranks_with_a_checkpoint(tiny, monkeypatch):
     run = vgglab.launch(tiny, nproc=2, epochs=1000, workers=1, watch=False)
     wait_until(lambda: len(run.events("train")) > 3)
     assert len(processes_with("stopped")) >= 5  # torchrun, two ranks, a worker each
-    run.stop()
+    run.stop(grace_seconds=60)  # a slow disk may take its time to have the checkpoint
     assert processes_with("stopped") == []
     assert run.status == "interrupted"
     assert run.events("checkpoint")[-1]["step"] == run.events("train")[-1]["step"]
