@@ -193,6 +193,25 @@ def test_stop_ends_all_ranks_with_a_checkpoint(tiny, monkeypatch):
     assert run.wait() is run
 
 
+EARLY = """
+import os, signal
+import torch.utils.data._utils.worker as worker
+def set_handlers():
+    torch_sets_them()
+    os.kill(os.getpid(), signal.SIGTERM)
+torch_sets_them = worker.signal_handling._set_worker_signal_handlers
+worker.signal_handling._set_worker_signal_handlers = set_handlers
+"""
+
+
+def test_a_warning_to_a_worker_that_has_just_begun_does_not_end_it(tiny, tmp_path):
+    """torchrun warns whole process groups; such a worker died of it, and took its run along."""
+    (tmp_path / "sitecustomize.py").write_text(EARLY)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
+    result = shell("python", "-m", "vgglab.train", *tiny, "--workers=1", env=environment, cwd=tmp_path)
+    assert (result.returncode, "exited unexpectedly" in result.stderr) == (0, False), result.stderr
+
+
 def torchrun_of(run):
     return json.loads((run.path / "launch.json").read_text())["pid"]
 

@@ -19,8 +19,7 @@ class Leaving(BaseException):
 def undisturbed() -> Iterator[None]:
     """Ctrl-C waits until the block is done.
 
-    Inside ``torch.save`` it would come out as an error of torch's own; while processes are forked it would be
-    lost in one of Python's hooks, and the run would go on.
+    Inside ``torch.save`` it would come out as an error of torch's own.
     """
     if threading.current_thread() is not threading.main_thread():  # signals do not come here
         yield
@@ -33,6 +32,24 @@ def undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
     if waiting:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def starting_workers() -> Iterator[None]:
+    """In the block processes can be started that have ``leave_signals_to_parent`` as their initializer.
+
+    Ctrl-C while they are forked would be lost in one of Python's hooks, and the run would go on. The other signals are
+    born blocked in them: one that arrives before the initializer has its say would end the worker, and with it the run.
+    """
+    with undisturbed():
+        if not hasattr(signal, "pthread_sigmask"):
+            yield
+            return
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 @contextlib.contextmanager
@@ -61,7 +78,7 @@ def leave_signals_to_parent(_: int = 0) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux: it says who
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # already so after starting_workers()
         threading.Thread(target=_end_at_parents_word, args=(os.getppid(),), daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

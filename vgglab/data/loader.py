@@ -20,7 +20,7 @@ from vgglab.data.images import Split
 from vgglab.data.sets import DataSets
 from vgglab.devices.base import Device
 from vgglab.errors import UserError
-from vgglab.interrupts import leave_signals_to_parent, undisturbed
+from vgglab.interrupts import leave_signals_to_parent, starting_workers
 
 OnSkipped = Callable[[str, str], None]
 STRIDE = 1_000_000_007  # a prime above any number of images or epochs
@@ -184,8 +184,8 @@ class Batches:
                 other.
         """
         self._picks.epoch, self._picks.first = epoch, first
-        with undisturbed(), _without_remarks():
-            batches = iter(self._loader)  # forks the workers, which keep ignoring Ctrl-C: we end them
+        with starting_workers(), _without_remarks():
+            batches = iter(self._loader)
         try:
             for batch in batches:
                 for image, reason in batch.skipped:
