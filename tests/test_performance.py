@@ -13,6 +13,7 @@ from vgglab.compat import load_tensors
 from vgglab.devices.memory import keep_freed_memory
 from vgglab.pace import PHASES
 from vgglab.report import remark_on_steadiness
+from vgglab.view import results
 
 has_fused = pytest.mark.skipif("fused" not in torch.optim.SGD.__init__.__code__.co_varnames, reason="torch before 2.3")
 
@@ -122,11 +123,49 @@ def test_with_timers_two_ranks_average_the_same_gradients(images, tmp_path):
     assert timed.report()["phase_seconds"]["all_reduce"] > 0
 
 
-def test_where_the_time_goes_is_drawn(train):
+def words_in(figure):
+    return [text.get_text() for panel in figure.axes for text in [*panel.texts, *panel.get_yticklabels()]]
+
+
+def test_a_hidden_item_in_the_loop_is_seen_in_the_picture_by_its_line(train, monkeypatch):
+    from vgglab import engine
     from vgglab.view.figures import where_time_goes
 
-    run = train("--timers", "--print-freq=1", "--skip-steps=0").run
-    assert len(where_time_goes([run, run], ["one", "the other"]).png()) > 5000
+    flags = ("--timers", "--print-freq=2", "--skip-steps=0", "--epochs=2")
+    usual = train(*flags).run
+    original = engine.normalised
+
+    def normalised(*args):
+        images = original(*args)
+        images.sum().item()  # hidden
+        return images
+
+    monkeypatch.setattr(engine, "normalised", normalised)
+    hidden = train(*flags).run
+    line = normalised.__code__.co_firstlineno + 2
+    # A log line has its own, once for all it shows.
+    [(place, number)] = usual.report()["host_reads"].items()
+    assert (place.split(":")[0], number) == ("pace.py", 0.5)
+    assert hidden.report()["host_reads"] == {place: 0.5, f"test_performance.py:{line}": 1.0}
+    figure = where_time_goes([usual, hidden], ["usual", "hidden"])
+    assert len(figure.png()) > 5000
+    [remark] = [text for text in words_in(figure) if "host waits" in text]
+    assert f"1 a step at test_performance.py:{line}" in remark
+
+
+def test_what_is_counted_is_left_as_it_was(train):
+    before = {name: getattr(torch.Tensor, name) for name in ("item", "cpu", "__bool__")}
+    train("--timers")
+    assert before == {name: getattr(torch.Tensor, name) for name in before}
+
+
+def test_the_layout_stands_beside_a_bar(train):
+    from vgglab.view.figures import where_time_goes
+
+    runs = [train("--timers", "--skip-steps=0", *flags).run for flags in ((), ("--channels-last",))]
+    text = "\n".join(words_in(where_time_goes(runs)))
+    assert "batch 4, float32,\nchannels first" in text
+    assert "channels last" in text
 
 
 def test_a_trace_is_written_on_request(train):
@@ -172,6 +211,9 @@ def test_bench_step_goes_in_turns_and_leaves_a_run_directory(tmp_path):
     assert {"images_per_second", "reference_images_per_second", "ratio"} <= set(figures)
     assert [row["way"] for row in figures["all"]] == ["float32", "bare", "torchvision"]
     assert all(row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1] for row in figures["all"])
+    for row in figures["all"]:
+        done = row["images_per_second"] * row["flop_per_image"]
+        assert row["share_of_peak"] == pytest.approx(done / row["peak_flop_per_second"])
     [path] = tmp_path.glob("runs/*")
     assert Run(path).status == "done"
     assert Run(path).env["simulated"] is False
@@ -179,3 +221,30 @@ def test_bench_step_goes_in_turns_and_leaves_a_run_directory(tmp_path):
     for wrong in ("--ways=slow", "--batch-size=0", "--model=vgg12", "--turns=0", "--image-size=8"):
         result = shell(*words, wrong)
         assert (result.returncode, len(result.stderr.strip().splitlines())) == (2, 1), result.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux")
+def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
+    """In a process with little memory: what was found has been computed, and what is a little larger cannot be."""
+    import resource
+
+    code = "import vgglab.engine, torchvision; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
+    limit = (int(shell("python", "-c", code).stdout) + 700_000) * 1024
+    options = {
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        "timeout": 400,
+    }
+    words = ["python", "-m", "vgglab.bench", "step", "--model=vgg11", "--image-size=64", "--device=cpu", "--turns=1"]
+    words += ["--ways=float32", f"--output-dir={tmp_path}"]
+    result = shell(*words, "--batch-size=max", "--json", **options)
+    assert result.returncode == 0, result.stderr
+    [row] = json.loads(result.stdout.splitlines()[-1])["all"]
+    assert row["ratio"] is None
+    assert row["images_per_second"] > 0
+    too_many = shell(*words, f"--batch-size={2 * row['batch_size']}", **options)
+    assert (too_many.returncode, too_many.stderr.count("\n")) == (2, 1), too_many.stderr
+    assert "no memory" in too_many.stderr
+    [found] = results.collect([tmp_path / "runs"])
+    assert (found.batch_size, found.plain_ratio) == (row["batch_size"], None)
+    assert 0 < found.share_of_peak < 1

@@ -62,3 +62,18 @@ def test_a_benchmark_has_a_row_for_each_way(images, tmp_path):
     first, second = results.collect([run.path])
     assert (first.plain_ratio, first.precision, first.layout) == (2.5, "bfloat16", "channels last")
     assert second.source.endswith("way float32")
+
+
+def test_a_run_has_a_share_of_the_peak_that_a_benchmark_has_measured(images, tmp_path):
+    timed, measured = (run_ranks(tmp_path, images, "cpu", 1, "--skip-steps=1", *more) for more in (["--timers"], []))
+    bench = run_ranks(tmp_path, images, "cpu", 1)
+    row = {
+        "way": "float32", "batch_size": 4, "images_per_second": 5.0, "ratio": 1.1, "num_turns": 5,
+        "flop_per_image": 1000, "peak_flop_per_second": 1e6, "device": bench.env,
+    }  # fmt: skip
+    (bench.path / "bench.json").write_text(json.dumps({"results": [row]}))
+    rows = {row.source.split(",")[0]: row for row in results.collect([tmp_path])}
+    assert rows[bench.path.name].share_of_peak == pytest.approx(0.005)
+    rate = rows[measured.path.name].images_per_second
+    assert rows[measured.path.name].share_of_peak == pytest.approx(rate / 1000)
+    assert (rows[timed.path.name].layout, rows[measured.path.name].layout) == ("with timers", "")

@@ -17,17 +17,17 @@ import argparse
 import copy
 import json
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import prod
 from statistics import median
-from typing import Any, Callable, Iterator, Sequence, Tuple
+from typing import Any, Iterator, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from vgglab.ceilings import ceilings, moved, timed
 from vgglab.config import OneLineParser, with_dashes
 from vgglab.config import parse as parse_training
 from vgglab.devices import open_device
@@ -47,9 +47,6 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 FLOAT32_BYTES = 4
 HAS_META = int(torch.__version__.split(".")[0]) >= 2  # tensors with a shape and no memory, for every operation here
-# A matrix product grows until it takes so long that starting it and reading the clock no longer count.
-PRODUCT_SECONDS, SMALLEST_SIDE, LARGEST_SIDE = 0.05, 512, 8192
-COPIED_BYTES = 2**28  # each of three tensors: far above any cache, of a core (32 MiB) or a card (50 MiB)
 
 # A layer as the forward pass came by: its name, itself, the shapes of its input and its output.
 Call = Tuple[str, nn.Module, Tuple[int, ...], Tuple[int, ...]]
@@ -185,7 +182,7 @@ def _leaves(network: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in network.named_modules() if not list(module.children())]
 
 
-def measure(what: Anatomy | str | nn.Module, device: Device, repeats: int = 5) -> Anatomy:
+def measure(what: Anatomy | str | nn.Module, device: Device | str = "auto", repeats: int = 5) -> Anatomy:
     """Time the forward and the backward pass of each layer by itself, and the ceilings of the machine.
 
     A layer gets fresh weights and random input of its shape, in float32 and training mode, and runs once to warm up
@@ -195,7 +192,7 @@ def measure(what: Anatomy | str | nn.Module, device: Device, repeats: int = 5) -
 
     Args:
         what: the answer of ``of``, or what ``of`` takes.
-        device: of ``vgglab.devices.open_device``, opened.
+        device: a name as for ``--device``, or one of ``vgglab.devices.open_device`` that is open.
         repeats: passes that are timed.
 
     Returns:
@@ -205,6 +202,13 @@ def measure(what: Anatomy | str | nn.Module, device: Device, repeats: int = 5) -
         UserError: as ``of``; a simulated card; a batch norm with a single value per channel.
     """
     anatomy = what if isinstance(what, Anatomy) else of(what)
+    if isinstance(device, str):
+        card = open_device(device)
+        card.open()
+        try:
+            return measure(anatomy, card, repeats)
+        finally:
+            card.close()
     roof = ceilings(device, repeats)
     layers, learns = [], False  # learns: something before this layer
     for layer, module in zip(anatomy.layers, anatomy.modules):
@@ -214,6 +218,7 @@ def measure(what: Anatomy | str | nn.Module, device: Device, repeats: int = 5) -
             raise UserError(f"{layer.name}: {str(error).splitlines()[0]}; a larger batch has more") from error
         layers.append(layer._replace(forward_seconds=forward, backward_seconds=backward))
         learns = learns or any(weight.requires_grad for weight in module.parameters())
+    roof = Ceilings(*map(max, roof, ceilings(device, repeats)))  # a machine that was busy at first showed a lower one
     return replace(anatomy, layers=tuple(layers), ceilings=roof)
 
 
@@ -221,56 +226,17 @@ def _layer_seconds(layer: Layer, module: nn.Module, learns: bool, device: Device
     module = copy.deepcopy(module).to_empty(device="cpu").train()
     getattr(module, "reset_parameters", int)()  # to_empty leaves whatever was in memory
     module = device.wrap(module)[1]
-    images = _moved(torch.randn(layer.input_shape), device).requires_grad_(learns)
+    images = moved(torch.randn(layer.input_shape), device).requires_grad_(learns)
     wanted = [images] * learns + [weight for weight in module.parameters() if weight.requires_grad]
-    gradient = _moved(torch.randn(layer.output_shape), device)
+    gradient = moved(torch.randn(layer.output_shape), device)
     forward, backward = [], []
     for _ in range(1 + repeats):
-        fed = _timed(images.clone, device)[1]  # a layer that works in place needs its own each time
-        seconds, output = _timed(partial(module, fed), device)
+        fed = timed(images.clone, device)[1]  # a layer that works in place needs its own each time
+        seconds, output = timed(partial(module, fed), device)
         forward.append(seconds)
         pull = partial(torch.autograd.grad, output, wanted, gradient)
-        backward.append(_timed(pull, device)[0] if wanted else 0.0)
+        backward.append(timed(pull, device)[0] if wanted else 0.0)
     return median(forward[1:]), median(backward[1:])
-
-
-def ceilings(device: Device, repeats: int = 5) -> Ceilings:
-    """Measure what ``device`` computes and moves per second, the best of ``repeats``; takes seconds and 0.8 GB.
-
-    Computing: square matrix products in float32, 2 n^3 FLOP. Moving: a copy (2 tensors) and ``a = b + 2 c`` (3),
-    counted as J. McCalpin's STREAM does: what the program names, not what a cache reads before it writes.
-
-    Raises:
-        UserError: a simulated card, which has no speed.
-    """
-    if device.is_simulated:
-        raise UserError(f"--device {device.kind}: a simulated card has no speed to measure")
-    side, seconds, peak = SMALLEST_SIDE, 0.0, 0.0
-    while seconds < PRODUCT_SECONDS and side <= LARGEST_SIDE:
-        factors = [_moved(torch.rand(side, side), device) for _ in range(2)]
-        seconds = _fastest(partial(torch.matmul, *factors), device, repeats)
-        peak = max(peak, 2 * side**3 / seconds)
-        side *= 2
-    a, b, c = (_moved(torch.ones(COPIED_BYTES // FLOAT32_BYTES), device) for _ in range(3))
-    copying = 2 * COPIED_BYTES / _fastest(partial(a.copy_, b), device, repeats)
-    adding = 3 * COPIED_BYTES / _fastest(partial(torch.add, b, c, alpha=2, out=a), device, repeats)
-    return Ceilings(peak, max(copying, adding))
-
-
-def _fastest(run: Callable[[], Tensor], device: Device, repeats: int) -> float:
-    return min([_timed(run, device)[0] for _ in range(1 + repeats)][1:])  # the first is warm-up
-
-
-def _timed(run: Callable[[], Any], device: Device) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = run()
-    last = result[-1] if isinstance(result, tuple) else result
-    device.fetch(last.detach().reshape(-1)[:1])  # to read a value is to wait until it is there
-    return time.perf_counter() - started, result
-
-
-def _moved(tensor: Tensor, device: Device) -> Tensor:
-    return device.move(tensor, torch.zeros(1, dtype=torch.int64))[0]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -300,10 +266,7 @@ def main(argv: Sequence[str]) -> int:
         options = parse(argv)
         anatomy = of(options.model, options.image_size, options.batch_size, options.num_classes)
         if options.measure:
-            device = open_device(options.device)
-            device.open()
-            anatomy = measure(anatomy, device)
-            device.close()
+            anatomy = measure(anatomy, options.device)
         print(anatomy)
         if options.json:
             print(json.dumps(anatomy.as_dict()))

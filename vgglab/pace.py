@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any, Iterable, Iterator
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from vgglab import interrupts
 from vgglab.devices.base import Device
+from vgglab.hostreads import HostReads
 from vgglab.ranks import STARTED
 
 LOOK_SECONDS = 5.0  # several ranks ask one another at least so often whether to leave
@@ -22,13 +24,14 @@ class Clock:
     """Measures from one log line to the next. Read it only after the device was waited for.
 
     Each step is marked on the device's own clock and costs no waiting. With ``has_phases`` so are the parts of a step:
-    whoever calls ``lap(phase)`` says what has just ended.
+    whoever calls ``lap(phase)`` says what has just ended; and it is counted where the host reads from the device.
     """
 
     def __init__(self, images_per_step: int, device: Device, has_phases: bool = False) -> None:
         self.images_per_step, self.has_phases = images_per_step, has_phases
         self._device = device
         self._has_seen_a_step = False
+        self._reads = HostReads(device_is_host=device.kind == "cpu")
         self.restart()
 
     def restart(self) -> None:
@@ -41,7 +44,10 @@ class Clock:
 
     def waiting_for(self, batches: Iterable[Any], num_before: int = 0) -> Iterator[tuple[int, Any]]:
         """Number the batches from 1 (or on from ``num_before``) and add up the time spent waiting for them."""
-        iterator, number = iter(batches), num_before
+        with self._reads if self.has_phases else nullcontext():
+            yield from self._numbered(iter(batches), num_before)
+
+    def _numbered(self, iterator: Iterator[Any], number: int) -> Iterator[tuple[int, Any]]:
         while True:
             asked = time.perf_counter()
             try:
@@ -97,7 +103,7 @@ class Clock:
             for (_, before), (phase, after) in zip(self._laps, self._laps[1:]):
                 spent[phase] += between(before, after)
             spent["host"] += max(0.0, seconds - sum(spent.values()))  # what no lap has seen
-            interval["phase_seconds"] = spent
+            interval.update(phase_seconds=spent, host_reads=self._reads.take())
         self.restart()
         return interval
 

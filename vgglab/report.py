@@ -63,6 +63,7 @@ def build_report(run: Run) -> dict[str, Any]:
         "channels_last": env.get("channels_last", False),
         "fused": env.get("fused", False),
         "compiled": env.get("compiled", False),
+        "timers": config.get("timers", False),
         "first_step_seconds": None if env["simulated"] else _first_step(events),
         "peak_bytes": next((event.get("peak_bytes") for event in events if event["event"] == "end"), None),
         "hardware": env["hardware"],
@@ -114,19 +115,19 @@ def _step_times(intervals: list[Event]) -> dict[str, Any]:
         "num_measured_steps": len(step_seconds),
         "data_wait_share": sum(event["data_seconds"] for event in intervals) / seconds if intervals else None,
         "num_intervals": len(intervals),
-        "phase_seconds": _phases(intervals),
+        "phase_seconds": _a_step(intervals, "phase_seconds"),
+        "host_reads": _a_step(intervals, "host_reads"),
     }
 
 
-def _phases(intervals: list[Event]) -> dict[str, float] | None:
-    """Seconds a step, by the parts of a step; None without --timers."""
-    timed = [event for event in intervals if "phase_seconds" in event]
+def _a_step(intervals: list[Event], figures: str) -> dict[str, float] | None:
+    """The mean over all steps of what --timers have added up by name; None without them."""
+    timed = [event for event in intervals if figures in event]
     num_steps = sum(event["interval_steps"] for event in timed)
     if not num_steps:
         return None
-    return {
-        name: sum(event["phase_seconds"][name] for event in timed) / num_steps for name in timed[0]["phase_seconds"]
-    }
+    names = dict.fromkeys(name for event in timed for name in event[figures])
+    return {name: sum(event[figures].get(name, 0) for event in timed) / num_steps for name in names}
 
 
 def remark_on_steadiness(intervals: list[Event]) -> str:

@@ -1,4 +1,4 @@
-"""One way of training, in a process of its own that makes a step when it is told to.
+"""One way of training, in a process of its own that makes steps when it is told to.
 
 Two of these, told in turns, see the same weather on a noisy machine; and settings that belong to a process, such as
 what its C library does with freed memory, do not reach the other.
@@ -14,13 +14,15 @@ from typing import Any, Iterator, NamedTuple
 import torch
 from torch import nn
 
-from vgglab import engine
+from vgglab import anatomy, engine
+from vgglab.ceilings import product_flop_per_second
 from vgglab.config import Config, parse
 from vgglab.data.loader import Batch, Batches, eval_batches, train_batches
 from vgglab.data.sets import open_sets
 from vgglab.data.transform import normalised
 from vgglab.devices import open_device
 from vgglab.devices.base import Device
+from vgglab.devices.memory import limit_to_free_memory
 from vgglab.errors import UserError
 from vgglab.model import build, head_for
 from vgglab.recording import RankWriter
@@ -36,14 +38,33 @@ class Way(NamedTuple):
     is_torchvisions: bool = False  # its network, too
 
 
+class Ready(NamedTuple):
+    """The first answer of such a process."""
+
+    device: dict[str, Any]  # what the device says of itself
+    flop_per_image: int  # of the forward and the backward pass
+
+
+class Refusal(NamedTuple):
+    """Its last answer, where there is something that cannot be."""
+
+    reason: str
+    does_not_fit: bool = False
+
+
 class Enough(Exception):
     """Ends the training loop from within its batches."""
 
 
-def work(connection: Connection, way: Way, flags: list[str]) -> None:
-    """Take numbers of steps from the connection, and answer each with the seconds of each step; None ends it.
+PEAK_REPEATS = 2  # of the largest matrix product, each time it is asked for
+NO_MEMORY = ("out of memory", "can't allocate memory", "could not create a memory", "bad_alloc")  # torch's words
 
-    The first answer, before any number, is what the device is, or a string: why it cannot be.
+
+def work(connection: Connection, way: Way, flags: list[str]) -> None:
+    """Answer what comes over the connection; None ends it, and is answered with what was used of the device.
+
+    The first answer, before anything is asked, is ``Ready``. A number of steps is answered with the seconds of each,
+    ``"peak"`` with the operations per second of a matrix product in this way's precision; any of them with ``Refusal``.
     """
     try:
         config = parse([*flags, *way.flags])
@@ -53,11 +74,14 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
         )  # fmt: skip
         if way.is_prepared:
             device.open()
+        if device.kind == "cpu" or device.is_simulated:
+            limit_to_free_memory()
         sets = open_sets(config)
         config.seed, config.num_classes, config.image_size = 0, sets.num_classes, sets.image_size
         config.head = head_for(sets.image_size) if config.head == "auto" else config.head
         batch = next(iter(train_batches(sets, config, device).epoch(0)))
-        connection.send(device.describe())
+        counted = anatomy.of(config.model, config.image_size, num_classes=config.num_classes)
+        connection.send(Ready(device.describe(), counted.training_flop))
         if way.is_plain:
             _plain_loop(connection, way, config, device, batch)
         else:
@@ -69,7 +93,11 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
     except Enough:
         connection.send(device.usage())
     except UserError as error:
-        connection.send(str(error))
+        connection.send(Refusal(str(error)))
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in NO_MEMORY):
+            raise
+        connection.send(Refusal(f"--batch-size {config.batch_size}: no memory for it on {config.device}", True))
     except (KeyboardInterrupt, EOFError):
         pass
 
@@ -92,11 +120,14 @@ class Gate(Batches):
 def _steps(connection: Connection, device: Device) -> Iterator[None]:
     """One turn of the loop for each step asked for; each is timed to the end of the device's work."""
     while True:
-        number = connection.recv()
-        if number is None:
+        asked = connection.recv()
+        if asked is None:
             raise Enough
+        if asked == "peak":
+            connection.send(product_flop_per_second(device, device.amp_dtype or "float32", PEAK_REPEATS))
+            continue
         seconds = []
-        for _ in range(number):
+        for _ in range(asked):
             started = time.perf_counter()
             yield
             device.fetch(device.sum(torch.zeros(1)))  # comes when all before it is done

@@ -2,11 +2,13 @@
 
     python -m vgglab.bench step                                      # VGG16, 224x224, the best device there is
     python -m vgglab.bench step --batch-size 8,16 --ways fast        # some batch sizes, one way
+    python -m vgglab.bench step --batch-size max --ways fast         # the largest that fits
     python -m vgglab.bench step --against torchvision --json         # the last line of stdout is one JSON object
 
 Images are made up once and lie ready, so loading is left out (``python -m vgglab.bench data`` measures that). Each way
-and the plain loop are processes of their own that make steps in turns; a ratio is the median of the turns. The result
-also goes into a run directory, as ``bench.json``.
+and the plain loop are processes of their own that make steps in turns; a ratio is the median of the turns. The share
+of the peak is what was computed per second over what a matrix product of the same precision reaches in the same
+process. The result also goes into a run directory, as ``bench.json``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Sequence
 
-from vgglab.bench.child import Way, work
+from vgglab.bench.child import Ready, Refusal, Way, work
 from vgglab.config import MODELS, OneLineParser, parse, with_dashes
 from vgglab.devices import DEVICE_CHOICES
 from vgglab.errors import UserError
@@ -37,38 +39,60 @@ WAYS = {
     "torchvision": Way("torchvision", is_plain=True, is_prepared=False, is_torchvisions=True),
 }
 USUAL = ("float32", "channels-last", "amp", "fast")
+FLAGS = (
+    "--data-path=fake",
+    "--workers=0",
+    "--epochs=1",
+    "--print-freq=1000000",
+    "--dropout-rate=0.5",
+    "--skip-steps=0",
+)
+FIRST_SIZE, LARGEST_SIZE, CLOSE_ENOUGH = 16, 2**16, 1 / 16  # where the search for the largest batch begins and ends
+
+
+class DoesNotFit(UserError):
+    """The device has no memory for this batch."""
 
 
 class StepFigures(NamedTuple):
-    """One way beside the plain loop; images per second."""
+    """One way, beside the plain loop where both fit; images per second."""
 
     way: str
     batch_size: int
     images_per_second: float  # at the median step
-    reference_images_per_second: float  # the plain loop, likewise
-    ratio: float  # median over the turns
-    ratio_range: tuple[float, float]
+    reference_images_per_second: float | None  # the plain loop, likewise; None where this way went alone
+    ratio: float | None  # median over the turns
+    ratio_range: tuple[float, float] | None
     num_turns: int
-    peak_bytes: int | None
+    flop_per_image: int  # forward and backward, counted from the shapes
+    peak_flop_per_second: float | None  # of a matrix product in this precision; None for a simulated card
+    share_of_peak: float | None
+    peak_bytes: int | None  # of memory
     device: dict[str, Any]  # what the device says of itself
 
 
 class Child:
-    """A process that steps when told to. Raises UserError where its way cannot be gone here."""
+    """A process that steps when told to. Raises UserError where its way cannot be gone here, DoesNotFit for memory."""
 
-    def __init__(self, way: Way, flags: list[str]) -> None:
+    def __init__(self, way: Way, flags: Sequence[str]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other, way, flags), daemon=True)
+        self.process = context.Process(target=work, args=(other, way, list(flags)), daemon=True)
         self.process.start()
         other.close()
-        self.way = way
-        self.device = self._answer()
+        self.way, self._peaks = way, [0.0]
+        self.ready: Ready = self._answer()
 
     def steps(self, number: int) -> list[float]:
         """Seconds of each."""
         self.connection.send(number)
         return self._answer()
+
+    def look_for_peak(self) -> None:
+        """Measure a matrix product; the best of all counts, since a busy machine shows a lower one."""
+        if not self.ready.device["simulated"]:
+            self.connection.send("peak")
+            self._peaks.append(self._answer())
 
     def stop(self) -> dict[str, Any]:
         """What it has used of the device."""
@@ -77,64 +101,132 @@ class Child:
         self.process.join()
         return usage
 
+    def figures(self, batch_size: int, own_seconds: Sequence[float], pairs: Sequence[float] = ()) -> StepFigures:
+        """The last thing asked of it; ``pairs`` are the plain loop's seconds, turn by turn."""
+        rate = batch_size / median(own_seconds)
+        ratios = sorted(theirs / own for own, theirs in zip(own_seconds, pairs))
+        peak = max(self._peaks) or None
+        return StepFigures(
+            way=self.way.name,
+            batch_size=batch_size,
+            images_per_second=rate,
+            reference_images_per_second=batch_size / median(pairs) if pairs else None,
+            ratio=median(ratios) if ratios else None,
+            ratio_range=(ratios[0], ratios[-1]) if ratios else None,
+            num_turns=len(own_seconds),
+            flop_per_image=self.ready.flop_per_image,
+            peak_flop_per_second=peak,
+            share_of_peak=rate * self.ready.flop_per_image / peak if peak else None,
+            peak_bytes=self.stop().get("peak_bytes"),
+            device=self.ready.device,
+        )
+
     def _answer(self) -> Any:
         try:
             answer = self.connection.recv()
         except EOFError:
             self.process.join()
-            code = self.process.exitcode
-            raise UserError(f"{self.way.name}: the process ended ({code}); is there memory for this batch?") from None
-        if isinstance(answer, str):
-            raise UserError(answer)
+            code = self.process.exitcode or 0
+            if code < 0:  # by the system, most likely
+                raise DoesNotFit(f"{self.way.name}: its process was killed; is there memory for this batch?") from None
+            raise RuntimeError(f"{self.way.name}: its process has failed, see above") from None
+        if isinstance(answer, Refusal):
+            self.process.join()
+            raise (DoesNotFit if answer.does_not_fit else UserError)(answer.reason)
         return answer
 
 
-def measure(flags: list[str], ways: Sequence[str], batch_size: int, turns: int, steps: int) -> list[StepFigures]:
+def _way(name: str) -> Way:
+    if name not in WAYS:
+        raise UserError(f"--ways: no way {name!r}; there are {', '.join(WAYS)}")
+    return WAYS[name]
+
+
+def measure(flags: Sequence[str], ways: Sequence[str], batch_size: int, turns: int, steps: int) -> list[StepFigures]:
     """Each way in turns with the plain loop; one step of each at first is warm-up.
 
+    Args:
+        flags: of training, such as ``--model=vgg11``; what belongs to the measuring, such as made-up images, is set.
+        ways: names of ``WAYS``.
+        turns: of each way and the plain loop.
+        steps: in each turn, of which the median counts.
+
     Raises:
-        UserError: an unknown way, or one that this device does not offer.
+        UserError: an unknown way, or one that this device does not offer; DoesNotFit: no memory for the batch.
     """
-    flags = [*flags, f"--batch-size={batch_size}"]
+    chosen = [_way(name) for name in ways]
+    flags = [*flags, *FLAGS, f"--batch-size={batch_size}"]
     plain = Child(PLAIN, flags)
     plain.steps(1)
     results = []
-    for name in ways:
-        child = Child(WAYS[name], flags)
+    for way in chosen:
+        child = Child(way, flags)
         child.steps(1)
-        pairs = []
+        own: list[float] = []
+        theirs: list[float] = []
         for turn in range(turns):
-            order = (plain, child) if turn % 2 else (child, plain)
-            timed = {id(one): median(one.steps(steps)) for one in order}
-            pairs.append((timed[id(child)], timed[id(plain)]))
-        ratios = sorted(theirs / ours for ours, theirs in pairs)
-        results.append(
-            StepFigures(
-                way=name,
-                batch_size=batch_size,
-                images_per_second=batch_size / median(ours for ours, _ in pairs),
-                reference_images_per_second=batch_size / median(theirs for _, theirs in pairs),
-                ratio=median(ratios),
-                ratio_range=(ratios[0], ratios[-1]),
-                num_turns=turns,
-                device=child.device,
-                peak_bytes=child.stop().get("peak_bytes"),
-            )
-        )
+            for one, seconds in ((plain, theirs), (child, own))[:: 1 if turn % 2 else -1]:
+                seconds.append(median(one.steps(steps)))
+            child.look_for_peak()
+        results.append(child.figures(batch_size, own, theirs))
     plain.stop()
     return results
 
 
+def largest(flags: Sequence[str], way: str, turns: int, steps: int) -> StepFigures:
+    """The largest batch that fits, to a sixteenth, and its speed; the way is alone on the device.
+
+    Each try is a process of its own that makes two steps: what the optimizer keeps is there only after the first.
+
+    Raises:
+        UserError: an unknown way, one that this device does not offer, or no memory for a single image.
+    """
+    fits, too_large = 0, LARGEST_SIZE + 1
+    while too_large - fits > max(1, fits * CLOSE_ENOUGH):
+        has_failed = too_large <= LARGEST_SIZE
+        size = (fits + too_large) // 2 if has_failed else min(2 * fits or FIRST_SIZE, LARGEST_SIZE)
+        try:
+            _alone(flags, way, size).stop()
+            fits = size
+        except DoesNotFit:
+            too_large = size
+    if fits == 0:
+        raise UserError(f"{way}: no memory for a single image")
+    while True:
+        try:
+            child = _alone(flags, way, fits)
+            seconds = [median(child.steps(steps)) for _ in range(turns)]
+            child.look_for_peak()
+            return child.figures(fits, seconds)
+        except DoesNotFit:  # so close to the edge that the same does not always fit
+            if fits == 1:
+                raise
+            fits -= max(1, int(fits * CLOSE_ENOUGH))
+
+
+def _alone(flags: Sequence[str], way: str, batch_size: int) -> Child:
+    child = Child(_way(way), [*flags, *FLAGS, f"--batch-size={batch_size}"])
+    try:
+        child.steps(2)
+    except UserError:
+        child.process.kill()
+        raise
+    return child
+
+
 def as_text(results: Sequence[StepFigures]) -> str:
     """The figures for people."""
-    lines = ["way             batch   images/s   plain loop   ratio (range)          peak memory"]
+    lines = ["way             batch   images/s   plain loop   ratio (range)         peak memory   of matmul's speed"]
     for row in results:
-        low, high = row.ratio_range
+        beside = f"{'':13s}   {'alone':19s}"
+        if row.reference_images_per_second and row.ratio and row.ratio_range:
+            low, high = row.ratio_range
+            beside = f"{row.reference_images_per_second:13.2f}   {f'{row.ratio:.2f} ({low:.2f} to {high:.2f})':19s}"
         memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB"
-        lines.append(
-            f"{row.way:15s}{row.batch_size:6d}{row.images_per_second:11.2f}{row.reference_images_per_second:13.2f}"
-            f"   {row.ratio:.2f} ({low:.2f} to {high:.2f}){memory:>14s}"
-        )
+        share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
+        lines.append(f"{row.way:15s}{row.batch_size:6d}{row.images_per_second:11.2f}{beside}{memory:>14s}{share:>20s}")
+    if any(row.ratio is None for row in results):
+        lines.append(f"the largest batch that fits, to {CLOSE_ENOUGH:.0%}; a plain loop beside it would not")
     return "\n".join(lines)
 
 
@@ -148,7 +240,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="vgg16")
     parser.add_argument("--device", choices=DEVICE_CHOICES, default="auto")
     parser.add_argument("--image-size", default="224", help="side of the images (default 224)")
-    parser.add_argument("--batch-size", default="16", help="one or several, e.g. 8,16,32 (default 16)")
+    parser.add_argument("--batch-size", default="16", help="one or several, e.g. 8,16,32, or max (default 16)")
     parser.add_argument("--ways", default=",".join(USUAL), help=f"of {', '.join(WAYS)} (default {','.join(USUAL)})")
     parser.add_argument("--against", choices=("torchvision",), help="torchvision's network in a plain loop, too")
     parser.add_argument("--turns", type=int, default=5, help="of each way and the plain loop (default 5)")
@@ -162,24 +254,22 @@ def main(argv: Sequence[str]) -> None:
     """Measure, print, write. Raises UserError."""
     options = _options(argv)
     ways = [name.strip() for name in options.ways.split(",")] + ([options.against] if options.against else [])
-    unknown = [name for name in ways if name not in WAYS]
-    if unknown:
-        raise UserError(f"--ways: no way {unknown[0]!r}; there are {', '.join(WAYS)}")
+    for name in ways:
+        _way(name)
     sizes = options.batch_size.split(",")
-    if not all(size.strip().isascii() and size.strip().isdigit() and int(size) > 0 for size in sizes):
-        raise UserError(f"--batch-size: {options.batch_size!r} is not a number above 0, or several such as 8,16")
+    if sizes != ["max"] and not all(size.strip().isascii() and size.strip().isdigit() and int(size) for size in sizes):
+        raise UserError(f"--batch-size: {options.batch_size!r} is not a number above 0, several such as 8,16, or max")
     if min(options.turns, options.steps) < 1:
         raise UserError("--turns, --steps: at least 1")
-    flags = ["--data-path=fake", f"--model={options.model}", f"--device={options.device}", "--workers=0", "--epochs=1"]
-    flags += [f"--image-size={options.image_size}", "--print-freq=1000000", "--dropout-rate=0.5", "--skip-steps=0"]
-    config = parse([*flags, f"--output-dir={options.output_dir}"])
-    config.data_path = "bench-step"
+    flags = [f"--model={options.model}", f"--device={options.device}", f"--image-size={options.image_size}"]
+    parse(flags)
     results = []
     for size in sizes:
-        results += measure(flags, ways, int(size), options.turns, options.steps)
-    path = run_path(config)
-    config.data_path = "fake"
-    _write(path, config.as_dict(), results)
+        if size == "max":
+            results += [largest(flags, way, options.turns, options.steps) for way in ways]
+        else:
+            results += measure(flags, ways, int(size), options.turns, options.steps)
+    path = save(results, flags, options.output_dir)
     print(as_text(results))
     print(f"run directory: {path}", flush=True)
     if options.json:
@@ -187,11 +277,17 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps({**best._asdict(), "all": [row._asdict() for row in results]}))
 
 
-def _write(path: Path, config: dict[str, Any], results: Sequence[StepFigures]) -> None:
+def save(results: Sequence[StepFigures], flags: Sequence[str], output_dir: str = ".") -> Path:
+    """Leave the results in a run directory of their own below ``output_dir``, where the results page finds them."""
+    config = parse([*flags, *FLAGS, f"--output-dir={output_dir}"])
+    config.data_path = "bench-step"  # for the name of the directory
+    path = run_path(config)
+    config.data_path = "fake"
     device = dict(results[-1].device)
     run = RunWriter(path, is_simulated=device["simulated"])
-    run.write_config(config)
+    run.write_config(config.as_dict())
     run.write_env(device, world_size=1)
     run.event("end", status="done", error=None)
     run.close()
     write_json(path / "bench.json", {"subject": "step", "results": [row._asdict() for row in results]})
+    return path

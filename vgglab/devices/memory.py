@@ -1,13 +1,17 @@
-"""Memory that stays: the C library hands large freed blocks back to the system, and asks for them again every step.
+"""The memory of this process, where it computes on the CPU: freed memory that stays, and a limit before it is too late.
 
-VGG's activations are freed and allocated anew in each step; on one core a fifth of the time went into the system
-clearing those pages. Kept, they cost nothing, and no number changes.
+The C library hands large freed blocks back to the system and asks for them again every step. VGG's activations are
+freed and allocated anew in each; the system has to clear those pages. Kept, they cost nothing, and no number changes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import re
+import resource
 import sys
+from pathlib import Path
 
 # Parameters of mallopt(3), glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -23,3 +27,30 @@ def keep_freed_memory() -> bool:
         return False
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: NEVER, M_TOP_PAD: TOP_PAD_BYTES}
     return all([library.mallopt(name, value) for name, value in settings.items()])
+
+
+def limit_to_free_memory(share: float = 0.95) -> int | None:
+    """Have what no longer fits fail here, where it can be said, and not the kernel kill whom it likes.
+
+    Returns the bytes that this process may still take, that share of what is free in the machine and in its
+    container; None where the system does not tell (Linux does).
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        free = int(share * _free_bytes())
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        taken = 1024 * int(re.search(r"VmSize:\s*(\d+)", status)[1])  # type: ignore[index]
+        resource.setrlimit(resource.RLIMIT_AS, (taken + free, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        return free
+    return None
+
+
+def _free_bytes() -> int:
+    [kilobytes] = re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
+    free = 1024 * int(kilobytes)
+    with contextlib.suppress(OSError, ValueError):  # of the container (cgroup v2); "max" is no number
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        # What the system keeps of files it gives back when asked.
+        [files] = re.findall(r"^inactive_file (\d+)", (group / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)
+        free = min(free, limit - int((group / "memory.current").read_text(encoding="ascii")) + int(files))
+    return free

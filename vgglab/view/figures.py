@@ -127,27 +127,44 @@ PHASE_LOOK = {
     "optimizer": (GREEN, "optimizer"),
     "host": ("#999999", "host, and all else"),
 }
+OFTEN = 0.5  # host reads a step; those of the log lines are fewer
+WARNING_LOOK: dict[str, Any] = {"va": "center", "fontsize": 8, "color": ORANGE}
 HATCHES = ("", "//", "", "..", "xx", "\\\\", "")
 
 
 def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> Picture:
-    """One stacked bar a run: the parts of a mean step, in milliseconds; of runs with --timers."""
-    figure = Picture(9.0, 1.2 + 0.6 * len(runs))
+    """One stacked bar a run: the parts of a mean step, in milliseconds; of runs with --timers.
+
+    Without ``names`` a bar is called by its batch, precision and layout. Where the host reads a value from the device
+    more often than in every other step, the place in the code stands below the bar.
+    """
+    figure = Picture(9.0, 1.4 + 0.7 * len(runs))
     panel = figure.subplots()
     for place, run in enumerate(runs):
-        spent, left = run.report()["phase_seconds"] or {}, 0.0
+        report, left = run.report(), 0.0
+        spent, reads = report["phase_seconds"] or {}, report["host_reads"] or {}
         for (phase, (colour, label)), hatch in zip(PHASE_LOOK.items(), HATCHES):
             width = 1000 * spent.get(phase, 0.0)
             panel.barh(
-                place, width, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5,
+                place, width, 0.6, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5,
                 label=label if place == 0 else None,
             )  # fmt: skip
             left += width
         panel.text(left, place, f" {left:.0f} ms", va="center", fontsize=9, color=INK)
-    panel.set_yticks(range(len(runs)), list(names) or [run.path.name for run in runs], fontsize=9)
-    panel.invert_yaxis()
+        often = [f"{number:.2g} a step at {where}" for where, number in reads.items() if number > OFTEN]
+        if often:
+            panel.text(0, place + 0.42, f"! the host waits for the device: {', '.join(often)}", **WARNING_LOOK)
+    panel.set_yticks(range(len(runs)), list(names) or [_how(run) for run in runs], fontsize=9)
+    panel.set_ylim(len(runs) - 0.4, -0.5)
     panel.set_xlabel("milliseconds of a mean step")
     panel.margins(x=0.12)
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure
+
+
+def _how(run: Run) -> str:
+    report = run.report()
+    precision = report["amp_dtype"] or ("tf32" if report["tf32"] else "float32")
+    layout = "channels last" if report["channels_last"] else "channels first"
+    return f"batch {report['batch_size']}, {precision},\n{layout}{', compiled' * report['compiled']}"

@@ -20,7 +20,7 @@ from vgglab.runs import Run, holds_a_run
 
 HEADINGS = (
     "model", "hardware", "precision", "layout", "ranks", "batch a card", "size", "images/s", "steps", "slowest tenth",
-    "x plain loop", "scaling", "top-1 %", "torch", "where it is from",
+    "x plain loop", "share of peak", "scaling", "top-1 %", "torch", "where it is from",
 )  # fmt: skip
 # What Enflame's README says of one T20 and of eight; which of the two 431.6 is per, it does not say.
 PUBLISHED = (
@@ -51,6 +51,15 @@ class Result(NamedTuple):
     is_simulated: bool = False
     is_fake: bool = False
     efficiency: float | None = None  # images/s over ranks x those of one rank of the same kind
+    flop_per_image: int | None = None  # forward and backward
+    peak_flop_per_second: float | None = None  # of one card: a matrix product in this precision
+
+    @property
+    def share_of_peak(self) -> float | None:
+        """What is computed over what could be; None where one of the two was not measured."""
+        if not (self.images_per_second and self.flop_per_image and self.peak_flop_per_second):
+            return None
+        return self.images_per_second * self.flop_per_image / (self.peak_flop_per_second * (self.ranks or 1))
 
     def cells(self) -> tuple[str, ...]:
         """As people read them, one for each heading."""
@@ -66,6 +75,7 @@ class Result(NamedTuple):
             "" if self.num_steps is None else str(self.num_steps),
             _number(self.slow_ratio, "{:.2f} x median"),
             _number(self.plain_ratio, "{:.2f}"),
+            _number(self.share_of_peak, "{:.0%}"),
             _number(self.efficiency, "{:.0%}"),
             "fake images" if self.is_fake and self.acc1 is not None else _number(self.acc1, "{:.2f}"),
             self.torch,
@@ -92,21 +102,22 @@ def collect(folders: Iterable[Path]) -> list[Result]:
     Raises:
         UserError: a folder that is not there.
     """
-    results = []
+    runs, benchmarks = [], []
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
         paths = [folder] if holds_a_run(folder) else sorted(path for path in folder.glob("*") if holds_a_run(path))
         for path in paths:
-            results += _results_of(path)
-    return _with_efficiency(results)
+            bench = path / "bench.json"
+            if bench.exists():
+                rows = json.loads(bench.read_text(encoding="utf-8"))["results"]
+                benchmarks += [_of_benchmark(row, Run(path)) for row in rows]
+            else:
+                runs += _results_of(path)
+    return _with_peak(_with_efficiency(runs), benchmarks) + benchmarks
 
 
 def _results_of(path: Path) -> list[Result]:
-    bench = path / "bench.json"
-    if bench.exists():
-        rows, run = json.loads(bench.read_text(encoding="utf-8"))["results"], Run(path)
-        return [_of_benchmark(row, run) for row in rows]
     try:
         report = Run(path).report()
     except UserError:  # it has only just begun
@@ -152,6 +163,8 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
         torch=run.env["versions"]["torch"],
         source=f"{run.path.name}, way {row['way']}",
         is_simulated=device["simulated"],
+        flop_per_image=row.get("flop_per_image"),
+        peak_flop_per_second=row.get("peak_flop_per_second"),
     )
 
 
@@ -160,7 +173,7 @@ def _precision(described: dict[str, Any]) -> str:
 
 
 def _layout(described: dict[str, Any]) -> str:
-    parts = {"channels_last": "channels last", "fused": "fused", "compiled": "compiled"}
+    parts = {"channels_last": "channels last", "fused": "fused", "compiled": "compiled", "timers": "with timers"}
     return ", ".join(text for name, text in parts.items() if described.get(name))
 
 
@@ -179,6 +192,21 @@ def _with_efficiency(results: list[Result]) -> list[Result]:
     ]
 
 
+def _with_peak(runs: list[Result], benchmarks: list[Result]) -> list[Result]:
+    """Runs beside a benchmark of the same network on the same hardware: its count and its peak are theirs, too."""
+
+    def kind(row: Result) -> tuple:
+        return (row.model, row.hardware, row.precision, row.image_size)
+
+    known = {kind(row): (row.flop_per_image, row.peak_flop_per_second) for row in benchmarks}
+    return [
+        row._replace(flop_per_image=known[kind(row)][0], peak_flop_per_second=known[kind(row)][1])
+        if kind(row) in known
+        else row
+        for row in runs
+    ]
+
+
 def as_text(results: Sequence[Result]) -> str:
     """The tables in plain text."""
     parts = []
@@ -191,22 +219,29 @@ def as_text(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def as_html(results: Sequence[Result]) -> str:
-    """A page of its own; it needs nothing from elsewhere."""
+def tables_html(results: Sequence[Result]) -> str:
+    """The tables for a notebook, or for a page of one's own."""
     parts = []
     for title, rows in _tables(results):
         head = "".join(f"<th>{html.escape(heading)}</th>" for heading in HEADINGS)
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells()) + "</tr>" for row in rows
         )
-        parts.append(f"<h2>{html.escape(title)}</h2><div><table><tr>{head}</tr>{body}</table></div>")
+        parts.append(
+            f"<h2>{html.escape(title)}</h2><div style='overflow-x:auto'><table><tr>{head}</tr>{body}</table></div>"
+        )
+    return "".join(parts)
+
+
+def as_html(results: Sequence[Result]) -> str:
+    """A page of its own; it needs nothing from elsewhere."""
     style = (
-        "body{font:16px/1.4 sans-serif;margin:2em;color:#333}div{overflow-x:auto}table{border-collapse:collapse}"
+        "body{font:16px/1.4 sans-serif;margin:2em;color:#333}table{border-collapse:collapse}"
         "td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left;font-variant-numeric:tabular-nums}"
     )
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-        f"<title>vgglab: results</title><style>{style}</style><h1>Results</h1>{''.join(parts)}</html>\n"
+        f"<title>vgglab: results</title><style>{style}</style><h1>Results</h1>{tables_html(results)}</html>\n"
     )
 
 
