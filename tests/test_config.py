@@ -87,13 +87,11 @@ def test_bad_input_names_the_flag_and_what_is_allowed(argv, says):
 def test_the_list_of_flags_is_a_promise():
     """A flag that goes or changes its name is a line in the changelog, and a change here."""
     assert sorted(Config().as_dict()) == sorted(
-        "amp amp_dtype apex apex_opt_level batch_size bn_weight_decay broadcast_buffers cache_dataset channels_last "
-        "checkpoint_every compile "
-        "data_path decoder "
-        "device dist_url dropout_rate enable_horovod end_lr epochs eval_freq eval_step_per_epoch fast fix_seed fused "
-        "head "
-        "image_size lr lr_gamma lr_schedule lr_step_size model momentum nesterov num_classes on_bad_image optimizer "
-        "output_dir "
-        "pretrained print_freq resume rmsprop_alpha rmsprop_eps run_dir seed skip_steps start_epoch sync_bn "
-        "tensorboard test_only tf32 timers trace training_step_per_epoch warmup weight_decay workers world_size".split()
+        "amp amp_dtype apex apex_opt_level batch_size bias_weight_decay bn_weight_decay broadcast_buffers "
+        "cache_dataset channels_last checkpoint_every compile crops cutmix data_path decoder device dist_url "
+        "dropout_rate ema enable_horovod end_lr epochs eval_freq eval_step_per_epoch fast fix_seed fused head "
+        "image_size init label_smoothing lr lr_gamma lr_patience lr_schedule lr_step_size mixup model momentum "
+        "nesterov num_classes on_bad_image optimizer output_dir pretrained print_freq recipe resume rmsprop_alpha "
+        "rmsprop_eps run_dir seed skip_steps start_epoch sync_bn tensorboard test_only tf32 timers trace "
+        "training_step_per_epoch warmup weight_decay workers world_size".split()
     )

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from vgglab.ceilings import ceilings, moved, timed
-from vgglab.config import OneLineParser, with_dashes
 from vgglab.config import parse as parse_training
 from vgglab.devices import open_device
 from vgglab.devices.base import Device
 from vgglab.errors import UserError
+from vgglab.flags import OneLineParser, with_dashes
 from vgglab.model import build, head_for
 from vgglab.view.anatomy_table import Anatomy, Ceilings, Layer
 

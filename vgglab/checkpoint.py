@@ -34,6 +34,14 @@ class TrainingState:
     images: int = 0
     step: int = 0
     best: dict[str, float] | None = None  # acc1 and acc5 in percent, each the highest so far
+    num_poor: int = 0  # evaluations in a row without a better top-1, since the last drop of the rate
+    num_drops: int = 0  # of the learning rate, by the plateau schedule
+
+    def was_evaluated(self, is_best: bool, patience: int) -> None:
+        """After ``patience`` evaluations without a better top-1 the plateau schedule has one more drop."""
+        self.num_poor = 0 if is_best else self.num_poor + 1
+        if self.num_poor >= patience:
+            self.num_poor, self.num_drops = 0, self.num_drops + 1
 
 
 class CannotSave(Exception):
@@ -52,8 +60,12 @@ def save(
     state: TrainingState,
     config: dict[str, Any],
     is_best: bool,
+    average: nn.Module | None = None,
 ) -> None:
     """Write ``last.pt``, and keep the one before as ``previous.pt``; if ``is_best``, make it ``best.pt`` too.
+
+    The weights that were tested stand under ``model``; where they are an ``average``, those that training goes on with
+    stand under ``trained``.
 
     Raises:
         CannotSave: no space, or no permission.
@@ -66,10 +78,14 @@ def save(
         "images": state.images,
         "step": state.step,
         "best": state.best,
-        "model": model.state_dict(),
+        "num_poor": state.num_poor,
+        "num_drops": state.num_drops,
+        "model": (average or model).state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler,
     }
+    if average is not None:
+        content["trained"] = model.state_dict()
     content = _on_cpu(content)
     for name, value in content["model"].items():
         if value.is_floating_point() and not torch.isfinite(value).all():
@@ -238,12 +254,18 @@ def carry_best(resumed: str | Path, folder: Path) -> None:
         _share(best, folder / "best.pt")
 
 
-def restore_model(content: dict[str, Any], model: nn.Module, name: str) -> None:
-    """Load the weights into ``model``. Raises UserError if they are another network's."""
+def restore_model(content: dict[str, Any], model: nn.Module, name: str, to_train: bool = False) -> None:
+    """Load the weights into ``model``: those that were tested, or those to go on with.
+
+    Raises:
+        UserError: they are another network's.
+    """
     written_by = content.get("config", {}).get("model", name)
     if written_by != name:
         raise UserError(f"is a checkpoint of {written_by}, this run is --model {name}")
     own, saved = model.state_dict(), content["model"]
+    if to_train and "trained" in content:
+        saved = content["trained"]
     for key in sorted(set(own) ^ set(saved)):
         where = "is missing" if key in own else "is not a layer of this network"
         raise UserError(f"does not fit --model {name}: {key} {where}")
@@ -279,25 +301,8 @@ def restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_na
     with _refusing_damage():
         optimizer.load_state_dict(content["optimizer"])
         best = content["best"] and {name: float(content["best"][name]) for name in ("acc1", "acc5")}
-        state = TrainingState(int(content["epoch"]), int(content.get("images", 0)), int(content["step"]), best)
+        names = ("epoch", "images", "step", "num_poor", "num_drops")
+        state = TrainingState(best=best, **{name: int(content.get(name, 0)) for name in names})
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)
     return state
-
-
-# What decides the weights: a resumed run that differs here is another experiment from then on.
-RECIPE = (
-    "data_path batch_size world_size image_size dropout_rate lr optimizer momentum nesterov rmsprop_alpha "
-    "rmsprop_eps weight_decay bn_weight_decay lr_schedule warmup end_lr lr_step_size lr_gamma amp_dtype tf32 seed "
-    "training_step_per_epoch"
-).split()
-
-
-def changed_settings(content: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """``--lr 0.01, was 0.1`` for each part of the recipe that is not what the checkpoint was trained with."""
-    before = content.get("config", {})
-    return [
-        f"--{name.replace('_', '-')} {config[name]}, was {before[name]}"
-        for name in RECIPE
-        if name in before and before[name] != config[name]
-    ]

@@ -1,4 +1,4 @@
-"""One dataclass of settings, and the parser that fills it.
+"""One dataclass of settings, and the parser that fills it, with a recipe's values where a recipe was named.
 
 The flags are the seed kit's; ``-`` and ``_`` are both accepted in any of them. The dataclass is the only
 list: the parser, ``config.json`` and ``vgglab.launch`` are made from it. Nothing here imports torch.
@@ -8,16 +8,33 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import os
-from dataclasses import Field, asdict, dataclass, field, fields
-from typing import Any, Callable, NoReturn, Sequence
+from dataclasses import Field, asdict, dataclass, fields
+from typing import Any, Sequence
 
 from vgglab.devices import AMP_DTYPES, DEVICE_CHOICES
 from vgglab.errors import UserError
+from vgglab.flags import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SIZE,
+    WORKERS,
+    OneLineParser,
+    flag,
+    steps,
+    switch,
+    with_dashes,
+)  # fmt: skip
+from vgglab.recipes import RECIPES
 
 MODELS = tuple(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn"))
-SCHEDULES = ("step", "linear", "cosine")
+SCHEDULES = ("step", "linear", "cosine", "plateau")
+CROPS = ("standard", "scale-jitter", "trivial")
+INITS = ("kaiming", "xavier", "normal")
 OPTIMIZERS = ("sgd", "rmsprop")
 DECODERS = ("pil", "fast")
 HEADS = ("auto", "imagenet", "small")
@@ -25,178 +42,148 @@ SEED_OF_FIX_SEED = 1 << 20  # the seed kit's
 SEED_NUM_CLASSES = 1000  # in all four of the seed kit's commands, whatever the folder holds
 
 
-def _number(convert: Callable[[str], Any], low: float, high: float, allowed: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:  # false for nan
-            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
-        return value
-
-    return parse
-
-
-_AT_LEAST_0 = _number(int, 0, 10**9, "a whole number, 0 or more")
-_AT_LEAST_1 = _number(int, 1, 10**9, "a whole number, 1 or more")
-_SIZE = _number(int, 32, 4096, "a whole number from 32 (VGG halves the image five times) to 4096")
-_WORKERS = _number(int, 0, 1024, "a whole number from 0 to 1024")
-_NOT_NEGATIVE = _number(float, 0.0, 1e30, "a number, 0 or more")  # 1e30: float32 still has room
-_POSITIVE = _number(float, 1e-30, 10.0, "a number above 0, at most 10")
-_FRACTION = _number(float, 0.0, 1 - 2**-53, "in [0, 1)")
-
-
-_SEED = _number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
-
-
-def _steps(text: str) -> int:
-    if text == "-1":
-        return -1
-    try:
-        return _AT_LEAST_1(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not -1 (all steps) or a whole number, 1 or more") from None
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
-    return text.lower() in ("true", "1", "yes")
-
-
-def _flag(help: str, default: Any = None, parse: Callable[[str], Any] = str, **options: Any) -> Any:
-    """A field with what the parser must know of it; ``names`` adds to ``--the-field's-name``."""
-    return field(default=default, metadata={"help": help, "parse": parse, **options})
-
-
-def _switch(help: str, **options: Any) -> Any:
-    """Off by default; ``--flag``, ``--flag true`` and ``--flag false`` all mean what they say."""
-    default = None if "negation" in options else False  # with a --no- form, saying nothing is a third answer
-    return _flag(help, default=default, parse=_boolean, nargs="?", const=True, metavar="true|false", **options)
-
-
 @dataclass
 class Config:
     """Everything that decides what a run does. Defaults are the seed kit's unless the help says more."""
 
-    data_path: str = _flag(
+    recipe: str | None = flag(
+        "a named set of settings (vgglab/recipes.py); any flag overrides what it says", choices=tuple(RECIPES)
+    )
+    data_path: str = flag(
         "a folder with train/ and val/ in class folders, or a set by name: digits (bundled), fashion-mnist, cifar10, "
         "cifar100, imagenette (downloaded the first time), fake (generated, to measure computing alone)",
         "digits",
     )
-    num_classes: int | None = _flag("classes; default: as many as the folder has", None, _AT_LEAST_1)
-    model: str = _flag("the network", "vgg16", choices=MODELS)
-    device: str = _flag("where to train; auto takes the best there is", "auto", choices=DEVICE_CHOICES)
-    batch_size: int = _flag("images per card and step", 32, _AT_LEAST_1, names=["-b"])
-    epochs: int = _flag("passes over the training images", 90, _AT_LEAST_1)
-    workers: int | None = _flag(
+    num_classes: int | None = flag("classes; default: as many as the folder has", None, AT_LEAST_1)
+    model: str = flag("the network", "vgg16", choices=MODELS)
+    device: str = flag("where to train; auto takes the best there is", "auto", choices=DEVICE_CHOICES)
+    batch_size: int = flag("images per card and step", 32, AT_LEAST_1, names=["-b"])
+    epochs: int = flag("passes over the training images", 90, AT_LEAST_1)
+    workers: int | None = flag(
         "loader processes per card; default: 16, but no more than this machine has cores",
         None,
-        _WORKERS,
+        WORKERS,
         names=["-j"],
     )
-    image_size: int | None = _flag(
-        "side of the square images, in pixels; default 224; 32 for digits, fashion-mnist and cifar", None, _SIZE
+    image_size: int | None = flag(
+        "side of the square images, in pixels; default 224; 32 for digits, fashion-mnist and cifar", None, SIZE
     )
-    decoder: str = _flag(
+    decoder: str = flag(
         "how images are read: pil (as torchvision's reference, to the last bit) or fast (simplejpeg, and no more rows "
         "than the crop needs); auto: fast where it can be",
         "auto",
         choices=("auto", *DECODERS),
     )
-    on_bad_image: str = _flag(
+    on_bad_image: str = flag(
         "a file that cannot be read ends the run, or is left out, counted and listed in the run's log/",
         "fail",
         choices=("fail", "skip"),
     )
-    head: str = _flag("classifier: the paper's, a small one, or by image size", "auto", choices=HEADS)
-    dropout_rate: float = _flag("both dropouts of the classifier", 0.0, _FRACTION)
-    pretrained: bool = _switch("start from torchvision's published ImageNet weights")
-
-    lr: float = _flag("learning rate for 256 images; scaled by batch size x ranks / 256", 0.01, _NOT_NEGATIVE)
-    optimizer: str = _flag("the optimizer", "sgd", choices=OPTIMIZERS)
-    momentum: float = _flag("momentum", 0.9, _FRACTION)
-    nesterov: bool = _switch("Nesterov momentum (sgd)")
-    rmsprop_alpha: float = _flag(
-        "smoothing of squared gradients (rmsprop); torchvision's reference has the same", 0.9, _FRACTION
+    head: str = flag("classifier: the paper's, a small one, or by image size", "auto", choices=HEADS)
+    dropout_rate: float = flag("both dropouts of the classifier", 0.0, FRACTION)
+    init: str = flag(
+        "first weights of the convolutions: kaiming (torchvision's), xavier, or normal (the paper's N(0, 0.01), from "
+        "which deep networks without batch norm do not start)",
+        "kaiming",
+        choices=INITS,
     )
-    rmsprop_eps: float = _flag("added to the root (rmsprop)", 0.0316, _POSITIVE)
-    weight_decay: float = _flag("weight decay", 1e-4, _NOT_NEGATIVE, names=["--wd"])
-    bn_weight_decay: bool = _switch("apply weight decay to batch norm too")
-    lr_schedule: str = _flag("how the rate falls after warm-up", "step", choices=SCHEDULES)
-    warmup: int = _flag("epochs over which the rate rises to its base", 5, _AT_LEAST_0)
-    end_lr: float = _flag("what cosine falls towards; it would get there one epoch after the last", 0.0, _NOT_NEGATIVE)
-    lr_step_size: int | None = _flag(
-        "step: epochs between two drops; default: drops at 30, 60 and 80", None, _AT_LEAST_1
-    )
-    lr_gamma: float = _flag("step: what each drop multiplies the rate by", 0.1, _POSITIVE)
+    pretrained: bool = switch("start from torchvision's published ImageNet weights")
 
-    amp: bool = _switch(
+    lr: float = flag("learning rate for 256 images; scaled by batch size x ranks / 256", 0.01, NOT_NEGATIVE)
+    optimizer: str = flag("the optimizer", "sgd", choices=OPTIMIZERS)
+    momentum: float = flag("momentum", 0.9, FRACTION)
+    nesterov: bool = switch("Nesterov momentum (sgd)")
+    rmsprop_alpha: float = flag(
+        "smoothing of squared gradients (rmsprop); torchvision's reference has the same", 0.9, FRACTION
+    )
+    rmsprop_eps: float = flag("added to the root (rmsprop)", 0.0316, POSITIVE)
+    weight_decay: float = flag("weight decay", 1e-4, NOT_NEGATIVE, names=["--wd"])
+    bn_weight_decay: bool = switch("apply weight decay to batch norm too")
+    bias_weight_decay: bool | None = switch(
+        "apply weight decay to biases; default: yes, as the seed kit", negation="--no-bias-weight-decay"
+    )
+    lr_schedule: str = flag("how the rate falls after warm-up", "step", choices=SCHEDULES)
+    warmup: int = flag("epochs over which the rate rises to its base", 5, AT_LEAST_0)
+    end_lr: float = flag("what cosine falls towards; it would get there one epoch after the last", 0.0, NOT_NEGATIVE)
+    lr_step_size: int | None = flag("step: epochs between two drops; default: drops at 30, 60 and 80", None, AT_LEAST_1)
+    lr_gamma: float = flag("step and plateau: what each drop multiplies the rate by", 0.1, POSITIVE)
+    lr_patience: int = flag("plateau: evaluations without a better top-1 before a drop", 5, AT_LEAST_1)
+
+    crops: str = flag(
+        "training images: standard (a random part, mirrored or not), scale-jitter (the paper's: the shorter side "
+        "drawn from 256 to 512, for crops of 224), trivial (standard, then one of TrivialAugment's operations)",
+        "standard",
+        choices=CROPS,
+    )
+    label_smoothing: float = flag("share of the target that is spread over all classes", 0.0, FRACTION)
+    mixup: float = flag("blend pairs of images, by Beta(this, this); 0: no", 0.0, NOT_NEGATIVE)
+    cutmix: float = flag(
+        "paste a part of another image, its area by Beta(this, this); 0: no; with --mixup one of the two, by lot",
+        0.0,
+        NOT_NEGATIVE,
+    )
+    ema: float = flag(
+        "test a moving average of the weights, this much of it kept at each step (less in the first steps); 0: no",
+        0.0,
+        FRACTION,
+    )
+
+    amp: bool = switch(
         "mixed precision: bfloat16 on cpu, float16 with static loss scale 128 on cards", names=["--torch-amp"]
     )
-    amp_dtype: str | None = _flag("mixed precision in this type (implies --amp)", None, choices=AMP_DTYPES)
-    tf32: bool | None = _switch(
+    amp_dtype: str | None = flag("mixed precision in this type (implies --amp)", None, choices=AMP_DTYPES)
+    tf32: bool | None = switch(
         "float32 matrix products in TF32 on cards that have it; default: no, or what ENFLAME_ENABLE_TF32 says (T20)",
         negation="--no-tf32",
     )
-    fast: bool = _switch(
+    fast: bool = switch(
         "the fastest honest path of the device, which rounds otherwise: mixed precision where the hardware has it, "
         "--channels-last and --fused"
     )
-    channels_last: bool | None = _switch(
+    channels_last: bool | None = switch(
         "images and weights in memory with the channels of a pixel side by side; default: no, or what --fast says",
         negation="--no-channels-last",
     )
-    fused: bool | None = _switch(
+    fused: bool | None = switch(
         "the optimizer's step in one kernel for all weights; default: no, or what --fast says", negation="--no-fused"
     )
-    compile: bool = _switch("torch.compile the network; the first steps take a minute longer")
-    sync_bn: bool = _switch("batch norm over all ranks")
-    broadcast_buffers: bool = _switch("send rank 0's buffers to all ranks before each step")
-    world_size: int = _flag("ranks; a launcher's WORLD_SIZE has precedence", 1, _AT_LEAST_1)
-    dist_url: str = _flag("how the ranks find each other", "env://")
-    fix_seed: bool = _switch(f"--seed {SEED_OF_FIX_SEED}")
-    seed: int | None = _flag("seed of everything random; default: drawn and recorded", None, _SEED)
+    compile: bool = switch("torch.compile the network; the first steps take a minute longer")
+    sync_bn: bool = switch("batch norm over all ranks")
+    broadcast_buffers: bool = switch("send rank 0's buffers to all ranks before each step")
+    world_size: int = flag("ranks; a launcher's WORLD_SIZE has precedence", 1, AT_LEAST_1)
+    dist_url: str = flag("how the ranks find each other", "env://")
+    fix_seed: bool = switch(f"--seed {SEED_OF_FIX_SEED}")
+    seed: int | None = flag("seed of everything random; default: drawn and recorded", None, SEED)
 
-    training_step_per_epoch: int = _flag("end each epoch after so many steps; -1: all", -1, _steps)
-    eval_step_per_epoch: int = _flag("end each evaluation after so many batches; -1: all", -1, _steps)
-    skip_steps: int = _flag("first steps left out of the images/s figures", 10, _AT_LEAST_0)
-    print_freq: int = _flag("steps between log lines", 10, _AT_LEAST_1)
-    eval_freq: int = _flag("epochs between evaluations and checkpoints (the last always has both)", 1, _AT_LEAST_1)
-    output_dir: str = _flag("the run directory is made in <this>/runs", ".")
-    run_dir: str | None = _flag("use exactly this run directory instead")
-    timers: bool = _switch("measure the parts of each step, and average gradients apart from the backward pass")
-    trace: int = _flag(
-        "write a profiler's trace of so many steps, after --skip-steps, into the run directory", 0, _AT_LEAST_0
+    training_step_per_epoch: int = flag("end each epoch after so many steps; -1: all", -1, steps)
+    eval_step_per_epoch: int = flag("end each evaluation after so many batches; -1: all", -1, steps)
+    skip_steps: int = flag("first steps left out of the images/s figures", 10, AT_LEAST_0)
+    print_freq: int = flag("steps between log lines", 10, AT_LEAST_1)
+    eval_freq: int = flag("epochs between evaluations and checkpoints (the last always has both)", 1, AT_LEAST_1)
+    output_dir: str = flag("the run directory is made in <this>/runs", ".")
+    run_dir: str | None = flag("use exactly this run directory instead")
+    timers: bool = switch("measure the parts of each step, and average gradients apart from the backward pass")
+    trace: int = flag(
+        "write a profiler's trace of so many steps, after --skip-steps, into the run directory", 0, AT_LEAST_0
     )
-    tensorboard: bool = _switch("write TensorBoard scalars into the run directory")
-    resume: str | None = _flag(
+    tensorboard: bool = switch("write TensorBoard scalars into the run directory")
+    resume: str | None = flag(
         "go on from a checkpoint file, a run directory, or auto: the newest intact one of --run-dir (in place) or of "
         "<output-dir>/runs, from the start where there is none; flags not given are as they were there"
     )
-    checkpoint_every: int = _flag(
-        "steps between checkpoints, besides those after an evaluation; 0: none", 0, _AT_LEAST_0
-    )
-    start_epoch: int = _flag("first epoch, counted from 0, where no checkpoint says it", 0, _AT_LEAST_0)
-    test_only: bool = _switch("only evaluate the weights of --resume or --pretrained")
-    cache_dataset: bool = _switch("accepted; listings of large folders are always kept, and checked against the folder")
+    checkpoint_every: int = flag("steps between checkpoints, besides those after an evaluation; 0: none", 0, AT_LEAST_0)
+    start_epoch: int = flag("first epoch, counted from 0, where no checkpoint says it", 0, AT_LEAST_0)
+    test_only: bool = switch("only evaluate the weights of --resume or --pretrained")
+    cache_dataset: bool = switch("accepted; listings of large folders are always kept, and checked against the folder")
 
     # The seed kit's dead ends: accepted so that an old command line gets an answer.
-    apex: bool = _switch("not here: use --amp")
-    apex_opt_level: str | None = _flag("not here: use --amp")
-    enable_horovod: bool = _switch("not here: use torchrun")
+    apex: bool = switch("not here: use --amp")
+    apex_opt_level: str | None = flag("not here: use --amp")
+    enable_horovod: bool = switch("not here: use torchrun")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as ``config.json`` holds them."""
         return asdict(self)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as a UserError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.replace("argument ", "", 1) if message.startswith("argument ") else message)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -238,17 +225,9 @@ def parse(argv: Sequence[str]) -> Config:
     known, unknown = parser.parse_known_args(dashed)
     if unknown:
         raise UserError(_unknown_flag(unknown[0], parser))
-    config = Config(**vars(known))
+    config = Config(**{**RECIPES.get(vars(known).get("recipe"), {}), **vars(known)})
     check(config)
     return config
-
-
-def with_dashes(argument: str) -> str:
-    """``--batch_size=3`` is ``--batch-size=3``; values are left alone."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
 
 
 def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
@@ -261,8 +240,9 @@ def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
 
 
 def flags_given(argv: Sequence[str]) -> list[str]:
-    """The settings that a command line names."""
-    return list(vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0]))
+    """The settings that a command line names, itself or by a recipe."""
+    known = vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0])
+    return [*RECIPES.get(known.get("recipe"), {}), *known]
 
 
 def check(config: Config) -> None:
@@ -273,6 +253,8 @@ def check(config: Config) -> None:
         raise UserError("--enable-horovod: not used here; start several ranks with torchrun --nproc_per_node=N")
     if config.nesterov and (config.momentum == 0 or config.optimizer != "sgd"):
         raise UserError("--nesterov: needs --optimizer sgd and a --momentum above 0")
+    if config.bn_weight_decay and config.bias_weight_decay is False:
+        raise UserError("--no-bias-weight-decay: batch norm has biases too, and --bn-weight-decay was asked for")
     if config.test_only and not (config.resume or config.pretrained):
         raise UserError("--test-only: nothing to test; name a checkpoint with --resume or take --pretrained")
     if config.start_epoch >= config.epochs:

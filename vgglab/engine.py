@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vgglab import checkpoint, interrupts
+from vgglab.average import Average
 from vgglab.checkpoint import TrainingState
 from vgglab.config import Config
 from vgglab.data.loader import Batches, eval_batches, mix_seeds, train_batches
@@ -22,8 +23,10 @@ from vgglab.data.sets import DataSets
 from vgglab.data.transform import normalised
 from vgglab.devices.base import Device
 from vgglab.errors import UserError, blaming
+from vgglab.inheritance import changed_settings
 from vgglab.interrupts import Leaving
 from vgglab.model import build, load_pretrained
+from vgglab.objective import Objective
 from vgglab.pace import Clock, Watch
 from vgglab.recording import RankWriter
 from vgglab.runs import SCHEMA
@@ -39,9 +42,16 @@ class Job:
     network: nn.Module  # the bare network in it
     optimizer: Optimizer
     state: TrainingState
+    objective: Objective
+    average: Average | None  # of the weights, tested in their place
     batches: Batches | None  # None with --test-only
     held_out: Batches
     warnings: list[str]
+
+    @property
+    def tested(self) -> nn.Module:
+        """The network that is evaluated."""
+        return self.network if self.average is None else self.average.network
 
 
 def prepare(config: Config, device: Device, sets: DataSets, saved: dict[str, Any] | None) -> Job:
@@ -54,7 +64,11 @@ def prepare(config: Config, device: Device, sets: DataSets, saved: dict[str, Any
     device.seed(int(config.seed or 0))  # the same first weights on every rank
     batches = None if sets.train is None else train_batches(sets, config, device)
     network: nn.Module = build(
-        config.model, num_classes=config.num_classes, dropout_rate=config.dropout_rate, head=config.head
+        config.model,
+        num_classes=config.num_classes,
+        dropout_rate=config.dropout_rate,
+        head=config.head,
+        init=config.init,
     )
     if config.pretrained:
         fresh = load_pretrained(network, config.model)
@@ -62,16 +76,20 @@ def prepare(config: Config, device: Device, sets: DataSets, saved: dict[str, Any
             warnings.append(f"--pretrained: {', '.join(fresh)} start fresh, their shape differs from ImageNet's")
     if saved is not None:
         with blaming(f"--resume {config.resume}"):
-            checkpoint.restore_model(saved, network, config.model)
+            checkpoint.restore_model(saved, network, config.model, to_train=not config.test_only)
     model, network = device.wrap(network)
+    average = Average(network, config.ema) if config.ema and not config.test_only else None
+    if average is not None and saved is not None:
+        average.network.load_state_dict(saved["model"])
     optimizer = build_optimizer(config, network, device.fuses)
     state = TrainingState(epoch=config.start_epoch)
     if saved is not None and not config.test_only:
         with blaming(f"--resume {config.resume}"):
             state = checkpoint.restore_training(saved, optimizer, config.optimizer)
             device.load_scaler_state(saved.get("scaler", {}))
-        warnings += [f"--resume: {change}" for change in checkpoint.changed_settings(saved, config.as_dict())]
-    return Job(model, network, optimizer, state, batches, eval_batches(sets, config, device), warnings)
+        warnings += [f"--resume: {change}" for change in changed_settings(saved, config.as_dict())]
+    held_out, objective = eval_batches(sets, config, device), Objective(config, device)
+    return Job(model, network, optimizer, state, objective, average, batches, held_out, warnings)
 
 
 def train(job: Job, config: Config, device: Device, run: RankWriter) -> None:
@@ -83,7 +101,6 @@ def train(job: Job, config: Config, device: Device, run: RankWriter) -> None:
     """
     model, optimizer, batches, state = job.model, job.optimizer, job.batches, job.state
     assert batches is not None
-    loss_of = nn.CrossEntropyLoss()
     images_per_step = config.batch_size * device.world_size
     clock, watch = Clock(images_per_step, device, config.timers), Watch(device)
     tracer = Tracer(run.path, config.skip_steps, config.trace if device.rank == 0 else 0)
@@ -97,7 +114,7 @@ def train(job: Job, config: Config, device: Device, run: RankWriter) -> None:
         evaluate(job, device, run, state.epoch - 1)
 
     for epoch in range(state.epoch, config.epochs):
-        set_learning_rate(optimizer, learning_rate(config, epoch, device.world_size))
+        set_learning_rate(optimizer, learning_rate(config, epoch, device.world_size, state.num_drops))
         model.train()
         clock.restart()
         first_batch = min(state.images // images_per_step, len(batches))
@@ -106,10 +123,11 @@ def train(job: Job, config: Config, device: Device, run: RankWriter) -> None:
             # Each step draws from a seed of its own, so that one after a resume equals one without.
             device.seed(step_seed(config, device, state.step))
             images = normalised(images, device.channels_last)  # (N, S, S, 3) bytes to (N, 3, S, S) float32; labels (N,)
+            images, targets = job.objective.blend(images, labels)
             clock.lap("copy")
             with device.autocast():
                 logits = model(images)  # (N, num_classes)
-                loss = loss_of(logits, labels)
+                loss = job.objective(logits, targets)
             clock.lap("forward")
             clock.was_handed_over()  # from here on the ranks wait for one another
             optimizer.zero_grad(set_to_none=True)
@@ -118,6 +136,8 @@ def train(job: Job, config: Config, device: Device, run: RankWriter) -> None:
             device.average_gradients(model)
             clock.lap("all_reduce")
             device.step(optimizer, model, [loss, logits])
+            if job.average is not None:
+                job.average.update(job.network, state.step + 1)
             clock.lap("optimizer")
             clock.step_has_ended()
             tracer.step_has_ended()
@@ -155,6 +175,7 @@ def train(job: Job, config: Config, device: Device, run: RankWriter) -> None:
                 _save(job, config, device, run)  # all its images seen, its evaluation still to come
                 raise
             state.epoch, state.images = epoch + 1, 0
+            state.was_evaluated(is_best, config.lr_patience)
             _save(job, config, device, run, is_best)
         else:
             state.epoch, state.images = epoch + 1, 0
@@ -178,7 +199,8 @@ def _save(job: Job, config: Config, device: Device, run: RankWriter, is_best: bo
     settings = {**config.as_dict(), "simulated": device.is_simulated}
     folder = run.path / "checkpoints"
     try:
-        checkpoint.save(folder, job.network, job.optimizer, device.scaler_state(), state, settings, is_best)
+        average = None if job.average is None else job.average.network
+        checkpoint.save(folder, job.network, job.optimizer, device.scaler_state(), state, settings, is_best, average)
     except checkpoint.NotFinite as error:
         raise UserError(f"{error} is not finite after step {state.step}; {_ADVICE}") from None
     except checkpoint.CannotSave as error:
@@ -236,7 +258,7 @@ def evaluate(job: Job, device: Device, run: RankWriter, last_epoch: int | None =
     Raises:
         Leaving: a rank was asked to leave, so all stop here together.
     """
-    network, batches, state = job.network, job.held_out, job.state
+    network, batches, state = job.tested, job.held_out, job.state
     _share_buffers(network, device)
     run.event("eval_start", epoch=last_epoch, num_batches=len(batches))
     network.eval()

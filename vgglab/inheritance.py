@@ -1,4 +1,4 @@
-"""What a resumed run takes over from the one it goes on from."""
+"""What a resumed run takes over from the one it goes on from, and what it does otherwise."""
 
 from __future__ import annotations
 
@@ -44,3 +44,21 @@ def _checked(item: Field, value: Any) -> Any:
     if parsed not in item.metadata.get("choices", (parsed,)):
         raise UserError(f"its {item.name} is damaged: {value!r}")
     return parsed
+
+
+# What decides the weights: a resumed run that differs here is another experiment from then on.
+RECIPE = (
+    "data_path batch_size world_size image_size dropout_rate lr optimizer momentum nesterov rmsprop_alpha "
+    "rmsprop_eps weight_decay bn_weight_decay bias_weight_decay lr_schedule warmup end_lr lr_step_size lr_gamma "
+    "lr_patience crops label_smoothing mixup cutmix ema amp_dtype tf32 seed training_step_per_epoch"
+).split()
+
+
+def changed_settings(content: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """``--lr 0.01, was 0.1`` for each part of the recipe that is not what the checkpoint was trained with."""
+    before = content.get("config", {})
+    return [
+        f"--{name.replace('_', '-')} {config[name]}, was {before[name]}"
+        for name in RECIPE
+        if name in before and before[name] != config[name]
+    ]

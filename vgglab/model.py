@@ -48,6 +48,7 @@ class VGG(nn.Module):
         dropout_rate: probability of both dropouts in the classifier (paper, section 3.1: 0.5).
         head: a key of ``HEADS``.
         init_weights: draw the initial weights (``_init_weights``); ``False`` leaves PyTorch's.
+        init: how: ``kaiming``, ``xavier`` or ``normal``.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class VGG(nn.Module):
         dropout_rate: float = 0.5,
         head: str = "imagenet",
         init_weights: bool = True,
+        init: str = "kaiming",
     ) -> None:
         super().__init__()
         if head not in HEADS:
@@ -75,7 +77,7 @@ class VGG(nn.Module):
             nn.Linear(width, num_classes),
         )
         if init_weights:
-            _init_weights(self)
+            _init_weights(self, init)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` for normalised images ``(N, 3, height, width)``, at least 32x32."""
@@ -100,24 +102,35 @@ def _features(layers: list[int | str], batch_norm: bool) -> nn.Sequential:
     return nn.Sequential(*modules)
 
 
-def _init_weights(model: VGG) -> None:
-    """As torchvision: Kaiming for convolutions, N(0, 0.01) for linear layers, biases 0.
+def _init_weights(model: VGG, init: str) -> None:
+    """Convolutions and linear layers by ``init``, biases 0.
 
-    A deviation of 0.01 suits layers 4096 wide; with 512 inputs each layer would keep a sixth of its signal
-    (0.01 x sqrt(512 / 2)), so narrow linear layers get Kaiming's sqrt(2 / inputs) instead.
+    - ``kaiming``: as torchvision, Kaiming for convolutions, N(0, 0.01) for linear layers. That deviation suits layers
+      4096 wide; with 512 inputs each layer would keep a sixth of its signal (0.01 x sqrt(512 / 2)), so narrow linear
+      layers get Kaiming's sqrt(2 / inputs) instead.
+    - ``xavier``: Glorot and Bengio 2010, uniform, all layers; the paper's authors found it to make their pre-training
+      superfluous (section 3.1).
+    - ``normal``: N(0, 0.01), all layers; the paper's, for its shallowest network (section 3.1).
     """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-        elif isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            is_narrow = module.in_features < HEADS["imagenet"][1]
-            std = math.sqrt(2.0 / module.in_features) if is_narrow else 0.01
-            nn.init.normal_(module.weight, 0.0, std)
-            nn.init.zeros_(module.bias)
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            _init_one(module, init)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+
+def _init_one(module: nn.Conv2d | nn.Linear, init: str) -> None:
+    if init == "xavier":
+        nn.init.xavier_uniform_(module.weight)
+    elif init == "normal":
+        nn.init.normal_(module.weight, 0.0, 0.01)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    else:
+        is_narrow = module.in_features < HEADS["imagenet"][1]
+        nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / module.in_features) if is_narrow else 0.01)
 
 
 def head_for(image_size: int) -> str:

@@ -47,6 +47,7 @@ def build_report(run: Run) -> dict[str, Any]:
         "training_time": _hours_minutes_seconds(events[-1]["seconds"]),
         # So far the seed kit's fields, in its order; from here on ours.
         "status": run.status,
+        "recipe": config.get("recipe"),
         "world_size": env["world_size"],
         "data_path": config["data_path"],
         "data_is_fake": any(event.get("is_fake") for event in events if event["event"] == "start"),

@@ -1,4 +1,4 @@
-"""Learning rate and optimizer: the seed kit's recipe, as formulas.
+"""Learning rate and optimizer: the seed kit's recipe, as formulas, and the paper's plateaus.
 
 The rate is constant within an epoch. The seed kit applies it after each step, so that the first step of
 a run uses the unscaled ``--lr`` and the first step of every epoch the rate of the epoch before; here it is
@@ -20,18 +20,20 @@ MILESTONES = (30, 60, 80)
 REFERENCE_BATCH_SIZE = 256  # the global batch size that --lr is meant for
 
 
-def learning_rate(config: Config, epoch: int, world_size: int) -> float:
-    """The rate of ``epoch`` (from 0) with ``world_size`` ranks.
+def learning_rate(config: Config, epoch: int, world_size: int, num_drops: int = 0) -> float:
+    """The rate of ``epoch`` (from 0) with ``world_size`` ranks; ``num_drops`` at plateaus so far.
 
     With ``base = lr x batch_size x world_size / 256``, warm-up rises by ``base / warmup`` an epoch; then
 
-    - step: ``base x gamma^k``, k drops so far;
+    - step and plateau: ``base x gamma^k``, k drops so far;
     - linear: ``base x (1 - t)`` and cosine: ``end + (base - end) x (1 + cos(pi t)) / 2``, where t runs
       from 0 after warm-up and would reach 1 at epoch ``epochs``, one past the last.
     """
     base = config.lr * config.batch_size * world_size / REFERENCE_BATCH_SIZE
     if epoch < config.warmup:
         return base * (epoch + 1) / config.warmup
+    if config.lr_schedule == "plateau":
+        return base * config.lr_gamma**num_drops
     if config.lr_schedule == "step":
         return base * config.lr_gamma ** _drops(config, epoch)
     t = (epoch - config.warmup) / (config.epochs - config.warmup)
@@ -53,14 +55,19 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def build_optimizer(config: Config, model: nn.Module, fused: bool = False) -> Optimizer:
-    """SGD or RMSprop; weights and biases decay, batch norm does not unless asked for.
+    """SGD or RMSprop; weights and biases decay, batch norm does not unless asked for, biases not if asked.
 
     ``fused``: SGD makes its step in one kernel; RMSprop has none.
 
     The seed kit looks for "bn" in the parameters' names, which no VGG layer carries; here the layer's type decides.
     """
-    norms = [p for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)]
-    groups = _groups(model.parameters(), norms, 0.0 if not config.bn_weight_decay else config.weight_decay)
+    spared: list[nn.Parameter] = []  # from weight decay
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            spared += [] if config.bn_weight_decay else module.parameters(recurse=False)
+        elif config.bias_weight_decay is False and isinstance(getattr(module, "bias", None), nn.Parameter):
+            spared.append(module.bias)  # type: ignore[arg-type]
+    groups = _groups(model.parameters(), spared)
     options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
     if config.optimizer == "rmsprop":
         return RMSprop(groups, alpha=config.rmsprop_alpha, eps=config.rmsprop_eps, **options)
@@ -69,10 +76,9 @@ def build_optimizer(config: Config, model: nn.Module, fused: bool = False) -> Op
     return SGD(groups, nesterov=config.nesterov, **options)
 
 
-def _groups(parameters: Iterable[nn.Parameter], norms: list[nn.Parameter], norm_decay: float) -> list[dict[str, Any]]:
-    norm_ids = {id(p) for p in norms}
-    others = [p for p in parameters if id(p) not in norm_ids]
-    groups: list[dict[str, Any]] = [{"params": others}]
-    if norms:
-        groups.append({"params": norms, "weight_decay": norm_decay})
+def _groups(parameters: Iterable[nn.Parameter], spared: list[nn.Parameter]) -> list[dict[str, Any]]:
+    spared_ids = {id(p) for p in spared}
+    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in spared_ids]}]
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0})
     return groups

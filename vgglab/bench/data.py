@@ -27,7 +27,7 @@ from torch.utils.data.dataloader import default_collate  # torch 1.10 has it onl
 from torchvision import transforms
 
 from vgglab import ranks
-from vgglab.config import DECODERS, Config, OneLineParser, with_dashes
+from vgglab.config import DECODERS, Config
 from vgglab.config import parse as parse_training
 from vgglab.data.images import FileImages, Split
 from vgglab.data.loader import Batches, BatchReader, Pick, mix_seeds
@@ -36,6 +36,7 @@ from vgglab.data.transform import CHANNEL_MEAN, CHANNEL_STD, normalised
 from vgglab.devices import open_device
 from vgglab.devices.base import Device
 from vgglab.errors import UserError
+from vgglab.flags import OneLineParser, with_dashes
 
 # What a card computes, in images/s of VGG16's training: Enflame's published figure, and a round one of a fast card.
 CARDS = {"T20, as published": 590.3, "a fast card": 2400.0}

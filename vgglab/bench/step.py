@@ -21,9 +21,10 @@ from statistics import median
 from typing import Any, NamedTuple, Sequence
 
 from vgglab.bench.child import Ready, Refusal, Way, work
-from vgglab.config import MODELS, OneLineParser, parse, with_dashes
+from vgglab.config import MODELS, parse
 from vgglab.devices import DEVICE_CHOICES
 from vgglab.errors import UserError
+from vgglab.flags import OneLineParser, with_dashes
 from vgglab.recording import RunWriter
 from vgglab.runs import run_path, write_json
 

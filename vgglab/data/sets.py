@@ -14,7 +14,7 @@ from vgglab.data.images import FakeImages, FileImages, Split
 from vgglab.data.index import Index, Paths, read_index
 from vgglab.data.lists import ListFile
 from vgglab.data.named import NAMED_SETS, saying_what_to_put_where
-from vgglab.data.transform import AsItIs, CentreCrop, Preparation, RandomCrop
+from vgglab.data.transform import AsItIs, CentreCrop, JitteredCrop, Preparation, RandomCrop, Trivially
 from vgglab.errors import UserError
 
 
@@ -29,6 +29,7 @@ class DataSets:
     image_size: int
     preparation: Preparation
     decoder: str
+    crops: str
     warnings: list[str]
 
     @property
@@ -40,7 +41,10 @@ class DataSets:
         """What is done to a training image: ``(picture, seed)`` to ``(image_size, image_size, 3)`` bytes."""
         if self.is_fake:
             return AsItIs()
-        return RandomCrop(self.image_size, self.preparation.crop_scale, self.preparation.flip)
+        if self.crops == "scale-jitter":
+            return JitteredCrop(self.image_size, self.preparation.flip)
+        crop = RandomCrop(self.image_size, self.preparation.crop_scale, self.preparation.flip)
+        return Trivially(crop) if self.crops == "trivial" else crop
 
     def eval_transform(self) -> Any:
         """What is done to a held-out image: likewise, and nothing random in it."""
@@ -76,7 +80,7 @@ def _open_sets(config: Config) -> DataSets:
         name = name if name in NAMED_SETS else root.resolve().name
         train, val = _read_splits(root, config, warnings)
     num_classes, more = _num_classes(config, val.classes)
-    return DataSets(name, train, val, num_classes, image_size, preparation, decoder, warnings + more)
+    return DataSets(name, train, val, num_classes, image_size, preparation, decoder, config.crops, warnings + more)
 
 
 def _decoder(config: Config) -> str:

@@ -51,6 +51,46 @@ class RandomCrop(NamedTuple):
         return pixels.flip(1) if is_mirrored else pixels
 
 
+class JitteredCrop(NamedTuple):
+    """Training as the paper did it: the shorter side drawn from 256 to 512, then a square of 224, mirrored or not.
+
+    For another ``size`` in proportion. Source: Simonyan and Zisserman 2014, section 3.1, "training image size".
+    """
+
+    size: int
+    flip: bool
+
+    def __call__(self, picture: AnyPicture, seed: int) -> Tensor:
+        """``(size, size, 3)`` uint8. Raises BadImage."""
+        draw = random.Random(seed)
+        height, width = picture.height, picture.width
+        # A square of 224 out of an image shrunk to 256..512 is this part of the shorter side.
+        side = max(1, round(min(height, width) * 224 / draw.uniform(256, 512)))
+        box = Box(draw.randint(0, height - side), draw.randint(0, width - side), side, side)
+        is_mirrored = self.flip and draw.random() < 0.5
+        pixels = as_tensor(resize(cut(picture.pixels(box.top + box.height), box), self.size, self.size))
+        return pixels.flip(1) if is_mirrored else pixels
+
+
+class Trivially(NamedTuple):
+    """One operation of TrivialAugment on what ``crop`` gives, its strength drawn evenly.
+
+    Source: Müller and Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation", 2021. The code is
+    torchvision's.
+    """
+
+    crop: RandomCrop
+
+    def __call__(self, picture: AnyPicture, seed: int) -> Tensor:
+        """``(size, size, 3)`` uint8. Raises BadImage."""
+        from torchvision.transforms import TrivialAugmentWide
+
+        pixels = self.crop(picture, seed)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the generator of all
+            torch.manual_seed(seed)
+            return TrivialAugmentWide()(pixels.permute(2, 0, 1)).permute(1, 2, 0)
+
+
 class CentreCrop(NamedTuple):
     """Evaluation: the shorter side to ``size x resize_ratio``, then the centre. Nothing random."""
 

@@ -1,0 +1,193 @@
+"""Recipes, and what the modern one adds: blends, smoothing, averages, plateaus, crops."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from vgglab.compat import load_tensors
+from vgglab.config import parse
+from vgglab.data.images import ArrayPicture
+from vgglab.data.transform import JitteredCrop, RandomCrop, Trivially
+from vgglab.devices import open_device
+from vgglab.model import build
+from vgglab.objective import Objective
+from vgglab.recipes import RECIPES
+from vgglab.schedule import build_optimizer
+
+SEED_COMMAND = (
+    "--device=cpu --data-path=imagenet_raw --batch-size=192 --epochs=90 --model=vgg16 --workers=8 "
+    "--training_step_per_epoch=-1 --eval_step_per_epoch=-1 --dropout_rate=0.5 --lr=0.01 --print-freq=20 --skip_steps=5"
+).split()
+
+
+def rates(run):
+    return [event["lr"] for event in run.events("train")]
+
+
+def losses(run):
+    return [event["loss"] for event in run.events("train")]
+
+
+def test_the_seed_recipe_is_the_seeds_command_to_the_letter():
+    by_name = parse(["--recipe=seed", "--device=cpu", "--data-path=imagenet_raw"]).as_dict()
+    assert by_name.pop("recipe") == "seed"
+    by_flags = parse(SEED_COMMAND).as_dict()
+    by_flags.pop("recipe")
+    assert by_name == by_flags
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_flag_overrides_a_recipe_wherever_it_stands(order):
+    config = parse(["--recipe=modern", "--lr=0.5"][::order])
+    assert (config.lr, config.mixup) == (0.5, 0.2)
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name])
+def test_every_recipe_trains(train, recipe):
+    result = train(f"--recipe={recipe}", "--epochs=1", "--image-size=32", "--batch-size=4")
+    assert result.code == 0, result.err
+    assert result.run.report()["recipe"] == recipe
+    assert result.run.config["weight_decay"] == RECIPES[recipe].get("weight_decay", 1e-4)
+    [event] = result.run.events("eval")
+    assert event["num_images"] == 9
+
+
+def blended(**settings):
+    config = parse([f"--{name.replace('_', '-')}={value}" for name, value in settings.items()])
+    images, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    objective = Objective(config, open_device("cpu"))
+    random.seed(3)
+    mixed, targets = objective.blend(images, labels)
+    return objective, images, labels, mixed, targets
+
+
+def test_mixup_adds_neighbours_and_cutmix_pastes_them():
+    _, images, labels, mixed, targets = blended(mixup=1.0)
+    share, others = targets.share.item(), images.roll(1, 0)
+    assert 0 < share < 1
+    assert torch.allclose(mixed, share * images + (1 - share) * others)
+    assert targets.others.tolist() == labels.roll(1).tolist()
+    _, images, _, mixed, targets = blended(cutmix=1.0)
+    is_own = (mixed == images).all(dim=1)  # (N, S, S)
+    is_other = (mixed == images.roll(1, 0)).all(dim=1)
+    assert (is_own | is_other).all()
+    assert targets.share.item() == pytest.approx(is_own.float().mean().item())
+    assert 0 < targets.share.item() < 1
+
+
+def test_the_loss_of_a_blend_is_the_cross_entropy_to_its_soft_target():
+    objective, _, labels, _, targets = blended(cutmix=1.0, label_smoothing=0.1)
+    logits, share = torch.randn(4, 3), targets.share
+    hot = nn.functional.one_hot
+    soft = share * hot(labels, 3) + (1 - share) * hot(labels.roll(1), 3)
+    soft = 0.9 * soft + 0.1 / 3
+    expected = -(soft * logits.log_softmax(1)).sum(1).mean()
+    assert objective(logits, targets).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_without_any_of_it_nothing_is_changed():
+    objective, images, labels, mixed, targets = blended(lr=0.1)
+    assert mixed is images
+    logits = torch.randn(4, 3)
+    assert objective(logits, targets) == nn.functional.cross_entropy(logits, labels)
+
+
+def test_blends_are_drawn_from_the_step_and_go_on_after_a_resume(train):
+    flags = ("--mixup=1", "--cutmix=1", "--ema=0.9", "--seed=1", "--print-freq=1", "--epochs=2")
+    whole, again = train(*flags).run, train(*flags).run
+    assert losses(whole) == losses(again)
+    first = train(*flags, "--epochs=1").run
+    rest = train(f"--resume={first.path}", "--epochs=2", "--print-freq=1", base=()).run
+    assert losses(first) + losses(rest) == losses(whole)
+    assert rest.events("eval")[-1]["loss"] == whole.events("eval")[-1]["loss"]
+    assert losses(train("--seed=1", "--print-freq=1", "--epochs=2").run) != losses(whole)
+
+
+def test_the_average_is_tested_and_the_weights_are_trained_on(train):
+    run = train("--ema=0.5", "--seed=1", "--lr=1", "--epochs=1").run
+    saved = load_tensors(run.checkpoint("last"))
+    name = "classifier.6.weight"
+    assert not torch.equal(saved["model"][name], saved["trained"][name])
+    again = train("--test-only", f"--resume={run.path}").run
+    assert again.events("eval")[0]["loss"] == run.events("eval")[0]["loss"]
+    plain = train("--seed=1", "--lr=1", "--epochs=1").run
+    assert torch.equal(load_tensors(plain.checkpoint("last"))["model"][name], saved["trained"][name])
+    assert plain.events("eval")[0]["loss"] != run.events("eval")[0]["loss"]
+
+
+def test_the_average_is_what_its_formula_says(train):
+    """Weights after each of 4 steps, averaged here."""
+    flags = ("--seed=1", "--lr=1", "--training-step-per-epoch=1", "--ema=0.5")
+    name, average = "classifier.6.bias", None
+    first = None
+    for number in range(4):
+        saved = load_tensors(train(*flags, f"--epochs={number + 1}").run.checkpoint("last"))
+        weights = saved["trained"][name]
+        if number == 0:
+            # Biases start at 0.
+            average, first = torch.zeros_like(weights), weights
+        kept = min(0.5, (1 + number + 1) / (10 + number + 1))
+        average = kept * average + (1 - kept) * weights
+        assert torch.allclose(saved["model"][name], average, rtol=1e-4, atol=1e-7)
+    assert not torch.equal(first, weights)
+
+
+def test_a_plateau_lowers_the_rate_after_its_patience_also_across_a_resume(train):
+    flags = ("--lr-schedule=plateau", "--lr-patience=2", "--lr=1e-9", "--seed=1", "--training-step-per-epoch=1")
+    base = 1e-9 * 4 / 256
+    expected = [base, base, base, base / 10, base / 10, base / 100]  # nothing gets better after the first evaluation
+    whole = train(*flags, "--epochs=6").run
+    assert rates(whole) == pytest.approx(expected)
+    first = train(*flags, "--epochs=2").run
+    rest = train(f"--resume={first.path}", "--epochs=6", base=()).run
+    assert rates(first) + rates(rest) == pytest.approx(expected)
+
+
+def test_biases_can_be_spared_from_weight_decay():
+    config = parse(["--no-bias-weight-decay", "--wd=0.01"])
+    network = build("vgg11_bn", num_classes=3, head="small")
+    groups = build_optimizer(config, network).param_groups
+    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, parameter in network.named_parameters():
+        assert decay_of[id(parameter)] == (0.01 if parameter.ndim > 1 else 0.0), name
+    assert len(decay_of) == len(list(network.parameters()))
+
+
+@pytest.mark.parametrize("init", ["kaiming", "xavier", "normal"])
+def test_first_weights_have_the_deviation_that_their_name_promises(init):
+    torch.manual_seed(0)
+    conv = build("vgg16", num_classes=3, head="small", init=init).features[17]  # 256 to 512 channels
+    expected = {"kaiming": (2 / (512 * 9)) ** 0.5, "xavier": (2 / (768 * 9)) ** 0.5, "normal": 0.01}[init]
+    assert conv.weight.std().item() == pytest.approx(expected, rel=0.01)
+    assert conv.bias.abs().max() == 0
+
+
+def ramp(height, width):
+    """Pixels that say where they are: red is the row, green the column."""
+    rows = torch.arange(height)[:, None].expand(height, width)
+    columns = torch.arange(width)[None].expand(height, width)
+    return torch.stack([rows, columns, rows * 0], dim=-1).to(torch.uint8)
+
+
+def test_scale_jitter_takes_what_the_papers_two_sizes_leave():
+    crop, sides = JitteredCrop(32, flip=False), []
+    for seed in range(200):
+        pixels = crop(ArrayPicture(ramp(120, 240), "pil"), seed).float()
+        assert pixels.shape == (32, 32, 3)
+        sides.append((pixels[-1, 0, 0] - pixels[0, 0, 0]).item() * 32 / 31)
+    # 224 of 512 and of 256 are 0.44 and 0.88 of the shorter side.
+    assert 0.40 < min(sides) / 120 < 0.5
+    assert 0.8 < max(sides) / 120 < 0.92
+
+
+def test_trivial_augment_is_drawn_from_the_images_own_seed():
+    crop = Trivially(RandomCrop(32, (0.5, 1.0), True))
+    picture = ArrayPicture(ramp(40, 48), "pil")
+    state = torch.random.get_rng_state()
+    first = [crop(picture, seed) for seed in range(8)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(crop(picture, seed), pixels) for seed, pixels in enumerate(first))
+    plain = [RandomCrop(32, (0.5, 1.0), True)(picture, seed) for seed in range(8)]
+    assert sum(not torch.equal(*pair) for pair in zip(first, plain)) >= 5  # identity is one of the operations

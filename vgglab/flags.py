@@ -1,0 +1,76 @@
+"""How a flag is spelled, what it takes and what is said when it is wrong: what every door's parser is made of."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import field
+from typing import Any, Callable, NoReturn
+
+from vgglab.errors import UserError
+
+
+def number(convert: Callable[[str], Any], low: float, high: float, allowed: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # false for nan
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return value
+
+    return parse
+
+
+AT_LEAST_0 = number(int, 0, 10**9, "a whole number, 0 or more")
+AT_LEAST_1 = number(int, 1, 10**9, "a whole number, 1 or more")
+SIZE = number(int, 32, 4096, "a whole number from 32 (VGG halves the image five times) to 4096")
+WORKERS = number(int, 0, 1024, "a whole number from 0 to 1024")
+NOT_NEGATIVE = number(float, 0.0, 1e30, "a number, 0 or more")  # 1e30: float32 still has room
+POSITIVE = number(float, 1e-30, 10.0, "a number above 0, at most 10")
+FRACTION = number(float, 0.0, 1 - 2**-53, "in [0, 1)")
+
+
+SEED = number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")
+
+
+def steps(text: str) -> int:
+    if text == "-1":
+        return -1
+    try:
+        return AT_LEAST_1(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not -1 (all steps) or a whole number, 1 or more") from None
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def flag(help: str, default: Any = None, parse: Callable[[str], Any] = str, **options: Any) -> Any:
+    """A field with what the parser must know of it; ``names`` adds to ``--the-field's-name``."""
+    return field(default=default, metadata={"help": help, "parse": parse, **options})
+
+
+def switch(help: str, **options: Any) -> Any:
+    """Off by default; ``--flag``, ``--flag true`` and ``--flag false`` all mean what they say."""
+    default = None if "negation" in options else False  # with a --no- form, saying nothing is a third answer
+    return flag(help, default=default, parse=boolean, nargs="?", const=True, metavar="true|false", **options)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.replace("argument ", "", 1) if message.startswith("argument ") else message)
+
+
+def with_dashes(argument: str) -> str:
+    """``--batch_size=3`` is ``--batch-size=3``; values are left alone."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
