@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -97,6 +97,62 @@ def _curve(panel: Any, train: list[dict], held_out: list[dict], figure: str) -> 
 
 def _values(events: list[dict], figure: str) -> list[float]:
     return [float("nan") if event[figure] is None else event[figure] for event in events]
+
+
+DASHES = ("-", "--", ":", "-.")
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+
+
+def curves_beside(runs: Sequence[Run], names: Sequence[str] = (), first_difference: int | None = None) -> Picture:
+    """Training loss and held-out top-1 of several runs in the same panels; a line where two first differ."""
+    figure, (loss, accuracy) = new_figure(2)
+    for number, run in enumerate(runs):
+        name = names[number] if names else run.path.name
+        look = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "label": name}
+        for panel, kind, value in ((loss, "train", "loss"), (accuracy, "eval", "acc1")):
+            events = run.events(kind)
+            marker = "o" if kind == "eval" else None
+            panel.plot([e["step"] for e in events], _values(events, value), marker=marker, markersize=4, **look)
+    if first_difference is not None:
+        for panel in (loss, accuracy):
+            panel.axvline(first_difference, color=INK, linewidth=1, linestyle=":", label="first difference")
+    _finish(loss, "training loss, cross entropy")
+    _finish(accuracy, "held-out top-1 in %")
+    return figure
+
+
+def bands(groups: Mapping[str, Sequence[Run]]) -> Picture:
+    """Training loss and held-out top-1 of several seeds each: the mean, and a band from the lowest to the highest."""
+    figure, (loss, accuracy) = new_figure(2)
+    for number, (name, runs) in enumerate(groups.items()):
+        look = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+        for panel, kind, value in ((loss, "train", "loss"), (accuracy, "eval", "acc1")):
+            steps, rows = _in_step(runs, kind, value)
+            if not steps:
+                continue
+            label = f"{name}, n = {len(rows[0])}"
+            panel.plot(steps, [sum(row) / len(row) for row in rows], label=label, **look)
+            panel.fill_between(
+                steps, list(map(min, rows)), list(map(max, rows)), color=look["color"], alpha=0.2, linewidth=0
+            )
+    _finish(loss, "training loss, cross entropy")
+    _finish(accuracy, "held-out top-1 in %")
+    return figure
+
+
+def _in_step(runs: Sequence[Run], kind: str, value: str) -> tuple[list[int], list[list[float]]]:
+    """The steps about which all runs have written, and their values at each."""
+    by_run = [dict(zip([e["step"] for e in run.events(kind)], _values(run.events(kind), value))) for run in runs]
+    steps = sorted(set.intersection(*[set(values) for values in by_run])) if by_run else []
+    return steps, [[values[step] for values in by_run] for step in steps]
+
+
+def _finish(panel: Any, label: str) -> None:
+    panel.set_ylabel(label)
+    panel.set_xlabel("optimizer step")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if panel.lines:
+        panel.legend(fontsize=8, frameon=False)
 
 
 def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> Picture:

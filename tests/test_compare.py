@@ -1,0 +1,81 @@
+"""Two runs side by side: the same to the last bit, or where they part."""
+
+import json
+
+import pytest
+from conftest import shell
+
+from vgglab.compare import as_text, compare
+from vgglab.view.figures import bands, curves_beside
+
+
+@pytest.fixture
+def runs(train):
+    """``runs(*flags)``: a run of two epochs that writes about every step."""
+    return lambda *flags: train("--seed=1", "--print-freq=1", "--epochs=2", *flags).run
+
+
+def test_the_same_run_twice_is_the_same(runs):
+    found = compare(runs(), runs())
+    assert found.is_same
+    assert (found.settings, found.first, found.num_steps) == ({}, None, 8)
+    assert "no difference in 8 steps" in as_text(found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "setting", "step", "figure"),
+    [
+        (["--lr=0.02"], "lr", 1, "lr"),
+        (["--weight-decay=0.01"], "weight_decay", 2, "loss"),  # the first loss is before the first change of weights
+        (["--label-smoothing=0.1"], "label_smoothing", 1, "loss"),
+        (["--lr-schedule=cosine"], "lr_schedule", 5, "lr"),  # the first epoch's rate is the same
+        (["--seed=2"], "seed", 1, "loss"),
+    ],
+)
+def test_one_deliberate_change_is_found_at_its_step(runs, flags, setting, step, figure):
+    found = compare(runs(), runs(*flags))
+    assert list(found.settings) == [setting]
+    assert (found.first.step, found.first.event, found.first.figure) == (step, "train", figure)
+    assert not found.is_same
+
+
+def test_other_data_are_said_before_the_first_step(runs, images, tmp_path):
+    one = runs()
+    for file in (images / "train" / "n01").glob("*"):
+        file.unlink()
+        break
+    found = compare(one, runs())
+    assert found.starting_point == {"num_train_images": (18, 17)}
+
+
+def test_a_tolerance_lets_rounding_pass(runs):
+    one, other = runs("--dropout-rate=0"), runs("--dropout-rate=0", "--channels-last")
+    assert not compare(one, other).is_same
+    assert compare(one, other, tolerance=1e-2).first is None
+
+
+def test_the_door(runs, tmp_path):
+    one, other, further = runs(), runs("--lr=0.02"), runs("--epochs=3")
+    words = ["python", "-m", "vgglab.compare"]
+    same = shell(*words, one.path, one.path)
+    assert (same.returncode, same.stderr) == (0, "")
+    differs = shell(*words, one.path, other.path, "--json", f"--png={tmp_path / 'both.png'}")
+    assert differs.returncode == 1
+    assert "first difference: training, step 1, lr" in differs.stdout
+    assert json.loads(differs.stdout.splitlines()[-1])["first"]["figure"] == "lr"
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    again = shell(*words, one.path, other.path, f"--png={tmp_path / 'both.png'}")
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    assert shell(*words, one.path, further.path).returncode == 1
+    for wrong in ([one.path], [one.path, tmp_path / "nowhere"], [one.path, other.path, "--tolerance=-1"]):
+        result = shell(*words, *wrong)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+
+
+def test_bands_and_curves_are_drawn(runs):
+    one, other = runs(), runs("--seed=2")
+    assert len(curves_beside([one, other], first_difference=1).png()) > 5000
+    figure = bands({"a": [one, other], "b": [other]})
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["a, n = 2", "b, n = 1"]
+    mean = figure.axes[0].lines[0].get_ydata()[0]
+    assert mean == pytest.approx((one.events("train")[0]["loss"] + other.events("train")[0]["loss"]) / 2)
