@@ -9,7 +9,6 @@ Exit codes: 0 the same; 1 they differ; 2 bad input, said in one line.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -77,10 +76,10 @@ def compare(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
                 largest = max(largest, relative)
             if relative > tolerance and first is None:
                 first = Difference(step, event, figure, values, relative)
-    starts = [run.events("start")[0] for run in (one, other)]
+    start, other_start = (run.events("start")[0] for run in (one, other))
     return Comparison(
         settings=_differing(one.config, other.config, [name for name in one.config if name not in NOT_COMPARED]),
-        starting_point=_differing(*starts, STARTING_POINT),
+        starting_point=_differing(start, other_start, STARTING_POINT),
         first=first,
         largest_relative=largest,
         num_steps=len({step for step, event in common if event == "train"}),

@@ -1,0 +1,90 @@
+"""The plan: counted here on its own, and compared with what a run then does."""
+
+import json
+
+import pytest
+from conftest import shell
+
+from vgglab.config import flags_given, parse
+from vgglab.errors import UserError
+from vgglab.plan import main, plan
+
+
+def planned(*flags, speed=590.3, **more):
+    return plan(parse(flags), speed, given=flags_given(flags), **more)
+
+
+def test_the_seeds_90_epochs_on_eight_cards():
+    """ImageNet's 1,281,167 images, 192 a card; VGG16's 138,357,544 parameters, once with their momentum."""
+    found = planned("--recipe=seed", ranks=8)
+    steps_per_epoch = 1_281_167 // 1536
+    assert (found.steps_per_epoch, found.steps) == (steps_per_epoch, 90 * steps_per_epoch)
+    assert found.training_seconds == pytest.approx(90 * steps_per_epoch * 1536 / (8 * 590.3))
+    assert found.evaluation_seconds == pytest.approx(90 * 50_000 / 3 / (8 * 590.3))
+    assert found.checkpoint_bytes == 2 * 4 * 138_357_544
+    assert found.num_checkpoints == 90
+    base = 0.01 * 1536 / 256
+    expected = [(epoch, base * (epoch + 1) / 5) for epoch in range(5)]
+    expected += [(30, base / 10), (60, base / 100), (80, base / 1000)]
+    assert [epoch for epoch, _ in found.rates] == [epoch for epoch, _ in expected]
+    assert [rate for _, rate in found.rates] == pytest.approx([rate for _, rate in expected])
+
+
+def test_a_run_does_what_its_plan_says(images, train):
+    flags = (
+        "--model=vgg11_bn",
+        "--epochs=3",
+        "--eval-freq=2",
+        "--checkpoint-every=3",
+        "--ema=0.9",
+        "--lr-schedule=cosine",
+    )
+    run = train(*flags, "--print-freq=1", "--seed=1").run
+    found = planned(*flags, "--image-size=32", "--batch-size=4", "--warmup=0", f"--data-path={images}")
+    events = run.events("train")
+    assert found.steps == events[-1]["step"]
+    assert found.num_checkpoints == len(run.events("checkpoint"))
+    first_of_epoch = {event["epoch"]: event["lr"] for event in reversed(events)}
+    assert dict(found.rates) == pytest.approx(first_of_epoch)
+    size = run.checkpoint("last").stat().st_size
+    assert found.checkpoint_bytes == pytest.approx(size, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "more", "says"),
+    [
+        (["--recipe=seed", "--epochs=3"], {}, "ends inside --warmup"),
+        (["--recipe=seed"], {"ranks": 8}, "8 x that of one card"),
+        (["--recipe=modern", "--model=vgg16", "--batch-size=512"], {}, "not likely to start at a learning rate of 0.2"),
+        (["--recipe=paper", "--init=normal"], {}, "does not start from it"),
+        (["--recipe=paper"], {}, "no plan can know"),
+    ],
+)
+def test_it_warns(flags, more, says):
+    assert any(says in text for text in planned(*flags, **more).warnings)
+
+
+def test_the_recipes_themselves_are_not_warned_about():
+    assert planned("--recipe=seed").warnings == [] or "cores" in planned("--recipe=seed").warnings[0]
+    assert planned("--recipe=modern").warnings == []
+
+
+def test_a_batch_larger_than_the_set_is_refused(images):
+    with pytest.raises(UserError, match="larger than the training set"):
+        planned(f"--data-path={images}", "--batch-size=192")
+
+
+def test_the_door(train, images, capsys):
+    run = train("--epochs=3", "--skip-steps=1", "--print-freq=1").run
+    tiny = ["--recipe=quick", f"--data-path={images}", "--batch-size=4"]
+    assert main([*tiny, f"--run={run.path}", "--json"]) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])
+    assert {"training_seconds", "steps", "checkpoint_bytes"} <= set(found)
+    assert found["images_per_second"] == pytest.approx(run.report()["images_per_second"])
+    assert "checkpoints" in out
+    result = shell("python", "-m", "vgglab.plan", "--recipe", "seed", "--images_per_second", "590", "--ranks", "8")
+    assert (result.returncode, result.stderr) == (0, "")
+    for wrong in ([], ["--images-per-second=0"], ["--images-per-second=5", "--recipe=best"], ["--run=nowhere"]):
+        assert main([*tiny, *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
