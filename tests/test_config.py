@@ -92,6 +92,6 @@ def test_the_list_of_flags_is_a_promise():
         "dropout_rate ema enable_horovod end_lr epochs eval_freq eval_step_per_epoch fast fix_seed fused head "
         "image_size init label_smoothing lr lr_gamma lr_patience lr_schedule lr_step_size mixup model momentum "
         "nesterov num_classes on_bad_image optimizer output_dir pretrained print_freq recipe resume rmsprop_alpha "
-        "rmsprop_eps run_dir seed skip_steps start_epoch sync_bn tensorboard test_only tf32 timers trace "
+        "rmsprop_eps run_dir seed seeds skip_steps start_epoch sync_bn tensorboard test_only tf32 timers trace "
         "training_step_per_epoch warmup weight_decay workers world_size".split()
     )

@@ -19,8 +19,9 @@ from vgglab.version import __version__
 # `launch` is a module and a function: imported here, the name means the function for good.
 from vgglab.launch import launch  # isort: skip
 from vgglab.runs import Run  # isort: skip
+from vgglab.seeds import Seeds  # isort: skip
 
-__all__ = ["Run", "RunFailed", "UserError", "__version__", "anatomy", "launch", "model", "predict"]
+__all__ = ["Run", "RunFailed", "Seeds", "UserError", "__version__", "anatomy", "launch", "model", "predict"]
 
 
 def __getattr__(name: str) -> Any:

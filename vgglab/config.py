@@ -153,6 +153,7 @@ class Config:
     world_size: int = flag("ranks; a launcher's WORLD_SIZE has precedence", 1, AT_LEAST_1)
     dist_url: str = flag("how the ranks find each other", "env://")
     fix_seed: bool = switch(f"--seed {SEED_OF_FIX_SEED}")
+    seeds: str | None = flag("train several times: how many seeds, such as 5, or which, such as 3,17,23")
     seed: int | None = flag("seed of everything random; default: drawn and recorded", None, SEED)
 
     training_step_per_epoch: int = flag("end each epoch after so many steps; -1: all", -1, steps)

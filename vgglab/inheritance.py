@@ -12,7 +12,7 @@ from vgglab.errors import UserError
 # What belongs to the run that is being started, not to the one it goes on from.
 NOT_INHERITED = (
     "resume run_dir output_dir test_only start_epoch pretrained device world_size workers dist_url tensorboard amp "
-    "cache_dataset fix_seed eval_step_per_epoch timers trace apex apex_opt_level enable_horovod"
+    "cache_dataset fix_seed seeds eval_step_per_epoch timers trace apex apex_opt_level enable_horovod"
 ).split()
 
 

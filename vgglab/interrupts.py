@@ -68,6 +68,23 @@ def heeding_warnings() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def passing_on_warnings(pid: int) -> Iterator[None]:
+    """In the block SIGTERM and SIGUSR1 go to the process ``pid``, which this one only waits for."""
+
+    def pass_on(number: int, _: Any) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    previous = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def leave_signals_to_parent(_: int = 0) -> None:
     """In a loader's worker: torchrun warns whole process groups, and the rank still needs its batches.
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, Generator, Sequence
 
 from vgglab import ranks
-from vgglab.config import parse
+from vgglab.config import Config, parse
 from vgglab.errors import RunFailed, UserError
 from vgglab.runs import LAUNCHED, Run, claim, holds_a_run, run_path, write_json
+from vgglab.seeds import LaunchedSeeds, folder_of, seeds_of, without_seeds
 
 NUM_LOG_LINES_SHOWN = 30
 
@@ -37,7 +38,7 @@ def launch(
     python: str | None = None,
     detach: bool = False,
     **settings: Any,
-) -> LaunchedRun:
+) -> LaunchedRun | LaunchedSeeds:
     """Train in new processes and show it; the run directory is there when this returns.
 
     In a live notebook this returns at once and leaves a dashboard; elsewhere (papermill, a script) it
@@ -53,7 +54,7 @@ def launch(
         python: another interpreter to train with, e.g. that of the card vendor's stack.
         detach: let the run outlive this process; ``vgglab.Run(path)`` finds it again, watches it and stops it.
         settings: the same flags as keywords, e.g. ``data_path="digits", epochs=2``; ``True`` sets a switch,
-            ``None`` is as if it were not there.
+            ``None`` is as if it were not there. With ``seeds=5`` a run for each seed, one after the other.
 
     Raises:
         UserError: an argument or a flag that is unknown or out of range; or, later, whatever the run refuses.
@@ -63,6 +64,10 @@ def launch(
     argv += [_as_flag(name, value) for name, value in settings.items() if value is not None]
     config = parse(argv)
     config.world_size = _checked_count("nproc", nproc) * _checked_count("nnodes", nnodes)
+    if config.seeds is not None:
+        options: dict[str, Any] = {"nproc": nproc, "nnodes": nnodes, "node_rank": node_rank, "rendezvous": rendezvous}
+        options.update(max_restarts=max_restarts, python=python, detach=detach)
+        return _launch_each(argv, config, watch, options)
     if nnodes > 1 and (not rendezvous or config.run_dir is None):
         raise UserError("nnodes: several machines need rendezvous='<first machine>:<port>' and a run_dir they share")
     path = run_path(config)
@@ -78,6 +83,22 @@ def launch(
     if watch:
         run.watch()
     return run
+
+
+def _launch_each(argv: Sequence[str], config: Config, watch: bool, options: dict[str, Any]) -> LaunchedSeeds:
+    if options["nnodes"] > 1 or options["detach"]:
+        raise UserError("seeds: this process starts one after the other, on this machine; leave out nnodes and detach")
+    words = without_seeds(argv)
+
+    def start(number: int, path: Path) -> LaunchedRun:
+        run = launch([*words, f"--seed={number}", f"--run-dir={path}"], watch=False, **options)
+        assert isinstance(run, LaunchedRun)
+        return run
+
+    seeds = LaunchedSeeds(folder_of(config), seeds_of(config), start)
+    if watch:
+        seeds.watch()
+    return seeds
 
 
 def _checked_count(name: str, value: Any) -> int:

@@ -5,8 +5,8 @@
     python -m vgglab.plan --recipe quick --images-per-second 100 --json   # the last line of stdout is one JSON object
 
 Takes every flag of training. Without ``--data-path`` a recipe is planned for ImageNet's numbers of images (``quick``
-for the digits). ``--images-per-second`` is of one card; several are taken to be as many times as fast, which ``--scaling``
-lowers.
+for the digits). ``--images-per-second`` is of one card; several are taken to be as many times as fast, which
+``--scaling`` lowers.
 """
 
 from __future__ import annotations

@@ -57,6 +57,11 @@ def holds_a_run(path: Path) -> bool:
     return any((path / name).exists() for name in OURS)
 
 
+def is_a_run(path: Path) -> bool:
+    """Whether there is one to read, be it only about to begin."""
+    return holds_a_run(path) or (path / LAUNCHED).exists()
+
+
 def claim(path: Path) -> None:
     """Make the folder of a new run. Raises UserError where it cannot be made or holds a run already."""
     try:
@@ -75,7 +80,7 @@ class Run:
         self.path = Path(path).absolute()  # to be found after a change of folder, too
         self._seen: list[Event] = []
         self._num_bytes_seen = 0
-        if not any((self.path / name).exists() for name in (*OURS, LAUNCHED)):
+        if not is_a_run(self.path):
             raise UserError(f"no run directory: {self.path}")
 
     def __repr__(self) -> str:

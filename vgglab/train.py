@@ -44,7 +44,7 @@ if __name__ == "__main__" and not __package__:
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
-from vgglab import agreement, inheritance, ranks
+from vgglab import agreement, inheritance, ranks, seeds
 from vgglab import config as configuration
 from vgglab.config import Config
 from vgglab.errors import UserError, blaming
@@ -65,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         argv = sys.argv[1:] if argv is None else argv
         ranks.take_up_slurm()
-        run_training(configuration.parse(argv), configuration.flags_given(argv))
+        config = configuration.parse(argv)
+        if config.seeds is not None:
+            return seeds.train_each(argv, config)
+        run_training(config, configuration.flags_given(argv))
     except UserError as error:
         ranks.report_failure(error, ranks.EXIT_BAD_INPUT)
         one_line = " ".join(str(error).splitlines())

@@ -106,7 +106,7 @@ def collect(folders: Iterable[Path]) -> list[Result]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-        paths = [folder] if holds_a_run(folder) else sorted(path for path in folder.glob("*") if holds_a_run(path))
+        paths = [folder] if holds_a_run(folder) else sorted(filter(holds_a_run, _below(folder)))
         for path in paths:
             bench = path / "bench.json"
             if bench.exists():
@@ -115,6 +115,11 @@ def collect(folders: Iterable[Path]) -> list[Result]:
             else:
                 runs += _results_of(path)
     return _with_peak(_with_efficiency(runs), benchmarks) + benchmarks
+
+
+def _below(folder: Path) -> list[Path]:
+    """Its folders, and those of several seeds."""
+    return [*folder.glob("*"), *folder.glob("*/seed-*")]
 
 
 def _results_of(path: Path) -> list[Result]:

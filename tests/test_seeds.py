@@ -1,0 +1,115 @@
+"""Several seeds: from the shell and from a cell, stopped, failing, and as a table that counts."""
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+
+import pytest
+from conftest import PROJECT, TINY, shell
+from test_launch import MARK, processes_with, wait_until
+
+import vgglab
+from vgglab.view import results
+from vgglab.view.seeds_table import as_text, rows_of
+
+
+@pytest.fixture
+def tiny(images, tmp_path):
+    return [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--print-freq=1"]
+
+
+def seeds_in(path):
+    return [run.config["seed"] for run in vgglab.Seeds(path).runs]
+
+
+def test_from_the_shell_one_after_the_other_and_a_table(tiny, tmp_path):
+    result = shell("python", "-m", "vgglab.train", *tiny, "--seeds", "3", "--seed=7", f"--run-dir={tmp_path / 'three'}")
+    assert result.returncode == 0, result.stderr
+    runs = vgglab.Seeds(tmp_path / "three").runs
+    assert [run.config["seed"] for run in runs] == [7, 8, 9]
+    accuracies = [run.events("eval")[-1]["acc1"] for run in runs]
+    row = next(row for row in rows_of({"x": runs}) if row.figure == "last top-1 %")
+    assert (row.n, row.mean) == (3, pytest.approx(statistics.mean(accuracies)))
+    assert row.deviation == pytest.approx(statistics.stdev(accuracies))
+    assert "fewer than 5 seeds" in result.stdout
+    assert len({run.events("train")[0]["loss"] for run in runs}) == 3
+    assert len(results.collect([tmp_path])) == 3
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seeds=0"],
+        ["--seeds=a"],
+        ["--seeds=1,1"],
+        ["--seeds=1,2", "--seed=1"],
+        ["--seeds=2", "--fix-seed"],
+        ["--seeds=2", "--resume=auto"],
+    ],
+)
+def test_seeds_that_are_none_are_refused(refused, flags):
+    assert refused(*flags).startswith("--seeds")
+
+
+def test_the_first_that_fails_is_the_last(tiny, tmp_path):
+    words = ["python", "-m", "vgglab.train", *tiny, "--seeds=1,2", "--num-classes=7", f"--run-dir={tmp_path / 'none'}"]
+    result = shell(*words)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert not list(tmp_path.glob("none/*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_however_the_series_is_ended_its_run_ends_too(tiny, tmp_path, number, code):
+    mark = f"series-{number}"
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), MARK: mark}
+    words = [
+        sys.executable,
+        "-m",
+        "vgglab.train",
+        *tiny,
+        "--seeds=2",
+        "--epochs=1000",
+        f"--run-dir={tmp_path / 'long'}",
+    ]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_until(
+        lambda: (tmp_path / "long" / "seed-1").exists() and vgglab.Seeds(tmp_path / "long").runs[0].events("train")
+    )
+    process.send_signal(number)
+    assert process.wait(60) == code
+    wait_until(lambda: not processes_with(mark), seconds=20)
+    assert seeds_in(tmp_path / "long") == [1]  # the second was not begun
+    if number != signal.SIGKILL:
+        assert vgglab.Seeds(tmp_path / "long").runs[0].status == "interrupted"
+
+
+def test_launched_from_a_script(tiny, tmp_path, capsys):
+    seeds = vgglab.launch(tiny, seeds="4,2", run_dir=tmp_path / "two", nproc=2, batch_size=2)
+    assert seeds.is_over
+    assert seeds_in(tmp_path / "two") == [2, 4]
+    assert all(run.env["world_size"] == 2 for run in seeds.runs)
+    assert "last top-1 %" in capsys.readouterr().out
+    assert len(seeds.curves().png()) > 5000
+    assert "<table>" in seeds._repr_html_()
+    assert repr(vgglab.Seeds(tmp_path / "two")) == as_text({"two": seeds.runs})
+
+
+def test_stop_ends_the_run_and_begins_no_other(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv(MARK, "stopped-seeds")
+    seeds = vgglab.launch(tiny, seeds=3, epochs=1000, run_dir=tmp_path / "stopped", watch=False)
+    wait_until(lambda: seeds.runs and seeds.runs[0].events("train"))
+    seeds.stop()
+    assert processes_with("stopped-seeds") == []
+    assert [run.status for run in seeds.runs] == ["interrupted"]
+    assert seeds.wait() is seeds
+
+
+def test_a_failure_reaches_who_waits(tiny, tmp_path):
+    with pytest.raises(vgglab.UserError, match="--num-classes 7"):
+        vgglab.launch(tiny, seeds=2, num_classes=7, run_dir=tmp_path / "failed")
+    with pytest.raises(vgglab.UserError, match="no runs of several seeds"):
+        vgglab.Seeds(tmp_path / "nowhere")
+    with pytest.raises(vgglab.UserError, match="leave out nnodes and detach"):
+        vgglab.launch(tiny, seeds=2, detach=True)

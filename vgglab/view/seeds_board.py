@@ -1,0 +1,69 @@
+"""Several seeds in a notebook: which one is training, the table so far, and Stop; one table where nothing can move."""
+
+from __future__ import annotations
+
+import html
+import threading
+import time
+from typing import Any
+
+from vgglab.view.live import REFRESH_SECONDS, front_end, progress_of, summary
+from vgglab.view.seeds_table import as_html, as_text
+
+
+def watch(seeds: Any) -> None:
+    """Show ``LaunchedSeeds``: a live board and return at once, or wait for them and leave the table."""
+    kind = front_end()
+    if kind == "live":
+        Board(seeds).show()
+        return
+    try:
+        seeds.wait()
+    finally:
+        if kind == "static":
+            from IPython.display import display
+
+            display(seeds)
+        else:
+            print(as_text({seeds.path.name: seeds.runs}))
+
+
+class Board:
+    """Kept up to date by a thread until the last seed is done."""
+
+    def __init__(self, seeds: Any) -> None:
+        import ipywidgets as widgets
+
+        self.seeds = seeds
+        self.status, self.table = widgets.HTML(), widgets.HTML()
+        self.bar = widgets.IntProgress(max=len(seeds.numbers), layout=widgets.Layout(width="100%"))
+        self.stop_button = widgets.Button(description="Stop", icon="stop", tooltip="End this run, and start no other")
+        self.stop_button.on_click(self._on_stop)
+        self.widget = widgets.VBox([self.status, self.bar, self.table, self.stop_button])
+
+    def show(self) -> None:
+        from IPython.display import display
+
+        self.refresh()
+        display(self.widget)
+        threading.Thread(target=self._keep_fresh, daemon=True, name="vgglab seeds board").start()
+
+    def refresh(self) -> None:
+        runs, current = self.seeds.runs, self.seeds.current
+        num_done = sum(run.status == "done" for run in runs)
+        text = f"{num_done} of {len(self.seeds.numbers)} seeds done"
+        if current is not None:
+            text = f"{text} · {summary(current, progress_of(current))}"
+        self.status.value, self.bar.value = f"<b>{html.escape(text)}</b>", num_done
+        self.table.value = as_html({self.seeds.path.name: runs})
+
+    def _keep_fresh(self) -> None:
+        while not self.seeds.is_over:
+            time.sleep(REFRESH_SECONDS)
+            self.refresh()
+        self.refresh()
+        self.stop_button.disabled, self.stop_button.description = True, "Ended"
+
+    def _on_stop(self, _: Any) -> None:
+        self.stop_button.disabled, self.stop_button.description = True, "Stopping"
+        threading.Thread(target=self.seeds.stop, daemon=True).start()  # off the kernel's thread: it takes its grace

@@ -1,0 +1,71 @@
+"""Runs that differ by their seed, as a table: how many, mean and standard deviation. Rows are groups of runs."""
+
+from __future__ import annotations
+
+import html
+from statistics import mean, stdev
+from typing import Mapping, NamedTuple, Sequence
+
+from vgglab.runs import Run
+
+ENOUGH = 5  # seeds from which on one may be called better than another
+FIGURES = {
+    "last top-1 %": lambda run: run.events("eval")[-1]["acc1"] if run.events("eval") else None,
+    "best top-1 %": lambda run: run.report()["acc1"],
+    "last held-out loss": lambda run: run.events("eval")[-1]["loss"] if run.events("eval") else None,
+}
+HEADINGS = ("", "figure", "n", "mean", "standard deviation", "lowest", "highest")
+
+
+class Row(NamedTuple):
+    """One figure of a group; over the seeds of the runs that are done."""
+
+    group: str
+    figure: str
+    n: int
+    mean: float
+    deviation: float | None  # of the sample; None for a single run
+    lowest: float
+    highest: float
+
+    def cells(self) -> tuple[str, ...]:
+        deviation = "" if self.deviation is None else f"{self.deviation:.3g}"
+        numbers = (f"{self.mean:.4g}", deviation, f"{self.lowest:.4g}", f"{self.highest:.4g}")
+        return (self.group, self.figure, str(self.n), *numbers)
+
+
+def rows_of(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
+    """A row for each group and figure; runs that are not done do not count."""
+    rows = []
+    for group, runs in groups.items():
+        done = [run for run in runs if run.status == "done"]
+        for figure, of in FIGURES.items():
+            values = [value for value in map(of, done) if value is not None]
+            if values:
+                spread = stdev(values) if len(values) > 1 else None
+                rows.append(Row(group, figure, len(values), mean(values), spread, min(values), max(values)))
+    return rows
+
+
+def remark(rows: Sequence[Row]) -> str:
+    """A line where there are too few to compare with; else empty."""
+    if all(row.n >= ENOUGH for row in rows):
+        return ""
+    return f"fewer than {ENOUGH} seeds: this says how much they scatter, and not which group is better"
+
+
+def as_text(groups: Mapping[str, Sequence[Run]]) -> str:
+    """The table in plain text."""
+    rows = rows_of(groups)
+    table = [HEADINGS, *(row.cells() for row in rows)]
+    widths = [max(len(cells[column]) for cells in table) for column in range(len(HEADINGS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip() for cells in table]
+    return "\n".join(filter(None, [*lines, remark(rows)]))
+
+
+def as_html(groups: Mapping[str, Sequence[Run]]) -> str:
+    """The table for a notebook."""
+    rows = rows_of(groups)
+    head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells()) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table><p>{remark(rows)}</p>"
