@@ -17,6 +17,7 @@ from typing import Any, Iterable, NamedTuple, Sequence
 
 from vgglab.errors import UserError
 from vgglab.runs import Run, holds_a_run
+from vgglab.view.tables import html_table, text_table
 
 HEADINGS = (
     "model", "hardware", "precision", "layout", "ranks", "batch a card", "size", "images/s", "steps", "slowest tenth",
@@ -216,11 +217,7 @@ def as_text(results: Sequence[Result]) -> str:
     """The tables in plain text."""
     parts = []
     for title, rows in _tables(results):
-        table = [HEADINGS, *(row.cells() for row in rows)]
-        columns = [c for c in range(len(HEADINGS)) if any(cells[c] for cells in table[1:])]
-        widths = {c: max(len(cells[c]) for cells in table) for c in columns}
-        lines = ["  ".join(cells[c].ljust(widths[c]) for c in columns).rstrip() for cells in table]
-        parts.append("\n".join([title, *lines]))
+        parts.append(f"{title}\n{text_table(HEADINGS, [row.cells() for row in rows])}")
     return "\n\n".join(parts)
 
 
@@ -228,13 +225,7 @@ def tables_html(results: Sequence[Result]) -> str:
     """The tables for a notebook, or for a page of one's own."""
     parts = []
     for title, rows in _tables(results):
-        head = "".join(f"<th>{html.escape(heading)}</th>" for heading in HEADINGS)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells()) + "</tr>" for row in rows
-        )
-        parts.append(
-            f"<h2>{html.escape(title)}</h2><div style='overflow-x:auto'><table><tr>{head}</tr>{body}</table></div>"
-        )
+        parts.append(f"<h2>{html.escape(title)}</h2>{html_table(HEADINGS, [row.cells() for row in rows])}")
     return "".join(parts)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from statistics import mean, stdev
 from typing import Mapping, NamedTuple, Sequence
 
 from vgglab.runs import Run
+from vgglab.view.tables import html_table, text_table
 
 ENOUGH = 5  # seeds from which on one may be called better than another
 FIGURES = {
@@ -57,15 +57,10 @@ def remark(rows: Sequence[Row]) -> str:
 def as_text(groups: Mapping[str, Sequence[Run]]) -> str:
     """The table in plain text."""
     rows = rows_of(groups)
-    table = [HEADINGS, *(row.cells() for row in rows)]
-    widths = [max(len(cells[column]) for cells in table) for column in range(len(HEADINGS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip() for cells in table]
-    return "\n".join(filter(None, [*lines, remark(rows)]))
+    return "\n".join(filter(None, [text_table(HEADINGS, [row.cells() for row in rows]), remark(rows)]))
 
 
 def as_html(groups: Mapping[str, Sequence[Run]]) -> str:
     """The table for a notebook."""
     rows = rows_of(groups)
-    head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells()) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table><p>{remark(rows)}</p>"
+    return f"{html_table(HEADINGS, [row.cells() for row in rows])}<p>{remark(rows)}</p>"

@@ -1,0 +1,98 @@
+"""What a page about some runs says in tables: the seed kit's results, the settings, the machine, what was simulated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, Sequence
+
+from vgglab.errors import UserError
+from vgglab.runs import Run, holds_a_run
+from vgglab.view.tables import html_table, text_table
+
+# The seed kit's report, by its names and in its order.
+SEED_FIELDS = (
+    "model local_rank batch_size epochs training_step_per_epoch eval_step_per_epoch acc1 acc5 device skip_steps "
+    "train_fps_mean train_fps_min train_fps_max training_time"
+).split()
+NOT_SETTINGS = ("run_dir", "output_dir", "seeds")
+
+
+class Table(NamedTuple):
+    """Rows of words; shows itself in a notebook."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __repr__(self) -> str:
+        return text_table(self.headings, self.rows) if self.rows else "none"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.headings, self.rows) if self.rows else "<p>none</p>"
+
+
+def runs_in(folders: Sequence[str | Path]) -> list[Run]:
+    """The runs that the folders are, or that lie in them, those of several seeds too; without what has only begun.
+
+    Raises:
+        UserError: a folder that is not there.
+    """
+    found = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        paths = [folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/seed-*"))]
+        found += [Run(path) for path in paths if holds_a_run(path)]
+    return [run for run in found if run.events("start")]
+
+
+def seed_table(runs: Sequence[Run]) -> Table:
+    """A row a run: the seed kit's report, and whether the card was simulated, in which case it has no speed."""
+    rows = []
+    for run in runs:
+        report = run.report()
+        cells = [_shown(report[name]) for name in SEED_FIELDS]
+        rows.append([run.path.name, *cells, "yes" if report["simulated"] else "", report["status"]])
+    return Table(["run", *SEED_FIELDS, "simulated", "status"], rows)
+
+
+def settings_table(runs: Sequence[Run]) -> Table:
+    """A row for each setting that is not the same in all of them."""
+    names = [name for name in dict.fromkeys(n for run in runs for n in run.config) if name not in NOT_SETTINGS]
+    values = {name: [_shown(run.config.get(name)) for run in runs] for name in names}
+    rows = [[name, *shown] for name, shown in values.items() if len(set(shown)) > 1]
+    return Table(["setting", *(run.path.name for run in runs)], rows)
+
+
+def common_settings(runs: Sequence[Run]) -> str:
+    """The others, in one line of flags."""
+    first, differing = runs[0].config, {row[0] for row in settings_table(runs).rows}
+    said = {name: first[name] for name in first if name not in differing and name not in NOT_SETTINGS}
+    return " ".join(f"--{n.replace('_', '-')}={_shown(v)}" for n, v in said.items() if v not in (None, False))
+
+
+def machine_table(runs: Sequence[Run]) -> Table:
+    """A row a run: hardware, ranks, precision, versions, commit."""
+    rows = []
+    for run in runs:
+        env = run.env
+        versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items() if version)
+        precision = env.get("amp_dtype") or ("tf32" if env.get("tf32") else "float32")
+        hardware = f"{env['hardware']} (simulated card)" if env["simulated"] else env["hardware"]
+        rows.append([run.path.name, hardware, str(env["world_size"]), precision, versions, _shown(env.get("commit"))])
+    return Table(["run", "hardware", "ranks", "precision", "versions", "commit"], rows)
+
+
+def warnings_table(runs: Sequence[Run]) -> Table:
+    """What the runs remarked upon, each once."""
+    said: dict[str, list[str]] = {}
+    for run in runs:
+        for event in run.events("warning"):
+            said.setdefault(event["text"], []).append(run.path.name)
+    rows = [[text, names[0] if len(names) == 1 else f"{len(names)} runs"] for text, names in said.items()]
+    return Table(["warning", "of"], rows)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
