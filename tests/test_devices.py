@@ -7,7 +7,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from conftest import PROJECT, TINY, shell, torchrun
-from expected_losses import FOLDER, RELATIVE_TOLERANCE, largest_deviation, measure
+from expected_losses import FOLDER, MOST_HITS_OFF, RELATIVE_TOLERANCE, hits_off, largest_deviation, measure
 
 from vgglab import Run
 from vgglab.devices import open_device
@@ -248,6 +248,7 @@ def test_the_first_losses_are_those_of_the_record(file):
     measured = measure(expected["device"])
     assert len(expected["losses"]) == 20
     assert largest_deviation(measured["losses"], expected["losses"]) < RELATIVE_TOLERANCE
+    assert hits_off(measured, expected) < MOST_HITS_OFF + 0.5
     assert measured["simulated"] is expected["simulated"] is (expected["device"] == "gcu-sim")
 
 

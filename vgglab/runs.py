@@ -83,6 +83,12 @@ class Run:
         if not is_a_run(self.path):
             raise UserError(f"no run directory: {self.path}")
 
+    @property
+    def name(self) -> str:
+        """Of its folder; of one of several seeds with the folder they lie in."""
+        is_of_several = self.path.name.startswith("seed-")
+        return f"{self.path.parent.name}/{self.path.name}" if is_of_several else self.path.name
+
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})  # {self.status}"
 

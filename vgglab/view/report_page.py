@@ -51,7 +51,7 @@ def seed_table(runs: Sequence[Run]) -> Table:
     for run in runs:
         report = run.report()
         cells = [_shown(report[name]) for name in SEED_FIELDS]
-        rows.append([run.path.name, *cells, "yes" if report["simulated"] else "", report["status"]])
+        rows.append([run.name, *cells, "yes" if report["simulated"] else "", report["status"]])
     return Table(["run", *SEED_FIELDS, "simulated", "status"], rows)
 
 
@@ -60,7 +60,7 @@ def settings_table(runs: Sequence[Run]) -> Table:
     names = [name for name in dict.fromkeys(n for run in runs for n in run.config) if name not in NOT_SETTINGS]
     values = {name: [_shown(run.config.get(name)) for run in runs] for name in names}
     rows = [[name, *shown] for name, shown in values.items() if len(set(shown)) > 1]
-    return Table(["setting", *(run.path.name for run in runs)], rows)
+    return Table(["setting", *(run.name for run in runs)], rows)
 
 
 def common_settings(runs: Sequence[Run]) -> str:
@@ -78,7 +78,7 @@ def machine_table(runs: Sequence[Run]) -> Table:
         versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items() if version)
         precision = env.get("amp_dtype") or ("tf32" if env.get("tf32") else "float32")
         hardware = f"{env['hardware']} (simulated card)" if env["simulated"] else env["hardware"]
-        rows.append([run.path.name, hardware, str(env["world_size"]), precision, versions, _shown(env.get("commit"))])
+        rows.append([run.name, hardware, str(env["world_size"]), precision, versions, _shown(env.get("commit"))])
     return Table(["run", "hardware", "ranks", "precision", "versions", "commit"], rows)
 
 
@@ -87,7 +87,7 @@ def warnings_table(runs: Sequence[Run]) -> Table:
     said: dict[str, list[str]] = {}
     for run in runs:
         for event in run.events("warning"):
-            said.setdefault(event["text"], []).append(run.path.name)
+            said.setdefault(event["text"], []).append(run.name)
     rows = [[text, names[0] if len(names) == 1 else f"{len(names)} runs"] for text, names in said.items()]
     return Table(["warning", "of"], rows)
 

@@ -144,7 +144,7 @@ def _results_of(path: Path) -> list[Result]:
             plain_ratio=None,
             acc1=report["acc1"],
             torch=report["versions"]["torch"],
-            source=path.name,
+            source=Run(path).name,
             is_simulated=report["simulated"],
             is_fake=report["data_is_fake"],
         )
@@ -167,7 +167,7 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
         plain_ratio=None if device["simulated"] else row["ratio"],
         acc1=None,
         torch=run.env["versions"]["torch"],
-        source=f"{run.path.name}, way {row['way']}",
+        source=f"{run.name}, way {row['way']}",
         is_simulated=device["simulated"],
         flop_per_image=row.get("flop_per_image"),
         peak_flop_per_second=row.get("peak_flop_per_second"),
