@@ -39,6 +39,14 @@ def test_one_deliberate_change_is_found_at_its_step(runs, flags, setting, step, 
     assert not found.is_same
 
 
+def test_a_setting_that_only_the_later_run_knows_is_seen(runs):
+    older, newer = runs(), runs("--ema=0.9")
+    settings = json.loads((older.path / "config.json").read_text())
+    del settings["ema"]
+    (older.path / "config.json").write_text(json.dumps(settings))
+    assert compare(older, newer).settings == {"ema": (None, 0.9)}
+
+
 def test_other_data_are_said_before_the_first_step(runs, images, tmp_path):
     one = runs()
     for file in (images / "train" / "n01").glob("*"):
@@ -67,6 +75,10 @@ def test_the_door(runs, tmp_path):
     again = shell(*words, one.path, other.path, f"--png={tmp_path / 'both.png'}")
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert shell(*words, one.path, further.path).returncode == 1
+    rarely = runs("--print-freq=4")  # as often as it was asked to; the same training
+    assert shell(*words, one.path, rarely.path).returncode == 0
+    (rarely.path / "events.jsonl").write_text("")
+    assert shell(*words, one.path, rarely.path).returncode == 2
     for wrong in ([one.path], [one.path, tmp_path / "nowhere"], [one.path, other.path, "--tolerance=-1"]):
         result = shell(*words, *wrong)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr

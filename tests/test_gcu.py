@@ -85,6 +85,12 @@ def test_lazy_each_step_is_the_vendors(on_gcu):
     assert calls.count("manual_seed_all") == 1 + 2 * STEPS  # before the first weights, then once a step
 
 
+def test_lazy_averages_of_weights_are_refused_and_blends_are_within_the_contract(on_gcu):
+    refused = on_gcu(LAZY, "--ema=0.9")
+    assert (refused.code, "--ema: not offered on gcu" in refused.err) == (2, True)
+    assert on_gcu(LAZY, "--mixup=0.2", "--cutmix=1", "--label-smoothing=0.1").code == 0
+
+
 def test_lazy_mixed_precision_ends_in_one_unlazy_with_everything_in_it(on_gcu):
     outcome = on_gcu(LAZY, "--amp", "--eval-step-per-epoch=1", "--print-freq=100", ranks=2)
     assert outcome.code == 0, outcome.err

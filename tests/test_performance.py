@@ -2,17 +2,22 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import shell
+from conftest import PROJECT, TINY, shell
 from test_devices import needs_sim, run_ranks
+from test_launch import wait_until
 
 from vgglab import Run
 from vgglab.compat import load_tensors
 from vgglab.devices.memory import keep_freed_memory
 from vgglab.pace import PHASES
 from vgglab.report import remark_on_steadiness
+from vgglab.runs import holds_a_run
 from vgglab.view import results
 
 has_fused = pytest.mark.skipif("fused" not in torch.optim.SGD.__init__.__code__.co_varnames, reason="torch before 2.3")
@@ -168,11 +173,23 @@ def test_the_layout_stands_beside_a_bar(train):
     assert "channels last" in text
 
 
-def test_a_trace_is_written_on_request(train):
-    run = train("--trace=1", "--skip-steps=1").run
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_a_trace_is_written_on_request(train, skipped):
+    run = train("--trace=1", f"--skip-steps={skipped}").run
     trace = json.loads((run.path / "trace.json").read_text())
     assert any("conv" in str(event.get("name", "")) for event in trace["traceEvents"])
     assert not (train().run.path / "trace.json").exists()
+
+
+def test_a_run_that_is_asked_to_leave_while_it_is_traced_leaves_its_trace(images, tmp_path):
+    """It was taken down by a segmentation fault."""
+    words = [sys.executable, "-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}"]
+    words += ["--epochs=1000", "--trace=100000", "--skip-steps=1", "--print-freq=1"]
+    process = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: holds_a_run(tmp_path / "run") and len(Run(tmp_path / "run").events("train")) > 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert (tmp_path / "run" / "trace.json").exists()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="Linux")
@@ -211,6 +228,10 @@ def test_bench_step_goes_in_turns_and_leaves_a_run_directory(tmp_path):
     assert {"images_per_second", "reference_images_per_second", "ratio"} <= set(figures)
     assert [row["way"] for row in figures["all"]] == ["float32", "bare", "torchvision"]
     assert all(row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1] for row in figures["all"])
+    flop = {row["way"]: row["flop_per_image"] for row in figures["all"]}
+    assert (
+        flop["torchvision"] > 1.5 * flop["float32"] == 1.5 * flop["bare"]
+    )  # its wide classifier, also for small images
     for row in figures["all"]:
         done = row["images_per_second"] * row["flop_per_image"]
         assert row["share_of_peak"] == pytest.approx(done / row["peak_flop_per_second"])

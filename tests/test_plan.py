@@ -50,6 +50,19 @@ def test_a_run_does_what_its_plan_says(images, train):
     assert found.checkpoint_bytes == pytest.approx(size, rel=0.01)
 
 
+def test_the_head_and_the_first_epoch_count():
+    found = planned("--recipe=seed", "--head=small", "--start-epoch=80")
+    assert (found.epochs, found.steps) == (10, 10 * (1_281_167 // 192))
+    num_parameters = 14_714_688 + 2 * (512 * 512 + 512) + 513 * 1000  # the convolutions', and a narrow classifier's
+    assert found.checkpoint_bytes == 2 * 4 * num_parameters
+
+
+@pytest.mark.parametrize("flags", [["--seeds=5"], ["--test-only", "--pretrained"], ["--resume=auto"]])
+def test_what_is_not_one_training_from_its_beginning_is_refused(flags):
+    with pytest.raises(UserError, match="leave them out"):
+        planned("--recipe=quick", *flags)
+
+
 @pytest.mark.parametrize(
     ("flags", "more", "says"),
     [
@@ -76,13 +89,19 @@ def test_a_batch_larger_than_the_set_is_refused(images):
 
 def test_the_door(train, images, capsys):
     run = train("--epochs=3", "--skip-steps=1", "--print-freq=1").run
-    tiny = ["--recipe=quick", f"--data-path={images}", "--batch-size=4"]
+    tiny = ["--recipe=quick", f"--data-path={images}", "--batch-size=8"]
     assert main([*tiny, f"--run={run.path}", "--json"]) == 0
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
     assert {"training_seconds", "steps", "checkpoint_bytes"} <= set(found)
     assert found["images_per_second"] == pytest.approx(run.report()["images_per_second"])
     assert "checkpoints" in out
+    assert "its speed is that of model vgg11, batch size 4" in out
+    with_ranks = planned("--recipe=seed", "--world-size=8", ranks=8)
+    assert main(["--recipe=seed", "--world-size=8", "--images-per-second=590.3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == with_ranks.steps
+    assert main([*tiny, f"--run={run.path}", "--images-per-second=5"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
     result = shell("python", "-m", "vgglab.plan", "--recipe", "seed", "--images_per_second", "590", "--ranks", "8")
     assert (result.returncode, result.stderr) == (0, "")
     for wrong in ([], ["--images-per-second=0"], ["--images-per-second=5", "--recipe=best"], ["--run=nowhere"]):

@@ -145,6 +145,34 @@ def test_a_plateau_lowers_the_rate_after_its_patience_also_across_a_resume(train
     assert rates(first) + rates(rest) == pytest.approx(expected)
 
 
+def test_other_schedules_and_warm_up_count_no_plateaus(train):
+    flags = ("--lr-patience=1", "--lr=1e-9", "--seed=1", "--training-step-per-epoch=1")
+    first = train(*flags, "--lr-schedule=cosine", "--epochs=3").run
+    assert load_tensors(first.checkpoint("last"))["num_drops"] == 0
+    warming = train(*flags, "--lr-schedule=plateau", "--warmup=3", "--epochs=5").run
+    base = 1e-9 * 4 / 256
+    assert rates(warming) == pytest.approx([base / 3, base * 2 / 3, base, base, base / 10])
+
+
+def test_what_another_decay_or_momentum_means_for_a_resume(train):
+    earlier = train("--model=vgg11_bn").run
+    refusal = train("--epochs=2", "--no-bias-weight-decay", f"--resume={earlier.path}", base=())
+    assert refusal.code == 2
+    assert "weight decay on other layers; see --bias-weight-decay" in refusal.err
+    still = train("--optimizer=rmsprop", "--momentum=0", "--lr=0.0001").run
+    moved = train("--epochs=2", "--momentum=0.9", f"--resume={still.path}", base=())
+    assert moved.code == 0, moved.err
+
+
+def test_what_belongs_to_the_hardware_is_not_inherited(train):
+    earlier = train("--channels-last").run
+    again = train("--epochs=2", f"--resume={earlier.path}", base=("--device=cpu",)).run
+    assert again.config["channels_last"] is False
+    assert any("--channels-last False, was True" in text for text in again.report()["warnings"])
+    fast = train("--epochs=2", "--fast", f"--resume={train().run.path}", base=("--device=cpu",)).run
+    assert fast.config["channels_last"] is True
+
+
 def test_biases_can_be_spared_from_weight_decay():
     config = parse(["--no-bias-weight-decay", "--wd=0.01"])
     network = build("vgg11_bn", num_classes=3, head="small")

@@ -46,6 +46,10 @@ def test_the_door(images, tmp_path):
     assert result.returncode == 0, result.stderr
     assert run.path.name in page.read_text()
     assert "http" not in page.read_text()  # nothing from elsewhere
+    assert shell("python", "-m", "vgglab.view.results", tmp_path, "--html", page).returncode == 0  # anew
+    (tmp_path / "mine.html").write_text("mine")
+    refused = shell("python", "-m", "vgglab.view.results", tmp_path, "--html", tmp_path / "mine.html")
+    assert (refused.returncode, (tmp_path / "mine.html").read_text()) == (2, "mine")
     assert shell("python", "-m", "vgglab.view.results", tmp_path / "nowhere").returncode == 2
     shutil.rmtree(run.path / "log")
     (run.path / "events.jsonl").unlink()  # a run that has only just begun is left out

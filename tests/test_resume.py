@@ -94,7 +94,7 @@ def test_row_5_a_run_resumed_in_the_middle_of_an_epoch_is_the_one_that_never_sto
     assert_same(undisturbed, resumed, after=stop)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_row_4_a_warning_is_answered_with_a_checkpoint_and_an_exit_code(job, tmp_path, number, ranks):
     process = job.start("warned", "--epochs=400", ranks=ranks)

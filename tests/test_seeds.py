@@ -46,6 +46,7 @@ def test_from_the_shell_one_after_the_other_and_a_table(tiny, tmp_path):
         ["--seeds=1,1"],
         ["--seeds=1,2", "--seed=1"],
         ["--seeds=2", "--fix-seed"],
+        ["--seeds=3", "--seed=4294967294"],
         ["--seeds=2", "--resume=auto"],
     ],
 )
@@ -82,7 +83,17 @@ def test_however_the_series_is_ended_its_run_ends_too(tiny, tmp_path, number, co
     wait_until(lambda: not processes_with(mark), seconds=20)
     assert seeds_in(tmp_path / "long") == [1]  # the second was not begun
     if number != signal.SIGKILL:
-        assert vgglab.Seeds(tmp_path / "long").runs[0].status == "interrupted"
+        [run] = vgglab.Seeds(tmp_path / "long").runs
+        assert run.status == "interrupted"
+    if number == signal.SIGTERM:  # the same line goes on with it, and does not do twice what is done
+        step = run.events("train")[-1]["step"]
+        epochs = f"--epochs={step // 4 + 2}"
+        result = shell("python", *words[1:], epochs, env=environment)
+        assert result.returncode == 0, result.stderr
+        assert seeds_in(tmp_path / "long") == [1, 2]
+        assert vgglab.Seeds(tmp_path / "long").runs[0].events("start")[-1]["first_step"] >= step
+        again = shell("python", *words[1:], epochs, env=environment)
+        assert again.stdout.count("is done already") == 2
 
 
 def test_launched_from_a_script(tiny, tmp_path, capsys):
@@ -104,6 +115,14 @@ def test_stop_ends_the_run_and_begins_no_other(tiny, tmp_path, monkeypatch):
     assert processes_with("stopped-seeds") == []
     assert [run.status for run in seeds.runs] == ["interrupted"]
     assert seeds.wait() is seeds
+
+
+def test_stop_reaches_a_run_that_is_just_being_started(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv(MARK, "stopped-early")
+    seeds = vgglab.launch(tiny, seeds=2, epochs=1000, run_dir=tmp_path / "early", watch=False)
+    seeds.stop()
+    assert processes_with("stopped-early") == []
+    assert seeds.is_over
 
 
 def test_a_failure_reaches_who_waits(tiny, tmp_path):

@@ -294,9 +294,15 @@ def restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_na
     """
     if content.get("format") != FORMAT:
         raise UserError("holds weights only; use it with --test-only")
-    written_by = content["config"].get("optimizer")
-    if written_by != optimizer_name:
+    if content["config"].get("optimizer") != optimizer_name:
+        written_by = content["config"].get("optimizer")
         raise UserError(f"was written with --optimizer {written_by}, this run is --optimizer {optimizer_name}")
+    with _refusing_damage():
+        there = [len(group["params"]) for group in content["optimizer"]["param_groups"]]
+    if there != [len(group["params"]) for group in optimizer.param_groups]:
+        raise UserError(
+            "was trained with weight decay on other layers; see --bias-weight-decay and --bn-weight-decay there"
+        )
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     with _refusing_damage():
         optimizer.load_state_dict(content["optimizer"])
@@ -305,4 +311,7 @@ def restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_na
         state = TrainingState(best=best, **{name: int(content.get(name, 0)) for name in names})
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)
+        for weight in group["params"] if own.get("momentum") else ():
+            if optimizer_name == "rmsprop":  # which looks for it only in its first step
+                optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
     return state

@@ -47,13 +47,13 @@ class Comparison(NamedTuple):
     first: Difference | None
     largest_relative: float  # of all losses
     num_steps: int  # that were compared
-    num_events: tuple[int, int]
+    last_steps: tuple[int, int]  # of either run
     acc1: tuple[float | None, float | None]  # in percent, at the last evaluation
 
     @property
     def is_same(self) -> bool:
         """Nothing that was computed differs, and both have come equally far."""
-        return self.first is None and self.num_events[0] == self.num_events[1] and self.num_steps > 0
+        return self.first is None and self.last_steps[0] == self.last_steps[1] and self.num_steps > 0
 
 
 def compare(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
@@ -63,7 +63,7 @@ def compare(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
         UserError: a run that has not begun.
     """
     for run in (one, other):
-        if not run.events():
+        if not run.events("start"):
             raise UserError(f"{run.path}: nothing to compare yet")
     rows, others = _figures(one), _figures(other)
     common = sorted(set(rows) & set(others))
@@ -78,12 +78,12 @@ def compare(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
                 first = Difference(step, event, figure, values, relative)
     start, other_start = (run.events("start")[0] for run in (one, other))
     return Comparison(
-        settings=_differing(one.config, other.config, [name for name in one.config if name not in NOT_COMPARED]),
+        settings=_differing(one.config, other.config, _compared({**one.config, **other.config})),
         starting_point=_differing(start, other_start, STARTING_POINT),
         first=first,
         largest_relative=largest,
         num_steps=len({step for step, event in common if event == "train"}),
-        num_events=(len(rows), len(others)),
+        last_steps=(max(step for step, _ in rows) if rows else 0, max(step for step, _ in others) if others else 0),
         acc1=(_last_acc1(one), _last_acc1(other)),
     )
 
@@ -106,6 +106,10 @@ def _differing(one: dict[str, Any], other: dict[str, Any], names: Sequence[str])
     return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
 
 
+def _compared(settings: dict[str, Any]) -> list[str]:
+    return [name for name in settings if name not in NOT_COMPARED]
+
+
 def _last_acc1(run: Run) -> float | None:
     return next((event["acc1"] for event in reversed(run.events("eval"))), None)
 
@@ -122,8 +126,8 @@ def as_text(found: Comparison) -> str:
         lines.append(f"no difference in {found.num_steps} steps that both have written about")
     else:
         lines.append("no step that both have written about; with the same --print-freq there would be")
-    if found.num_events[0] != found.num_events[1]:
-        lines.append(f"one has come further: {found.num_events[0]} and {found.num_events[1]} lines of figures")
+    if found.last_steps[0] != found.last_steps[1]:
+        lines.append(f"one has come further: step {found.last_steps[0]} and step {found.last_steps[1]}")
     known = ["none" if acc1 is None else f"{acc1:.2f} %" for acc1 in found.acc1]
     lines.append(f"top-1 at the last evaluation: {known[0]} and {known[1]}")
     return "\n".join(lines)

@@ -194,7 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="python -m vgglab.train [--flag value ...]",
         description="Train VGG; write a run directory.",
         epilog="Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, said in one line; "
-        "75 left at SIGTERM or SIGUSR1 with a checkpoint to go on from; 130 interrupted.",
+        "75 left at SIGTERM, SIGUSR1 or SIGHUP with a checkpoint to go on from; 130 interrupted.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )

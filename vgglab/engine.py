@@ -7,6 +7,7 @@ everything it has to say it writes as events into the run directory.
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,8 @@ def prepare(config: Config, device: Device, sets: DataSets, saved: dict[str, Any
         with blaming(f"--resume {config.resume}"):
             checkpoint.restore_model(saved, network, config.model, to_train=not config.test_only)
     model, network = device.wrap(network)
+    if config.ema and not device.can_average:
+        raise UserError(f"--ema: not offered on {device.kind}; leave it out")
     average = Average(network, config.ema) if config.ema and not config.test_only else None
     if average is not None and saved is not None:
         average.network.load_state_dict(saved["model"])
@@ -99,11 +102,16 @@ def train(job: Job, config: Config, device: Device, run: RankWriter) -> None:
         UserError: an image that cannot be read; a loss that is not finite; no room for the last checkpoint.
         Leaving: a signal asked for it; the checkpoint is written.
     """
+    num_traced = config.trace if device.rank == 0 else 0
+    with closing(Tracer(run.path, config.skip_steps, num_traced)) as tracer:
+        _train(job, config, device, run, tracer)
+
+
+def _train(job: Job, config: Config, device: Device, run: RankWriter, tracer: Tracer) -> None:
     model, optimizer, batches, state = job.model, job.optimizer, job.batches, job.state
     assert batches is not None
     images_per_step = config.batch_size * device.world_size
     clock, watch = Clock(images_per_step, device, config.timers), Watch(device)
-    tracer = Tracer(run.path, config.skip_steps, config.trace if device.rank == 0 else 0)
     last_skipped_step = state.step + config.skip_steps  # a run's first steps are slow, also a resumed one's
     if config.resume and device.rank == 0:
         checkpoint.carry_best(config.resume, run.path / "checkpoints")
@@ -175,12 +183,12 @@ def train(job: Job, config: Config, device: Device, run: RankWriter) -> None:
                 _save(job, config, device, run)  # all its images seen, its evaluation still to come
                 raise
             state.epoch, state.images = epoch + 1, 0
-            state.was_evaluated(is_best, config.lr_patience)
+            if config.lr_schedule == "plateau" and epoch >= config.warmup:
+                state.was_evaluated(is_best, config.lr_patience)
             _save(job, config, device, run, is_best)
         else:
             state.epoch, state.images = epoch + 1, 0
 
-    tracer.close()
     num_steps = state.step - (last_skipped_step - config.skip_steps)
     if 0 < num_steps <= config.skip_steps:
         run.event("warning", text=f"no images/s: {num_steps} steps, all within --skip-steps {config.skip_steps}")

@@ -12,12 +12,13 @@ from vgglab.errors import UserError
 # What belongs to the run that is being started, not to the one it goes on from.
 NOT_INHERITED = (
     "resume run_dir output_dir test_only start_epoch pretrained device world_size workers dist_url tensorboard amp "
-    "cache_dataset fix_seed seeds eval_step_per_epoch timers trace apex apex_opt_level enable_horovod"
+    "channels_last fused tf32 cache_dataset fix_seed seeds eval_step_per_epoch timers trace apex apex_opt_level "
+    "enable_horovod"
 ).split()
 
 
 # Who gives the first has said something about the others too.
-IMPLIED = {"fix_seed": ["seed"], "amp": ["amp_dtype"], "data_path": ["num_classes"]}
+IMPLIED = {"fix_seed": ["seed"], "fast": ["amp_dtype"], "amp": ["amp_dtype"], "data_path": ["num_classes"]}
 
 
 def inherit(config: Config, given: Sequence[str], earlier: dict[str, Any]) -> None:
@@ -50,7 +51,7 @@ def _checked(item: Field, value: Any) -> Any:
 RECIPE = (
     "data_path batch_size world_size image_size dropout_rate lr optimizer momentum nesterov rmsprop_alpha "
     "rmsprop_eps weight_decay bn_weight_decay bias_weight_decay lr_schedule warmup end_lr lr_step_size lr_gamma "
-    "lr_patience crops label_smoothing mixup cutmix ema amp_dtype tf32 seed training_step_per_epoch"
+    "lr_patience crops label_smoothing mixup cutmix ema amp_dtype tf32 channels_last seed training_step_per_epoch"
 ).split()
 
 

@@ -8,6 +8,9 @@ import signal
 import threading
 from typing import Any, Iterator
 
+WARNINGS = [  # to leave in good order: a scheduler's two, and that of a terminal that is closed
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+]
 _warnings: list[int] = []  # the signals by which this process was asked to leave
 
 
@@ -45,7 +48,7 @@ def starting_workers() -> Iterator[None]:
         if not hasattr(signal, "pthread_sigmask"):
             yield
             return
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
         try:
             yield
         finally:
@@ -54,13 +57,16 @@ def starting_workers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def heeding_warnings() -> Iterator[None]:
-    """In the block SIGTERM and SIGUSR1 are only noted; the loop asks ``leave_requested`` and ends in good order."""
+    """In the block ``WARNINGS`` are only noted; the loop asks ``leave_requested`` and ends in good order.
+
+    One that was switched off from outside stays so: under nohup a closed terminal is nothing.
+    """
     _warnings.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    previous = {number: signal.signal(number, _note) for number in numbers}
+    heeded = [number for number in WARNINGS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _note) for number in heeded}
     try:
         yield
     finally:
@@ -70,14 +76,14 @@ def heeding_warnings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def passing_on_warnings(pid: int) -> Iterator[None]:
-    """In the block SIGTERM and SIGUSR1 go to the process ``pid``, which this one only waits for."""
+    """In the block ``WARNINGS`` go to the process ``pid``, which this one only waits for."""
 
     def pass_on(number: int, _: Any) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    previous = {number: signal.signal(number, pass_on) for number in numbers}
+    passed_on = [number for number in WARNINGS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, pass_on) for number in passed_on}
     try:
         yield
     finally:
@@ -91,9 +97,8 @@ def leave_signals_to_parent(_: int = 0) -> None:
     SIGTERM ends the worker only where its parent sends it, as Python does on its way out; ignored from there too, the
     two would wait for one another for ever.
     """
-    for name in ("SIGUSR1", "SIGINT"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in {*WARNINGS, signal.SIGINT} - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux: it says who
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # already so after starting_workers()
         threading.Thread(target=_end_at_parents_word, args=(os.getppid(),), daemon=True).start()

@@ -22,7 +22,7 @@ from vgglab import ranks
 from vgglab.config import Config, parse
 from vgglab.errors import RunFailed, UserError
 from vgglab.runs import LAUNCHED, Run, claim, holds_a_run, run_path, write_json
-from vgglab.seeds import LaunchedSeeds, folder_of, seeds_of, without_seeds
+from vgglab.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
 
 NUM_LOG_LINES_SHOWN = 30
 
@@ -91,7 +91,7 @@ def _launch_each(argv: Sequence[str], config: Config, watch: bool, options: dict
     words = without_seeds(argv)
 
     def start(number: int, path: Path) -> LaunchedRun:
-        run = launch([*words, f"--seed={number}", f"--run-dir={path}"], watch=False, **options)
+        run = launch([*words, *for_one(number, path)], watch=False, **options)
         assert isinstance(run, LaunchedRun)
         return run
 

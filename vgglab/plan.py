@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Sequence
 
 from vgglab.config import Config, flags_given, warnings_about
@@ -68,6 +69,10 @@ def plan(
     Raises:
         UserError: the data are not there, or do not fill a batch.
     """
+    if config.test_only or config.resume or config.seeds:
+        raise UserError(
+            "--test-only, --resume and --seeds: a plan is of one training from its beginning; leave them out"
+        )
     data, num_train, num_eval, num_classes, image_size = _data(config, given)
     global_batch = config.batch_size * ranks
     steps_per_epoch = num_train // global_batch
@@ -78,8 +83,9 @@ def plan(
             f"--batch-size {config.batch_size} x {ranks} ranks: larger than the training set ({num_train} images)"
         )
     rate = images_per_second * ranks * (scaling if ranks > 1 else 1.0)
-    steps = steps_per_epoch * config.epochs
-    num_evaluations = -(-config.epochs // config.eval_freq)
+    epochs = range(config.start_epoch, config.epochs)
+    steps = steps_per_epoch * len(epochs)
+    num_evaluations = sum((epoch + 1) % config.eval_freq == 0 or epoch + 1 == config.epochs for epoch in epochs)
     evaluated = (
         num_eval if config.eval_step_per_epoch == -1 else min(num_eval, config.eval_step_per_epoch * global_batch)
     )
@@ -92,7 +98,7 @@ def plan(
         num_eval_images=num_eval,
         ranks=ranks,
         global_batch_size=global_batch,
-        epochs=config.epochs,
+        epochs=len(epochs),
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         images_per_second=rate,
@@ -120,9 +126,15 @@ def _data(config: Config, given: Sequence[str]) -> tuple[str, int, int, int, int
 
 def _checkpoint_bytes(config: Config, num_classes: int, image_size: int) -> int:
     """Weights and statistics in float32, as many again for each thing that the optimizer and --ema keep of them."""
-    from vgglab import anatomy
+    import torch
 
-    network = anatomy.of(config.model, image_size, num_classes=num_classes)
+    from vgglab import anatomy
+    from vgglab.model import build, head_for
+
+    head = head_for(image_size) if config.head == "auto" else config.head
+    with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes are enough
+        built = build(config.model, num_classes=num_classes, head=head, init_weights=False)
+    network = anatomy.of(built, image_size)
     statistics = sum(2 * layer.output_shape[1] for layer in network if layer.kind == "batch norm")
     num_kept = (config.momentum > 0) + (config.optimizer == "rmsprop")
     copies = 2 if config.ema else 1
@@ -130,7 +142,7 @@ def _checkpoint_bytes(config: Config, num_classes: int, image_size: int) -> int:
 
 
 def _rates(config: Config, ranks: int) -> list[tuple[int, float]]:
-    rates = [(epoch, learning_rate(config, epoch, ranks)) for epoch in range(config.epochs)]
+    rates = [(epoch, learning_rate(config, epoch, ranks)) for epoch in range(config.start_epoch, config.epochs)]
     return [now for before, now in zip([(0, None), *rates], rates) if now[1] != before[1]]
 
 
@@ -199,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--images-per-second", type=SPEED, help="of one card, in training")
     parser.add_argument("--run", help="or a run directory that has measured it, on as many cards as it had")
-    parser.add_argument("--ranks", type=AT_LEAST_1, default=1, help="cards (default 1)")
+    parser.add_argument("--ranks", type=AT_LEAST_1, help="cards (default 1, or --world-size)")
     parser.add_argument("--scaling", type=POSITIVE, default=1.0, help="share of ranks x one card's speed (default 1)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser
@@ -208,6 +220,8 @@ def _parser() -> argparse.ArgumentParser:
 def _speed(options: Any) -> float:
     """Of one card. Raises UserError where nobody says it."""
     if options.images_per_second is not None:
+        if options.run is not None:
+            raise UserError("--run: measures what --images-per-second says; leave out one of the two")
         return options.images_per_second
     if options.run is None:
         raise UserError("--images-per-second: say how fast one card trains, or name a measured run with --run")
@@ -218,11 +232,24 @@ def _speed(options: Any) -> float:
     return report["images_per_second"] / report["world_size"]
 
 
+def _other_job(config: Config, run: Run) -> list[str]:
+    """What that speed was measured with, where it is not what is planned."""
+    report, wanted = run.report(), config.as_dict()
+    wanted["image_size"] = config.image_size or report["image_size"]
+    names = [name for name in ("model", "image_size", "batch_size") if report[name] != wanted[name]]
+    differing = ", ".join(f"{name.replace('_', ' ')} {report[name]}" for name in names)
+    return [f"--run {run.path.name}: its speed is that of {differing}"] if names else []
+
+
 def main(argv: Sequence[str]) -> int:
     """The shell's door; the exit code."""
     try:
         options, flags = _parser().parse_known_args([with_dashes(argument) for argument in argv])
-        planned = plan(parse_training(flags), _speed(options), options.ranks, options.scaling, flags_given(flags))
+        config = parse_training(flags)
+        ranks = config.world_size if options.ranks is None else options.ranks
+        planned = plan(config, _speed(options), ranks, options.scaling, flags_given(flags))
+        if options.run is not None:
+            planned.warnings.extend(_other_job(config, Run(options.run)))
         print(as_text(planned))
         if options.json:
             print(json.dumps(planned._asdict()))

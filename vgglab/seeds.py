@@ -4,7 +4,8 @@
     python -m vgglab.train --recipe quick --seeds 3,17,23
     vgglab.launch("--recipe quick", seeds=5)                 # in a cell; with nproc= on several cards
 
-The runs lie in one folder, ``<output-dir>/runs/<time>-...-seeds/seed-<n>/``; ``vgglab.Seeds(folder)`` reads it.
+Where a series was stopped, the same line goes on with it, if it names its folder with ``--run-dir``. The runs lie in
+one folder, ``<output-dir>/runs/<time>-...-seeds/seed-<n>/``; ``vgglab.Seeds(folder)`` reads it.
 """
 
 from __future__ import annotations
@@ -47,15 +48,23 @@ def seeds_of(config: Config) -> list[int]:
     if numbers[0] < 1:
         raise UserError("--seeds: at least 1")
     first = 1 if config.seed is None else config.seed
+    if first + numbers[0] > 2**32:
+        raise UserError(f"--seeds {numbers[0]}: from --seed {first} on there are not so many")
     return list(range(first, first + numbers[0]))
 
 
 def folder_of(config: Config) -> Path:
     """Where the runs of all seeds go: ``run_dir``, or a new folder. Raises UserError where something is there."""
     path = Path(config.run_dir) if config.run_dir else Path(f"{run_path(config)}-seeds")
-    if path.exists() and any(path.iterdir()):
-        raise UserError(f"--run-dir {path}: is not empty; name another folder")
+    others = [file.name for file in path.glob("*") if not file.name.startswith("seed-")]
+    if others:
+        raise UserError(f"--run-dir {path}: holds {others[0]} beside runs of several seeds; name another folder")
     return path
+
+
+def is_done(path: Path) -> bool:
+    """Whether this seed has been trained before, in a series that goes on."""
+    return is_a_run(path) and Run(path).status == "done"
 
 
 def without_seeds(argv: Sequence[str]) -> list[str]:
@@ -83,13 +92,21 @@ def train_each(argv: Sequence[str], config: Config) -> int:
     path = folder_of(config)
     for number in numbers:
         print(f"vgglab.train: seed {number}, {numbers.index(number) + 1} of {len(numbers)}", flush=True)
-        words = [*without_seeds(argv), f"--seed={number}", f"--run-dir={path / f'seed-{number}'}"]
+        if is_done(path / f"seed-{number}"):
+            print("vgglab.train: is done already", flush=True)
+            continue
+        words = [*without_seeds(argv), *for_one(number, path)]
         code = _run([sys.executable, "-u", "-m", "vgglab.train", *words])
         if code:
             return code
     print(as_text({path.name: Seeds(path).runs}))
     print(f"runs: {path}")
     return 0
+
+
+def for_one(number: int, folder: Path) -> list[str]:
+    """The flags that make it this seed's run, from the beginning or where a series before was stopped."""
+    return [f"--seed={number}", f"--run-dir={folder / f'seed-{number}'}", "--resume=auto"]
 
 
 def _run(command: list[str]) -> int:
@@ -144,7 +161,7 @@ class LaunchedSeeds(Seeds):
         self.numbers = numbers
         self.current: LaunchedRun | None = None
         self.failure: Exception | None = None
-        self._start, self._is_stopped = start, threading.Event()
+        self._start, self._is_stopped, self._lock = start, threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._train_each, daemon=True, name="vgglab seeds")
         self._thread.start()
 
@@ -153,8 +170,14 @@ class LaunchedSeeds(Seeds):
             if self._is_stopped.is_set():
                 return
             try:
-                self.current = self._start(number, self.path / f"seed-{number}")
-                self.current.wait()
+                if is_done(self.path / f"seed-{number}"):
+                    continue
+                run = self._start(number, self.path)
+                with self._lock:  # stop() either finds this run, or was called before this line
+                    self.current = run
+                if self._is_stopped.is_set():
+                    run.stop()
+                run.wait()
             except Exception as error:  # it ends the series, and is raised where somebody waits
                 self.failure = error
                 return
@@ -197,8 +220,10 @@ class LaunchedSeeds(Seeds):
     def stop(self) -> None:
         """End the run that is going on, and start no other."""
         self._is_stopped.set()
-        if self.current is not None:
-            self.current.stop()
+        with self._lock:
+            current = self.current
+        if current is not None:
+            current.stop()
         self._thread.join()
 
     def watch(self) -> None:

@@ -18,17 +18,22 @@ class Tracer:
         self._skip_steps, self._num_steps = skip_steps, num_steps
         self._profiler: Any = None
         self._steps = 0
+        if num_steps and skip_steps == 0:
+            self._start()
 
     def step_has_ended(self) -> None:
         self._steps += 1
         if self._profiler is not None and self._steps == self._skip_steps + self._num_steps:
             self.close()
         elif self._num_steps and self._steps == self._skip_steps:
-            self._profiler = torch.profiler.profile()  # all that this torch can record here
-            self._profiler.__enter__()
+            self._start()
+
+    def _start(self) -> None:
+        self._profiler = torch.profiler.profile()  # all that this torch can record here
+        self._profiler.__enter__()
 
     def close(self) -> None:
-        """Write what there is, also of a run that ended early."""
+        """Write what there is, also of a run that ends early: a profiler that is left open takes the process down."""
         if self._profiler is not None:
             self._profiler.__exit__(None, None, None)
             self._profiler.export_chrome_trace(str(self._file))

@@ -18,9 +18,9 @@ Going on after a stop, and testing without training:
     torchrun --max-restarts=3 --nproc_per_node=8 -m vgglab.train --checkpoint-every 500
     python -m vgglab.train --resume runs/<run>/checkpoints/best.pt --test-only
 
-Everything a run does ends up in its run directory (``vgglab/runs.py``). Exit codes: 0 done, 1 a bug with
-its traceback, 2 bad input with one line on stderr, 75 left at a signal (SIGTERM, SIGUSR1) with a checkpoint to go on
-from, 130 interrupted.
+Everything a run does ends up in its run directory (``vgglab/runs.py``). Exit codes: 0 done, 1 a bug with its
+traceback, 2 bad input with one line on stderr, 75 left at a signal (SIGTERM, SIGUSR1, SIGHUP) with a checkpoint to go
+on from, 130 interrupted.
 """
 
 from __future__ import annotations

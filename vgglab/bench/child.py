@@ -53,7 +53,7 @@ class Refusal(NamedTuple):
 
 
 class Enough(Exception):
-    """Ends the training loop from within its batches."""
+    """Ends the training loop from within its batches; ``args[0]`` is what was used of the device."""
 
 
 PEAK_REPEATS = 2  # of the largest matrix product, each time it is asked for
@@ -80,7 +80,7 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
         config.seed, config.num_classes, config.image_size = 0, sets.num_classes, sets.image_size
         config.head = head_for(sets.image_size) if config.head == "auto" else config.head
         batch = next(iter(train_batches(sets, config, device).epoch(0)))
-        counted = anatomy.of(config.model, config.image_size, num_classes=config.num_classes)
+        counted = anatomy.of(_network(way, config), config.image_size)
         connection.send(Ready(device.describe(), counted.training_flop))
         if way.is_plain:
             _plain_loop(connection, way, config, device, batch)
@@ -90,8 +90,8 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
             job = engine.prepare(config, device, sets, None)
             job.batches = gate
             engine.train(job, config, device, Quiet(Path("."), 0))
-    except Enough:
-        connection.send(device.usage())
+    except Enough as enough:
+        connection.send(enough.args[0])
     except UserError as error:
         connection.send(Refusal(str(error)))
     except (RuntimeError, MemoryError) as error:
@@ -119,11 +119,13 @@ class Gate(Batches):
 
 def _steps(connection: Connection, device: Device) -> Iterator[None]:
     """One turn of the loop for each step asked for; each is timed to the end of the device's work."""
+    usage: dict[str, Any] = {}
     while True:
         asked = connection.recv()
         if asked is None:
-            raise Enough
+            raise Enough(usage or device.usage())
         if asked == "peak":
+            usage = usage or device.usage()  # the matrices of the measuring are not this way's
             connection.send(product_flop_per_second(device, device.amp_dtype or "float32", PEAK_REPEATS))
             continue
         seconds = []

@@ -155,7 +155,7 @@ def measure(flags: Sequence[str], ways: Sequence[str], batch_size: int, turns: i
     Raises:
         UserError: an unknown way, or one that this device does not offer; DoesNotFit: no memory for the batch.
     """
-    chosen = [_way(name) for name in ways]
+    chosen = [_way(name) for name in dict.fromkeys(ways)]
     flags = [*flags, *FLAGS, f"--batch-size={batch_size}"]
     plain = Child(PLAIN, flags)
     plain.steps(1)
@@ -267,7 +267,7 @@ def main(argv: Sequence[str]) -> None:
     results = []
     for size in sizes:
         if size == "max":
-            results += [largest(flags, way, options.turns, options.steps) for way in ways]
+            results += [largest(flags, way, options.turns, options.steps) for way in dict.fromkeys(ways)]
         else:
             results += measure(flags, ways, int(size), options.turns, options.steps)
     path = save(results, flags, options.output_dir)

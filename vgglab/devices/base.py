@@ -29,6 +29,7 @@ class Device(ABC):
         channels_last: activations and weights have the channels of a pixel side by side.
         fuses: the optimizer should make its step in one kernel.
         compiles: the network is compiled.
+        can_average: weights may be read beside the step, for a moving average of them.
         is_simulated: no card was there, so no speed it shows is a card's.
         warnings: what the run should say about the device, one line each.
     """
@@ -42,6 +43,7 @@ class Device(ABC):
     channels_last: bool = False
     fuses: bool = False
     compiles: bool = False
+    can_average: bool = True
     is_simulated: bool = False
     _scaler: Any = None  # of the loss, where float16 needs one
 

@@ -30,6 +30,7 @@ class LazyGcu(Device):
     kind = "gcu"
     worker_start = "spawn"  # as in the vendor's script
     pins_memory = False  # on torch 1.10 that works with CUDA only
+    can_average = False  # it would have to be part of the step's graph, and its factor a new constant in each
 
     def __init__(self, wishes: Wishes, torch_gcu: Any) -> None:
         super().__init__(wishes)

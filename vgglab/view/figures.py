@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vgglab.errors import UserError
 from vgglab.runs import Run
 
 if TYPE_CHECKING:
@@ -194,6 +195,8 @@ def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> Picture:
     Without ``names`` a bar is called by its batch, precision and layout. Where the host reads a value from the device
     more often than in every other step, the place in the code stands below the bar.
     """
+    if not runs:
+        raise UserError("where_time_goes: no runs; name some that were trained with --timers")
     figure = Picture(9.0, 1.4 + 0.7 * len(runs))
     panel = figure.subplots()
     for place, run in enumerate(runs):
@@ -209,7 +212,8 @@ def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> Picture:
         panel.text(left, place, f" {left:.0f} ms", va="center", fontsize=9, color=INK)
         often = [f"{number:.2g} a step at {where}" for where, number in reads.items() if number > OFTEN]
         if often:
-            panel.text(0, place + 0.42, f"! the host waits for the device: {', '.join(often)}", **WARNING_LOOK)
+            text = f"! the host waits for the device: {', '.join(often)}"
+            panel.annotate(text, (0, place + 0.42), (3, 0), textcoords="offset points", **WARNING_LOOK)
     panel.set_yticks(range(len(runs)), list(names) or [_how(run) for run in runs], fontsize=9)
     panel.set_ylim(len(runs) - 0.4, -0.5)
     panel.set_xlabel("milliseconds of a mean step")

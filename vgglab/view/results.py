@@ -32,6 +32,9 @@ PUBLISHED = (
 )
 
 
+TITLE = "<title>vgglab: results</title>"
+
+
 class Result(NamedTuple):
     """A row: what ran, and what came out; None where that was not measured."""
 
@@ -237,7 +240,7 @@ def as_html(results: Sequence[Result]) -> str:
     )
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-        f"<title>vgglab: results</title><style>{style}</style><h1>Results</h1>{tables_html(results)}</html>\n"
+        f"{TITLE}<style>{style}</style><h1>Results</h1>{tables_html(results)}</html>\n"
     )
 
 
@@ -250,6 +253,12 @@ def _tables(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
     return tables
 
 
+def _refuse_foreign(file: Path) -> None:
+    """A page of before is written anew; what is anything else stays. Raises UserError, OSError."""
+    if file.exists() and TITLE not in file.read_text(encoding="utf-8", errors="replace")[:500]:
+        raise UserError(f"--html {file}: is there and is no page of results; name another file")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables, or write them as a page."""
     parser = argparse.ArgumentParser(prog="vgglab.view.results", description=main.__doc__)
@@ -259,11 +268,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results = collect(options.folder)
         if options.html:
+            _refuse_foreign(options.html)
             options.html.write_text(as_html(results), encoding="utf-8")
             print(options.html)
         else:
             print(as_text(results))
-    except (UserError, OSError) as error:
+    except OSError as error:
+        print(f"vgglab.view.results: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except UserError as error:
         print(f"vgglab.view.results: error: {error}", file=sys.stderr)
         return 2
     return 0
