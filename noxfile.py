@@ -26,7 +26,8 @@ TRAIN = "python -m vgglab.train --data-path digits --model vgg11 --epochs 1 --tr
 # The tests that need nothing but torch, torchvision and scikit-learn; of these, what torch 1.10 has no kernels or no
 # calls for: bfloat16 pooling on the CPU and mixed precision with it, torchvision's list of published weights.
 CORE = (
-    "config data decode model schedule predictions seed_defects train devices gcu doctor anatomy recipes plan parity probes"
+    "config data decode model schedule predictions seed_defects train devices gcu doctor anatomy recipes plan parity "
+    "probes"
 ).split()
 NEWER_TORCH = "not rows_14_and_15 and not row_23 and not readmes_resume and not given_with_resume"
 CARDS = "devices gcu doctor".split()
