@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ def _no_trace_outside(tmp_path_factory):
     """Caches of the tests' own, and no variables of a launcher or a notebook around them."""
     os.environ["VGGLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script; our children would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "VGGLAB_UI", "JPY_SESSION_NAME"):
         os.environ.pop(name, None)
 
