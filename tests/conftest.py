@@ -25,7 +25,7 @@ def _no_trace_outside(tmp_path_factory):
     """Caches of the tests' own, and no variables of a launcher or a notebook around them."""
     os.environ["VGGLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script; our children would inherit it
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a script in the background, and children inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "VGGLAB_UI", "JPY_SESSION_NAME"):
         os.environ.pop(name, None)
