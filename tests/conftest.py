@@ -25,8 +25,10 @@ def _no_trace_outside(tmp_path_factory):
     """Caches of the tests' own, and no variables of a launcher or a notebook around them."""
     os.environ["VGGLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a script in the background, and children inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A script in the background ignores Ctrl-C, nohup a closed terminal, and our children would inherit it.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "VGGLAB_UI", "JPY_SESSION_NAME"):
         os.environ.pop(name, None)
 
