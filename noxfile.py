@@ -31,7 +31,8 @@ CORE = (
 ).split()
 NEWER_TORCH = "not rows_14_and_15 and not row_23 and not readmes_resume and not given_with_resume"
 CARDS = "devices gcu doctor".split()
-NO_NOTEBOOK = ["--ignore=tests/test_notebooks.py", "--ignore=tests/test_launch.py", "--ignore=tests/test_readme.py"]
+# Notebooks, and what starts many processes to look at files: no other on another torch.
+NO_NOTEBOOK = [f"--ignore=tests/test_{name}.py" for name in ("notebooks", "launch", "readme", "seeds", "compare")]
 
 
 def put_on_path(version: str) -> None:
