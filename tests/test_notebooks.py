@@ -14,7 +14,7 @@ SHORTER = {
     "00_start_here": {"model": "vgg11", "epochs": 2, "steps_per_epoch": 12},
     "02_data": {"seconds": 0.2},
     "03_performance": {"image_size": 32, "batch_size": 4, "steps": 10, "turns": 2},
-    "04_convergence": {"steps": 6, "seeds": 2},
+    "04_convergence": {"steps": 6, "seeds": 2, "walk": 6},
     "05_many_cards": {"steps": 10},
     "06_gcu": {"num_ranks": 2},
 }
