@@ -30,7 +30,8 @@ def papermill(file, out, parameters, **environment):
     words = [sys.executable, "-m", "papermill", "--log-level=WARNING", "--cwd", str(file.parent), str(file), str(out)]
     for name, value in parameters.items():
         words += ["-p", name, str(value)]
-    environment = {**os.environ, **environment}
+    # Two tests at once on two cores: threads that wait for one another by spinning would take each other's time.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500, check=False)
 
 
