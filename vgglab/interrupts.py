@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 WARNINGS = [  # to leave in good order: a scheduler's two, and that of a terminal that is closed
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
@@ -65,13 +65,8 @@ def heeding_warnings() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heeded = [number for number in WARNINGS if signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, _note) for number in heeded}
-    try:
+    with _handling_warnings(_note):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -82,13 +77,19 @@ def passing_on_warnings(pid: int) -> Iterator[None]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    passed_on = [number for number in WARNINGS if signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, pass_on) for number in passed_on}
+    with _handling_warnings(pass_on):
+        yield
+
+
+@contextlib.contextmanager
+def _handling_warnings(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    heeded = [number for number in WARNINGS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
 
 
 def leave_signals_to_parent(_: int = 0) -> None:

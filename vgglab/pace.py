@@ -31,7 +31,7 @@ class Clock:
         self.images_per_step, self.has_phases = images_per_step, has_phases
         self._device = device
         self._has_seen_a_step = False
-        self._reads = HostReads(device_is_host=device.kind == "cpu")
+        self._reads = HostReads(device_is_host=device.is_host)
         self.restart()
 
     def restart(self) -> None:

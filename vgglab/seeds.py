@@ -25,7 +25,6 @@ from vgglab.config import Config
 from vgglab.errors import UserError
 from vgglab.interrupts import passing_on_warnings
 from vgglab.runs import Run, is_a_run, run_path
-from vgglab.view.seeds_table import as_html, as_text
 
 if TYPE_CHECKING:
     from vgglab.launch import LaunchedRun
@@ -99,7 +98,7 @@ def train_each(argv: Sequence[str], config: Config) -> int:
         code = _run([sys.executable, "-u", "-m", "vgglab.train", *words])
         if code:
             return code
-    print(as_text({path.name: Seeds(path).runs}))
+    print(Seeds(path))
     print(f"runs: {path}")
     return 0
 
@@ -147,9 +146,13 @@ class Seeds:
         return bands({self.path.name: self.runs})
 
     def __repr__(self) -> str:
+        from vgglab.view.seeds_table import as_text  # who only trains needs no tables
+
         return as_text({self.path.name: self.runs})
 
     def _repr_html_(self) -> str:
+        from vgglab.view.seeds_table import as_html
+
         return as_html({self.path.name: self.runs})
 
 

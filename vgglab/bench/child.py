@@ -74,7 +74,7 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
         )  # fmt: skip
         if way.is_prepared:
             device.open()
-        if device.kind == "cpu" or device.is_simulated:
+        if device.is_host or device.is_simulated:
             limit_to_free_memory()
         sets = open_sets(config)
         config.seed, config.num_classes, config.image_size = 0, sets.num_classes, sets.image_size

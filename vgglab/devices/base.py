@@ -30,6 +30,7 @@ class Device(ABC):
         fuses: the optimizer should make its step in one kernel.
         compiles: the network is compiled.
         can_average: weights may be read beside the step, for a moving average of them.
+        is_host: it computes on the CPU and in its memory, and a read of its values waits for nothing.
         is_simulated: no card was there, so no speed it shows is a card's.
         warnings: what the run should say about the device, one line each.
     """
@@ -44,6 +45,7 @@ class Device(ABC):
     fuses: bool = False
     compiles: bool = False
     can_average: bool = True
+    is_host: bool = False
     is_simulated: bool = False
     _scaler: Any = None  # of the loss, where float16 needs one
 

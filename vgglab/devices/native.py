@@ -46,6 +46,7 @@ class NativeDevice(StockDevice):
         super().__init__(wishes)
         self.kind = kind
         self.pins_memory = kind == "cuda"
+        self.is_host = kind == "cpu"
         self._check()
         self.amp_dtype = AMP_DEFAULTS[kind] if wishes.amp_dtype == "auto" else wishes.amp_dtype
         if wishes.fast and wishes.amp_dtype is None:
