@@ -1,4 +1,4 @@
-"""How large a notebook runs: ``quick``, ``small`` or ``full``, as a table with the expected time, shown before it starts."""
+"""How large a notebook runs: ``quick``, ``small`` or ``full``, shown with the expected time before it starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Ladder:
         self.settings, self.seconds, self.timed_on = settings, seconds, timed_on
 
     def choose(self, profile: str, **given: Any) -> list[Any]:
-        """The settings of a rung, in the order of ``given``, whose own values win unless they are None; shows the table.
+        """A rung's settings, in the order of ``given``, whose own values win unless they are None; shows the table.
 
         Raises:
             UserError: no rung of that name.
