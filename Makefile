@@ -3,7 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 OUT := build/notebooks
-NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 # VGG16 with batch norm on the handwritten digits: about two minutes on two cores.
 MAIN_JOB := --data-path digits --model vgg16_bn --epochs 6 --warmup 1 --lr 0.1 --lr-schedule cosine --fix-seed
@@ -46,12 +45,11 @@ check: $(INSTALLED) ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-notebooks: $(NOTEBOOKS:notebooks/%.ipynb=$(OUT)/%.html) ## execute all notebooks, leave HTML in build/notebooks
+notebooks: $(INSTALLED) ## execute all notebooks and leave a site in build/notebooks; ARGS="-p profile full" for others
+	$(BIN)/python -m vgglab.book $(ARGS)
 
 $(OUT)/%.html: notebooks/%.ipynb $(INSTALLED) FORCE
-	@mkdir -p $(OUT)
-	VGGLAB_UI=static $(BIN)/papermill --log-level ERROR --cwd notebooks -p output_dir $(CURDIR) $< $(OUT)/$*.ipynb
-	$(BIN)/jupyter nbconvert --log-level ERROR --to html --output-dir $(OUT) $(OUT)/$*.ipynb
+	$(BIN)/python -m vgglab.book $<
 
 lanes: $(INSTALLED) ## the tests on the card vendors' old stacks too; LANES="t20 s60" for some (see noxfile.py)
 	$(BIN)/nox $(if $(LANES),-s $(LANES))

@@ -82,6 +82,17 @@ def passing_on_warnings(pid: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def interrupted_by_warnings() -> Iterator[None]:
+    """In the block each of ``WARNINGS`` is what Ctrl-C is."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with _handling_warnings(interrupt):
+        yield
+
+
+@contextlib.contextmanager
 def _handling_warnings(handler: Callable[[int, Any], None]) -> Iterator[None]:
     heeded = [number for number in WARNINGS if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in heeded}

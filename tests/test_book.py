@@ -1,0 +1,149 @@
+"""Notebooks without a hand on the keyboard: executed, checked, and made into pages."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import PROJECT, shell
+
+pytest.importorskip("papermill")
+
+
+def notebook(file, *cells, title="A title · 标题", alone=False):
+    """Markdown where a cell begins with #, else code; the first code cell has the parameters."""
+    made, is_first = [], True
+    for number, source in enumerate([f"# {title}\n\nAt the end you know it. More of it.", *cells]):
+        cell = {"id": f"cell-{number}", "metadata": {}, "source": source}
+        if source.startswith("#"):
+            made.append({**cell, "cell_type": "markdown"})
+        else:
+            cell["metadata"] = {"tags": ["parameters"]} if is_first else {}
+            made.append({**cell, "cell_type": "code", "outputs": [], "execution_count": None})
+            is_first = False
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}, "vgglab": {"alone": alone}}
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"cells": made, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}))
+    return file
+
+
+@pytest.fixture
+def book(tmp_path):
+    """``book("-p", "x", 1)`` in a folder whose notebooks are in ``notebooks/``."""
+
+    def run(*words):
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+        return shell("python", "-m", "vgglab.book", *map(str, words), cwd=tmp_path, env=environment, timeout=300)
+
+    return run
+
+
+def text_of(executed):
+    outputs = [o for cell in json.loads(executed.read_text())["cells"] for o in cell.get("outputs", ())]
+    return "".join("".join(output.get("text", ())) for output in outputs)
+
+
+def test_parameters_reach_the_notebooks_that_have_them_and_the_site_links_them(book, tmp_path):
+    notebook(
+        tmp_path / "notebooks/00_one.ipynb", "profile = 'quick'", "print('one is', profile)", "# [on](01_two.ipynb)"
+    )
+    notebook(tmp_path / "notebooks/01_two.ipynb", "device = 'auto'", "print('two on', device)", alone=True)
+    result = book("-p", "profile", "full", "-p", "device", "cpu")
+    assert result.returncode == 0, result.stderr
+    site = tmp_path / "build/notebooks"
+    assert text_of(site / "00_one.ipynb") == "one is full\n"
+    assert text_of(site / "01_two.ipynb") == "two on cpu\n"
+    page = (site / "00_one.html").read_text()
+    assert "one is full" in page
+    assert 'href="01_two.html"' in page
+    index = (site / "index.html").read_text()
+    assert "A title · 标题" in index
+    assert "At the end you know it." in index
+    assert "-p profile full" in index
+    for file in site.glob("*.html"):
+        # Nothing is fetched: neither scripts nor styles nor pictures have an address elsewhere.
+        assert not re.findall(
+            r"<script[^>]+src|<link[^>]+href|<img[^>]+src=.https?:|url\(.?https?:|import .*https?:", file.read_text()
+        )
+
+
+def test_a_parameter_that_no_notebook_has_is_refused_before_anything_runs(book, tmp_path):
+    notebook(tmp_path / "notebooks/00_one.ipynb", "steps = 1", "open('ran', 'w')")
+    result = book("-p", "step", "5")
+    assert result.returncode == 2
+    assert result.stderr == "vgglab.book: error: -p step: no such parameter; there are steps\n"
+    assert not (tmp_path / "notebooks/ran").exists()
+
+
+def test_a_notebook_that_fails_says_which_cell_and_why_and_the_others_go_on(book, tmp_path):
+    notebook(tmp_path / "notebooks/00_bad.ipynb", "x = 0", "print('before')", "# Divide", "1 / x", "print('after')")
+    notebook(tmp_path / "notebooks/01_good.ipynb", "x = 0", "print('good')")
+    result = book()
+    assert result.returncode == 1
+    assert "cell 5 of 6, In [3], which begins: 1 / x\n  ZeroDivisionError: division by zero" in result.stderr
+    site = tmp_path / "build/notebooks"
+    assert text_of(site / "01_good.ipynb") == "good\n"
+    assert "ZeroDivisionError" in (site / "index.html").read_text()
+    assert "before" in (site / "00_bad.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["00_one.ipynb", "index.html"])
+def test_what_lies_in_the_folder_and_is_somebodys_own_stays(book, tmp_path, name):
+    source = notebook(tmp_path / "notebooks/00_one.ipynb", "x = 0")
+    own = tmp_path / "mine" / name
+    own.parent.mkdir()
+    own.write_text(source.read_text() if name.endswith("ipynb") else "<p>my page</p>")
+    before = own.read_text()
+    result = book("--out", "mine")
+    assert (result.returncode, own.read_text()) == (2, before)
+    assert result.stderr.startswith("vgglab.book: error: --out mine: ")
+    assert book("--out", "notebooks").returncode == 2  # where the sources lie
+
+
+def test_pages_are_made_anew(book, tmp_path):
+    notebook(tmp_path / "notebooks/00_one.ipynb", "x = 1", "print('x is', x)")
+    assert book().returncode == 0
+    assert book("-p", "x", "2").returncode == 0
+    assert "x is 2" in (tmp_path / "build/notebooks/00_one.html").read_text()
+
+
+def test_a_kernel_that_dies_at_its_start_gets_a_second_one(book, tmp_path, monkeypatch):
+    """Two that start at once can be given the same port."""
+    spec = tmp_path / "share/kernels/python3"
+    spec.mkdir(parents=True)
+    fail_once = '[ -e died ] || { touch died; exit 1; }; exec "$0" -m ipykernel_launcher -f "$1"'
+    command = ["sh", "-c", f"cd {tmp_path}; {fail_once}", sys.executable, "{connection_file}"]
+    (spec / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    notebook(tmp_path / "notebooks/00_one.ipynb", "x = 0", "print('good')")
+    result = book()
+    assert (tmp_path / "died").exists()
+    assert result.returncode == 0, result.stderr
+    assert text_of(tmp_path / "build/notebooks/00_one.ipynb") == "good\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_interrupted_nothing_goes_on(tmp_path, number):
+    cell = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(300)"
+    notebook(tmp_path / "notebooks/00_long.ipynb", "x = 0", cell)
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    words = [sys.executable, "-m", "vgglab.book"]
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    pid = tmp_path / "notebooks/pid"
+    deadline = time.monotonic() + 120
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == "vgglab.book: interrupted"
+    while os.path.exists(f"/proc/{pid.read_text()}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -1,0 +1,197 @@
+"""Every notebook without a hand on the keyboard: executed by papermill, then a small site that needs no network.
+
+    python -m vgglab.book                                   # all of notebooks/, into build/notebooks
+    python -m vgglab.book -p profile full -p device auto    # the same notebooks as reports of a card
+    python -m vgglab.book notebooks/08_report.ipynb -p folders /shared/runs --out /shared/report
+
+Notebooks run side by side where there are cores; one whose metadata says ``"vgglab": {"alone": true}`` measures speeds
+and has the machine for itself. A parameter that no chosen notebook has is refused, which papermill alone would not do.
+Exit codes: 0 done; 1 a notebook failed, its cell is named; 2 bad input, said in one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Sequence
+
+from vgglab.errors import UserError
+from vgglab.flags import OneLineParser
+from vgglab.interrupts import interrupted_by_warnings
+from vgglab.view.progress import duration
+from vgglab.view.site import Chapter, refuse_foreign, write_site
+
+# The cells that papermill puts in: the reader counts those of the notebook.
+PAPERMILLS_OWN = {"injected-parameters", "papermill-error-cell-tag"}
+
+
+class Job(NamedTuple):
+    """One notebook to execute: where it is, where it goes, and the parameters that it has."""
+
+    source: Path
+    target: Path
+    parameters: dict[str, str]
+    is_alone: bool
+
+
+def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> list[Job]:
+    """Each notebook with those of ``parameters`` that it has; those that measure come first.
+
+    Raises:
+        UserError: no such notebook; a parameter that none of them has; a file in ``out`` that is somebody's own.
+    """
+    known = {source: _parameters_of(source) for source in sources}
+    for name in parameters:
+        if not any(name in names for names in known.values()):
+            raise UserError(
+                f"-p {name}: no such parameter; there are {', '.join(sorted(set().union(*known.values())))}"
+            )
+    jobs = []
+    for source, names in known.items():
+        own = {"output_dir": str(Path.cwd()), **parameters}
+        own = {name: value for name, value in own.items() if name in names}
+        about = _metadata_of(source).get("vgglab", {})
+        target = out / source.name
+        if target.exists() and "papermill" not in _metadata_of(target):
+            raise UserError(f"--out {out}: {source.name} is there and was not made here; name another folder")
+        jobs.append(Job(source, target, own, about.get("alone", False)))
+    return sorted(jobs, key=lambda job: not job.is_alone)
+
+
+def _parameters_of(source: Path) -> set[str]:
+    from papermill import inspect_notebook
+
+    if not source.is_file():
+        raise UserError(f"{source}: no such notebook")
+    try:
+        return set(inspect_notebook(str(source)))
+    except Exception as error:  # papermill raises whatever the file's fault leads to
+        raise UserError(f"{source}: cannot be read as a notebook ({type(error).__name__})") from None
+
+
+def _metadata_of(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))["metadata"]
+
+
+class Book:
+    """Executes jobs, one line for each when it ends; ``stop`` ends those that are running."""
+
+    def __init__(self, num_at_once: int) -> None:
+        self.num_at_once = num_at_once
+        self._processes: list[subprocess.Popen] = []
+        self._lock = threading.Lock()
+        self._is_stopped = False
+
+    def execute(self, jobs: Sequence[Job]) -> list[Chapter]:
+        others = [job for job in jobs if not job.is_alone]
+        with ThreadPoolExecutor(self.num_at_once) as pool:
+            try:
+                chapters = [self._execute_one(job, num_beside=1) for job in jobs if job.is_alone]
+                chapters += pool.map(lambda job: self._execute_one(job, self.num_at_once), others)
+            except BaseException:
+                self.stop()
+                raise
+        return sorted(chapters, key=lambda chapter: chapter.file.name)
+
+    def _execute_one(self, job: Job, num_beside: int) -> Chapter:
+        words = [sys.executable, "-m", "papermill", "--log-level=ERROR", "--no-progress-bar", "-k", "python3"]
+        words += ["--cwd", str(job.source.parent), str(job.source), str(job.target)]
+        for name, value in job.parameters.items():
+            words += ["-p", name, value]
+        cores = max(1, (os.cpu_count() or 1) // num_beside)
+        environment = {"VGGLAB_UI": "static", "OMP_NUM_THREADS": str(cores), **os.environ}
+        start = time.monotonic()
+        code, said = self._run(words, environment)
+        if code and not _has_begun(job.target):
+            code, said = self._run(words, environment)
+        seconds = time.monotonic() - start
+        fault = "" if code == 0 else fault_of(job.target) or said.strip()[-500:] or "ended without a word"
+        print(f"{job.source.stem:20s}{'FAILED' if fault else 'done'} in {duration(seconds)}", flush=True)
+        if fault:
+            print(fault, file=sys.stderr, flush=True)
+        return Chapter(job.target, seconds, fault)
+
+    def _run(self, words: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
+        with self._lock:
+            if self._is_stopped:
+                raise KeyboardInterrupt
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            process = subprocess.Popen(words, env=environment, **pipes)
+            self._processes.append(process)
+        said, _ = process.communicate()
+        return process.returncode, said
+
+    def stop(self) -> None:
+        """Kernels end with papermill, and runs with their kernel."""
+        with self._lock:
+            self._is_stopped = True
+            for process in self._processes:
+                if process.poll() is None:
+                    process.terminate()
+
+
+def _has_begun(executed: Path) -> bool:
+    """Whether a cell was executed. A kernel may die before: two that start at once can be given the same port."""
+    if not executed.is_file():
+        return False
+    return any(cell.get("execution_count") for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"])
+
+
+def fault_of(executed: Path) -> str:
+    """Which cell of an executed notebook failed, and why; empty if none did."""
+    if not executed.is_file():
+        return ""
+    cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+    cells = [cell for cell in cells if not PAPERMILLS_OWN & set(cell["metadata"].get("tags", ()))]
+    for number, cell in enumerate(cells, 1):
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "error":
+                where = f"  cell {number} of {len(cells)}, In [{cell['execution_count']}]"
+                line = "".join(cell["source"]).strip().splitlines()[0]
+                return f"{where}, which begins: {line}\n  {output['ename']}: {output['evalue']}"
+    return ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = OneLineParser(prog="vgglab.book", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="files; without any: notebooks/*.ipynb")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
+    parser.add_argument("--out", type=Path, default=Path("build/notebooks"), help="default: %(default)s")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="notebooks side by side, %(default)s")
+    try:
+        arguments = parser.parse_args(argv)
+        return _make(arguments)
+    except UserError as error:
+        print(f"vgglab.book: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vgglab.book: interrupted", file=sys.stderr)
+        return 130
+
+
+def _make(arguments: argparse.Namespace) -> int:
+    sources = arguments.notebooks or sorted(Path("notebooks").glob("*.ipynb"))
+    if not sources:
+        raise UserError("no notebooks here: name some, or stand in the folder that has notebooks/ in it")
+    if arguments.at_once < 1:
+        raise UserError("--at-once: a whole number, 1 or more")
+    jobs = jobs_for(sources, arguments.out, dict(arguments.p))
+    refuse_foreign(arguments.out)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with interrupted_by_warnings():
+        chapters = Book(arguments.at_once).execute(jobs)
+    write_site(chapters, arguments.out, dict(arguments.p))
+    print(f"{len(chapters)} notebooks in {duration(time.monotonic() - start)}: {arguments.out / 'index.html'}")
+    return 1 if any(chapter.fault for chapter in chapters) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

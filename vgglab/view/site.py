@@ -1,0 +1,119 @@
+"""Executed notebooks as a small site: a page each and an index, which need nothing from elsewhere.
+
+nbconvert makes the pages; its template asks the web for three scripts that these notebooks have no use for, so they are
+left out, and a line to the other pages is put in.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any, Mapping, NamedTuple, Sequence
+
+from vgglab.errors import UserError
+from vgglab.view.progress import duration
+
+GENERATOR = '<meta name="generator" content="vgglab.book">'
+LINK = re.compile(r'href="(\d\d_\w+)\.ipynb"')  # from one notebook to another
+
+PAGE = """
+{%- extends 'lab/index.html.j2' -%}
+{%- block html_head_js_requirejs -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
+{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block html_head_css -%}<!-- generator --><style><!-- style --></style>{%- endblock -%}
+{%- block body_header -%}{{ super() }}<nav><!-- nav --></nav>{%- endblock -%}
+{%- block body_footer -%}<nav><!-- nav --></nav>{{ super() }}{%- endblock -%}
+"""
+
+# The prompts leave their margin to the text on a narrow window; what is too wide scrolls by itself.
+STYLE = """
+body.jp-Notebook{padding:0 1em;overflow-x:hidden}main{max-width:62em;margin:auto}
+nav{font:15px/1.6 sans-serif;margin:1em 0}nav a{margin-right:1.2em}
+.jp-OutputArea-output{overflow-x:auto}.jp-RenderedImage img{max-width:100%;height:auto}
+.jp-RenderedHTMLCommon table{display:block;overflow-x:auto;max-width:100%}
+@media(max-width:700px){.jp-InputPrompt,.jp-OutputPrompt{display:none}.jp-Cell{padding:2px 0}
+.jp-InputArea-editor,.highlight pre{overflow-x:auto!important}body.jp-Notebook{padding:0 .5em}}
+"""
+
+INDEX_STYLE = """
+body{font:16px/1.5 sans-serif;color:#333;max-width:46em;margin:2em auto;padding:0 1em}
+li{margin:.8em 0}small{color:#666}.failed{color:#b03a00;white-space:pre-wrap}code{background:#f3f3f3;padding:0 .2em}
+"""
+
+
+class Chapter(NamedTuple):
+    """An executed notebook, how long it took, and why it failed if it did."""
+
+    file: Path
+    seconds: float
+    fault: str
+
+    @property
+    def page(self) -> str:
+        return f"{self.file.stem}.html"
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Pages of before are made anew; an ``index.html`` of anything else stays.
+
+    Raises:
+        UserError: there is one.
+    """
+    index = folder / "index.html"
+    if index.exists() and GENERATOR not in index.read_text(encoding="utf-8", errors="replace")[:1000]:
+        raise UserError(f"--out {folder}: has an index.html that was not made here; name another folder")
+
+
+def write_site(chapters: Sequence[Chapter], folder: Path, parameters: Mapping[str, str]) -> None:
+    """A page for each chapter that was executed, and ``index.html``: what each is about, its time, its fault."""
+    told = [(chapter, *_opening(chapter.file)) for chapter in chapters if chapter.file.is_file()]
+    for place, (chapter, _, _) in enumerate(told):
+        links = [("index.html", "All notebooks · 目录")]
+        links += [(told[near][0].page, mark + told[near][1]) for near, mark in ((place - 1, "← "), (place + 1, "→ "))
+                  if 0 <= near < len(told)]  # fmt: skip
+        nav = "".join(f"<a href='{html.escape(to)}'>{html.escape(name)}</a>" for to, name in links)
+        (folder / chapter.page).write_text(_page(chapter.file, nav), encoding="utf-8")
+    items = []
+    for chapter, title, opening in told:
+        fault = f"<div class='failed'>failed: {html.escape(chapter.fault.strip())}</div>" if chapter.fault else ""
+        items.append(
+            f"<li><a href='{chapter.page}'>{html.escape(title)}</a> <small>{duration(chapter.seconds)}</small>"
+            f"<br>{html.escape(opening)}{fault}</li>"
+        )
+    for chapter in chapters:
+        if not chapter.file.is_file():
+            items.append(f"<li>{chapter.file.stem}<div class='failed'>failed: {html.escape(chapter.fault)}</div></li>")
+    said = " ".join(f"-p {name} {value}" for name, value in parameters.items())
+    how = f"with <code>{html.escape(said)}</code>" if said else "as they are"
+    (folder / "index.html").write_text(
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'>{GENERATOR}"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'><title>vgglab: the notebooks</title>"
+        f"<style>{INDEX_STYLE}</style></head><body><h1>vgglab: the notebooks, executed</h1><p>Run from top to bottom "
+        f"without a hand on the keyboard, {how}.</p><ul>{''.join(items)}</ul></body></html>\n",
+        encoding="utf-8",
+    )
+
+
+def _opening(file: Path) -> tuple[str, str]:
+    """A notebook's title, and the first sentence under it, without Markdown."""
+    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" and text.startswith("# "):
+            title, _, rest = text[2:].partition("\n")
+            sentence = re.split(r"(?<=[.。])\s", " ".join(rest.split()))[0]
+            return title.strip(), re.sub(r"[*`_]|\[([^]]*)\]\([^)]*\)", r"\1", sentence)
+    return file.stem, ""
+
+
+def _page(file: Path, nav: str) -> str:
+    from jinja2 import DictLoader
+    from nbconvert import HTMLExporter
+
+    exporter: Any = HTMLExporter(extra_loaders=[DictLoader({"book.html.j2": PAGE})], template_file="book.html.j2")
+    body, _ = exporter.from_filename(str(file))
+    for mark, text in ("generator", GENERATOR), ("style", STYLE), ("nav", nav):
+        body = body.replace(f"<!-- {mark} -->", text)
+    return LINK.sub(r'href="\1.html"', body)
