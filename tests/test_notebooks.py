@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -56,6 +57,50 @@ def test_short_cells_and_enough_prose(file):
     assert max(len(lines) for lines in code) <= 15
     num_words = sum(len("".join(cell["source"]).split()) for cell in cells_of(file, "markdown"))
     assert 5 <= num_words / sum(len(lines) for lines in code) <= 10  # headings included
+
+
+CHINESE = re.compile("[\u4e00-\u9fff]")
+
+
+@each_notebook
+def test_opening_and_headings_are_in_both_languages(file):
+    opening, *rest = ["".join(cell["source"]) for cell in cells_of(file, "markdown")]
+    english, chinese = [part for part in opening.split("\n\n")[1:] if "At the end you" in part or "读完之后" in part]
+    assert not CHINESE.search(english)
+    assert CHINESE.search(chinese)
+    headings = [line for text in (opening, *rest) for line in text.splitlines() if re.match("##? ", line)]
+    assert len(headings) > 4
+    for line in headings:
+        english, _, chinese = line.partition(" · ")
+        assert not CHINESE.search(english)
+        assert CHINESE.search(chinese), line
+
+
+@each_notebook
+def test_says_how_large_and_how_long_before_it_starts(file):
+    first, second = ["".join(cell["source"]) for cell in cells_of(file, "code")[:2]]
+    assert first.startswith('profile = "quick"')
+    assert "Ladder(" in second
+    assert "seconds=(" in second
+    assert "timed_on=" in second
+
+
+@each_notebook
+def test_ends_with_exercises_that_are_checked_and_a_way_onward(file):
+    cells = json.loads(file.read_text())["cells"]
+    texts = ["".join(cell["source"]) for cell in cells]
+    (start,) = [number for number, text in enumerate(texts) if "Try it yourself" in text]
+    behind = [(cell["cell_type"], text) for cell, text in zip(cells[start:], texts[start:])]
+    assert [text for kind, text in behind if kind == "code" and "not yet: " in text and '"right"' in text]
+    assert [text for kind, text in behind if kind == "markdown" and "<details>" in text]
+    assert re.search(r"\]\(\d\d_\w+\.ipynb\)", texts[-1])
+
+
+@each_notebook
+def test_links_lead_somewhere(file):
+    for cell in cells_of(file, "markdown"):
+        for name in re.findall(r"\]\((\w+\.ipynb)\)", "".join(cell["source"])):
+            assert (file.parent / name).is_file(), name
 
 
 @each_notebook
