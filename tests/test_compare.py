@@ -72,6 +72,8 @@ def test_the_door(runs, tmp_path):
     assert "first difference: training, step 1, lr" in differs.stdout
     assert json.loads(differs.stdout.splitlines()[-1])["first"]["figure"] == "lr"
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    other_kind = shell(*words, one.path, other.path, f"--png={tmp_path / 'both.pdf'}")
+    assert (other_kind.returncode, (tmp_path / "both.pdf").exists()) == (2, False)
     again = shell(*words, one.path, other.path, f"--png={tmp_path / 'both.png'}")
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert shell(*words, one.path, further.path).returncode == 1

@@ -167,7 +167,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _write_new(file: Path, content: bytes) -> None:
-    """Raises UserError where the file is there already, or cannot be written."""
+    """Raises UserError where the file is there already, cannot be written, or is called something else."""
+    if file.suffix.lower() != ".png":
+        raise UserError(f"--png {file}: a picture is written as PNG; let the name end in .png")
     try:
         with file.open("xb") as target:
             target.write(content)
