@@ -105,6 +105,15 @@ def test_what_lies_in_the_folder_and_is_somebodys_own_stays(book, tmp_path, name
     assert book("--out", "notebooks").returncode == 2  # where the sources lie
 
 
+def test_a_page_without_the_code_keeps_prose_and_results(book, tmp_path):
+    file = notebook(tmp_path / "notebooks/00_one.ipynb", "x = 1", "# A heading", "print('x', 'is', x)")
+    assert book(file, "--no-code").returncode == 0
+    page = (tmp_path / "build/notebooks/00_one.html").read_text()
+    assert "A heading" in page
+    assert "x is 1" in page
+    assert "print" not in page.split("<body")[1]
+
+
 def test_pages_are_made_anew(book, tmp_path):
     notebook(tmp_path / "notebooks/00_one.ipynb", "x = 1", "print('x is', x)")
     assert book().returncode == 0

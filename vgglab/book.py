@@ -2,7 +2,7 @@
 
     python -m vgglab.book                                   # all of notebooks/, into build/notebooks
     python -m vgglab.book -p profile full -p device auto    # the same notebooks as reports of a card
-    python -m vgglab.book notebooks/08_report.ipynb -p folders /shared/runs --out /shared/report
+    python -m vgglab.book notebooks/08_report.ipynb -p folders /shared/runs --no-code --out /shared/report
 
 Notebooks run side by side where there are cores; one whose metadata says ``"vgglab": {"alone": true}`` measures speeds
 and has the machine for itself. A parameter that no chosen notebook has is refused, which papermill alone would not do.
@@ -165,6 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
     parser.add_argument("--out", type=Path, default=Path("build/notebooks"), help="default: %(default)s")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="notebooks side by side, %(default)s")
+    parser.add_argument(
+        "--no-code", action="store_true", help="pages with prose and results only, for a reader of those"
+    )
     try:
         arguments = parser.parse_args(argv)
         return _make(arguments)
@@ -188,7 +191,7 @@ def _make(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     with interrupted_by_warnings():
         chapters = Book(arguments.at_once).execute(jobs)
-    write_site(chapters, arguments.out, dict(arguments.p))
+    write_site(chapters, arguments.out, dict(arguments.p), with_code=not arguments.no_code)
     print(f"{len(chapters)} notebooks in {duration(time.monotonic() - start)}: {arguments.out / 'index.html'}")
     return 1 if any(chapter.fault for chapter in chapters) else 0
 

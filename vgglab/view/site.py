@@ -67,7 +67,9 @@ def refuse_foreign(folder: Path) -> None:
         raise UserError(f"--out {folder}: has an index.html that was not made here; name another folder")
 
 
-def write_site(chapters: Sequence[Chapter], folder: Path, parameters: Mapping[str, str]) -> None:
+def write_site(
+    chapters: Sequence[Chapter], folder: Path, parameters: Mapping[str, str], with_code: bool = True
+) -> None:
     """A page for each chapter that was executed, and ``index.html``: what each is about, its time, its fault."""
     told = [(chapter, *_opening(chapter.file)) for chapter in chapters if chapter.file.is_file()]
     for place, (chapter, _, _) in enumerate(told):
@@ -75,7 +77,7 @@ def write_site(chapters: Sequence[Chapter], folder: Path, parameters: Mapping[st
         links += [(told[near][0].page, mark + told[near][1]) for near, mark in ((place - 1, "← "), (place + 1, "→ "))
                   if 0 <= near < len(told)]  # fmt: skip
         nav = "".join(f"<a href='{html.escape(to)}'>{html.escape(name)}</a>" for to, name in links)
-        (folder / chapter.page).write_text(_page(chapter.file, nav), encoding="utf-8")
+        (folder / chapter.page).write_text(_page(chapter.file, nav, with_code), encoding="utf-8")
     items = []
     for chapter, title, opening in told:
         fault = f"<div class='failed'>failed: {html.escape(chapter.fault.strip())}</div>" if chapter.fault else ""
@@ -108,11 +110,12 @@ def _opening(file: Path) -> tuple[str, str]:
     return file.stem, ""
 
 
-def _page(file: Path, nav: str) -> str:
+def _page(file: Path, nav: str, with_code: bool) -> str:
     from jinja2 import DictLoader
     from nbconvert import HTMLExporter
 
     exporter: Any = HTMLExporter(extra_loaders=[DictLoader({"book.html.j2": PAGE})], template_file="book.html.j2")
+    exporter.exclude_input = not with_code
     body, _ = exporter.from_filename(str(file))
     for mark, text in ("generator", GENERATOR), ("style", STYLE), ("nav", nav):
         body = body.replace(f"<!-- {mark} -->", text)
