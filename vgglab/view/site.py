@@ -32,7 +32,7 @@ PAGE = """
 STYLE = """
 body.jp-Notebook{padding:0 1em;overflow-x:hidden}main{max-width:62em;margin:auto}
 nav{font:15px/1.6 sans-serif;margin:1em 0}nav a{margin-right:1.2em}
-.jp-OutputArea-output{overflow-x:auto}.jp-RenderedImage img{max-width:100%;height:auto}
+.jp-OutputArea-output{overflow-x:auto}.jp-RenderedImage img{max-width:max(100%,640px);height:auto}
 .jp-RenderedHTMLCommon table{display:block;overflow-x:auto;max-width:100%}
 @media(max-width:700px){.jp-InputPrompt,.jp-OutputPrompt{display:none}.jp-Cell{padding:2px 0}
 .jp-InputArea-editor,.highlight pre{overflow-x:auto!important}body.jp-Notebook{padding:0 .5em}}
