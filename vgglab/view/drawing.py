@@ -95,7 +95,8 @@ def _box(panel: Any, name: str, kind: str, corner: tuple[float, float], width: f
 
 def _write_sizes(panel: Any, boxes: Sequence[tuple[Layer, float, float, float]], size: int) -> None:
     """The side of the maps above the first box that has it, the channels below their convolutions."""
-    look = {"fontsize": 9, "color": INK}
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # an arrow may pass
+    look: dict[str, Any] = {"fontsize": 9, "color": INK, "zorder": 5, "bbox": behind}
     maps = [box for box in boxes if box[0].kind in ("conv", "pool")]
     before, taken = 0.0, (0.0, 0.0)  # height of the box before; where the last numbers end, and how high they stand
     for layer, left, _, height in maps:
@@ -146,7 +147,7 @@ def _finish(panel: Any, anatomy: Anatomy, boxes: Sequence[tuple[Layer, float, fl
     panel.set_yticks([0, *(side for side in sides if side >= size / 8)])
     panel.set_xticks([])
     panel.set_ylabel("side of the maps in pixels", fontsize=9)
-    panel.set_xlabel("below the boxes: channels, as many as they are wide", fontsize=9)
+    panel.set_xlabel("numbers below: channels, the width of a box", fontsize=9)
     panel.set_title(f"{anatomy.model}, {size} x {size} pixels", fontsize=10, loc="left", color=INK)
     panel.spines[["top", "right", "bottom"]].set_visible(False)
     panel.spines["left"].set_bounds(0, size)

@@ -127,7 +127,7 @@ class Explorer:
         return html_table([self.anatomy.model, f"{self.anatomy.image_size} pixels"], self.rows())
 
     def picture(self) -> Picture:
-        """Above, the photograph, as large as the network's input, and what the middle output sees; below, the network."""
+        """Above, the photograph at the input size with what the middle output sees; below, the network."""
         picture = Picture(WIDTH, HEIGHT)
         above, below = picture.subplots(2, 1, height_ratios=[1, 1.1])
         self._draw_field(above)
