@@ -78,7 +78,7 @@ def test_networks_by_hand_are_drawn_too():
     assert min(box.get_width() for box in boxes.values()) > 0
     with pytest.raises(UserError, match="nothing to draw"):
         architecture(anatomy.of(nn.Sequential(nn.ReLU()), 8))
-    with pytest.raises(UserError, match="no layer 'features.99' in vgg11"):
+    with pytest.raises(UserError, match=r"no layer 'features\.99' in vgg11"):
         architecture(anatomy.of("vgg11"), "features.99")
 
 
@@ -222,8 +222,8 @@ def test_the_photograph_may_be_a_file(tmp_path):
     assert by_path.picture().png() == by_pixels.picture().png()
     (tmp_path / "text.png").write_text("no image")
     for wrong in (tmp_path / "text.png", tmp_path / "missing.png", None, np.zeros((4, 4, 5), np.uint8)):
-        with pytest.raises(UserError, match="^photograph: a path, or pixels") as refusal:
+        with pytest.raises(UserError, match=r"^photograph: a path, or pixels") as refusal:
             explore(anatomy.of, wrong)
         assert len(str(refusal.value).splitlines()) == 1
-    with pytest.raises(UserError, match="vgg11 has no 'features.99'"):
+    with pytest.raises(UserError, match=r"vgg11 has no 'features\.99'"):
         explore(anatomy.of, PHOTOGRAPH, "vgg11", 32, "features.99")
