@@ -89,6 +89,8 @@ def test_a_network_written_by_hand_is_read_and_left_as_it_is():
     # 30 -> 15 (stride 2) -> 15 -> 7 -> 2: the adaptive pooling's windows are the 4 places from 0 and from 3.
     assert [layer.receptive_field for layer in counted] == [5, 5, 5, 13, 15, 27, 27, 27, 30]
     assert [layer.jump for layer in counted] == [2, 2, 2, 2, 4, 16, 16, 16, 30]
+    assert [layer.field_start for layer in counted[:5]] == [-2, -2, -2, -6, -6]
+    assert [layer.field_start for layer in anatomy.of(nn.Sequential(nn.Conv2d(1, 1, 3, padding="same")), 8)] == [-1]
     assert seen == []
     assert len(network[0]._forward_hooks) == 1
     assert network.training
@@ -150,6 +152,7 @@ def test_receptive_fields_are_where_the_gradient_comes_from():
         centre = layer.output_shape[-1] // 2
         first, last = extent_in_the_image(network[:number], images, centre)
         assert last - first + 1 == layer.receptive_field, layer.name
+        assert first == layer.field_start + centre * layer.jump, layer.name
         assert first - extent_in_the_image(network[:number], images, centre - 1)[0] == layer.jump, layer.name
     of_vgg16 = anatomy.of("vgg16")
     assert [layer.receptive_field for layer in of_vgg16[: len(layers)]] == [layer.receptive_field for layer in counted]

@@ -117,6 +117,7 @@ def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
     image_size = shape[-1]
     counted: set[int] = set()  # parameters, by identity
     field = jump = 1  # a pixel sees itself
+    start = 0
     learns = False  # something before this layer
     for name, module, input_shape, output_shape in calls:
         if prod(input_shape) != prod(shape):
@@ -128,11 +129,13 @@ def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
         values = prod(input_shape) + sum(tensor.numel() for tensor in [*weights, *states]) + prod(output_shape)
         multiply_adds = _multiply_adds(module, output_shape)
         num_gradients = learns + weights[0].requires_grad if multiply_adds else 0
-        # The usual recursion: k neighbours span k - 1 jumps, a stride multiplies the jump. Source: Araujo, Norris, Sim,
-        # "Computing receptive fields of convolutional neural networks", Distill, 2019, doi 10.23915/distill.00021.
-        extent, stride = _window(module, input_shape[-1], output_shape[-1])
-        field, jump = field + (extent - 1) * jump, jump * stride
+        # The usual recursion: k neighbours span k - 1 jumps, padding begins so many jumps earlier, a stride multiplies
+        # the jump. Source: Araujo, Norris, Sim, "Computing receptive fields of convolutional neural networks", Distill,
+        # 2019, doi 10.23915/distill.00021.
+        extent, stride, padding = _window(module, input_shape[-1], output_shape[-1])
+        field, start, jump = field + (extent - 1) * jump, start - padding * jump, jump * stride
         if isinstance(module, nn.Linear):
+            start = start if field > image_size else 0
             field, jump = max(field, image_size), image_size
         yield Layer(
             name=name,
@@ -142,6 +145,7 @@ def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
             multiply_adds=multiply_adds,
             bytes_moved=0 if _kind(module) == "flatten" else FLOAT32_BYTES * values,
             receptive_field=field,
+            field_start=start,
             jump=jump,
             input_shape=input_shape,
             training_multiply_adds=multiply_adds * (1 + num_gradients),
@@ -157,17 +161,22 @@ def _multiply_adds(module: nn.Module, output_shape: tuple[int, ...]) -> int:
     return prod(output_shape[1:]) * module.in_features if isinstance(module, nn.Linear) else 0
 
 
-def _window(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int]:
-    """Neighbours from the first to the last that one output sees, and the step to the next output's; longer side."""
+def _window(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int, int]:
+    """Neighbours from the first to the last that one output sees, the step to the next output's, the padding before.
+
+    Of the longer side.
+    """
     if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
         sides = zip(_pair(module.kernel_size), _pair(getattr(module, "dilation", 1)))
-        return max(dilation * (kernel - 1) + 1 for kernel, dilation in sides), max(_pair(module.stride))
+        extent = max(dilation * (kernel - 1) + 1 for kernel, dilation in sides)
+        padding = {"same": (extent - 1) // 2, "valid": 0}.get(str(module.padding), module.padding)
+        return extent, max(_pair(module.stride)), max(_pair(padding))
     if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
         # Output i pools from floor(i * in / out) up to ceil((i + 1) * in / out); where windows differ, the widest.
         starts = [i * size_in // size_out for i in range(size_out + 1)]
         ends = [-(-(i + 1) * size_in // size_out) for i in range(size_out)]
-        return max(e - s for s, e in zip(starts, ends)), max(b - a for a, b in zip(starts, starts[1:]))
-    return 1, 1
+        return max(e - s for s, e in zip(starts, ends)), max(b - a for a, b in zip(starts, starts[1:])), 0
+    return 1, 1, 0
 
 
 def _pair(value: Any) -> tuple[int, ...]:

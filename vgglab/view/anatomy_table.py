@@ -38,6 +38,7 @@ class Layer(NamedTuple):
             the weights read once, the output written once. A flatten moves nothing.
         receptive_field: side of the square of pixels that one output can depend on. It may exceed the image: the rest
             is padding. Behind a linear layer it is the whole image.
+        field_start: the first pixel of that square for the first output of a row; negative: in the padding.
         jump: pixels from the square of one output to its neighbour's, the product of all strides so far.
         training_multiply_adds: of the forward and backward pass, for one image: as many again for the gradient of the
             weights, and again for that of the input if anything before this layer learns. So the first layer costs
@@ -52,6 +53,7 @@ class Layer(NamedTuple):
     multiply_adds: int
     bytes_moved: int
     receptive_field: int
+    field_start: int
     jump: int
     input_shape: tuple[int, ...]
     training_multiply_adds: int
@@ -67,6 +69,11 @@ class Layer(NamedTuple):
     def training_flop(self) -> int:
         """The same, of the forward and the backward pass."""
         return 2 * self.training_multiply_adds
+
+    @property
+    def activation_bytes(self) -> int:
+        """What it writes for one image, in float32: ``C x H x W`` or ``features`` values of 4 bytes."""
+        return 4 * math.prod(self.output_shape[1:])
 
     @property
     def intensity(self) -> float:

@@ -1,0 +1,155 @@
+"""A network drawn from its rows: a box for each layer that changes the shape, as high and as wide as what it writes."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+from matplotlib.patches import Rectangle
+
+from vgglab.errors import UserError
+from vgglab.view.anatomy_table import Anatomy, Layer
+from vgglab.view.figures import BLUE, GREEN, INK, ORANGE, PURPLE, Picture
+
+WIDTH, HEIGHT = 5.2, 3.6  # inches; a telephone shows it at three quarters of its size, with letters still to be read
+LOOKS = {
+    "conv": (BLUE, "", "convolution, then ReLU"),
+    "pool": (GREEN, "//", "pool (width not to scale)"),
+    "linear": (ORANGE, "..", "linear (height on its own scale)"),
+    "batch norm": (PURPLE, "", "batch norm, before the ReLU"),
+}
+# Parts of the width that all maps take together, 1.
+GAP, POOL, LINEAR, LEAST, LETTER = 0.007, 0.014, 0.05, 0.002, 0.02
+
+
+def architecture(anatomy: Anatomy, marked: str = "") -> Picture:
+    """The whole network in one row, from the image on the left to the classes on the right.
+
+    A convolution's box is as high as its maps, in pixels, and as wide as it has channels. A pool is a hatched bar of
+    the height that it leaves. Linear layers write no maps: their heights are features, on a scale of their own.
+
+    Args:
+        anatomy: of any depth and any image size; what ``vgglab.anatomy.of`` answers.
+        marked: name of a layer to point at; one without a box is shown at the box whose values it works on.
+
+    Raises:
+        UserError: no layer of that name, or none that has a box.
+    """
+    picture = Picture(WIDTH, HEIGHT)
+    draw(picture.subplots(), anatomy, marked)
+    return picture
+
+
+def draw(panel: Any, anatomy: Anatomy, marked: str = "") -> None:
+    """``architecture`` on an axes of matplotlib. The box of a layer has the layer's name as its ``gid``."""
+    if marked and marked not in [layer.name for layer in anatomy]:
+        raise UserError(f"no layer {marked!r} in {anatomy.model}; its first is {anatomy[0].name}")
+    boxes = _boxes(anatomy)
+    if not boxes:
+        raise UserError(f"nothing to draw: {anatomy.model} has no convolution, pool or linear layer")
+    size = anatomy.image_size
+    panel.plot([-2 * GAP, -2 * GAP], [0, size], color=INK, linewidth=2)
+    for layer, left, width, height in boxes:
+        _box(panel, layer.name, layer.kind, (left, 0), width, height)
+    by_name = {box[0].name: box for box in boxes}
+    current, owners = boxes[0], {}  # owners: of each layer the box whose values it writes or works on
+    for layer in anatomy:
+        owners[layer.name] = current = by_name.get(layer.name, current)
+        if layer.kind == "batch norm":
+            _box(panel, layer.name, layer.kind, (current[1], -0.045 * size), current[2], 0.03 * size)
+    _write_sizes(panel, boxes, size)
+    if marked:
+        _point_at(panel, marked, owners[marked], size)
+    _finish(panel, anatomy, boxes)
+
+
+def _boxes(anatomy: Anatomy) -> list[tuple[Layer, float, float, float]]:
+    maps = [layer for layer in anatomy if layer.kind in ("conv", "pool")]
+    linear = [layer for layer in anatomy if layer.kind == "linear"]
+    num_pools = sum(layer.kind == "pool" for layer in maps)
+    gap, pool = min(GAP, 0.3 / max(1, len(maps))), min(POOL, 0.2 / max(1, num_pools))
+    channels = sum(layer.output_shape[1] for layer in maps if layer.kind == "conv")
+    room = 1 - gap * len(maps) - pool * num_pools
+    boxes, left = [], 0.0
+    for layer in maps:
+        width = pool if layer.kind == "pool" else max(LEAST, room * layer.output_shape[1] / channels)
+        boxes.append((layer, left, width, float(layer.output_shape[2])))
+        left += width + gap
+    most = max((layer.output_shape[-1] for layer in linear), default=1)
+    left += 4 * GAP
+    for layer in linear:
+        boxes.append((layer, left, LINEAR, 0.6 * anatomy.image_size * layer.output_shape[-1] / most))
+        left += LINEAR + 2 * GAP
+    return boxes
+
+
+def _box(panel: Any, name: str, kind: str, corner: tuple[float, float], width: float, height: float) -> None:
+    color, hatch, label = LOOKS[kind]
+    is_first = label not in panel.get_legend_handles_labels()[1]
+    panel.add_patch(
+        Rectangle(
+            corner, width, height, gid=name, facecolor=color, hatch=hatch, edgecolor="white", linewidth=0.4,
+            label=label if is_first else None,
+        )
+    )  # fmt: skip
+
+
+def _write_sizes(panel: Any, boxes: Sequence[tuple[Layer, float, float, float]], size: int) -> None:
+    """The side of the maps above the first box that has it, the channels below their convolutions."""
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # an arrow may pass
+    look: dict[str, Any] = {"fontsize": 9, "color": INK, "zorder": 5, "bbox": behind}
+    maps = [box for box in boxes if box[0].kind in ("conv", "pool")]
+    before, taken = 0.0, (0.0, 0.0)  # height of the box before; where the last numbers end, and how high they stand
+    for layer, left, _, height in maps:
+        if height != before:
+            side = "x".join(str(side) for side in layer.output_shape[2:])
+            at = height + 0.015 * size
+            if left < taken[0] and abs(at - taken[1]) < 0.08 * size:
+                at = taken[1] + 0.08 * size
+            panel.text(left, at, side, ha="left", va="bottom", **look)
+            taken = (left + LETTER * len(side), at)
+        before = height
+    groups: list[list[tuple[Layer, float, float, float]]] = []
+    for box in maps:
+        if box[0].kind == "conv":
+            is_same = groups and groups[-1][-1][0].output_shape[1:3] == box[0].output_shape[1:3]
+            groups[-1].append(box) if is_same else groups.append([box])
+    free = 0.0
+    for group in groups:
+        channels = str(group[0][0].output_shape[1])
+        half = LETTER * len(channels) / 2
+        middle = max((group[0][1] + group[-1][1] + group[-1][2]) / 2, free + half)
+        panel.text(middle, -0.06 * size, channels, ha="center", va="top", **look)
+        free = middle + half + LETTER / 2
+    for layer, left, width, height in boxes:
+        if layer.kind == "linear":
+            place = (left + width / 2, height + 0.015 * size)
+            panel.text(*place, str(layer.output_shape[-1]), rotation=90, ha="center", va="bottom", **look)
+
+
+def _point_at(panel: Any, name: str, box: tuple[Layer, float, float, float], size: int) -> None:
+    layer, left, width, height = box
+    middle, tip = left + width / 2, height + (0.25 * size if layer.kind == "linear" else 0)  # above the number
+    panel.add_patch(Rectangle((left, 0), width, height, fill=False, edgecolor=INK, linewidth=2.5, gid="mark"))
+    is_left = middle < 0.5
+    arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.5, "relpos": (0 if is_left else 1, 0)}
+    panel.annotate(
+        name, (middle, tip), (middle, 1.15 * size), ha="left" if is_left else "right", va="bottom",
+        fontsize=10, fontweight="bold", color=INK, arrowprops=arrow,
+    )  # fmt: skip
+
+
+def _finish(panel: Any, anatomy: Anatomy, boxes: Sequence[tuple[Layer, float, float, float]]) -> None:
+    size = anatomy.image_size
+    right = max(left + width for _, left, width, _ in boxes)
+    panel.set_xlim(-0.03, right + 0.01)
+    panel.set_ylim(-0.16 * size, 1.28 * size)
+    sides = sorted({int(layer.output_shape[2]) for layer, *_ in boxes if layer.kind == "conv"}, reverse=True)
+    panel.set_yticks([0, *(side for side in sides if side >= size / 8)])
+    panel.set_xticks([])
+    panel.set_ylabel("side of the maps in pixels", fontsize=9)
+    panel.set_xlabel("numbers below: channels, the width of a box", fontsize=9)
+    panel.set_title(f"{anatomy.model}, {size} x {size} pixels", fontsize=10, loc="left", color=INK)
+    panel.spines[["top", "right", "bottom"]].set_visible(False)
+    panel.spines["left"].set_bounds(0, size)
+    panel.tick_params(colors=INK, labelsize=9)
+    panel.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)

@@ -1,0 +1,236 @@
+"""Layer by layer through a network: what each costs, where it stands, and what it sees of a photograph.
+
+    >>> explore(vgglab.anatomy.of, photograph)
+
+Widgets where somebody watches, one picture and its text where nobody does.
+"""
+
+from __future__ import annotations
+
+import html
+import threading
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+from vgglab.errors import UserError
+from vgglab.view.anatomy_table import Anatomy, Layer
+from vgglab.view.drawing import WIDTH, draw
+from vgglab.view.figures import INK, ORANGE, Picture
+from vgglab.view.live import front_end
+from vgglab.view.tables import html_table, text_table
+
+DEPTHS = ("vgg11", "vgg13", "vgg16", "vgg19")
+SMALLEST, LARGEST, STEP = 32, 448, 32  # image sizes on the slider, in pixels: five poolings halve them evenly
+HEIGHT = 6.4  # inches
+
+
+class Frame(NamedTuple):
+    """The square of pixels that one output sees; its corner is negative where the padding begins."""
+
+    left: int
+    top: int
+    side: int
+
+
+def frame_of(layer: Layer, row: int, column: int) -> Frame:
+    """What the output at ``(row, column)`` of a layer's maps can depend on; behind a linear layer, the whole image."""
+    top, left = (layer.field_start + place * layer.jump for place in (row, column))
+    return Frame(left, top, layer.receptive_field)
+
+
+def explore(
+    anatomy_of: Callable[..., Anatomy], photograph: Any, model: str = "vgg16", image_size: int = 224, layer: str = ""
+) -> None:
+    """Show the explorer, or its first view where nothing can move.
+
+    Args:
+        anatomy_of: ``vgglab.anatomy.of``, or what takes a name and a size as it does.
+        photograph: a path, or pixels ``(height, width, 3)`` of bytes; the square in its middle is shown.
+        model: ``vgg11``, ``vgg13``, ``vgg16`` or ``vgg19``, with or without ``_bn``.
+        image_size: side of the images in pixels.
+        layer: where it begins; "" is the last convolution.
+
+    Raises:
+        UserError: a photograph that cannot be read; no such model or layer.
+    """
+    explorer = Explorer(anatomy_of, photograph, model, image_size, layer)
+    kind = front_end()
+    if kind == "terminal":
+        print(explorer.text())
+        return
+    from IPython.display import display
+
+    if kind == "live":
+        display(explorer.widget())
+    else:
+        data = {"image/png": explorer.picture().png(), "text/plain": explorer.text(), "text/html": explorer.table()}
+        display({name: data[name] for name in ("image/png", "text/plain")}, raw=True)
+        display({name: data[name] for name in ("text/html", "text/plain")}, raw=True)
+
+
+class Explorer:
+    """What is chosen, and how it is told: as a picture, as a table and as text."""
+
+    def __init__(
+        self, anatomy_of: Callable[..., Anatomy], photograph: Any, model: str, image_size: int, layer: str = ""
+    ) -> None:
+        self._anatomy_of, self._photograph = anatomy_of, _square(photograph)
+        self._known: dict[tuple[str, int], Anatomy] = {}
+        self._lock = threading.RLock()  # a front end may call back on two threads at once
+        self._is_following = False
+        self.choose(model, image_size, layer)
+
+    def choose(self, model: str, image_size: int, layer: str = "") -> None:
+        """Look at one layer; "" is the last convolution.
+
+        Raises:
+            UserError: as ``vgglab.anatomy.of``; no such layer, when one is named.
+        """
+        key = (model, image_size)
+        if key not in self._known:
+            self._known[key] = self._anatomy_of(model, image_size)
+        self.anatomy = self._known[key]
+        names = [row.name for row in self.anatomy]
+        if layer and layer not in names:
+            raise UserError(f"layer: {model} has no {layer!r}; its layers go from {names[0]} to {names[-1]}")
+        convolutions = [row.name for row in self.anatomy if row.kind == "conv"]
+        self.layer = self.anatomy[names.index(layer or convolutions[-1])]
+
+    @property
+    def frame(self) -> Frame:
+        """Of the output in the middle."""
+        sides = self.layer.output_shape[2:] or (1, 1)
+        return frame_of(self.layer, sides[0] // 2, sides[1] // 2)
+
+    def rows(self) -> list[list[str]]:
+        layer, whole = self.layer, self.anatomy
+        weights, work = layer.num_parameters, layer.multiply_adds
+        field = f"{layer.receptive_field} x {layer.receptive_field} pixels"
+        if layer.receptive_field > whole.image_size:
+            field += ", more than the image: the rest is padding"
+        is_vector = len(layer.output_shape) == 2
+        step = "none: each sees the whole" if is_vector else f"{layer.jump} pixel{'s' * (layer.jump > 1)}"
+        return [
+            ["layer", f"{layer.name}, {layer.kind}"],
+            ["shape", " to ".join("x".join(map(str, shape[1:])) for shape in (layer.input_shape, layer.output_shape))],
+            ["parameters", f"{weights:,}, {weights / whole.num_parameters:.1%} of all"],
+            ["multiply-adds", f"{work / 1e6:,.1f} million, {work / whole.multiply_adds:.1%} of all"],
+            ["activation memory", f"{layer.activation_bytes / 1e6:,.3f} MB an image, in float32"],
+            ["receptive field", field],
+            ["step to the next output", step],
+        ]
+
+    def text(self) -> str:
+        return f"{self.anatomy.model}, {self.anatomy.image_size} pixels\n{text_table(['', ''], self.rows()).lstrip()}"
+
+    def table(self) -> str:
+        return html_table([self.anatomy.model, f"{self.anatomy.image_size} pixels"], self.rows())
+
+    def picture(self) -> Picture:
+        """Above, the photograph at the input size with what the middle output sees; below, the network."""
+        picture = Picture(WIDTH, HEIGHT)
+        above, below = picture.subplots(2, 1, height_ratios=[1, 1.1])
+        self._draw_field(above)
+        draw(below, self.anatomy, self.layer.name)
+        return picture
+
+    def _draw_field(self, panel: Any) -> None:
+        from matplotlib.patches import Rectangle
+
+        size, frame, jump = self.anatomy.image_size, self.frame, self.layer.jump
+        panel.imshow(self._photograph.resize((size, size)), extent=(0, size, size, 0), interpolation="nearest")
+        has_neighbour = len(self.layer.output_shape) == 4 and self.layer.output_shape[3] > 1
+        if has_neighbour:
+            corner = (frame.left - jump, frame.top)
+            panel.add_patch(Rectangle(corner, frame.side, frame.side, fill=False, color="white", linestyle="--"))
+        for width, color in ((4.5, "white"), (2.5, ORANGE)):  # seen on any photograph
+            corner = (frame.left, frame.top)
+            panel.add_patch(Rectangle(corner, frame.side, frame.side, fill=False, color=color, linewidth=width))
+        low, high = min(0, frame.left, frame.top), max(size, frame.left + frame.side, frame.top + frame.side)
+        margin = 0.03 * (high - low)
+        panel.set(xlim=(low - margin, high + margin), ylim=(high + margin, low - margin), facecolor="#EEEEEE")
+        panel.set_xlabel("pixels" + ("; grey is padding" if low < 0 or high > size else ""), fontsize=9)
+        title = f"orange: what one output of {self.layer.name} sees{'; dashed: its neighbour' * has_neighbour}"
+        panel.set_title(title, fontsize=9, color=INK)
+        panel.tick_params(colors=INK, labelsize=9)
+
+    def widget(self) -> Any:
+        """The controls, the picture and the table; each control is reached by Tab and moved by the arrow keys."""
+        import ipywidgets as widgets
+
+        wide = {"description_width": "initial"}
+        full = widgets.Layout(width="auto", max_width="34em")
+        depths = [(f"{name[3:]} layers with weights", name) for name in DEPTHS]
+        model = self.anatomy.model
+        self.depth = widgets.Dropdown(
+            options=depths, value=model.replace("_bn", ""), description="depth", style=wide, layout=full
+        )
+        self.batch_norm = widgets.Checkbox(model.endswith("_bn"), description="batch norm", indent=False, layout=full)
+        self.image_size = widgets.IntSlider(
+            self.anatomy.image_size, SMALLEST, LARGEST, STEP, description="image size in pixels", style=wide,
+            layout=full, continuous_update=False,
+        )  # fmt: skip
+        self.layers = widgets.Dropdown(
+            options=self._options(), value=self.layer.name, description="layer", style=wide, layout=full
+        )
+        self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        self.about = widgets.HTML()
+        controls = [self.depth, self.batch_norm, self.image_size, self.layers]
+        for control in controls:
+            control.observe(self._on_change, "value")
+        self._refresh()
+        side = widgets.VBox([*controls, self.about], layout=widgets.Layout(max_width="100%"))
+        return widgets.Box([side, self.image], layout=widgets.Layout(flex_flow="row wrap"))
+
+    def _options(self) -> list[tuple[str, str]]:
+        return [(f"{place} of {len(self.anatomy)}: {layer.name}, {layer.kind}", layer.name)
+                for place, layer in enumerate(self.anatomy, start=1)]  # fmt: skip
+
+    def _on_change(self, _: Any) -> None:
+        with self._lock:
+            if self._is_following:  # what follows sets the layers' control itself
+                return
+            self._is_following = True
+            try:
+                self._follow()
+            except UserError as error:
+                self.about.value = f"<p>{html.escape(str(error))}</p>"
+            finally:
+                self._is_following = False
+
+    def _follow(self) -> None:
+        model = self.depth.value + "_bn" * self.batch_norm.value
+        if (model, self.image_size.value) == (self.anatomy.model, self.anatomy.image_size):
+            self.choose(model, self.image_size.value, self.layers.value)
+        else:
+            before = self.anatomy, self.layer
+            self.choose(model, self.image_size.value)
+            self.layer = _counterpart(*before, self.anatomy) or self.layer
+            self.layers.options = self._options()
+            self.layers.value = self.layer.name
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.image.value, self.about.value = self.picture().png(), self.table()
+
+
+def _counterpart(before: Anatomy, layer: Layer, after: Anatomy) -> Layer | None:
+    """In another network: the third convolution for the third convolution, the last for one that it lacks."""
+    place = [row.name for row in before if row.kind == layer.kind].index(layer.name)
+    alike = [row for row in after if row.kind == layer.kind]
+    return alike[min(place, len(alike) - 1)] if alike else None
+
+
+def _square(photograph: Any) -> Any:
+    """The square in the middle, as an image of Pillow's."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        is_file = isinstance(photograph, (str, Path))
+        image = Image.open(photograph).convert("RGB") if is_file else Image.fromarray(photograph)
+    except (OSError, UnidentifiedImageError, TypeError, AttributeError) as error:
+        wanted = "a path, or pixels (height, width, 3) of bytes"
+        raise UserError(f"photograph: {wanted}; this one cannot be read: {error}") from error
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
