@@ -12,7 +12,7 @@ run = vgglab.launch("--data-path digits --model vgg11_bn --epochs 6 --warmup 1 -
 
 
 def dashboard(lab) -> None:
-    """In the middle of a run: two epochs are evaluated."""
+    """In the middle of a run: three epochs are evaluated."""
     notebook = lab.open("dashboard", [LAUNCH, "run.stop()"], viewport={"width": 1290, "height": 900})
     notebook.run(0)
     output = notebook.output(0)

@@ -107,3 +107,22 @@ def test_a_fresh_cell_shows_the_run_again(training):
     notebook.run(2)
     wait_for_text(notebook, 2, " · step ")
     wait_for_a_step_after(notebook, step_shown(notebook, 2), 2)
+
+
+EXPLORE = """import numpy, vgglab.anatomy
+from vgglab.view.explorer import explore
+explore(vgglab.anatomy.of, numpy.zeros((64, 64, 3), "uint8"))"""
+
+
+def test_moving_the_explorers_slider_by_keyboard_changes_its_figure(lab):
+    pytest.importorskip("vgglab.view.explorer")
+    notebook = lab.open("explorer", [EXPLORE])
+    notebook.run(0)
+    picture = notebook.output(0).locator("img")
+    picture.wait_for()
+    before = picture.get_attribute("src")
+    notebook.output(0).get_by_role("slider").focus()
+    notebook.page.keyboard.press("ArrowLeft")
+    wait_for_text(notebook, 0, "192 pixels")
+    wait_until(lambda: notebook.page.wait_for_timeout(100) or picture.get_attribute("src") != before)
+    notebook.close()
