@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 OUT := build/notebooks
+AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
 # VGG16 with batch norm on the handwritten digits: about two minutes on two cores.
 MAIN_JOB := --data-path digits --model vgg16_bn --epochs 6 --warmup 1 --lr 0.1 --lr-schedule cosine --fix-seed
 
-.PHONY: help install run test lab check notebooks lanes pin clean
+.PHONY: help install run test browser lab check notebooks lanes pin clean
 .DEFAULT_GOAL := help
 
 help: ## what there is to make
@@ -34,8 +35,14 @@ run: $(INSTALLED) ## the main job: train VGG16 on the digits, then the first not
 	$(MAKE) --no-print-directory $(OUT)/00_start_here.html && \
 	echo && echo "the run:      $$run (figures in report.json)" && echo "the notebook: $(OUT)/00_start_here.html"
 
-test: $(INSTALLED) ## all tests, every notebook included
-	$(BIN)/python -m pytest -n auto
+test: $(INSTALLED) browser ## all tests, every notebook included
+	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+# Never fails: without a browser its tests are skipped, and say so.
+browser: ## Chromium for the tests in a browser, where there is none and apt-get may install it
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		{ $(AS_ROOT) apt-get update -qq && $(AS_ROOT) apt-get install -y --no-install-recommends chromium; } || \
+		echo "no Chromium: its tests are skipped; as root: apt-get install chromium" >&2
 
 lab: $(INSTALLED) ## JupyterLab with the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)

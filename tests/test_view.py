@@ -1,6 +1,8 @@
 """What people see: the bar on a terminal, the dashboard, the block in a report."""
 
 import fcntl
+import gc
+import json
 import os
 import pty
 import struct
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
 from conftest import TINY
@@ -106,3 +109,25 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 def test_without_a_notebook_the_front_end_is_the_terminal(monkeypatch):
     monkeypatch.setenv("VGGLAB_UI", "live")
     assert front_end() == "terminal"
+
+
+def test_hours_of_refreshes_do_not_fill_the_memory(train, monkeypatch):
+    """As long as an hour of watching, at two looks a second: 7200 at a run that goes on, 40 of them drawn."""
+    pytest.importorskip("ipywidgets")
+    run = train("--print-freq=1").run
+    event = run.events("train")[-1]
+    dashboard = Dashboard(run)
+
+    def look(num_times, num_drawn):
+        for number in range(num_times):
+            monkeypatch.setattr("vgglab.view.live._has_ended", lambda _, due=number < num_drawn: due)
+            event["step"] += 1
+            if number < num_drawn or number % 100 == 0:
+                with (run.path / "events.jsonl").open("a") as file:
+                    file.write(json.dumps(event) + "\n")
+            dashboard.refresh()
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    before = look(300, 10)
+    assert look(7200, 40) - before < 20  # MiB

@@ -18,6 +18,7 @@ from vgglab.view.progress import Progress, duration
 from vgglab.view.rank_table import RankRow, as_html, as_text, rank_rows, silence
 
 REFRESH_SECONDS = 0.5
+PICTURE_SECONDS = 2.0  # drawing takes the kernel's time, from whatever cell runs there
 STATIC_REFRESH_SECONDS = 3.0
 NUM_LOG_LINES = 6
 
@@ -43,10 +44,11 @@ def front_end() -> str:
 
 def _has_widgets() -> bool:
     try:
+        import ipykernel
         import ipywidgets  # noqa: F401
     except ImportError:
         return False
-    return True
+    return not ipykernel.__version__.startswith("7.0.")  # loses what a thread sets: a dashboard would stand still
 
 
 def watch(run: Run) -> None:
@@ -146,12 +148,16 @@ class Dashboard:
         self.stop_button.disabled = not hasattr(run, "stop")
         self.widget = widgets.VBox([self.status, self.bar, self.picture, self.ranks, self.log, self.stop_button])
         self._drawn = -1  # number of events in the picture
+        self._drawn_at = -PICTURE_SECONDS
 
     def show(self) -> None:
         from IPython.display import display
 
         self.refresh()
-        display(self.widget)
+        data = dict(self.widget._repr_mimebundle_())
+        # What is left to read where the kernel, and the widget with it, is gone.
+        data["text/plain"] = f"vgglab.Run({str(self.run.path)!r}).watch() shows this run again"
+        display(data, raw=True)
         threading.Thread(target=self._keep_fresh, daemon=True, name="vgglab dashboard").start()
 
     def refresh(self) -> None:
@@ -165,16 +171,23 @@ class Dashboard:
         lines = last_lines(self.run)
         self.log.value = f"<pre style='font-size: 85%'>{html.escape(chr(10).join(lines))}</pre>"
         num_events = len(self.run.events())
-        if progress.train and num_events != self._drawn:
+        is_due = _has_ended(self.run) or time.monotonic() - self._drawn_at >= PICTURE_SECONDS
+        if progress.train and num_events != self._drawn and is_due:
             self.picture.value = curves(self.run).png()
-            self._drawn = num_events
+            self._drawn, self._drawn_at = num_events, time.monotonic()
 
     def _keep_fresh(self) -> None:
         while not _has_ended(self.run):
             time.sleep(REFRESH_SECONDS)
-            self.refresh()
-        self.refresh()
+            self._try_to_refresh()
+        self._try_to_refresh()
         self.stop_button.disabled, self.stop_button.description = True, "Ended"
+
+    def _try_to_refresh(self) -> None:
+        try:
+            self.refresh()
+        except Exception as error:  # a thread that died in silence would leave figures that look alive
+            self.status.value = f"<b>this dashboard cannot read its run: {html.escape(repr(error))}</b>"
 
     def _on_stop(self, _: Any) -> None:
         self.stop_button.disabled = True

@@ -1,0 +1,128 @@
+"""The dashboard as people see it: in JupyterLab, in Chromium, with a mouse and with the keyboard alone."""
+
+import pytest
+from browser import CHROMIUM, NO_CHROMIUM, SECONDS, jupyterlab
+from test_launch import MARK, processes_with, wait_until
+
+import vgglab
+
+# One JupyterLab and one browser for all, so all in one of the suite's processes.
+pytestmark = pytest.mark.xdist_group("browser")
+
+LAUNCH = """import os, vgglab
+os.environ["{mark}"] = "{name}"
+run = vgglab.launch("--data-path digits --model vgg11_bn --epochs 500 --batch-size 16 --workers 0 --device cpu",
+                    print_freq=1, output_dir="{name}")"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    for package in ("playwright", "jupyterlab", "ipywidgets", "sklearn"):
+        pytest.importorskip(package)
+    if CHROMIUM is None:
+        pytest.skip(NO_CHROMIUM)
+    with jupyterlab(tmp_path_factory.mktemp("lab")) as lab:
+        yield lab
+
+
+@pytest.fixture
+def training(lab, request):
+    """A notebook whose first cell has launched a training, its dashboard showing steps; and the run."""
+    name = request.node.name.split("@")[0][:40]
+    cells = [LAUNCH.format(mark=MARK, name=name), "import time; time.sleep(4)", "vgglab.Run(run.path).watch()"]
+    notebook = lab.open(name, cells)
+    try:
+        notebook.run(0)
+        wait_for_text(notebook, 0, " · step ")
+        (path,) = (lab.notebooks / name / "runs").iterdir()
+        yield notebook, name, vgglab.Run(path)
+    finally:
+        notebook.close()
+        for left in (lab.notebooks / name / "runs").glob("*"):
+            vgglab.Run(left).stop()
+
+
+def wait_for_text(notebook, number, text):
+    notebook.output(number).filter(has_text=text).first.wait_for(timeout=1000 * SECONDS)
+
+
+def step_shown(notebook, number=0):
+    return int(notebook.output(number).first.inner_text().partition(" · step ")[2].split()[0])
+
+
+def wait_for_a_step_after(notebook, step, number=0):
+    wait_until(lambda: notebook.page.wait_for_timeout(100) or step_shown(notebook, number) > step, SECONDS)
+
+
+def num_nodes(notebook):
+    return notebook.page.evaluate("document.querySelectorAll('.jp-Notebook *').length")
+
+
+def test_it_moves_while_another_cell_runs_and_after_and_does_not_grow(training):
+    notebook, _, _ = training
+    notebook.output(0).locator("img").wait_for()
+    notebook.run(1)
+    wait_for_a_step_after(notebook, step_shown(notebook))
+    wait_for_a_step_after(notebook, step_shown(notebook))
+    assert notebook.prompt(1) == "[*]:"  # it moved twice while the kernel was busy
+    wait_until(lambda: notebook.page.wait_for_timeout(100) or notebook.prompt(1) != "[*]:")
+    before = num_nodes(notebook)
+    for _ in range(6):
+        wait_for_a_step_after(notebook, step_shown(notebook))
+    assert num_nodes(notebook) <= before + 5
+    assert notebook.output(0).count() == 1
+
+
+def test_a_click_on_stop_ends_the_run_and_says_so(training):
+    notebook, name, run = training
+    assert processes_with(name)
+    notebook.output(0).get_by_role("button", name="Stop").click()
+    wait_for_text(notebook, 0, ": interrupted")
+    wait_until(lambda: not processes_with(name))
+    assert run.status == "interrupted"
+    notebook.output(0).get_by_role("button", name="Ended").wait_for()
+
+
+def test_it_comes_back_after_a_reload_and_stops_by_keyboard_alone(training):
+    notebook, name, run = training
+    notebook.save()
+    step = step_shown(notebook)
+    notebook.reload()
+    wait_for_text(notebook, 0, " · step ")
+    wait_for_a_step_after(notebook, step)
+    notebook.cell(0).locator(".cm-content").click()
+    notebook.page.keyboard.press("Escape")
+    for _ in range(20):
+        notebook.page.keyboard.press("Tab")
+        if notebook.page.evaluate("document.activeElement.innerText.trim()") == "Stop":
+            break
+    notebook.page.keyboard.press("Space")
+    wait_for_text(notebook, 0, ": interrupted")
+    wait_until(lambda: not processes_with(name))
+    assert run.status == "interrupted"
+
+
+def test_a_fresh_cell_shows_the_run_again(training):
+    notebook, _, _ = training
+    notebook.run(2)
+    wait_for_text(notebook, 2, " · step ")
+    wait_for_a_step_after(notebook, step_shown(notebook, 2), 2)
+
+
+EXPLORE = """import numpy, vgglab.anatomy
+from vgglab.view.explorer import explore
+explore(vgglab.anatomy.of, numpy.zeros((64, 64, 3), "uint8"))"""
+
+
+def test_moving_the_explorers_slider_by_keyboard_changes_its_figure(lab):
+    pytest.importorskip("vgglab.view.explorer")
+    notebook = lab.open("explorer", [EXPLORE])
+    notebook.run(0)
+    picture = notebook.output(0).locator("img")
+    picture.wait_for()
+    before = picture.get_attribute("src")
+    notebook.output(0).get_by_role("slider").focus()
+    notebook.page.keyboard.press("ArrowLeft")
+    wait_for_text(notebook, 0, "192 pixels")
+    wait_until(lambda: notebook.page.wait_for_timeout(100) or picture.get_attribute("src") != before)
+    notebook.close()
