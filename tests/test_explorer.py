@@ -54,12 +54,14 @@ def test_pictures_of_different_networks_differ():
 
 
 def test_numbers_do_not_stand_on_one_another():
-    for name, size in (("vgg11", 32), ("vgg19_bn", 64), ("vgg16", 224), ("vgg13", 448)):
+    for name, size in (("vgg11", 32), ("vgg19_bn", 64), ("vgg16", 224), ("vgg13", 448), ("vgg19_bn", 384)):
         picture = architecture(anatomy.of(name, size))
         picture.canvas.draw()
         places = [text.get_window_extent() for text in picture.axes[0].texts]
         overlap = [(a, b) for n, a in enumerate(places) for b in places[:n] if a.overlaps(b)]
         assert overlap == [], (name, size)
+        linear = [patch for patch in picture.axes[0].patches if patch.get_gid().startswith("classifier")]
+        assert not [box for box in linear for text in places if text.overlaps(box.get_window_extent())], (name, size)
 
 
 def test_a_layer_without_a_box_is_marked_where_it_works():

@@ -75,11 +75,17 @@ def _boxes(anatomy: Anatomy) -> list[tuple[Layer, float, float, float]]:
         boxes.append((layer, left, width, float(layer.output_shape[2])))
         left += width + gap
     most = max((layer.output_shape[-1] for layer in linear), default=1)
-    left += 4 * GAP
+    # The first linear box stands beyond the end of the last number that is written above a map.
+    numbers_end = [at + 1.3 * LETTER * len(_side(layer)) for layer, at, *_ in boxes[-2:]]
+    left = max([left + 4 * GAP, *numbers_end])
     for layer in linear:
         boxes.append((layer, left, LINEAR, 0.6 * anatomy.image_size * layer.output_shape[-1] / most))
         left += LINEAR + 2 * GAP
     return boxes
+
+
+def _side(layer: Layer) -> str:
+    return "x".join(str(side) for side in layer.output_shape[2:])
 
 
 def _box(panel: Any, name: str, kind: str, corner: tuple[float, float], width: float, height: float) -> None:
@@ -101,7 +107,7 @@ def _write_sizes(panel: Any, boxes: Sequence[tuple[Layer, float, float, float]],
     before, taken = 0.0, (0.0, 0.0)  # height of the box before; where the last numbers end, and how high they stand
     for layer, left, _, height in maps:
         if height != before:
-            side = "x".join(str(side) for side in layer.output_shape[2:])
+            side = _side(layer)
             at = height + 0.015 * size
             if left < taken[0] and abs(at - taken[1]) < 0.08 * size:
                 at = taken[1] + 0.08 * size
