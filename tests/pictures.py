@@ -24,7 +24,26 @@ def dashboard(lab) -> None:
     notebook.close()
 
 
+EXPLORE = """from sklearn.datasets import load_sample_image
+from vgglab import anatomy
+from vgglab.view.explorer import explore
+explore(anatomy.of, load_sample_image("flower.jpg"), "vgg16", 224, "features.14")"""
+
+
+def explorer(lab) -> None:
+    """A layer in the middle of VGG16, and what it sees of a flower."""
+    notebook = lab.open("explorer", [EXPLORE], viewport={"width": 1290, "height": 1100})
+    notebook.run(0)
+    output = notebook.output(0)
+    output.locator("img").first.wait_for(timeout=120_000)
+    notebook.page.mouse.move(0, 0)
+    notebook.page.wait_for_timeout(2500)
+    output.first.screenshot(path=PROJECT / "docs" / "explorer.png")
+    notebook.close()
+
+
 if __name__ == "__main__":
     (PROJECT / "docs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, jupyterlab(Path(folder)) as lab:
         dashboard(lab)
+        explorer(lab)
