@@ -24,6 +24,11 @@ from vgglab.seeds import Seeds  # isort: skip
 __all__ = ["Run", "RunFailed", "Seeds", "UserError", "__version__", "anatomy", "launch", "model", "predict"]
 
 
+def load_ipython_extension(shell: Any) -> None:
+    """``%load_ext vgglab``: from then on there is ``%vgglab`` (``%vgglab?`` tells more)."""
+    importlib.import_module("vgglab.magics").load(shell)
+
+
 def __getattr__(name: str) -> Any:
     if name in ("anatomy", "model"):
         return importlib.import_module(f"vgglab.{name}")

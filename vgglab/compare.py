@@ -55,6 +55,14 @@ class Comparison(NamedTuple):
         """Nothing that was computed differs, and both have come equally far."""
         return self.first is None and self.last_steps[0] == self.last_steps[1] and self.num_steps > 0
 
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from vgglab.view.tables import html_lines
+
+        return html_lines(as_text(self).splitlines())
+
 
 def compare(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
     """Put two runs side by side; ``tolerance`` is relative.

@@ -53,6 +53,14 @@ class Plan(NamedTuple):
     rates: list[tuple[int, float]]  # (epoch from 0, learning rate), where it changes
     warnings: list[str]
 
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from vgglab.view.tables import html_facts
+
+        return html_facts(_facts(self))
+
 
 def plan(
     config: Config, images_per_second: float, ranks: int = 1, scaling: float = 1.0, given: Sequence[str] = ()
@@ -173,19 +181,32 @@ def _warnings(config: Config, ranks: int) -> list[str]:
 
 def as_text(planned: Plan) -> str:
     """The plan for people."""
+    return "\n".join(f"{name:<14}{text}" for name, text in _facts(planned))
+
+
+def _facts(planned: Plan) -> list[tuple[str, str]]:
     cards = "1 card" if planned.ranks == 1 else f"{planned.ranks} cards"
-    lines = [
-        f"data          {planned.data}: {planned.num_train_images:,} training images, "
-        f"{planned.num_eval_images:,} held out",
-        f"steps         {planned.steps:,} of {planned.global_batch_size} images: {planned.epochs} epochs of "
-        f"{planned.steps_per_epoch:,}",
-        f"time          {_long(planned.total_seconds)} on {cards} at {planned.images_per_second:,.0f} images/s in all, "
-        f"{_long(planned.evaluation_seconds)} of it for evaluation",
-        f"checkpoints   {planned.num_checkpoints} of {planned.checkpoint_bytes / 1e9:.2f} GB are written, three stay: "
-        f"up to {planned.disk_bytes / 1e9:.2f} GB on disk",
-        "rate          " + ", ".join(f"{rate:.3g} from epoch {epoch + 1}" for epoch, rate in _few(planned.rates)),
+    evaluation, rates = _long(planned.evaluation_seconds), _few(planned.rates)
+    return [
+        ("data", f"{planned.data}: {planned.num_train_images:,} training images, {planned.num_eval_images:,} held out"),
+        (
+            "steps",
+            f"{planned.steps:,} of {planned.global_batch_size} images: {planned.epochs} epochs of "
+            f"{planned.steps_per_epoch:,}",
+        ),
+        (
+            "time",
+            f"{_long(planned.total_seconds)} on {cards} at {planned.images_per_second:,.0f} images/s in all, "
+            f"{evaluation} of it for evaluation",
+        ),
+        (
+            "checkpoints",
+            f"{planned.num_checkpoints} of {planned.checkpoint_bytes / 1e9:.2f} GB are written, three stay: "
+            f"up to {planned.disk_bytes / 1e9:.2f} GB on disk",
+        ),
+        ("rate", ", ".join(f"{rate:.3g} from epoch {epoch + 1}" for epoch, rate in rates)),
+        *(("warning", text) for text in planned.warnings),
     ]
-    return "\n".join([*lines, *(f"warning       {text}" for text in planned.warnings)])
 
 
 def _few(rates: list[tuple[int, float]]) -> list[tuple[int, float]]:

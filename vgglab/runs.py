@@ -72,6 +72,20 @@ def claim(path: Path) -> None:
         raise UserError(f"{path}: {NO_WRITING} ({error.strerror})") from None
 
 
+class Report(dict):
+    """The figures of ``report.json`` by their names: a dict in every respect, that shows itself as a table."""
+
+    def __repr__(self) -> str:
+        from vgglab.view.cards import report_as_text
+
+        return report_as_text(self)
+
+    def _repr_html_(self) -> str:
+        from vgglab.view.cards import report_as_html
+
+        return report_as_html(self)
+
+
 class Run:
     """A run directory, read. Works while the run is going on, and after it is gone."""
 
@@ -91,6 +105,11 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})  # {self.status}"
+
+    def _repr_html_(self) -> str:
+        from vgglab.view.cards import run_as_html
+
+        return run_as_html(self)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -142,11 +161,11 @@ class Run:
             return False  # not to be seen from here
         return not is_alive(env["pid"])
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """The figures of ``report.json``, made anew from the events."""
         from vgglab.report import build_report
 
-        return build_report(self)
+        return Report(build_report(self))
 
     def logs(self, rank: int | str = 0) -> str:
         """What a rank has printed so far; ``"launcher"``: what torchrun has."""

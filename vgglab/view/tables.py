@@ -19,3 +19,18 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows)
     return f"<div style='overflow-x:auto'><table><tr>{head}</tr>{body}</table></div>"
+
+
+def html_facts(rows: Sequence[Sequence[str]]) -> str:
+    """Names on the left, what they are on the right."""
+    body = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(value)}"
+        "</td></tr>"
+        for name, value in rows
+    )
+    return f"<div style='overflow-x:auto'><table>{body}</table></div>"
+
+
+def html_lines(lines: Sequence[str]) -> str:
+    """Lines of plain text, one below the other."""
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"

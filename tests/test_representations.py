@@ -1,0 +1,98 @@
+"""What a cell shows of a run, a report, a plan and a comparison: the figures, escaped, and in plain text too."""
+
+import json
+
+import pytest
+
+from vgglab import Run
+from vgglab.compare import compare
+from vgglab.config import parse
+from vgglab.plan import plan
+from vgglab.report import build_report
+
+ODD = "<b>lab & co</b>"
+ESCAPED = "&lt;b&gt;lab &amp; co&lt;/b&gt;"
+
+
+@pytest.fixture
+def run(train, tmp_path):
+    path = tmp_path / "<i>runs" / "one"
+    assert train("--print-freq=1", "--skip-steps=0", f"--run-dir={path}").code == 0
+    return Run(path)
+
+
+def rewrite(file, before, after):
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+
+
+def test_a_run_is_a_card(run):
+    report, card = run.report(), run._repr_html_()
+    for figure in ("done", "vgg11", f"{report['acc1']:.2f} %", f"{report['images_per_second']:,.1f} images/s"):
+        assert f">{figure}</td>" in card
+    assert "&lt;i&gt;runs/one" in card
+    assert "<i>" not in card
+    assert repr(run) == f"Run({str(run.path)!r})  # done"
+
+
+def test_the_card_of_a_simulated_card_has_no_speed(run):
+    rewrite(run.path / "env.json", '"simulated": false', '"simulated": true')
+    card = run._repr_html_()
+    assert "simulated card, no speed" in card
+    assert "images/s" not in card
+
+
+def test_a_run_that_has_only_begun_has_a_card(tmp_path):
+    (tmp_path / "launch.json").write_text('{"host": "elsewhere", "pid": 1}')
+    card = Run(tmp_path)._repr_html_()
+    assert ">starting</td>" in card
+    assert str(tmp_path) in card
+
+
+def test_a_report_stays_a_dict(run):
+    report = run.report()
+    plain = build_report(run)
+    assert type(plain) is dict
+    assert report == plain
+    assert json.dumps(report) == json.dumps(plain)
+    assert {**report} == plain
+
+
+def test_a_report_shows_every_figure(run):
+    rewrite(run.path / "env.json", '"hardware": ', f'"hardware": "{ODD}", "was": ')
+    report = run.report()
+    text, page = repr(report), report._repr_html_()
+    for name in report:
+        assert f"\n{name} " in f"\n{text}"
+        assert f">{name}</th>" in page
+    assert f"{report['images_per_second']:.6g}" in text
+    assert f">{report['images_per_second']:.6g}</td>" in page
+    assert ODD in text
+    assert ESCAPED in page
+    assert ODD not in page
+    assert "{" not in text
+
+
+def test_a_plan_is_a_table():
+    planned = plan(parse(["--recipe=seed"]), images_per_second=590.0, ranks=8)
+    for shown in (repr(planned), planned._repr_html_()):
+        assert f"{planned.steps:,} of {planned.global_batch_size} images" in shown
+        assert "on 8 cards at 4,720 images/s" in shown
+        assert "Plan(" not in shown
+    assert "<th style='text-align:left'>steps</th>" in planned._repr_html_()
+    page = planned._replace(data=ODD)._repr_html_()
+    assert ESCAPED in page
+    assert ODD not in page
+
+
+def test_a_comparison_is_a_list(run, train):
+    other = train("--print-freq=1", "--skip-steps=0", "--lr=0.02").run
+    found = compare(run, other)
+    for shown in (repr(found), found._repr_html_()):
+        assert "first difference: " in shown
+        assert "lr 0.01 and 0.02" in shown
+        assert "Comparison(" not in shown
+    page = found._replace(settings={"data_path": (ODD, "digits")})._repr_html_()
+    assert ESCAPED in page
+    assert ODD not in page

@@ -1,0 +1,85 @@
+"""Answers of a cell: a run and its report as cards, a folder of runs as a table; in text and in HTML."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
+from vgglab.errors import UserError
+from vgglab.runs import Run
+from vgglab.view.report_page import Table
+from vgglab.view.tables import html_facts, text_table
+
+SETTINGS = ("data_path", "model", "epochs", "batch_size", "lr", "image_size", "device", "world_size", "seed")
+NO_SPEED = "simulated card, no speed"
+RUN_HEADINGS = ("name", "status", "model", "device", "epochs", "best top-1 %", "images/s")
+
+
+def run_as_html(run: Run) -> str:
+    """The card of a run: how it stands, its main settings, how well, how fast, and where it is."""
+    facts = [("status", run.status)]
+    report = report_of(run)
+    if report is not None:
+        facts += [*_settings(report), ("best top-1", _percent(report["acc1"])), ("speed", _speed(report))]
+    return html_facts([("run", run.name), *facts, ("path", str(run.path))])
+
+
+def report_of(run: Run) -> Mapping[str, Any] | None:
+    """None for a run that has not written anything yet."""
+    try:
+        return run.report()
+    except UserError:
+        return None
+
+
+def report_as_text(report: Mapping[str, Any]) -> str:
+    """Every figure of a report, a line each."""
+    return text_table(("", ""), _figures(report)).lstrip("\n")
+
+
+def report_as_html(report: Mapping[str, Any]) -> str:
+    """The same for a notebook."""
+    return html_facts(_figures(report))
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """A row a run, in the order given; a simulated card is marked so, and has no speed."""
+    rows = []
+    for run in runs:
+        report = report_of(run)
+        cells = [""] * 5
+        if report is not None:
+            speed = report["images_per_second"]
+            best = "" if report["acc1"] is None else f"{report['acc1']:.2f}"
+            device = f"{report['device']} (simulated)" if report["simulated"] else report["device"]
+            cells = [report["model"], device, str(report["epochs"]), best, "" if speed is None else f"{speed:,.1f}"]
+        rows.append([run.name, run.status, *cells])
+    return Table(RUN_HEADINGS, rows)
+
+
+def _settings(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name.replace("_", " "), str(report[name])) for name in SETTINGS if report.get(name) is not None]
+
+
+def _percent(value: float | None) -> str:
+    return "not evaluated yet" if value is None else f"{value:.2f} %"
+
+
+def _speed(report: Mapping[str, Any]) -> str:
+    if report["simulated"]:
+        return NO_SPEED
+    speed = report["images_per_second"]
+    return "not measured: no step behind --skip-steps" if speed is None else f"{speed:,.1f} images/s"
+
+
+def _figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, _shown(value)) for name, value in report.items()]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_shown, value)) or "none"
+    if value is None:
+        return "none"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
