@@ -32,7 +32,7 @@ explore(anatomy.of, load_sample_image("flower.jpg"), "vgg16", 224, "features.14"
 
 def explorer(lab) -> None:
     """A layer in the middle of VGG16, and what it sees of a flower."""
-    notebook = lab.open("explorer", [EXPLORE], viewport={"width": 1290, "height": 1100})
+    notebook = lab.open("explorer", [EXPLORE], viewport={"width": 1330, "height": 1200})
     notebook.run(0)
     output = notebook.output(0)
     output.locator("img").first.wait_for(timeout=120_000)
