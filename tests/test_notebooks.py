@@ -18,6 +18,7 @@ SHORTER = {
     "04_convergence": {"steps": 6, "seeds": 2, "walk": 6},
     "05_many_cards": {"steps": 10},
     "06_gcu": {"num_ranks": 2},
+    "07_what_vgg_sees": {"epochs": 1},
 }
 TRAINS_NOTHING = {"01_architecture"}
 

@@ -213,7 +213,8 @@ def load_pretrained(model: nn.Module, name: str) -> list[str]:
     return sorted({key.rsplit(".", 1)[0] for key in published if key not in fitting})
 
 
-def _published_weights(name: str) -> dict[str, Tensor]:
+def published_file(name: str) -> tuple[str, Path]:
+    """Where torchvision's published weights come from, and where torch's cache keeps them; they need not be there."""
     import torchvision.models
 
     # The address comes from torchvision's own table, which moved in 0.13.
@@ -221,7 +222,11 @@ def _published_weights(name: str) -> dict[str, Tensor]:
         url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
     else:
         url = torchvision.models.vgg.model_urls[name]
-    file = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    return url, Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+
+
+def _published_weights(name: str) -> dict[str, Tensor]:
+    url, file = published_file(name)
     try:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)

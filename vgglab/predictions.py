@@ -17,7 +17,7 @@ from vgglab.data.sets import open_sets
 from vgglab.data.transform import normalised
 from vgglab.devices import open_device
 from vgglab.errors import blaming
-from vgglab.model import build
+from vgglab.model import VGG, build
 from vgglab.runs import Run
 
 
@@ -40,6 +40,21 @@ class Prediction(NamedTuple):
         return as_tensor(self.split.images.open(self.place, "pil").pixels()).numpy()
 
 
+def trained_network(run: Run | str | Path, which: str = "best") -> VGG:
+    """The network of a run with the weights of its ``best`` or ``last`` checkpoint, on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: the run has no such checkpoint.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    file = run.checkpoint(which)
+    config = _settings_of(run)
+    network = build(config.model, num_classes=config.num_classes, head=config.head)
+    with blaming(str(run.path)):
+        checkpoint.restore_model(checkpoint.read(file), network, config.model)
+    return network.eval()
+
+
 @torch.no_grad()
 def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
     """All held-out images of a run, in the set's order, by its ``best`` or ``last`` checkpoint, on the CPU.
@@ -48,12 +63,8 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
         UserError: the run has no such checkpoint, or its images are gone.
     """
     run = run if isinstance(run, Run) else Run(run)
-    file = run.checkpoint(which)
+    network = trained_network(run, which)
     config = _settings_of(run)
-    network = build(config.model, num_classes=config.num_classes, head=config.head)
-    with blaming(str(run.path)):
-        checkpoint.restore_model(checkpoint.read(file), network, config.model)
-    network.eval()
     sets = open_sets(config)
     names = [*sets.val.classes, *(f"unused {i}" for i in range(len(sets.val.classes), sets.num_classes))]
     predictions = []

@@ -86,7 +86,7 @@ class Picture:
                 warnings.filterwarnings("ignore", module="PIL", category=UserWarning)  # on odd EXIF data and the like
                 self._image = Image.open(file)  # of an animation the first picture
         except Exception as error:  # decoders raise nearly anything for a broken file
-            raise bad_image(file, _reason(error)) from None
+            raise bad_image(file, reason_of(error)) from None
         self.width, self.height = self._image.size
 
     def pixels(self, rows: int | None = None) -> Pixels:
@@ -97,7 +97,7 @@ class Picture:
                 with self._image as image:
                     return to_rgb(image)
         except Exception as error:
-            raise bad_image(self.file, _reason(error)) from None
+            raise bad_image(self.file, reason_of(error)) from None
 
 
 class JpegPicture:
@@ -128,13 +128,13 @@ def open_picture(file: str, decoder: str) -> Picture | JpegPicture:
         if not stat.S_ISREG(os.stat(file).st_mode):  # to open a pipe would be to wait for whoever writes into it
             raise bad_image(file, "not a regular file")
     except OSError as error:
-        raise bad_image(file, _reason(error)) from None
+        raise bad_image(file, reason_of(error)) from None
     if decoder == "fast" and file.lower().endswith((".jpeg", ".jpg")):
         try:
             with open(file, "rb") as lines:
                 data = bytearray(lines.read())
         except OSError as error:
-            raise bad_image(file, _reason(error)) from None
+            raise bad_image(file, reason_of(error)) from None
         frame = _frame_of(data)
         if frame is not None:
             return JpegPicture(file, data, frame)
@@ -196,7 +196,8 @@ def bad_image(file: str, reason: str) -> BadImage:
     return BadImage(f"{file!r} cannot be read as an image ({reason}); {advice}", file, reason)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why a file could not be read, in a few words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):

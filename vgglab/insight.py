@@ -1,0 +1,116 @@
+"""Looking inside a network: its layers by name, what they answer, and which pixels an answer hangs on."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any, Mapping
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from vgglab.data.decode import as_tensor, reason_of, to_rgb
+from vgglab.errors import UserError
+
+
+def read_photograph(file: str, data: bytes | None = None, longest: int = 384) -> Tensor:
+    """A photograph as ``(H, W, 3)`` uint8, upright, its longer side shrunk to ``longest`` pixels if it is longer.
+
+    Args:
+        file: its path; only its name if ``data`` is given.
+        data: the file's bytes. They are decoded as an image, whatever the name says.
+
+    Raises:
+        UserError: no image, a broken one, or one with so many pixels that it must be a decompression bomb.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file if data is None else io.BytesIO(data)) as image:
+                upright = to_rgb(ImageOps.exif_transpose(image))  # a camera held on its side says so in its EXIF data
+        upright.thumbnail((longest, longest))
+        return as_tensor(upright)
+    except Exception as error:  # decoders raise nearly anything for a broken file
+        advice = "take a JPEG or PNG that an image viewer opens"
+        raise UserError(f"photograph: {file!r} cannot be read as an image ({reason_of(error)}); {advice}") from None
+
+
+def named_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The convolutional part of a VGG in order, by block and number: ``conv1_1``, ``relu1_1``, ..., ``pool5``."""
+    kinds = {nn.Conv2d: "conv", nn.BatchNorm2d: "norm", nn.ReLU: "relu"}
+    layers: dict[str, nn.Module] = {}
+    block, number = 1, 0
+    for layer in network.features:  # type: ignore[union-attr]
+        if isinstance(layer, nn.MaxPool2d):
+            layers[f"pool{block}"] = layer
+            block, number = block + 1, 0
+        else:
+            number += isinstance(layer, nn.Conv2d)
+            layers[f"{kinds[type(layer)]}{block}_{number}"] = layer
+    return layers
+
+
+def keep_outputs(network: nn.Module) -> nn.Module:
+    """The same network, in evaluation mode, whose ReLUs no longer overwrite what they are given.
+
+    VGG's are in place, to save memory. A hook on the layer before one then sees the ReLU's output, and a gradient with
+    respect to that layer cannot be had.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False
+    return network.eval()
+
+
+def feature_maps(network: nn.Module, images: Tensor, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """What each of ``layers`` gives for normalised ``images`` (N, 3, H, W): ``(N, channels, h, w)`` by name."""
+    maps: dict[str, Tensor] = {}
+
+    def keep_as(name: str) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            maps[name] = output.clone()  # a ReLU in place behind it would overwrite it
+
+        return keep
+
+    hooks = [layer.register_forward_hook(keep_as(name)) for name, layer in layers.items()]
+    try:
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return maps
+
+
+def effective_receptive_fields(
+    network: nn.Module, images: Tensor, layers: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """How strongly each pixel moves the unit in the middle of each layer's maps: ``(N, H, W)``, each image's sum 1.
+
+    The gradient of that unit, summed over the layer's channels, with respect to normalised ``images`` (N, 3, H, W); its
+    absolute values, summed over the colours. All zeros where the unit is silent. The network's weights get no gradient.
+
+    Source: Luo, Li, Urtasun and Zemel, "Understanding the Effective Receptive Field in Deep Convolutional Neural
+    Networks", 2016, section 3; they average over many images, this is for each.
+    """
+    images = images.detach().clone().requires_grad_()
+    fields = {}
+    for name, maps in feature_maps(network, images, layers).items():
+        height, width = maps.shape[2:]
+        centre = maps[:, :, height // 2, width // 2].sum()
+        (gradient,) = torch.autograd.grad(centre, images, retain_graph=True)
+        strength = gradient.abs().sum(dim=1)  # (N, H, W)
+        total = strength.sum(dim=(1, 2), keepdim=True)
+        fields[name] = strength / total.clamp_min(torch.finfo(total.dtype).tiny)
+    return fields
+
+
+def nearest(queries: Tensor, among: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` rows of ``among`` (N, D) with the largest cosine to each of ``queries`` (Q, D).
+
+    Returns:
+        Their cosines and their places, ``(Q, count)`` each, the nearest first.
+    """
+    cosines = nn.functional.normalize(queries, dim=1) @ nn.functional.normalize(among, dim=1).T  # (Q, N)
+    values, places = cosines.topk(count, dim=1)
+    return values, places

@@ -1,0 +1,209 @@
+"""What a network sees: kernels, maps of features, heat over photographs, neighbours; and a reader's own photograph.
+
+Images are arrays ``(H, W, 3)`` of bytes, maps are arrays ``(channels, h, w)``, heat is ``(H, W)`` or smaller.
+"""
+
+from __future__ import annotations
+
+import html
+from typing import Any, Callable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.colors import to_rgb
+
+from vgglab.errors import UserError
+from vgglab.view.figures import BLUE, GREEN, GRID, INK, ORANGE, Picture
+
+
+def kernel_grid(kernels: Any, num_columns: int = 16) -> Picture:
+    """First-layer kernels ``(K, 3, h, w)`` as colour images, each stretched from its own least to its own greatest."""
+    kernels = np.asarray(kernels).transpose(0, 2, 3, 1)  # (K, h, w, 3)
+    least, most = kernels.min(axis=(1, 2, 3), keepdims=True), kernels.max(axis=(1, 2, 3), keepdims=True)
+    images = (kernels - least) / np.maximum(most - least, 1e-12)
+    num_rows = -(-len(images) // num_columns)
+    figure = Picture(0.55 * num_columns, 0.62 * num_rows)
+    for number, panel in enumerate(_bare_panels(figure, num_rows, num_columns)):
+        if number < len(images):
+            panel.imshow(images[number])
+            panel.set_xlabel(number, fontsize=7, labelpad=1)
+        else:
+            panel.set_axis_off()
+    return figure
+
+
+def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> Picture:
+    """A row for each layer: the ``num_maps`` channels that vary most over the image, which stands at the first's left.
+
+    Axes count the map's own pixels; each map is drawn from black, 0, to its own brightest.
+    """
+    height, width = np.asarray(image).shape[:2]
+    figure = Picture(9.6, len(maps) * (8.4 / (num_maps + 1) * height / width + 0.42))
+    panels = figure.subplots(len(maps), num_maps + 1, squeeze=False)
+    for number, (row, (name, channels)) in enumerate(zip(panels, maps.items())):
+        channels = np.asarray(channels)
+        rows, columns = channels.shape[1:]
+        row[0].set_axis_off()
+        if number == 0:
+            row[0].imshow(np.asarray(image))
+        row[1].set_ylabel(f"{name}\n{rows} × {columns}", fontsize=9, color=INK)
+        for panel, channel in zip(row[1:], channels.std(axis=(1, 2)).argsort()[::-1]):
+            panel.imshow(channels[channel], cmap="gray", vmin=0)
+            panel.set_title(f"channel {channel}", fontsize=8, color=INK, pad=3)
+            panel.set_xticks([0, columns - 1])
+            panel.set_yticks([0, rows - 1])
+            panel.tick_params(labelsize=7, colors=INK, pad=1)
+    return figure
+
+
+def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles: Sequence[str]) -> Picture:
+    """The images in the first row; below, a row for each kind of heat, laid over them and named at its left.
+
+    Heat is stretched over the image and drawn from its own least to its own greatest, which the bar beside it tells.
+    """
+    num_columns = len(images)
+    figure = Picture(min(9.6, 2.1 * num_columns + 0.8), 1.62 * (1 + len(heats)))
+    rows = figure.subplots(1 + len(heats), num_columns, squeeze=False)
+    for column, (panel, image, title) in enumerate(zip(rows[0], images, titles)):
+        panel.imshow(np.asarray(image))
+        panel.set_title(title, fontsize=9, color=INK)
+        _without_ticks(panel)
+        for row, (name, heat) in zip(rows[1:], heats.items()):
+            drawn = _lay_over(row[column], image, heat[column])
+            figure.colorbar(drawn, ax=row[column], shrink=0.9, pad=0.03).ax.tick_params(labelsize=7, colors=INK)
+            if column == 0:
+                row[column].set_ylabel(name, fontsize=8, color=INK)
+    return figure
+
+
+def _lay_over(panel: Any, image: Any, heat: Any) -> Any:
+    height, width = np.asarray(image).shape[:2]
+    panel.imshow(_grey(image), cmap="gray", vmin=0, vmax=255)
+    _without_ticks(panel)
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    return panel.imshow(np.asarray(heat), cmap="viridis", alpha=0.6, extent=extent, interpolation="bilinear")
+
+
+def receptive_fields(image: Any, fields: Mapping[str, Any]) -> Picture:
+    """For each layer the pixels that move its middle unit, over the middle of the image; framed, the last that does.
+
+    ``fields``: by layer, ``(H, W)`` with the sum 1 (``insight.effective_receptive_fields``); drawn by its root, so that
+    what is weak is seen too. Axes in pixels of the image.
+    """
+    from matplotlib.patches import Rectangle
+
+    height, width = np.asarray(image).shape[:2]
+    fields = {name: np.asarray(field) for name, field in fields.items()}
+    boxes = {name: box_of(field) for name, field in fields.items()}
+    largest = max(boxes.values(), key=lambda box: box[2] - box[0])
+    margin = (largest[2] - largest[0]) // 4
+    figure = Picture(9.6, 9.6 / len(fields) + 0.5)
+    for panel, (name, field) in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields.items()):
+        panel.imshow(160 + _grey(image) * (95 / 255), cmap="gray", vmin=0, vmax=255)
+        glow = np.zeros((height, width, 4))
+        glow[..., :3], glow[..., 3] = to_rgb(ORANGE), (field / max(field.max(), 1e-30)) ** 0.5
+        panel.imshow(glow)
+        top, left, bottom, right = boxes[name]
+        size = (right - left, bottom - top)
+        panel.add_patch(Rectangle((left - 0.5, top - 0.5), *size, fill=False, edgecolor=BLUE, linewidth=1.5))
+        panel.set_xlim(largest[1] - margin, largest[3] + margin)
+        panel.set_ylim(largest[2] + margin, largest[0] - margin)
+        panel.set_title(f"{name}: {size[0]} × {size[1]}", fontsize=9, color=INK)
+        panel.set_xlabel("pixels", fontsize=8, color=INK)
+        panel.tick_params(labelsize=7, colors=INK)
+    return figure
+
+
+def _grey(image: Any) -> Any:
+    return np.asarray(image).mean(axis=2)
+
+
+def box_of(field: Any) -> tuple[int, int, int, int]:
+    """The smallest box that holds all that is not zero: top, left, and the first row and column behind it."""
+    rows, columns = np.nonzero(np.asarray(field).sum(axis=1))[0], np.nonzero(np.asarray(field).sum(axis=0))[0]
+    if not len(rows):
+        return 0, 0, 0, 0
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+
+
+def neighbour_rows(
+    images: Sequence[Any], meanings: Sequence[str], rows: Sequence[tuple[str, int, Sequence[int]]]
+) -> Picture:
+    """A row for each (by what, place of an image, places of its neighbours); ``meanings`` are the captions.
+
+    A neighbour that means something else is crossed and framed.
+    """
+    num_columns = 1 + max(len(places) for _, _, places in rows)
+    figure = Picture(1.25 * num_columns, 1.5 * len(rows))
+    panels = iter(_bare_panels(figure, len(rows), num_columns))
+    for what, query, places in rows:
+        for number, place in enumerate([query, *places]):
+            panel, is_same = next(panels), meanings[place] == meanings[query]
+            panel.imshow(np.asarray(images[place]))
+            if number == 0:
+                panel.set_title(meanings[query], fontsize=9, color=INK, fontweight="bold")
+                panel.set_ylabel(f"by {what}", fontsize=9, color=INK)
+                panel.spines[:].set(color=INK, linewidth=2)
+            else:
+                colour = GREEN if is_same else ORANGE
+                mark = "✓" if is_same else "✗"
+                panel.set_title(f"{mark} {meanings[place]}", fontsize=9, color=INK if is_same else ORANGE)
+                panel.spines[:].set(color=colour, linewidth=1 if is_same else 3)
+        for _ in range(num_columns - 1 - len(places)):
+            next(panels).set_axis_off()
+    return figure
+
+
+def _bare_panels(figure: Picture, num_rows: int, num_columns: int) -> list[Any]:
+    panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+    for panel in panels:
+        _without_ticks(panel)
+    return panels
+
+
+def _without_ticks(panel: Any) -> None:
+    panel.set_xticks([])
+    panel.set_yticks([])
+    panel.spines[:].set(color=GRID)
+
+
+class PhotographChooser:
+    """A button that takes a file of the reader's, and below it what ``look`` makes of it; in a live notebook.
+
+    The button is reached by Tab and pressed by Enter or the space bar. The file's bytes go to ``look`` and nowhere
+    else; what it refuses with a UserError stands as one line in the place of a picture.
+    """
+
+    def __init__(self, look: Callable[[str, bytes], tuple[str, Picture]]) -> None:
+        """``look(name, data)`` gives a line of text and a picture. Raises UserError for a file that is no image."""
+        import ipywidgets as widgets
+
+        self.look = look
+        self.button = widgets.FileUpload(
+            accept="image/*",
+            multiple=False,
+            description="Your photograph",
+            tooltip="A JPEG or PNG; it is read as an image and stays in this kernel",
+            layout=widgets.Layout(width="max-content"),
+        )
+        self.button.observe(self._on_file, names="value")
+        self.line = widgets.HTML()
+        self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", display="none"))
+        self.widget = widgets.VBox([self.button, self.line, self.picture])
+
+    def show(self, name: str, data: bytes) -> None:
+        """What ``look`` says of a file's bytes, or why it cannot."""
+        self.line.value = f"Looking at {html.escape(name)} ..."
+        try:
+            line, picture = self.look(name, data)
+        except UserError as error:
+            self.line.value, self.picture.layout.display = html.escape(str(error)), "none"
+            return
+        self.picture.value, self.picture.layout.display = picture.png(), None
+        self.line.value = html.escape(line)
+
+    def _on_file(self, change: Any) -> None:
+        for file in change["new"]:
+            self.show(file["name"], bytes(file["content"]))
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        return self.widget._repr_mimebundle_(**options)
