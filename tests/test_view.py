@@ -16,6 +16,7 @@ import pytest
 from conftest import TINY
 
 import vgglab
+from vgglab.view import live
 from vgglab.view.live import Dashboard, front_end, progress_of, summary
 from vgglab.view.progress import Progress, duration
 
@@ -131,3 +132,19 @@ def test_hours_of_refreshes_do_not_fill_the_memory(train, monkeypatch):
 
     before = look(300, 10)
     assert look(7200, 40) - before < 20  # MiB
+
+
+def test_what_goes_wrong_in_a_dashboard_is_shown_and_tried_again(monkeypatch):
+    """A thread that died in silence would leave figures that look alive."""
+    widgets = pytest.importorskip("ipywidgets")
+    monkeypatch.setattr(live, "REFRESH_SECONDS", 0.01)
+    status, calls = widgets.HTML(), []
+
+    def refresh():
+        calls.append(status.value)
+        if len(calls) == 2:
+            raise OSError("the disk <is> away")
+
+    live.keep_fresh(refresh, lambda: len(calls) >= 3, status)
+    assert len(calls) == 4  # the last one sees the end
+    assert "this dashboard cannot read its run: OSError(&#x27;the disk &lt;is&gt; away&#x27;)" in calls[2]

@@ -44,9 +44,9 @@ RECIPES: dict[Any, dict[str, Any]] = {
     },
     # What today's practice adds to the same network, after torchvision's second set of recipes (2021), with the larger
     # weight decay that small sets want. It expects batch norm: --model vgg16_bn.
-    # Cost: 256 million images on ImageNet, 10 million on CIFAR-10. Not run to its end here. It is for long trainings: cut
-    # down to 8 epochs of 6,400 images of Fashion-MNIST (VGG16-BN, one seed each, 2,560 held-out images) it reached 23.6 %
-    # where `seed`, cut down likewise, reached 79.6 %.
+    # Cost: 256 million images on ImageNet, 10 million on CIFAR-10. Not run to its end here. It is for long trainings:
+    # cut down to 8 epochs of 6,400 images of Fashion-MNIST (VGG16-BN, one seed each, 2,560 held-out images) it reached
+    # 23.6 % where `seed`, cut down likewise, reached 79.6 %.
     "modern": {
         "model": "vgg16_bn",
         "batch_size": 128,

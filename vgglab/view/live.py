@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, Callable
 
 from vgglab.runs import Run
 from vgglab.view.progress import Progress, duration
@@ -177,23 +177,30 @@ class Dashboard:
             self._drawn, self._drawn_at = num_events, time.monotonic()
 
     def _keep_fresh(self) -> None:
-        while not _has_ended(self.run):
-            time.sleep(REFRESH_SECONDS)
-            self._try_to_refresh()
-        self._try_to_refresh()
+        keep_fresh(self.refresh, lambda: _has_ended(self.run), self.status)
         self.stop_button.disabled, self.stop_button.description = True, "Ended"
-
-    def _try_to_refresh(self) -> None:
-        try:
-            self.refresh()
-        except Exception as error:  # a thread that died in silence would leave figures that look alive
-            self.status.value = f"<b>this dashboard cannot read its run: {html.escape(repr(error))}</b>"
 
     def _on_stop(self, _: Any) -> None:
         self.stop_button.disabled = True
         self.stop_button.description = "Stopping"
         # Off the kernel's thread: the run may take its grace to end.
         threading.Thread(target=_stop, args=(self.run,), daemon=True).start()
+
+
+def keep_fresh(refresh: Callable[[], None], is_over: Callable[[], bool], status: Any) -> None:
+    """Call ``refresh`` until it is over, and once more then; what goes wrong is shown in ``status`` and tried again.
+
+    A thread that died in silence would leave figures that look alive.
+    """
+    is_last = False
+    while not is_last:
+        is_last = is_over()
+        try:
+            refresh()
+        except Exception as error:
+            status.value = f"<b>this dashboard cannot read its run: {html.escape(repr(error))}</b>"
+        if not is_last:
+            time.sleep(REFRESH_SECONDS)
 
 
 def ranks_of(run: Run) -> list[RankRow]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import html
 import threading
-import time
 from typing import Any
 
-from vgglab.view.live import REFRESH_SECONDS, front_end, progress_of, summary
+from vgglab.view.live import front_end, keep_fresh, progress_of, summary
 from vgglab.view.seeds_table import as_html, as_text
 
 
@@ -58,10 +57,7 @@ class Board:
         self.table.value = as_html({self.seeds.path.name: runs})
 
     def _keep_fresh(self) -> None:
-        while not self.seeds.is_over:
-            time.sleep(REFRESH_SECONDS)
-            self.refresh()
-        self.refresh()
+        keep_fresh(self.refresh, lambda: self.seeds.is_over, self.status)
         self.stop_button.disabled, self.stop_button.description = True, "Ended"
 
     def _on_stop(self, _: Any) -> None:
