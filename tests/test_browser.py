@@ -29,7 +29,7 @@ def lab(tmp_path_factory):
 def training(lab, request):
     """A notebook whose first cell has launched a training, its dashboard showing steps; and the run."""
     name = request.node.name.split("@")[0][:40]
-    cells = [LAUNCH.format(mark=MARK, name=name), "import time; time.sleep(4)", "vgglab.Run(run.path).watch()"]
+    cells = [LAUNCH.format(mark=MARK, name=name), "import time; time.sleep(12)", "vgglab.Run(run.path).watch()"]
     notebook = lab.open(name, cells)
     try:
         notebook.run(0)
