@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -42,7 +43,7 @@ class Job(NamedTuple):
 
 
 def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> list[Job]:
-    """Each notebook with those of ``parameters`` that it has; those that measure come first.
+    """Each notebook with those of ``parameters`` that it has; those that measure come first, then the longest.
 
     Raises:
         UserError: no such notebook; a parameter that none of them has; a file in ``out`` that is somebody's own.
@@ -62,7 +63,13 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
         if target.exists() and "papermill" not in _metadata_of(target):
             raise UserError(f"--out {out}: {source.name} is there and was not made here; name another folder")
         jobs.append(Job(source, target, own, about.get("alone", False)))
-    return sorted(jobs, key=lambda job: not job.is_alone)
+    return sorted(jobs, key=lambda job: (not job.is_alone, -_expected_seconds(job.source)))
+
+
+def _expected_seconds(source: Path) -> int:
+    """Of the rung ``quick``, by the notebook's ladder; the others take about as long beside one another."""
+    said = re.search(r"seconds=\((\d+)", source.read_text(encoding="utf-8"))
+    return int(said.group(1)) if said else 0
 
 
 def _parameters_of(source: Path) -> set[str]:
