@@ -25,7 +25,7 @@ def sections(text):
 
 
 def numbers(text):
-    text = re.sub(r"(\d{4}) ?年 ?\d+ ?月", r"\1", text)  # November 2026
+    text = re.sub(r"(\d{4})\s*年\s*\d+\s*月", r"\1", text)  # November 2026
     return Counter(re.findall(r"\d+(?:[.,]\d+)*", CODE.sub("", text)))
 
 
