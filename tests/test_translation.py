@@ -1,0 +1,128 @@
+"""README.md and its Chinese translation say the same: where one of them changes, the other has to follow."""
+
+import re
+from collections import Counter
+from itertools import zip_longest
+
+import pytest
+from conftest import PROJECT
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`([^`]+)`")
+
+
+def sections(text):
+    """(heading, level, body) of each section; a # inside a code block is a comment, no heading."""
+    inside, found = False, [["the top", 0, ""]]
+    for line in text.splitlines(keepends=True):
+        inside ^= line.startswith("```")
+        match = None if inside else re.match(r"(#+) (.*)", line)
+        if match:
+            found.append([match.group(2), len(match.group(1)), ""])
+        else:
+            found[-1][2] += line
+    return found
+
+
+def numbers(text):
+    text = re.sub(r"(\d{4})\s*年\s*\d+\s*月", r"\1", text)  # November 2026
+    return Counter(re.findall(r"\d+(?:[.,]\d+)*", CODE.sub("", text)))
+
+
+def words(text):
+    return Counter(" ".join(code.split()) for code in CODE.findall(text))
+
+
+def blocks(body):
+    """Each code block without its comments; one without a language is a tree of files: their names only."""
+    for language, block in FENCE.findall(body):
+        if language:
+            yield [re.sub(r"(^|\s+)#.*", "", line).rstrip() for line in block.splitlines()]
+        else:
+            yield re.findall(r"[\w<>-]+(?:\.(?:py|pt|json|jsonl)\b|/)", block, re.ASCII)
+
+
+def parts(body):
+    """What has to be the same in both, by name."""
+    prose = FENCE.sub("", body)
+    prose = re.sub(r"\[[^\]]*\]\(README[\w.-]*\)", "", prose)  # each links to the other
+    rows = [line for line in prose.splitlines() if line.startswith("|")]
+    found = {f"code block {i}": Counter(block) for i, block in enumerate(blocks(body), 1)}
+    for i, row in enumerate(rows, 1):
+        found[f"table row {i}"] = words(row) + numbers(row) + Counter({"|": row.count("|")})
+    found["code in the text"] = words(prose)
+    found["numbers"] = numbers(re.sub(r"\]\([^)]*\)", "", prose))
+    found["pictures and links"] = Counter(re.findall(r"\]\(([^)]*)\)", prose))
+    return found
+
+
+def differences(one, other):
+    """A line for each thing that one of the two texts has and the other has not, with its section."""
+    for a, b in zip_longest(sections(one), sections(other)):
+        if a is None or b is None or a[1] != b[1]:
+            yield f"headings part at {a and a[0]!r} / {b and b[0]!r}"
+            return
+        first, second = parts(a[2]), parts(b[2])
+        for name in {**first, **second}:
+            x, y = first.get(name, Counter()), second.get(name, Counter())
+            if x != y:
+                yield (
+                    f"{a[0]}, {name}: only in the first {list((x - y).elements())}, "
+                    f"only in the second {list((y - x).elements())}"
+                )
+
+
+ENGLISH = """# T
+[中文](README.zh-CN.md)
+![A](docs/a.png)
+## Speed
+`--fast` took 2.56 x in November 2026.
+
+| what | figure |
+|---|---|
+| `vgg16` | 99.44 % |
+
+```sh
+make run --quick  # trains
+```
+"""
+CHINESE = """# T
+[English](README.md)
+![图](docs/a.png)
+## 速度
+2026 年 11 月，`--fast` 为 2.56 x。
+
+| 内容 | 数值 |
+|---|---|
+| `vgg16` | 99.44 % |
+
+```sh
+make run --quick  # 训练
+```
+"""
+
+
+def test_a_faithful_translation_has_no_differences():
+    assert list(differences(ENGLISH, CHINESE)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("2.56", "2.65", "Speed, numbers"),
+        ("| `vgg16` | 99.44 % |\n", "", "Speed, table row 3"),
+        ("| 99.44 % |", "| 99.44 % | |", "Speed, table row 3"),
+        ("`--fast`", "`--faster`", "Speed, code in the text"),
+        ("--quick", "--slow", "Speed, code block 1"),
+        ("docs/a.png", "docs/b.png", "T, pictures"),
+        ("## 速度", "### 速度", "headings part at 'Speed'"),
+    ],
+)
+def test_a_translation_that_lags_is_found_by_section(old, new, named):
+    assert any(named in line for line in differences(ENGLISH, CHINESE.replace(old, new)))
+
+
+@pytest.mark.skipif(not (PROJECT / "README.zh-CN.md").exists(), reason="README.zh-CN.md is not written yet")
+def test_the_chinese_readme_says_what_the_english_one_says():
+    texts = [(PROJECT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")]
+    assert list(differences(*texts)) == []
