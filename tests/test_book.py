@@ -92,7 +92,7 @@ def test_a_notebook_that_fails_says_which_cell_and_why_and_the_others_go_on(book
     assert "before" in (site / "00_bad.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["00_one.ipynb", "index.html"])
+@pytest.mark.parametrize("name", ["00_one.ipynb", "00_one.html", "index.html"])
 def test_what_lies_in_the_folder_and_is_somebodys_own_stays(book, tmp_path, name):
     source = notebook(tmp_path / "notebooks/00_one.ipynb", "x = 0")
     own = tmp_path / "mine" / name
@@ -112,6 +112,49 @@ def test_a_page_without_the_code_keeps_prose_and_results(book, tmp_path):
     assert "A heading" in page
     assert "x is 1" in page
     assert "print" not in page.split("<body")[1]
+
+
+def test_an_executed_notebook_as_the_source_is_not_written_over(book, tmp_path):
+    source = notebook(tmp_path / "made/one.ipynb", "x = 1")
+    content = json.loads(source.read_text())
+    content["metadata"]["papermill"] = {}
+    source.write_text(json.dumps(content))
+    before = source.read_text()
+    assert book(source, "--out", "made").returncode == 2
+    assert source.read_text() == before
+
+
+def test_what_cannot_be_a_page_of_its_own_is_refused(book, tmp_path):
+    one, other = notebook(tmp_path / "a/same.ipynb", "x = 1"), notebook(tmp_path / "b/same.ipynb", "x = 1")
+    assert "another page would have the name same.html" in book(one, other).stderr
+    assert book(notebook(tmp_path / "a/index.ipynb", "x = 1")).returncode == 2
+    (tmp_path / "file").write_text("mine")
+    assert "--out file: " in book(one, "--out", "file").stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_half_written_notebook_of_before_is_made_anew(book, tmp_path):
+    notebook(tmp_path / "notebooks/00_one.ipynb", "x = 1", "print('whole')")
+    half = tmp_path / "build/notebooks/00_one.ipynb"
+    half.parent.mkdir(parents=True)
+    half.write_text('{"metadata": {"papermill": {"start')
+    assert book().returncode == 0
+    assert text_of(half) == "whole\n"
+
+
+def test_odd_names_and_widgets_leave_pages_that_work_without_the_web(book, tmp_path):
+    widget = "import ipywidgets; ipywidgets.IntSlider()"
+    notebook(tmp_path / "notebooks/it's <b>.ipynb", "x = 1", widget, "# [on](02_b.ipynb#part)", title="<i>T</i>")
+    notebook(tmp_path / "notebooks/02_b.ipynb", "x = 1")
+    result = book()
+    assert result.returncode == 0, result.stderr
+    site = tmp_path / "build/notebooks"
+    page = (site / "it's <b>.html").read_text()
+    assert "unpkg" not in page
+    assert 'href="02_b.html#part"' in page
+    index = (site / "index.html").read_text()
+    assert "it%27s%20%3Cb%3E.html" in index
+    assert "&lt;i&gt;T&lt;/i&gt;" in index
 
 
 def test_pages_are_made_anew(book, tmp_path):

@@ -229,3 +229,22 @@ def test_the_photograph_may_be_a_file(tmp_path):
         assert len(str(refusal.value).splitlines()) == 1
     with pytest.raises(UserError, match=r"vgg11 has no 'features\.99'"):
         explore(anatomy.of, PHOTOGRAPH, "vgg11", 32, "features.99")
+
+
+def test_photographs_of_any_kind_are_seen_in_colour(tmp_path):
+    import numpy
+    from PIL import Image
+
+    from vgglab.view.explorer import Explorer
+
+    upright = Image.new("RGB", (40, 60), "red")
+    exif = upright.getexif()
+    exif[0x0112] = 6  # turn by a quarter
+    upright.save(tmp_path / "turned.jpg", exif=exif)
+    grey = numpy.full((50, 50), 90, "uint8")
+    clear = numpy.full((50, 50, 4), 200, "uint8")
+    for photograph in (tmp_path / "turned.jpg", grey, clear):
+        picture = Explorer(anatomy.of, photograph, "vgg11", 64).picture()
+        assert picture.axes[0].images[0].get_array().shape[2] == 3
+    with pytest.raises(UserError, match="explore: a network's name and a whole number"):
+        Explorer(anatomy.of, grey, "vgg11", "64")

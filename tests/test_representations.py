@@ -1,6 +1,9 @@
 """What a cell shows of a run, a report, a plan and a comparison: the figures, escaped, and in plain text too."""
 
 import json
+import os
+import subprocess
+import time
 
 import pytest
 
@@ -29,7 +32,7 @@ def rewrite(file, before, after):
 
 def test_a_run_is_a_card(run):
     report, card = run.report(), run._repr_html_()
-    for figure in ("done", "vgg11", f"{report['acc1']:.2f} %", f"{report['images_per_second']:,.1f} images/s"):
+    for figure in ("done", "vgg11", f"{report['acc1']:.2f}", f"{report['images_per_second']:,.1f} images/s"):
         assert f">{figure}</td>" in card
     assert "&lt;i&gt;runs/one" in card
     assert "<i>" not in card
@@ -96,3 +99,43 @@ def test_a_comparison_is_a_list(run, train):
     page = found._replace(settings={"data_path": (ODD, "digits")})._repr_html_()
     assert ESCAPED in page
     assert ODD not in page
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"3", b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["config.json", "env.json"])
+def test_a_damaged_run_stands_in_the_table_and_takes_no_other_along(run, name, content):
+    from vgglab.view.cards import runs_table
+
+    (run.path / name).write_bytes(content)
+    events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
+    (run.path / "events.jsonl").write_text("".join(events[:-1]))  # as if it were still going on
+    table = repr(runs_table([run]))
+    assert run.name in table
+    assert run.name in run._repr_html_()
+
+
+def test_the_accuracy_of_made_up_images_says_so(train):
+    from vgglab.view.cards import runs_table
+    from vgglab.view.live import progress_of, summary
+
+    run = train("--eval-step-per-epoch=1", "--training-step-per-epoch=2", data="fake").run
+    assert "of made-up images" in run._repr_html_()
+    assert "of made-up images" in repr(runs_table([run]))
+    assert "% of made-up images" in summary(run, progress_of(run))
+
+
+def test_another_process_with_the_number_of_a_run_that_was_killed_is_left_alone(run):
+
+    events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
+    (run.path / "events.jsonl").write_text("".join(events[:-1]))  # killed: it never said how it ended
+    stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        env = json.loads((run.path / "env.json").read_text())
+        (run.path / "env.json").write_text(json.dumps({**env, "pid": stranger.pid}))
+        os.utime(run.path / "env.json", (time.time() - 3600,) * 2)  # the run began an hour ago
+        assert Run(run.path).status == "failed"
+        Run(run.path).stop()
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()

@@ -48,21 +48,24 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
     Raises:
         UserError: no such notebook; a parameter that none of them has; a file in ``out`` that is somebody's own.
     """
-    known = {source: _parameters_of(source) for source in sources}
+    known = {source: _parameters_of(source) for source in dict.fromkeys(sources)}
     for name in parameters:
         if not any(name in names for names in known.values()):
             raise UserError(
                 f"-p {name}: no such parameter; there are {', '.join(sorted(set().union(*known.values())))}"
             )
-    jobs = []
+    jobs: list[Job] = []
+    own_files = {source.resolve() for source in known}
     for source, names in known.items():
         own = {"output_dir": str(Path.cwd()), **parameters}
         own = {name: value for name, value in own.items() if name in names}
-        about = _metadata_of(source).get("vgglab", {})
+        is_alone = _metadata_of(source).get("vgglab") == {"alone": True}
         target = out / source.name
-        if target.exists() and "papermill" not in _metadata_of(target):
+        if source.stem == "index" or source.name in [job.target.name for job in jobs]:
+            raise UserError(f"{source}: another page would have the name {source.stem}.html; rename it")
+        if target.resolve() in own_files or not _was_made_here(target):
             raise UserError(f"--out {out}: {source.name} is there and was not made here; name another folder")
-        jobs.append(Job(source, target, own, about.get("alone", False)))
+        jobs.append(Job(source, target, own, is_alone))
     return sorted(jobs, key=lambda job: (not job.is_alone, -_expected_seconds(job.source)))
 
 
@@ -83,8 +86,24 @@ def _parameters_of(source: Path) -> set[str]:
         raise UserError(f"{source}: cannot be read as a notebook ({type(error).__name__})") from None
 
 
+def _content_of(file: Path) -> dict[str, Any]:
+    """Of a notebook; empty where there is none, or one that was only half written."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _metadata_of(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))["metadata"]
+    return _content_of(file).get("metadata", {})
+
+
+def _was_made_here(target: Path) -> bool:
+    """Whether it may be written anew: an executed notebook, what is left of one, or nothing yet."""
+    if target.is_symlink() or target.is_dir():
+        return False
+    return not target.exists() or "papermill" in target.read_text(encoding="utf-8", errors="replace")
 
 
 class Book:
@@ -146,16 +165,12 @@ class Book:
 
 def _has_begun(executed: Path) -> bool:
     """Whether a cell was executed. A kernel may die before: two that start at once can be given the same port."""
-    if not executed.is_file():
-        return False
-    return any(cell.get("execution_count") for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"])
+    return any(cell.get("execution_count") for cell in _content_of(executed).get("cells", ()))
 
 
 def fault_of(executed: Path) -> str:
     """Which cell of an executed notebook failed, and why; empty if none did."""
-    if not executed.is_file():
-        return ""
-    cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+    cells = _content_of(executed).get("cells", [])
     cells = [cell for cell in cells if not PAPERMILLS_OWN & set(cell["metadata"].get("tags", ()))]
     for number, cell in enumerate(cells, 1):
         for output in cell.get("outputs", ()):
@@ -178,6 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser.parse_args(argv)
         return _make(arguments)
+    except ImportError as error:
+        print(f"vgglab.book: error: {error.name} is not installed; pip install 'vgglab[lab]'", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"vgglab.book: error: {error}", file=sys.stderr)
         return 2
@@ -192,9 +210,14 @@ def _make(arguments: argparse.Namespace) -> int:
         raise UserError("no notebooks here: name some, or stand in the folder that has notebooks/ in it")
     if arguments.at_once < 1:
         raise UserError("--at-once: a whole number, 1 or more")
+    import nbconvert  # noqa: F401  # before an hour is spent that could not be shown
+
     jobs = jobs_for(sources, arguments.out, dict(arguments.p))
-    refuse_foreign(arguments.out)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    refuse_foreign(arguments.out, [job.target.stem for job in jobs])
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {arguments.out}: {error.strerror}; name a folder") from None
     start = time.monotonic()
     with interrupted_by_warnings():
         chapters = Book(arguments.at_once).execute(jobs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import shlex
+import socket
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -96,6 +97,8 @@ class VgglabMagics(Magics):
         if run.status not in GOING_ON:
             print(f"{run.name} has ended already: {run.status}")
             return
+        if not _can_be_stopped(run):
+            raise UserError(f"%vgglab stop {run.name}: it runs on {run.env.get('host')}; stop it there")
         # Of one of several seeds: the series would go on with the next.
         series = next((s for s in self.series if s.path == run.path.parent), None)
         (series or run).stop()
@@ -111,7 +114,7 @@ class VgglabMagics(Magics):
         """The run that is meant. Raises UserError where there is none, or more than one."""
         name, runs = _at_most_one(subcommand, words), self.known()
         if name is None:
-            going_on = [run for run in runs if run.status in GOING_ON]
+            going_on = [run for run in runs if _can_be_stopped(run) or (subcommand == "watch" and _is_going_on(run))]
             if not going_on:
                 raise UserError(f"%vgglab {subcommand}: nothing is running; name a run (%vgglab runs lists them)")
             return going_on[-1]
@@ -132,10 +135,10 @@ class VgglabMagics(Magics):
         if not words:
             found = ["run", "runs", "watch", "stop", "help"]
         elif words[0] in ("watch", "stop"):
-            found = [run.name for run in self.known() if words[0] == "watch" or run.status in GOING_ON]
+            found = [run.name for run in self.known() if words[0] == "watch" or _can_be_stopped(run)]
         else:
             found = _after(words[-1].partition("=")[0], token) if words[0] == "run" else []
-        return [word for word in found if word.startswith(token)]
+        return [shlex.quote(word) for word in found if word.startswith(token)]
 
 
 def load(shell: Any) -> None:
@@ -166,6 +169,17 @@ def launch_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _is_going_on(run: Run) -> bool:
+    try:
+        return run.status in GOING_ON
+    except UserError:  # a file of it is damaged
+        return False
+
+
+def _can_be_stopped(run: Run) -> bool:
+    return _is_going_on(run) and run.env.get("host", socket.gethostname()) == socket.gethostname()
+
+
 def _words(line: str) -> list[str]:
     try:
         return shlex.split(line)
@@ -176,6 +190,8 @@ def _words(line: str) -> list[str]:
 def _at_most_one(subcommand: str, words: Sequence[str]) -> str | None:
     if len(words) > 1 or any(word.startswith("-") for word in words):
         raise UserError(f"%vgglab {subcommand}: takes one name and no flags, not {' '.join(words)!r}")
+    if words and not words[0]:
+        raise UserError(f"%vgglab {subcommand}: the name is empty")
     return words[0] if words else None
 
 

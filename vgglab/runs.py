@@ -156,10 +156,11 @@ class Run:
         return "running" if events else "starting"
 
     def _is_dead(self) -> bool:
-        env = self.env or _read_json(self.path / LAUNCHED)
-        if env.get("host") != socket.gethostname():
+        file = self.path / ("env.json" if self.env else LAUNCHED)
+        owner = _read_json(file)
+        if owner.get("host") != socket.gethostname():
             return False  # not to be seen from here
-        return not is_alive(env["pid"])
+        return not _is_still_there(owner["pid"], file)
 
     def report(self) -> Report:
         """The figures of ``report.json``, made anew from the events."""
@@ -216,10 +217,11 @@ class Run:
     def _leaders(self) -> list[int]:
         """The process to ask: what was launched, else rank 0; only if it still is the same, as far as can be seen."""
         launched = _read_json(self.path / LAUNCHED)
-        owner = launched or self.env
+        file = self.path / (LAUNCHED if launched else "env.json")
+        owner = _read_json(file)
         if not owner or owner.get("host") != socket.gethostname():
             return []
-        is_there = is_alive(owner["pid"]) and (not launched or owner["pid"] in processes_of(self.path))
+        is_there = _is_still_there(owner["pid"], file) and (not launched or owner["pid"] in processes_of(self.path))
         return [owner["pid"]] if is_there else []
 
     def checkpoint(self, which: str = "best") -> Path:
@@ -234,6 +236,19 @@ class Run:
         from vgglab.view.live import watch
 
         watch(self)
+
+
+def _is_still_there(pid: int, file: Path) -> bool:
+    """Whether the process that wrote its number into ``file`` lives; another may have been given the number since."""
+    if not is_alive(pid):
+        return False
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # since the machine's start
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):  # no Linux
+        return True
+    began = time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    return began < file.stat().st_mtime + 2  # clocks that are read one after the other
 
 
 def _event_in(line: bytes) -> Event | None:
@@ -268,4 +283,13 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    """Empty where there is none. Raises UserError where it is damaged."""
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: is damaged; the run cannot be read")
+    return content

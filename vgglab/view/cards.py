@@ -11,23 +11,34 @@ from vgglab.view.tables import html_facts, text_table
 
 SETTINGS = ("data_path", "model", "epochs", "batch_size", "lr", "image_size", "device", "world_size", "seed")
 NO_SPEED = "simulated card, no speed"
-RUN_HEADINGS = ("name", "status", "model", "device", "epochs", "best top-1 %", "images/s")
+RUN_HEADINGS = ("name", "status", "model", "device", "epochs planned", "best top-1 %", "images/s")
 
 
 def run_as_html(run: Run) -> str:
     """The card of a run: how it stands, its main settings, how well, how fast, and where it is."""
-    facts = [("status", run.status)]
+    facts = [("status", _status(run))]
     report = report_of(run)
     if report is not None:
-        facts += [*_settings(report), ("best top-1", _percent(report["acc1"])), ("speed", _speed(report))]
+        facts += [
+            *_settings(report),
+            ("best top-1, %", _best(report) or "not evaluated yet"),
+            ("speed", _speed(report)),
+        ]
     return html_facts([("run", run.name), *facts, ("path", str(run.path))])
 
 
+def _status(run: Run) -> str:
+    try:
+        return run.status
+    except UserError as error:  # a file of it is damaged: one run must not take the others' table along
+        return f"unreadable: {error}"
+
+
 def report_of(run: Run) -> Mapping[str, Any] | None:
-    """None for a run that has not written anything yet."""
+    """None for a run that has not written anything yet, or whose files are damaged."""
     try:
         return run.report()
-    except UserError:
+    except (UserError, KeyError, TypeError):
         return None
 
 
@@ -49,10 +60,15 @@ def runs_table(runs: Sequence[Run]) -> Table:
         cells = [""] * 5
         if report is not None:
             speed = report["images_per_second"]
-            best = "" if report["acc1"] is None else f"{report['acc1']:.2f}"
             device = f"{report['device']} (simulated)" if report["simulated"] else report["device"]
-            cells = [report["model"], device, str(report["epochs"]), best, "" if speed is None else f"{speed:,.1f}"]
-        rows.append([run.name, run.status, *cells])
+            cells = [
+                report["model"],
+                device,
+                str(report["epochs"]),
+                _best(report),
+                "" if speed is None else f"{speed:,.1f}",
+            ]
+        rows.append([run.name, _status(run), *cells])
     return Table(RUN_HEADINGS, rows)
 
 
@@ -60,8 +76,10 @@ def _settings(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), str(report[name])) for name in SETTINGS if report.get(name) is not None]
 
 
-def _percent(value: float | None) -> str:
-    return "not evaluated yet" if value is None else f"{value:.2f} %"
+def _best(report: Mapping[str, Any]) -> str:
+    if report["acc1"] is None:
+        return ""
+    return f"{report['acc1']:.2f}" + " of made-up images" * bool(report["data_is_fake"])
 
 
 def _speed(report: Mapping[str, Any]) -> str:

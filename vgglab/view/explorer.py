@@ -86,6 +86,8 @@ class Explorer:
         Raises:
             UserError: as ``vgglab.anatomy.of``; no such layer, when one is named.
         """
+        if not isinstance(model, str) or isinstance(image_size, bool) or not isinstance(image_size, int):
+            raise UserError(f"explore: a network's name and a whole number of pixels, not {model!r} and {image_size!r}")
         key = (model, image_size)
         if key not in self._known:
             self._known[key] = self._anatomy_of(model, image_size)
@@ -166,9 +168,10 @@ class Explorer:
             options=depths, value=model.replace("_bn", ""), description="depth", style=wide, layout=full
         )
         self.batch_norm = widgets.Checkbox(model.endswith("_bn"), description="batch norm", indent=False, layout=full)
+        size = self.anatomy.image_size
         self.image_size = widgets.IntSlider(
-            self.anatomy.image_size, SMALLEST, LARGEST, STEP, description="image size in pixels", style=wide,
-            layout=full, continuous_update=False,
+            size, SMALLEST, max(LARGEST, size), STEP, description="image size in pixels", style=wide, layout=full,
+            continuous_update=False,
         )  # fmt: skip
         self.layers = widgets.Dropdown(
             options=self._options(), value=self.layer.name, description="layer", style=wide, layout=full
@@ -223,12 +226,14 @@ def _counterpart(before: Anatomy, layer: Layer, after: Anatomy) -> Layer | None:
 
 def _square(photograph: Any) -> Any:
     """The square in the middle, as an image of Pillow's."""
-    from PIL import Image, UnidentifiedImageError
+    import numpy
+    from PIL import Image, ImageOps
 
     try:
         is_file = isinstance(photograph, (str, Path))
-        image = Image.open(photograph).convert("RGB") if is_file else Image.fromarray(photograph)
-    except (OSError, UnidentifiedImageError, TypeError, AttributeError) as error:
+        image = Image.open(photograph) if is_file else Image.fromarray(numpy.asarray(photograph))
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, TypeError, ValueError, AttributeError, Image.DecompressionBombError) as error:
         wanted = "a path, or pixels (height, width, 3) of bytes"
         raise UserError(f"photograph: {wanted}; this one cannot be read: {error}") from error
     side = min(image.size)

@@ -236,7 +236,8 @@ def summary(run: Run, progress: Progress) -> str:
         is_simulated = progress.train.get("simulated")
         parts.append("simulated card" if is_simulated else f"{progress.train['images_per_second']:.1f} images/s")
     if progress.eval:
-        parts.append(f"held-out top-1 {progress.eval['acc1']:.2f} %")
+        of_what = " of made-up images" * (run.config.get("data_path") == "fake")
+        parts.append(f"held-out top-1 {progress.eval['acc1']:.2f} %{of_what}")
     if progress.eta_seconds is not None:
         parts.append(f"{duration(progress.eta_seconds)} left")
     if not _has_ended(run):

@@ -11,18 +11,20 @@ import json
 import re
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
+from urllib.parse import quote
 
 from vgglab.errors import UserError
 from vgglab.view.progress import duration
 
 GENERATOR = '<meta name="generator" content="vgglab.book">'
-LINK = re.compile(r'href="(\d\d_\w+)\.ipynb"')  # from one notebook to another
+LINK = re.compile(r'href="([^"/:]+)\.ipynb(#[^"]*)?"')  # from one notebook to another
 
 PAGE = """
 {%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js_requirejs -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block jupyter_widgets -%}{%- endblock -%}
 {%- block html_head_css -%}<!-- generator --><style><!-- style --></style>{%- endblock -%}
 {%- block body_header -%}{{ super() }}<nav><!-- nav --></nav>{%- endblock -%}
 {%- block body_footer -%}<nav><!-- nav --></nav>{{ super() }}{%- endblock -%}
@@ -32,7 +34,8 @@ PAGE = """
 STYLE = """
 body.jp-Notebook{padding:0 1em;overflow-x:hidden}main{max-width:62em;margin:auto}
 nav{font:15px/1.6 sans-serif;margin:1em 0}nav a{margin-right:1.2em}
-.jp-OutputArea-output{overflow-x:auto}.jp-RenderedImage img{max-width:max(100%,640px);height:auto}
+.jp-OutputArea-output{overflow-x:auto}.jp-RenderedImage img{max-width:100%;height:auto}
+.jp-RenderedMarkdown pre+p{margin-top:1em}
 .jp-RenderedHTMLCommon table{display:block;overflow-x:auto;max-width:100%}
 @media(max-width:700px){.jp-InputPrompt,.jp-OutputPrompt{display:none}.jp-Cell{padding:2px 0}
 .jp-InputArea-editor,.highlight pre{overflow-x:auto!important}body.jp-Notebook{padding:0 .5em}}
@@ -55,39 +58,50 @@ class Chapter(NamedTuple):
     def page(self) -> str:
         return f"{self.file.stem}.html"
 
+    @property
+    def link(self) -> str:
+        return html.escape(quote(self.page), quote=True)
 
-def refuse_foreign(folder: Path) -> None:
-    """Pages of before are made anew; an ``index.html`` of anything else stays.
+
+def refuse_foreign(folder: Path, stems: Sequence[str]) -> None:
+    """Pages of before are made anew; what was not made here stays.
 
     Raises:
-        UserError: there is one.
+        UserError: there is something of the name of a page, and it is none of ours.
     """
-    index = folder / "index.html"
-    if index.exists() and GENERATOR not in index.read_text(encoding="utf-8", errors="replace")[:1000]:
-        raise UserError(f"--out {folder}: has an index.html that was not made here; name another folder")
+    for page in [folder / f"{stem}.html" for stem in ("index", *stems)]:
+        if page.is_symlink() or page.is_dir():
+            is_ours = False
+        else:
+            is_ours = not page.exists() or GENERATOR in page.read_text(encoding="utf-8", errors="replace")
+        if not is_ours:
+            raise UserError(f"--out {folder}: has a {page.name} that was not made here; name another folder")
 
 
 def write_site(
     chapters: Sequence[Chapter], folder: Path, parameters: Mapping[str, str], with_code: bool = True
 ) -> None:
     """A page for each chapter that was executed, and ``index.html``: what each is about, its time, its fault."""
-    told = [(chapter, *_opening(chapter.file)) for chapter in chapters if chapter.file.is_file()]
+    told = [(chapter, *_opening(chapter.file)) for chapter in chapters if _is_whole(chapter.file)]
     for place, (chapter, _, _) in enumerate(told):
         links = [("index.html", "All notebooks · 目录")]
-        links += [(told[near][0].page, mark + told[near][1]) for near, mark in ((place - 1, "← "), (place + 1, "→ "))
+        links += [(told[near][0].link, mark + told[near][1]) for near, mark in ((place - 1, "← "), (place + 1, "→ "))
                   if 0 <= near < len(told)]  # fmt: skip
-        nav = "".join(f"<a href='{html.escape(to)}'>{html.escape(name)}</a>" for to, name in links)
+        nav = "".join(f"<a href='{to}'>{html.escape(name)}</a>" for to, name in links)
         (folder / chapter.page).write_text(_page(chapter.file, nav, with_code), encoding="utf-8")
     items = []
     for chapter, title, opening in told:
+        number = re.match(r"\d\d(?=_)", chapter.file.stem)
+        numbered = f"{number.group()} {title}" if number else title
         fault = f"<div class='failed'>failed: {html.escape(chapter.fault.strip())}</div>" if chapter.fault else ""
         items.append(
-            f"<li><a href='{chapter.page}'>{html.escape(title)}</a> <small>{duration(chapter.seconds)}</small>"
+            f"<li><a href='{chapter.link}'>{html.escape(numbered)}</a> <small>{duration(chapter.seconds)}</small>"
             f"<br>{html.escape(opening)}{fault}</li>"
         )
     for chapter in chapters:
-        if not chapter.file.is_file():
-            items.append(f"<li>{chapter.file.stem}<div class='failed'>failed: {html.escape(chapter.fault)}</div></li>")
+        if not _is_whole(chapter.file):
+            why = f"<div class='failed'>failed: {html.escape(chapter.fault)}</div>"
+            items.append(f"<li>{html.escape(chapter.file.stem)}{why}</li>")
     said = " ".join(f"-p {name} {value}" for name, value in parameters.items())
     how = f"with <code>{html.escape(said)}</code>" if said else "as they are"
     (folder / "index.html").write_text(
@@ -97,6 +111,14 @@ def write_site(
         f"without a hand on the keyboard, {how}.</p><ul>{''.join(items)}</ul></body></html>\n",
         encoding="utf-8",
     )
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the executed notebook is there, and was written to its end."""
+    try:
+        return "cells" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def _opening(file: Path) -> tuple[str, str]:
@@ -111,12 +133,15 @@ def _opening(file: Path) -> tuple[str, str]:
 
 
 def _page(file: Path, nav: str, with_code: bool) -> str:
+    import nbformat
     from jinja2 import DictLoader
     from nbconvert import HTMLExporter
 
     exporter: Any = HTMLExporter(extra_loaders=[DictLoader({"book.html.j2": PAGE})], template_file="book.html.j2")
-    exporter.exclude_input = not with_code
-    body, _ = exporter.from_filename(str(file))
+    exporter.exclude_input, exporter.embed_images = not with_code, True
+    notebook = nbformat.read(str(file), as_version=4)
+    notebook.metadata["title"] = _opening(file)[0]
+    body, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(file.parent)}})
     for mark, text in ("generator", GENERATOR), ("style", STYLE), ("nav", nav):
         body = body.replace(f"<!-- {mark} -->", text)
-    return LINK.sub(r'href="\1.html"', body)
+    return LINK.sub(r'href="\1.html\2"', body)
