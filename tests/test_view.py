@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -100,6 +101,26 @@ def test_a_launch_that_never_began_is_over_too(images, tmp_path):
     run = vgglab.Run(tmp_path / "run")
     assert run.status == "failed"
     run.watch()
+
+
+def test_two_threads_that_look_at_once_see_each_event_once(tmp_path):
+    """A dashboard and a cell: each took in the same lines, and the place to read on from ran past the file's end."""
+    events = [{"event": "train", "step": step} for step in range(20_000)]
+    (tmp_path / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    run, together = vgglab.Run(tmp_path), threading.Barrier(2)
+
+    def look():
+        together.wait()
+        run.events()
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"event": "train", "step": 20000}\n')
+    assert [event["step"] for event in run.events()] == list(range(20_001))
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

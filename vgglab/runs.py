@@ -20,6 +20,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -94,6 +95,7 @@ class Run:
         self.path = Path(path).absolute()  # to be found after a change of folder, too
         self._seen: list[Event] = []
         self._num_bytes_seen = 0
+        self._reading = threading.Lock()  # a dashboard's thread and a cell may look at the same moment
         if not is_a_run(self.path):
             raise UserError(f"no run directory: {self.path}")
 
@@ -132,7 +134,7 @@ class Run:
         file = self.path / "events.jsonl"
         if not file.exists():
             return
-        with file.open("rb") as lines:
+        with self._reading, file.open("rb") as lines:
             lines.seek(self._num_bytes_seen)
             for line in lines:
                 if not line.endswith(b"\n"):
