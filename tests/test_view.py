@@ -166,6 +166,14 @@ def test_what_goes_wrong_in_a_dashboard_is_shown_and_tried_again(monkeypatch):
         if len(calls) == 2:
             raise OSError("the disk <is> away")
 
-    live.keep_fresh(refresh, lambda: len(calls) >= 3, status)
+    answers = iter([False, OSError("not yet whole"), False, False, True])
+
+    def is_over():
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    live.keep_fresh(refresh, is_over, status)
     assert len(calls) == 4  # the last one sees the end
     assert "this dashboard cannot read its run: OSError(&#x27;the disk &lt;is&gt; away&#x27;)" in calls[2]

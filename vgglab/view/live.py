@@ -194,8 +194,8 @@ def keep_fresh(refresh: Callable[[], None], is_over: Callable[[], bool], status:
     """
     is_last = False
     while not is_last:
-        is_last = is_over()
         try:
+            is_last = is_over()
             refresh()
         except Exception as error:
             status.value = f"<b>this dashboard cannot read its run: {html.escape(repr(error))}</b>"
