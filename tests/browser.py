@@ -78,9 +78,20 @@ class Lab:
         page = self.browser.new_page(**view)
         page.set_default_timeout(1000 * SECONDS)
         page.goto(f"http://127.0.0.1:{self.port}/lab/workspaces/{name}/tree/{name}.ipynb?token={self.token}")
+        self.wait_until_connected(page, f"{name}.ipynb")
         notebook = Notebook(page, self.notebooks / f"{name}.ipynb")
         notebook.wait_until_idle()
         return notebook
+
+    def wait_until_connected(self, page: Any, name: str) -> None:
+        """Before that a page calls itself idle, too, but forgets the cells that it is asked to run."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            sessions = page.request.get(f"http://127.0.0.1:{self.port}/api/sessions?token={self.token}").json()
+            if any(session["path"] == name and session["kernel"]["connections"] for session in sessions):
+                return
+            assert time.monotonic() < deadline, "the page does not find its kernel"
+            page.wait_for_timeout(100)
 
     def close(self) -> None:
         self.process.terminate()  # it ends its kernels
