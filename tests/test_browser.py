@@ -14,6 +14,10 @@ os.environ["{mark}"] = "{name}"
 run = vgglab.launch("--data-path digits --model vgg11_bn --epochs 500 --batch-size 16 --workers 0 --device cpu",
                     print_freq=1, output_dir="{name}")"""
 
+# Keeps the kernel busy until a file is there.
+BLOCK = """import os, time
+while not os.path.exists("{name}.done"): time.sleep(0.1)"""
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
@@ -30,7 +34,7 @@ def training(lab, request):
     """A notebook whose first cell has launched a training, its dashboard showing steps; and the run."""
     for attempt in range(3):  # a page that opens while other tests have the machine may miss what the kernel says
         name = f"{request.node.name[:40]}-{attempt}"
-        cells = [LAUNCH.format(mark=MARK, name=name), "import time; time.sleep(12)", "vgglab.Run(run.path).watch()"]
+        cells = [LAUNCH.format(mark=MARK, name=name), BLOCK.format(name=name), "vgglab.Run(run.path).watch()"]
         notebook = lab.open(name, cells)
         try:
             notebook.run(0)
@@ -68,13 +72,14 @@ def num_nodes(notebook):
     return notebook.page.evaluate("document.querySelectorAll('.jp-Notebook *').length")
 
 
-def test_it_moves_while_another_cell_runs_and_after_and_does_not_grow(training):
-    notebook, _, _ = training
+def test_it_moves_while_another_cell_runs_and_after_and_does_not_grow(lab, training):
+    notebook, name, _ = training
     notebook.output(0).locator("img").wait_for()
     notebook.run(1)
     wait_for_a_step_after(notebook, step_shown(notebook))
     wait_for_a_step_after(notebook, step_shown(notebook))
     assert notebook.prompt(1) == "[*]:"  # it moved twice while the kernel was busy
+    (lab.notebooks / f"{name}.done").touch()
     wait_until(lambda: notebook.page.wait_for_timeout(100) or notebook.prompt(1) != "[*]:")
     before = num_nodes(notebook)
     for _ in range(6):
