@@ -114,6 +114,14 @@ def test_a_page_without_the_code_keeps_prose_and_results(book, tmp_path):
     assert "print" not in page.split("<body")[1]
 
 
+def test_a_notebook_of_ones_own_that_speaks_of_papermill_is_not_written_over(book, tmp_path):
+    source = notebook(tmp_path / "notebooks/00_one.ipynb", "x = 1")
+    own = notebook(tmp_path / "mine/00_one.ipynb", "x = 1", "# By papermill: -p x 2")
+    before = own.read_text()
+    assert book(source, "--out", "mine").returncode == 2
+    assert own.read_text() == before
+
+
 def test_an_executed_notebook_as_the_source_is_not_written_over(book, tmp_path):
     source = notebook(tmp_path / "made/one.ipynb", "x = 1")
     content = json.loads(source.read_text())

@@ -103,7 +103,10 @@ def _was_made_here(target: Path) -> bool:
     """Whether it may be written anew: an executed notebook, what is left of one, or nothing yet."""
     if target.is_symlink() or target.is_dir():
         return False
-    return not target.exists() or "papermill" in target.read_text(encoding="utf-8", errors="replace")
+    if not target.exists() or "papermill" in _metadata_of(target):
+        return True
+    # Half written it cannot be read; papermill's mark is in the metadata of each cell, too.
+    return not _content_of(target) and '"papermill": {' in target.read_text(encoding="utf-8", errors="replace")
 
 
 class Book:

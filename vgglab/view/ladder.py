@@ -7,7 +7,7 @@ from typing import Any
 
 from vgglab.errors import UserError
 from vgglab.view.progress import duration
-from vgglab.view.tables import text_table
+from vgglab.view.tables import html_table, text_table
 
 RUNGS = ("quick", "small", "full")
 
@@ -64,10 +64,4 @@ class LadderTable:
         return f"{text_table(self.headings, self.rows)}\n{self.remark}".rstrip()
 
     def _repr_html_(self) -> str:
-        def row(cells: list[str], tag: str) -> str:
-            return (
-                "<tr>" + "".join(f"<{tag} style='text-align: left'>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-            )
-
-        body = "".join(row(cells, "td") for cells in self.rows)
-        return f"<table>{row(self.headings, 'th')}{body}</table><p>{html.escape(self.remark)}</p>"
+        return f"{html_table(self.headings, self.rows)}<p>{html.escape(self.remark)}</p>"

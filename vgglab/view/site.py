@@ -1,7 +1,7 @@
 """Executed notebooks as a small site: a page each and an index, which need nothing from elsewhere.
 
-nbconvert makes the pages; its template asks the web for three scripts that these notebooks have no use for, so they are
-left out, and a line to the other pages is put in.
+nbconvert makes the pages. Its template asks the web for scripts that these notebooks have no use for (mathematics,
+diagrams, widgets): they are left out, and a line to the other pages is put in.
 """
 
 from __future__ import annotations
