@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 OUT := build/notebooks
+NOX := build/lanes/bin/nox
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
 # VGG16 with batch norm on the handwritten digits: about two minutes on two cores.
@@ -58,8 +59,14 @@ notebooks: $(INSTALLED) ## execute all notebooks and leave a site in build/noteb
 $(OUT)/%.html: notebooks/%.ipynb $(INSTALLED) FORCE
 	$(BIN)/python -m vgglab.book $<
 
-lanes: $(INSTALLED) ## the tests on the card vendors' old stacks too; LANES="t20 s60" for some (see noxfile.py)
-	$(BIN)/nox $(if $(LANES),-s $(LANES))
+lanes: $(NOX) ## the tests on the card vendors' old stacks too; LANES="t20 s60" for some (see noxfile.py)
+	$(NOX) $(if $(LANES),-s $(LANES))
+
+# Apart from .venv, so that no lane needs the room of two torches (6 GB each) on the disk.
+$(NOX): constraints.txt
+	$(PYTHON) -m venv build/lanes
+	build/lanes/bin/pip install --quiet -c constraints.txt nox
+	@touch $@
 
 pin: $(INSTALLED) ## write constraints.txt anew from what .venv holds
 	@{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable; } > build.tmp && mv build.tmp constraints.txt
