@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-OUT := build/notebooks
 NOX := build/lanes/bin/nox
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
@@ -33,8 +32,8 @@ endif
 run: $(INSTALLED) ## the main job: train VGG16 on the digits, then the first notebook as HTML
 	@run=runs/$$(date +%Y%m%d-%H%M%S)-main && \
 	$(BIN)/python -m vgglab.train $(MAIN_JOB) --run-dir $$run && \
-	$(MAKE) --no-print-directory $(OUT)/00_start_here.html && \
-	echo && echo "the run:      $$run (figures in report.json)" && echo "the notebook: $(OUT)/00_start_here.html"
+	$(BIN)/python -m vgglab.book notebooks/00_start_here.ipynb --out build/run && \
+	echo && echo "the run:      $$run (figures in report.json)" && echo "the notebook: build/run/00_start_here.html"
 
 test: $(INSTALLED) browser ## all tests, every notebook included
 	$(BIN)/python -m pytest -n auto --dist loadgroup
@@ -56,9 +55,6 @@ check: $(INSTALLED) ## style and types
 notebooks: $(INSTALLED) ## execute all notebooks and leave a site in build/notebooks; ARGS="-p profile full" for others
 	$(BIN)/python -m vgglab.book $(ARGS)
 
-$(OUT)/%.html: notebooks/%.ipynb $(INSTALLED) FORCE
-	$(BIN)/python -m vgglab.book $<
-
 lanes: $(NOX) ## the tests on the card vendors' old stacks too; LANES="t20 s60" for some (see noxfile.py)
 	$(NOX) $(if $(LANES),-s $(LANES))
 
@@ -73,5 +69,3 @@ pin: $(INSTALLED) ## write constraints.txt anew from what .venv holds
 
 clean: ## remove what was built; runs stay
 	rm -rf build .venv .nox
-
-FORCE:

@@ -129,15 +129,53 @@ from vgglab.view.explorer import explore
 explore(vgglab.anatomy.of, numpy.zeros((64, 64, 3), "uint8"))"""
 
 
-def test_moving_the_explorers_slider_by_keyboard_changes_its_figure(lab):
-    pytest.importorskip("vgglab.view.explorer")
+def test_each_control_of_the_explorer_changes_its_figure_by_keyboard_alone(lab):
     notebook = lab.open("explorer", [EXPLORE])
     notebook.run(0)
-    picture = notebook.output(0).locator("img")
+    output, picture = notebook.output(0), notebook.output(0).locator("img")
     picture.wait_for()
-    before = picture.get_attribute("src")
-    notebook.output(0).get_by_role("slider").focus()
-    notebook.page.keyboard.press("ArrowLeft")
-    wait_for_text(notebook, 0, "192 pixels")
-    wait_until(lambda: notebook.page.wait_for_timeout(100) or picture.get_attribute("src") != before)
+    controls = [
+        (output.get_by_role("slider"), "ArrowLeft", "192 pixels"),
+        (output.get_by_role("combobox").nth(0), "ArrowUp", "vgg13"),
+        (output.get_by_role("checkbox"), "Space", "vgg13_bn"),
+        (output.get_by_role("combobox").nth(1), "ArrowUp", "batch_norm"),
+    ]
+    for control, key, told in controls:
+        before = picture.get_attribute("src")
+        control.focus()
+        notebook.page.keyboard.press(key)
+        output.locator("table").filter(has_text=told).wait_for()
+        wait_until(lambda before=before: notebook.page.wait_for_timeout(100) or picture.get_attribute("src") != before)
+    notebook.close()
+
+
+CHOOSE = """from vgglab import insight
+from vgglab.view.figures import Picture
+from vgglab.view.sights import PhotographChooser
+
+def look(name, data):
+    pixels = insight.read_photograph(name, data)
+    figure = Picture(2, 2)
+    figure.subplots().imshow(pixels)
+    return f"{name}: {pixels.shape[1]} x {pixels.shape[0]} pixels", figure
+
+PhotographChooser(look)"""
+
+
+def test_a_photograph_of_the_readers_own_is_chosen_by_keyboard_alone(lab, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    Image.new("RGB", (60, 40), "orange").save(tmp_path / "mine.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    notebook = lab.open("chooser", [CHOOSE])
+    notebook.run(0)
+    button = notebook.output(0).get_by_role("button", name="Your photograph")
+    for file, told in ("mine.png", "mine.png: 60 x 40 pixels"), ("notes.txt", "notes.txt"):
+        button.focus()
+        with notebook.page.expect_file_chooser() as chooser:
+            notebook.page.keyboard.press("Enter")
+        chooser.value.set_files(tmp_path / file)
+        wait_for_text(notebook, 0, told)
+        has_picture = file == "mine.png"
+        notebook.output(0).locator("img").wait_for(state="visible" if has_picture else "hidden")
+    assert notebook.output(0).get_by_text("Looking at").count() == 0  # it has said why, and waits for nothing
     notebook.close()

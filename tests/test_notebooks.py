@@ -119,6 +119,9 @@ def test_runs_from_top_to_bottom(file, tmp_path):
     # A figure that the front end could not draw leaves its name.
     assert not [output for output in outputs if "<Figure size" in "".join(output.get("data", {}).get("text/plain", ""))
                 and "image/png" not in output["data"]]  # fmt: skip
+    # And each picture is told in words as well.
+    drawn = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert all(len(output["metadata"]["image/png"]["alt"].split()) > 2 for output in drawn)
     assert len(outputs) < 3 * len(cells_of(out, "code"))
     assert bool(list(tmp_path.glob("runs/*/report.json"))) == (file.stem not in TRAINS_NOTHING)
 

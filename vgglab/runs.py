@@ -150,12 +150,14 @@ class Run:
     @property
     def status(self) -> str:
         """``starting``, ``running``, or how it ended: ``done``, ``interrupted``, ``failed``."""
-        events = self.events()
-        if events and events[-1]["event"] == "end":
-            return events[-1]["status"]
+        self._read_on()
+        seen = self._seen  # another thread may put a new list in its place
+        latest = seen[-1] if seen else None
+        if latest is not None and latest["event"] == "end":
+            return latest["status"]
         if self._is_dead():
             return "failed"  # killed before it could say so
-        return "running" if events else "starting"
+        return "starting" if latest is None else "running"
 
     def _is_dead(self) -> bool:
         file = self.path / ("env.json" if self.env else LAUNCHED)
@@ -172,8 +174,16 @@ class Run:
 
     def logs(self, rank: int | str = 0) -> str:
         """What a rank has printed so far; ``"launcher"``: what torchrun has."""
-        file = self.path / "log" / (f"{rank}.txt" if rank == "launcher" else f"rank{rank}.txt")
+        file = self._log(rank)
         return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+
+    def last_lines(self, rank: int | str, count: int) -> list[str]:
+        """The end of ``logs(rank)``, without reading all of it; at most a few kilobytes."""
+        file = self._log(rank)
+        return _tail(file).decode("utf-8", errors="replace").splitlines()[-count:] if file.exists() else []
+
+    def _log(self, rank: int | str) -> Path:
+        return self.path / "log" / (f"{rank}.txt" if rank == "launcher" else f"rank{rank}.txt")
 
     def ranks(self) -> list[dict[str, Any]]:
         """Each rank's own latest figures, in the order of the ranks; empty before the first log line."""

@@ -63,9 +63,9 @@ def explore(
     if kind == "live":
         display(explorer.widget())
     else:
-        data = {"image/png": explorer.picture().png(), "text/plain": explorer.text(), "text/html": explorer.table()}
-        display({name: data[name] for name in ("image/png", "text/plain")}, raw=True)
-        display({name: data[name] for name in ("text/html", "text/plain")}, raw=True)
+        bundle = explorer.picture().bundle(explorer.text())
+        display(bundle.pop("data"), **bundle)
+        display({"text/html": explorer.table(), "text/plain": explorer.text()}, raw=True)
 
 
 class Explorer:

@@ -37,8 +37,26 @@ class Picture(Figure):
         self.savefig(file, format="png", dpi=dpi)
         return file.getvalue()
 
-    def _repr_png_(self) -> bytes:
-        return self.png()
+    def in_words(self) -> str:
+        """For those who hear a picture: of each panel its title, its axes and its legend, as far as it has them."""
+        told = []
+        for panel in self.axes:
+            axes = " over ".join(filter(None, [panel.get_ylabel(), panel.get_xlabel()]))
+            names = ", ".join(dict.fromkeys(panel.get_legend_handles_labels()[1]))
+            about = ": ".join(filter(None, [panel.get_title(), axes])) + f" ({names})" * bool(names)
+            told.append(" ".join(about.split()))
+        return "; ".join(filter(None, dict.fromkeys(told))) or "a picture without words"
+
+    def __repr__(self) -> str:
+        return f"Picture({self.in_words()})"
+
+    def bundle(self, text: str = "") -> dict[str, Any]:
+        """What IPython's ``display`` takes: the picture, and in words for a screen reader and where none is shown."""
+        words = {"image/png": {"alt": self.in_words()}}
+        return {"data": {"image/png": self.png(), "text/plain": text or repr(self)}, "metadata": words, "raw": True}
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
+        return self.png(), {"alt": self.in_words()}
 
 
 def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tuple[Picture, list[Any]]:
@@ -77,14 +95,13 @@ def curves(run: Run) -> Picture:
 
 def _curve(panel: Any, train: list[dict], held_out: list[dict], figure: str) -> None:
     if train:
-        panel.plot(
-            [e["step"] for e in train],
-            _values(train, figure),
-            color=BLUE,
-            linewidth=1.2,
-            alpha=0.8,
-            label="training batch",
-        )
+        steps, values, each = [e["step"] for e in train], _values(train, figure), -(-len(train) // MOST_POINTS)
+        if each > 1:  # a long run; a mean is nan, and so a gap, where one of its values is
+            places = range(0, len(train) - each + 1, each)
+            steps = [steps[place + each - 1] for place in places]
+            values = [sum(values[place : place + each]) / each for place in places]
+        label = "training batch" if each == 1 else f"training batches, means of {each} in the log"
+        panel.plot(steps, values, color=BLUE, linewidth=1.2, alpha=0.8, label=label)
     if held_out:
         panel.plot(
             [e["step"] for e in held_out],
@@ -100,6 +117,7 @@ def _values(events: list[dict], figure: str) -> list[float]:
     return [float("nan") if event[figure] is None else event[figure] for event in events]
 
 
+MOST_POINTS = 1000  # of a curve: a dashboard draws it every other second
 DASHES = ("-", "--", ":", "-.")
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 

@@ -6,6 +6,7 @@ go astray when another cell is running. Found out by ``front_end``, forced by ``
 
 from __future__ import annotations
 
+import copy
 import html
 import os
 import sys
@@ -13,7 +14,7 @@ import threading
 import time
 from typing import Any, Callable
 
-from vgglab.runs import Run
+from vgglab.runs import Event, Run
 from vgglab.view.progress import Progress, duration
 from vgglab.view.rank_table import RankRow, as_html, as_text, rank_rows, silence
 
@@ -122,11 +123,11 @@ class _StaticBlock:
         self.line.update({"text/plain": text, "text/html": markup}, raw=True)
         if not progress.train:
             return
-        data = {"image/png": curves(self.run).png(), "text/plain": text}
+        bundle = curves(self.run).bundle(text)
         if self.picture is None:
-            self.picture = display(data, raw=True, display_id=True)
+            self.picture = display(bundle.pop("data"), display_id=True, **bundle)
         else:
-            self.picture.update(data, raw=True)
+            self.picture.update(bundle.pop("data"), **bundle)
 
 
 class Dashboard:
@@ -147,6 +148,7 @@ class Dashboard:
         self.stop_button.on_click(self._on_stop)
         self.stop_button.disabled = not hasattr(run, "stop")
         self.widget = widgets.VBox([self.status, self.bar, self.picture, self.ranks, self.log, self.stop_button])
+        self._follower = Follower(run)
         self._drawn = -1  # number of events in the picture
         self._drawn_at = -PICTURE_SECONDS
 
@@ -163,14 +165,14 @@ class Dashboard:
     def refresh(self) -> None:
         from vgglab.view.figures import curves
 
-        progress = progress_of(self.run)
+        progress = self._follower.progress()
         self.status.value = f"<b>{html.escape(summary(self.run, progress))}</b>"
         self.bar.max, self.bar.value = max(progress.num_steps, 1), progress.step
         rows = ranks_of(self.run)
         self.ranks.value = as_html(rows) if rows else ""
         lines = last_lines(self.run)
         self.log.value = f"<pre style='font-size: 85%'>{html.escape(chr(10).join(lines))}</pre>"
-        num_events = len(self.run.events())
+        num_events = self._follower.num_events
         is_due = _has_ended(self.run) or time.monotonic() - self._drawn_at >= PICTURE_SECONDS
         if progress.train and num_events != self._drawn and is_due:
             self.picture.value = curves(self.run).png()
@@ -211,18 +213,35 @@ def ranks_of(run: Run) -> list[RankRow]:
 
 def last_lines(run: Run) -> list[str]:
     """The end of rank 0's log; before it has one, of what its launcher said."""
-    return (run.logs() or run.logs("launcher")).splitlines()[-NUM_LOG_LINES:]
+    return run.last_lines(0, NUM_LOG_LINES) or run.last_lines("launcher", NUM_LOG_LINES)
+
+
+class Follower:
+    """A run's progress, brought up to date at each look by what is new: 90 epochs leave tens of thousands of events."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.num_events = run, 0
+        self._progress = Progress()
+        self._latest: Event | None = None
+
+    def progress(self) -> Progress:
+        """How far the run is now."""
+        events = self.run.events()
+        if self.num_events and events[self.num_events - 1 : self.num_events] != [self._latest]:
+            self._progress, self.num_events = Progress(), 0  # it went on from a checkpoint: some events are void
+        for event in events[self.num_events :]:
+            self._progress.add(event)
+        self.num_events, self._latest = len(events), events[-1] if events else None
+        progress = copy.copy(self._progress)
+        if progress.status in ("starting", "running") and _has_ended(self.run):  # killed before it could say so
+            progress.status = progress.doing = self.run.status
+            progress.eta_seconds = None
+        return progress
 
 
 def progress_of(run: Run) -> Progress:
     """How far the run is now."""
-    progress = Progress()
-    for event in run.events():
-        progress.add(event)
-    if progress.status in ("starting", "running") and _has_ended(run):  # killed before it could say so
-        progress.status = progress.doing = run.status
-        progress.eta_seconds = None
-    return progress
+    return Follower(run).progress()
 
 
 def summary(run: Run, progress: Progress) -> str:

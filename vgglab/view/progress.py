@@ -39,6 +39,9 @@ class Progress:
 
     def _on_train(self, event: dict[str, Any]) -> None:
         self.train, self.step = event, event["step"]
+        if not self._start:  # of before the run went on from a checkpoint: the start that counts comes behind it
+            self.doing = f"epoch {event['epoch'] + 1}"
+            return
         self.doing = f"epoch {event['epoch'] + 1} of {self._start['epochs']}"
         done = self.step - self._start["first_step"]
         per_step = (event["seconds"] - self._start["seconds"]) / done

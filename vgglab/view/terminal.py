@@ -60,7 +60,8 @@ class Terminal:
         speed = "" if event.get("simulated") else f"{event['images_per_second']:.1f} images/s  "
         figures = f"loss {_number(event['loss'])}  {speed}{self._left()}"
         if self.bar is None:
-            self.say(f"{self.progress.doing}, step {event['step']} of {self.progress.num_steps}: {figures}")
+            of_all = f" of {self.progress.num_steps}" if self.progress.num_steps else ""
+            self.say(f"{self.progress.doing}, step {event['step']}{of_all}: {figures}")
         else:
             self._draw(figures)
 
