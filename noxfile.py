@@ -1,7 +1,7 @@
 """The lanes: the same tests on the vendors' stacks. ``make lanes``, or ``nox -s t20``.
 
     t20    Python 3.8, torch 1.10.0           the core, and the lazy generation's contract double
-    s60    Python 3.10, torch 2.10.0          everything but the notebooks and their kernels
+    s60    Python 3.10, torch 2.10.0          everything that calls torch
            Python 3.12, torch 2.10.0          what is made of the cards' libraries
     today  this checkout's .venv              everything (the same as make test)
 
@@ -31,8 +31,12 @@ CORE = (
 ).split()
 NEWER_TORCH = "not rows_14_and_15 and not row_23 and not readmes_resume and not given_with_resume"
 CARDS = "devices gcu doctor".split()
-# Notebooks, and what starts many processes to look at files: no other on another torch.
-NO_NOTEBOOK = [f"--ignore=tests/test_{name}.py" for name in ("notebooks", "launch", "readme", "seeds", "compare")]
+# What looks at runs, starts them or speaks of them does the same on any torch.
+NO_TORCH = (
+    "book browser compare explorer insight ladder launch magics notebooks readme representations results seeds "
+    "translation view walls"
+).split()
+ON_TORCH = [f"--ignore=tests/test_{name}.py" for name in NO_TORCH]
 
 
 def put_on_path(version: str) -> None:
@@ -62,8 +66,8 @@ def s60(session: nox.Session) -> None:
     """The S60 cards' stack, with the simulated card and the eager generation's contract double."""
     session.install("torch==2.10.0", "torchvision==0.25.0")
     session.install(".[digits,jpeg,tensorboard]", "matplotlib", "ipython", *TESTS)
-    # One of the two interpreters runs everything; the other what is made of the cards' libraries.
-    chosen = NO_NOTEBOOK if session.python == "3.10" else [f"tests/test_{name}.py" for name in CARDS]
+    # One of the two interpreters runs all of that; the other what is made of the cards' libraries.
+    chosen = ON_TORCH if session.python == "3.10" else [f"tests/test_{name}.py" for name in CARDS]
     session.run("pytest", "-n2", *chosen)
     session.run(*TRAIN, "--device=gcu-sim", f"--run-dir={session.create_tmp()}/run-{os.getpid()}")
 
