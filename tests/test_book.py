@@ -1,5 +1,6 @@
 """Notebooks without a hand on the keyboard: executed, checked, and made into pages."""
 
+import html
 import json
 import os
 import re
@@ -112,6 +113,20 @@ def test_a_page_without_the_code_keeps_prose_and_results(book, tmp_path):
     assert "A heading" in page
     assert "x is 1" in page
     assert "print" not in page.split("<body")[1]
+
+
+DRAW = """from vgglab.view.figures import new_figure
+figure, (panel,) = new_figure(1)
+panel.plot([1, 2], label="of \\"a\\" & b")
+panel.set(title="<A title>", xlabel="step", ylabel="loss")
+figure"""
+
+
+def test_a_page_tells_its_pictures_in_words_too(book, tmp_path):
+    assert book(notebook(tmp_path / "notebooks/00_one.ipynb", "x = 1", DRAW)).returncode == 0
+    page = (tmp_path / "build/notebooks/00_one.html").read_text()
+    ((_, told),) = re.findall(r"""<img alt=(["'])(.*?)\1""", page)
+    assert html.unescape(told) == '<A title>: loss over step (of "a" & b)'
 
 
 def test_a_notebook_of_ones_own_that_speaks_of_papermill_is_not_written_over(book, tmp_path):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart with any colour vision. Lines differ by dash and marker as well.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 INK, GRID = "#333333", "#DDDDDD"
+MOST_TOLD = 10  # panels of a picture, in words
 
 
 class Picture(Figure):
@@ -45,7 +46,10 @@ class Picture(Figure):
             names = ", ".join(dict.fromkeys(panel.get_legend_handles_labels()[1]))
             about = ": ".join(filter(None, [panel.get_title(), axes])) + f" ({names})" * bool(names)
             told.append(" ".join(about.split()))
-        return "; ".join(filter(None, dict.fromkeys(told))) or "a picture without words"
+        distinct = [words for words in dict.fromkeys(told) if not words.isdigit() and words]
+        more = f"and {len(self.axes) - MOST_TOLD} more panels"
+        told = [*distinct[:MOST_TOLD], *[more] * (len(distinct) > MOST_TOLD)]
+        return "; ".join(told) or f"{len(self.axes)} panels without words"
 
     def __repr__(self) -> str:
         return f"Picture({self.in_words()})"

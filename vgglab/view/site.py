@@ -26,6 +26,10 @@ PAGE = """
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block jupyter_widgets -%}{%- endblock -%}
 {%- block html_head_css -%}<!-- generator --><style><!-- style --></style>{%- endblock -%}
+{%- block data_png scoped -%}
+{%- set words = output | get_metadata('alt', 'image/png') or 'a picture' -%}
+{{ super() | replace('<img ', '<img alt="' ~ words | e ~ '" ', 1) }}
+{%- endblock -%}
 {%- block body_header -%}{{ super() }}<nav><!-- nav --></nav>{%- endblock -%}
 {%- block body_footer -%}<nav><!-- nav --></nav>{{ super() }}{%- endblock -%}
 """
