@@ -78,7 +78,14 @@ def test_a_parameter_that_no_notebook_has_is_refused_before_anything_runs(book, 
     result = book("-p", "step", "5")
     assert result.returncode == 2
     assert result.stderr == "vgglab.book: error: -p step: no such parameter; there are steps\n"
-    assert not (tmp_path / "notebooks/ran").exists()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_path_given_as_a_parameter_begins_where_one_stands(book, tmp_path):
+    (tmp_path / "here.txt").write_text("found")
+    notebook(tmp_path / "notebooks/00_one.ipynb", "path = ''", "print(open(path).read())")
+    assert book("-p", "path", "here.txt").returncode == 0
+    assert text_of(tmp_path / "build/notebooks/00_one.ipynb") == "found\n"
 
 
 def test_a_notebook_that_fails_says_which_cell_and_why_and_the_others_go_on(book, tmp_path):
@@ -210,7 +217,7 @@ def test_interrupted_nothing_goes_on(tmp_path, number):
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     words = [sys.executable, "-m", "vgglab.book"]
     process = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    pid = tmp_path / "notebooks/pid"
+    pid = tmp_path / "pid"
     deadline = time.monotonic() + 120
     while not (pid.exists() and pid.read_text()):
         assert time.monotonic() < deadline

@@ -5,7 +5,8 @@
     python -m vgglab.book notebooks/08_report.ipynb -p folders /shared/runs --no-code --out /shared/report
 
 Notebooks run side by side where there are cores; one whose metadata says ``"vgglab": {"alone": true}`` measures speeds
-and has the machine for itself. A parameter that no chosen notebook has is refused, which papermill alone would not do.
+and has the machine for itself. All run in the folder one stands in, so that is where a path of ``-p`` begins. A
+parameter that no chosen notebook has is refused, which papermill alone would not do.
 Exit codes: 0 done; 1 a notebook failed, its cell is named; 2 bad input, said in one line; 130 interrupted.
 """
 
@@ -57,8 +58,7 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
     jobs: list[Job] = []
     own_files = {source.resolve() for source in known}
     for source, names in known.items():
-        own = {"output_dir": str(Path.cwd()), **parameters}
-        own = {name: value for name, value in own.items() if name in names}
+        own = {name: value for name, value in parameters.items() if name in names}
         is_alone = _metadata_of(source).get("vgglab") == {"alone": True}
         target = out / source.name
         if source.stem == "index" or source.name in [job.target.name for job in jobs]:
@@ -131,7 +131,7 @@ class Book:
 
     def _execute_one(self, job: Job, num_beside: int) -> Chapter:
         words = [sys.executable, "-m", "papermill", "--log-level=ERROR", "--no-progress-bar", "-k", "python3"]
-        words += ["--cwd", str(job.source.parent), str(job.source), str(job.target)]
+        words += ["--cwd", str(Path.cwd()), str(job.source), str(job.target)]
         for name, value in job.parameters.items():
             words += ["-p", name, value]
         cores = max(1, (os.cpu_count() or 1) // num_beside)
