@@ -162,11 +162,12 @@ class LaunchedRun(Run):
         self.process = process
         self.is_multiple = is_multiple  # torchrun stands between
         self._was_stopped = False
+        self._ends_before = self.events("end")  # of an earlier launch in the same folder
 
     @property
     def status(self) -> str:
         has_ended = self.process.poll() is not None  # asked first: it may end while its events are read
-        if has_ended and not self.events("end"):  # it could not say how it ended
+        if has_ended and self.events("end") in ([], self._ends_before):  # it could not say how it ended
             return "interrupted" if self._was_stopped else "failed"
         status = super().status
         if not has_ended and status in ("failed", "interrupted", "done"):
@@ -237,10 +238,10 @@ class LaunchedRun(Run):
         """Which rank was ended from outside and could not write it down: torchrun's summary knows."""
         said = self.path / "log" / "launcher.txt"
         text = said.read_text(errors="replace") if said.exists() else ""
-        found = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", text, re.DOTALL)
+        found = re.findall(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", text, re.DOTALL)
         if not found:
             return ""
-        rank, number = int(found[1]), int(found[2])
+        rank, number = map(int, found[-1])  # earlier launches in the same folder stand before it
         signal_name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
         hint = "; if nobody did it, the machine had no memory left" if number == signal.SIGKILL else ""
         return f"rank {rank} was killed ({signal_name}){hint}"

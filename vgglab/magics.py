@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import shlex
-import socket
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -107,7 +106,8 @@ class VgglabMagics(Magics):
     def known(self) -> list[Run]:
         """Those in ./runs and those started here, the newest last."""
         started = [*self.launched, *(run for series in self.series for run in series.runs)]
-        found = {run.path: run for run in [*(_runs_in(HOME) if HOME.is_dir() else []), *started]}
+        there = [run for run in started if is_a_run(run.path)]  # a folder may have been removed
+        found = {run.path: run for run in [*(_runs_in(HOME) if HOME.is_dir() else []), *there]}
         return sorted(found.values(), key=_begun)
 
     def find(self, subcommand: str, words: Sequence[str]) -> Run:
@@ -177,7 +177,7 @@ def _is_going_on(run: Run) -> bool:
 
 
 def _can_be_stopped(run: Run) -> bool:
-    return _is_going_on(run) and run.env.get("host", socket.gethostname()) == socket.gethostname()
+    return _is_going_on(run) and run.is_here
 
 
 def _words(line: str) -> list[str]:

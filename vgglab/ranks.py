@@ -243,6 +243,19 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+def is_still_there(pid: int, file: Path) -> bool:
+    """Whether the process that wrote its number into ``file`` lives; another may have been given the number since."""
+    if not is_alive(pid):
+        return False
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # since the machine's start
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):  # no Linux
+        return True
+    began = time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    return began < file.stat().st_mtime + 2  # clocks that are read one after the other
+
+
 def processes_of(path: Path) -> list[int]:
     """The processes on this machine that were launched for a run, by the mark in their environment (Linux)."""
     wanted = f"{MARK}={path.absolute()}".encode()

@@ -28,7 +28,10 @@ def build_report(run: Run) -> dict[str, Any]:
     config, env, events = run.config, run.env, run.events()
     if not config or not env or not events:
         raise UserError(f"{run.path}: nothing to report yet")
-    intervals = [] if env["simulated"] else measured(events)
+    # In place a run may go on on other hardware: a simulated card's time, or that of fewer ranks, is not this speed.
+    per_step = config["batch_size"] * env["world_size"]
+    real = [] if env["simulated"] else [event for event in measured(events) if not event.get("simulated")]
+    intervals = [event for event in real if event["interval_images"] == event["interval_steps"] * per_step]
     speed = _speed(intervals)
     return {
         "model": config["model"],
@@ -70,7 +73,7 @@ def build_report(run: Run) -> dict[str, Any]:
         "hardware": env["hardware"],
         "simulated": env["simulated"],
         "versions": env["versions"],
-        "warnings": [event["text"] for event in events if event["event"] == "warning"],
+        "warnings": list(dict.fromkeys(event["text"] for event in events if event["event"] == "warning")),
     }
 
 

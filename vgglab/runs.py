@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgglab.errors import UserError
-from vgglab.ranks import GRACE_SECONDS, ask_where, failures, is_alive, kill_all, processes_of
+from vgglab.ranks import GRACE_SECONDS, ask_where, failures, is_still_there, kill_all, processes_of
 
 if TYPE_CHECKING:
     from vgglab.config import Config
@@ -135,6 +136,8 @@ class Run:
         if not file.exists():
             return
         with self._reading, file.open("rb") as lines:
+            if os.fstat(lines.fileno()).st_size < self._num_bytes_seen:  # another run, in a folder made anew
+                self._seen, self._num_bytes_seen = [], 0
             lines.seek(self._num_bytes_seen)
             for line in lines:
                 if not line.endswith(b"\n"):
@@ -154,17 +157,35 @@ class Run:
         seen = self._seen  # another thread may put a new list in its place
         latest = seen[-1] if seen else None
         if latest is not None and latest["event"] == "end":
-            return latest["status"]
-        if self._is_dead():
-            return "failed"  # killed before it could say so
+            return "starting" if self._is_launched_anew() else latest["status"]
+        if self._is_dead() or not is_a_run(self.path):
+            return "failed"  # killed before it could say so, or removed
         return "starting" if latest is None else "running"
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs, or ran, on this machine."""
+        return (self.env or _read_json(self.path / LAUNCHED)).get("host") == socket.gethostname()
+
     def _is_dead(self) -> bool:
-        file = self.path / ("env.json" if self.env else LAUNCHED)
-        owner = _read_json(file)
-        if owner.get("host") != socket.gethostname():
-            return False  # not to be seen from here
-        return not _is_still_there(owner["pid"], file)
+        """Neither rank 0 nor who was launched is there any more, as far as can be seen from here.
+
+        Either may outlive the other: torchrun starts ranks anew, and a run that is launched again in place has the
+        former rank 0 in ``env.json`` until it is ready.
+        """
+        return self.is_here and not any(map(self._is_there, ("env.json", LAUNCHED)))
+
+    def _is_launched_anew(self) -> bool:
+        """Whether the end that was written last is that of an earlier launch in the same folder."""
+        launched, events = self.path / LAUNCHED, self.path / "events.jsonl"
+        is_newer = launched.exists() and launched.stat().st_mtime > events.stat().st_mtime
+        return is_newer and self._is_there(LAUNCHED)
+
+    def _is_there(self, name: str) -> bool:
+        """Whether the process that ``name`` speaks of lives on this machine."""
+        owner = _read_json(self.path / name)
+        is_here = bool(owner) and owner.get("host") == socket.gethostname()
+        return is_here and is_still_there(owner["pid"], self.path / name)
 
     def report(self) -> Report:
         """The figures of ``report.json``, made anew from the events."""
@@ -194,7 +215,9 @@ class Run:
         recent = []
         for file in (self.path / "log").glob("rank*.jsonl"):
             events = [event for event in map(_event_in, _tail(file).splitlines()) if event is not None]
-            if events:
+            # What a former process wrote, before the run went on in place, is not how the rank does now.
+            events = [event for event in events if event["pid"] == events[-1]["pid"]]
+            if events and events[-1]["rank"] < self.env.get("world_size", math.inf):
                 recent.append(events[-NUM_RECENT:])
         return sorted(recent, key=lambda events: events[-1]["rank"])
 
@@ -233,7 +256,7 @@ class Run:
         owner = _read_json(file)
         if not owner or owner.get("host") != socket.gethostname():
             return []
-        is_there = _is_still_there(owner["pid"], file) and (not launched or owner["pid"] in processes_of(self.path))
+        is_there = is_still_there(owner["pid"], file) and (not launched or owner["pid"] in processes_of(self.path))
         return [owner["pid"]] if is_there else []
 
     def checkpoint(self, which: str = "best") -> Path:
@@ -248,19 +271,6 @@ class Run:
         from vgglab.view.live import watch
 
         watch(self)
-
-
-def _is_still_there(pid: int, file: Path) -> bool:
-    """Whether the process that wrote its number into ``file`` lives; another may have been given the number since."""
-    if not is_alive(pid):
-        return False
-    try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # since the machine's start
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, ValueError, IndexError):  # no Linux
-        return True
-    began = time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
-    return began < file.stat().st_mtime + 2  # clocks that are read one after the other
 
 
 def _event_in(line: bytes) -> Event | None:

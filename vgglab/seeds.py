@@ -137,7 +137,9 @@ class Seeds:
         """Those that have begun, by seed."""
         found = {folder.name[len("seed-") :]: folder for folder in self.path.glob("seed-*")}
         begun = [seed for seed, folder in found.items() if seed.isdigit() and is_a_run(folder)]
-        return [Run(found[seed]) for seed in sorted(begun, key=int)]
+        # The same objects at each look: they read on where they were.
+        known = self.__dict__.setdefault("_runs", {})
+        return [known.get(seed) or known.setdefault(seed, Run(found[seed])) for seed in sorted(begun, key=int)]
 
     def curves(self) -> Any:
         """Loss and accuracy with a band over the seeds."""
@@ -148,7 +150,7 @@ class Seeds:
     def __repr__(self) -> str:
         from vgglab.view.seeds_table import as_text  # who only trains needs no tables
 
-        return as_text({self.path.name: self.runs})
+        return as_text({self.path.name: self.runs}) or f"{self.path.name}: no seed is done yet"
 
     def _repr_html_(self) -> str:
         from vgglab.view.seeds_table import as_html

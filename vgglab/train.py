@@ -118,7 +118,7 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
     if earlier is not None:  # torchrun has started the ranks anew: the same run goes on
         config.run_dir, config.resume = str(earlier), "auto"
     if config.resume == "auto":
-        is_in_place = config.run_dir is not None
+        is_in_place = config.run_dir is not None and not config.test_only  # that would void what was trained
         notes = _find_checkpoint(config)
     if config.resume:
         with blaming(f"--resume {config.resume}"):

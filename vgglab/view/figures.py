@@ -166,6 +166,7 @@ def bands(groups: Mapping[str, Sequence[Run]]) -> Picture:
 def _in_step(runs: Sequence[Run], kind: str, value: str) -> tuple[list[int], list[list[float]]]:
     """The steps about which all runs have written, and their values at each."""
     by_run = [dict(zip([e["step"] for e in run.events(kind)], _values(run.events(kind), value))) for run in runs]
+    by_run = [values for values in by_run if values]  # one has only begun
     steps = sorted(set.intersection(*[set(values) for values in by_run])) if by_run else []
     return steps, [[values[step] for values in by_run] for step in steps]
 

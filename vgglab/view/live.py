@@ -22,6 +22,7 @@ REFRESH_SECONDS = 0.5
 PICTURE_SECONDS = 2.0  # drawing takes the kernel's time, from whatever cell runs there
 STATIC_REFRESH_SECONDS = 3.0
 NUM_LOG_LINES = 6
+GOING_ON = ("starting", "running")
 
 
 def front_end() -> str:
@@ -78,7 +79,7 @@ def _follow(run: Run, block: Any) -> None:
 
 
 def _has_ended(run: Run) -> bool:
-    return run.status not in ("starting", "running")
+    return run.status not in GOING_ON
 
 
 def _stop(run: Run) -> None:
@@ -90,13 +91,18 @@ class _TerminalLines:
     def __init__(self, run: Run) -> None:
         from vgglab.view.terminal import Terminal
 
-        self.run, self.terminal, self.num_seen = run, Terminal(), 0
+        self.run, self.terminal = run, Terminal()
+        self.seen: list[Event] = []
 
     def update(self) -> None:
         events = self.run.events()
-        for event in events[self.num_seen :]:
+        num_told = len(self.seen)
+        if events[:num_told][-1:] != self.seen[-1:]:  # it went on from a checkpoint: some events are void
+            starts = [place for place, event in enumerate(events) if event["event"] == "start"]
+            num_told = max(starts, default=0)
+        for event in events[num_told:]:
             self.terminal(event)
-        self.num_seen = len(events)
+        self.seen = events
 
 
 class _StaticBlock:
@@ -146,7 +152,7 @@ class Dashboard:
             description="Stop", icon="stop", tooltip="End this run; the epochs finished so far are kept"
         )
         self.stop_button.on_click(self._on_stop)
-        self.stop_button.disabled = not hasattr(run, "stop")
+        self.stop_button.disabled = not run.is_here
         self.widget = widgets.VBox([self.status, self.bar, self.picture, self.ranks, self.log, self.stop_button])
         self._follower = Follower(run)
         self._drawn = -1  # number of events in the picture
@@ -233,7 +239,7 @@ class Follower:
             self._progress.add(event)
         self.num_events, self._latest = len(events), events[-1] if events else None
         progress = copy.copy(self._progress)
-        if progress.status in ("starting", "running") and _has_ended(self.run):  # killed before it could say so
+        if (progress.status in GOING_ON) != (self.run.status in GOING_ON):  # killed, or launched again in its place
             progress.status = progress.doing = self.run.status
             progress.eta_seconds = None
         return progress

@@ -35,7 +35,7 @@ class Progress:
     def _on_start(self, event: dict[str, Any]) -> None:
         self._start, self.status = event, "running"
         self.step, self.num_steps = event["first_step"], event["num_steps"]
-        self.doing = f"epoch {event['first_epoch'] + 1} of {event['epochs']}"
+        self.doing = f"epoch {min(event['first_epoch'] + 1, event['epochs'])} of {event['epochs']}"
 
     def _on_train(self, event: dict[str, Any]) -> None:
         self.train, self.step = event, event["step"]

@@ -76,7 +76,7 @@ def silence(run: Run) -> str:
     Only between training steps: an evaluation or a first step may take its time.
     """
     events, latest = run.events(), run.ranks()
-    if not latest or events[-1]["event"] != "train":
+    if not latest or not events or events[-1]["event"] != "train":
         return ""
     seconds = time.time() - max(figures["time"] for figures in latest)
     usual = max(figures["interval_seconds"] for figures in latest)

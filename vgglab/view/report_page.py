@@ -86,8 +86,8 @@ def warnings_table(runs: Sequence[Run]) -> Table:
     """What the runs remarked upon, each once."""
     said: dict[str, list[str]] = {}
     for run in runs:
-        for event in run.events("warning"):
-            said.setdefault(event["text"], []).append(run.name)
+        for text in dict.fromkeys(event["text"] for event in run.events("warning")):
+            said.setdefault(text, []).append(run.name)
     rows = [[text, names[0] if len(names) == 1 else f"{len(names)} runs"] for text, names in said.items()]
     return Table(["warning", "of"], rows)
 

@@ -20,10 +20,13 @@ class Scalars:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("--tensorboard: the package tensorboard is missing; pip install tensorboard") from None
-        self._open = lambda: SummaryWriter(str(folder))
+        self._open = lambda: SummaryWriter(str(folder), purge_step=self._purge_step)
         self._writer: Any = None
+        self._purge_step: int | None = None  # of a run that goes on in place: what follows was void
 
     def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "start" and event["first_step"]:
+            self._purge_step = event["first_step"] + 1
         if event["event"] == "train":
             values = {
                 "learning_rate": event["lr"],

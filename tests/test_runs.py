@@ -1,0 +1,172 @@
+"""A run directory as it is read: also while it goes on in place, is launched again, removed, or made anew."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import TINY
+
+import vgglab
+from vgglab.view.figures import bands
+from vgglab.view.live import _TerminalLines
+from vgglab.view.rank_table import rank_rows
+from vgglab.view.report_page import warnings_table
+
+START = {
+    "event": "start", "seconds": 0, "epochs": 9, "first_epoch": 0, "first_step": 0, "num_steps": 90, "best": {},
+    "num_classes": 10, "num_train_images": 9, "num_eval_images": 9, "num_parameters": 1, "data": "digits",
+}  # fmt: skip
+HERE = socket.gethostname()
+
+
+def trained(step, **more):
+    figures = {"loss": 1.0, "acc1": 50.0, "images_per_second": 8.0, "is_measured": True}
+    interval = {"interval_steps": 2, "interval_images": 8, "interval_seconds": 1.0, "data_seconds": 0.0}
+    return {"event": "train", "seconds": step, "step": step, "epoch": 0, **figures, **interval, **more}
+
+
+def add(path, *events):
+    with (path / "events.jsonl").open("a") as file:
+        file.writelines(f"{json.dumps(event)}\n" for event in events)
+
+
+@pytest.fixture
+def path(train):
+    """A run that has ended, with its settings and machine, and no events yet."""
+    run = train().run
+    (run.path / "events.jsonl").unlink()
+    return run.path
+
+
+@pytest.fixture
+def dead():
+    """The number of a process that is gone."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def owned_by(path, name, pid):
+    file = path / name
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**content, "pid": pid, "host": HERE}))
+
+
+def test_only_testing_in_place_is_refused_and_voids_nothing(train):
+    run = train().run
+    before = run.events()
+    result = train(f"--run-dir={run.path}", "--resume=auto", "--test-only")
+    assert result.code == 2
+    assert "holds a run already" in result.err
+    assert vgglab.Run(run.path).events() == before
+
+
+def test_a_run_is_there_as_long_as_rank_0_or_its_launcher_is(path, dead):
+    add(path, START)
+    owned_by(path, "env.json", dead)
+    assert vgglab.Run(path).status == "failed"
+    owned_by(path, "launch.json", os.getpid())  # torchrun between two attempts, or the next launch, loading
+    assert vgglab.Run(path).status == "running"
+    owned_by(path, "env.json", os.getpid())  # gone on with from a shell
+    owned_by(path, "launch.json", dead)
+    assert vgglab.Run(path).status == "running"
+
+
+def test_the_end_of_a_former_launch_is_not_that_of_this_one(path, dead):
+    owned_by(path, "env.json", dead)
+    add(path, START, {"event": "end", "seconds": 9, "status": "interrupted"})
+    run = vgglab.Run(path)
+    assert run.status == "interrupted"
+    os.utime(path / "events.jsonl", (time.time() - 60,) * 2)
+    owned_by(path, "launch.json", os.getpid())
+    assert run.status == "starting"
+
+
+def test_a_launch_that_is_refused_in_the_place_of_one_that_ended_well_is_an_error(images, tmp_path):
+    flags = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--resume=auto"]
+    assert vgglab.launch(flags, watch=False).wait().status == "done"
+    run = vgglab.launch([*flags, "--num-classes=7"], watch=False)
+    with pytest.raises(vgglab.UserError, match="--num-classes 7"):
+        run.wait()
+    assert run.status == "failed"
+
+
+def test_a_folder_that_is_removed_is_no_run_that_goes_on_and_one_made_anew_is_another_run(path):
+    add(path, START, trained(2), trained(4))
+    owned_by(path, "env.json", os.getpid())
+    run = vgglab.Run(path)
+    assert run.status == "running"
+    kept = {file.name: file.read_bytes() for file in path.glob("*.json")}
+    shutil.rmtree(path)
+    assert run.status == "failed"
+    path.mkdir()
+    for name, content in kept.items():
+        (path / name).write_bytes(content)
+    add(path, START)
+    assert [event["event"] for event in run.events()] == ["start"]
+
+
+def test_on_a_terminal_what_came_after_a_checkpoint_is_told_again_and_nothing_is_left_out(path, capsys):
+    add(path, START, *(trained(step) for step in range(2, 22, 2)))
+    lines = _TerminalLines(vgglab.Run(path))
+    lines.update()
+    capsys.readouterr()
+    add(path, {**START, "first_step": 10}, trained(12), trained(14))
+    lines.update()
+    told = capsys.readouterr().out
+    assert "10 to learn from" not in told
+    assert "digits: 9 images to learn from" in told
+    assert [line.split(":")[0] for line in told.splitlines()[1:]] == [f"epoch 1 of 9, step {n} of 90" for n in (12, 14)]
+
+
+def test_a_simulated_cards_time_and_that_of_other_ranks_is_not_the_speed_of_this_hardware(path):
+    config = json.loads((path / "config.json").read_text())
+    assert config["batch_size"] == 4
+    other = {"images_per_second": 99.0, "interval_seconds": 0.1}
+    add(
+        path,
+        START,
+        trained(2, simulated=True, **other),
+        trained(4, interval_images=16, **other),
+        trained(6),
+        trained(8),
+    )
+    report = vgglab.Run(path).report()
+    assert (report["train_fps_mean"], report["train_fps_max"], report["num_measured_steps"]) == (8.0, 8.0, 4)
+
+
+def test_a_remark_is_made_once_a_run_however_often_it_went_on(path):
+    for step in (0, 10, 20):
+        add(path, {**START, "first_step": step}, {"event": "warning", "seconds": step, "text": "fake", "step": step})
+    run = vgglab.Run(path)
+    assert run.report()["warnings"] == ["fake"]
+    assert "runs" not in warnings_table([run])._repr_html_()
+
+
+def test_ranks_that_are_gone_and_their_figures_are_not_in_the_table(path):
+    add(path, START)
+    for file in (path / "log").glob("rank*.jsonl"):
+        file.unlink()
+    for rank, lines in {0: [(1, 0.1), (5, 0.1)], 1: [(2, 0.9), (2, 0.9), (6, 0.1)], 2: [(3, 0.1)]}.items():
+        figures = {"step": 2, "loss": 1.0, "interval_steps": 1, "interval_seconds": 1.0, "time": 1.0}
+        text = "".join(f"{json.dumps({**figures, 'rank': rank, 'pid': p, 'own_seconds': own})}\n" for p, own in lines)
+        (path / "log" / f"rank{rank}.jsonl").write_text(text)
+    env = json.loads((path / "env.json").read_text())
+    (path / "env.json").write_text(json.dumps({**env, "world_size": 2}))
+    rows = rank_rows(vgglab.Run(path))
+    assert [(row.rank, row.own_seconds, row.is_straggler) for row in rows] == [(0, 0.1, False), (1, 0.1, False)]
+
+
+def test_seeds_are_drawn_and_told_while_one_has_only_begun(path, tmp_path):
+    for seed in (1, 2):
+        shutil.copytree(path, tmp_path / "many" / f"seed-{seed}")
+        add(tmp_path / "many" / f"seed-{seed}", START, *([trained(2), trained(4)] if seed == 1 else []))
+    seeds = vgglab.Seeds(tmp_path / "many")
+    assert bands({"many": seeds.runs}).axes[0].lines
+    assert "no seed is done yet" in repr(seeds)
+    assert seeds.runs[0] is seeds.runs[0]  # which reads on where it was
