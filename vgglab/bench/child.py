@@ -57,7 +57,10 @@ class Enough(Exception):
 
 
 PEAK_REPEATS = 2  # of the largest matrix product, each time it is asked for
-NO_MEMORY = ("out of memory", "can't allocate memory", "could not create a memory", "bad_alloc")  # torch's words
+# Words of torch and of oneDNN, which says the last where its own buffers do not fit.
+NO_MEMORY = (
+    "out of memory", "can't allocate memory", "could not create a memory", "bad_alloc", "could not create a primitive",
+)  # fmt: skip
 
 
 def work(connection: Connection, way: Way, flags: list[str]) -> None:
