@@ -157,7 +157,7 @@ class Explorer:
         panel.tick_params(colors=INK, labelsize=9)
 
     def widget(self) -> Any:
-        """The controls, the picture and the table; each control is reached by Tab and moved by the arrow keys."""
+        """The controls, the picture and the table; by Tab and arrow keys, a list opened with the space bar first."""
         import ipywidgets as widgets
 
         wide = {"description_width": "initial"}
