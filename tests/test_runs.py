@@ -170,3 +170,12 @@ def test_seeds_are_drawn_and_told_while_one_has_only_begun(path, tmp_path):
     assert bands({"many": seeds.runs}).axes[0].lines
     assert "no seed is done yet" in repr(seeds)
     assert seeds.runs[0] is seeds.runs[0]  # which reads on where it was
+
+
+def test_the_end_of_a_log_is_read_without_the_rest(tmp_path):
+    add(tmp_path, START)
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/rank0.txt").write_text("".join(f"line {number} é\n" for number in range(10_000)))
+    run = vgglab.Run(tmp_path)
+    assert run.last_lines(0, 3) == run.logs().splitlines()[-3:]
+    assert run.last_lines("launcher", 3) == []

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from test_runs import START, add, trained
 
 import vgglab
 from vgglab.view import live
@@ -124,51 +125,31 @@ def test_two_threads_that_look_at_once_see_each_event_once(tmp_path):
     assert [event["step"] for event in run.events()] == list(range(20_001))
 
 
-def events_to(path, *events):
-    with (path / "events.jsonl").open("a") as file:
-        file.writelines(f"{json.dumps(event)}\n" for event in events)
-
-
 def start_at(step):
-    return {"event": "start", "seconds": 0, "epochs": 9, "first_epoch": 0, "first_step": step, "num_steps": 9000}
-
-
-def trained(step, loss=1.0):
-    return {"event": "train", "seconds": step, "step": step, "epoch": 0, "loss": loss, "acc1": 50.0}
+    return {**START, "first_step": step}
 
 
 def test_a_dashboards_progress_is_that_of_all_events_also_where_some_became_void(tmp_path):
-    events_to(tmp_path, start_at(0), *map(trained, (10, 20, 30)))
+    add(tmp_path, start_at(0), *map(trained, (10, 20, 30)))
     run = vgglab.Run(tmp_path)
     follower = live.Follower(run)
     assert follower.progress().step == 30
     for more in [trained(40)], [], [start_at(20)], [trained(30), trained(40), trained(50)], [start_at(10), trained(60)]:
-        events_to(tmp_path, *more)
+        add(tmp_path, *more)
         assert vars(follower.progress()) == vars(progress_of(vgglab.Run(tmp_path)))
     assert follower.progress().step == 60
 
 
 def test_the_curve_of_a_long_run_is_drawn_with_few_points_and_keeps_what_is_not_finite(tmp_path):
     """30,000 log lines of 90 epochs, drawn every other second, took the kernel from whoever worked in it."""
-    events_to(
-        tmp_path, {**start_at(0), "num_classes": 10}, *(trained(step) for step in range(1, 2500)), trained(2500, None)
-    )
+    add(tmp_path, start_at(0), *(trained(step) for step in range(1, 2500)), trained(2500, loss=None))
     loss = curves(vgglab.Run(tmp_path)).axes[0]
     (line,) = [line for line in loss.lines if "means of 3 in the log" in line.get_label()]
     steps, values = line.get_data()
     assert (steps[0], values[0], len(steps)) == (3, 1.0, 833)
-    events_to(tmp_path, trained(2501), trained(2502))
+    add(tmp_path, trained(2501), trained(2502))
     *_, last = [line for line in curves(vgglab.Run(tmp_path)).axes[0].lines if "means" in line.get_label()]
     assert last.get_ydata()[-1] != last.get_ydata()[-1]  # nan
-
-
-def test_the_end_of_a_log_is_read_without_the_rest(tmp_path):
-    events_to(tmp_path, start_at(0))
-    (tmp_path / "log").mkdir()
-    (tmp_path / "log/rank0.txt").write_text("".join(f"line {number} é\n" for number in range(10_000)))
-    run = vgglab.Run(tmp_path)
-    assert run.last_lines(0, 3) == run.logs().splitlines()[-3:]
-    assert run.last_lines("launcher", 3) == []
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

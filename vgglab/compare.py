@@ -10,13 +10,13 @@ Exit codes: 0 the same; 1 they differ; 2 bad input, said in one line.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
 from vgglab.errors import UserError
 from vgglab.flags import NOT_NEGATIVE, OneLineParser, with_dashes
+from vgglab.recording import finite
 from vgglab.runs import Run
 
 # What says where and for whom a run was, and not what it does.
@@ -167,17 +167,13 @@ def main(argv: Sequence[str]) -> int:
             _write_new(options.png, curves_beside([one, other], first_difference=step).png())
         print(as_text(found))
         if options.json:
-            first = None if found.first is None else _finite(found.first._asdict())
-            print(json.dumps({**_finite(found._asdict()), "first": first, "is_same": found.is_same}))
+            figures = {name: finite(value) for name, value in found._asdict().items()}
+            first = found.first and {name: finite(value) for name, value in found.first._asdict().items()}
+            print(json.dumps({**figures, "first": first, "is_same": found.is_same}))
     except UserError as error:
         print(f"vgglab.compare: error: {error}", file=sys.stderr)
         return 2
     return 0 if found.is_same else 1
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _write_new(file: Path, content: bytes) -> None:

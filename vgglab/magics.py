@@ -15,11 +15,10 @@ from vgglab.config import build_parser
 from vgglab.errors import UserError
 from vgglab.flags import AT_LEAST_0, AT_LEAST_1, OneLineParser, with_dashes
 from vgglab.launch import launch
-from vgglab.runs import Run, is_a_run
+from vgglab.runs import GOING_ON, Run, is_a_run
 from vgglab.seeds import LaunchedSeeds
 
 HOME = Path("runs")  # where launch puts them, beside the notebook
-GOING_ON = ("starting", "running")
 MOST_NAMED = 3  # runs in an answer
 
 

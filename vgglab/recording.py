@@ -50,7 +50,7 @@ class RankWriter:
     def rank_event(self, **values: Any) -> None:
         """Append a line to this rank's own file."""
         line = {"rank": self.rank, "pid": os.getpid(), "time": round(time.time(), 3)}
-        line.update({key: _finite(value) for key, value in values.items()}, **self._mark)
+        line.update({key: finite(value) for key, value in values.items()}, **self._mark)
         with open(self.path / "log" / f"rank{self.rank}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -115,7 +115,7 @@ class RunWriter(RankWriter):
     def event(self, kind: str, **values: Any) -> None:
         """Append one line: ``kind``, seconds since the start, ``values``; null for numbers that are not finite."""
         event: Event = {"event": kind, "seconds": round(time.monotonic() - self._started, 3)}
-        event.update({key: _finite(value) for key, value in values.items()}, **self._mark)
+        event.update({key: finite(value) for key, value in values.items()}, **self._mark)
         self._events.write(json.dumps(event) + "\n")
         self._events.flush()
         for listener in self.listeners:
@@ -152,7 +152,8 @@ class _Tee:
         return getattr(self._screen, name)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """None for a number that JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -38,6 +38,7 @@ OURS = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
 LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
 NUM_RECENT = 8  # lines, enough to tell a slow rank from a slow moment
 NO_WRITING = "cannot be written; name another folder with --output-dir or --run-dir"
+GOING_ON = ("starting", "running")  # of a run's status; the others are ends
 Event = dict  # what a line of events.jsonl holds
 
 

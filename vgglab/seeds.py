@@ -129,6 +129,7 @@ class Seeds:
     def __init__(self, path: str | Path) -> None:
         """Raises UserError where there is no such folder, or no run in it."""
         self.path = Path(path).absolute()
+        self._runs: dict[str, Run] = {}
         if not self.runs:
             raise UserError(f"no runs of several seeds: {self.path}")
 
@@ -138,8 +139,9 @@ class Seeds:
         found = {folder.name[len("seed-") :]: folder for folder in self.path.glob("seed-*")}
         begun = [seed for seed, folder in found.items() if seed.isdigit() and is_a_run(folder)]
         # The same objects at each look: they read on where they were.
-        known = self.__dict__.setdefault("_runs", {})
-        return [known.get(seed) or known.setdefault(seed, Run(found[seed])) for seed in sorted(begun, key=int)]
+        return [
+            self._runs.get(seed) or self._runs.setdefault(seed, Run(found[seed])) for seed in sorted(begun, key=int)
+        ]
 
     def curves(self) -> Any:
         """Loss and accuracy with a band over the seeds."""
@@ -163,6 +165,7 @@ class LaunchedSeeds(Seeds):
 
     def __init__(self, path: Path, numbers: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
         self.path = path.absolute()
+        self._runs = {}
         self.numbers = numbers
         self.current: LaunchedRun | None = None
         self.failure: Exception | None = None

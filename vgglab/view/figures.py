@@ -47,7 +47,7 @@ class Picture(Figure):
             about = ": ".join(filter(None, [panel.get_title(), axes])) + f" ({names})" * bool(names)
             told.append(" ".join(about.split()))
         distinct = [words for words in dict.fromkeys(told) if not words.isdigit() and words]
-        more = f"and {len(self.axes) - MOST_TOLD} more panels"
+        more = f"and {len(distinct) - MOST_TOLD} more"
         told = [*distinct[:MOST_TOLD], *[more] * (len(distinct) > MOST_TOLD)]
         return "; ".join(told) or f"{len(self.axes)} panels without words"
 

@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Any, Callable
 
-from vgglab.runs import Event, Run
+from vgglab.runs import GOING_ON, Event, Run
 from vgglab.view.progress import Progress, duration
 from vgglab.view.rank_table import RankRow, as_html, as_text, rank_rows, silence
 
@@ -22,7 +22,6 @@ REFRESH_SECONDS = 0.5
 PICTURE_SECONDS = 2.0  # drawing takes the kernel's time, from whatever cell runs there
 STATIC_REFRESH_SECONDS = 3.0
 NUM_LOG_LINES = 6
-GOING_ON = ("starting", "running")
 
 
 def front_end() -> str:
@@ -96,11 +95,11 @@ class _TerminalLines:
 
     def update(self) -> None:
         events = self.run.events()
-        num_told = len(self.seen)
-        if events[:num_told][-1:] != self.seen[-1:]:  # it went on from a checkpoint: some events are void
-            starts = [place for place, event in enumerate(events) if event["event"] == "start"]
-            num_told = max(starts, default=0)
-        for event in events[num_told:]:
+        first = len(self.seen)
+        if not is_continued(self.seen, events):
+            self.terminal.close()
+            first = max((place for place, event in enumerate(events) if event["event"] == "start"), default=0)
+        for event in events[first:]:
             self.terminal(event)
         self.seen = events
 
@@ -222,22 +221,30 @@ def last_lines(run: Run) -> list[str]:
     return run.last_lines(0, NUM_LOG_LINES) or run.last_lines("launcher", NUM_LOG_LINES)
 
 
+def is_continued(seen: list[Event], events: list[Event]) -> bool:
+    """Whether all that was seen still stands; where a run went on from a checkpoint, what came after that is void."""
+    return events[: len(seen)][-1:] == seen[-1:]
+
+
 class Follower:
     """A run's progress, brought up to date at each look by what is new: 90 epochs leave tens of thousands of events."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.num_events = run, 0
-        self._progress = Progress()
-        self._latest: Event | None = None
+        self.run, self._progress = run, Progress()
+        self._seen: list[Event] = []
+
+    @property
+    def num_events(self) -> int:
+        return len(self._seen)
 
     def progress(self) -> Progress:
         """How far the run is now."""
         events = self.run.events()
-        if self.num_events and events[self.num_events - 1 : self.num_events] != [self._latest]:
-            self._progress, self.num_events = Progress(), 0  # it went on from a checkpoint: some events are void
-        for event in events[self.num_events :]:
+        if not is_continued(self._seen, events):
+            self._progress, self._seen = Progress(), []
+        for event in events[len(self._seen) :]:
             self._progress.add(event)
-        self.num_events, self._latest = len(events), events[-1] if events else None
+        self._seen = events
         progress = copy.copy(self._progress)
         if (progress.status in GOING_ON) != (self.run.status in GOING_ON):  # killed, or launched again in its place
             progress.status = progress.doing = self.run.status
