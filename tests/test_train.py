@@ -420,3 +420,20 @@ def test_ctrl_c_ends_in_a_run_directory_that_says_so(images, tmp_path):
     run = Run(tmp_path / "run")
     assert run.status == "interrupted"
     assert run.report()["acc1"] is not None
+
+
+def test_a_batch_that_does_not_fit_is_said_in_one_line_and_the_run_says_failed(tmp_path):
+    """Where the system gives no more memory, made so with a limit."""
+    import resource
+
+    code = "import vgglab.engine, torchvision; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
+    limit = (int(shell("python", "-c", code).stdout) + 1_500_000) * 1024
+    flags = [*TINY, "--data-path=fake", "--image-size=64", "--batch-size=2048", f"--run-dir={tmp_path / 'run'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = shell(
+        "python", "-m", "vgglab.train", *flags, env=environment, timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )  # fmt: skip
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert result.stderr.startswith("vgglab.train: error: --batch-size 2048: no memory for it on cpu (")
+    assert Run(tmp_path / "run").status == "failed"

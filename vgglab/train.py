@@ -232,11 +232,18 @@ def _prepare_and_work(
 
 def _work(job: Job, config: Config, device: Device, run: RankWriter) -> None:
     from vgglab import engine
+    from vgglab.devices.memory import is_lack_of_memory
 
-    if config.test_only:
-        engine.evaluate(job, device, run)
-    else:
-        engine.train(job, config, device, run)
+    try:
+        if config.test_only:
+            engine.evaluate(job, device, run)
+        else:
+            engine.train(job, config, device, run)
+    except (RuntimeError, MemoryError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["no memory"])[0]
+        raise UserError(f"--batch-size {config.batch_size}: no memory for it on {device.kind} ({reason})") from error
 
 
 def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, path: Path, is_in_place: bool) -> None:

@@ -22,7 +22,7 @@ from vgglab.data.sets import open_sets
 from vgglab.data.transform import normalised
 from vgglab.devices import open_device
 from vgglab.devices.base import Device
-from vgglab.devices.memory import limit_to_free_memory
+from vgglab.devices.memory import is_lack_of_memory, limit_to_free_memory
 from vgglab.errors import UserError
 from vgglab.model import build, head_for
 from vgglab.recording import RankWriter
@@ -57,10 +57,6 @@ class Enough(Exception):
 
 
 PEAK_REPEATS = 2  # of the largest matrix product, each time it is asked for
-# Words of torch and of oneDNN, which says the last where its own buffers do not fit.
-NO_MEMORY = (
-    "out of memory", "can't allocate memory", "could not create a memory", "bad_alloc", "could not create a primitive",
-)  # fmt: skip
 
 
 def work(connection: Connection, way: Way, flags: list[str]) -> None:
@@ -98,7 +94,7 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
     except UserError as error:
         connection.send(Refusal(str(error)))
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in NO_MEMORY):
+        if not is_lack_of_memory(error):
             raise
         connection.send(Refusal(f"--batch-size {config.batch_size}: no memory for it on {config.device}", True))
     except (KeyboardInterrupt, EOFError):

@@ -33,6 +33,7 @@ WAYS = {
     "float32": Way("float32"),
     "channels-last": Way("channels-last", ("--channels-last",)),
     "amp": Way("amp", ("--amp",)),
+    "tf32": Way("tf32", ("--tf32",)),
     "fast": Way("fast", ("--fast",)),
     "compile": Way("compile", ("--fast", "--compile")),
     # The plain loop in a process that the kit has set up: what is left between it and float32 is the engine.
@@ -281,10 +282,11 @@ def main(argv: Sequence[str]) -> None:
 def save(results: Sequence[StepFigures], flags: Sequence[str], output_dir: str = ".") -> Path:
     """Leave the results in a run directory of their own below ``output_dir``, where the results page finds them."""
     config = parse([*flags, *FLAGS, f"--output-dir={output_dir}"])
+    device = dict(results[-1].device)
+    config.device = device["device"]  # what auto came to
     config.data_path = "bench-step"  # for the name of the directory
     path = run_path(config)
     config.data_path = "fake"
-    device = dict(results[-1].device)
     run = RunWriter(path, is_simulated=device["simulated"])
     run.write_config(config.as_dict())
     run.write_env(device, world_size=1)

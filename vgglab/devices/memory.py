@@ -1,4 +1,4 @@
-"""The memory of this process, where it computes on the CPU: freed memory that stays, and a limit before it is too late.
+"""Memory: its lack, known by torch's words; and on the CPU freed memory that stays, and a limit before it is too late.
 
 The C library hands large freed blocks back to the system and asks for them again every step. VGG's activations are
 freed and allocated anew in each; the system has to clear those pages. Kept, they cost nothing, and no number changes.
@@ -13,9 +13,20 @@ import resource
 import sys
 from pathlib import Path
 
+# What torch and oneDNN say where something does not fit; oneDNN says the last where its own buffers do not.
+NO_MEMORY = (
+    "out of memory", "can't allocate memory", "could not create a memory", "bad_alloc", "could not create a primitive",
+)  # fmt: skip
+
 # Parameters of mallopt(3), glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 NEVER, TOP_PAD_BYTES = 2**31 - 1, 64 * 2**20
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether that is what an exception is about, on this machine's memory or a card's."""
+    is_torchs = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
+    return is_torchs or isinstance(error, MemoryError)
 
 
 def keep_freed_memory() -> bool:

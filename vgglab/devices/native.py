@@ -58,6 +58,8 @@ class NativeDevice(StockDevice):
         self._scaler = _loss_scaler() if self.amp_dtype == "float16" else None
         self._backend = BACKENDS.get(kind, "")
         self._torch_device = torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
+        if kind == "cuda":  # here and not in open(): a plain loop beside the kit's computes in the same precision
+            _use_tf32(self.tf32)
 
     def _check(self) -> None:
         amp_dtype = self._wishes.amp_dtype
@@ -89,7 +91,6 @@ class NativeDevice(StockDevice):
     def open(self) -> None:
         if self.kind == "cuda":
             torch.cuda.set_device(self._torch_device)
-            _use_tf32(self.tf32)
         if self.kind == "cpu":
             keep_freed_memory()
         super().open()

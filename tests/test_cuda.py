@@ -1,0 +1,142 @@
+"""On a CUDA card, where there is one: through the shell's door, and what only a card can get wrong."""
+
+import json
+import os
+import signal
+import warnings
+
+import pytest
+import torch
+from conftest import PROJECT, shell, torchrun
+from expected_losses import FOLDER, RELATIVE_TOLERANCE, largest_deviation, measure
+from test_resume import LEFT, job, wait_for_step  # noqa: F401  # job is a fixture
+
+from vgglab import Run
+from vgglab.compat import load_tensors
+from vgglab.pace import PHASES
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card here")
+CARD = "--device=cuda"
+
+
+def losses(run):
+    return [event["loss"] for event in run.events("train")]
+
+
+def test_the_first_20_losses_are_the_cpus_within_float32_rounding():
+    expected = json.loads((FOLDER / "cpu.json").read_text())["losses"]
+    measured = measure("cuda")
+    assert measured["losses"][0] == pytest.approx(expected[0], rel=1e-6)  # in TF32 it would not be
+    assert largest_deviation(measured["losses"], expected) < 5 * RELATIVE_TOLERANCE  # 5e-4 on an H200
+    assert measured["simulated"] is False
+
+
+def test_a_plain_run_is_full_float32_and_says_what_it_took(train):
+    run = train(CARD, "--skip-steps=1").run
+    report = run.report()
+    assert run.status == "done"
+    assert (run.env["device"], run.env["hardware"]) == ("cuda", torch.cuda.get_device_name())
+    assert (report["amp_dtype"], report["tf32"], report["simulated"]) == (None, False, False)
+    assert report["train_fps_mean"] > 0
+    weights = sum(value.nbytes for value in load_tensors(run.checkpoint("last"))["model"].values())
+    assert run.events("end")[0]["peak_bytes"] > 3 * weights  # and gradients, and momentum
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--amp", {"amp_dtype": "float16"}),
+        ("--amp-dtype=bfloat16", {"amp_dtype": "bfloat16"}),
+        ("--tf32", {"tf32": True}),
+        ("--channels-last", {"channels_last": True}),
+        ("--fused", {"fused": True}),
+        ("--fast", {"amp_dtype": "bfloat16", "channels_last": True, "fused": True}),
+        ("--compile", {"compiled": True}),
+    ],
+)
+def test_each_way_trains_the_same_thing_and_is_recorded(train, flag, expected):
+    flags = (CARD, "--seed=1", "--print-freq=1", "--dropout-rate=0")
+    plain, changed = (train(*flags, *more).run for more in ((), (flag,)))
+    assert {name: changed.report()[name] for name in expected} == expected
+    assert losses(changed) == pytest.approx(losses(plain), rel=0.05)
+
+
+def test_the_host_waits_for_the_card_once_a_log_line_and_not_at_each_step(train):
+    """torch itself says where the host waits."""
+
+    def waits(num_epochs):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                flags = ("--print-freq=1000", f"--epochs={num_epochs}", "--eval-freq=1000", "--batch-size=2")
+                assert train(CARD, *flags).code == 0
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]
+
+    short, long = waits(2), waits(6)  # 18 steps and 54, a log line for each epoch's end
+    assert len(short) > 0
+    assert len(long) - len(short) <= 2 * (6 - 2), (short, long)
+
+
+def test_timers_and_a_trace_know_the_card(train):
+    run = train(CARD, "--timers", "--trace=2", "--epochs=2", "--skip-steps=2", "--print-freq=1", "--tensorboard").run
+    seconds = run.report()["phase_seconds"]
+    assert list(seconds) == list(PHASES)
+    assert seconds["forward"] > 0
+    assert seconds["backward"] > 0
+    traces = [json.loads(file.read_text()) for file in run.path.rglob("*trace*.json")]
+    assert any(event.get("cat") == "kernel" for trace in traces for event in trace["traceEvents"])
+
+
+def test_it_is_left_and_gone_on_with(job, tmp_path):  # noqa: F811
+    flags = [CARD, "--epochs=40"]
+    process = job.start("left", *flags)
+    wait_for_step(tmp_path / "left", 5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == LEFT
+    left_at = Run(tmp_path / "left").events("train")[-1]["step"]
+    run = job("left", *flags, "--resume=auto")
+    assert run.status == "done"
+    assert run.events("start")[-1]["first_step"] == left_at
+    assert [event["step"] for event in run.events("train")] == list(range(1, 161))
+
+
+def test_the_loss_scale_of_float16_goes_on_too(train):
+    first = train(CARD, "--amp").run
+    again = train(CARD, "--amp", f"--resume={first.path}", "--epochs=2")
+    assert again.code == 0, again.err
+
+
+def test_more_ranks_than_cards_are_refused(images, tmp_path):
+    num_ranks = torch.cuda.device_count() + 1
+    words = ["python", *torchrun(num_ranks), "-m", "vgglab.train", CARD, f"--data-path={images}", "--image-size=32"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    result = shell(*words, "--batch-size=2", f"--run-dir={tmp_path / 'run'}", env=environment, cwd=tmp_path)
+    assert result.returncode != 0
+    line = f"rank {num_ranks - 1} wants card {num_ranks - 1}, this machine has {num_ranks - 1}"
+    assert line in result.stdout + result.stderr
+    assert "Traceback (most recent call last):\n  File" not in result.stdout
+
+
+def test_a_batch_too_large_for_the_card_is_said_in_one_line(refused):
+    flags = (CARD, "--model=vgg16", "--image-size=224", "--batch-size=4096")  # half a terabyte in float32
+    line = refused(*flags, data="fake", in_the_middle=True)
+    assert line.startswith("--batch-size 4096: no memory for it on cuda (")
+
+
+def test_the_doctor_knows_the_card():
+    result = shell("python", "-m", "vgglab.doctor", timeout=300)
+    assert torch.cuda.get_device_name() in result.stdout + result.stderr, result
+
+
+def test_the_benchmark_of_steps_ends_and_measures_each_way(tmp_path):
+    flags = "--model vgg11 --image-size 64 --batch-size 64 --turns 2 --json".split()
+    ways = ["--ways", "float32,amp,fast", "--against", "torchvision"]
+    result = shell("python", "-m", "vgglab.bench", "step", *flags, *ways, "--output-dir", tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout.splitlines()[-1])["all"]
+    assert [row["way"] for row in rows] == ["float32", "amp", "fast", "torchvision"]
+    assert all(row["ratio"] > 0 and row["peak_bytes"] > 0 and 0 < row["share_of_peak"] < 1 for row in rows)
