@@ -13,6 +13,7 @@ import random
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vgglab.data.decode import Box, as_tensor, cut, resize
@@ -76,7 +77,7 @@ class Trivially(NamedTuple):
     """One operation of TrivialAugment on what ``crop`` gives, its strength drawn evenly.
 
     Source: Müller and Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation", 2021. The code is
-    torchvision's.
+    torchvision's, on Pillow's images, where its operations are faster than on tensors.
     """
 
     crop: RandomCrop
@@ -85,10 +86,13 @@ class Trivially(NamedTuple):
         """``(size, size, 3)`` uint8. Raises BadImage."""
         from torchvision.transforms import TrivialAugmentWide
 
-        pixels = self.crop(picture, seed)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the generator of all
-            torch.manual_seed(seed)
-            return TrivialAugmentWide()(pixels.permute(2, 0, 1)).permute(1, 2, 0)
+        image = Image.fromarray(self.crop(picture, seed).numpy())
+        before = torch.get_rng_state()  # torchvision draws from the generator of all
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed turns to every card too, at each image
+        try:
+            return as_tensor(TrivialAugmentWide()(image))
+        finally:
+            torch.set_rng_state(before)
 
 
 class CentreCrop(NamedTuple):
