@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import shell
+from conftest import TINY, shell
 from test_devices import needs_sim, run_ranks
 
 from vgglab.view import results
@@ -81,3 +81,27 @@ def test_a_run_has_a_share_of_the_peak_that_a_benchmark_has_measured(images, tmp
     rate = rows[measured.path.name].images_per_second
     assert rows[measured.path.name].share_of_peak == pytest.approx(rate / 1000)
     assert (rows[timed.path.name].layout, rows[measured.path.name].layout) == ("with timers", "")
+
+
+def test_runs_of_several_seeds_are_named_with_their_folder_and_have_their_mean(images, tmp_path):
+    words = ["--seeds=2", f"--data-path={images}", f"--run-dir={tmp_path / 'runs/tiny-seeds'}"]
+    assert shell("python", "-m", "vgglab.train", *TINY, *words).returncode == 0
+    rows = results.collect([tmp_path / "runs"])
+    assert [(row.source, row.data) for row in rows] == [(f"tiny-seeds/seed-{seed}", "images") for seed in (1, 2)]
+    text = shell("python", "-m", "vgglab.view.results", tmp_path / "runs").stdout
+    last = text.split(results.SERIES)[1]
+    assert "tiny-seeds" in last
+    assert "fewer than 5 seeds" in last
+    assert results.SERIES not in results.as_text(rows)
+
+
+def test_a_share_above_the_peak_is_explained(images, tmp_path):
+    bench = run_ranks(tmp_path, images, "cpu", 1)
+    row = {
+        "way": "float32", "batch_size": 4, "images_per_second": 5.0, "ratio": 1.1, "num_turns": 5,
+        "flop_per_image": 1000, "peak_flop_per_second": 4e3, "device": bench.env,
+    }  # fmt: skip
+    (bench.path / "bench.json").write_text(json.dumps({"results": [row]}))
+    assert results.OVER_PEAK in results.as_text(results.collect([tmp_path]))
+    (bench.path / "bench.json").write_text(json.dumps({"results": [{**row, "peak_flop_per_second": 6e3}]}))
+    assert results.OVER_PEAK not in results.as_text(results.collect([tmp_path]))

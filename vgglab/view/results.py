@@ -13,15 +13,16 @@ import html
 import json
 import sys
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
 from vgglab.errors import UserError
 from vgglab.runs import Run, holds_a_run
+from vgglab.view import seeds_table
 from vgglab.view.tables import html_table, text_table
 
 HEADINGS = (
-    "model", "hardware", "precision", "layout", "ranks", "batch a card", "size", "images/s", "steps", "slowest tenth",
-    "x plain loop", "share of peak", "scaling", "top-1 %", "torch", "where it is from",
+    "model", "data", "hardware", "precision", "layout", "ranks", "batch a card", "size", "images/s", "steps",
+    "slowest tenth", "x plain loop", "share of peak", "scaling", "top-1 %", "torch", "where it is from",
 )  # fmt: skip
 # What Enflame's README says of one T20 and of eight; which of the two 431.6 is per, it does not say.
 PUBLISHED = (
@@ -33,12 +34,18 @@ PUBLISHED = (
 
 
 TITLE = "<title>vgglab: results</title>"
+SERIES = "Several seeds, over the runs that are done"
+OVER_PEAK = (
+    "More than 100 % of the peak: operations are counted from the shapes; a convolution can be computed with fewer "
+    "(Winograd's way), the matrix product that the peak is measured on cannot."
+)
 
 
 class Result(NamedTuple):
     """A row: what ran, and what came out; None where that was not measured."""
 
     model: str
+    data: str  # the set's name, or the folder's
     hardware: str
     precision: str  # float32, tf32, or the type of mixed precision
     layout: str  # what of the fast path was used besides
@@ -69,6 +76,7 @@ class Result(NamedTuple):
         """As people read them, one for each heading."""
         return (
             self.model,
+            self.data,
             self.hardware,
             self.precision,
             self.layout,
@@ -94,8 +102,8 @@ def _number(value: float | None, form: str) -> str:
 def published() -> list[Result]:
     """The seed kit's own figures."""
     return [
-        Result("vgg16", "Enflame T20", "float32", "", ranks, batch, 224, speed, None, None, None, acc1, "1.10",
-               f"published: {where}")
+        Result("vgg16", "ImageNet", "Enflame T20", "float32", "", ranks, batch, 224, speed, None, None, None, acc1,
+               "1.10", f"published: {where}")
         for where, ranks, batch, speed, acc1 in PUBLISHED
     ]  # fmt: skip
 
@@ -135,6 +143,7 @@ def _results_of(path: Path) -> list[Result]:
     return [
         Result(
             model=report["model"],
+            data=Path(report["data_path"]).name,
             hardware=report["hardware"],
             precision=_precision(report),
             layout=_layout(report),
@@ -147,7 +156,7 @@ def _results_of(path: Path) -> list[Result]:
             plain_ratio=None,
             acc1=report["acc1"],
             torch=report["versions"]["torch"],
-            source=Run(path).name,
+            source=_name(path),
             is_simulated=report["simulated"],
             is_fake=report["data_is_fake"],
         )
@@ -158,6 +167,7 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
     device = row["device"]
     return Result(
         model=run.config["model"],
+        data="fake",
         hardware=device["hardware"],
         precision=_precision(device),
         layout=_layout(device),
@@ -177,6 +187,18 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
     )
 
 
+def _name(path: Path) -> str:
+    """Of a run; of one of several seeds with its folder, which says what it is a seed of."""
+    return f"{path.parent.name}/{path.name}" if path.name.startswith("seed-") else path.name
+
+
+def series_of(folders: Iterable[Path]) -> dict[str, list[Run]]:
+    """The runs of several seeds in these folders or right below them, by the name of their folder."""
+    found = [place for folder in folders for place in (folder, *sorted(folder.glob("*")))]
+    series = {place.name: [Run(path) for path in sorted(place.glob("seed-*")) if holds_a_run(path)] for place in found}
+    return {name: runs for name, runs in series.items() if len(runs) > 1}
+
+
 def _precision(described: dict[str, Any]) -> str:
     return described["amp_dtype"] or ("tf32" if described.get("tf32") else "float32")
 
@@ -190,7 +212,7 @@ def _with_efficiency(results: list[Result]) -> list[Result]:
     """Several ranks beside one of the same kind, where there is one with a speed."""
 
     def kind(row: Result) -> tuple:
-        return (*row[:4], row.batch_size, row.image_size, row.torch)
+        return (*row[:5], row.batch_size, row.image_size, row.torch)
 
     alone = {kind(row): row.images_per_second for row in results if row.ranks == 1 and row.images_per_second}
     return [
@@ -216,23 +238,25 @@ def _with_peak(runs: list[Result], benchmarks: list[Result]) -> list[Result]:
     ]
 
 
-def as_text(results: Sequence[Result]) -> str:
-    """The tables in plain text."""
-    parts = []
-    for title, rows in _tables(results):
-        parts.append(f"{title}\n{text_table(HEADINGS, [row.cells() for row in rows])}")
-    return "\n\n".join(parts)
+def as_text(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
+    """The tables in plain text; ``series`` are runs that differ by their seed, by name."""
+    parts = [
+        f"{title}\n{text_table(HEADINGS, [row.cells() for row in rows])}" + f"\n{note}" * bool(note)
+        for title, rows, note in _tables(results)
+    ]
+    return "\n\n".join([*parts, f"{SERIES}\n{seeds_table.as_text(series)}"] if series else parts)
 
 
-def tables_html(results: Sequence[Result]) -> str:
+def tables_html(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
     """The tables for a notebook, or for a page of one's own."""
-    parts = []
-    for title, rows in _tables(results):
-        parts.append(f"<h2>{html.escape(title)}</h2>{html_table(HEADINGS, [row.cells() for row in rows])}")
-    return "".join(parts)
+    parts = [
+        f"<h2>{html.escape(title)}</h2>{html_table(HEADINGS, [row.cells() for row in rows])}<p>{html.escape(note)}</p>"
+        for title, rows, note in _tables(results)
+    ]
+    return "".join([*parts, f"<h2>{SERIES}</h2>{seeds_table.as_html(series)}"] if series else parts)
 
 
-def as_html(results: Sequence[Result]) -> str:
+def as_html(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
     """A page of its own; it needs nothing from elsewhere."""
     style = (
         "body{font:16px/1.4 sans-serif;margin:2em;color:#333}table{border-collapse:collapse}"
@@ -240,16 +264,19 @@ def as_html(results: Sequence[Result]) -> str:
     )
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-        f"{TITLE}<style>{style}</style><h1>Results</h1>{tables_html(results)}</html>\n"
+        f"{TITLE}<style>{style}</style><h1>Results</h1>{tables_html(results, series)}</html>\n"
     )
 
 
-def _tables(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+def _tables(results: Sequence[Result]) -> list[tuple[str, list[Result], str]]:
+    """Title, rows, and a remark that may be empty."""
     real = [row for row in results if not row.is_simulated]
     simulated = [row for row in results if row.is_simulated]
-    tables = [("Measured here, and what Enflame has published (marked so, not measured here)", real + published())]
+    tables = [("Measured here, and what Enflame has published (marked so, not measured here)", real + published(), "")]
+    if any((row.share_of_peak or 0) > 1 for row in real):
+        tables = [(title, rows, OVER_PEAK) for title, rows, _ in tables]
     if simulated:
-        tables.append(("On a simulated card: the losses are real, speeds there are none", simulated))
+        tables.append(("On a simulated card: the losses are real, speeds there are none", simulated, ""))
     return tables
 
 
@@ -266,13 +293,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--html", type=Path, help="write a page to this file instead")
     options = parser.parse_args(argv)
     try:
-        results = collect(options.folder)
+        results, series = collect(options.folder), series_of(options.folder)
         if options.html:
             _refuse_foreign(options.html)
-            options.html.write_text(as_html(results), encoding="utf-8")
+            options.html.write_text(as_html(results, series), encoding="utf-8")
             print(options.html)
         else:
-            print(as_text(results))
+            print(as_text(results, series))
     except OSError as error:
         print(f"vgglab.view.results: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
