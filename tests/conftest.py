@@ -13,6 +13,9 @@ from typing import Callable, NamedTuple
 
 import pytest
 
+# Several tests at once on all cores, and their processes: one thread each, or they wait for one another's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 PROJECT = Path(__file__).resolve().parent.parent
 CLASSES = ("n01", "n02", "n03")
 NUM_TRAIN, NUM_VAL = 6, 3  # images per class

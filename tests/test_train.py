@@ -437,3 +437,13 @@ def test_a_batch_that_does_not_fit_is_said_in_one_line_and_the_run_says_failed(t
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert result.stderr.startswith("vgglab.train: error: --batch-size 2048: no memory for it on cpu (")
     assert Run(tmp_path / "run").status == "failed"
+
+
+def test_a_training_that_compiles_nothing_does_not_import_the_compiler(images, tmp_path):
+    """That takes seconds, in each process; two trainings, since the second loads what the first has saved."""
+    code = "import sys; from vgglab.train import main; print(main(sys.argv[1:]), 'torch._dynamo' in sys.modules)"
+    flags = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--resume=auto"]
+    for epochs in (1, 2):
+        result = shell("python", "-c", code, *flags, f"--epochs={epochs}")
+        assert result.stdout.splitlines()[-1:] == ["0 False"], result.stderr
+    assert Run(tmp_path / "run").status == "done"

@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pickle
 import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
+from torch.optim import Optimizer
+
+WRAPPERS = (os.path.join("torch", "_compile.py"), os.path.join("torch", "optim", "optimizer.py"))
+
+
+def without_compiler(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
+    """The same optimizer, of which a process that compiles nothing is ready seconds earlier.
+
+    torch (2.15) wraps these methods so that they are no part of a compiled network; at their first call the wrappers
+    import the whole compiler for it. What they hold is left as it is, and so is what a card's library has put there.
+    """
+    plain = {}
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step"):
+        method = getattr(optimizer, name)
+        inside = inspect.unwrap(method, stop=_is_not_torchs)
+        if inside is not method:
+            plain[name] = torch.no_grad()(inside) if name == "step" else inside  # as the wrapper has it
+    return type(optimizer.__name__, (optimizer,), plain) if plain else optimizer
+
+
+def _is_not_torchs(wrapper: Any) -> bool:
+    return not (inspect.isfunction(wrapper) and wrapper.__code__.co_filename.endswith(WRAPPERS))
 
 
 class NotACheckpoint(ValueError):

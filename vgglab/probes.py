@@ -13,6 +13,8 @@ from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
+from vgglab.compat import without_compiler
+
 Batch = Any  # a pair (images (N, 3, S, S) normalised, labels (N,))
 
 
@@ -63,7 +65,7 @@ def signals(model: nn.Module, images: Tensor, labels: Tensor) -> list[Signal]:
 
 def first_steps(model: nn.Module, batches: Iterable[Batch], lr: float, momentum: float = 0.9) -> list[float]:
     """The loss of each step of plain SGD; it ends with the batches, or where the loss is no number any more."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    optimizer = without_compiler(torch.optim.SGD)(model.parameters(), lr=lr, momentum=momentum)
     return list(_losses(model, batches, optimizer))
 
 
@@ -75,7 +77,7 @@ def rate_range(
     Source: L. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015, section 3.3. It ends early where the
     loss is no number any more.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=lowest, momentum=momentum)
+    optimizer = without_compiler(torch.optim.SGD)(model.parameters(), lr=lowest, momentum=momentum)
     factor = (highest / lowest) ** (1 / max(1, len(batches) - 1))
     rates, losses = [], []
     for loss in _losses(model, batches, optimizer):

@@ -11,8 +11,8 @@ from typing import Any
 RECIPES: dict[Any, dict[str, Any]] = {
     # The seed kit's 90-epoch command, for each card. Its --num-classes=1000 is ImageNet's and follows from the folder.
     # Cost: 115 million images on ImageNet. Result, published by Enflame for a T20 in FP32: 71.3 % top-1. Not run here
-    # on ImageNet. On Fashion-MNIST with --fast, 90 epochs of 7,680 images, 5 seeds on an H200 (recorded/): VGG16 89.29 %
-    # (standard deviation 0.17), VGG16-BN 91.21 % (0.11).
+    # on ImageNet; on Fashion-MNIST with --fast, 90 epochs of 7,680 images, 5 seeds on an H200 (recorded/): VGG16
+    # 89.29 % (standard deviation 0.17), VGG16-BN 91.21 % (0.11).
     "seed": {
         "model": "vgg16",
         "batch_size": 192,

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer, RMSprop
 
+from vgglab.compat import without_compiler
 from vgglab.config import Config
 
 MILESTONES = (30, 60, 80)
@@ -70,10 +71,10 @@ def build_optimizer(config: Config, model: nn.Module, fused: bool = False) -> Op
     groups = _groups(model.parameters(), spared)
     options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
     if config.optimizer == "rmsprop":
-        return RMSprop(groups, alpha=config.rmsprop_alpha, eps=config.rmsprop_eps, **options)
+        return without_compiler(RMSprop)(groups, alpha=config.rmsprop_alpha, eps=config.rmsprop_eps, **options)
     if fused:
         options["fused"] = True
-    return SGD(groups, nesterov=config.nesterov, **options)
+    return without_compiler(SGD)(groups, nesterov=config.nesterov, **options)
 
 
 def _groups(parameters: Iterable[nn.Parameter], spared: list[nn.Parameter]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any, ContextManager, Iterable, Iterator, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vgglab.compat import without_compiler
 from vgglab.devices import Wishes
 from vgglab.devices.memory import keep_freed_memory
 from vgglab.devices.stock import LOSS_SCALE, SCALE_GROWTH_INTERVAL, StockDevice
@@ -190,7 +191,7 @@ def _can_fuse(kind: str) -> bool:
         return False
     weight = torch.zeros(1, device=kind, requires_grad=True)
     try:
-        torch.optim.SGD([weight], lr=0.1, fused=True)
+        without_compiler(torch.optim.SGD)([weight], lr=0.1, fused=True)
     except RuntimeError:
         return False
     return True
