@@ -93,3 +93,13 @@ def test_bands_and_curves_are_drawn(runs):
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["a, n = 2", "b, n = 1"]
     mean = figure.axes[0].lines[0].get_ydata()[0]
     assert mean == pytest.approx((one.events("train")[0]["loss"] + other.events("train")[0]["loss"]) / 2)
+
+
+def test_two_tests_of_the_same_weights_are_the_same(runs, train):
+    trained = runs()
+    tests = [
+        train("--test-only", f"--resume={trained.path}", *flags).run for flags in ((), (), ("--eval-step-per-epoch=1",))
+    ]
+    assert compare(*tests[:2]).is_same
+    assert shell("python", "-m", "vgglab.compare", *(run.path for run in tests[:2])).returncode == 0
+    assert not compare(*tests[1:]).is_same

@@ -112,6 +112,7 @@ def test_a_damaged_run_stands_in_the_table_and_takes_no_other_along(run, name, c
     table = repr(runs_table([run]))
     assert run.name in table
     assert run.name in run._repr_html_()
+    assert run.name in repr(run)
 
 
 def test_the_accuracy_of_made_up_images_says_so(train):

@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY, shell
 from test_devices import needs_sim, run_ranks
 
-from vgglab.view import results
+from vgglab.view import results, seeds_table
 
 
 def test_the_page_has_a_row_per_run_and_the_published_figures_marked(images, tmp_path):
@@ -105,3 +105,20 @@ def test_a_share_above_the_peak_is_explained(images, tmp_path):
     assert results.OVER_PEAK in results.as_text(results.collect([tmp_path]))
     (bench.path / "bench.json").write_text(json.dumps({"results": [{**row, "peak_flop_per_second": 6e3}]}))
     assert results.OVER_PEAK not in results.as_text(results.collect([tmp_path]))
+
+
+@pytest.mark.parametrize("damage", ["no setting of that name", "half a bench.json", "a bench.json of before"])
+def test_a_run_that_cannot_be_read_is_named_and_takes_no_other_along(train, capsys, damage):
+    good, bad = (train("--seed=1").run for _ in range(2))
+    if damage == "no setting of that name":
+        config = {name: value for name, value in bad.config.items() if name != "skip_steps"}
+        (bad.path / "config.json").write_text(json.dumps(config))
+    else:
+        text = '{"results": [' if damage == "half a bench.json" else '{"results": [{"speed": 1}]}'
+        (bad.path / "bench.json").write_text(text)
+    rows = results.collect([good.path, bad.path])
+    assert [row.source for row in rows] == [good.name]
+    assert f"left out: {bad.name}" in capsys.readouterr().err
+    groups = {"both": [good, bad]}
+    [row, *_] = seeds_table.rows_of(groups)
+    assert row.n == (1 if damage == "no setting of that name" else 2)

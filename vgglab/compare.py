@@ -91,7 +91,7 @@ def compare(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
         starting_point=_differing(start, other_start, STARTING_POINT),
         first=first,
         largest_relative=largest,
-        num_steps=len({step for step, event in common if event == "train"}),
+        num_steps=len({step for step, _ in common}),
         last_steps=(max(step for step, _ in rows) if rows else 0, max(step for step, _ in others) if others else 0),
         acc1=(_last_acc1(one), _last_acc1(other)),
     )

@@ -16,6 +16,14 @@ STEADY = 1.2  # a tenth of the steps slower than this many medians is worth a re
 FEWEST_STEPS_TO_JUDGE = 20
 
 
+def read_report(run: Run) -> dict[str, Any]:
+    """The same of files that anybody may have written. Raises UserError also where something is not in them."""
+    try:
+        return build_report(run)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run.path}: is damaged, or of another version ({error!r})") from error
+
+
 def build_report(run: Run) -> dict[str, Any]:
     """The seed kit's fields by its names, and what a reader needs to trust them.
 

@@ -108,7 +108,9 @@ class Run:
         return f"{self.path.parent.name}/{self.path.name}" if is_of_several else self.path.name
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})  # {self.status}"
+        from vgglab.view.cards import status_in_words
+
+        return f"Run({str(self.path)!r})  # {status_in_words(self)}"
 
     def _repr_html_(self) -> str:
         from vgglab.view.cards import run_as_html
@@ -190,9 +192,9 @@ class Run:
 
     def report(self) -> Report:
         """The figures of ``report.json``, made anew from the events."""
-        from vgglab.report import build_report
+        from vgglab.report import read_report
 
-        return Report(build_report(self))
+        return Report(read_report(self))
 
     def logs(self, rank: int | str = 0) -> str:
         """What a rank has printed so far; ``"launcher"``: what torchrun has."""

@@ -16,7 +16,7 @@ RUN_HEADINGS = ("name", "status", "model", "device", "epochs planned", "best top
 
 def run_as_html(run: Run) -> str:
     """The card of a run: how it stands, its main settings, how well, how fast, and where it is."""
-    facts = [("status", _status(run))]
+    facts = [("status", status_in_words(run))]
     report = report_of(run)
     if report is not None:
         facts += [
@@ -27,7 +27,8 @@ def run_as_html(run: Run) -> str:
     return html_facts([("run", run.name), *facts, ("path", str(run.path))])
 
 
-def _status(run: Run) -> str:
+def status_in_words(run: Run) -> str:
+    """``run.status``, or that a file of it is damaged."""
     try:
         return run.status
     except UserError as error:  # a file of it is damaged: one run must not take the others' table along
@@ -38,7 +39,7 @@ def report_of(run: Run) -> Mapping[str, Any] | None:
     """None for a run that has not written anything yet, or whose files are damaged."""
     try:
         return run.report()
-    except (UserError, KeyError, TypeError):
+    except UserError:
         return None
 
 
@@ -68,7 +69,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
                 _best(report),
                 "" if speed is None else f"{speed:,.1f}",
             ]
-        rows.append([run.name, _status(run), *cells])
+        rows.append([run.name, status_in_words(run), *cells])
     return Table(RUN_HEADINGS, rows)
 
 

@@ -121,11 +121,14 @@ def collect(folders: Iterable[Path]) -> list[Result]:
         paths = [folder] if holds_a_run(folder) else sorted(filter(holds_a_run, _below(folder)))
         for path in paths:
             bench = path / "bench.json"
-            if bench.exists():
-                rows = json.loads(bench.read_text(encoding="utf-8"))["results"]
-                benchmarks += [_of_benchmark(row, Run(path)) for row in rows]
-            else:
-                runs += _results_of(path)
+            try:
+                if bench.exists():
+                    rows = json.loads(bench.read_text(encoding="utf-8"))["results"]
+                    benchmarks += [_of_benchmark(row, Run(path)) for row in rows]
+                elif Run(path).events():  # others have only just begun
+                    runs += _results_of(path)
+            except (UserError, ValueError, KeyError, TypeError) as error:  # one must not take the others along
+                print(f"left out: {path.name} cannot be read ({error!r})", file=sys.stderr)
     return _with_peak(_with_efficiency(runs), benchmarks) + benchmarks
 
 
@@ -135,10 +138,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _results_of(path: Path) -> list[Result]:
-    try:
-        report = Run(path).report()
-    except UserError:  # it has only just begun
-        return []
+    report = Run(path).report()
     fastest_step, slow = report["step_seconds_p50"], report["step_seconds_p90"]
     return [
         Result(
@@ -156,7 +156,7 @@ def _results_of(path: Path) -> list[Result]:
             plain_ratio=None,
             acc1=report["acc1"],
             torch=report["versions"]["torch"],
-            source=_name(path),
+            source=Run(path).name,
             is_simulated=report["simulated"],
             is_fake=report["data_is_fake"],
         )
@@ -185,11 +185,6 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
         flop_per_image=row.get("flop_per_image"),
         peak_flop_per_second=row.get("peak_flop_per_second"),
     )
-
-
-def _name(path: Path) -> str:
-    """Of a run; of one of several seeds with its folder, which says what it is a seed of."""
-    return f"{path.parent.name}/{path.name}" if path.name.startswith("seed-") else path.name
 
 
 def series_of(folders: Iterable[Path]) -> dict[str, list[Run]]:

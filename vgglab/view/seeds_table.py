@@ -6,6 +6,7 @@ from statistics import mean, stdev
 from typing import Mapping, NamedTuple, Sequence
 
 from vgglab.runs import Run
+from vgglab.view.cards import report_of, status_in_words
 from vgglab.view.tables import html_table, text_table
 
 ENOUGH = 5  # seeds from which on one may be called better than another
@@ -38,7 +39,7 @@ def rows_of(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
     """A row for each group and figure; runs that are not done do not count."""
     rows = []
     for group, runs in groups.items():
-        done = [run for run in runs if run.status == "done"]
+        done = [run for run in runs if status_in_words(run) == "done" and report_of(run) is not None]
         for figure, of in FIGURES.items():
             values = [value for value in map(of, done) if value is not None]
             if values:
