@@ -1,7 +1,7 @@
 """The lanes: the same tests on the vendors' stacks. ``make lanes``, or ``nox -s t20``.
 
     t20    Python 3.8, torch 1.10.0           the core, and the lazy generation's contract double
-    s60    Python 3.10, torch 2.10.0          everything that calls torch
+    s60    Python 3.10, torch 2.10.0          training as a whole, and the eager generation's contract double
            Python 3.12, torch 2.10.0          what is made of the cards' libraries
     today  this checkout's .venv              everything (the same as make test)
 
@@ -31,12 +31,8 @@ CORE = (
 ).split()
 NEWER_TORCH = "not rows_14_and_15 and not row_23 and not readmes_resume and not given_with_resume"
 CARDS = "devices gcu doctor".split()
-# What looks at runs, starts them or speaks of them: left to the lane of today.
-NO_TORCH = (
-    "book browser compare explorer ladder launch magics notebooks readme representations results seeds "
-    "translation view walls"
-).split()
-ON_TORCH = [f"--ignore=tests/test_{name}.py" for name in NO_TORCH]
+# What the oldest and the newest torch say alike the one between need not say a third time.
+TRAINING = [*CARDS, *"train resume ranks performance parity model".split()]
 
 
 def put_on_path(version: str) -> None:
@@ -67,8 +63,8 @@ def s60(session: nox.Session) -> None:
     session.install("torch==2.10.0", "torchvision==0.25.0")
     session.install(".[digits,jpeg,tensorboard]", "matplotlib", "ipython", *TESTS)
     # One of the two interpreters runs all of that; the other what is made of the cards' libraries.
-    chosen = ON_TORCH if session.python == "3.10" else [f"tests/test_{name}.py" for name in CARDS]
-    session.run("pytest", "-n2", *chosen)
+    chosen = TRAINING if session.python == "3.10" else CARDS
+    session.run("pytest", "-n2", *[f"tests/test_{name}.py" for name in chosen])
     session.run(*TRAIN, "--device=gcu-sim", f"--run-dir={session.create_tmp()}/run-{os.getpid()}")
 
 
