@@ -1,4 +1,4 @@
-"""What differs between torch 1.10 (the vendor's old stack) and today, and is not about hardware."""
+"""What differs between torch 1.10 (the vendor's old stack) and today, and what of today's a training can do without."""
 
 from __future__ import annotations
 
