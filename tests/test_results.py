@@ -68,13 +68,18 @@ def test_a_benchmark_has_a_row_for_each_way(images, tmp_path):
     assert second.source.endswith("way float32")
 
 
+def counted(bench, peak):
+    """What a benchmark writes of one way: 5 images/s of 1000 operations each, beside this peak."""
+    return {
+        "way": "float32", "batch_size": 4, "images_per_second": 5.0, "ratio": 1.1, "num_turns": 5,
+        "flop_per_image": 1000, "peak_flop_per_second": peak, "device": bench.env,
+    }  # fmt: skip
+
+
 def test_a_run_has_a_share_of_the_peak_that_a_benchmark_has_measured(images, tmp_path):
     timed, measured = (run_ranks(tmp_path, images, "cpu", 1, "--skip-steps=1", *more) for more in (["--timers"], []))
     bench = run_ranks(tmp_path, images, "cpu", 1)
-    row = {
-        "way": "float32", "batch_size": 4, "images_per_second": 5.0, "ratio": 1.1, "num_turns": 5,
-        "flop_per_image": 1000, "peak_flop_per_second": 1e6, "device": bench.env,
-    }  # fmt: skip
+    row = counted(bench, 1e6)
     (bench.path / "bench.json").write_text(json.dumps({"results": [row]}))
     rows = {row.source.split(",")[0]: row for row in results.collect([tmp_path])}
     assert rows[bench.path.name].share_of_peak == pytest.approx(0.005)
@@ -97,10 +102,7 @@ def test_runs_of_several_seeds_are_named_with_their_folder_and_have_their_mean(i
 
 def test_a_share_above_the_peak_is_explained(images, tmp_path):
     bench = run_ranks(tmp_path, images, "cpu", 1)
-    row = {
-        "way": "float32", "batch_size": 4, "images_per_second": 5.0, "ratio": 1.1, "num_turns": 5,
-        "flop_per_image": 1000, "peak_flop_per_second": 4e3, "device": bench.env,
-    }  # fmt: skip
+    row = counted(bench, 4e3)
     (bench.path / "bench.json").write_text(json.dumps({"results": [row]}))
     assert results.OVER_PEAK in results.as_text(results.collect([tmp_path]))
     (bench.path / "bench.json").write_text(json.dumps({"results": [{**row, "peak_flop_per_second": 6e3}]}))

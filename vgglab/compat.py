@@ -14,6 +14,7 @@ from typing import Any, Callable
 import torch
 from torch.optim import Optimizer
 
+# Where torch itself defines what it wraps its optimizers' methods in.
 WRAPPERS = (os.path.join("torch", "_compile.py"), os.path.join("torch", "optim", "optimizer.py"))
 
 
