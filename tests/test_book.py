@@ -7,10 +7,9 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import PROJECT, shell
+from conftest import PATIENCE_SECONDS, PROJECT, shell, wait_until
 
 pytest.importorskip("papermill")
 
@@ -39,7 +38,7 @@ def book(tmp_path):
 
     def run(*words):
         environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-        return shell("python", "-m", "vgglab.book", *map(str, words), cwd=tmp_path, env=environment, timeout=300)
+        return shell("python", "-m", "vgglab.book", *map(str, words), cwd=tmp_path, env=environment)
 
     return run
 
@@ -212,20 +211,15 @@ def test_a_kernel_that_dies_at_its_start_gets_a_second_one(book, tmp_path, monke
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_interrupted_nothing_goes_on(tmp_path, number):
-    cell = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(300)"
+    cell = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(3000)"
     notebook(tmp_path / "notebooks/00_long.ipynb", "x = 0", cell)
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     words = [sys.executable, "-m", "vgglab.book"]
     process = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     pid = tmp_path / "pid"
-    deadline = time.monotonic() + 120
-    while not (pid.exists() and pid.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: pid.exists() and pid.read_text())
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "vgglab.book: interrupted"
-    while os.path.exists(f"/proc/{pid.read_text()}"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not os.path.exists(f"/proc/{pid.read_text()}"))

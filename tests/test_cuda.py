@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import PROJECT, shell, torchrun
+from conftest import PATIENCE_SECONDS, PROJECT, shell, torchrun
 from expected_losses import FOLDER, RELATIVE_TOLERANCE, largest_deviation, measure
 from test_resume import LEFT, job, wait_for_step  # noqa: F401  # job is a fixture
 
@@ -95,7 +95,7 @@ def test_it_is_left_and_gone_on_with(job, tmp_path):  # noqa: F811
     process = job.start("left", *flags)
     wait_for_step(tmp_path / "left", 5)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == LEFT
     left_at = Run(tmp_path / "left").events("train")[-1]["step"]
     run = job("left", *flags, "--resume=auto")
@@ -128,14 +128,14 @@ def test_a_batch_too_large_for_the_card_is_said_in_one_line(refused):
 
 
 def test_the_doctor_knows_the_card():
-    result = shell("python", "-m", "vgglab.doctor", timeout=300)
+    result = shell("python", "-m", "vgglab.doctor")
     assert torch.cuda.get_device_name() in result.stdout + result.stderr, result
 
 
 def test_the_benchmark_of_steps_ends_and_measures_each_way(tmp_path):
     flags = "--model vgg11 --image-size 64 --batch-size 64 --turns 2 --json".split()
     ways = ["--ways", "float32,amp,fast", "--against", "torchvision"]
-    result = shell("python", "-m", "vgglab.bench", "step", *flags, *ways, "--output-dir", tmp_path, timeout=300)
+    result = shell("python", "-m", "vgglab.bench", "step", *flags, *ways, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout.splitlines()[-1])["all"]
     assert [row["way"] for row in rows] == ["float32", "amp", "fast", "torchvision"]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torchvision
-from conftest import CLASSES, NUM_TRAIN, NUM_VAL, shell
+from conftest import CLASSES, NUM_TRAIN, NUM_VAL, PATIENCE_SECONDS, shell
 from torch.utils.data.distributed import DistributedSampler
 
 from vgglab.config import parse
@@ -231,7 +231,7 @@ def test_several_processes_may_index_at_once_and_one_lists(many):
     )
     command = [sys.executable, "-c", code, str(many / "train")]
     ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    said = [rank.communicate(timeout=60)[0].split() for rank in ranks]
+    said = [rank.communicate(timeout=PATIENCE_SECONDS)[0].split() for rank in ranks]
     assert [words[-1] for words in said] == ["18"] * 4
     assert sum(words.count("listed") for words in said) == 3  # one of them listed the three folders
 
@@ -450,7 +450,7 @@ def test_memory_does_not_grow_with_epochs_and_a_loader_left_alive_ends_with_its_
         "    seen += kib()\n"
         "print(len(seen), max(seen[-3:]) - max(seen[:10]))\n"
     )
-    result = shell("python", "-c", code, images, timeout=60)
+    result = shell("python", "-c", code, images)
     assert result.returncode == 0, result.stderr
     num_seen, growth_kib = map(int, result.stdout.split())
     assert num_seen == 40

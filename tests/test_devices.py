@@ -11,19 +11,26 @@ from expected_losses import FOLDER, MOST_HITS_OFF, RELATIVE_TOLERANCE, hits_off,
 
 from vgglab import Run
 from vgglab.devices import open_device
+from vgglab.train import main
 
 CAN_SIMULATE = tuple(int(part) for part in version("torch").split(".")[:2]) >= (2, 10)
 needs_sim = pytest.mark.skipif(not CAN_SIMULATE, reason="the simulated card needs torch 2.10")
 
 
-def run_ranks(tmp_path, images, device, num_ranks, *flags, **environment):
-    """A tiny run over several processes; returns it, asserted to have gone well."""
+def run_ranks(tmp_path, images, device, num_ranks, *flags, in_process=True, **environment):
+    """A tiny run; returns it, asserted to have gone well.
+
+    Several ranks, and one on a card that changes torch for all that comes after, have processes of their own.
+    """
     path = tmp_path / f"{device}-{num_ranks}-{len(list(tmp_path.iterdir()))}"
     launcher = torchrun(num_ranks) if num_ranks > 1 else []
     job = [*TINY[:-1], "--batch-size=2", f"--data-path={images}", "--seed=1", "--print-freq=1", f"--device={device}"]
+    if in_process and num_ranks == 1 and device == "cpu" and not environment:
+        assert main([*job, f"--run-dir={path}", *flags]) == 0
+        return Run(path)
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **environment}
     words = ["python", *launcher, "-m", "vgglab.train", *job, f"--run-dir={path}", *flags]
-    result = shell(*words, timeout=300, env=environment, cwd=tmp_path)
+    result = shell(*words, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     return Run(path)
 
@@ -41,7 +48,7 @@ def at_a_prompt(code, **environment):
 
 
 @needs_sim
-@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_simulated_card_gives_the_losses_of_the_cpu_step_for_step(images, tmp_path, num_ranks):
     flags = ["--model=vgg11_bn", "--dropout-rate=0.5", "--epochs=2"]
     sim = run_ranks(tmp_path, images, "gcu-sim", num_ranks, *flags)

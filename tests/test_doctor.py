@@ -22,7 +22,7 @@ def environment(*folders, **variables):
 
 def diagnose(*folders, **variables):
     """``(exit code, the JSON object)`` with these folders importable and these variables set."""
-    result = shell("python", "-m", "vgglab.doctor", "--json", env=environment(*folders, **variables), timeout=300)
+    result = shell("python", "-m", "vgglab.doctor", "--json", env=environment(*folders, **variables))
     assert "Traceback" not in result.stderr
     return result.returncode, json.loads(result.stdout.strip().splitlines()[-1])
 

@@ -39,7 +39,7 @@ def on_gcu(images, tmp_path):
         environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
         environment.update(VGGLAB_DOUBLE_LOG=str(log), **variables)
         words = ["python", *launcher, "-m", "vgglab.train", *job, f"--device={device}", *flags]
-        result = shell(*words, env=environment, cwd=tmp_path, timeout=300)
+        result = shell(*words, env=environment, cwd=tmp_path)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         mine = [line for line in lines if line["rank"] == 0]
         run = Run(path) if path.exists() else None

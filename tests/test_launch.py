@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, shell
+from conftest import PATIENCE_SECONDS, TINY, shell, wait_until
 
 import vgglab
 
@@ -29,13 +29,6 @@ def processes_with(mark):
     return found
 
 
-def wait_until(condition, seconds=60, every=0.1):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(every)
-
-
 @pytest.fixture
 def tiny(images, tmp_path):
     return [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}"]
@@ -43,7 +36,7 @@ def tiny(images, tmp_path):
 
 def test_a_launched_run_is_waited_for_and_read(tiny):
     run = vgglab.launch(tiny, epochs=2, print_freq=1, nesterov=True, watch=False)
-    assert run.wait(60) is run
+    assert run.wait(PATIENCE_SECONDS) is run
     assert (run.status, run.config["epochs"], run.config["nesterov"]) == ("done", 2, True)
     assert run.report()["acc1"] is not None
     assert "held-out images" in run.logs()
@@ -65,7 +58,9 @@ def test_a_wrong_flag_fails_at_once_without_a_run(tiny, tmp_path):
 
 
 def test_settings_are_passed_on_as_they_are_meant(tiny, tmp_path):
-    run = vgglab.launch([*tiny, "--epochs", 2], resume=None, run_dir=tmp_path / "with space", watch=False).wait(60)
+    run = vgglab.launch([*tiny, "--epochs", 2], resume=None, run_dir=tmp_path / "with space", watch=False).wait(
+        PATIENCE_SECONDS
+    )
     assert (run.config["epochs"], run.config["resume"]) == (2, None)
     with pytest.raises(vgglab.UserError, match=r"--run-dir .*with space: holds a run already"):
         vgglab.launch(tiny, run_dir=tmp_path / "with space")
@@ -73,7 +68,7 @@ def test_settings_are_passed_on_as_they_are_meant(tiny, tmp_path):
 
 def test_what_the_run_refuses_reaches_the_caller(tiny):
     with pytest.raises(vgglab.UserError, match=r"--num-classes 7: .* has 3 classes"):
-        vgglab.launch(tiny, num_classes=7, watch=False).wait(60)
+        vgglab.launch(tiny, num_classes=7, watch=False).wait(PATIENCE_SECONDS)
 
 
 def test_a_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path):
@@ -86,13 +81,13 @@ def test_a_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     run = vgglab.launch(tiny, watch=False)
     with pytest.raises(vgglab.RunFailed, match=r"(?s)exit code 1.*Traceback.*planted"):
-        run.wait(60)
+        run.wait(PATIENCE_SECONDS)
     assert run.status == "failed"
 
 
 def test_stop_ends_the_run_and_its_workers(tiny, monkeypatch):
     monkeypatch.setenv(MARK, "stop")
-    run = vgglab.launch(tiny, epochs=1000, workers=2, watch=False)
+    run = vgglab.launch(tiny, epochs=100_000, workers=2, watch=False)
     wait_until(lambda: run.events("checkpoint"))
     assert len(processes_with("stop")) >= 3
     run.stop()
@@ -106,7 +101,7 @@ def test_stop_ends_the_run_and_its_workers(tiny, monkeypatch):
 def test_a_stop_in_the_middle_of_a_checkpoint_waits_for_it(tiny):
     """torch.save turns Ctrl-C into a RuntimeError of its own: the run was called failed."""
     for _ in range(3):
-        run = vgglab.launch(tiny, epochs=1000, watch=False)
+        run = vgglab.launch(tiny, epochs=100_000, watch=False)
         unfinished = run.path / "checkpoints" / "unfinished.tmp"
         wait_until(unfinished.exists, every=0.001)
         run.stop()
@@ -118,7 +113,7 @@ def test_a_stop_while_workers_are_forked_is_not_lost(tiny):
     """It fell into one of Python's fork hooks, and the run went on until it was killed."""
     for delay_seconds in (0, 0.004, 0.008, 0.012):
         run = vgglab.launch(
-            tiny, epochs=1000, workers=2, batch_size=1, training_step_per_epoch=1, eval_step_per_epoch=1, watch=False
+            tiny, epochs=100_000, workers=2, batch_size=1, training_step_per_epoch=1, eval_step_per_epoch=1, watch=False
         )
         wait_until(lambda run=run: run.events("eval_start"), every=0.001)
         time.sleep(delay_seconds)
@@ -129,7 +124,7 @@ def test_a_stop_while_workers_are_forked_is_not_lost(tiny):
 
 @pytest.mark.parametrize("seconds", [0, 0.5, 2])
 def test_a_stop_during_start_up_is_no_failure(tiny, seconds):
-    run = vgglab.launch(tiny, epochs=1000, watch=False)
+    run = vgglab.launch(tiny, epochs=100_000, watch=False)
     time.sleep(seconds)
     run.stop()
     assert run.status == "interrupted"
@@ -138,7 +133,7 @@ def test_a_stop_during_start_up_is_no_failure(tiny, seconds):
 
 LAUNCHER = """
 import sys, time, vgglab
-run = vgglab.launch(sys.argv[1:], epochs=1000, workers=2, watch=False)
+run = vgglab.launch(sys.argv[1:], epochs=100_000, workers=2, watch=False)
 print(run.path, flush=True)
 time.sleep(600)
 """
@@ -157,8 +152,8 @@ def test_a_launcher_that_dies_takes_its_run_along(tiny, number):
     run = vgglab.Run(launcher.stdout.readline().strip())
     wait_until(lambda: run.events("eval"))
     launcher.send_signal(number)
-    launcher.communicate(timeout=30)
-    wait_until(lambda: not processes_with(mark), seconds=20)
+    launcher.communicate(timeout=PATIENCE_SECONDS)
+    wait_until(lambda: not processes_with(mark))
     assert run.status == "interrupted"
 
 
@@ -170,8 +165,8 @@ def test_a_launcher_that_dies_early_leaves_nothing_either(tiny):
     )
     launcher.stdout.readline()
     launcher.kill()
-    launcher.communicate(timeout=30)
-    wait_until(lambda: not processes_with("early"), seconds=20)
+    launcher.communicate(timeout=PATIENCE_SECONDS)
+    wait_until(lambda: not processes_with("early"))
 
 
 def test_interrupting_the_wait_stops_the_run(tiny):
@@ -179,7 +174,7 @@ def test_interrupting_the_wait_stops_the_run(tiny):
     run = vgglab.Run(waiter.stdout.readline().strip())
     wait_until(lambda: run.events("eval"))
     waiter.send_signal(signal.SIGINT)
-    _, errors = waiter.communicate(timeout=30)
+    _, errors = waiter.communicate(timeout=PATIENCE_SECONDS)
     assert "KeyboardInterrupt" in errors
     assert processes_with("wait") == []
     assert run.status == "interrupted"

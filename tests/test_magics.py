@@ -4,7 +4,7 @@ import os
 import time
 
 import pytest
-from conftest import TINY
+from conftest import PATIENCE_SECONDS, TINY, wait_until
 
 import vgglab
 
@@ -93,22 +93,19 @@ def test_stop_ends_the_newest_that_is_running(shell, flags):
     newer = vgglab.launch(argv, watch=False, run_dir="runs/newer")
     try:
         for run in (older, newer):
-            deadline = time.monotonic() + 90
-            while not run.events("checkpoint"):
-                assert time.monotonic() < deadline, run.logs()
-                time.sleep(0.1)
+            wait_until(lambda run=run: run.events("checkpoint"))
         assert {"older", "newer"} <= set(typed(shell, "%vgglab stop "))
         assert "that is 2 runs, such as older, newer" in said(shell, "%vgglab stop er")
         with capture.capture_output() as output:
             assert shell.run_cell("%vgglab stop").success
         assert output.stdout.strip() == "newer: interrupted"
-        newer.process.wait(10)
+        newer.process.wait(PATIENCE_SECONDS)
         with pytest.raises(ProcessLookupError):
             os.kill(newer.process.pid, 0)
         assert older.status == "running"
         with capture.capture_output():
             assert shell.run_cell("%vgglab stop old").success
-        assert older.process.wait(10) is not None
+        assert older.process.wait(PATIENCE_SECONDS) is not None
         assert older.status == "interrupted"
     finally:
         older.stop()
@@ -121,10 +118,7 @@ def test_stop_ends_a_series_of_seeds(shell, flags, monkeypatch):
     assert shell.run_cell(f"%vgglab run {flags} --epochs 1000 --seeds 3,4").success
     series = shell.user_ns["run"]
     try:
-        deadline = time.monotonic() + 90
-        while not (series.current and series.current.events("train")):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(lambda: series.current and series.current.events("train"))
         assert shell.run_cell("%vgglab stop seed-3").success
         assert series.is_over
         assert [run.status for run in series.runs] == ["interrupted"]

@@ -35,7 +35,7 @@ def papermill(file, out, parameters, **environment):
         words += ["-p", name, str(value)]
     # Two tests at once on two cores: threads that wait for one another by spinning would take each other's time.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1000, check=False)
 
 
 def test_there_are_notebooks():

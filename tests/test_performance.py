@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, shell
+from conftest import PATIENCE_SECONDS, PROJECT, TINY, shell, wait_until
 from test_devices import needs_sim, run_ranks
-from test_launch import wait_until
 
 from vgglab import Run
 from vgglab.compat import load_tensors
@@ -77,7 +76,7 @@ def test_fast_on_a_gcu_is_its_mixed_precision(images, tmp_path):
 
 
 def test_each_step_is_timed_and_the_first_since_the_start_of_the_process(images, tmp_path):
-    run = run_ranks(tmp_path, images, "cpu", 1, "--print-freq=2", "--epochs=3", "--skip-steps=3")
+    run = run_ranks(tmp_path, images, "cpu", 1, "--print-freq=2", "--epochs=3", "--skip-steps=3", in_process=False)
     events = run.events("train")
     for event in events:
         assert len(event["step_seconds"]) == event["interval_steps"]
@@ -188,7 +187,7 @@ def test_a_run_that_is_asked_to_leave_while_it_is_traced_leaves_its_trace(images
     process = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: holds_a_run(tmp_path / "run") and len(Run(tmp_path / "run").events("train")) > 3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
+    assert process.wait(PATIENCE_SECONDS) == 75
     assert (tmp_path / "run" / "trace.json").exists()
 
 

@@ -7,9 +7,9 @@ import signal
 import sys
 
 import pytest
-from conftest import PROJECT, TINY, shell, torchrun
+from conftest import PATIENCE_SECONDS, PROJECT, TINY, shell, torchrun, wait_until
 from test_devices import needs_sim, run_ranks
-from test_launch import MARK, processes_with, wait_until
+from test_launch import MARK, processes_with
 
 import vgglab
 from vgglab import Run
@@ -113,7 +113,7 @@ def test_ranks_over_gloo_end_without_taking_python_apart(tiny, planted, tmp_path
 
 def test_a_rank_that_raises_is_named_with_its_own_traceback(tiny, planted, tmp_path):
     words = ["python", *torchrun(2), "-m", "vgglab.train", *tiny]
-    result = shell(*words, env={**os.environ, **planted(RAISES)}, cwd=tmp_path, timeout=120)
+    result = shell(*words, env={**os.environ, **planted(RAISES)}, cwd=tmp_path)
     assert result.returncode == 1
     assert "vgglab.train: rank 1 of 2: failed:" in result.stderr
     assert "ZeroDivisionError: planted" in result.stderr
@@ -130,7 +130,7 @@ def test_a_launched_rank_that_raises_fails_the_cell_with_its_traceback(tiny, pla
     monkeypatch.setenv(MARK, "raises")
     run = vgglab.launch(tiny, nproc=2, watch=False)
     with pytest.raises(vgglab.RunFailed, match=r"(?s)rank 1 failed\nTraceback.*was_handed_over.*planted"):
-        run.wait(120)
+        run.wait(PATIENCE_SECONDS)
     assert processes_with("raises") == []
 
 
@@ -139,7 +139,7 @@ def test_a_launched_rank_that_is_killed_is_named(tiny, planted, monkeypatch):
         monkeypatch.setenv(name, value)
     run = vgglab.launch(tiny, nproc=2, watch=False)
     with pytest.raises(vgglab.RunFailed, match=r"rank 1 was killed \(SIGKILL\); if nobody did it"):
-        run.wait(120)
+        run.wait(PATIENCE_SECONDS)
 
 
 def test_a_rank_that_hangs_is_seen_and_stopped(tiny, planted, monkeypatch):
@@ -147,9 +147,9 @@ def test_a_rank_that_hangs_is_seen_and_stopped(tiny, planted, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(MARK, "hangs")
     run = vgglab.launch(tiny, nproc=2, watch=False)
-    wait_until(lambda: run.events("train"), seconds=60)
+    wait_until(lambda: run.events("train"))
     monkeypatch.setattr(rank_table, "NO_NEWS_SECONDS", 1)
-    wait_until(lambda: silence(run), seconds=60)  # ten times what a step takes
+    wait_until(lambda: silence(run))  # ten times what a step takes
     assert "run.where()" in summary(run, progress_of(run))
     rank0, rank1 = run.where().split("rank 1:")
     assert "was_handed_over" in rank1
@@ -164,7 +164,7 @@ def test_a_rank_that_hangs_is_seen_and_stopped(tiny, planted, monkeypatch):
 def test_the_rank_that_the_others_wait_for_is_marked(tiny, planted, monkeypatch):
     for name, value in planted(DAWDLES).items():
         monkeypatch.setenv(name, value)
-    run = vgglab.launch(tiny, nproc=2, epochs=5, watch=False).wait(120)
+    run = vgglab.launch(tiny, nproc=2, epochs=5, watch=False).wait(PATIENCE_SECONDS)
     rank0, rank1 = rank_rows(run)
     assert (rank0.is_straggler, rank1.is_straggler) == (False, True)
     assert rank1.own_seconds > 0.5  # as long as it slept
@@ -178,15 +178,15 @@ def test_the_rank_that_the_others_wait_for_is_marked(tiny, planted, monkeypatch)
 
 def test_what_all_ranks_refuse_reaches_the_caller_in_one_line(tiny):
     with pytest.raises(UserError, match=r"^--num-classes 7: .* has 3 classes"):
-        vgglab.launch(tiny, nproc=2, num_classes=7, watch=False).wait(120)
+        vgglab.launch(tiny, nproc=2, num_classes=7, watch=False).wait(PATIENCE_SECONDS)
 
 
 def test_stop_ends_all_ranks_with_a_checkpoint(tiny, monkeypatch):
     monkeypatch.setenv(MARK, "stopped")
-    run = vgglab.launch(tiny, nproc=2, epochs=1000, workers=1, watch=False)
+    run = vgglab.launch(tiny, nproc=2, epochs=100_000, workers=1, watch=False)
     wait_until(lambda: len(run.events("train")) > 3)
     assert len(processes_with("stopped")) >= 5  # torchrun, two ranks, a worker each
-    run.stop(grace_seconds=60)  # a slow disk may take its time to have the checkpoint
+    run.stop(grace_seconds=PATIENCE_SECONDS)  # a slow disk may take its time to have the checkpoint
     assert processes_with("stopped") == []
     assert run.status == "interrupted"
     assert run.events("checkpoint")[-1]["step"] == run.events("train")[-1]["step"]
@@ -219,20 +219,20 @@ def torchrun_of(run):
 @pytest.mark.parametrize("early", [True, False], ids=["early", "training"])
 def test_a_torchrun_that_is_killed_leaves_no_rank(tiny, monkeypatch, early):
     monkeypatch.setenv(MARK, f"torchrun-{early}")
-    run = vgglab.launch(tiny, nproc=2, epochs=1000, workers=1, watch=False)
+    run = vgglab.launch(tiny, nproc=2, epochs=100_000, workers=1, watch=False)
     if early:
         wait_until(lambda: len(processes_with(f"torchrun-{early}")) >= 3, every=0.01)
     else:
         wait_until(lambda: run.events("train"))
     os.kill(torchrun_of(run), signal.SIGKILL)
     with pytest.raises(vgglab.RunFailed):
-        run.wait(30)
-    wait_until(lambda: not processes_with(f"torchrun-{early}"), seconds=20)
+        run.wait(PATIENCE_SECONDS)
+    wait_until(lambda: not processes_with(f"torchrun-{early}"))
 
 
 LAUNCHER = """
 import sys, time, vgglab
-run = vgglab.launch(sys.argv[2:], nproc=2, epochs=1000, workers=1, watch=False, detach=sys.argv[1] == "detached")
+run = vgglab.launch(sys.argv[2:], nproc=2, epochs=100_000, workers=1, watch=False, detach=sys.argv[1] == "detached")
 print(run.path, flush=True)
 time.sleep(600)
 """
@@ -252,8 +252,8 @@ def test_a_launcher_that_dies_takes_its_ranks_along(tiny, number):
     run = Run(launcher.stdout.readline().strip())
     wait_until(lambda: run.events("train"))
     launcher.send_signal(number)
-    launcher.communicate(timeout=30)
-    wait_until(lambda: not processes_with(mark), seconds=30)
+    launcher.communicate(timeout=PATIENCE_SECONDS)
+    wait_until(lambda: not processes_with(mark))
 
 
 def test_a_detached_run_outlives_its_launcher_and_is_found_and_stopped(tiny):
@@ -261,7 +261,7 @@ def test_a_detached_run_outlives_its_launcher_and_is_found_and_stopped(tiny):
     run = Run(launcher.stdout.readline().strip())
     wait_until(lambda: run.events("train"))
     launcher.kill()
-    launcher.communicate(timeout=30)
+    launcher.communicate(timeout=PATIENCE_SECONDS)
     step = run.events("train")[-1]["step"]
     wait_until(lambda: run.events("train")[-1]["step"] > step + 3)
     again = Run(run.path)
@@ -287,7 +287,7 @@ def test_two_launchers_train_one_model(tiny, images, tmp_path):
         subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(2)
     ]
-    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    outputs = [node.communicate(timeout=PATIENCE_SECONDS)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     run, alone = Run(tmp_path / "run"), run_ranks(tmp_path, images, "cpu", 2)
     assert [event["loss"] for event in run.events("train")] == [event["loss"] for event in alone.events("train")]
@@ -336,7 +336,7 @@ def test_row_21_a_run_under_srun_with_two_tasks(tiny, tmp_path):
         )
         for task in range(2)
     ]
-    outputs = [task.communicate(timeout=120)[0] for task in tasks]
+    outputs = [task.communicate(timeout=PATIENCE_SECONDS)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert Run(tmp_path / "run").report()["world_size"] == 2
 

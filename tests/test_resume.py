@@ -10,10 +10,11 @@ import time
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, torchrun
+from conftest import PATIENCE_SECONDS, PROJECT, TINY, torchrun, wait_until
 from test_devices import needs_sim
 
 from vgglab import Run
+from vgglab.train import main
 
 EPOCHS, STEPS = 3, 4  # of TINY on 18 images: 4 steps an epoch with 1 rank, 2 with 2
 LEFT = 75
@@ -37,10 +38,14 @@ def job(images, tmp_path):
             text=True,
         )
 
-    def run(name, *flags, code=0, **options):
+    def run(name, *flags, **options):
+        if not options and "--device=gcu-sim" not in flags:  # as good in this process, which has torch already
+            words = [*JOB, "--device=cpu", f"--data-path={images}", f"--run-dir={tmp_path / name}", *flags]
+            assert main(words) == 0
+            return Run(tmp_path / name)
         process = start(name, *flags, **options)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == code, output
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 0, output
         return Run(tmp_path / name)
 
     run.start = start
@@ -65,47 +70,44 @@ def assert_same(one, other, after=0):
     assert place == other_place
 
 
-def wait_for_step(path, step, seconds=120):
-    deadline = time.time() + seconds
-    while time.time() < deadline:
+def wait_for_step(path, step):
+    def is_there():
         done = Run(path).events("train") if (path / "events.jsonl").exists() else []
-        if done and done[-1]["step"] >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no step {step} in {path}")
+        return done and done[-1]["step"] >= step
+
+    wait_until(is_there, every=0.02)
 
 
-CASES = [(1, 0, "cpu"), (1, 2, "cpu"), (2, 0, "cpu"), (2, 2, "cpu"), (1, 0, "gcu-sim"), (2, 0, "gcu-sim")]
+CASES = [(1, 0, "cpu"), (1, 2, "cpu"), (2, 2, "cpu"), (1, 0, "gcu-sim")]
 
 
 @pytest.mark.parametrize(("ranks", "workers", "device"), [pytest.param(*case, marks=needs_sim) for case in CASES])
 def test_row_5_a_run_resumed_in_the_middle_of_an_epoch_is_the_one_that_never_stopped(
     job, tmp_path, ranks, workers, device
 ):
-    flags = [f"--workers={workers}", f"--device={device}"]
-    undisturbed = job("undisturbed", *flags, ranks=ranks)
+    flags, several = [f"--workers={workers}", f"--device={device}"], {"ranks": ranks} if ranks > 1 else {}
+    undisturbed = job("undisturbed", *flags, **several)
     steps_an_epoch = STEPS // ranks
     stop = steps_an_epoch + 1  # the first step of the second epoch
-    stopped = job("stopped", *flags, f"--checkpoint-every={stop}", "--epochs=2", ranks=ranks)
+    stopped = job("stopped", *flags, f"--checkpoint-every={stop}", "--epochs=2", **several)
     middle = stopped.path / "checkpoints" / "previous.pt"
     assert torch.load(middle)["images"] == 4 * ranks
-    resumed = job("resumed", *flags, f"--resume={middle}", f"--epochs={EPOCHS}", ranks=ranks)
+    resumed = job("resumed", *flags, f"--resume={middle}", f"--epochs={EPOCHS}", **several)
     assert resumed.events("start")[-1]["first_step"] == stop
     assert_same(undisturbed, resumed, after=stop)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_row_4_a_warning_is_answered_with_a_checkpoint_and_an_exit_code(job, tmp_path, number, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), (1, signal.SIGHUP), (2, signal.SIGTERM)]
+)
+def test_row_4_a_warning_is_answered_with_a_checkpoint_and_an_exit_code(job, tmp_path, ranks, number):
     process = job.start("warned", "--epochs=400", ranks=ranks)
     wait_for_step(tmp_path / "warned", 3)
-    warned_at = time.time()
     if ranks == 1:
         process.send_signal(number)
     else:  # as a scheduler does it: one of the ranks is enough
         os.kill(rank_pids(process.pid)[-1], number)
-    output, _ = process.communicate(timeout=60)
-    assert time.time() - warned_at < 30
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert "left as it was asked to" in output
     if ranks == 1:
         assert process.returncode == LEFT
@@ -125,7 +127,7 @@ def test_a_run_that_left_goes_on_in_place_with_the_same_command(job, tmp_path):
     process = job.start("same", "--resume=auto", "--epochs=6")
     wait_for_step(tmp_path / "same", 5)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == LEFT
     left_at = Run(tmp_path / "same").events("train")[-1]["step"]
     resumed = job("same", "--resume=auto", "--epochs=6")
@@ -135,14 +137,16 @@ def test_a_run_that_left_goes_on_in_place_with_the_same_command(job, tmp_path):
     assert_same(undisturbed, resumed)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_torchrun_brings_a_run_with_a_killed_rank_to_the_same_end(job, tmp_path, victim):
-    flags = ["--epochs=8", "--checkpoint-every=3"]
+def test_torchrun_brings_a_run_with_killed_ranks_to_the_same_end(job, tmp_path):
+    flags = ["--epochs=12", "--checkpoint-every=3"]
     undisturbed = job("undisturbed", *flags, ranks=2)
     process = job.start("killed", *flags, ranks=2, restarts=2)
-    wait_for_step(tmp_path / "killed", 5)
-    os.kill(rank_pids(process.pid)[victim], signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
+    for victim, step in ((1, 5), (0, 14)):  # 0 is the one that writes
+        wait_for_step(tmp_path / "killed", step)
+        pids = rank_pids(process.pid)
+        os.kill(pids[victim], signal.SIGKILL)
+        wait_until(lambda pids=pids: len(rank_pids(process.pid)) == 2 and not set(pids) & set(rank_pids(process.pid)))
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, output
     run = Run(tmp_path / "killed")
     assert run.status == "done"
@@ -154,7 +158,7 @@ def test_row_3_no_kill_harms_a_checkpoint(job, tmp_path):
     """A few of those that were done by the dozen by hand; half of them while a checkpoint is being written."""
     undisturbed = job("undisturbed")
     draw = random.Random(0)
-    for number in range(4):
+    for number in range(2):
         name = f"killed{number}"
         process = job.start(name, "--checkpoint-every=1", "--resume=auto")
         wait_for_step(tmp_path / name, 1 + draw.randrange(STEPS))
@@ -208,7 +212,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_in_one_line(job, ref
 
 def test_row_12_a_loss_that_is_not_finite_ends_the_run_in_one_line(job, tmp_path):
     process = job.start("run", "--epochs=3", "--checkpoint-every=1", "--lr=1e30", "--warmup=0", "--model=vgg11")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 2
     assert "Traceback" not in output
     assert "not finite" in output
@@ -259,7 +263,7 @@ def test_row_30_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(job
 
 def test_row_30_a_disk_that_is_full_at_the_end_is_said_and_the_run_can_go_on(job, full_disk, tmp_path):
     process = job.start("run", **full_disk(3))
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 2
     assert "step 12 was not written" in output
     assert "make room and --resume" in output

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PROJECT, TINY, shell
-from test_launch import MARK, processes_with, wait_until
+from conftest import PATIENCE_SECONDS, PROJECT, TINY, shell, wait_until
+from test_launch import MARK, processes_with
 
 import vgglab
 from vgglab.view import results
@@ -71,7 +71,7 @@ def test_however_the_series_is_ended_its_run_ends_too(tiny, tmp_path, number, co
         "vgglab.train",
         *tiny,
         "--seeds=2",
-        "--epochs=1000",
+        "--epochs=100000",
         f"--run-dir={tmp_path / 'long'}",
     ]
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -79,8 +79,8 @@ def test_however_the_series_is_ended_its_run_ends_too(tiny, tmp_path, number, co
         lambda: (tmp_path / "long" / "seed-1").exists() and vgglab.Seeds(tmp_path / "long").runs[0].events("train")
     )
     process.send_signal(number)
-    assert process.wait(60) == code
-    wait_until(lambda: not processes_with(mark), seconds=20)
+    assert process.wait(PATIENCE_SECONDS) == code
+    wait_until(lambda: not processes_with(mark))
     assert seeds_in(tmp_path / "long") == [1]  # the second was not begun
     if number != signal.SIGKILL:
         [run] = vgglab.Seeds(tmp_path / "long").runs
@@ -109,7 +109,7 @@ def test_launched_from_a_script(tiny, tmp_path, capsys):
 
 def test_stop_ends_the_run_and_begins_no_other(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv(MARK, "stopped-seeds")
-    seeds = vgglab.launch(tiny, seeds=3, epochs=1000, run_dir=tmp_path / "stopped", watch=False)
+    seeds = vgglab.launch(tiny, seeds=3, epochs=100_000, run_dir=tmp_path / "stopped", watch=False)
     wait_until(lambda: seeds.runs and seeds.runs[0].events("train"))
     seeds.stop()
     assert processes_with("stopped-seeds") == []
@@ -119,7 +119,7 @@ def test_stop_ends_the_run_and_begins_no_other(tiny, tmp_path, monkeypatch):
 
 def test_stop_reaches_a_run_that_is_just_being_started(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv(MARK, "stopped-early")
-    seeds = vgglab.launch(tiny, seeds=2, epochs=1000, run_dir=tmp_path / "early", watch=False)
+    seeds = vgglab.launch(tiny, seeds=2, epochs=100_000, run_dir=tmp_path / "early", watch=False)
     seeds.stop()
     assert processes_with("stopped-early") == []
     assert seeds.is_over

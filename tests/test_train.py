@@ -7,11 +7,10 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import NUM_VAL, PROJECT, TINY, shell, torchrun
+from conftest import NUM_VAL, PATIENCE_SECONDS, PROJECT, TINY, shell, torchrun, wait_until
 
 from vgglab import Run
 from vgglab.compat import load_tensors
@@ -409,13 +408,9 @@ def test_devices_that_are_not_there(refused):
 def test_ctrl_c_ends_in_a_run_directory_that_says_so(images, tmp_path):
     flags = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path}/run", "--epochs=1000", "--workers=2"]
     process = subprocess.Popen([sys.executable, "-m", "vgglab.train", *flags], stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (tmp_path / "run/checkpoints/last.pt").exists():
-            break
-        time.sleep(0.05)
+    wait_until((tmp_path / "run/checkpoints/last.pt").exists)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
     run = Run(tmp_path / "run")
     assert run.status == "interrupted"
@@ -431,7 +426,7 @@ def test_a_batch_that_does_not_fit_is_said_in_one_line_and_the_run_says_failed(t
     flags = [*TINY, "--data-path=fake", "--image-size=64", "--batch-size=2048", f"--run-dir={tmp_path / 'run'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = shell(
-        "python", "-m", "vgglab.train", *flags, env=environment, timeout=300,
+        "python", "-m", "vgglab.train", *flags, env=environment,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )  # fmt: skip
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr

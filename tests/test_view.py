@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import PATIENCE_SECONDS, TINY, wait_until
 from test_runs import START, add, trained
 
 import vgglab
@@ -39,7 +39,7 @@ def test_on_a_terminal_there_is_a_bar_that_says_what_is_going_on_and_for_how_lon
         if not part:
             break
         seen += part
-    assert process.wait(30) == 0
+    assert process.wait(PATIENCE_SECONDS) == 0
     text = seen.decode()
     assert "epoch 2 of 2 |" in text
     assert "/8 steps" in text
@@ -65,19 +65,14 @@ def test_the_dashboard_shows_a_run_and_its_button_stops_it(images, tmp_path):
     flags = [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--epochs=1000"]
     run = vgglab.launch(flags, watch=False)
     dashboard = Dashboard(run)
-    deadline = time.monotonic() + 60
-    while not run.events("checkpoint"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: run.events("checkpoint"))
     dashboard.refresh()
     assert "of 4000" in dashboard.status.value
     assert "held-out top-1" in dashboard.status.value
     assert bytes(dashboard.picture.value[:4]) == b"\x89PNG"
     assert "top-1" in dashboard.log.value
     dashboard.stop_button.click()
-    while run.process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: run.process.poll() is not None)
     assert run.status == "interrupted"
     dashboard.refresh()
     assert ": interrupted" in dashboard.status.value
