@@ -173,3 +173,15 @@ def test_the_chooser_shows_what_is_made_of_a_file_and_one_line_for_a_bad_one():
     chooser._on_file({"new": (file("evil.py", b"raise SystemExit"),)})
     assert chooser.line.value.startswith("photograph: &#x27;evil.py&#x27; cannot be read as an image")
     assert chooser.picture.layout.display == "none"
+
+
+def test_heat_that_is_the_same_everywhere_has_no_bar_with_a_made_up_range():
+    pytest.importorskip("matplotlib")
+    from vgglab.view.sights import heat_over
+
+    images = [torch.full((32, 32, 3), 90, dtype=torch.uint8)] * 2
+    figure = heat_over(images, {"Grad-CAM": [torch.zeros(4, 4), torch.arange(16.0).reshape(4, 4)]}, ["none", "some"])
+    labels = [panel.get_xlabel() for panel in figure.axes]
+    assert labels.count("0 everywhere") == 1
+    assert len(figure.axes) == 5  # two images, two heats, one bar
+    assert len(figure.png()) > 2000

@@ -69,7 +69,11 @@ def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles:
         _without_ticks(panel)
         for row, (name, heat) in zip(rows[1:], heats.items()):
             drawn = _lay_over(row[column], image, heat[column])
-            figure.colorbar(drawn, ax=row[column], shrink=0.9, pad=0.03).ax.tick_params(labelsize=7, colors=INK)
+            least, greatest = drawn.get_clim()
+            if least < greatest:
+                figure.colorbar(drawn, ax=row[column], shrink=0.9, pad=0.03).ax.tick_params(labelsize=7, colors=INK)
+            else:  # a bar would make up a range
+                row[column].set_xlabel(f"{least:.2g} everywhere", fontsize=7, color=INK)
             if column == 0:
                 row[column].set_ylabel(name, fontsize=8, color=INK)
     return figure
