@@ -117,7 +117,7 @@ def shell(*words: str | Path, timeout: float = PATIENCE_SECONDS, **options) -> s
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
 
 
-def wait_until(condition: Callable[[], object], every: float = 0.1) -> None:
+def wait_until(condition: Callable[[], object], *, every: float = 0.1) -> None:
     """Returns when ``condition()`` holds."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
