@@ -14,9 +14,9 @@ from typing import Any, Iterator, NamedTuple
 import torch
 from torch import nn
 
-from vgglab import anatomy, engine
+from vgglab import engine
 from vgglab.ceilings import product_flop_per_second
-from vgglab.config import Config, parse
+from vgglab.config import parse
 from vgglab.data.loader import Batch, Batches, eval_batches, train_batches
 from vgglab.data.sets import open_sets
 from vgglab.data.transform import normalised
@@ -38,11 +38,28 @@ class Way(NamedTuple):
     is_torchvisions: bool = False  # its network, too
 
 
+class Network(NamedTuple):
+    """What a way trains: enough to build it elsewhere."""
+
+    model: str
+    num_classes: int
+    image_size: int
+    head: str
+    is_torchvisions: bool
+
+    def build(self, dropout_rate: float = 0.5) -> nn.Module:
+        if not self.is_torchvisions:
+            return build(self.model, num_classes=self.num_classes, dropout_rate=dropout_rate, head=self.head)
+        from torchvision import models
+
+        return getattr(models, self.model)(num_classes=self.num_classes)
+
+
 class Ready(NamedTuple):
     """The first answer of such a process."""
 
     device: dict[str, Any]  # what the device says of itself
-    flop_per_image: int  # of the forward and the backward pass
+    network: Network
 
 
 class Refusal(NamedTuple):
@@ -79,10 +96,10 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
         config.seed, config.num_classes, config.image_size = 0, sets.num_classes, sets.image_size
         config.head = head_for(sets.image_size) if config.head == "auto" else config.head
         batch = next(iter(train_batches(sets, config, device).epoch(0)))
-        counted = anatomy.of(_network(way, config), config.image_size)
-        connection.send(Ready(device.describe(), counted.training_flop))
+        network = Network(config.model, config.num_classes, config.image_size, config.head, way.is_torchvisions)
+        connection.send(Ready(device.describe(), network))
         if way.is_plain:
-            _plain_loop(connection, way, config, device, batch)
+            _plain_loop(connection, network.build(config.dropout_rate), device, batch)
         else:
             held_out = eval_batches(sets, config, device)
             gate = Gate(connection, device, batch, held_out)
@@ -136,10 +153,10 @@ def _steps(connection: Connection, device: Device) -> Iterator[None]:
         connection.send(seconds)
 
 
-def _plain_loop(connection: Connection, way: Way, config: Config, device: Device, batch: Batch) -> None:
+def _plain_loop(connection: Connection, network: nn.Module, device: Device, batch: Batch) -> None:
     images, labels = device.move(batch.images, batch.labels)
     images = normalised(images)
-    model, _ = device.wrap(_network(way, config))
+    model, _ = device.wrap(network)
     model.train()
     loss_of = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -148,14 +165,6 @@ def _plain_loop(connection: Connection, way: Way, config: Config, device: Device
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
-
-def _network(way: Way, config: Config) -> nn.Module:
-    if not way.is_torchvisions:
-        return build(config.model, num_classes=config.num_classes, dropout_rate=config.dropout_rate, head=config.head)
-    from torchvision import models
-
-    return getattr(models, config.model)(num_classes=config.num_classes)
 
 
 class Quiet(RankWriter):

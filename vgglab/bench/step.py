@@ -16,11 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Sequence
 
-from vgglab.bench.child import Ready, Refusal, Way, work
+import torch
+
+from vgglab import anatomy
+from vgglab.bench.child import Network, Ready, Refusal, Way, work
 from vgglab.config import MODELS, parse
 from vgglab.devices import DEVICE_CHOICES
 from vgglab.errors import UserError
@@ -108,6 +113,7 @@ class Child:
         rate = batch_size / median(own_seconds)
         ratios = sorted(theirs / own for own, theirs in zip(own_seconds, pairs))
         peak = max(self._peaks) or None
+        flop = _training_flop(self.ready.network)
         return StepFigures(
             way=self.way.name,
             batch_size=batch_size,
@@ -116,9 +122,9 @@ class Child:
             ratio=median(ratios) if ratios else None,
             ratio_range=(ratios[0], ratios[-1]) if ratios else None,
             num_turns=len(own_seconds),
-            flop_per_image=self.ready.flop_per_image,
+            flop_per_image=flop,
             peak_flop_per_second=peak,
-            share_of_peak=rate * self.ready.flop_per_image / peak if peak else None,
+            share_of_peak=rate * flop / peak if peak else None,
             peak_bytes=self.stop().get("peak_bytes"),
             device=self.ready.device,
         )
@@ -136,6 +142,14 @@ class Child:
             self.process.join()
             raise (DoesNotFit if answer.does_not_fit else UserError)(answer.reason)
         return answer
+
+
+@lru_cache(maxsize=None)
+def _training_flop(network: Network) -> int:
+    """Of an image, forward and backward. Counted here, once: the counting takes each process seconds to get ready."""
+    with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes without weights
+        hollow = network.build()
+    return anatomy.of(hollow, network.image_size).training_flop
 
 
 def _way(name: str) -> Way:

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ facts = {"cuda cards": [torch.cuda.get_device_name(i) for i in range(torch.cuda.
 mps = getattr(torch.backends, "mps", None)
 facts["mps"] = mps is not None and mps.is_available()
 """
-TORCHVISION = "import torchvision; facts = {'version': torchvision.__version__}"
+BOTH = f"import torchvision\n{TORCH}"
 AS_THE_USER = "import torch; facts = {}"
 CARDS = """
 from vgglab.devices import Wishes, gcu
@@ -129,17 +129,17 @@ class Checkup:
         self.facts["torch"], self.facts["torchvision"] = installed("torch"), installed("torchvision")
         if not has_torch:
             return
-        alone = ask(TORCH, **{AUTOLOAD: "0"})
+        both = ask(BOTH, **{AUTOLOAD: "0"})
+        alone = ask(TORCH, **{AUTOLOAD: "0"}) if "error" in both else both
         if "error" in alone:
             self.problem(f"torch cannot be imported: {alone['error']}", "pip install torch torchvision, anew")
             return
         self.facts.update(alone)
         self.facts["gcu-sim can run"] = _release(self.facts["torch"]) >= (2, 10)
-        vision = ask(TORCHVISION, **{AUTOLOAD: "0"})
-        if "error" in vision:
+        if "error" in both:
             fix = f"install the torchvision that belongs to torch {self.facts['torch']}"
-            self.problem(f"torchvision cannot be imported: {vision['error']}", fix)
-        as_user = ask(AS_THE_USER)
+            self.problem(f"torchvision cannot be imported: {both['error']}", fix)
+        as_user = ask(AS_THE_USER) if _what_torch_loads() else {}
         if "error" in as_user:
             self.problem(
                 f"`import torch` fails on the card's library: {as_user['error']}",
@@ -214,6 +214,13 @@ class Checkup:
         for name in ("ENFLAME_LOG_DEBUG_LEVEL", "ENFLAME_PT_OP_DEBUG_CONFIG"):
             if name in variables:
                 self.notes.append(f"{name} is set: debugging makes every step slow")
+
+
+def _what_torch_loads() -> list[Any]:
+    """The libraries that `import torch` takes along: without any it was asked already."""
+    found: Any = entry_points()
+    group = "torch.backends"
+    return list(found.select(group=group) if hasattr(found, "select") else found.get(group, []))  # before Python 3.10
 
 
 def _release(text: str | None) -> tuple[int, ...]:
