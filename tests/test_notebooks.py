@@ -21,6 +21,8 @@ SHORTER = {
     "07_what_vgg_sees": {"epochs": 1},
 }
 TRAINS_NOTHING = {"01_architecture"}
+# What a sentence below an output says of it, where the output once said otherwise.
+SAYS = {"02_data": r"first time .* 12 folders listed\nagain .* 0 folders listed\none more file .* 1 folders listed"}
 
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
@@ -112,6 +114,8 @@ def test_runs_from_top_to_bottom(file, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     outputs = [output for cell in cells_of(out, "code") for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
+    texts = "".join("".join(output.get("text", "")) for output in outputs)
+    assert re.search(SAYS.get(file.stem, ""), texts)
     # Nobody watched: no widget is left behind, which a report could not show, and no flood of updates.
     shown = [kind for output in outputs for kind in output.get("data", {})]
     assert "application/vnd.jupyter.widget-view+json" not in shown

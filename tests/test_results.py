@@ -27,6 +27,21 @@ def test_the_page_has_a_row_per_run_and_the_published_figures_marked(images, tmp
 
 
 @needs_sim
+def test_scaling_is_that_beside_the_nearest_run_of_one_rank(images, tmp_path):
+    one, two = (run_ranks(tmp_path, images, "cpu", num_ranks, "--skip-steps=1").path for num_ranks in (1, 2))
+    folder = tmp_path / "in the order of their names"
+    for name, path, slower in ("1", one, 1), ("2", two, 1), ("3", two, 1), ("4", one, 5):
+        shutil.copytree(path, folder / name)
+        report = json.loads((path / "report.json").read_text())
+        report["step_seconds_p50"] *= slower  # another hour
+        (folder / name / "report.json").write_text(json.dumps(report))
+    first, second, third, last = results.collect([folder])
+    assert second.efficiency == pytest.approx(second.images_per_second / first.images_per_second / 2)
+    assert third.efficiency == pytest.approx(third.images_per_second / last.images_per_second / 2)
+    assert "Scaling: " in results.as_text([first, second])
+    assert "Scaling: " not in results.as_text([first])
+
+
 def test_a_simulated_run_has_no_speed_and_a_table_of_its_own(images, tmp_path):
     real = run_ranks(tmp_path, images, "cpu", 1, "--skip-steps=1")
     simulated = run_ranks(tmp_path, images, "gcu-sim", 1, "--skip-steps=1")

@@ -201,8 +201,8 @@ def _facts(planned: Plan) -> list[tuple[str, str]]:
         ),
         (
             "checkpoints",
-            f"{planned.num_checkpoints} of {planned.checkpoint_bytes / 1e9:.2f} GB are written, three stay: "
-            f"up to {planned.disk_bytes / 1e9:.2f} GB on disk",
+            f"{planned.num_checkpoints} of {planned.checkpoint_bytes / 1e9:.2f} GB are written; at most three stay, "
+            f"beside one in the making: up to {planned.disk_bytes / 1e9:.2f} GB on disk",
         ),
         ("rate", ", ".join(f"{rate:.3g} from epoch {epoch + 1}" for epoch, rate in rates)),
         *(("warning", text) for text in planned.warnings),

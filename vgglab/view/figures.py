@@ -134,6 +134,8 @@ def curves_beside(runs: Sequence[Run], names: Sequence[str] = (), first_differen
         look = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "label": name}
         for panel, kind, value in ((loss, "train", "loss"), (accuracy, "eval", "acc1")):
             events = run.events(kind)
+            if not events:  # a name without a line would only hide others'
+                continue
             marker = "o" if kind == "eval" else None
             panel.plot([e["step"] for e in events], _values(events, value), marker=marker, markersize=4, **look)
     if first_difference is not None:
@@ -141,6 +143,8 @@ def curves_beside(runs: Sequence[Run], names: Sequence[str] = (), first_differen
             panel.axvline(first_difference, color=INK, linewidth=1, linestyle=":", label="first difference")
     _finish(loss, "training loss, cross entropy")
     _finish(accuracy, "held-out top-1 in %")
+    for panel in filter(lambda panel: panel.lines, (loss, accuracy)):  # names of runs are long: below, and on no line
+        panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18))
     return figure
 
 

@@ -35,6 +35,10 @@ PUBLISHED = (
 
 TITLE = "<title>vgglab: results</title>"
 SERIES = "Several seeds, over the runs that are done"
+SCALING = (
+    "Scaling: the images/s of several ranks over as many times those of one, of the run of the same kind that was made "
+    "nearest in time; a machine may have been busier then."
+)
 OVER_PEAK = (
     "More than 100 % of the peak: operations are counted from the shapes; a convolution can be computed with fewer "
     "(Winograd's way), the matrix product that the peak is measured on cannot."
@@ -204,18 +208,23 @@ def _layout(described: dict[str, Any]) -> str:
 
 
 def _with_efficiency(results: list[Result]) -> list[Result]:
-    """Several ranks beside one of the same kind, where there is one with a speed."""
+    """Several ranks beside one of the same kind, where there is one with a speed: the nearest in time.
+
+    Runs come in the order of their names, which begin with the time.
+    """
 
     def kind(row: Result) -> tuple:
         return (*row[:5], row.batch_size, row.image_size, row.torch)
 
-    alone = {kind(row): row.images_per_second for row in results if row.ranks == 1 and row.images_per_second}
-    return [
-        row._replace(efficiency=row.images_per_second / (row.ranks * alone[kind(row)]))
-        if row.images_per_second and (row.ranks or 0) > 1 and row.ranks and kind(row) in alone
-        else row
-        for row in results
-    ]
+    def efficiency(place: int, row: Result) -> float | None:
+        alone = [n for n, other in enumerate(results) if other.ranks == 1 and other.images_per_second]
+        alike = [n for n in alone if kind(results[n]) == kind(row)]
+        if not (alike and row.images_per_second and row.ranks and row.ranks > 1):
+            return row.efficiency
+        nearest = results[min(alike, key=lambda n: abs(n - place))]
+        return row.images_per_second / (row.ranks * (nearest.images_per_second or 0))
+
+    return [row._replace(efficiency=efficiency(place, row)) for place, row in enumerate(results)]
 
 
 def _with_peak(runs: list[Result], benchmarks: list[Result]) -> list[Result]:
@@ -267,9 +276,10 @@ def _tables(results: Sequence[Result]) -> list[tuple[str, list[Result], str]]:
     """Title, rows, and a remark that may be empty."""
     real = [row for row in results if not row.is_simulated]
     simulated = [row for row in results if row.is_simulated]
-    tables = [("Measured here, and what Enflame has published (marked so, not measured here)", real + published(), "")]
-    if any((row.share_of_peak or 0) > 1 for row in real):
-        tables = [(title, rows, OVER_PEAK) for title, rows, _ in tables]
+    notes = [SCALING] if any(row.efficiency for row in real) else []
+    notes += [OVER_PEAK] if any((row.share_of_peak or 0) > 1 for row in real) else []
+    title = "Measured here, and what Enflame has published (marked so, not measured here)"
+    tables = [(title, real + published(), " ".join(notes))]
     if simulated:
         tables.append(("On a simulated card: the losses are real, speeds there are none", simulated, ""))
     return tables
