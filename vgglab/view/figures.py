@@ -128,7 +128,7 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 
 def curves_beside(runs: Sequence[Run], names: Sequence[str] = (), first_difference: int | None = None) -> Picture:
     """Training loss and held-out top-1 of several runs in the same panels; a line where two first differ."""
-    figure, (loss, accuracy) = new_figure(2)
+    figure, (loss, accuracy) = new_figure(2, height=3 + 0.2 * (len(runs) + 1))  # a line of it for each name
     for number, run in enumerate(runs):
         name = names[number] if names else run.path.name
         look = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "label": name}

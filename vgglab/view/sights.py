@@ -52,6 +52,7 @@ def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> Picture:
             panel.set_xticks([0, columns - 1])
             panel.set_yticks([0, rows - 1])
             panel.tick_params(labelsize=7, colors=INK, pad=1)
+    panels[-1][1].set_xlabel("pixels of the map", fontsize=7, color=INK)
     return figure
 
 
