@@ -136,7 +136,7 @@ def curves_beside(runs: Sequence[Run], names: Sequence[str] = (), first_differen
             events = run.events(kind)
             if not events:  # a name without a line would only hide others'
                 continue
-            marker = "o" if kind == "eval" else None
+            marker = "o" if kind == "eval" or len(events) == 1 else None
             panel.plot([e["step"] for e in events], _values(events, value), marker=marker, markersize=4, **look)
     if first_difference is not None:
         for panel in (loss, accuracy):
