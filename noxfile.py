@@ -1,8 +1,8 @@
 """The lanes: the same tests on the vendors' stacks. ``make lanes``, or ``nox -s t20``.
 
     t20    Python 3.8, torch 1.10.0           the core, and the lazy generation's contract double
-    s60    Python 3.10, torch 2.10.0          what is made of the cards' libraries, and the eager generation's double
-           Python 3.12, torch 2.10.0          training as a whole
+    s60    Python 3.10, torch 2.10.0          training as a whole
+           Python 3.12, torch 2.10.0          what is made of the cards' libraries, and the eager generation's double
     today  this checkout's .venv              everything (the same as make test)
 
 A lane whose interpreter is missing is skipped, and says so.
@@ -32,8 +32,8 @@ CORE = (
 NEWER_TORCH = "not rows_14_and_15 and not row_23 and not readmes_resume and not given_with_resume"
 # What the oldest and the newest torch say alike the one between need not say a third time; and no test of these needs
 # both of its interpreters.
-CARDS = "devices gcu doctor model".split()
-TRAINING = "train resume ranks performance parity".split()
+CARDS = "devices gcu doctor".split()
+TRAINING = "train resume ranks performance parity model".split()
 
 
 def put_on_path(version: str) -> None:
@@ -63,7 +63,7 @@ def s60(session: nox.Session) -> None:
     """The S60 cards' stack, with the simulated card and the eager generation's contract double."""
     session.install("torch==2.10.0", "torchvision==0.25.0")
     session.install(".[digits,jpeg,tensorboard]", "matplotlib", "ipython", *TESTS)
-    chosen = CARDS if session.python == "3.10" else TRAINING
+    chosen = TRAINING if session.python == "3.10" else CARDS
     session.run("pytest", "-n2", *[f"tests/test_{name}.py" for name in chosen])
     session.run(*TRAIN, "--device=gcu-sim", f"--run-dir={session.create_tmp()}/run-{os.getpid()}")
 
