@@ -48,7 +48,7 @@ def at_a_prompt(code, **environment):
 
 
 @needs_sim
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 8])
 def test_the_simulated_card_gives_the_losses_of_the_cpu_step_for_step(images, tmp_path, num_ranks):
     flags = ["--model=vgg11_bn", "--dropout-rate=0.5", "--epochs=2"]
     sim = run_ranks(tmp_path, images, "gcu-sim", num_ranks, *flags)

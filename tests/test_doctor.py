@@ -64,6 +64,15 @@ def test_text_for_a_terminal_and_one_line_for_a_bad_flag():
     assert (bad.returncode, len(bad.stderr.strip().splitlines())) == (2, 1)
 
 
+@pytest.mark.parametrize(("package", "named"), [("torchvision", "torchvision cannot"), ("torch", "torch cannot")])
+def test_which_of_torch_and_torchvision_is_broken(tmp_path, package, named):
+    (tmp_path / f"{package}.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    code, findings = diagnose(tmp_path)
+    assert code == 1
+    assert f"{named} be imported: operator torchvision::nms" in findings["problems"][0]["problem"]
+    assert ("cuda cards" in findings["facts"]) == (package == "torchvision")
+
+
 def test_a_library_that_ends_the_process_is_answered_in_one_line(tmp_path):
     """It was taken for the end of the run: no word, and the library's own exit code."""
     result = train_on_gcu(tmp_path, fake_torch_gcu(tmp_path, "raise SystemExit(3)"))

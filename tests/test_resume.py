@@ -23,7 +23,7 @@ JOB = [*TINY[:-1], "--model=vgg11_bn", "--dropout-rate=0.5", f"--epochs={EPOCHS}
 
 @pytest.fixture
 def job(images, tmp_path):
-    """``job("name", "--flag", ranks=2)``: a process that trains into the run directory ``name``."""
+    """``job("name", "--flag", ranks=2)``: trains into the run directory ``name``; ``job.start`` as a process."""
 
     def start(name, *flags, ranks=1, restarts=0, **variables):
         launcher = torchrun(ranks, restarts) if ranks > 1 or restarts else []

@@ -141,10 +141,9 @@ def curves_beside(runs: Sequence[Run], names: Sequence[str] = (), first_differen
     if first_difference is not None:
         for panel in (loss, accuracy):
             panel.axvline(first_difference, color=INK, linewidth=1, linestyle=":", label="first difference")
-    _finish(loss, "training loss, cross entropy")
-    _finish(accuracy, "held-out top-1 in %")
-    for panel in filter(lambda panel: panel.lines, (loss, accuracy)):  # names of runs are long: below, and on no line
-        panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18))
+    below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, -0.18)}  # the names of runs are long
+    _finish(loss, "training loss, cross entropy", **below)
+    _finish(accuracy, "held-out top-1 in %", **below)
     return figure
 
 
@@ -175,12 +174,12 @@ def _in_step(runs: Sequence[Run], kind: str, value: str) -> tuple[list[int], lis
     return steps, [[values[step] for values in by_run] for step in steps]
 
 
-def _finish(panel: Any, label: str) -> None:
+def _finish(panel: Any, label: str, **legend: Any) -> None:
     panel.set_ylabel(label)
     panel.set_xlabel("optimizer step")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.lines:
-        panel.legend(fontsize=8, frameon=False)
+        panel.legend(fontsize=8, frameon=False, **legend)
 
 
 def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> Picture:

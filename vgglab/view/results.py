@@ -36,8 +36,8 @@ PUBLISHED = (
 TITLE = "<title>vgglab: results</title>"
 SERIES = "Several seeds, over the runs that are done"
 SCALING = (
-    "Scaling: the images/s of several ranks over as many times those of one, of the run of the same kind that was made "
-    "nearest in time; a machine may have been busier then."
+    "Scaling: the images/s of several ranks over as many times those of one, of the run of the same kind whose name "
+    "stands nearest (names begin with the time); a machine may have been busier then."
 )
 OVER_PEAK = (
     "More than 100 % of the peak: operations are counted from the shapes; a convolution can be computed with fewer "
@@ -208,21 +208,21 @@ def _layout(described: dict[str, Any]) -> str:
 
 
 def _with_efficiency(results: list[Result]) -> list[Result]:
-    """Several ranks beside one of the same kind, where there is one with a speed: the nearest in time.
-
-    Runs come in the order of their names, which begin with the time.
-    """
+    """Several ranks beside one of the same kind, where there is one with a speed: the nearest in the order of names."""
 
     def kind(row: Result) -> tuple:
         return (*row[:5], row.batch_size, row.image_size, row.torch)
 
+    alone: dict[tuple, list[tuple[int, float]]] = {}  # by kind: place in the list, images/s
+    for place, row in enumerate(results):
+        if row.ranks == 1 and row.images_per_second:
+            alone.setdefault(kind(row), []).append((place, row.images_per_second))
+
     def efficiency(place: int, row: Result) -> float | None:
-        alone = [n for n, other in enumerate(results) if other.ranks == 1 and other.images_per_second]
-        alike = [n for n in alone if kind(results[n]) == kind(row)]
-        if not (alike and row.images_per_second and row.ranks and row.ranks > 1):
+        if not (row.images_per_second and row.ranks and row.ranks > 1 and kind(row) in alone):
             return row.efficiency
-        nearest = results[min(alike, key=lambda n: abs(n - place))]
-        return row.images_per_second / (row.ranks * (nearest.images_per_second or 0))
+        _, speed = min(alone[kind(row)], key=lambda other: abs(other[0] - place))
+        return row.images_per_second / (row.ranks * speed)
 
     return [row._replace(efficiency=efficiency(place, row)) for place, row in enumerate(results)]
 
