@@ -1,8 +1,11 @@
 """vgglab.model against torchvision's and the paper's figures."""
 
+import os
+
 import pytest
 import torch
 import torchvision
+from conftest import PROJECT, shell
 
 import vgglab.model as models
 from vgglab.config import MODELS
@@ -69,6 +72,21 @@ def test_initial_weights_match_torchvisions_in_spread():
             assert ours[name].std().item() == pytest.approx(value.std().item(), rel=0.05), name
         if name.endswith("bias"):
             assert not ours[name].any()
+
+
+def test_a_seed_gives_the_same_initial_weights_whatever_the_processor_can():
+    """In float32, PyTorch's normal numbers depend on the vector instructions; read when torch is imported."""
+    code = (
+        "import hashlib, torch; from vgglab import model; torch.manual_seed(1)\n"
+        "weights = model.vgg11(num_classes=10, head='small').state_dict().values()\n"
+        "print(hashlib.sha256(b''.join(weight.numpy().tobytes() for weight in weights)).hexdigest())\n"
+    )
+    printed = [
+        shell("python", "-c", code, env={**os.environ, "PYTHONPATH": str(PROJECT), **kernels}).stdout.split()
+        for kernels in ({}, {"ATEN_CPU_CAPABILITY": "default"})
+    ]
+    assert len(printed[0]) == 1
+    assert printed[0] == printed[1]
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():

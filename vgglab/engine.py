@@ -130,7 +130,7 @@ def _train(job: Job, config: Config, device: Device, run: RankWriter, tracer: Tr
         for batch, (images, labels) in clock.waiting_for(arriving, first_batch):
             # Each step draws from a seed of its own, so that one after a resume equals one without.
             device.seed(step_seed(config, device, state.step))
-            images = normalised(images, device.channels_last)  # (N, S, S, 3) bytes to (N, 3, S, S) float32; labels (N,)
+            images = normalised(images, device.channels_last)  # (N, S, S, 3) bytes to (N, 3, S, S) floats; labels (N,)
             images, targets = job.objective.blend(images, labels)
             clock.lap("copy")
             with device.autocast():
@@ -155,8 +155,9 @@ def _train(job: Job, config: Config, device: Device, run: RankWriter, tracer: Tr
             is_logged = is_saved or batch % config.print_freq == 0 or batch == len(batches)
             is_logged = is_logged or state.step == last_skipped_step  # behind the skipped steps the clock starts anew
             if is_logged or watch.is_due():
-                correct = (logits.detach().argmax(1) == labels).float().mean()
-                mine = torch.stack([loss.detach().float(), correct])
+                dtype = torch.get_default_dtype()  # not the loss's, which mixed precision may have made coarse
+                correct = (logits.detach().argmax(1) == labels).to(dtype).mean()
+                mine = torch.stack([loss.detach().to(dtype), correct])
                 mean_loss, mean_correct, own_loss = watch.look(mine)  # the loop's only host read
                 _refuse_nan(mean_loss, state)
             if is_logged:
@@ -276,7 +277,7 @@ def evaluate(job: Job, device: Device, run: RankWriter, last_epoch: int | None =
             break
         with device.autocast():
             logits = network(normalised(images, device.channels_last))
-        totals = totals.to(logits.device) + _count(logits.float(), labels)
+        totals = totals.to(logits.device) + _count(logits.to(totals.dtype), labels)
         device.flush([totals])
     asked_to_leave = torch.tensor([float(interrupts.leave_requested())]).to(totals.device)
     *figures, num_leaving = device.fetch(device.sum(torch.cat([totals, asked_to_leave])))
@@ -308,8 +309,8 @@ def _share_buffers(network: nn.Module, device: Device) -> None:
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """``[sum of losses, top-1 hits, top-5 hits, images]`` of one batch, float32, on the card."""
+    """``[sum of losses, top-1 hits, top-5 hits, images]`` of one batch, in the type of ``logits``, on the card."""
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, up to 5), best first
-    hits = (top == labels[:, None]).float()
+    hits = (top == labels[:, None]).to(loss.dtype)
     return torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(loss) * len(labels)])

@@ -102,8 +102,13 @@ def _features(layers: list[int | str], batch_norm: bool) -> nn.Sequential:
     return nn.Sequential(*modules)
 
 
+@torch.no_grad()
 def _init_weights(model: VGG, init: str) -> None:
     """Convolutions and linear layers by ``init``, biases 0.
+
+    Weights are drawn in float64 and rounded once. In float32, PyTorch's normal numbers depend on the processor's vector
+    instructions, and training makes a difference of 1e-3 in the loss of the last bit of a weight; so a seed would mean
+    another network on another machine.
 
     - ``kaiming``: as torchvision, Kaiming for convolutions, N(0, 0.01) for linear layers. That deviation suits layers
       4096 wide; with 512 inputs each layer would keep a sixth of its signal (0.01 x sqrt(512 / 2)), so narrow linear
@@ -117,20 +122,21 @@ def _init_weights(model: VGG, init: str) -> None:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            _init_one(module, init)
+            module.weight.copy_(_initial_weights(module, init))
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
-def _init_one(module: nn.Conv2d | nn.Linear, init: str) -> None:
+def _initial_weights(module: nn.Conv2d | nn.Linear, init: str) -> Tensor:
+    """Float64, in the shape of ``module.weight``."""
+    weight = torch.empty_like(module.weight, dtype=torch.float64)
     if init == "xavier":
-        nn.init.xavier_uniform_(module.weight)
-    elif init == "normal":
-        nn.init.normal_(module.weight, 0.0, 0.01)
-    elif isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    else:
-        is_narrow = module.in_features < HEADS["imagenet"][1]
-        nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / module.in_features) if is_narrow else 0.01)
+        return nn.init.xavier_uniform_(weight)
+    if init == "normal":
+        return nn.init.normal_(weight, 0.0, 0.01)
+    if isinstance(module, nn.Conv2d):
+        return nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+    is_narrow = module.in_features < HEADS["imagenet"][1]
+    return nn.init.normal_(weight, 0.0, math.sqrt(2.0 / module.in_features) if is_narrow else 0.01)
 
 
 def head_for(image_size: int) -> str:

@@ -146,19 +146,22 @@ def random_box(height: int, width: int, scale: tuple[float, float], draw: random
 
 
 def normalised(images: Tensor, channels_last: bool = False) -> Tensor:
-    """``(N, S, S, 3)`` uint8 to ``(N, 3, S, S)`` float32 with mean 0 and deviation 1 over ImageNet, on the same device.
+    """``(N, S, S, 3)`` uint8 to ``(N, 3, S, S)`` floats with mean 0 and deviation 1 over ImageNet, on the same device.
 
+    Floats are of PyTorch's default type, float32 unless somebody has set another.
     ``channels_last`` leaves a pixel's channels side by side in memory, as they come. Each step is rounded as
     torchvision's ``ToTensor`` and ``Normalize`` round it.
     """
-    mean, std = _constants(images.device)
+    dtype = torch.get_default_dtype()
+    mean, std = _constants(images.device, dtype)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+    planes = images.permute(0, 3, 1, 2).to(dtype, memory_format=layout)
     return planes.div_(255).sub_(mean).div_(std)
 
 
 @functools.lru_cache(maxsize=None)
-def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Moved once, not every step: a copy that is not pinned makes the host wait."""
-    mean, std = (torch.tensor(values).view(3, 1, 1).to(device) for values in (CHANNEL_MEAN, CHANNEL_STD))
+    both = [torch.tensor(values, dtype=dtype).view(3, 1, 1) for values in (CHANNEL_MEAN, CHANNEL_STD)]
+    mean, std = (constant.to(device) for constant in both)
     return mean, std
