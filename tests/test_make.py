@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -101,6 +102,54 @@ def test_torch_index_is_for_torch_alone(install, on_path):
     assert first.endswith(f"-c constraints.txt {option} file:///cpu --no-deps torch torchvision")
     assert "file:///cpu" not in last
     assert last.endswith(EDITABLE)
+
+
+FAKE_TRAINING = """#!/bin/sh
+case "$*" in
+*vgglab.train*) run=$(echo "$*" | sed 's/.*--run-dir \\([^ ]*\\).*/\\1/'); mkdir -p "$run"
+    printf '{\\n  "model": "vgg16_bn",\\n  "acc1": 99.4444,\\n  "acc5": 100.0\\n}\\n' > "$run/report.json"
+    exit ${TRAIN_EXIT:-0} ;;
+*vgglab.book*) exit ${BOOK_EXIT:-0} ;;
+esac
+"""
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """``make_run(TRAIN_EXIT="3")``: what make run ends with, the training and the notebook made up."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(PROJECT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    executable(tmp_path / ".venv/bin/python", FAKE_TRAINING)
+    (tmp_path / ".venv/.installed").touch()
+    return lambda **exits: shell("make", "run", cwd=tmp_path, env={**os.environ, **exits})
+
+
+def test_make_run_ends_with_the_accuracy_and_the_commands_to_look_at_it(make_run, tmp_path):
+    last = make_run().stdout.splitlines()[-1]
+    run = next((tmp_path / "runs").iterdir()).name
+    assert last.startswith("99.44 % of the held-out digits are right, after 0 min 0")
+    assert f"; the run: runs/{run}; to look at it: .venv/bin/python -m vgglab.view.results runs/{run}; " in last
+    assert last.endswith(f".venv/bin/python -m webbrowser file://{tmp_path}/build/run/00_start_here.html")
+
+
+@pytest.mark.parametrize(
+    ("exits", "said", "command"),
+    [
+        (
+            {"TRAIN_EXIT": "3"},
+            "the training failed",
+            "vgglab.train --data-path digits .*--run-dir runs/.*--resume auto",
+        ),
+        ({"BOOK_EXIT": "1"}, "the notebook failed", "vgglab.book notebooks/00_start_here.ipynb --out build/run"),
+    ],
+)
+def test_make_run_that_fails_names_the_command_that_repeats_it(make_run, exits, said, command):
+    ended = make_run(**exits)
+    line, makes_own = ended.stderr.splitlines()
+    assert ended.returncode == 2
+    assert re.fullmatch(f"make run: .*{said}; to repeat just that: .venv/bin/python -m {command}", line)
+    assert makes_own.endswith(f"Error {next(iter(exits.values()))}")
 
 
 def test_the_command_that_repeats_what_failed(monkeypatch, tmp_path):
