@@ -97,6 +97,9 @@ def test_a_notebook_that_fails_says_which_cell_and_why_and_the_others_go_on(book
     assert text_of(site / "01_good.ipynb") == "good\n"
     assert "ZeroDivisionError" in (site / "index.html").read_text()
     assert "before" in (site / "00_bad.html").read_text()
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("1 of 2 notebooks failed after ")
+    assert last.endswith("-m vgglab.book notebooks/00_bad.ipynb --out build/notebooks-again")
 
 
 @pytest.mark.parametrize("name", ["00_one.ipynb", "00_one.html", "index.html"])

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -225,8 +226,23 @@ def _make(arguments: argparse.Namespace) -> int:
     with interrupted_by_warnings():
         chapters = Book(arguments.at_once).execute(jobs)
     write_site(chapters, arguments.out, dict(arguments.p), with_code=not arguments.no_code)
-    print(f"{len(chapters)} notebooks in {duration(time.monotonic() - start)}: {arguments.out / 'index.html'}")
-    return 1 if any(chapter.fault for chapter in chapters) else 0
+    failed = {chapter.file.name for chapter in chapters if chapter.fault}
+    took = duration(time.monotonic() - start)
+    if failed:
+        again = _repeat_command([job.source for job in jobs if job.target.name in failed], arguments)
+        print(f"{len(failed)} of {len(chapters)} notebooks failed after {took}; to repeat just that: {again}")
+        return 1
+    noun = "notebook" if len(chapters) == 1 else "notebooks"
+    print(f"{len(chapters)} {noun} done after {took}; open {arguments.out / 'index.html'} in a browser")
+    return 0
+
+
+def _repeat_command(sources: Sequence[Path], arguments: argparse.Namespace) -> str:
+    """What to type to execute just these again, with the same parameters; not into the site, which keeps the others."""
+    parameters = [word for pair in arguments.p for word in ("-p", *pair)] + ["--no-code"] * arguments.no_code
+    interpreter = os.path.relpath(sys.executable) if sys.executable.startswith(f"{Path.cwd()}/") else sys.executable
+    words = [interpreter, "-m", "vgglab.book", *map(str, sources), *parameters, "--out", f"{arguments.out}-again"]
+    return " ".join(shlex.quote(word) for word in words)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""The last line of ``make test``: the result, the time, and the command that repeats what failed.
+
+A pytest plugin, loaded by the Makefile with ``-p tests.last_line``; it stands below pytest's own closing line.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Iterable
+
+import pytest
+
+AT_MOST_BY_NAME = 5  # failures; of more, the files that they are in
+KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+
+
+def repeat_command(failed: Iterable[str], marker: str = "") -> str:
+    """What to type to run just these tests again: ``failed`` are node ids."""
+    ids = list(dict.fromkeys(name.split("@")[0] if "@" in name.rpartition("]")[2] else name for name in failed))
+    if len(ids) > AT_MOST_BY_NAME:
+        ids = list(dict.fromkeys(name.split("::")[0] for name in ids))
+    interpreter = Path(sys.executable)
+    if interpreter.is_relative_to(Path.cwd()):
+        interpreter = interpreter.relative_to(Path.cwd())
+    kernels = [f"{name}={os.environ[name]}" for name in KERNELS if name in os.environ]
+    words = [*kernels, str(interpreter), "-m", "pytest", *(["-m", marker] if marker == "long" else []), *ids]
+    return shlex.join(words)
+
+
+class LastLine:
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Iterable[None]:
+        """Around the terminal's own, which prints the closing line of pytest."""
+        yield
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line(self.line(reporter.stats, int(exitstatus), session.config.option.markexpr))
+
+    def line(self, stats: dict, code: int, marker: str = "") -> str:
+        minutes, seconds = divmod(round(time.monotonic() - self.start), 60)
+        took = f"{minutes} min {seconds:02d} s"
+        failed = [report.nodeid for kind in ("failed", "error") for report in stats.get(kind, [])]
+        num_passed, num_skipped = len(stats.get("passed", [])), len(stats.get("skipped", []))
+        if failed:
+            command = repeat_command(failed, marker)
+            return f"{len(failed)} failed, {num_passed} passed after {took}; to repeat just what failed: {command}"
+        if code == pytest.ExitCode.INTERRUPTED:
+            return f"interrupted after {took}; {num_passed} passed until then, none failed"
+        if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+            return "no test was chosen"
+        if code:
+            return f"pytest ended with exit code {code} after {took}: see above"
+        return f"all {num_passed} tests passed after {took} ({num_skipped} skipped); next: make lab opens the notebooks"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # not in the processes that xdist starts
+        config.pluginmanager.register(LastLine(), "the last line")
