@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import PROJECT
 
+from vgglab.view.timings import SECONDS
+
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 # What makes each short enough for a test; without a line here a notebook runs as it is.
 SHORTER = {
@@ -84,9 +86,8 @@ def test_opening_and_headings_are_in_both_languages(file):
 def test_says_how_large_and_how_long_before_it_starts(file):
     first, second = ["".join(cell["source"]) for cell in cells_of(file, "code")[:2]]
     assert first.startswith('profile = "quick"')
-    assert "Ladder(" in second
-    assert "seconds=(" in second
-    assert "timed_on=" in second
+    assert re.search(rf'Ladder\(\s*"{file.stem}",\s*slowdown\(\),', second)
+    assert file.stem in SECONDS
 
 
 @each_notebook
