@@ -1,25 +1,17 @@
-"""How long each notebook takes on its rung ``quick``, all of them timed on one machine.
+"""How long each notebook takes on its rung ``quick``, each executed alone, all of them on one machine.
 
-``python tests/time_notebooks.py`` measures them and prints this table to paste. ``vgglab/yardstick.py`` compares the
-machine at hand with the one that is named here.
+``timings.json`` is written by ``python tests/time_notebooks.py "name of the machine"``; beside the seconds it has the
+two measurements by which ``vgglab/yardstick.py`` compares the machine at hand with that one.
 """
 
 from __future__ import annotations
 
-MACHINE = "two cores of an Intel Xeon at 2.8 GHz, November 2026"
+import json
+from pathlib import Path
+from typing import Any
 
-# Medians of the two measurements of ``vgglab.yardstick``, on that machine while nothing else ran.
-STEP_SECONDS, COMPILE_SECONDS = 0.1, 0.025
-
-# Each executed alone from its first cell to its last, the start of its kernel included.
-SECONDS = {
-    "00_start_here": 81,
-    "01_architecture": 15,
-    "02_data": 65,
-    "03_performance": 118,
-    "04_convergence": 305,
-    "05_many_cards": 134,
-    "06_gcu": 49,
-    "07_what_vgg_sees": 98,
-    "08_report": 46,
-}
+_content: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+MACHINE: str = _content["machine"]
+STEP_SECONDS: float = _content["step_seconds"]
+COMPILE_SECONDS: float = _content["compile_seconds"]
+SECONDS: dict[str, float] = _content["seconds"]
