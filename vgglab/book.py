@@ -30,6 +30,7 @@ from vgglab.view.progress import duration
 from vgglab.view.site import Chapter, refuse_foreign, write_site
 from vgglab.view.timings import SECONDS
 
+PATIENCE_SECONDS = 1000  # with a kernel that starts; papermill would give up after 60
 # The cells that papermill puts in: the reader counts those of the notebook.
 PAPERMILLS_OWN = {"injected-parameters", "papermill-error-cell-tag"}
 
@@ -129,6 +130,7 @@ class Book:
 
     def _execute_one(self, job: Job, num_beside: int) -> Chapter:
         words = [sys.executable, "-m", "papermill", "--log-level=ERROR", "--no-progress-bar", "-k", "python3"]
+        words += ["--start-timeout", str(PATIENCE_SECONDS)]  # a busy machine is no fault
         words += ["--cwd", str(Path.cwd()), str(job.source), str(job.target)]
         for name, value in job.parameters.items():
             words += ["-r" if name in job.texts else "-p", name, value]
