@@ -54,11 +54,11 @@ def papermill(file, out, parameters, **environment):
 
 @pytest.fixture(scope="session")
 def few_digits(tmp_path_factory):
-    """A cache in which ``digits`` are 200 images to learn from and 40 held out, of all ten classes."""
+    """A cache in which ``digits`` are 260 images to learn from and 40 held out, of all ten classes."""
     from vgglab.data.digits import NAME, digits_folder
 
     cache = tmp_path_factory.mktemp("few")
-    for split, count in (("train", 200), ("val", 40)):
+    for split, count in (("train", 260), ("val", 40)):
         lines = (digits_folder() / f"{split}_list.txt").read_text().splitlines()
         by_class = [[line for line in lines if line.endswith(f" {label}")] for label in range(10)]
         chosen = [line for row in zip(*by_class) for line in row][:count]
