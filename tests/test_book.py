@@ -80,6 +80,12 @@ def test_a_parameter_that_no_notebook_has_is_refused_before_anything_runs(book, 
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_text_that_looks_like_a_number_stays_text(book, tmp_path):
+    notebook(tmp_path / "notebooks/00_one.ipynb", "folder = 'runs'\ncount = 1", "print(repr(folder), repr(count))")
+    assert book("-p", "folder", "007", "-p", "count", "7").returncode == 0
+    assert text_of(tmp_path / "build/notebooks/00_one.ipynb") == "'007' 7\n"
+
+
 def test_a_path_given_as_a_parameter_begins_where_one_stands(book, tmp_path):
     (tmp_path / "here.txt").write_text("found")
     notebook(tmp_path / "notebooks/00_one.ipynb", "path = ''", "print(open(path).read())")

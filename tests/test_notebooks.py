@@ -3,26 +3,36 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import PROJECT
 
+from vgglab.errors import UserError
+from vgglab.view.timings import SECONDS
+
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-# What makes each short enough for a test; without a line here a notebook runs as it is.
+FILES = {file.stem[:2]: file for file in NOTEBOOKS}
+# The smallest that still runs every cell; the digits are a few of them, see few_digits.
 SHORTER = {
-    "00_start_here": {"model": "vgg11", "epochs": 2, "steps_per_epoch": 12},
-    "02_data": {"seconds": 0.2},
-    "03_performance": {"image_size": 32, "batch_size": 4, "steps": 10, "turns": 2},
-    "04_convergence": {"steps": 6, "seeds": 2, "walk": 6},
-    "05_many_cards": {"steps": 10},
-    "06_gcu": {"num_ranks": 2},
-    "07_what_vgg_sees": {"epochs": 1},
+    "00": {"model": "vgg11", "epochs": 1, "steps_per_epoch": 4},
+    "01": {"image_size": 32},
+    "02": {"seconds": 0.1},
+    "03": {"image_size": 32, "batch_size": 2, "steps": 6, "turns": 1},
+    "04": {"model": "vgg11", "epochs": 1, "steps": 2, "batch_size": 4, "eval_steps": 1, "seeds": 2, "walk": 2},
+    "05": {"steps": 6, "rounds": 1},
+    "06": {"steps": 1},
+    "07": {"model": "vgg11", "epochs": 1},
+    "08": {},
 }
 TRAINS_NOTHING = {"01_architecture"}
 # What a sentence below an output says of it, where the output once said otherwise.
-SAYS = {"02_data": r"first time .* 12 folders listed\nagain .* 0 folders listed\none more file .* 1 folders listed"}
+SAYS = {
+    "02": r"first time .* 12 folders listed\nagain .* 0 folders listed\none more file .* 1 folders listed",
+    "00": r"train_fps_mean: not measured \(all steps fell within --skip-steps 10\)",
+}
 
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
@@ -32,12 +42,64 @@ def cells_of(file, kind):
 
 
 def papermill(file, out, parameters, **environment):
-    words = [sys.executable, "-m", "papermill", "--log-level=WARNING", "--cwd", str(file.parent), str(file), str(out)]
+    # However busy the machine is: only pytest's own limit says that something hangs.
+    words = [sys.executable, "-m", "papermill", "--log-level=WARNING", "--start-timeout=1000"]
+    words += ["--cwd", str(file.parent), str(file), str(out)]
     for name, value in parameters.items():
         words += ["-p", name, str(value)]
     # Two tests at once on two cores: threads that wait for one another by spinning would take each other's time.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1000, check=False)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """A cache in which ``digits`` are 260 images to learn from and 40 held out, of all ten classes."""
+    from vgglab.data.digits import NAME, digits_folder
+
+    cache = tmp_path_factory.mktemp("few")
+    for split, count in (("train", 260), ("val", 40)):
+        lines = (digits_folder() / f"{split}_list.txt").read_text().splitlines()
+        by_class = [[line for line in lines if line.endswith(f" {label}")] for label in range(10)]
+        chosen = [line for row in zip(*by_class) for line in row][:count]
+        for line in chosen:
+            image = cache / NAME / split / line.rpartition(" ")[0]
+            image.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(digits_folder() / split / line.rpartition(" ")[0], image)
+        (cache / NAME / f"{split}_list.txt").write_text("\n".join(chosen) + "\n")
+    return cache
+
+
+@pytest.fixture
+def execute(few_digits, tmp_path):
+    """``execute("00", device="cpu")``: the notebook with its smallest numbers and these on top; its cells' outputs."""
+
+    def run(number, refused="", **parameters):
+        file, out = FILES[number], tmp_path / "out.ipynb"
+        given = {"output_dir": tmp_path, **SHORTER[number], **parameters}
+        given = {name: value for name, value in given.items() if value is not None}
+        # No network, and none asked for: a proxy that is not there refuses at once.
+        proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+        result = papermill(file, out, given, VGGLAB_CACHE=str(few_digits), **proxies)
+        outputs = [output for cell in cells_of(out, "code") for output in cell["outputs"]]
+        errors = [output for output in outputs if output["output_type"] == "error"]
+        if refused:
+            (error,) = errors
+            assert (result.returncode != 0, error["ename"]) == (True, "UserError"), result.stderr[-3000:]
+            assert re.search(refused, error["evalue"]), error["evalue"]
+            assert "\n" not in error["evalue"]
+        else:
+            assert result.returncode == 0, result.stderr[-3000:]
+            assert not errors
+            assert re.search(SAYS.get(number, "") if not parameters else "", text_of(outputs))
+            assert not re.search(r"\bnan\b|\bNone\b", text_of(outputs)), text_of(outputs)
+        return outputs
+
+    return run
+
+
+def text_of(outputs):
+    return "".join("".join(output.get("text", "")) for output in outputs)
 
 
 def test_there_are_notebooks():
@@ -84,9 +146,8 @@ def test_opening_and_headings_are_in_both_languages(file):
 def test_says_how_large_and_how_long_before_it_starts(file):
     first, second = ["".join(cell["source"]) for cell in cells_of(file, "code")[:2]]
     assert first.startswith('profile = "quick"')
-    assert "Ladder(" in second
-    assert "seconds=(" in second
-    assert "timed_on=" in second
+    assert re.search(rf'Ladder\(\s*"{file.stem}",\s*slowdown\(\),', second)
+    assert file.stem in SECONDS
 
 
 @each_notebook
@@ -108,14 +169,8 @@ def test_links_lead_somewhere(file):
 
 
 @each_notebook
-def test_runs_from_top_to_bottom(file, tmp_path):
-    out = tmp_path / file.name
-    result = papermill(file, out, {"output_dir": tmp_path, **SHORTER.get(file.stem, {})})
-    assert result.returncode == 0, result.stderr[-3000:]
-    outputs = [output for cell in cells_of(out, "code") for output in cell["outputs"]]
-    assert not [output for output in outputs if output["output_type"] == "error"]
-    texts = "".join("".join(output.get("text", "")) for output in outputs)
-    assert re.search(SAYS.get(file.stem, ""), texts)
+def test_runs_from_top_to_bottom(file, execute, tmp_path):
+    outputs = execute(file.stem[:2])
     # Nobody watched: no widget is left behind, which a report could not show, and no flood of updates.
     shown = [kind for output in outputs for kind in output.get("data", {})]
     assert "application/vnd.jupyter.widget-view+json" not in shown
@@ -126,15 +181,124 @@ def test_runs_from_top_to_bottom(file, tmp_path):
     # And each picture is told in words as well.
     drawn = [output for output in outputs if "image/png" in output.get("data", {})]
     assert all(len(output["metadata"]["image/png"]["alt"].split()) > 2 for output in drawn)
-    assert len(outputs) < 3 * len(cells_of(out, "code"))
+    assert len(outputs) < 3 * len(cells_of(file, "code"))
     assert bool(list(tmp_path.glob("runs/*/report.json"))) == (file.stem not in TRAINS_NOTHING)
 
 
-def test_a_run_that_fails_fails_the_cell_and_the_batch(tmp_path):
-    (file,) = [file for file in NOTEBOOKS if file.stem == "00_start_here"]
-    out = tmp_path / "out.ipynb"
-    result = papermill(file, out, {"output_dir": tmp_path, "model": "vgg12"})
-    assert result.returncode != 0
-    assert "--model: invalid choice" in result.stderr
-    last = [cell for cell in cells_of(out, "code") if cell["outputs"]][-1]
+long = pytest.mark.long  # not in the regular suite
+CPU_ONLY = {"device": "cpu"}
+SIMULATED = {"device": "gcu-sim"}
+# Each value of each parameter with choices, and the smallest numbers that make sense.
+VALUES = [
+    pytest.param("00", {"device": "gcu-sim", "steps_per_epoch": 1}, id="00-simulated"),
+    pytest.param("00", {"device": "cpu", "steps_per_epoch": 1}, id="00-cpu", marks=long),
+    pytest.param("00", {"profile": "small", "model": None}, id="00-small", marks=long),
+    pytest.param("00", {"profile": "full", "model": None}, id="00-full", marks=long),
+    pytest.param("01", {"profile": "small", "model": "vgg11"}, id="01-small", marks=long),
+    pytest.param("01", {"profile": "full", "image_size": None}, id="01-full", marks=long),
+    pytest.param("02", {"profile": "small", "data_path": ""}, id="02-small", marks=long),
+    pytest.param("02", {"profile": "full", "data_path": "", "seconds": 0.1}, id="02-full", marks=long),
+    pytest.param("03", {"device": "cpu", "batch_size": 1, "steps": 1}, id="03-one-step", marks=long),
+    pytest.param("03", {"profile": "small", "model": "vgg11_bn", "steps": 4}, id="03-small", marks=long),
+    pytest.param("03", {"profile": "full", "steps": 2}, id="03-full", marks=long),
+    pytest.param("04", {"device": "gcu-sim", "seeds": 1, "steps": 1}, id="04-simulated", marks=long),
+    pytest.param("04", {"device": "cpu", "ranks": 2, "seeds": 1}, id="04-ranks", marks=long),
+    pytest.param("04", {"profile": "small", "recipe": "paper", "walk": 3}, id="04-paper", marks=long),
+    pytest.param("04", {"recipe": "modern", "model": None}, id="04-modern", marks=long),
+    pytest.param("04", {"recipe": "seed", "data": "digits"}, id="04-seed", marks=long),
+    pytest.param("04", {"profile": "full", "data": "digits", "recipe": "quick"}, id="04-full", marks=long),
+    pytest.param("05", {"device": "gcu-sim", "steps": 4}, id="05-simulated", marks=long),
+    pytest.param("05", {"device": "cpu", "max_ranks": 1, "steps": 4}, id="05-one-rank", marks=long),
+    pytest.param("05", {"profile": "small", "model": "vgg13_bn", "max_ranks": 4}, id="05-small", marks=long),
+    pytest.param("05", {"profile": "full", "model": "vgg11", "max_ranks": 2}, id="05-full", marks=long),
+    pytest.param("06", {"num_ranks": 1}, id="06-one-card", marks=long),
+    pytest.param("06", {"profile": "small", "num_ranks": 3}, id="06-small", marks=long),
+    pytest.param("06", {"profile": "full", "num_ranks": 2}, id="06-full", marks=long),
+    pytest.param("07", {"device": "gcu-sim", "steps_per_epoch": 1}, id="07-simulated", marks=long),
+    pytest.param("07", {"device": "cpu", "weights": "digits"}, id="07-digits", marks=long),
+    pytest.param("07", {"profile": "small", "steps_per_epoch": 1}, id="07-small", marks=long),
+    pytest.param("07", {"profile": "full", "weights": "digits", "model": "vgg11_bn"}, id="07-full", marks=long),
+    pytest.param("08", {"profile": "small", "most": 1}, id="08-small", marks=long),
+    pytest.param("08", {"profile": "full", "title": "2026"}, id="08-full", marks=long),
+]
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("number", "parameters"), VALUES)
+def test_runs_with_every_value_that_it_offers(number, parameters, execute):
+    said = text_of(execute(number, **parameters))
+    if parameters.get("device") == "gcu-sim":
+        assert "not measured (a simulated card has no speed)" in said
+
+
+# What cannot run here ends in one line, whichever cell it is in.
+ABSENT = [
+    pytest.param("00", {"device": "cuda"}, "^--device cuda: ", id="00-cuda"),
+    *(
+        pytest.param("00", {"device": name}, f"^--device {name}: ", id=f"00-{name}", marks=long)
+        for name in ("mps", "gcu")
+    ),
+    *(
+        pytest.param(number, {"device": "mps"}, "--device mps: ", id=f"{number}-mps", marks=long)
+        for number in ("03", "04", "05", "07")
+    ),
+    pytest.param(
+        "04", {"profile": "full", "data": None, "model": None}, "imagenet: no such folder", id="04-full", marks=long
+    ),
+    pytest.param(
+        "07", {"weights": "imagenet"}, "^--pretrained: cannot get vgg16's weights", id="07-imagenet", marks=long
+    ),
+    pytest.param("07", {"photograph": "none.jpg"}, "^photograph: ", id="07-photograph", marks=long),
+]
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("number", "parameters", "line"), ABSENT)
+def test_what_this_machine_has_not_ends_in_one_line(number, parameters, line, execute):
+    execute(number, refused=line, **parameters)
+
+
+SENSELESS = [
+    *((number, {"profile": "tiny"}, "profile") for number in FILES),
+    ("00", {"epochs": 0}, "epochs"),
+    ("00", {"steps_per_epoch": 0}, "steps_per_epoch"),
+    ("01", {"image_size": 16}, "image_size"),
+    ("02", {"seconds": 0}, "seconds"),
+    ("02", {"profile": "full"}, "data_path imagenet: no such folder"),
+    ("02", {"data_path": "fake"}, "data_path fake: no such folder"),
+    ("03", {"device": "gcu-sim"}, "device"),
+    ("03", {"image_size": 31}, "image_size"),
+    *(("03", {name: 0}, name) for name in ("batch_size", "steps", "turns")),
+    *(("04", {name: 0}, name) for name in ("epochs", "steps", "batch_size", "eval_steps", "seeds", "ranks")),
+    ("04", {"walk": 1}, "walk"),
+    ("05", {"steps": 3}, "steps"),
+    ("05", {"max_ranks": 3}, "max_ranks"),
+    ("05", {"rounds": 0}, "rounds"),
+    *(("06", {name: 0}, name) for name in ("num_ranks", "steps")),
+    ("07", {"weights": "imagenette"}, "weights"),
+    ("07", {"epochs": "two"}, "epochs"),
+    ("08", {"most": 0}, "most"),
+]
+
+
+@pytest.mark.parametrize(("number", "parameters", "begins"), SENSELESS)
+def test_the_second_cell_refuses_what_makes_no_sense(number, parameters, begins, monkeypatch, capsys):
+    monkeypatch.setattr("vgglab.yardstick.slowdown", lambda: 1.0)
+    first, second = ["".join(cell["source"]) for cell in cells_of(FILES[number], "code")[:2]]
+    names = {}
+    exec(first, names)
+    assert set(parameters) <= set(names)
+    names.update(parameters)
+    with pytest.raises(UserError, match=f"^{begins}"):
+        exec(second, names)
+
+
+def test_a_folder_named_by_a_number_is_a_folder(execute, tmp_path, monkeypatch):
+    """papermill makes a number of it."""
+    execute("08", refused="^20261126: no such folder$", folders="20261126", title="2026")
+
+
+def test_a_run_that_fails_fails_the_cell_and_the_batch(execute, tmp_path):
+    execute("00", refused="--model: invalid choice", model="vgg12")
+    last = [cell for cell in cells_of(tmp_path / "out.ipynb", "code") if cell["outputs"]][-1]
     assert "vgglab.launch" in "".join(last["source"])  # the cells behind it did not run

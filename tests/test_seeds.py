@@ -107,6 +107,76 @@ def test_launched_from_a_script(tiny, tmp_path, capsys):
     assert repr(vgglab.Seeds(tmp_path / "two")) == as_text({"two": seeds.runs})
 
 
+@pytest.fixture
+def started_alone(monkeypatch):
+    """The runs that were not forked by a process that has imported torch."""
+    module, names = sys.modules["vgglab.launch"], []
+    alone = module._start_alone
+    monkeypatch.setattr(module, "_start_alone", lambda *given: names.append(given[1].name) or alone(*given))
+    return names
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each run is started by itself")
+
+
+@linux_only
+def test_torch_is_imported_once_and_each_seed_gives_what_it_gives_alone(tiny, tmp_path, started_alone):
+    pytest.importorskip("torch")
+    series = vgglab.launch(tiny, seeds="3,4", run_dir=tmp_path / "series", watch=False).wait()
+    assert started_alone == []
+    alone = vgglab.launch(tiny, seed=4, run_dir=tmp_path / "alone", watch=False).wait()
+    assert started_alone == ["alone"]
+    forked = series.runs[1]
+    assert [event["loss"] for event in forked.events("train")] == [event["loss"] for event in alone.events("train")]
+    assert forked.events("eval")[-1]["loss"] == alone.events("eval")[-1]["loss"]
+    assert forked.checkpoint("last").stat().st_size == alone.checkpoint("last").stat().st_size
+    assert forked.env["argv"][0] == alone.env["argv"][0]
+    assert forked.env["argv"][-1] == f"--run-dir={tmp_path / 'series' / 'seed-4'}"
+
+
+@linux_only
+def test_a_forked_run_that_is_killed_is_reported_and_ends_the_series(tiny, tmp_path, monkeypatch, started_alone):
+    monkeypatch.setenv(MARK, "killed-seeds")
+    seeds = vgglab.launch(tiny, seeds=2, epochs=100_000, run_dir=tmp_path / "killed", watch=False)
+    wait_until(lambda: seeds.runs and seeds.runs[0].events("train"))
+    assert vgglab.Run(tmp_path / "killed" / "seed-1").status == "running"
+    os.kill(seeds.current.process.pid, signal.SIGKILL)
+    with pytest.raises(vgglab.RunFailed, match="exit code -9"):
+        seeds.wait()
+    assert seeds_in(tmp_path / "killed") == [1]
+    assert started_alone == []
+    wait_until(lambda: not processes_with("killed-seeds"))
+
+
+@linux_only
+def test_a_forked_run_is_stopped_from_another_kernel(tiny, tmp_path, started_alone):
+    seeds = vgglab.launch(tiny, seeds=2, epochs=100_000, run_dir=tmp_path / "other", watch=False)
+    wait_until(lambda: seeds.runs and seeds.runs[0].events("train"))
+    code = f"import vgglab; vgglab.Run({str(tmp_path / 'other' / 'seed-1')!r}).stop()"
+    assert shell("python", "-c", code, env={**os.environ, "PYTHONPATH": str(PROJECT)}).returncode == 0
+    wait_until(lambda: vgglab.Run(tmp_path / "other" / "seed-1").status == "interrupted")
+    seeds.stop()
+    assert started_alone == []
+
+
+@linux_only
+def test_a_kernel_that_dies_takes_its_forked_run_with_it(tiny, tmp_path):
+    code = f"import vgglab; vgglab.launch({tiny!r}, seeds=2, epochs=100_000, run_dir={str(tmp_path / 'k')!r}).wait()"
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), MARK: "dead-kernel"}
+    kernel = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
+    wait_until(lambda: (tmp_path / "k" / "seed-1" / "events.jsonl").exists())
+    wait_until(lambda: vgglab.Run(tmp_path / "k" / "seed-1").events("train"))
+    kernel.kill()
+    kernel.wait()
+    wait_until(lambda: not processes_with("dead-kernel"))
+
+
+def test_where_nothing_can_be_forked_each_is_started_alone(tiny, tmp_path, monkeypatch, started_alone):
+    monkeypatch.setattr("vgglab.warm.Warm.start", lambda *_: None)
+    vgglab.launch(tiny, seeds="3,4", run_dir=tmp_path / "series", watch=False).wait()
+    assert started_alone == ["seed-3", "seed-4"]
+
+
 def test_stop_ends_the_run_and_begins_no_other(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv(MARK, "stopped-seeds")
     seeds = vgglab.launch(tiny, seeds=3, epochs=100_000, run_dir=tmp_path / "stopped", watch=False)

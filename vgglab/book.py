@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -30,7 +29,9 @@ from vgglab.flags import OneLineParser
 from vgglab.interrupts import interrupted_by_warnings
 from vgglab.view.progress import duration
 from vgglab.view.site import Chapter, refuse_foreign, write_site
+from vgglab.view.timings import SECONDS
 
+PATIENCE_SECONDS = 1000  # with a kernel that starts; papermill would give up after 60
 # The cells that papermill puts in: the reader counts those of the notebook.
 PAPERMILLS_OWN = {"injected-parameters", "papermill-error-cell-tag"}
 
@@ -41,6 +42,7 @@ class Job(NamedTuple):
     source: Path
     target: Path
     parameters: dict[str, str]
+    texts: set[str]  # of the parameters, those that are text and stay it, whatever they look like
     is_alone: bool
 
 
@@ -66,23 +68,20 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
             raise UserError(f"{source}: another page would have the name {source.stem}.html; rename it")
         if target.resolve() in own_files or not _was_made_here(target):
             raise UserError(f"--out {out}: {source.name} is there and was not made here; name another folder")
-        jobs.append(Job(source, target, own, is_alone))
-    return sorted(jobs, key=lambda job: (not job.is_alone, -_expected_seconds(job.source)))
+        texts = {name for name in own if names[name]}
+        jobs.append(Job(source, target, own, texts, is_alone))
+    return sorted(jobs, key=lambda job: (not job.is_alone, -SECONDS.get(job.source.stem, 0)))
 
 
-def _expected_seconds(source: Path) -> int:
-    """Of the rung ``quick``, by the notebook's ladder; the others take about as long beside one another."""
-    said = re.search(r"seconds=\((\d+)", source.read_text(encoding="utf-8"))
-    return int(said.group(1)) if said else 0
-
-
-def _parameters_of(source: Path) -> set[str]:
+def _parameters_of(source: Path) -> dict[str, bool]:
+    """The names of a notebook's parameters, and whether their defaults are text."""
     from papermill import inspect_notebook
 
     if not source.is_file():
         raise UserError(f"{source}: no such notebook")
     try:
-        return set(inspect_notebook(str(source)))
+        found = inspect_notebook(str(source))
+        return {name: str(found[name]["default"]).startswith(("'", '"')) for name in found}
     except Exception as error:  # papermill raises whatever the file's fault leads to
         raise UserError(f"{source}: cannot be read as a notebook ({type(error).__name__})") from None
 
@@ -132,9 +131,10 @@ class Book:
 
     def _execute_one(self, job: Job, num_beside: int) -> Chapter:
         words = [sys.executable, "-m", "papermill", "--log-level=ERROR", "--no-progress-bar", "-k", "python3"]
+        words += ["--start-timeout", str(PATIENCE_SECONDS)]  # a busy machine is no fault
         words += ["--cwd", str(Path.cwd()), str(job.source), str(job.target)]
         for name, value in job.parameters.items():
-            words += ["-p", name, value]
+            words += ["-r" if name in job.texts else "-p", name, value]
         cores = max(1, (os.cpu_count() or 1) // num_beside)
         environment = {"VGGLAB_UI": "static", "OMP_NUM_THREADS": str(cores), **os.environ}
         start = time.monotonic()

@@ -1,0 +1,38 @@
+"""Time the notebooks anew on this machine: ``python tests/time_notebooks.py "two cores of a <processor>, <month>"``.
+
+Each is executed alone, in the order of their names; then ``vgglab/view/timings.json`` is written, which their ladders
+show. Do it while nothing else runs: it takes as long as all of them together.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from vgglab import yardstick
+from vgglab.book import Book, jobs_for
+from vgglab.view import timings
+
+
+def main(machine: str) -> int:
+    notebooks = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+    before = yardstick.measure()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # the runs go there
+        jobs = jobs_for(notebooks, Path(folder, "out"), {})
+        Path(folder, "out").mkdir()
+        chapters = Book(num_at_once=1).execute(jobs)
+    if any(chapter.fault for chapter in chapters):
+        return 1
+    step_seconds, compile_seconds = map(min, before, yardstick.measure())  # the quieter moment
+    seconds = {chapter.file.stem: round(chapter.seconds) for chapter in chapters}
+    content = {"machine": machine, "step_seconds": round(step_seconds, 4), "compile_seconds": round(compile_seconds, 4)}
+    file = Path(timings.__file__).with_suffix(".json")
+    file.write_text(json.dumps({**content, "seconds": seconds}, indent=2) + "\n", encoding="utf-8")
+    print(file.read_text(encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]) if len(sys.argv) == 2 else __doc__)

@@ -1,0 +1,20 @@
+"""A figure of a report in words, also where there is none: a table or a line must never end in a traceback."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+
+def metric(report: Mapping[str, Any], name: str, form: str = ".2f", factor: float = 1.0) -> str:
+    """``report[name]`` times ``factor``, in the format ``form``; or "not measured (why)"."""
+    value = report[name]
+    return f"not measured ({why_not(report)})" if value is None else f"{factor * value:{form}}"
+
+
+def why_not(report: Mapping[str, Any]) -> str:
+    """The likeliest reason why a run has no speed or no memory to report."""
+    if report["simulated"]:
+        return "a simulated card has no speed"
+    if not report["num_measured_steps"]:
+        return f"all steps fell within --skip-steps {report['skip_steps']}"
+    return f"not on {report['device']}"
