@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import pytest
+from processes import PATIENCE_SECONDS, PROJECT
 
 # Several tests at once on all cores, and their processes: one thread each, or they wait for one another's.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-PROJECT = Path(__file__).resolve().parent.parent
 CLASSES = ("n01", "n02", "n03")
 NUM_TRAIN, NUM_VAL = 6, 3  # images per class
-# After so long something hangs; no test says how fast a machine has to be.
-PATIENCE_SECONDS = 300
 # Trains in a second: VGG11 on 32x32 pixels, 18 images, 4 at a time: 4 steps an epoch.
 TINY = ("--model=vgg11", "--image-size=32", "--batch-size=4", "--workers=0", "--epochs=1", "--warmup=0", "--device=cpu")
 
@@ -111,7 +109,7 @@ def refused(train) -> Callable[..., str]:
 
 
 def shell(*words: str | Path, timeout: float = PATIENCE_SECONDS, **options) -> subprocess.CompletedProcess:
-    """Run a command as a person would; ``python`` is this interpreter."""
+    """Run a command as a person would; ``python`` is this interpreter, and ``processes.python`` a cheaper one."""
     command = [sys.executable if word == "python" else str(word) for word in words]
     options.setdefault("cwd", PROJECT)
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)

@@ -122,10 +122,8 @@ class Child:
         """It and what it has started, if anything is left of them."""
         for kill, number in ((os.killpg, self.pid), (os.kill, self.pid)):
             if self.process.exitcode is None or kill is os.killpg:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     kill(number, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
         self.process.join()
 
     def completed(self) -> subprocess.CompletedProcess:
@@ -172,7 +170,7 @@ def _standard_path() -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     code = "import sys; print('\\n'.join(sys.path[1:]))"
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, universal_newlines=True, check=True
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True
     ).stdout.splitlines()
 
 
@@ -232,9 +230,9 @@ def _open_streams(outputs: list[str]) -> None:
     os.dup2(nowhere, 0)
     for number, file in enumerate(outputs, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
-    sys.stdin = sys.__stdin__ = open(0, closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
 
 
 def _run(words: list[str]) -> None:

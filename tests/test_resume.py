@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import processes
 import pytest
 import torch
 from conftest import PATIENCE_SECONDS, PROJECT, TINY, torchrun, wait_until
@@ -23,32 +24,51 @@ JOB = [*TINY[:-1], "--model=vgg11_bn", "--dropout-rate=0.5", f"--epochs={EPOCHS}
 
 @pytest.fixture
 def job(images, tmp_path):
-    """``job("name", "--flag", ranks=2)``: trains into the run directory ``name``; ``job.start`` as a process."""
+    """``job("name", "--flag", ranks=2)``: trains into the run directory ``name``; ``job.start`` as from a shell."""
+
+    def words(name, flags):
+        return [
+            "-m",
+            "vgglab.train",
+            *JOB,
+            "--device=cpu",
+            f"--data-path={images}",
+            f"--run-dir={tmp_path / name}",
+            *flags,
+        ]
+
+    def environment(variables):
+        return {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **variables}
 
     def start(name, *flags, ranks=1, restarts=0, **variables):
         launcher = torchrun(ranks, restarts) if ranks > 1 or restarts else []
-        words = [sys.executable, *launcher, "-m", "vgglab.train", *JOB, "--device=cpu", f"--data-path={images}"]
-        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **variables}
         return subprocess.Popen(
-            [*words, f"--run-dir={tmp_path / name}", *flags],
-            env=environment,
+            [sys.executable, *launcher, *words(name, flags)],
+            env=environment(variables),
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
-    def run(name, *flags, **options):
-        if not options and "--device=gcu-sim" not in flags:  # as good in this process, which has torch already
-            words = [*JOB, "--device=cpu", f"--data-path={images}", f"--run-dir={tmp_path / name}", *flags]
-            assert main(words) == 0
+    def run(name, *flags, ranks=1, **variables):
+        if ranks == 1 and not variables and "--device=gcu-sim" not in flags:  # as good in this process
+            assert main(words(name, flags)[2:]) == 0
             return Run(tmp_path / name)
-        process = start(name, *flags, **options)
-        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-        assert process.returncode == 0, output
+        options = {"env": environment(variables), "cwd": tmp_path}
+        if ranks == 1:
+            result = processes.python(*words(name, flags), **options)
+        else:
+            result = processes.ranks(ranks, *words(name, flags), **options)
+        assert result.returncode == 0, result.stderr
         return Run(tmp_path / name)
 
-    run.start = start
+    def refused(name, *flags, **variables):
+        result = processes.python(*words(name, flags), env=environment(variables), cwd=tmp_path)
+        assert result.returncode == 2, result.stderr
+        return result.stdout + result.stderr
+
+    run.start, run.refused = start, refused
     return run
 
 
@@ -190,13 +210,10 @@ def test_resume_auto_passes_over_what_is_damaged_and_says_so(job, tmp_path):
 
 def test_resume_auto_without_a_run_directory_takes_the_newest_run_there_is(job, tmp_path):
     path = job("runs/older", "--epochs=1").path
-    process = job.start("runs/newer", "--resume=auto", f"--output-dir={tmp_path}", "--epochs=1")
-    assert process.communicate()[1] is None
-    assert process.returncode == 0
+    job("runs/newer", "--resume=auto", f"--output-dir={tmp_path}", "--epochs=1")
     assert Run(tmp_path / "runs/newer").events("start")[-1]["first_step"] == 0  # its own folder only
-    words = [sys.executable, "-m", "vgglab.train", "--resume=auto", f"--output-dir={tmp_path}", "--epochs=2"]
-    env = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    result = subprocess.run(words, env=env, capture_output=True, text=True, cwd=tmp_path, check=False)
+    words = ["-m", "vgglab.train", "--resume=auto", f"--output-dir={tmp_path}", "--epochs=2"]
+    result = processes.python(*words, env={**os.environ, "PYTHONPATH": str(PROJECT)}, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"goes on from {tmp_path / 'runs/newer'}" in result.stdout
     assert path.exists()
@@ -211,9 +228,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_in_one_line(job, ref
 
 
 def test_row_12_a_loss_that_is_not_finite_ends_the_run_in_one_line(job, tmp_path):
-    process = job.start("run", "--epochs=3", "--checkpoint-every=1", "--lr=1e30", "--warmup=0", "--model=vgg11")
-    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 2
+    output = job.refused("run", "--epochs=3", "--checkpoint-every=1", "--lr=1e30", "--warmup=0", "--model=vgg11")
     assert "Traceback" not in output
     assert "not finite" in output
     assert "lower --lr" in output
@@ -262,9 +277,7 @@ def test_row_30_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(job
 
 
 def test_row_30_a_disk_that_is_full_at_the_end_is_said_and_the_run_can_go_on(job, full_disk, tmp_path):
-    process = job.start("run", **full_disk(3))
-    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 2
+    output = job.refused("run", **full_disk(3))
     assert "step 12 was not written" in output
     assert "make room and --resume" in output
     assert torch.load(Run(tmp_path / "run").checkpoint("last"))["step"] == 8

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 import torch
-from conftest import NUM_VAL, PATIENCE_SECONDS, PROJECT, TINY, shell, torchrun, wait_until
+from conftest import NUM_VAL, PATIENCE_SECONDS, PROJECT, TINY, shell, wait_until
+from processes import python, ranks
 
 from vgglab import Run
 from vgglab.compat import load_tensors
@@ -76,7 +77,7 @@ def test_the_report_has_the_seeds_fields_and_can_be_made_again(train):
     seconds = sum(e["interval_seconds"] for e in measured)
     assert report["train_fps_mean"] == pytest.approx(sum(e["interval_images"] for e in measured) / seconds)
     file.unlink()
-    assert shell("python", "-m", "vgglab.report", run.path).returncode == 0
+    assert python("-m", "vgglab.report", run.path).returncode == 0
     assert json.loads(file.read_text()) == report
 
 
@@ -380,11 +381,11 @@ def test_a_damaged_checkpoint_is_refused(refused, train, tmp_path, damage):
 def test_two_ranks_report_what_the_saved_weights_are_worth(images, tmp_path):
     """Each rank has batch-norm statistics of its own; only rank 0's are saved."""
     flags = [*TINY, f"--data-path={images}", "--model=vgg11_bn", "--lr=0.5", "--batch-size=2", "--epochs=2"]
-    result = shell("python", *torchrun(2), "-m", "vgglab.train", *flags, f"--run-dir={tmp_path}/two")
+    result = ranks(2, "-m", "vgglab.train", *flags, f"--run-dir={tmp_path}/two")
     assert result.returncode == 0, result.stderr
     assert "FutureWarning: `broadcast" not in result.stderr
     again = ("--test-only", f"--resume={tmp_path}/two", "--device=cpu", "--workers=0", f"--run-dir={tmp_path}/one")
-    assert shell("python", "-m", "vgglab.train", *again).returncode == 0
+    assert python("-m", "vgglab.train", *again).returncode == 0
     (alone,) = Run(tmp_path / "one").events("eval")
     together = Run(tmp_path / "two").events("eval")[-1]
     assert (alone["acc1"], alone["num_images"]) == (together["acc1"], together["num_images"]) == (alone["acc1"], 9)
