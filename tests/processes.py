@@ -30,7 +30,7 @@ from typing import Mapping
 
 PROJECT = Path(__file__).resolve().parent.parent
 # After so long something hangs; no test says how fast a machine has to be.
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 600
 GRACE_SECONDS = 30  # for the other ranks to notice that one has failed; torchrun's figure
 PRELOADED = (
     "numpy torch torch.distributed torch.nn.parallel torch.utils.data.distributed torchvision torchvision.transforms "
