@@ -32,10 +32,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 # After so long something hangs; no test says how fast a machine has to be.
 PATIENCE_SECONDS = 600
 GRACE_SECONDS = 30  # for the other ranks to notice that one has failed; torchrun's figure
-PRELOADED = (
-    "numpy torch torch.distributed torch.nn.parallel torch.utils.data.distributed torchvision torchvision.transforms "
-    "PIL.Image tqdm"
-).split()
+# What a training imports and no more: torchvision, for one, brings in torch's compiler, which a training does without.
+PRELOADED = "numpy torch torch.distributed torch.nn.parallel torch.utils.data.distributed PIL.Image tqdm".split()
 _context = multiprocessing.get_context("forkserver")
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -263,20 +264,20 @@ def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
     """In a process with little memory: what was found has been computed, and what is a little larger cannot be."""
     import resource
 
-    code = "import vgglab.engine, torchvision; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
-    limit = (int(shell("python", "-c", code).stdout) + 250_000) * 1024
-    options = {
-        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
-        "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    }
-    words = ["python", "-m", "vgglab.bench", "step", "--model=vgg11", "--image-size=64", "--device=cpu", "--turns=1"]
+    code = "import vgglab.engine; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
+    limit = (int(python("-c", code).stdout) + 250_000) * 1024
+    options = {"preexec_fn": partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))}
+    # A dozen tries, each in a process: forked ones, since that they are new interpreters is not the matter here.
+    code = "import sys; from vgglab.bench import __main__, step; step.START = 'fork'; "
+    code += "sys.exit(__main__.main(sys.argv[1:]))"
+    words = ["-c", code, "step", "--model=vgg11", "--image-size=64", "--device=cpu", "--turns=1"]
     words += ["--ways=float32", f"--output-dir={tmp_path}"]
-    result = shell(*words, "--batch-size=max", "--json", **options)
+    result = python(*words, "--batch-size=max", "--json", **options)
     assert result.returncode == 0, result.stderr
     [row] = json.loads(result.stdout.splitlines()[-1])["all"]
     assert row["ratio"] is None
     assert row["images_per_second"] > 0
-    too_many = shell(*words, f"--batch-size={2 * row['batch_size']}", **options)
+    too_many = python(*words, f"--batch-size={2 * row['batch_size']}", **options)
     assert (too_many.returncode, too_many.stderr.count("\n")) == (2, 1), too_many.stderr
     assert "no memory" in too_many.stderr
     [found] = results.collect([tmp_path / "runs"])

@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -422,14 +423,11 @@ def test_a_batch_that_does_not_fit_is_said_in_one_line_and_the_run_says_failed(t
     """Where the system gives no more memory, made so with a limit."""
     import resource
 
-    code = "import vgglab.engine, torchvision; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
-    limit = (int(shell("python", "-c", code).stdout) + 1_500_000) * 1024
+    code = "import vgglab.engine; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
+    limit = (int(python("-c", code).stdout) + 1_500_000) * 1024
     flags = [*TINY, "--data-path=fake", "--image-size=64", "--batch-size=2048", f"--run-dir={tmp_path / 'run'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = shell(
-        "python", "-m", "vgglab.train", *flags, env=environment,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )  # fmt: skip
+    limit_memory = partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))
+    result = python("-m", "vgglab.train", *flags, preexec_fn=limit_memory)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert result.stderr.startswith("vgglab.train: error: --batch-size 2048: no memory for it on cpu (")
     assert Run(tmp_path / "run").status == "failed"
