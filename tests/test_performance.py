@@ -264,7 +264,8 @@ def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
     """In a process with little memory: what was found has been computed, and what is a little larger cannot be."""
     import resource
 
-    code = "import vgglab.engine; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
+    # torchvision, because with it comes what counting operations imports.
+    code = "import vgglab.engine, torchvision; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
     limit = (int(python("-c", code).stdout) + 250_000) * 1024
     options = {"preexec_fn": partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))}
     # A dozen tries, each in a process: forked ones, since that they are new interpreters is not the matter here.

@@ -191,10 +191,10 @@ def test_a_run_that_left_goes_on_in_place_with_the_same_command(job, holding, tm
 
 
 def test_torchrun_brings_a_run_with_killed_ranks_to_the_same_end(job, holding, tmp_path):
-    flags = ["--epochs=12", "--checkpoint-every=3"]
+    flags = ["--epochs=6", "--checkpoint-every=3"]
     undisturbed = job("undisturbed", *flags, ranks=2)
-    process = job.start("killed", *flags, ranks=2, restarts=2, **holding(8, 18))
-    for victim, step in ((1, 5), (0, 14)):  # 0 is the one that writes
+    process = job.start("killed", *flags, ranks=2, restarts=2, **holding(5, 10))
+    for victim, step in ((1, 3), (0, 7)):  # 0 is the one that writes
         wait_for_step(tmp_path / "killed", step)
         pids = rank_pids(process.pid)
         os.kill(pids[victim], signal.SIGKILL)
