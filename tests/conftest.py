@@ -13,17 +13,28 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import pytest
+from processes import PATIENCE_SECONDS, PROJECT
 
 # Several tests at once on all cores, and their processes: one thread each, or they wait for one another's.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# On a busy machine a run that is asked to leave may take its time to save; none is killed for that.
+os.environ.setdefault("VGGLAB_GRACE_SECONDS", str(PATIENCE_SECONDS / 2))
 
-PROJECT = Path(__file__).resolve().parent.parent
 CLASSES = ("n01", "n02", "n03")
 NUM_TRAIN, NUM_VAL = 6, 3  # images per class
-# After so long something hangs; no test says how fast a machine has to be.
-PATIENCE_SECONDS = 300
 # Trains in a second: VGG11 on 32x32 pixels, 18 images, 4 at a time: 4 steps an epoch.
 TINY = ("--model=vgg11", "--image-size=32", "--batch-size=4", "--workers=0", "--epochs=1", "--warmup=0", "--device=cpu")
+
+
+# The files with the longest tests come first, so that at the end no core waits for the other's last one.
+LONGEST = ("test_browser.py", "test_notebooks.py", "test_ranks.py", "test_seeds.py", "test_performance.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Within a file the order stays the one that pytest-randomly has drawn."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -111,7 +122,7 @@ def refused(train) -> Callable[..., str]:
 
 
 def shell(*words: str | Path, timeout: float = PATIENCE_SECONDS, **options) -> subprocess.CompletedProcess:
-    """Run a command as a person would; ``python`` is this interpreter."""
+    """Run a command as a person would; ``python`` is this interpreter, and ``processes.python`` a cheaper one."""
     command = [sys.executable if word == "python" else str(word) for word in words]
     options.setdefault("cwd", PROJECT)
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)

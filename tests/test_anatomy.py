@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import shell
+from processes import python
 from torch import nn
 
 import vgglab
@@ -272,7 +272,7 @@ def test_labels_of_like_layers_keep_their_distance():
 
 
 def test_the_shells_door_prints_the_table_and_json():
-    result = shell("python", "-m", "vgglab.anatomy", "--model=vgg11_bn", "--image_size=64", "--batch-size=2", "--json")
+    result = python("-m", "vgglab.anatomy", "--model=vgg11_bn", "--image_size=64", "--batch-size=2", "--json")
     assert (result.returncode, result.stderr) == (0, "")
     *table, last = result.stdout.splitlines()
     assert table[0].startswith("vgg11_bn, 64 x 64 pixels")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PATIENCE_SECONDS, PROJECT, shell, wait_until
+from conftest import PATIENCE_SECONDS, PROJECT, wait_until
 
 pytest.importorskip("papermill")
 
@@ -33,12 +33,17 @@ def notebook(file, *cells, title="A title · 标题", alone=False):
 
 
 @pytest.fixture
-def book(tmp_path):
-    """``book("-p", "x", 1)`` in a folder whose notebooks are in ``notebooks/``."""
+def book(tmp_path, monkeypatch, capfd):
+    """``book("-p", "x", 1)`` here, in a folder whose notebooks are in ``notebooks/``."""
+    from vgglab.book import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
 
     def run(*words):
-        environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-        return shell("python", "-m", "vgglab.book", *map(str, words), cwd=tmp_path, env=environment)
+        capfd.readouterr()
+        code = main([str(word) for word in words])
+        return subprocess.CompletedProcess(words, code, *capfd.readouterr())
 
     return run
 

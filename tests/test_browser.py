@@ -170,7 +170,7 @@ def chooser_opened_by_enter(notebook, button):
     for is_last in [False] * 5 + [True]:  # now and then a page that has just opened takes no notice of the first
         button.focus()
         try:
-            with notebook.page.expect_file_chooser(timeout=10_000) as chooser:
+            with notebook.page.expect_file_chooser(timeout=1000 * SECONDS / 10) as chooser:
                 notebook.page.keyboard.press("Enter")
             return chooser.value
         except PlaywrightTimeout:

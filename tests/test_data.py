@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torchvision
-from conftest import CLASSES, NUM_TRAIN, NUM_VAL, PATIENCE_SECONDS, shell
+from conftest import CLASSES, NUM_TRAIN, NUM_VAL, PATIENCE_SECONDS
+from processes import python
 from torch.utils.data.distributed import DistributedSampler
 
 from vgglab.config import parse
@@ -450,7 +451,7 @@ def test_memory_does_not_grow_with_epochs_and_a_loader_left_alive_ends_with_its_
         "    seen += kib()\n"
         "print(len(seen), max(seen[-3:]) - max(seen[:10]))\n"
     )
-    result = shell("python", "-c", code, images)
+    result = python("-c", code, images)
     assert result.returncode == 0, result.stderr
     num_seen, growth_kib = map(int, result.stdout.split())
     assert num_seen == 40
@@ -471,8 +472,8 @@ def test_the_next_batch_is_asked_for_before_one_is_handed_out():
 
 
 def test_the_benchmark_prints_ratios_and_ends_with_one_line_of_json(images):
-    words = ["python", "-m", "vgglab.bench", "data", f"--data-path={images}", "--image-size=32", "--batch-size=6"]
-    result = shell(*words, "--seconds=0.2", "--workers=1", "--card=100", "--json")
+    words = ["-m", "vgglab.bench", "data", f"--data-path={images}", "--image-size=32", "--batch-size=6"]
+    result = python(*words, "--seconds=0.2", "--workers=1", "--card=100", "--json")
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
     assert {"images_per_second", "reference_images_per_second", "ratio"} <= set(figures)
@@ -480,6 +481,6 @@ def test_the_benchmark_prints_ratios_and_ends_with_one_line_of_json(images):
     assert figures["by_workers"]["1"]["images_per_second"] > 0
     assert "100 images/s: needs" in result.stdout
     for wrong in (["--workers=²"], ["--data-path=/nowhere"], ["--data-path=fake"], ["--card=nan"], ["--no-such"]):
-        result = shell(*words, *wrong)
+        result = python(*words, *wrong)
         assert (result.returncode, len(result.stderr.strip().splitlines())) == (2, 1), result.stderr
-    assert shell("python", "-m", "vgglab.bench", "nothing").returncode == 2
+    assert python("-m", "vgglab.bench", "nothing").returncode == 2

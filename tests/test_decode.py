@@ -7,8 +7,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, NUM_TRAIN, NUM_VAL, shell
+from conftest import CLASSES, NUM_TRAIN, NUM_VAL
 from PIL import Image, TiffImagePlugin
+from processes import python
 from torchvision import transforms
 from torchvision.transforms import functional
 
@@ -254,7 +255,7 @@ def test_a_batch_of_nothing_but_bad_images_is_not_passed_over(refused, images):
 
 def test_check_names_what_cannot_be_read_and_counts_what_is_unusual(images):
     bad, odd = broken(images / "train" / "n01"), unusual(images / "val" / "n02")
-    result = shell("python", "-m", "vgglab.data", "check", images)
+    result = python("-m", "vgglab.data", "check", images)
     assert result.returncode == 1
     num_files = 3 * (NUM_TRAIN + NUM_VAL) + len(bad) + len(odd)
     assert f"{num_files} files: {len(bad)} cannot be read" in result.stdout
@@ -266,8 +267,8 @@ def test_check_names_what_cannot_be_read_and_counts_what_is_unusual(images):
 
 
 def test_check_of_a_good_set_is_quiet_and_zero(images):
-    result = shell("python", "-m", "vgglab.data", "check", images, "--json", "--workers=1")
+    result = python("-m", "vgglab.data", "check", images, "--json", "--workers=1")
     assert result.returncode == 0, result.stderr
     assert '"unreadable": {}' in result.stdout
-    assert shell("python", "-m", "vgglab.data", "check", images / "nowhere").returncode == 2
+    assert python("-m", "vgglab.data", "check", images / "nowhere").returncode == 2
     assert len(CLASSES) == 3

@@ -5,7 +5,8 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, shell, torchrun
+from conftest import PROJECT, TINY, shell
+from processes import python, ranks
 
 from vgglab import Run
 from vgglab.devices import open_device
@@ -18,17 +19,22 @@ needs_sim = pytest.mark.skipif(not CAN_SIMULATE, reason="the simulated card need
 def run_ranks(tmp_path, images, device, num_ranks, *flags, in_process=True, **environment):
     """A tiny run; returns it, asserted to have gone well.
 
-    Several ranks, and one on a card that changes torch for all that comes after, have processes of their own.
+    Several ranks, and one on a card that changes torch for all that comes after, have processes of their own. With
+    ``in_process=False`` a new interpreter runs it, as from a shell.
     """
     path = tmp_path / f"{device}-{num_ranks}-{len(list(tmp_path.iterdir()))}"
-    launcher = torchrun(num_ranks) if num_ranks > 1 else []
     job = [*TINY[:-1], "--batch-size=2", f"--data-path={images}", "--seed=1", "--print-freq=1", f"--device={device}"]
     if in_process and num_ranks == 1 and device == "cpu" and not environment:
         assert main([*job, f"--run-dir={path}", *flags]) == 0
         return Run(path)
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **environment}
-    words = ["python", *launcher, "-m", "vgglab.train", *job, f"--run-dir={path}", *flags]
-    result = shell(*words, env=environment, cwd=tmp_path)
+    words = ["-m", "vgglab.train", *job, f"--run-dir={path}", *flags]
+    if not in_process:
+        result = shell("python", *words, env=environment, cwd=tmp_path)
+    elif num_ranks == 1:
+        result = python(*words, env=environment, cwd=tmp_path)
+    else:
+        result = ranks(num_ranks, *words, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     return Run(path)
 
@@ -38,9 +44,9 @@ def losses(run):
 
 
 def at_a_prompt(code, **environment):
-    """Run lines in a fresh process with the simulated card; what they print."""
+    """Run lines in a process of their own with the simulated card; what they print."""
     prelude = "import torch, warnings\nwarnings.simplefilter('ignore')\nfrom vgglab.devices import sim\nsim.install()\n"
-    result = shell("python", "-c", prelude + code, env={**os.environ, "PYTHONPATH": str(PROJECT), **environment})
+    result = python("-c", prelude + code, env={**os.environ, "PYTHONPATH": str(PROJECT), **environment})
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.strip()
 
@@ -187,8 +193,8 @@ def test_mixed_precision_is_used_and_recorded(images, tmp_path, dtype):
 @needs_sim
 def test_the_number_of_cards_is_kept_to(images, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}
-    words = ["python", "-m", "vgglab.train", *TINY[:-1], f"--data-path={images}", "--device=gcu-sim"]
-    result = shell(*words, env={**environment, "VGGLAB_SIM_CARDS": "2"}, cwd=tmp_path)
+    words = ["-m", "vgglab.train", *TINY[:-1], f"--data-path={images}", "--device=gcu-sim"]
+    result = python(*words, env={**environment, "VGGLAB_SIM_CARDS": "2"}, cwd=tmp_path)
     assert result.returncode == 2
     assert "rank 2 wants card 2, this machine has 2" in result.stderr
 
@@ -204,7 +210,7 @@ try:
 except sim.CannotSimulate as error:
     print(error)
 """
-    result = shell("python", "-c", code, env={**os.environ, "PYTHONPATH": str(PROJECT)})
+    result = python("-c", code, env={**os.environ, "PYTHONPATH": str(PROJECT)})
     assert result.stdout.startswith("a lazy torch_gcu is loaded"), result.stderr
 
 
@@ -212,7 +218,7 @@ except sim.CannotSimulate as error:
 @pytest.mark.parametrize("value", ["-1", "abc", "65"])
 def test_a_wrong_number_of_cards_is_one_line(tmp_path, value):
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "VGGLAB_SIM_CARDS": value}
-    result = shell("python", "-m", "vgglab.train", "--device=gcu-sim", env=environment, cwd=tmp_path)
+    result = python("-m", "vgglab.train", "--device=gcu-sim", env=environment, cwd=tmp_path)
     assert result.returncode == 2
     assert f"VGGLAB_SIM_CARDS={value} is not a whole number" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr

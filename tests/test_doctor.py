@@ -6,18 +6,36 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, shell
+from conftest import PATIENCE_SECONDS, PROJECT, shell
 from test_devices import needs_sim
 
 from vgglab.devices.doubles import EAGER, LAZY
 from vgglab.doctor import Diagnosis
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+PATIENT = None  # see patient()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patient(tmp_path_factory):
+    """A folder on every ``PYTHONPATH`` here: on a busy machine a library is slow to load, and does not hang."""
+    global PATIENT
+    PATIENT = tmp_path_factory.mktemp("patient")
+    code = f"import vgglab.devices.checkup as checkup\ncheckup.TIMEOUT_SECONDS = {PATIENCE_SECONDS}\n"
+    (PATIENT / "sitecustomize.py").write_text(code)
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory):
+    """A folder with a torchvision that is loaded at once, for what is not about it."""
+    folder = tmp_path_factory.mktemp("light")
+    (folder / "torchvision.py").write_text("")
+    return folder
 
 
 def environment(*folders, **variables):
     clean = {name: value for name, value in os.environ.items() if name != AUTOLOAD}
-    return {**clean, "PYTHONPATH": os.pathsep.join(map(str, (PROJECT, *folders))), **variables}
+    return {**clean, "PYTHONPATH": os.pathsep.join(map(str, (PROJECT, PATIENT, *folders))), **variables}
 
 
 def diagnose(*folders, **variables):
@@ -55,8 +73,8 @@ def test_a_machine_without_cards_is_healthy():
     assert any("gcu-sim" in note for note in findings["notes"])
 
 
-def test_text_for_a_terminal_and_one_line_for_a_bad_flag():
-    text = shell("python", "-m", "vgglab.doctor", env=environment(ENFLAME_LOG_DEBUG_LEVEL="DEBUG")).stdout
+def test_text_for_a_terminal_and_one_line_for_a_bad_flag(light):
+    text = shell("python", "-m", "vgglab.doctor", env=environment(light, ENFLAME_LOG_DEBUG_LEVEL="DEBUG")).stdout
     assert "--device auto" in text
     assert text.strip().endswith("nothing wrong")
     assert "debugging makes every step slow" in text
@@ -81,10 +99,10 @@ def test_a_library_that_ends_the_process_is_answered_in_one_line(tmp_path):
 
 
 @needs_sim
-def test_a_library_that_raises_when_torch_loads_it(tmp_path):
+def test_a_library_that_raises_when_torch_loads_it(tmp_path, light):
     body = "raise OSError('libtopsrt.so: cannot open shared object file')"
     broken = fake_torch_gcu(tmp_path, body, is_loaded_with_torch=True)
-    code, findings = diagnose(broken)
+    code, findings = diagnose(broken, light)
     assert code == 1
     assert "libtopsrt.so" in all_text(findings)
     assert "LD_LIBRARY_PATH=/opt/tops/lib" in all_text(findings)
@@ -100,23 +118,23 @@ def test_a_library_that_raises_when_torch_loads_it(tmp_path):
     assert shell(*words, *short, env=environment(broken), cwd=tmp_path).returncode == 0
 
 
-def test_a_library_that_kills_its_process(tmp_path):
-    code, findings = diagnose(fake_torch_gcu(tmp_path, "import os; os.abort()"))
+def test_a_library_that_kills_its_process(tmp_path, light):
+    code, findings = diagnose(fake_torch_gcu(tmp_path, "import os; os.abort()"), light)
     assert code == 1
     assert "the process died (signal 6)" in all_text(findings)
 
 
-def test_a_library_of_no_known_generation(tmp_path):
+def test_a_library_of_no_known_generation(tmp_path, light):
     folder = fake_torch_gcu(tmp_path, "__version__ = '9'")
-    code, findings = diagnose(folder)
+    code, findings = diagnose(folder, light)
     assert code == 1
     assert "no generation known here" in all_text(findings)
     assert "no generation known here" in train_on_gcu(tmp_path, folder).stderr
 
 
 @needs_sim
-def test_a_driver_that_does_not_answer(tmp_path):
-    code, findings = diagnose(EAGER, VGGLAB_SIM_CARDS="0")
+def test_a_driver_that_does_not_answer(light):
+    code, findings = diagnose(EAGER, light, VGGLAB_SIM_CARDS="0")
     assert code == 1
     assert findings["facts"]["driver"] == "does not answer"
     assert "sees no card" in all_text(findings)
@@ -124,15 +142,15 @@ def test_a_driver_that_does_not_answer(tmp_path):
 
 
 @needs_sim
-def test_a_card_named_twice_and_a_switch_in_capitals():
-    code, findings = diagnose(EAGER, TOPS_VISIBLE_DEVICES="0,0", TORCH_GCU_ENABLE_INT64_AND_UINT64="True")
+def test_a_card_named_twice_and_a_switch_in_capitals(light):
+    code, findings = diagnose(EAGER, light, TOPS_VISIBLE_DEVICES="0,0", TORCH_GCU_ENABLE_INT64_AND_UINT64="True")
     assert code == 1
     assert "names a card twice" in all_text(findings)
     assert "TORCH_GCU_ENABLE_INT64_AND_UINT64=True is read as false" in all_text(findings)
 
 
-def test_the_lazy_generation_is_known_by_its_name():
-    code, findings = diagnose(LAZY)
+def test_the_lazy_generation_is_known_by_its_name(light):
+    code, findings = diagnose(LAZY, light)
     assert (code, findings["problems"]) == (0, [])
     facts = findings["facts"]
     assert (facts["generation"], len(facts["gcu cards"]), facts["eccl"], facts["driver"]) == (

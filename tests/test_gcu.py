@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import PROJECT, TINY, shell, torchrun
+from processes import python, ranks
 from test_devices import CAN_SIMULATE, losses
 
 from vgglab import Run
@@ -27,19 +28,26 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def on_gcu(images, tmp_path):
-    """``on_gcu(LAZY, "--flag", ranks=2, package=folder, VARIABLE="x")``: a tiny run on the double."""
+    """``on_gcu(LAZY, "--flag", num_ranks=2, package=folder, VARIABLE="x")``: a tiny run on the double.
 
-    def run_it(double, *flags, ranks=1, package=PROJECT, device="gcu", **variables):
+    With ``forks=False`` a new interpreter imports torch, and with it the double where that is how it is loaded.
+    """
+
+    def run_it(double, *flags, num_ranks=1, package=PROJECT, device="gcu", forks=True, **variables):
         number = len(list(tmp_path.glob("log*")))
         path, log = tmp_path / f"run{number}", tmp_path / f"log{number}"
         log.touch()
-        launcher = torchrun(ranks) if ranks > 1 else []
         job = [*TINY[:-1], f"--data-path={images}", "--seed=1", "--print-freq=1", f"--run-dir={path}"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (package, double))), "OMP_NUM_THREADS": "1"}
         environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
         environment.update(VGGLAB_DOUBLE_LOG=str(log), **variables)
-        words = ["python", *launcher, "-m", "vgglab.train", *job, f"--device={device}", *flags]
-        result = shell(*words, env=environment, cwd=tmp_path)
+        words = ["-m", "vgglab.train", *job, f"--device={device}", *flags]
+        options = {"env": environment, "cwd": tmp_path, "autoload": double is EAGER and device in ("gcu", "auto")}
+        if forks:
+            result = python(*words, **options) if num_ranks == 1 else ranks(num_ranks, *words, **options)
+        else:
+            launcher = torchrun(num_ranks) if num_ranks > 1 else []
+            result = shell("python", *launcher, *words, env=environment, cwd=tmp_path)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         mine = [line for line in lines if line["rank"] == 0]
         run = Run(path) if path.exists() else None
@@ -63,12 +71,12 @@ def test_a_run_keeps_the_contract_and_gives_the_losses_of_the_cpu(on_gcu, double
 
 @pytest.mark.parametrize("double", GENERATIONS)
 def test_auto_takes_the_card(on_gcu, double):
-    assert on_gcu(double, device="auto").run.config["device"] == "gcu"
+    assert on_gcu(double, device="auto", forks=False).run.config["device"] == "gcu"
 
 
 @pytest.mark.parametrize("double", GENERATIONS)
 def test_two_ranks_over_eccl(on_gcu, double):
-    outcome = on_gcu(double, "--batch-size=2", ranks=2)
+    outcome = on_gcu(double, "--batch-size=2", num_ranks=2, forks=False)  # torchrun has loaded the card's library, too
     assert outcome.code == 0, outcome.err
     assert outcome.calls.count("init_process_group") == 1
     assert [d["device_ids"] for d in outcome.details if d["call"] == "DistributedDataParallel"] == [[0]]
@@ -92,7 +100,7 @@ def test_lazy_averages_of_weights_are_refused_and_blends_are_within_the_contract
 
 
 def test_lazy_mixed_precision_ends_in_one_unlazy_with_everything_in_it(on_gcu):
-    outcome = on_gcu(LAZY, "--amp", "--eval-step-per-epoch=1", "--print-freq=100", ranks=2)
+    outcome = on_gcu(LAZY, "--amp", "--eval-step-per-epoch=1", "--print-freq=100", num_ranks=2)
     assert outcome.code == 0, outcome.err
     parts = ("zero_grad", "scale", "backward", "scaler.step", "scaler.update", "unlazy")
     steps = [call for call in outcome.calls if call in (*parts, "optimizer_step")]
@@ -125,7 +133,7 @@ def test_eager_has_no_tf32_and_sets_no_variable(on_gcu):
 
 @needs_sim
 def test_eager_one_step_for_one_backward_and_the_card_chosen_before_joining(on_gcu):
-    outcome = on_gcu(EAGER, "--amp", "--batch-size=2", ranks=2)
+    outcome = on_gcu(EAGER, "--amp", "--batch-size=2", num_ranks=2)
     assert outcome.code == 0, outcome.err
     assert [c for c in outcome.calls if c in ("backward", "optimizer.step")] == ["backward", "optimizer.step"] * STEPS
     assert outcome.calls.index("set_device") < outcome.calls.index("init_process_group")
@@ -277,7 +285,7 @@ def test_a_careless_change_is_caught(on_gcu, tmp_path, name):
     assert source.read_text().count(old) >= 1, "the line has changed: mutate it as it is now"
     source.write_text(source.read_text().replace(old, new))
     flags = ["--amp"] if any(word in name for word in NEEDS_AMP) else []
-    ranks = 2 if any(word in name for word in NEEDS_RANKS) else 1
-    outcome = on_gcu(double, *flags, ranks=ranks, package=tmp_path / "changed")
+    num_ranks = 2 if any(word in name for word in NEEDS_RANKS) else 1
+    outcome = on_gcu(double, *flags, num_ranks=num_ranks, package=tmp_path / "changed")
     assert outcome.code == 1
     assert complaint in outcome.err

@@ -98,9 +98,10 @@ def test_stop_ends_the_run_and_its_workers(tiny, monkeypatch):
     run.stop()  # twice does no harm
 
 
-def test_a_stop_in_the_middle_of_a_checkpoint_waits_for_it(tiny):
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)])
+def test_a_stop_in_the_middle_of_a_checkpoint_waits_for_it(tiny, times):
     """torch.save turns Ctrl-C into a RuntimeError of its own: the run was called failed."""
-    for _ in range(3):
+    for _ in range(times):
         run = vgglab.launch(tiny, epochs=100_000, watch=False)
         unfinished = run.path / "checkpoints" / "unfinished.tmp"
         wait_until(unfinished.exists, every=0.001)
@@ -109,9 +110,13 @@ def test_a_stop_in_the_middle_of_a_checkpoint_waits_for_it(tiny):
         assert sorted(file.name for file in unfinished.parent.iterdir()) == ["best.pt", "last.pt", "previous.pt"]
 
 
-def test_a_stop_while_workers_are_forked_is_not_lost(tiny):
+DELAYS = [0.002 * number for number in range(10)]
+
+
+@pytest.mark.parametrize("delays", [[0, 0.008], pytest.param(DELAYS, marks=pytest.mark.long)], ids=["some", "many"])
+def test_a_stop_while_workers_are_forked_is_not_lost(tiny, delays):
     """It fell into one of Python's fork hooks, and the run went on until it was killed."""
-    for delay_seconds in (0, 0.004, 0.008, 0.012):
+    for delay_seconds in delays:
         run = vgglab.launch(
             tiny, epochs=100_000, workers=2, batch_size=1, training_step_per_epoch=1, eval_step_per_epoch=1, watch=False
         )

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import shell
+from processes import python
 
 from vgglab.config import flags_given, parse
 from vgglab.errors import UserError
@@ -102,7 +102,7 @@ def test_the_door(train, images, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == with_ranks.steps
     assert main([*tiny, f"--run={run.path}", "--images-per-second=5"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    result = shell("python", "-m", "vgglab.plan", "--recipe", "seed", "--images_per_second", "590", "--ranks", "8")
+    result = python("-m", "vgglab.plan", "--recipe", "seed", "--images_per_second", "590", "--ranks", "8")
     assert (result.returncode, result.stderr) == (0, "")
     for wrong in ([], ["--images-per-second=0"], ["--images-per-second=5", "--recipe=best"], ["--run=nowhere"]):
         assert main([*tiny, *wrong]) == 2

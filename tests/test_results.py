@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from conftest import TINY, shell
+from conftest import TINY
+from processes import python
 from test_devices import needs_sim, run_ranks
 
 from vgglab.view import results, seeds_table
@@ -57,15 +58,15 @@ def test_a_simulated_run_has_no_speed_and_a_table_of_its_own(images, tmp_path):
 def test_the_door(images, tmp_path):
     run = run_ranks(tmp_path, images, "cpu", 1)
     page = tmp_path / "page.html"
-    result = shell("python", "-m", "vgglab.view.results", tmp_path, "--html", page)
+    result = python("-m", "vgglab.view.results", tmp_path, "--html", page)
     assert result.returncode == 0, result.stderr
     assert run.path.name in page.read_text()
     assert "http" not in page.read_text()  # nothing from elsewhere
-    assert shell("python", "-m", "vgglab.view.results", tmp_path, "--html", page).returncode == 0  # anew
+    assert python("-m", "vgglab.view.results", tmp_path, "--html", page).returncode == 0  # anew
     (tmp_path / "mine.html").write_text("mine")
-    refused = shell("python", "-m", "vgglab.view.results", tmp_path, "--html", tmp_path / "mine.html")
+    refused = python("-m", "vgglab.view.results", tmp_path, "--html", tmp_path / "mine.html")
     assert (refused.returncode, (tmp_path / "mine.html").read_text()) == (2, "mine")
-    assert shell("python", "-m", "vgglab.view.results", tmp_path / "nowhere").returncode == 2
+    assert python("-m", "vgglab.view.results", tmp_path / "nowhere").returncode == 2
     shutil.rmtree(run.path / "log")
     (run.path / "events.jsonl").unlink()  # a run that has only just begun is left out
     assert results.collect([run.path]) == []
@@ -105,10 +106,10 @@ def test_a_run_has_a_share_of_the_peak_that_a_benchmark_has_measured(images, tmp
 
 def test_runs_of_several_seeds_are_named_with_their_folder_and_have_their_mean(images, tmp_path):
     words = ["--seeds=2", f"--data-path={images}", f"--run-dir={tmp_path / 'runs/tiny-seeds'}"]
-    assert shell("python", "-m", "vgglab.train", *TINY, *words).returncode == 0
+    assert python("-m", "vgglab.train", *TINY, *words).returncode == 0
     rows = results.collect([tmp_path / "runs"])
     assert [(row.source, row.data) for row in rows] == [(f"tiny-seeds/seed-{seed}", "images") for seed in (1, 2)]
-    text = shell("python", "-m", "vgglab.view.results", tmp_path / "runs").stdout
+    text = python("-m", "vgglab.view.results", tmp_path / "runs").stdout
     last = text.split(results.SERIES)[1]
     assert "tiny-seeds" in last
     assert "fewer than 5 seeds" in last

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import NUM_VAL, PROJECT, TINY, shell, torchrun
+from conftest import NUM_VAL, PROJECT, TINY, shell
+from processes import ranks
 
 from vgglab.compat import load_tensors
 from vgglab.config import parse
@@ -108,7 +109,7 @@ def test_row_13_broadcast_buffers_reaches_the_wrapper(images, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     for flag, expected in ((), "False"), (("--broadcast-buffers",), "True"):
         flags = [*TINY, f"--data-path={images}", "--training-step-per-epoch=1", *flag]
-        result = shell("python", *torchrun(2), tmp_path / "spy.py", *flags, cwd=tmp_path, env=environment)
+        result = ranks(2, tmp_path / "spy.py", *flags, cwd=tmp_path, env=environment)
         assert result.returncode == 0, result.stderr
         # A file each: lines that two ranks print at once run into one another.
         seen = {file.name for file in tmp_path.glob("broadcast-*")}

@@ -7,10 +7,12 @@ import pickle
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from conftest import NUM_VAL, PATIENCE_SECONDS, PROJECT, TINY, shell, torchrun, wait_until
+from conftest import NUM_VAL, PATIENCE_SECONDS, PROJECT, TINY, shell, wait_until
+from processes import python, ranks
 
 from vgglab import Run
 from vgglab.compat import load_tensors
@@ -76,7 +78,7 @@ def test_the_report_has_the_seeds_fields_and_can_be_made_again(train):
     seconds = sum(e["interval_seconds"] for e in measured)
     assert report["train_fps_mean"] == pytest.approx(sum(e["interval_images"] for e in measured) / seconds)
     file.unlink()
-    assert shell("python", "-m", "vgglab.report", run.path).returncode == 0
+    assert python("-m", "vgglab.report", run.path).returncode == 0
     assert json.loads(file.read_text()) == report
 
 
@@ -380,11 +382,11 @@ def test_a_damaged_checkpoint_is_refused(refused, train, tmp_path, damage):
 def test_two_ranks_report_what_the_saved_weights_are_worth(images, tmp_path):
     """Each rank has batch-norm statistics of its own; only rank 0's are saved."""
     flags = [*TINY, f"--data-path={images}", "--model=vgg11_bn", "--lr=0.5", "--batch-size=2", "--epochs=2"]
-    result = shell("python", *torchrun(2), "-m", "vgglab.train", *flags, f"--run-dir={tmp_path}/two")
+    result = ranks(2, "-m", "vgglab.train", *flags, f"--run-dir={tmp_path}/two")
     assert result.returncode == 0, result.stderr
     assert "FutureWarning: `broadcast" not in result.stderr
     again = ("--test-only", f"--resume={tmp_path}/two", "--device=cpu", "--workers=0", f"--run-dir={tmp_path}/one")
-    assert shell("python", "-m", "vgglab.train", *again).returncode == 0
+    assert python("-m", "vgglab.train", *again).returncode == 0
     (alone,) = Run(tmp_path / "one").events("eval")
     together = Run(tmp_path / "two").events("eval")[-1]
     assert (alone["acc1"], alone["num_images"]) == (together["acc1"], together["num_images"]) == (alone["acc1"], 9)
@@ -421,14 +423,11 @@ def test_a_batch_that_does_not_fit_is_said_in_one_line_and_the_run_says_failed(t
     """Where the system gives no more memory, made so with a limit."""
     import resource
 
-    code = "import vgglab.engine, torchvision; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
-    limit = (int(shell("python", "-c", code).stdout) + 1_500_000) * 1024
+    code = "import vgglab.engine; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
+    limit = (int(python("-c", code).stdout) + 1_500_000) * 1024
     flags = [*TINY, "--data-path=fake", "--image-size=64", "--batch-size=2048", f"--run-dir={tmp_path / 'run'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = shell(
-        "python", "-m", "vgglab.train", *flags, env=environment,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )  # fmt: skip
+    limit_memory = partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))
+    result = python("-m", "vgglab.train", *flags, preexec_fn=limit_memory)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert result.stderr.startswith("vgglab.train: error: --batch-size 2048: no memory for it on cpu (")
     assert Run(tmp_path / "run").status == "failed"

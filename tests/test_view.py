@@ -10,7 +10,6 @@ import subprocess
 import sys
 import termios
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -81,8 +80,7 @@ def test_the_dashboard_shows_a_run_and_its_button_stops_it(images, tmp_path):
 def test_a_run_that_was_killed_is_not_taken_for_alive(images, tmp_path):
     flags = [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--epochs=1000"]
     launched = vgglab.launch(flags, watch=False)
-    while not launched.events("train"):
-        time.sleep(0.1)
+    wait_until(lambda: launched.events("train"))
     launched.process.kill()
     launched.process.wait()
     run = vgglab.Run(launched.path)

@@ -22,7 +22,8 @@ from vgglab.errors import UserError
 
 LEASH = "VGGLAB_LEASH"  # set for a launched process: stdin is its leash
 MARK = "VGGLAB_RUN"  # set for a launched process and all below it: the run directory they work for
-GRACE_SECONDS = 10.0
+# From asking a run to save and leave to killing it; a slow disk, or a busy machine, may need longer.
+GRACE_SECONDS = float(os.environ.get("VGGLAB_GRACE_SECONDS", 10))
 ASK_WHERE = signal.SIGUSR2  # a rank answers by writing its stack into its log
 EXIT_BAD_INPUT = 2
 EXIT_LEFT = 75  # sysexits.h: a temporary failure, try again
@@ -283,7 +284,7 @@ def ask_where(pid: int, log: Path, seconds: float = 2.0) -> str:
     size, deadline, said = log.stat().st_size, time.monotonic() + seconds, b""
     os.kill(pid, ASK_WHERE)
     while time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.25)  # a process that has to wait for a core writes its stack in parts
         before, said = said, log.read_bytes()[size:]
         if said and said == before:
             break

@@ -54,6 +54,7 @@ FLAGS = (
     "--dropout-rate=0.5",
     "--skip-steps=0",
 )
+START = "spawn"  # of each process: an interpreter of its own, that no other has set up
 FIRST_SIZE, LARGEST_SIZE, CLOSE_ENOUGH = 16, 2**16, 1 / 16  # where the search for the largest batch begins and ends
 
 
@@ -82,7 +83,7 @@ class Child:
     """A process that steps when told to. Raises UserError where its way cannot be gone here, DoesNotFit for memory."""
 
     def __init__(self, way: Way, flags: Sequence[str]) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START)
         self.connection, other = context.Pipe()
         self.process = context.Process(target=work, args=(other, way, list(flags)), daemon=True)
         self.process.start()
