@@ -5,9 +5,10 @@ python tests/expected_losses.py --faults    # what common mistakes would change,
 python tests/expected_losses.py gcu         # record your card (--device gcu) in tests/expected/
 python tests/expected_losses.py float64     # record the expected losses again, after a deliberate change
 
-The losses are computed by the train command in float64, where processors differ by 1e-13 and a mistake shows as 1e-6
+The losses are computed by the train command in float64, where processors differ by 1e-14 and a mistake shows as 1e-6
 or more. In float32 no tolerance would serve: rounding moves the same losses as much as a doubled weight decay does.
-A float32 run of the same weights is held to the float64 losses by a tolerance derived from the run (``measure_tolerances``).
+A float32 run of the same weights is compared with the float64 losses by a tolerance that is derived from the run itself
+(``measure_tolerances``).
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def measure(network: str, device: str = "cpu", *changes: str, before: Sequence[s
     return {
         **{name: env[name] for name in ("device", "hardware", "simulated", "versions", "amp_dtype", "tf32")},
         "losses": [event["loss"] for event in events if event["event"] in ("train", "eval")],
-        "acc1": [event["acc1"] for event in events if event["event"] == "eval"][0],
+        "acc1": next(event["acc1"] for event in events if event["event"] == "eval"),
     }
 
 

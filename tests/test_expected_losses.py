@@ -48,7 +48,9 @@ def test_a_fault_in_training_shows_within_three_steps(fault):
 
 def test_a_fault_in_the_evaluation_shows_in_its_loss():
     found, record = with_fault("vgg11_bn", "evaluated in training mode", run=python), read_reference()["vgg11_bn"]
-    assert share_of_tolerance({**found, "losses": [*found["losses"][:-1], record["losses"][-1]]}, record, "float64") <= 1
+    assert (
+        share_of_tolerance({**found, "losses": [*found["losses"][:-1], record["losses"][-1]]}, record, "float64") <= 1
+    )
     assert share_of_tolerance(found, record, "float64") > 10
 
 
