@@ -4,12 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 NOX := build/lanes/bin/nox
+# Each process would compile the modules again that uv, unlike pip, has not compiled.
+unexport PYTHONDONTWRITEBYTECODE
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
 # VGG16 with batch norm on the handwritten digits: about two minutes on two cores.
 MAIN_JOB := --data-path digits --model vgg16_bn --epochs 6 --warmup 1 --lr 0.1 --lr-schedule cosine --fix-seed
 # Of the tests, those whose numbers could depend on the processor's kernels.
-NUMBERS := compare devices insight model parity predictions probes schedule
+NUMBERS := compare devices expected_losses insight model parity predictions probes schedule
 
 # $(call INSTALL,words,index): by the uv on the PATH, or by the one that pip has brought into .venv; by pip where there is
 # none or it fails. uv does not read pip's configuration, so an index that is set there (a mirror) is passed on to it.
