@@ -264,12 +264,12 @@ def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
     """In a process with little memory: what was found has been computed, and what is a little larger cannot be."""
     import resource
 
-    # torchvision, because with it comes what counting operations imports.
+    # With torchvision comes the compiler, which counting operations loads.
     code = "import vgglab.engine, torchvision; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
     limit = (int(python("-c", code).stdout) + 250_000) * 1024
     options = {"preexec_fn": partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))}
     # A dozen tries, each in a process: forked ones, since that they are new interpreters is not the matter here.
-    code = "import sys; from vgglab.bench import __main__, step; step.START = 'fork'; "
+    code = "import sys, torchvision; from vgglab.bench import __main__, step; step.START = 'fork'; "
     code += "sys.exit(__main__.main(sys.argv[1:]))"
     words = ["-c", code, "step", "--model=vgg11", "--image-size=64", "--device=cpu", "--turns=1"]
     words += ["--ways=float32", f"--output-dir={tmp_path}"]

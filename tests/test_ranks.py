@@ -7,6 +7,7 @@ import signal
 import sys
 from functools import partial
 
+import processes
 import pytest
 from conftest import PATIENCE_SECONDS, PROJECT, TINY, shell, torchrun, wait_until
 from test_devices import needs_sim, run_ranks
@@ -113,8 +114,7 @@ def test_ranks_over_gloo_end_without_taking_python_apart(tiny, planted, tmp_path
 
 
 def test_a_rank_that_raises_is_named_with_its_own_traceback(tiny, planted, tmp_path):
-    words = ["python", *torchrun(2), "-m", "vgglab.train", *tiny]
-    result = shell(*words, env={**os.environ, **planted(RAISES)}, cwd=tmp_path)
+    result = processes.ranks(2, "-m", "vgglab.train", *tiny, env={**os.environ, **planted(RAISES)}, cwd=tmp_path)
     assert result.returncode == 1
     assert "vgglab.train: rank 1 of 2: failed:" in result.stderr
     assert "ZeroDivisionError: planted" in result.stderr
@@ -210,7 +210,7 @@ def test_a_warning_to_a_worker_that_has_just_begun_does_not_end_it(tiny, tmp_pat
     """torchrun warns whole process groups; such a worker died of it, and took its run along."""
     (tmp_path / "sitecustomize.py").write_text(EARLY)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
-    result = shell("python", "-m", "vgglab.train", *tiny, "--workers=1", env=environment, cwd=tmp_path)
+    result = processes.python("-m", "vgglab.train", *tiny, "--workers=1", env=environment, cwd=tmp_path)
     assert (result.returncode, "exited unexpectedly" in result.stderr) == (0, False), result.stderr
 
 
@@ -326,24 +326,20 @@ def test_the_first_of_slurms_nodes(nodes, first):
 
 
 def test_row_21_a_run_under_srun_with_two_tasks(tiny, tmp_path):
-    import subprocess
-
     common = {
-        **os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2",
+        **os.environ, "PYTHONPATH": str(PROJECT), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2",
         "SLURM_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid()),
     }  # fmt: skip
+    words = ["-m", "vgglab.train", *tiny, f"--run-dir={tmp_path / 'run'}", "--batch-size=2"]
     tasks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "vgglab.train", *tiny, f"--run-dir={tmp_path / 'run'}", "--batch-size=2"],
-            env={**common, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        processes.Child(words, env={**common, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
         for task in range(2)
     ]
-    outputs = [task.communicate(timeout=PATIENCE_SECONDS)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
+    try:
+        assert [task.wait() for task in tasks] == [0, 0], [task.completed() for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
     assert Run(tmp_path / "run").report()["world_size"] == 2
 
 
