@@ -227,7 +227,7 @@ VALUES = [
 @pytest.mark.parametrize(("number", "parameters"), VALUES)
 def test_runs_with_every_value_that_it_offers(number, parameters, execute):
     said = text_of(execute(number, **parameters))
-    if parameters.get("device") == "gcu-sim":
+    if parameters.get("device") == "gcu-sim" and number != "07":  # which shows no speed
         assert "not measured (a simulated card has no speed)" in said
 
 
