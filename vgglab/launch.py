@@ -15,17 +15,14 @@ import signal
 import socket
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, Generator, Sequence
 
 from vgglab import ranks
 from vgglab.config import Config, parse
-from vgglab.devices import may_fork_with_torch
 from vgglab.errors import RunFailed, UserError
 from vgglab.runs import LAUNCHED, Run, claim, holds_a_run, run_path, write_json
 from vgglab.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
-from vgglab.warm import ForkedProcess, Warm
 
 NUM_LOG_LINES_SHOWN = 30
 
@@ -65,22 +62,6 @@ def launch(
     """
     argv = shlex.split(flags) if isinstance(flags, str) else [str(flag) for flag in flags]
     argv += [_as_flag(name, value) for name, value in settings.items() if value is not None]
-    return _launch(argv, watch, nproc, nnodes, node_rank, rendezvous, max_restarts, python, detach)
-
-
-def _launch(
-    argv: list[str],
-    watch: bool,
-    nproc: int,
-    nnodes: int,
-    node_rank: int,
-    rendezvous: str | None,
-    max_restarts: int,
-    python: str | None,
-    detach: bool,
-    warm: Warm | None = None,
-) -> LaunchedRun | LaunchedSeeds:
-    """``warm``: a process that forks the run's, where one is at hand."""
     config = parse(argv)
     config.world_size = _checked_count("nproc", nproc) * _checked_count("nnodes", nnodes)
     if config.seeds is not None:
@@ -98,7 +79,7 @@ def _launch(
     command += ["-m", "vgglab.train", *argv, f"--run-dir={path}"]
     log = path / "log" / ("launcher.txt" if is_multiple else "rank0.txt")
     is_new = not goes_on and node_rank == 0
-    run = LaunchedRun(path, _start(command, argv, path, log, detach, is_new, warm), is_multiple)
+    run = LaunchedRun(path, _start(command, argv, path, log, detach, is_new), is_multiple)
     if watch:
         run.watch()
     return run
@@ -108,17 +89,13 @@ def _launch_each(argv: Sequence[str], config: Config, watch: bool, options: dict
     if options["nnodes"] > 1 or options["detach"]:
         raise UserError("seeds: this process starts one after the other, on this machine; leave out nnodes and detach")
     words = without_seeds(argv)
-    can_fork = options["nproc"] == 1 and not options["max_restarts"] and options["python"] is None
-    can_fork = can_fork and sys.platform == "linux" and may_fork_with_torch()
 
-    def start(number: int, path: Path, warm: Warm | None) -> LaunchedRun:
-        run = _launch([*words, *for_one(number, path)], watch=False, warm=warm, **options)
+    def start(number: int, path: Path) -> LaunchedRun:
+        run = launch([*words, *for_one(number, path)], watch=False, **options)
         assert isinstance(run, LaunchedRun)
         return run
 
-    numbers, folder = seeds_of(config), folder_of(config)
-    make_warm = partial(Warm, config.device, _environment(folder, True)) if can_fork and len(numbers) > 1 else None
-    seeds = LaunchedSeeds(folder, numbers, start, make_warm)
+    seeds = LaunchedSeeds(folder_of(config), seeds_of(config), start)
     if watch:
         seeds.watch()
     return seeds
@@ -143,21 +120,10 @@ def _as_flag(name: str, value: Any) -> str:
     return f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def _start(
-    command: list[str], argv: list[str], path: Path, log: Path, detach: bool, is_new: bool, warm: Warm | None
-) -> subprocess.Popen | ForkedProcess:
+def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: bool, is_new: bool) -> subprocess.Popen:
     if is_new:
         claim(path)
     log.parent.mkdir(parents=True, exist_ok=True)
-    forked = None
-    if warm is not None:
-        forked = warm.start(command[command.index("vgglab.train") + 1 :], log, _environment(path, detach))
-    process = forked or _start_alone(command, path, log, detach)
-    write_json(path / LAUNCHED, {"pid": process.pid, "host": socket.gethostname(), "argv": argv, "command": command})
-    return process
-
-
-def _start_alone(command: list[str], path: Path, log: Path, detach: bool) -> subprocess.Popen:
     try:
         with open(log, "ab") as output:
             process = subprocess.Popen(
@@ -173,6 +139,7 @@ def _start_alone(command: list[str], path: Path, log: Path, detach: bool) -> sub
     if process.stdin is not None and hasattr(os, "register_at_fork"):
         # What this process forks may outlive it, and must not hold the leash then.
         os.register_at_fork(after_in_child=process.stdin.close)
+    write_json(path / LAUNCHED, {"pid": process.pid, "host": socket.gethostname(), "argv": argv, "command": command})
     return process
 
 
@@ -190,7 +157,7 @@ def _environment(path: Path, detach: bool) -> dict[str, str]:
 class LaunchedRun(Run):
     """A run that this process has started. ``await run`` in a cell waits and keeps its Stop button alive."""
 
-    def __init__(self, path: Path, process: subprocess.Popen | ForkedProcess, is_multiple: bool = False) -> None:
+    def __init__(self, path: Path, process: subprocess.Popen, is_multiple: bool = False) -> None:
         super().__init__(path)
         self.process = process
         self.is_multiple = is_multiple  # torchrun stands between

@@ -258,18 +258,13 @@ def is_still_there(pid: int, file: Path) -> bool:
 
 
 def processes_of(path: Path) -> list[int]:
-    """The processes on this machine that were launched for a run (Linux).
-
-    By the mark in their environment, or, forked by a process that was started without it, by the log they write into.
-    """
+    """The processes on this machine that were launched for a run, by the mark in their environment (Linux)."""
     wanted = f"{MARK}={path.absolute()}".encode()
-    logs = f"{path.resolve() / 'log'}{os.sep}"
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            is_marked = wanted in (folder / "environ").read_bytes().split(b"\0")
-            if state != "Z" and (is_marked or os.readlink(folder / "fd" / "1").startswith(logs)):
+            if state != "Z" and wanted in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
     return [pid for pid in found if pid != os.getpid()]
 

@@ -28,7 +28,6 @@ from vgglab.runs import Run, is_a_run, run_path
 
 if TYPE_CHECKING:
     from vgglab.launch import LaunchedRun
-    from vgglab.warm import Warm
 
 
 def seeds_of(config: Config) -> list[int]:
@@ -164,40 +163,24 @@ class Seeds:
 class LaunchedSeeds(Seeds):
     """Runs that this process has started, one after the other; each is processes of its own (``launch``)."""
 
-    def __init__(
-        self,
-        path: Path,
-        numbers: Sequence[int],
-        start: Callable[[int, Path, Warm | None], LaunchedRun],
-        make_warm: Callable[[], Warm] | None = None,
-    ) -> None:
-        """``make_warm``: what gives a process that forks the runs', so that only the first waits for torch."""
+    def __init__(self, path: Path, numbers: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
         self.path = path.absolute()
         self._runs = {}
         self.numbers = numbers
         self.current: LaunchedRun | None = None
         self.failure: Exception | None = None
-        self._start, self._make_warm = start, make_warm
-        self._is_stopped, self._lock = threading.Event(), threading.Lock()
+        self._start, self._is_stopped, self._lock = start, threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._train_each, daemon=True, name="vgglab seeds")
         self._thread.start()
 
     def _train_each(self) -> None:
-        warm = self._make_warm() if self._make_warm is not None else None
-        try:
-            self._train_in_turn(warm)
-        finally:
-            if warm is not None:
-                warm.close()
-
-    def _train_in_turn(self, warm: Warm | None) -> None:
         for number in self.numbers:
             if self._is_stopped.is_set():
                 return
             try:
                 if is_done(self.path / f"seed-{number}"):
                     continue
-                run = self._start(number, self.path, warm)
+                run = self._start(number, self.path)
                 with self._lock:  # stop() either finds this run, or was called before this line
                     self.current = run
                 if self._is_stopped.is_set():

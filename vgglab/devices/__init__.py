@@ -60,13 +60,6 @@ def before_torch(name: str) -> None:
         os.environ[AUTOLOAD] = "0"
 
 
-def may_fork_with_torch() -> bool:
-    """Whether a process that has imported torch can be forked: not where a card's library came with it."""
-    from vgglab.devices import gcu
-
-    return not gcu.is_installed()
-
-
 def open_device(name: str, **wishes: Any) -> Device:
     """Take the device for this process; ``open()`` it to join the other ranks.
 
