@@ -55,11 +55,8 @@ def averaging_without_compiler(network: nn.Module, **options: Any) -> Distribute
         return kind(network, **options)
     plain = type(kind.__name__, (kind,), {"_inside_ddp_forward": contextlib.contextmanager(inspect.unwrap(method))})
     answers = SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer"))  # torch's default
-    try:
-        with patch.dict(vars(torch), {"_dynamo": answers}):
-            return plain(network, **options)
-    except AttributeError:  # another torch asks something else; it does so before it touches the network
-        return kind(network, **options)
+    with patch.dict(vars(torch), {"_dynamo": answers}):
+        return plain(network, **options)
 
 
 class NotACheckpoint(ValueError):
