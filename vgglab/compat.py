@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import pickle
-import sys
 import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Callable
-from unittest.mock import patch
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 # Where torch itself defines what it wraps its optimizers' methods in.
@@ -41,22 +35,6 @@ def without_compiler(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
 
 def _is_not_torchs(wrapper: Any) -> bool:
     return not (inspect.isfunction(wrapper) and wrapper.__code__.co_filename.endswith(WRAPPERS))
-
-
-def averaging_without_compiler(network: nn.Module, **options: Any) -> DistributedDataParallel:
-    """``DistributedDataParallel``, of which each rank that compiles nothing is ready five seconds of computing earlier.
-
-    torch (2.15) imports the whole compiler to ask which of its two ways of averaging a compiled network would take, and
-    to leave a method out of compiled networks. Neither matters where nothing is compiled.
-    """
-    kind = DistributedDataParallel
-    method = getattr(kind, "_inside_ddp_forward", None)
-    if method is None or "torch._dynamo" in sys.modules:  # torch 1.10; or it is there already
-        return kind(network, **options)
-    plain = type(kind.__name__, (kind,), {"_inside_ddp_forward": contextlib.contextmanager(inspect.unwrap(method))})
-    answers = SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer"))  # torch's default
-    with patch.dict(vars(torch), {"_dynamo": answers}):
-        return plain(network, **options)
 
 
 class NotACheckpoint(ValueError):

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
 from vgglab import ranks
-from vgglab.compat import averaging_without_compiler
 from vgglab.devices.base import Device
 from vgglab.devices.sync_bn import synchronise
 
@@ -76,8 +75,7 @@ class StockDevice(Device):
         name = "forward_sync_buffers" if has_new_name else "broadcast_buffers"
         # Gradients live in the buckets that travel: without it VGG16's 553 MB of them are held twice.
         options: dict[str, Any] = {name: self._wishes.broadcast_buffers, "gradient_as_bucket_view": True}
-        averaging = DistributedDataParallel if self.compiles else averaging_without_compiler
-        return self._compiled(averaging(network, device_ids=device_ids, **options)), network
+        return self._compiled(DistributedDataParallel(network, device_ids=device_ids, **options)), network
 
     def _compiled(self, model: nn.Module) -> nn.Module:
         return torch.compile(model) if self.compiles else model  # type: ignore[return-value]
