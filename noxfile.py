@@ -28,13 +28,13 @@ TRAIN = "python -m vgglab.train --data-path digits --model vgg11 --epochs 1 --tr
 # calls for: bfloat16 pooling on the CPU and mixed precision with it, torchvision's list of published weights.
 CORE = (
     "config data decode model schedule predictions seed_defects train devices gcu doctor anatomy recipes plan parity "
-    "probes"
+    "probes expected_losses compat"
 ).split()
 NEWER_TORCH = "not rows_14_and_15 and not row_23 and not readmes_resume and not given_with_resume"
-# What the oldest and the newest torch say alike the one between need not say a third time; and no test of these needs
-# both of its interpreters.
-CARDS = "devices gcu doctor".split()
-TRAINING = "train resume ranks performance parity model".split()
+# What the oldest and the newest torch say alike the one between need not say a third time (so neither parity nor model:
+# the expected losses are of the same networks); and no test of these needs both of its interpreters.
+CARDS = "devices gcu doctor expected_losses compat".split()
+TRAINING = "train resume ranks performance".split()
 
 
 def put_on_path(version: str) -> None:
@@ -58,9 +58,8 @@ def install(session: nox.Session, *words: str) -> None:
 @nox.session(python="3.8")
 def t20(session: nox.Session) -> None:
     """The T20 cards' stack. The kit is installed as a card owner installs it: pip install ."""
-    session.install(
-        "torch==1.10.0", "torchvision==0.11.1", "numpy<2", "setuptools<60"
-    )  # this torch imports pkg_resources
+    # This torch imports setuptools' pkg_resources, which uv's environments lack, and needs numpy 1.
+    session.install("torch==1.10.0", "torchvision==0.11.1", "numpy<2", "setuptools<60")
     install(session, ".[digits]", *TESTS)
     session.run("pytest", "-n2", "-k", NEWER_TORCH, *[f"tests/test_{name}.py" for name in CORE])
     session.run(*TRAIN, f"--run-dir={session.create_tmp()}/run-{os.getpid()}")
