@@ -11,7 +11,7 @@ AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 # VGG16 with batch norm on the handwritten digits: about two minutes on two cores.
 MAIN_JOB := --data-path digits --model vgg16_bn --epochs 6 --warmup 1 --lr 0.1 --lr-schedule cosine --fix-seed
 # Of the tests, those whose numbers could depend on the processor's kernels.
-NUMBERS := compare devices expected_losses insight model parity predictions probes schedule
+NUMBERS := compare expected_losses insight model parity predictions probes schedule
 
 # $(call INSTALL,words,index): by the uv on the PATH, or by the one that pip has brought into .venv; by pip where there is
 # none or it fails. uv does not read pip's configuration, so an index that is set there (a mirror) is passed on to it.
@@ -60,18 +60,17 @@ run: $(INSTALLED) ## the main job: train VGG16 on the digits, then the first not
 		"$(BIN)/python -m webbrowser file://$(CURDIR)/build/run/00_start_here.html"
 
 # tests/last_line.py ends each with the result and what to do next. The marker long: repetitions that look for rare races.
-PYTEST := $(BIN)/python -m pytest -p tests.last_line -n auto --dist loadgroup --durations=10
+PYTEST := $(BIN)/python -m pytest -p tests.last_line -n auto --dist loadgroup
 
 test: $(INSTALLED) browser ## all tests but the long ones, every notebook included
-	@$(PYTEST) -m "not long"
+	@$(PYTEST)
 
 test-long: $(INSTALLED) ## the tests that repeat something often, to find rare races
 	@$(PYTEST) -m long
 
 # Numbers that hold on this processor only would fail here: the kernels of the oldest one.
 test-kernels: $(INSTALLED) ## the tests of numbers once more, with the kernels of an old processor
-	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) -m "not long" \
-		$(patsubst %,tests/test_%.py,$(NUMBERS))
+	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(patsubst %,tests/test_%.py,$(NUMBERS))
 
 # Never fails: without a browser its tests are skipped, and say so.
 browser: ## Chromium for the tests in a browser, where there is none and apt-get may install it

@@ -34,7 +34,7 @@ CORE = (
 NEWER_TORCH = "not rows_14_and_15 and not row_23 and not readmes_resume and not given_with_resume"
 # What the oldest and the newest torch say alike the one between need not say a third time; and no test of these needs
 # both of its interpreters.
-CARDS = "devices expected_losses gcu doctor".split()
+CARDS = "devices gcu doctor expected_losses".split()
 TRAINING = "train resume ranks performance parity model".split()
 
 
@@ -59,7 +59,7 @@ def install(session: nox.Session, *words: str) -> None:
 @nox.session(python="3.8")
 def t20(session: nox.Session) -> None:
     """The T20 cards' stack. The kit is installed as a card owner installs it: pip install ."""
-    # This torch imports pkg_resources, which is setuptools'; uv's environments come without it.
+    # This torch imports setuptools' pkg_resources, which uv's environments lack, and needs numpy 1.
     session.install("torch==1.10.0", "torchvision==0.11.1", "numpy<2", "setuptools<60")
     install(session, ".[digits]", *TESTS)
     session.run("pytest", "-n2", "-k", NEWER_TORCH, *[f"tests/test_{name}.py" for name in CORE])
