@@ -128,7 +128,7 @@ def make_run(tmp_path):
 def test_make_run_ends_with_the_accuracy_and_the_commands_to_look_at_it(make_run, tmp_path):
     last = make_run().stdout.splitlines()[-1]
     run = next((tmp_path / "runs").iterdir()).name
-    assert last.startswith("99.44 % of the held-out digits are right, after 0 min 0")
+    assert re.match(r"99\.44 % of the held-out digits are right, after \d+ min \d\d s; the run: ", last)
     assert f"; the run: runs/{run}; to look at it: .venv/bin/python -m vgglab.view.results runs/{run}; " in last
     assert last.endswith(f".venv/bin/python -m webbrowser file://{tmp_path}/build/run/00_start_here.html")
 
