@@ -214,11 +214,11 @@ def _print_comparison(name: str, found: dict[str, Any], record: dict[str, Any], 
     )
 
 
-def with_fault(network: str, fault: str, **options: Any) -> dict[str, Any]:
+def with_fault(network: str, fault: str, *changes: str, **options: Any) -> dict[str, Any]:
     """In float64; ``fault`` is one of ``FAULTS``."""
     if fault in BEFORE:
-        return in_float64(network, before=[BEFORE[fault]], **options)
-    return in_float64(network, fault, **options)
+        return in_float64(network, *changes, before=[BEFORE[fault]], **options)
+    return in_float64(network, fault, *changes, **options)
 
 
 def _show_faults() -> None:

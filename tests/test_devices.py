@@ -16,19 +16,22 @@ CAN_SIMULATE = tuple(int(part) for part in version("torch").split(".")[:2]) >= (
 needs_sim = pytest.mark.skipif(not CAN_SIMULATE, reason="the simulated card needs torch 2.10")
 
 
-def run_ranks(tmp_path, images, device, num_ranks, *flags, in_process=True, **environment):
+def run_ranks(tmp_path, images, device, num_ranks, *flags, in_process=True, before="", **environment):
     """A tiny run; returns it, asserted to have gone well.
 
-    Several ranks, and one on a card that changes torch for all that comes after, have processes of their own. With
-    ``in_process=False`` a new interpreter runs it, as from a shell.
+    Several ranks, and one on a card that changes torch for all that comes after, have processes of their own; in these
+    the lines ``before`` come first. With ``in_process=False`` a new interpreter runs it, as from a shell.
     """
     path = tmp_path / f"{device}-{num_ranks}-{len(list(tmp_path.iterdir()))}"
     job = [*TINY[:-1], "--batch-size=2", f"--data-path={images}", "--seed=1", "--print-freq=1", f"--device={device}"]
-    if in_process and num_ranks == 1 and device == "cpu" and not environment:
+    if in_process and num_ranks == 1 and device == "cpu" and not environment and not before:
         assert main([*job, f"--run-dir={path}", *flags]) == 0
         return Run(path)
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **environment}
-    words = ["-m", "vgglab.train", *job, f"--run-dir={path}", *flags]
+    start = ["-m", "vgglab.train"]
+    if before:
+        start = ["-c", f"{before}\nimport sys; from vgglab import ranks, train; ranks.leave(train.main(sys.argv[1:]))"]
+    words = [*start, *job, f"--run-dir={path}", *flags]
     if not in_process:
         result = shell("python", *words, env=environment, cwd=tmp_path)
     elif num_ranks == 1:

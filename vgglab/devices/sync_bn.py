@@ -34,11 +34,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` whose training statistics are those of all ranks; every rank's batch is equally large."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, H, W)`` in and out, in float32 inside."""
+        """``(N, C, H, W)`` in and out; computed in float32, or in float64 where the input is."""
         if not self.training:
             return super().forward(input)
         assert self.momentum is not None
-        images = input.float()
+        images = input.to(torch.promote_types(input.dtype, torch.float32))
         num_ranks = torch.distributed.get_world_size()
         mean = _SumOverRanks.apply(images.mean((0, 2, 3))) / num_ranks  # (C,)
         centred = images - mean[:, None, None]
