@@ -265,7 +265,8 @@ def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
     import resource
 
     # With torchvision comes the compiler, which counting operations loads.
-    code = "import vgglab.engine, torchvision, vgglab.bench.__main__; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
+    code = "import vgglab.engine, torchvision, vgglab.bench.__main__\n"
+    code += "print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
     limit = (int(python("-c", code).stdout) + 400_000) * 1024
     options = {"preexec_fn": partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))}
     # A dozen tries, each in a process: forked ones, since that they are new interpreters is not the matter here.
