@@ -270,7 +270,8 @@ def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
     limit = (int(python("-c", code).stdout) + 400_000) * 1024
     options = {"preexec_fn": partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))}
     # A dozen tries, each in a process: forked ones, since that they are new interpreters is not the matter here.
-    code = "import sys, torchvision; from vgglab.bench import __main__, step; step.START = 'fork'; "
+    code = "import multiprocessing, sys, torchvision; from vgglab.bench import __main__, step\n"
+    code += "step.CONTEXT = multiprocessing.get_context('fork')\n"
     code += "sys.exit(__main__.main(sys.argv[1:]))"
     words = ["-c", code, "step", "--model=vgg11", "--image-size=64", "--device=cpu", "--turns=1"]
     words += ["--ways=float32", f"--output-dir={tmp_path}"]

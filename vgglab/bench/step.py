@@ -54,7 +54,7 @@ FLAGS = (
     "--dropout-rate=0.5",
     "--skip-steps=0",
 )
-START = "spawn"  # of each process: an interpreter of its own, that no other has set up
+CONTEXT = multiprocessing.get_context("spawn")  # each process is an interpreter of its own, which no other has set up
 FIRST_SIZE, LARGEST_SIZE, CLOSE_ENOUGH = 16, 2**16, 1 / 16  # where the search for the largest batch begins and ends
 
 
@@ -83,9 +83,8 @@ class Child:
     """A process that steps when told to. Raises UserError where its way cannot be gone here, DoesNotFit for memory."""
 
     def __init__(self, way: Way, flags: Sequence[str]) -> None:
-        context = multiprocessing.get_context(START)
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other, way, list(flags)), daemon=True)
+        self.connection, other = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=work, args=(other, way, list(flags)), daemon=True)
         self.process.start()
         other.close()
         self.way, self._peaks = way, [0.0]
