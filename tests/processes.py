@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -205,7 +206,9 @@ def _become(words, environment, cwd, outputs, path, preexec_fn, autoload) -> Non
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
-    atexit._run_exitfuncs()
+    gc.collect()  # as where an interpreter ends, whose functions have returned by now
+    with contextlib.suppress(Exception):  # which it has printed, and which changes no interpreter's exit code
+        atexit._run_exitfuncs()
     sys.exit(code)  # multiprocessing waits for threads, flushes and calls os._exit
 
 
