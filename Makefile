@@ -60,9 +60,7 @@ run: $(INSTALLED) ## the main job: train VGG16 on the digits, then the first not
 		"$(BIN)/python -m webbrowser file://$(CURDIR)/build/run/00_start_here.html"
 
 # tests/last_line.py ends each with the result and what to do next. The marker long: repetitions that look for rare races.
-# One process more than cores: many a test waits for a process or a page.
-PYTEST := $(BIN)/python -m pytest -p tests.last_line --dist loadgroup \
-	-n $$($(BIN)/python -c "import os; print(1 + os.cpu_count())")
+PYTEST := $(BIN)/python -m pytest -p tests.last_line -n auto --dist loadgroup
 
 test: $(INSTALLED) browser ## all tests but the long ones, every notebook included
 	@$(PYTEST)

@@ -62,7 +62,7 @@ def t20(session: nox.Session) -> None:
     # This torch imports setuptools' pkg_resources, which uv's environments lack, and needs numpy 1.
     session.install("torch==1.10.0", "torchvision==0.11.1", "numpy<2", "setuptools<60")
     install(session, ".[digits]", *TESTS)
-    session.run("pytest", "-n3", "-k", NEWER_TORCH, *[f"tests/test_{name}.py" for name in CORE])
+    session.run("pytest", "-n2", "-k", NEWER_TORCH, *[f"tests/test_{name}.py" for name in CORE])
     session.run(*TRAIN, f"--run-dir={session.create_tmp()}/run-{os.getpid()}")
 
 
@@ -72,7 +72,7 @@ def s60(session: nox.Session) -> None:
     session.install("torch==2.10.0", "torchvision==0.25.0")
     install(session, ".[digits,jpeg,tensorboard]", "matplotlib", "ipython", *TESTS)
     chosen = TRAINING if session.python == "3.10" else CARDS
-    session.run("pytest", "-n3", *[f"tests/test_{name}.py" for name in chosen])
+    session.run("pytest", "-n2", *[f"tests/test_{name}.py" for name in chosen])
     session.run(*TRAIN, "--device=gcu-sim", f"--run-dir={session.create_tmp()}/run-{os.getpid()}")
 
 
