@@ -1,7 +1,7 @@
 """Time the notebooks anew on this machine: ``python tests/time_notebooks.py "two cores of a <processor>, <month>"``.
 
-Each is executed alone, in the order of their names; then ``vgglab/view/timings.json`` is written, which their ladders
-show. Do it while nothing else runs: it takes as long as all of them together.
+Each is executed alone, in a folder of its own where it finds no run of another; then ``vgglab/view/timings.json`` is
+written, which their ladders show. Do it while nothing else runs: it takes as long as all of them together.
 """
 
 import json
@@ -18,11 +18,12 @@ from vgglab.view import timings
 def main(machine: str) -> int:
     notebooks = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
     before = yardstick.measure()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # the runs go there
-        jobs = jobs_for(notebooks, Path(folder, "out"), {})
-        Path(folder, "out").mkdir()
-        chapters = Book(num_at_once=1).execute(jobs)
+    chapters = []
+    for notebook in notebooks:
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)  # the runs go there
+            chapters += Book(num_at_once=1).execute(jobs_for([notebook], Path(folder), {}))
+            os.chdir(os.path.dirname(folder))
     if any(chapter.fault for chapter in chapters):
         return 1
     step_seconds, compile_seconds = map(min, before, yardstick.measure())  # the quieter moment
