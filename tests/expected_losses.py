@@ -81,7 +81,7 @@ NativeDevice.move = lambda self, images, labels: move(self, images, (labels + 1)
     "evaluated in training mode": """
 torch.nn.Module.eval = lambda self: self
 """,
-    "one epoch's rate late": """
+    "learning rate never set": """
 engine.set_learning_rate = lambda optimizer, rate: None
 """,
 }
