@@ -52,7 +52,7 @@ for _version in ("3.8", "3.10", "3.12"):
 
 
 def install(session: nox.Session, *words: str) -> None:
-    """The kit as a card owner installs it, not editable: built again each time, for uv would take its cached build."""
+    """Install as a card owner does, not editable; rebuild each time, because uv would reuse its cached build."""
     session.install(*(["--reinstall-package=vgglab"] if session.venv_backend == "uv" else []), *words)
 
 

@@ -33,7 +33,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 # After so long something hangs; no test says how fast a machine has to be.
 PATIENCE_SECONDS = 600
 GRACE_SECONDS = 30  # for the other ranks to notice that one has failed; torchrun's figure
-# What a training imports and no more: torchvision, for one, brings in torch's compiler, which a training does without.
+# Only what a training run imports. Not torchvision: it imports torch's compiler, which training does not need.
 PRELOADED = "numpy torch torch.distributed torch.nn.parallel torch.utils.data.distributed PIL.Image tqdm".split()
 _context = multiprocessing.get_context("forkserver")
 
@@ -53,7 +53,7 @@ def python(*words: str | Path, **options) -> subprocess.CompletedProcess:
 
 
 def ranks(number: int, *words: str | Path, env: Mapping[str, str] | None = None, **options):
-    """So many of them, told who they are as torchrun tells them; a ``CompletedProcess`` for all.
+    """Start this many ranks with torchrun's environment variables; one ``CompletedProcess`` for all of them.
 
     Its output is that of rank 0, then of rank 1 and so on; its code that of the first that failed.
     """
@@ -94,7 +94,7 @@ def _wait_for_all(children: list[Child]) -> int:
 
 
 class Child:
-    """A forked process that is as one started with ``python`` and these words, in a process group of its own."""
+    """A forked process that behaves like ``python`` with these arguments, in a separate process group."""
 
     def __init__(self, words, *, env=None, cwd=PROJECT, preexec_fn=None, autoload=False) -> None:
         """

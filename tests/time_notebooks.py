@@ -1,7 +1,7 @@
-"""Time the notebooks anew on this machine: ``python tests/time_notebooks.py "two cores of a <processor>, <month>"``.
+"""Time the notebooks on this machine: ``python tests/time_notebooks.py "two cores of a <processor>, <month>"``.
 
-Each is executed alone, in a folder of its own where it finds no run of another; then ``vgglab/view/timings.json`` is
-written, which their ladders show. Do it while nothing else runs: it takes as long as all of them together.
+Each runs alone in an empty folder. The times go into ``vgglab/view/timings.json``, from which the notebooks announce
+them. Do it while nothing else runs: it takes as long as all of them together.
 """
 
 import json

@@ -107,8 +107,8 @@ def _init_weights(model: VGG, init: str) -> None:
     """Convolutions and linear layers by ``init``, biases 0.
 
     Weights are drawn in float64 and rounded once. In float32, PyTorch's normal numbers depend on the processor's vector
-    instructions, and training makes a difference of 1e-3 in the loss of the last bit of a weight; so a seed would mean
-    another network on another machine.
+    instructions, so the same seed would give slightly different weights on another machine, and training amplifies the
+    difference.
 
     - ``kaiming``: as torchvision, Kaiming for convolutions, N(0, 0.01) for linear layers. That deviation suits layers
       4096 wide; with 512 inputs each layer would keep a sixth of its signal (0.01 x sqrt(512 / 2)), so narrow linear

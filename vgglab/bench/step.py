@@ -54,7 +54,7 @@ FLAGS = (
     "--dropout-rate=0.5",
     "--skip-steps=0",
 )
-CONTEXT = multiprocessing.get_context("spawn")  # each process is an interpreter of its own, which no other has set up
+CONTEXT = multiprocessing.get_context("spawn")  # each process is a fresh interpreter that inherits no state
 FIRST_SIZE, LARGEST_SIZE, CLOSE_ENOUGH = 16, 2**16, 1 / 16  # where the search for the largest batch begins and ends
 
 

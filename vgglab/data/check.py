@@ -122,7 +122,7 @@ def check(data_path: str, workers: int) -> Findings:
     finally:
         for process in list(pool._processes.values()):  # each heeds its parent alone
             process.terminate()
-        pool.shutdown()  # not without waiting: Python 3.8 would close a pipe that its own thread still reads
+        pool.shutdown()  # wait: otherwise Python 3.8 closes a pipe that its own thread still reads
     return Findings(len(files), unreadable, kinds, sets.warnings)
 
 
