@@ -34,7 +34,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 600
 GRACE_SECONDS = 30  # for the other ranks to notice that one has failed; torchrun's figure
 # Only what a training run imports. Not torchvision: it imports torch's compiler, which training does not need.
-PRELOADED = "numpy torch torch.distributed torch.nn.parallel torch.utils.data.distributed PIL.Image tqdm".split()
+PRELOADED = (
+    "numpy torch torch.distributed torch.nn.parallel torch.utils.data.distributed torch._dynamo PIL.Image tqdm"
+).split()
 _context = multiprocessing.get_context("forkserver")
 
 

@@ -441,3 +441,8 @@ def test_a_training_that_compiles_nothing_does_not_import_the_compiler(images, t
         result = shell("python", "-c", code, *flags, f"--epochs={epochs}")
         assert result.stdout.splitlines()[-1:] == ["0 False"], result.stderr
     assert Run(tmp_path / "run").status == "done"
+
+
+def test_a_time_of_grace_that_is_no_number_is_refused(refused, monkeypatch):
+    monkeypatch.setenv("VGGLAB_GRACE_SECONDS", "soon")
+    assert refused() == "VGGLAB_GRACE_SECONDS: 'soon' is not a number of seconds, such as 10"

@@ -202,14 +202,14 @@ class LaunchedRun(Run):
         self._raise_if_failed()
         return self
 
-    def stop(self, grace_seconds: float = ranks.GRACE_SECONDS) -> None:
+    def stop(self, grace_seconds: float | None = None) -> None:
         """Ask the run to save and leave; what is left after the grace is killed."""
         if self.process.poll() is not None:
             return
         self._was_stopped = True
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(grace_seconds)
+            self.process.wait(ranks.seconds_of_grace(grace_seconds))
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)  # a session of its own: this reaches its workers too
             self.process.wait()

@@ -22,8 +22,6 @@ from vgglab.errors import UserError
 
 LEASH = "VGGLAB_LEASH"  # set for a launched process: stdin is its leash
 MARK = "VGGLAB_RUN"  # set for a launched process and all below it: the run directory they work for
-# From asking a run to save and leave to killing it; a slow disk, or a busy machine, may need longer.
-GRACE_SECONDS = float(os.environ.get("VGGLAB_GRACE_SECONDS", 10))
 ASK_WHERE = signal.SIGUSR2  # a rank answers by writing its stack into its log
 EXIT_BAD_INPUT = 2
 EXIT_LEFT = 75  # sysexits.h: a temporary failure, try again
@@ -35,8 +33,23 @@ _ends_at_once = False
 _run_dir: Path | None = None  # where this process's failure is written down
 
 
+def seconds_of_grace(chosen: float | None = None) -> float:
+    """From asking a run to save and leave to killing it; a slow disk, or a busy machine, may need longer.
+
+    Raises:
+        UserError: if nothing is chosen and the environment names no number of seconds.
+    """
+    if chosen is not None:
+        return chosen
+    given = os.environ.get("VGGLAB_GRACE_SECONDS", "10")
+    if not re.fullmatch(r"\d+(\.\d+)?", given):
+        raise UserError(f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds, such as 10")
+    return float(given)
+
+
 def attach() -> None:
     """Tie this process to what started it: it ends when that does, however that ends. Call it before slow imports."""
+    seconds_of_grace()  # refused now, not when it is needed
     if os.environ.pop(LEASH, None) is not None:
         # A kernel may have Ctrl-C switched off at the moment it starts us, and that is inherited.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -77,7 +90,7 @@ def _is_torchrun(pid: int) -> bool:
 def _end() -> None:
     """Ask this process to save and leave; what is left of it and its workers after the grace is killed."""
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE_SECONDS)
+    time.sleep(seconds_of_grace())
     with contextlib.suppress(OSError):
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
@@ -298,7 +311,7 @@ def _has_open(pid: int, file: Path) -> bool:
 
 def kill_all(path: Path) -> None:
     """Kill what is left of a run on this machine, and wait until it is gone."""
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + seconds_of_grace()
     while time.monotonic() < deadline:
         left = processes_of(path)
         if not left:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgglab.errors import UserError
-from vgglab.ranks import GRACE_SECONDS, ask_where, failures, is_still_there, kill_all, processes_of
+from vgglab.ranks import ask_where, failures, is_still_there, kill_all, processes_of, seconds_of_grace
 
 if TYPE_CHECKING:
     from vgglab.config import Config
@@ -242,12 +242,12 @@ class Run:
         """What ranks died of (``rank``, ``error``, ``traceback``, ...), the cause first."""
         return failures(self.path)
 
-    def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
+    def stop(self, grace_seconds: float | None = None) -> None:
         """Ask a run on this machine to save and leave; what is left of a launched one after the grace is killed."""
         for pid in self._leaders():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + grace_seconds
+        deadline = time.monotonic() + seconds_of_grace(grace_seconds)
         while self._leaders() and time.monotonic() < deadline:
             time.sleep(0.1)
         kill_all(self.path)

@@ -61,8 +61,8 @@ MOST_WORKERS = 16  # the seed kit's default
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The shell's door: flags in, exit code out."""
-    ranks.attach()
     try:
+        ranks.attach()
         argv = sys.argv[1:] if argv is None else argv
         ranks.take_up_slurm()
         config = configuration.parse(argv)
