@@ -34,11 +34,9 @@ _run_dir: Path | None = None  # where this process's failure is written down
 
 
 def seconds_of_grace(chosen: float | None = None) -> float:
-    """From asking a run to save and leave to killing it; a slow disk, or a busy machine, may need longer.
+    """From asking a run to save and leave to killing it: ``chosen``, else the environment's. A busy machine needs longer.
 
-    Raises:
-        UserError: if nothing is chosen and the environment names no number of seconds.
-    """
+    Raises UserError if the environment's is no number."""
     if chosen is not None:
         return chosen
     given = os.environ.get("VGGLAB_GRACE_SECONDS", "10")
