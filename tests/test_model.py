@@ -21,17 +21,19 @@ def randomised(model):
     for name, value in model.state_dict().items():
         if name.endswith("num_batches_tracked"):
             continue
-        drawn = torch.empty_like(value).normal_(0.0, 0.05, generator=generator)
+        drawn = torch.empty_like(value).uniform_(-0.1, 0.1, generator=generator)
         value.copy_(drawn.abs() + 0.5 if name.endswith("running_var") else drawn)
     return model.eval()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_same_weights_give_the_same_logits_as_torchvision(name):
+def test_same_weights_give_the_same_logits_as_torchvision(name, monkeypatch):
+    for layer in (torch.nn.Conv2d, torch.nn.Linear):  # what PyTorch would draw first is overwritten
+        monkeypatch.setattr(layer, "reset_parameters", lambda _: None)
     theirs = randomised(getattr(torchvision.models, name)(init_weights=False))
     ours = models.build(name, init_weights=False).eval()
     ours.load_state_dict(theirs.state_dict())
-    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         assert torch.equal(ours(images), theirs(images))
     theirs.load_state_dict(ours.state_dict())  # and back: same names, same order

@@ -13,7 +13,7 @@ from vgglab.devices import open_device
 from vgglab.model import build
 
 NUM_STEPS, EPOCHS = 50, 13  # 4 steps an epoch
-FLAGS = ("--lr=0.1", "--warmup=3", f"--epochs={EPOCHS}", "--wd=0.0005", "--seed=3", "--print-freq=1")
+FLAGS = ("--init=kaiming", "--lr=0.1", "--warmup=3", f"--epochs={EPOCHS}", "--wd=0.0005", "--seed=3", "--print-freq=1")
 
 
 def rate_by_the_seeds_formula(epoch):
