@@ -34,12 +34,10 @@ _run_dir: Path | None = None  # where this process's failure is written down
 
 
 def seconds_of_grace(chosen: float | None = None) -> float:
-    """From asking a run to save and leave to killing it: ``chosen``, else the environment's. A busy machine needs longer.
-
-    Raises UserError if the environment's is no number."""
+    """From asking a run to save and leave to killing it; raises UserError if the environment's is no number."""
     if chosen is not None:
         return chosen
-    given = os.environ.get("VGGLAB_GRACE_SECONDS", "10")
+    given = os.environ.get("VGGLAB_GRACE_SECONDS", "10")  # a slow disk, or a busy machine, may need longer
     if not re.fullmatch(r"\d+(\.\d+)?", given):
         raise UserError(f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds, such as 10")
     return float(given)
