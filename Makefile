@@ -37,7 +37,7 @@ install: $(INSTALLED) ## set up .venv (the others do it when needed)
 # TORCH_INDEX=<address> takes torch from another index, e.g. the one with CPU-only builds (see README.md).
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "$(PYTHON) is older than Python 3.11; try make PYTHON=python3.12 ..." >&2; exit 2; }
+		{ echo "$(PYTHON) is not Python 3.11 or later; try make PYTHON=python3.12 ..." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	@command -v uv >/dev/null || $(BIN)/pip install --quiet -c constraints.txt uv 2>/dev/null || true
 ifdef TORCH_INDEX
@@ -57,6 +57,7 @@ run: $(INSTALLED) ## the main job: train VGG16 on the digits, then the first not
 	$$train || failed $$? "the training failed" "$$train"; \
 	$$book || failed $$? "the training is done ($$run), the notebook failed" "$$book"; \
 	seconds=$$(($$(date +%s) - start)); best=$$(sed -n 's/^ *"acc1": \([0-9.]*\).*/\1/p' $$run/report.json); \
+	test -n "$$best" || failed 1 "$$run/report.json names no accuracy" "$$train"; \
 	printf '\n%.2f %% of the held-out digits are right, after %d min %02d s; the run: %s; to look at it: %s; %s\n' \
 		"$$best" $$((seconds / 60)) $$((seconds % 60)) $$run "$(BIN)/python -m vgglab.view.results $$run" \
 		"$(BIN)/python -m webbrowser file://$(CURDIR)/build/run/00_start_here.html"

@@ -186,25 +186,28 @@ def record_card(device: str) -> dict[str, Any]:
     return {**measure(NETWORKS[0], device), "network": NETWORKS[0], "flags": FLAGS}
 
 
-def _compare_here() -> None:
-    reference = read_reference()
+def _compare_here() -> bool:
+    """Print each comparison that can be made here; whether all agree."""
+    reference, agree = read_reference(), True
     for network, record in reference.items():
-        _print_comparison(f"{network} on cpu", in_float64(network), record, "float64")
+        agree &= _print_comparison(f"{network} on cpu", in_float64(network), record, "float64")
         if "float32" in record["tolerances"]:
-            _print_comparison(f"{network} on cpu", measure(network), record, "float32")
+            agree &= _print_comparison(f"{network} on cpu", measure(network), record, "float32")
     for file in sorted(set(FOLDER.glob("*.json")) - {REFERENCE}):
         recorded = json.loads(file.read_text())
         record, precision = reference[recorded["network"]], precision_of(recorded)
-        _print_comparison(f"{file.name}, as recorded", recorded, record, precision)
+        agree &= _print_comparison(f"{file.name}, as recorded", recorded, record, precision)
         try:
             found = measure(recorded["network"], recorded["device"])
         except RuntimeError as error:
             print(f"{file.name}: cannot be measured here ({error})")
         else:
-            _print_comparison(f"{file.name}, here, against its record", found, {**record, **recorded}, precision)
+            against = {**record, **recorded}
+            agree &= _print_comparison(f"{file.name}, here, against its record", found, against, precision)
+    return agree
 
 
-def _print_comparison(name: str, found: dict[str, Any], record: dict[str, Any], precision: str) -> None:
+def _print_comparison(name: str, found: dict[str, Any], record: dict[str, Any], precision: str) -> bool:
     share = share_of_tolerance(found, record, precision)
     deviation, allowed = max(deviations(found["losses"], record["losses"])), max(record["tolerances"][precision])
     verdict = "agrees" if share <= 1 else "DIFFERS"
@@ -212,6 +215,7 @@ def _print_comparison(name: str, found: dict[str, Any], record: dict[str, Any], 
         f"{name}, {precision}: {verdict}; largest relative deviation {deviation:.1e}, "
         f"largest tolerance {allowed:.1e}, largest deviation / its tolerance {share:.2g}"
     )
+    return share <= 1
 
 
 def with_fault(network: str, fault: str, *changes: str, **options: Any) -> dict[str, Any]:
@@ -241,10 +245,11 @@ def main() -> int:
         elif options.device:
             FOLDER.mkdir(exist_ok=True)
             content = record_reference() if options.device == "float64" else record_card(options.device)
-            file_for(options.device).write_text(json.dumps(content, indent=1) + "\n")
-            print(file_for(options.device))
-        else:
-            _compare_here()
+            file = file_for(content.get("device", options.device))  # what auto or gpu came to
+            file.write_text(json.dumps(content, indent=1) + "\n")
+            print(file)
+        elif not _compare_here():
+            return 1
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1

@@ -18,8 +18,8 @@ AT_MOST_BY_NAME = 5  # failures; of more, the files that they are in
 KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
 
-def repeat_command(failed: Iterable[str], marker: str = "") -> str:
-    """What to type to run just these tests again: ``failed`` are node ids."""
+def repeat_command(failed: Iterable[str], marker: str = "", keyword: str = "") -> str:
+    """What to type to run just these tests again: ``failed`` are node ids; ``keyword`` is what -k had chosen."""
     ids = list(dict.fromkeys(name.split("@")[0] if "@" in name.rpartition("]")[2] else name for name in failed))
     if len(ids) > AT_MOST_BY_NAME:
         ids = list(dict.fromkeys(name.split("::")[0] for name in ids))
@@ -27,8 +27,8 @@ def repeat_command(failed: Iterable[str], marker: str = "") -> str:
     if interpreter.is_relative_to(Path.cwd()):
         interpreter = interpreter.relative_to(Path.cwd())
     kernels = [f"{name}={os.environ[name]}" for name in KERNELS if name in os.environ]
-    words = [*kernels, str(interpreter), "-m", "pytest", *(["-m", marker] if marker == "long" else []), *ids]
-    return shlex.join(words)
+    chosen = [*(["-m", marker] if marker == "long" else []), *(["-k", keyword] if keyword else [])]
+    return shlex.join([*kernels, str(interpreter), "-m", "pytest", *chosen, *ids])
 
 
 class LastLine:
@@ -41,15 +41,16 @@ class LastLine:
         yield
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:
-            reporter.write_line(self.line(reporter.stats, int(exitstatus), session.config.option.markexpr))
+            option = session.config.option
+            reporter.write_line(self.line(reporter.stats, int(exitstatus), option.markexpr, option.keyword))
 
-    def line(self, stats: dict, code: int, marker: str = "") -> str:
+    def line(self, stats: dict, code: int, marker: str = "", keyword: str = "") -> str:
         minutes, seconds = divmod(round(time.monotonic() - self.start), 60)
         took = f"{minutes} min {seconds:02d} s"
         failed = [report.nodeid for kind in ("failed", "error") for report in stats.get(kind, [])]
         num_passed, num_skipped = len(stats.get("passed", [])), len(stats.get("skipped", []))
         if failed:
-            command = repeat_command(failed, marker)
+            command = repeat_command(failed, marker, keyword)
             return f"{len(failed)} failed, {num_passed} passed after {took}; to repeat just what failed: {command}"
         if code == pytest.ExitCode.INTERRUPTED:
             return f"interrupted after {took}; {num_passed} passed until then, none failed"

@@ -10,6 +10,7 @@ from processes import python, ranks
 
 from vgglab import Run
 from vgglab.devices import open_device
+from vgglab.errors import UserError
 from vgglab.train import main
 
 CAN_SIMULATE = tuple(int(part) for part in version("torch").split(".")[:2]) >= (2, 10)
@@ -250,3 +251,8 @@ def test_auto_takes_the_best_there_is_and_records_it(train):
     here = "cuda" if torch.cuda.is_available() else "cpu"
     assert train("--device=auto").run.config["device"] == here
     assert open_device("auto").kind == here
+
+
+def test_a_name_that_is_no_device_is_refused_with_those_that_are():
+    with pytest.raises(UserError, match=r"^device: 'CPU' is not one of auto, cpu, cuda"):
+        open_device("CPU")

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+import expected_losses
 import pytest
 from expected_losses import (
     BEFORE,
@@ -56,3 +57,15 @@ def test_a_fault_in_the_evaluation_shows_in_its_loss():
 
 def test_each_fault_is_a_flag_or_changes_the_code():
     assert all(fault.startswith("--") or fault in BEFORE for fault in FAULTS)
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1, 0), (1.1, 1)])
+def test_the_script_ends_with_1_where_losses_differ(monkeypatch, capsys, factor, code):
+    def losses_of(network, *_):
+        return {"losses": [factor * loss for loss in read_reference()[network]["losses"]]}
+
+    monkeypatch.setattr(expected_losses, "in_float64", losses_of)
+    monkeypatch.setattr(expected_losses, "measure", losses_of)
+    monkeypatch.setattr("sys.argv", ["expected_losses.py"])
+    assert expected_losses.main() == code
+    assert ("DIFFERS" in capsys.readouterr().out) is bool(code)

@@ -164,8 +164,8 @@ def test_the_command_that_repeats_what_failed(monkeypatch, tmp_path):
     many = [f"tests/test_{file}.py::test_{i}" for file in "ab" for i in range(3)]
     assert repeat_command(many) == ".venv/bin/python -m pytest tests/test_a.py tests/test_b.py"
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
-    assert repeat_command(["t.py::a"], "long") == (
-        "ATEN_CPU_CAPABILITY=default .venv/bin/python -m pytest -m long t.py::a"
+    assert repeat_command(["t.py::a"], "long", "not door") == (
+        "ATEN_CPU_CAPABILITY=default .venv/bin/python -m pytest -m long -k 'not door' t.py::a"
     )
 
 

@@ -443,6 +443,7 @@ def test_a_training_that_compiles_nothing_does_not_import_the_compiler(images, t
     assert Run(tmp_path / "run").status == "done"
 
 
-def test_a_time_of_grace_that_is_no_number_is_refused(refused, monkeypatch):
-    monkeypatch.setenv("VGGLAB_GRACE_SECONDS", "soon")
-    assert refused() == "VGGLAB_GRACE_SECONDS: 'soon' is not a number of seconds, such as 10"
+@pytest.mark.parametrize("given", ["soon", "-1", "inf", "100000"])
+def test_a_time_of_grace_that_is_no_number_of_seconds_is_refused(refused, monkeypatch, given):
+    monkeypatch.setenv("VGGLAB_GRACE_SECONDS", given)
+    assert refused() == f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds from 0 to 99999, such as 10"

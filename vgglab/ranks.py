@@ -26,6 +26,7 @@ ASK_WHERE = signal.SIGUSR2  # a rank answers by writing its stack into its log
 EXIT_BAD_INPUT = 2
 EXIT_LEFT = 75  # sysexits.h: a temporary failure, try again
 GUARD_SECONDS = 0.5
+KILLED_SECONDS = 60  # by then a killed process is gone, unless the kernel itself hangs
 LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "nccl", "socket")
 
 STARTED = time.monotonic()  # when this process began; this module is among the first to be imported
@@ -38,8 +39,8 @@ def seconds_of_grace(chosen: float | None = None) -> float:
     if chosen is not None:
         return chosen
     given = os.environ.get("VGGLAB_GRACE_SECONDS", "10")  # a slow disk, or a busy machine, may need longer
-    if not re.fullmatch(r"\d+(\.\d+)?", given):
-        raise UserError(f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds, such as 10")
+    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]+)?", given):
+        raise UserError(f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds from 0 to 99999, such as 10")
     return float(given)
 
 
@@ -306,12 +307,9 @@ def _has_open(pid: int, file: Path) -> bool:
 
 
 def kill_all(path: Path) -> None:
-    """Kill what is left of a run on this machine, and wait until it is gone."""
-    deadline = time.monotonic() + seconds_of_grace()
-    while time.monotonic() < deadline:
-        left = processes_of(path)
-        if not left:
-            return
+    """Kill what is left of a run on this machine, and wait until it is gone; no longer than a busy kernel needs."""
+    deadline = time.monotonic() + KILLED_SECONDS
+    while time.monotonic() < deadline and (left := processes_of(path)):
         for pid in left:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)

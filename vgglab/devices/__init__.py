@@ -19,6 +19,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vgglab.errors import UserError
+
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
 
@@ -68,8 +70,10 @@ def open_device(name: str, **wishes: Any) -> Device:
         wishes: the fields of ``Wishes``.
 
     Raises:
-        UserError: the machine has no such device, or the device cannot do what is asked.
+        UserError: no such name, the machine has no such device, or the device cannot do what is asked.
     """
+    if name not in DEVICE_CHOICES:
+        raise UserError(f"device: {name!r} is not one of {', '.join(DEVICE_CHOICES)}")
     asked = Wishes(**wishes)
     if name == "auto":
         return _open_best(asked)
