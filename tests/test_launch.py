@@ -86,13 +86,16 @@ def test_a_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path
 
 
 def test_without_a_time_of_grace_a_run_that_hangs_is_killed_at_once(tiny, monkeypatch):
-    monkeypatch.setenv(MARK, "hangs")
+    monkeypatch.setenv(MARK, "no-grace")
     run = vgglab.launch(tiny, epochs=100_000, watch=False)
     wait_until(lambda: run.events("train"))
     os.kill(run.process.pid, signal.SIGSTOP)
     monkeypatch.setenv("VGGLAB_GRACE_SECONDS", "0")
-    vgglab.Run(run.path).stop()
-    assert processes_with("hangs") == []
+    try:
+        vgglab.Run(run.path).stop()
+        assert processes_with("no-grace") == []
+    finally:
+        run.process.kill()
 
 
 def test_stop_ends_the_run_and_its_workers(tiny, monkeypatch):
