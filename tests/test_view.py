@@ -179,7 +179,7 @@ print("grown by MiB:", look(2000, 20) - before)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="Linux")
-def test_hours_of_refreshes_do_not_fill_the_memory(train):
+def test_many_refreshes_do_not_fill_the_memory(train):
     """A quarter of an hour at two looks a second, 20 of them drawn; 1.5 kB a look would show.
 
     In a process of its own: what other tests have left in memory comes and goes.
