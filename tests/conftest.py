@@ -22,7 +22,7 @@ os.environ.setdefault("VGGLAB_GRACE_SECONDS", str(PATIENCE_SECONDS / 2))
 
 CLASSES = ("n01", "n02", "n03")
 NUM_TRAIN, NUM_VAL = 6, 3  # images per class
-# Trains in a second: VGG11 on 32x32 pixels, 18 images, 4 at a time: 4 steps an epoch. Xavier draws the fastest.
+# Trains in a second: VGG11 on 32x32 pixels, 18 images, 4 at a time: 4 steps an epoch. Xavier is the fastest to draw.
 TINY = (
     *("--model=vgg11", "--init=xavier", "--image-size=32", "--batch-size=4", "--workers=0"),
     *("--epochs=1", "--warmup=0", "--device=cpu"),

@@ -11,12 +11,12 @@ pytestmark = pytest.mark.xdist_group("browser")
 
 LAUNCH = """import os, vgglab
 os.environ["{mark}"] = "{name}"
-os.environ["PYTHONPATH"] = "{leisure}:" + os.environ["PYTHONPATH"]
+os.environ["PYTHONPATH"] = "{slow_steps}:" + os.environ["PYTHONPATH"]
 run = vgglab.launch("--data-path digits --model vgg11_bn --epochs 500 --batch-size 16 --workers 0 --device cpu",
                     print_freq=1, output_dir="{name}")"""
 
-# The launched training rests after each step, so that the page and the kernel have the machine.
-LEISURE = """import time
+# The launched training sleeps after each step and leaves the processor to the page and the kernel.
+SLOW_STEPS = """import time
 import vgglab.pace as pace
 original = pace.Clock.was_handed_over
 pace.Clock.was_handed_over = lambda clock: (time.sleep(0.2), original(clock))[1]
@@ -38,19 +38,19 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def leisure(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("leisure")
-    (folder / "sitecustomize.py").write_text(LEISURE)
+def slow_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slow_steps")
+    (folder / "sitecustomize.py").write_text(SLOW_STEPS)
     return folder
 
 
 @pytest.fixture
-def training(lab, leisure, request):
+def training(lab, slow_steps, request):
     """A notebook whose first cell has launched a training, its dashboard showing steps; and the run."""
     for attempt in range(3):  # a page that opens while other tests have the machine may miss what the kernel says
         name = f"{request.node.name[:40]}-{attempt}"
         cells = [
-            LAUNCH.format(mark=MARK, name=name, leisure=leisure),
+            LAUNCH.format(mark=MARK, name=name, slow_steps=slow_steps),
             BLOCK.format(name=name),
             "vgglab.Run(run.path).watch()",
         ]

@@ -85,7 +85,7 @@ def test_a_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path
     assert run.status == "failed"
 
 
-def test_without_a_time_of_grace_a_run_that_hangs_is_killed_at_once(tiny, monkeypatch):
+def test_without_a_grace_period_a_run_that_hangs_is_killed_at_once(tiny, monkeypatch):
     monkeypatch.setenv(MARK, "no-grace")
     run = vgglab.launch(tiny, epochs=100_000, watch=False)
     wait_until(lambda: run.events("train"))

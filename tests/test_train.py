@@ -444,6 +444,6 @@ def test_a_training_that_compiles_nothing_does_not_import_the_compiler(images, t
 
 
 @pytest.mark.parametrize("given", ["soon", "-1", "inf", "100000"])
-def test_a_time_of_grace_that_is_no_number_of_seconds_is_refused(refused, monkeypatch, given):
+def test_a_grace_period_that_is_no_number_of_seconds_is_refused(refused, monkeypatch, given):
     monkeypatch.setenv("VGGLAB_GRACE_SECONDS", given)
     assert refused() == f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds from 0 to 99999, such as 10"

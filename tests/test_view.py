@@ -182,7 +182,7 @@ print("grown by MiB:", look(2000, 20) - before)
 def test_many_refreshes_do_not_fill_the_memory(train):
     """A quarter of an hour at two looks a second, 20 of them drawn; 1.5 kB a look would show.
 
-    In a process of its own: what other tests have left in memory comes and goes.
+    Measured in a separate process, because memory that other tests used may be freed or reused at any time.
     """
     pytest.importorskip("ipywidgets")
     looked = shell("python", "-c", LOOKING, train("--print-freq=1").run.path)

@@ -206,10 +206,11 @@ class LaunchedRun(Run):
         """Ask the run to save and leave; what is left after the grace is killed."""
         if self.process.poll() is not None:
             return
+        grace_seconds = ranks.grace_period_seconds(grace_seconds)
         self._was_stopped = True
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(ranks.seconds_of_grace(grace_seconds))
+            self.process.wait(grace_seconds)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)  # a session of its own: this reaches its workers too
             self.process.wait()

@@ -34,7 +34,7 @@ _ends_at_once = False
 _run_dir: Path | None = None  # where this process's failure is written down
 
 
-def seconds_of_grace(chosen: float | None = None) -> float:
+def grace_period_seconds(chosen: float | None = None) -> float:
     """From asking a run to save and leave to killing it; raises UserError if the environment's is no number."""
     if chosen is not None:
         return chosen
@@ -46,7 +46,7 @@ def seconds_of_grace(chosen: float | None = None) -> float:
 
 def attach() -> None:
     """Tie this process to what started it: it ends when that does, however that ends. Call it before slow imports."""
-    seconds_of_grace()  # refused now, not when it is needed
+    grace_period_seconds()  # refused now, not when it is needed
     if os.environ.pop(LEASH, None) is not None:
         # A kernel may have Ctrl-C switched off at the moment it starts us, and that is inherited.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -87,7 +87,7 @@ def _is_torchrun(pid: int) -> bool:
 def _end() -> None:
     """Ask this process to save and leave; what is left of it and its workers after the grace is killed."""
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(seconds_of_grace())
+    time.sleep(grace_period_seconds())
     with contextlib.suppress(OSError):
         os.killpg(os.getpgid(0), signal.SIGKILL)
 

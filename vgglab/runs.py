@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgglab.errors import UserError
-from vgglab.ranks import ask_where, failures, is_still_there, kill_all, processes_of, seconds_of_grace
+from vgglab.ranks import ask_where, failures, grace_period_seconds, is_still_there, kill_all, processes_of
 
 if TYPE_CHECKING:
     from vgglab.config import Config
@@ -244,10 +244,10 @@ class Run:
 
     def stop(self, grace_seconds: float | None = None) -> None:
         """Ask a run on this machine to save and leave; what is left of a launched one after the grace is killed."""
+        deadline = time.monotonic() + grace_period_seconds(grace_seconds)
         for pid in self._leaders():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + seconds_of_grace(grace_seconds)
         while self._leaders() and time.monotonic() < deadline:
             time.sleep(0.1)
         kill_all(self.path)
