@@ -29,13 +29,13 @@ TRAIN = "python -m vgglab.train --data-path digits --model vgg11 --epochs 1 --tr
 # calls for: bfloat16 pooling on the CPU and mixed precision with it, torchvision's list of published weights.
 CORE = (
     "config data decode model schedule predictions seed_defects train devices gcu doctor anatomy recipes plan parity "
-    "probes expected_losses"
+    "probes expected_losses spawn"
 ).split()
 NEWER_TORCH = "not rows_14_and_15 and not row_23 and not readmes_resume and not given_with_resume"
 # What the oldest and the newest torch say alike the one between need not say a third time; and no test of these needs
 # both of its interpreters.
 CARDS = "devices gcu doctor expected_losses".split()
-TRAINING = "train resume ranks performance parity model".split()
+TRAINING = "train resume ranks spawn performance parity model".split()
 
 
 def put_on_path(version: str) -> None:

@@ -16,8 +16,9 @@ from test_launch import MARK, processes_with
 
 import vgglab
 from vgglab import Run
+from vgglab.dist.slurm import first_host, take_up_slurm
 from vgglab.errors import UserError
-from vgglab.ranks import ask_where, first_host, take_up_slurm
+from vgglab.ranks import ask_where
 from vgglab.view import rank_table
 from vgglab.view.live import progress_of, summary
 from vgglab.view.rank_table import as_html, as_text, rank_rows, silence
@@ -189,7 +190,7 @@ def test_stop_ends_all_ranks_with_a_checkpoint(tiny, monkeypatch):
     monkeypatch.setenv(MARK, "stopped")
     run = vgglab.launch(tiny, nproc=2, epochs=100_000, workers=1, watch=False)
     wait_until(lambda: len(run.events("train")) > 3)
-    assert len(processes_with("stopped")) >= 5  # torchrun, two ranks, a worker each
+    assert len(processes_with("stopped")) >= 5  # the launcher, two ranks, a worker each
     run.stop(grace_seconds=PATIENCE_SECONDS)  # a slow disk may take its time to have the checkpoint
     assert processes_with("stopped") == []
     assert run.status == "interrupted"
@@ -216,22 +217,22 @@ def test_a_warning_to_a_worker_that_has_just_begun_does_not_end_it(tiny, tmp_pat
     assert (result.returncode, "exited unexpectedly" in result.stderr) == (0, False), result.stderr
 
 
-def torchrun_of(run):
+def launcher_of(run):
     return json.loads((run.path / "launch.json").read_text())["pid"]
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["early", "training"])
-def test_a_torchrun_that_is_killed_leaves_no_rank(tiny, monkeypatch, early):
-    monkeypatch.setenv(MARK, f"torchrun-{early}")
+def test_a_launcher_that_is_killed_leaves_no_rank(tiny, monkeypatch, early):
+    monkeypatch.setenv(MARK, f"launcher-{early}")
     run = vgglab.launch(tiny, nproc=2, epochs=100_000, workers=1, watch=False)
     if early:
-        wait_until(lambda: len(processes_with(f"torchrun-{early}")) >= 3, every=0.01)
+        wait_until(lambda: len(processes_with(f"launcher-{early}")) >= 3, every=0.01)
     else:
         wait_until(lambda: run.events("train"))
-    os.kill(torchrun_of(run), signal.SIGKILL)
+    os.kill(launcher_of(run), signal.SIGKILL)
     with pytest.raises(vgglab.RunFailed):
         run.wait(PATIENCE_SECONDS)
-    wait_until(lambda: not processes_with(f"torchrun-{early}"))
+    wait_until(lambda: not processes_with(f"launcher-{early}"))
 
 
 LAUNCHER = """

@@ -157,8 +157,8 @@ def test_row_18_gpu_is_another_word_for_a_card(train, refused):
 @pytest.mark.parametrize(
     ("flag", "names"),
     [
-        ("--enable-horovod", "torchrun"),
-        ("--enable_horovod=True", "torchrun"),
+        ("--enable-horovod", "--nproc"),
+        ("--enable_horovod=True", "--nproc"),
         ("--apex", "--amp"),
         ("--apex-opt-level=O1", "--amp"),
     ],

@@ -150,6 +150,10 @@ class Config:
     compile: bool = switch("torch.compile the network; the first steps take a minute longer")
     sync_bn: bool = switch("batch norm over all ranks")
     broadcast_buffers: bool = switch("send rank 0's buffers to all ranks before each step")
+    nproc: int = flag("ranks to start on this machine, one a card", 1, AT_LEAST_1)
+    max_restarts: int = flag(
+        "how often to start all ranks anew, from the last checkpoint, after one has died", 0, AT_LEAST_0
+    )
     world_size: int = flag("ranks; a launcher's WORLD_SIZE has precedence", 1, AT_LEAST_1)
     dist_url: str = flag("how the ranks find each other", "env://")
     fix_seed: bool = switch(f"--seed {SEED_OF_FIX_SEED}")
@@ -180,11 +184,11 @@ class Config:
     # The seed kit's dead ends: accepted so that an old command line gets an answer.
     apex: bool = switch("not here: use --amp")
     apex_opt_level: str | None = flag("not here: use --amp")
-    enable_horovod: bool = switch("not here: use torchrun")
+    enable_horovod: bool = switch("not here: use --nproc")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as ``config.json`` holds them."""
-        return asdict(self)
+        """Plain values, as ``config.json`` holds them; who starts the ranks is no setting of theirs."""
+        return {name: value for name, value in asdict(self).items() if name not in ("nproc", "max_restarts")}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -251,7 +255,7 @@ def check(config: Config) -> None:
     if config.apex or config.apex_opt_level is not None:
         raise UserError("--apex: not used here; --amp trains in mixed precision")
     if config.enable_horovod:
-        raise UserError("--enable-horovod: not used here; start several ranks with torchrun --nproc_per_node=N")
+        raise UserError("--enable-horovod: not used here; start several ranks with --nproc N")
     if config.nesterov and (config.momentum == 0 or config.optimizer != "sgd"):
         raise UserError("--nesterov: needs --optimizer sgd and a --momentum above 0")
     if config.bn_weight_decay and config.bias_weight_decay is False:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 WARNINGS = [  # to leave in good order: a scheduler's two, and that of a terminal that is closed
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
@@ -65,7 +65,7 @@ def heeding_warnings() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with _handling_warnings(_note):
+    with handling(WARNINGS, _note):
         yield
 
 
@@ -77,7 +77,7 @@ def passing_on_warnings(pid: int) -> Iterator[None]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    with _handling_warnings(pass_on):
+    with handling(WARNINGS, pass_on):
         yield
 
 
@@ -88,13 +88,14 @@ def interrupted_by_warnings() -> Iterator[None]:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with _handling_warnings(interrupt):
+    with handling(WARNINGS, interrupt):
         yield
 
 
 @contextlib.contextmanager
-def _handling_warnings(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    heeded = [number for number in WARNINGS if signal.getsignal(number) != signal.SIG_IGN]
+def handling(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """In the block these signals call ``handler``; one that was switched off from outside stays so."""
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import shlex
 import signal
 import socket
@@ -30,11 +29,11 @@ NUM_LOG_LINES_SHOWN = 30
 def launch(
     flags: str | Sequence[Any] = "",
     watch: bool = True,
-    nproc: int = 1,
+    nproc: int | None = None,
     nnodes: int = 1,
     node_rank: int = 0,
     rendezvous: str | None = None,
-    max_restarts: int = 0,
+    max_restarts: int | None = None,
     python: str | None = None,
     detach: bool = False,
     **settings: Any,
@@ -47,10 +46,9 @@ def launch(
     Args:
         flags: as on the command line, e.g. ``"--data-path digits --epochs 2"``, or a list of them.
         watch: show the run while it goes on; without it this always returns at once.
-        nproc: ranks on this machine, one a card; they are started by torchrun.
-        nnodes, node_rank, rendezvous: several machines: how many, which this is, and ``host:port`` of the first.
-        max_restarts: how often torchrun starts all ranks anew after one has died; the run goes on from its last
-            checkpoint.
+        nproc, max_restarts: as the flags ``--nproc`` and ``--max-restarts``.
+        nnodes, node_rank, rendezvous: several machines: how many, which this is, and ``host:port`` of the first;
+            torchrun starts the ranks there.
         python: another interpreter to train with, e.g. that of the card vendor's stack.
         detach: let the run outlive this process; ``vgglab.Run(path)`` finds it again, watches it and stops it.
         settings: the same flags as keywords, e.g. ``data_path="digits", epochs=2``; ``True`` sets a switch,
@@ -61,20 +59,21 @@ def launch(
         RunFailed: the run ended in an error (where this waits for it).
     """
     argv = shlex.split(flags) if isinstance(flags, str) else [str(flag) for flag in flags]
+    settings.update({name: n for name, n in (("nproc", nproc), ("max_restarts", max_restarts)) if n is not None})
     argv += [_as_flag(name, value) for name, value in settings.items() if value is not None]
     config = parse(argv)
-    config.world_size = _checked_count("nproc", nproc) * _checked_count("nnodes", nnodes)
+    config.world_size = config.nproc * _checked_count("nnodes", nnodes)
     if config.seeds is not None:
-        options: dict[str, Any] = {"nproc": nproc, "nnodes": nnodes, "node_rank": node_rank, "rendezvous": rendezvous}
-        options.update(max_restarts=max_restarts, python=python, detach=detach)
-        return _launch_each(argv, config, watch, options)
+        if nnodes > 1 or detach:
+            raise UserError("seeds: this process starts one after the other, on this machine; no nnodes and no detach")
+        return _launch_each(argv, config, watch, python)
     if nnodes > 1 and (not rendezvous or config.run_dir is None):
         raise UserError("nnodes: several machines need rendezvous='<first machine>:<port>' and a run_dir they share")
     path = run_path(config)
     command = [python or sys.executable, "-u"]
-    is_multiple = config.world_size > 1 or max_restarts > 0
-    if is_multiple:
-        command += _torchrun(nproc, nnodes, node_rank, rendezvous, max_restarts)
+    is_multiple = config.world_size > 1 or config.max_restarts > 0
+    if nnodes > 1:
+        command += _torchrun(config, nnodes, node_rank, rendezvous)
     goes_on = config.resume == "auto" and config.run_dir is not None and holds_a_run(path)
     command += ["-m", "vgglab.train", *argv, f"--run-dir={path}"]
     log = path / "log" / ("launcher.txt" if is_multiple else "rank0.txt")
@@ -85,13 +84,11 @@ def launch(
     return run
 
 
-def _launch_each(argv: Sequence[str], config: Config, watch: bool, options: dict[str, Any]) -> LaunchedSeeds:
-    if options["nnodes"] > 1 or options["detach"]:
-        raise UserError("seeds: this process starts one after the other, on this machine; leave out nnodes and detach")
+def _launch_each(argv: Sequence[str], config: Config, watch: bool, python: str | None) -> LaunchedSeeds:
     words = without_seeds(argv)
 
     def start(number: int, path: Path) -> LaunchedRun:
-        run = launch([*words, *for_one(number, path)], watch=False, **options)
+        run = launch([*words, *for_one(number, path)], watch=False, python=python)
         assert isinstance(run, LaunchedRun)
         return run
 
@@ -107,11 +104,10 @@ def _checked_count(name: str, value: Any) -> int:
     return value
 
 
-def _torchrun(nproc: int, nnodes: int, node_rank: int, rendezvous: str | None, max_restarts: int) -> list[str]:
+def _torchrun(config: Config, nnodes: int, node_rank: int, rendezvous: str | None) -> list[str]:
     """The module itself: the command ``torchrun`` is not on every kernel's PATH. Spelled as torch 1.10 takes it too."""
-    command = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", f"--max_restarts={max_restarts}"]
-    # Not --standalone for one machine: on torch 1.10 that is always port 29400, and two launches share a rendezvous.
-    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint={rendezvous or 'localhost:0'}", "--rdzv_id=vgglab"]
+    command = ["-m", "torch.distributed.run", f"--nproc_per_node={config.nproc}", "--rdzv_backend=c10d"]
+    command += [f"--max_restarts={config.max_restarts}", f"--rdzv_endpoint={rendezvous}", "--rdzv_id=vgglab"]
     # c10d: the machines agree on their order themselves, so node_rank only says who makes the run directory.
     return [*command, f"--nnodes={nnodes}", f"--node_rank={node_rank}"]
 
@@ -160,7 +156,7 @@ class LaunchedRun(Run):
     def __init__(self, path: Path, process: subprocess.Popen, is_multiple: bool = False) -> None:
         super().__init__(path)
         self.process = process
-        self.is_multiple = is_multiple  # torchrun stands between
+        self.is_multiple = is_multiple  # a launcher stands between
         self._was_stopped = False
         self._ends_before = self.events("end")  # of an earlier launch in the same folder
 
@@ -171,7 +167,7 @@ class LaunchedRun(Run):
             return "interrupted" if self._was_stopped else "failed"
         status = super().status
         if not has_ended and status in ("failed", "interrupted", "done"):
-            return "running"  # torchrun is about to start its ranks anew, or to end
+            return "running"  # the launcher is about to start its ranks anew, or to end
         return status
 
     def wait(self, timeout_seconds: float | None = None) -> LaunchedRun:
@@ -220,29 +216,15 @@ class LaunchedRun(Run):
         code = self.process.returncode
         if code == 0 or self.status == "interrupted":
             return
-        ranks.kill_all(self.path)  # where torchrun itself was killed
+        ranks.kill_all(self.path)  # where the launcher itself was killed
         lines = self.logs().strip().splitlines() or ["it printed nothing"]
         if code == ranks.EXIT_BAD_INPUT and not self.is_multiple:
             raise UserError(lines[-1].replace("vgglab.train: error: ", ""))
         cause = next(iter(self.failures()), None)
-        killed = self._killed_rank()
-        if killed and (cause is None or cause["has_lost_peers"]):
-            raise RunFailed(f"the run in {self.path}: {killed}")
         if cause and cause["exit_code"] == ranks.EXIT_BAD_INPUT:
             raise UserError(cause["error"].partition(": ")[2])
         if cause and self.is_multiple:
-            raise RunFailed(f"the run in {self.path}: rank {cause['rank']} failed\n{cause['traceback'].rstrip()}")
+            how = f"failed\n{cause['traceback'].rstrip()}" if cause["traceback"] else cause["error"]
+            raise RunFailed(f"the run in {self.path}: rank {cause['rank']} {how}")
         tail = "\n".join(lines[-NUM_LOG_LINES_SHOWN:])
         raise RunFailed(f"the run in {self.path} ended with exit code {code}\n{tail}")
-
-    def _killed_rank(self) -> str:
-        """Which rank was ended from outside and could not write it down: torchrun's summary knows."""
-        said = self.path / "log" / "launcher.txt"
-        text = said.read_text(errors="replace") if said.exists() else ""
-        found = re.findall(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", text, re.DOTALL)
-        if not found:
-            return ""
-        rank, number = map(int, found[-1])  # earlier launches in the same folder stand before it
-        signal_name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
-        hint = "; if nobody did it, the machine had no memory left" if number == signal.SIGKILL else ""
-        return f"rank {rank} was killed ({signal_name}){hint}"

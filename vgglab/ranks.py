@@ -16,16 +16,19 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any, MutableMapping
+from typing import Any
 
 from vgglab.errors import UserError
 
 LEASH = "VGGLAB_LEASH"  # set for a launched process: stdin is its leash
 MARK = "VGGLAB_RUN"  # set for a launched process and all below it: the run directory they work for
 ASK_WHERE = signal.SIGUSR2  # a rank answers by writing its stack into its log
+MEETING = "VGGLAB_MEETING"  # set for the ranks that dist/spawn.py has started: a file in which they find each other
 EXIT_BAD_INPUT = 2
 EXIT_LEFT = 75  # sysexits.h: a temporary failure, try again
+EXIT_INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 GUARD_SECONDS = 0.5
+RUN_NOTE = "vgglab_run"  # in the folder of a launch: the run directory that its ranks work in
 KILLED_SECONDS = 60  # by then a killed process is gone, unless the kernel itself hangs
 LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "nccl", "socket")
 
@@ -92,39 +95,6 @@ def _end() -> None:
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-def take_up_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Under ``srun`` with one task a card: what torchrun would have set, from what Slurm has.
-
-    Only where several tasks were started by srun itself; inside torchrun, or in a plain shell of an allocation,
-    Slurm's variables describe something else.
-
-    Raises:
-        UserError: the first node's name cannot be read.
-    """
-    is_step = "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1
-    if "RANK" in environment or not is_step:
-        return
-    environment["RANK"] = environment["SLURM_PROCID"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
-    environment["LOCAL_WORLD_SIZE"] = environment.get("SLURM_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-    if "MASTER_ADDR" not in environment:
-        environment["MASTER_ADDR"] = first_host(environment.get("SLURM_STEP_NODELIST", ""))
-    # One port a job, so that two on a node do not meet: as Slurm's users do it.
-    environment.setdefault("MASTER_PORT", str(15000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000))
-
-
-def first_host(nodes: str) -> str:
-    """The first name of Slurm's short form: ``gpu[003-007,9],cpu1`` gives ``gpu003``. Raises UserError."""
-    if not nodes:
-        raise UserError("SLURM_STEP_NODELIST is not set; say export MASTER_ADDR=<the first node's name>")
-    prefix, bracket, rest = nodes.partition("[")
-    if not bracket or "," in prefix:
-        return prefix.split(",")[0]
-    number = rest.partition("]")[0].split(",")[0].split("-")[0]
-    return prefix + number
-
-
 def end_at_once() -> None:
     """Have ``leave`` end this process without taking Python apart: see ``devices/stock.py`` for why."""
     global _ends_at_once
@@ -146,22 +116,30 @@ def num_cores() -> int:
 
 
 def num_restarts() -> int:
-    """How often torchrun has started this job's ranks anew."""
+    """How often the launcher has started this job's ranks anew."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def _torchrun_folder() -> Path | None:
-    """One that all attempts of a torchrun share, and no other torchrun: ``<this>/attempt_<n>/<rank>/error.json``."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+def _launch_folder() -> Path | None:
+    """One that all attempts of this launch share, and no other launch; its owner's alone."""
+    if MEETING in os.environ:
+        return Path(os.environ[MEETING]).parent
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's: <folder>/attempt_<n>/<rank>/error.json
     return Path(error_file).parents[2] if error_file else None
 
 
 def remember_run(path: Path) -> None:
     """For the next attempt, if this one's ranks should be killed."""
-    folder = _torchrun_folder()
+    folder = _launch_folder()
     if folder is not None and folder.is_dir():
         with contextlib.suppress(OSError):
-            (folder / "vgglab_run").write_text(str(path.absolute()), encoding="utf-8")
+            (folder / RUN_NOTE).write_text(str(path.absolute()), encoding="utf-8")
+
+
+def remembered_run(folder: Path) -> Path | None:
+    """The run directory of the ranks of this launch, or of those before them; None where there is none yet."""
+    note = folder / RUN_NOTE
+    return Path(note.read_text(encoding="utf-8")) if note.exists() else None
 
 
 def run_of_earlier_attempt() -> Path | None:
@@ -174,9 +152,8 @@ def run_of_earlier_attempt() -> Path | None:
         return None
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         raise UserError("--max-restarts on several machines needs a --run-dir on a folder that all of them share")
-    folder = _torchrun_folder()
-    note = folder / "vgglab_run" if folder else None
-    return Path(note.read_text(encoding="utf-8")) if note and note.exists() else None
+    folder = _launch_folder()
+    return remembered_run(folder) if folder else None
 
 
 def set_run_dir(path: Path) -> None:
@@ -197,27 +174,44 @@ def report_failure(error: BaseException, exit_code: int) -> None:
     ``log/failure-rank<r>.json``: rank, time, error in one line, traceback, exit code. The earliest is the cause.
     """
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    line = f"{type(error).__name__}: {error}"
-    failure = {
-        "rank": int(os.environ.get("RANK", 0)),
-        "time": time.time(),
-        "host": socket.gethostname(),
-        "error": line,
-        "traceback": text,
-        "exit_code": exit_code,
-        "has_lost_peers": has_lost_peers(error),
-    }
     launched_for = os.environ.get(MARK)  # its log folder is there before any rank is
-    run_dir = _run_dir or (Path(launched_for) if launched_for else None)
-    if run_dir is not None and (run_dir / "log").is_dir():
-        with contextlib.suppress(OSError):
-            file = run_dir / "log" / f"failure-rank{failure['rank']}.json"
-            file.write_text(json.dumps(failure, indent=1) + "\n", encoding="utf-8")
+    path = _run_dir or (Path(launched_for) if launched_for else None)
+    line, rank = f"{type(error).__name__}: {error}", int(os.environ.get("RANK", 0))
+    _write_failure(path, rank, line, exit_code, text, has_lost_peers(error))
     if name() and os.environ.get("TORCHELASTIC_ERROR_FILE") and "torch" in sys.modules:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         with contextlib.suppress(Exception):  # its summary is a courtesy
             get_error_handler().record_exception(error)
+
+
+def report_killed(rank: int, number: int, folder: Path) -> str:
+    """What its launcher writes down for a rank that a signal has ended; returns it.
+
+    Args:
+        folder: of the launch, as in ``remembered_run``.
+    """
+    signal_name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
+    hint = "; if nobody did it, the machine had no memory left" if number == signal.SIGKILL else ""
+    line = f"was killed ({signal_name}){hint}"
+    launched_for = os.environ.get(MARK)
+    path = remembered_run(folder) or (Path(launched_for) if launched_for else None)
+    _write_failure(path, rank, line, -number)
+    return line
+
+
+def _write_failure(
+    path: Path | None, rank: int, error: str, exit_code: int, text: str = "", has_lost_peers: bool = False
+) -> None:
+    if path is None or not (path / "log").is_dir():
+        return
+    failure = {
+        "rank": rank, "time": time.time(), "host": socket.gethostname(), "error": error, "traceback": text,
+        "exit_code": exit_code, "has_lost_peers": has_lost_peers,
+    }  # fmt: skip
+    with contextlib.suppress(OSError):
+        file = path / "log" / f"failure-rank{rank}.json"
+        file.write_text(json.dumps(failure, indent=1) + "\n", encoding="utf-8")
 
 
 def has_lost_peers(error: BaseException) -> bool:

@@ -7,6 +7,7 @@
 One card for 90 epochs, eight cards, and the same started as the seed kit starts it:
 
     python -u vgglab/train.py --data-path=imagenet --batch-size=192 --num_classes=1000 --epochs=90 --dropout_rate=0.5
+    python -m vgglab.train --nproc 8 --data-path imagenet --batch-size 192 --dropout-rate 0.5
     torchrun --nproc_per_node=8 -m vgglab.train --data-path imagenet --batch-size 192 --dropout-rate 0.5
     python -u -m torch.distributed.launch --nproc_per_node=8 --master_addr=127.0.0.1 --master_port=34568 \\
         --use_env vgglab/train.py --data-path=imagenet --batch-size=192 --dropout_rate=0.5
@@ -15,7 +16,7 @@ Going on after a stop, and testing without training:
 
     python -m vgglab.train --resume runs/<run> --epochs 90
     python -m vgglab.train --run-dir runs/<run> --resume auto  # the same line every time, from a scheduler
-    torchrun --max-restarts=3 --nproc_per_node=8 -m vgglab.train --checkpoint-every 500
+    python -m vgglab.train --nproc 8 --max-restarts 3 --checkpoint-every 500
     python -m vgglab.train --resume runs/<run>/checkpoints/best.pt --test-only
 
 Everything a run does ends up in its run directory (``vgglab/runs.py``). Exit codes: 0 done, 1 a bug with its
@@ -47,6 +48,7 @@ from typing import TYPE_CHECKING, Any, Sequence
 from vgglab import agreement, inheritance, ranks, seeds
 from vgglab import config as configuration
 from vgglab.config import Config
+from vgglab.dist import slurm, spawn
 from vgglab.errors import UserError, blaming
 from vgglab.interrupts import Leaving, heeding_warnings
 
@@ -64,10 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         ranks.attach()
         argv = sys.argv[1:] if argv is None else argv
-        ranks.take_up_slurm()
+        slurm.take_up_slurm()
         config = configuration.parse(argv)
         if config.seeds is not None:
             return seeds.train_each(argv, config)
+        if (config.nproc > 1 or config.max_restarts) and "RANK" not in os.environ:
+            return spawn.train_on_ranks(argv, config.nproc, config.max_restarts)
         run_training(config, configuration.flags_given(argv))
     except UserError as error:
         ranks.report_failure(error, ranks.EXIT_BAD_INPUT)
@@ -76,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ranks.EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("vgglab.train: interrupted", file=sys.stderr)
-        return 130
+        return ranks.EXIT_INTERRUPTED
     except Leaving:
         print(f"vgglab.train: {ranks.name()}left as it was asked to; go on with --resume", file=sys.stderr)
         return ranks.EXIT_LEFT
@@ -115,7 +119,7 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
 
     saved, notes, is_in_place = None, [], False
     earlier = ranks.run_of_earlier_attempt()
-    if earlier is not None:  # torchrun has started the ranks anew: the same run goes on
+    if earlier is not None:  # the launcher has started the ranks anew: the same run goes on
         config.run_dir, config.resume = str(earlier), "auto"
     if config.resume == "auto":
         is_in_place = config.run_dir is not None and not config.test_only  # that would void what was trained
@@ -171,6 +175,9 @@ def _import_torch(device: str) -> None:
     from vgglab.devices import before_torch
 
     before_torch(device)
+    if "torch" in sys.modules:
+        return
+    gc.disable()  # all that the import makes stays; looking through it for garbage would take a fifth of the time
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError as error:
@@ -182,6 +189,9 @@ def _import_torch(device: str) -> None:
         raise UserError(
             f"--device {device}: torch cannot be imported ({reason}); see python -m vgglab.doctor"
         ) from None
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _resolve(config: Config, device: Device, sets: DataSets) -> None:

@@ -58,7 +58,7 @@ class Device(ABC):
         if self.world_size > 1 and "RANK" not in os.environ:
             raise UserError(
                 f"--world-size {self.world_size}: nobody started the other ranks; "
-                f"use torchrun --nproc_per_node={self.world_size} -m vgglab.train"
+                f"say --nproc {self.world_size} in its place"
             )
 
     def _refuse_native_parts(self) -> None:
@@ -73,9 +73,7 @@ class Device(ABC):
 
     def _refuse_missing_card(self, num_cards: int) -> None:
         if self.local_rank >= num_cards:
-            raise UserError(
-                f"--nproc_per_node: rank {self.rank} wants card {self.local_rank}, this machine has {num_cards}"
-            )
+            raise UserError(f"--nproc: rank {self.rank} wants card {self.local_rank}, this machine has {num_cards}")
 
     @abstractmethod
     def open(self) -> None:

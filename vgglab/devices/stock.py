@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import random
 from datetime import timedelta
 from typing import Any, Sequence
@@ -33,7 +34,11 @@ class StockDevice(Device):
 
     def open(self) -> None:
         if self.world_size > 1:
-            store, _, _ = next(rendezvous(self._wishes.init_method, self.rank, self.world_size))
+            store: torch.distributed.Store
+            if ranks.MEETING in os.environ:
+                store = torch.distributed.FileStore(os.environ[ranks.MEETING], self.world_size)
+            else:
+                store, _, _ = next(rendezvous(self._wishes.init_method, self.rank, self.world_size))
             # torchrun hands the ranks of a restart the store in which those before them have left their addresses.
             store = torch.distributed.PrefixStore(f"attempt_{ranks.num_restarts()}", store)
             torch.distributed.init_process_group(

@@ -1,0 +1,203 @@
+"""``--nproc``: ranks on one machine, started without a door that somebody else could come in by."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+from conftest import PATIENCE_SECONDS, PROJECT, TINY, wait_until
+from test_launch import MARK, processes_with
+from test_ranks import PLANTED
+from torch.distributed import TCPStore
+
+import vgglab
+from vgglab import Run
+
+LISTENING = "0A"  # in /proc/net/tcp
+LOOPBACK = (
+    "0100007F",
+    "0" * 24 + "01000000",
+    "0" * 16 + "FFFF0000" + "0100007F",
+)  # 127.0.0.1, ::1, and the first in IPv6
+FIRST_TIME = "if os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0': os.kill(os.getpid(), 9)"
+
+
+@pytest.fixture
+def command(images, tmp_path):
+    return [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--print-freq=1", "--seed=1", "--nproc=2"]
+
+
+@pytest.fixture
+def start(command, tmp_path):
+    """``start("--epochs=2", mark="x")``: the command as from a shell, in a process with that mark."""
+    started = []
+
+    def begin(*flags, mark, **environment):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vgglab.train", *command, *flags],
+            env={**os.environ, "PYTHONPATH": str(PROJECT), MARK: mark, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def sockets_of(pids):
+    """The inodes of the sockets that these processes hold."""
+    found = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                target = os.readlink(link)
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                found.add(target[len("socket:[") : -1])
+    return found
+
+
+def listening(pids):
+    """``(address, port)`` in hexadecimal for each TCP socket on which these processes wait for connections."""
+    inodes, found = sockets_of(pids), []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:] if Path(table).exists() else []:
+            fields = line.split()
+            if fields[3] == LISTENING and fields[9] in inodes:
+                found.append(tuple(fields[1].split(":")))
+    return found
+
+
+def the_only_run(tmp_path):
+    [path] = tmp_path.glob("runs/*")
+    return Run(path)
+
+
+def is_training(tmp_path):
+    return any(tmp_path.glob("runs/*/events.jsonl")) and the_only_run(tmp_path).events("train")
+
+
+def test_the_check_sees_a_socket_that_is_open_to_all():
+    with socket.socket() as door:
+        door.bind(("0.0.0.0", 0))
+        door.listen()
+        assert (f"{0:08X}", f"{door.getsockname()[1]:04X}") in listening([os.getpid()])
+
+
+def test_a_launched_run_listens_on_loopback_at_most(command, monkeypatch):
+    monkeypatch.setenv(MARK, "ports")
+    run = vgglab.launch(command, epochs=100_000, watch=False)
+    try:
+        wait_until(lambda: run.events("train"))
+        pids = processes_with("ports")
+        assert len(pids) == 3  # the launcher and two ranks
+        assert [place for place in listening(pids) if place[0] not in LOOPBACK] == []
+    finally:
+        run.stop()
+
+
+ATTACK = """
+import os, signal, sys
+from torch.distributed import TCPStore
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+meeting, *ports = sys.argv[1:]
+os.listdir(os.path.dirname(meeting))  # so far it comes
+for deed in (
+    lambda: os.listdir(meeting),
+    lambda: open(meeting + '/attempt0', 'ab'),
+    lambda: os.symlink('/etc/passwd', meeting + '/attempt1'),
+):
+    try:
+        deed()
+    except PermissionError:
+        continue
+    sys.exit('it has come in')
+attempts = {}
+for port in ports:
+    attempts[port] = os.fork()
+    if attempts[port] == 0:
+        # A store's client waits for ever for one that says nothing. The first is a store, and answers.
+        signal.alarm(0 if port == ports[0] else 3)
+        TCPStore('127.0.0.1', int(port), None, False).set('key', 'anything')
+        os._exit(0)
+for port, pid in attempts.items():
+    if os.waitpid(pid, 0)[1] == 0:
+        print('store at', port)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be another user")
+def test_another_user_reaches_neither_the_meeting_nor_a_store(command, monkeypatch, tmp_path):
+    """Under torchrun whoever could reach its store could have the ranks' owner unpickle something."""
+    monkeypatch.setenv(MARK, "attack")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    for folder in [tmp_path, *tmp_path.parents][:4]:
+        folder.chmod(folder.stat().st_mode | 0o011)
+    with monkeypatch.context() as patch:
+        patch.setenv("TMPDIR", str(shared))
+        run = vgglab.launch(command, epochs=100_000, watch=False)
+    try:
+        wait_until(lambda: run.events("train"))
+        [meeting] = shared.glob("vgglab-*")
+        ports = [int(port, 16) for _, port in listening(processes_with("attack"))]
+        with_store = TCPStore("127.0.0.1", 0, 1, True)  # the attack finds one where there is one
+        result = processes.python("-c", ATTACK, meeting, with_store.port, *ports)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.split() == ["store", "at", str(with_store.port)]
+        step = run.events("train")[-1]["step"]
+        wait_until(lambda: run.events("train")[-1]["step"] > step + 2)  # nor has it stopped the run
+    finally:
+        run.stop()
+
+
+def test_ranks_are_started_anew_after_one_was_killed_and_the_run_goes_on(start, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(PLANTED.format(deed=FIRST_TIME, rank=1))
+    path = f"{tmp_path / 'site'}{os.pathsep}{PROJECT}"
+    process = start("--epochs=2", "--checkpoint-every=1", "--max-restarts=1", mark="restart", PYTHONPATH=path)
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, err
+    assert "rank 1 of 2: was killed (SIGKILL)" in err
+    assert "restart 1 of 1" in err
+    run = the_only_run(tmp_path)
+    assert run.status == "done"
+    assert (run.path / "events.jsonl").read_text().count('"event": "start"') == 2
+    assert [event["step"] for event in run.events("train")] == list(range(1, 5))
+
+
+@pytest.mark.parametrize(
+    ("number", "whom", "code"),
+    [(signal.SIGTERM, "launcher", 75), (signal.SIGTERM, "rank", 75), (signal.SIGINT, "launcher", 130)],
+    ids=["launcher", "rank", "ctrl-c"],
+)
+def test_a_signal_ends_all_ranks_with_the_documented_code(start, tmp_path, number, whom, code):
+    process = start("--epochs=100000", mark=f"signal-{whom}-{code}")
+    wait_until(lambda: is_training(tmp_path))
+    run = the_only_run(tmp_path)
+    os.kill(process.pid if whom == "launcher" else run.ranks()[1]["pid"], number)
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, "Traceback" in err) == (code, False), err
+    assert run.status == "interrupted"
+    assert processes_with(f"signal-{whom}-{code}") == []
+    assert code != 75 or run.events("checkpoint")[-1]["step"] == run.events("train")[-1]["step"]
+
+
+def test_what_all_ranks_refuse_is_exit_code_2(start, tmp_path):
+    process = start("--num-classes=7", mark="refused")
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, "Traceback" in err) == (2, False), err
+    assert "--num-classes 7: " in err
+    assert not (tmp_path / "runs").exists()

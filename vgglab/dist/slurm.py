@@ -1,0 +1,41 @@
+"""Ranks that ``srun`` has started: what torchrun would have told them, from what Slurm says."""
+
+from __future__ import annotations
+
+import os
+from typing import MutableMapping
+
+from vgglab.errors import UserError
+
+
+def take_up_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Under ``srun`` with one task a card: what torchrun would have set, from what Slurm has.
+
+    Only where several tasks were started by srun itself; inside torchrun, or in a plain shell of an allocation,
+    Slurm's variables describe something else.
+
+    Raises:
+        UserError: the first node's name cannot be read.
+    """
+    is_step = "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1
+    if "RANK" in environment or not is_step:
+        return
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["LOCAL_WORLD_SIZE"] = environment.get("SLURM_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    # One port a job, so that two on a node do not meet: as Slurm's users do it.
+    environment.setdefault("MASTER_PORT", str(15000 + int(environment.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def first_host(nodes: str) -> str:
+    """The first name of Slurm's short form: ``gpu[003-007,9],cpu1`` gives ``gpu003``. Raises UserError."""
+    if not nodes:
+        raise UserError("SLURM_STEP_NODELIST is not set; say export MASTER_ADDR=<the first node's name>")
+    prefix, bracket, rest = nodes.partition("[")
+    if not bracket or "," in prefix:
+        return prefix.split(",")[0]
+    number = rest.partition("]")[0].split(",")[0].split("-")[0]
+    return prefix + number

@@ -1,0 +1,145 @@
+"""Start the ranks of one machine and look after them: ``python -m vgglab.train --nproc 8``.
+
+On one machine this takes the place of torchrun, which opens a store on every network interface; whoever can reach the
+machine can write there what the launcher then unpickles. Here nothing listens to the network: the ranks meet in a file
+that only their owner can read, and gloo and NCCL talk over the loopback interface. (``torch_gcu`` of the first
+generation meets at ``MASTER_PORT`` and nowhere else; where its store listens is the vendor's choice.)
+
+Standard library only: the launcher does not import torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Sequence
+
+from vgglab import ranks
+from vgglab.errors import UserError
+from vgglab.interrupts import WARNINGS, handling
+
+POLL_SECONDS = 0.05
+FINAL = (0, ranks.EXIT_BAD_INPUT, ranks.EXIT_LEFT, ranks.EXIT_INTERRUPTED)  # another attempt would end no better
+
+
+def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> int:
+    """Run the training command once for each rank; start all of them anew where one has died.
+
+    Signals that ask to leave, and Ctrl-C, are passed on to every rank. When a rank fails, the others are asked to
+    leave, and killed after the grace period.
+
+    Returns:
+        The exit code of the rank that failed first (1 where it was killed); 75 or 130 where a signal ended them.
+
+    Raises:
+        UserError: there is no temporary folder in which the ranks can meet.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="vgglab-")  # mode 0700, and a name that nobody can guess
+    except OSError as error:
+        raise UserError(f"TMPDIR: no folder can be made in {tempfile.gettempdir()} ({error.strerror})") from None
+    with folder as path:
+        for attempt in range(max_restarts + 1):
+            code = _Attempt(argv, num_ranks, Path(path), attempt).run()
+            if code in FINAL or attempt == max_restarts:
+                break
+            print(f"vgglab.train: restart {attempt + 1} of {max_restarts}", file=sys.stderr)
+    return code
+
+
+class _Attempt:
+    """All ranks, from their start until the last has ended."""
+
+    def __init__(self, argv: Sequence[str], num_ranks: int, folder: Path, number: int) -> None:
+        self.command = [sys.executable, "-u", "-m", "vgglab.train", *argv]
+        self.environment = {
+            **_defaults(num_ranks),
+            **os.environ,
+            **{name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "TORCHELASTIC_RESTART_COUNT": str(number),  # by the name that torchrun has given it
+            ranks.MEETING: str(folder / f"attempt{number}"),
+            ranks.LEASH: "1",
+        }
+        self.num_ranks, self.folder = num_ranks, folder
+        self.signals: list[int] = []  # that this process got
+        self.failure: int | None = None  # the exit code of the rank that failed first
+
+    def run(self) -> int:
+        """Returns the exit code for all ranks."""
+        with handling([*WARNINGS, signal.SIGINT], lambda number, _: self.signals.append(number)):
+            # Each has a session, so that killing one takes its workers along, and a pipe that ends it with this process.
+            running = {
+                rank: subprocess.Popen(
+                    self.command,
+                    env={**self.environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdin=subprocess.PIPE,
+                    start_new_session=True,
+                )
+                for rank in range(self.num_ranks)
+            }
+            processes, deadline, num_sent = list(running.values()), float("inf"), 0
+            while running:
+                time.sleep(POLL_SECONDS)
+                while num_sent < len(self.signals):
+                    _send(self.signals[num_sent], running.values())
+                    num_sent += 1
+                for rank in [rank for rank, process in running.items() if process.poll() is not None]:
+                    code = running.pop(rank).returncode
+                    if code not in (0, ranks.EXIT_LEFT) and self.failure is None:
+                        self._note(rank, code)
+                        _send(signal.SIGTERM, running.values())
+                        deadline = time.monotonic() + ranks.grace_period_seconds()
+                if time.monotonic() > deadline:
+                    _send(signal.SIGKILL, running.values())
+        for process in processes:
+            process.stdin.close()  # type: ignore[union-attr]
+        if signal.SIGINT in self.signals:
+            return ranks.EXIT_INTERRUPTED
+        if self.failure is not None:
+            return self.failure
+        return ranks.EXIT_LEFT if any(process.returncode for process in processes) else 0
+
+    def _note(self, rank: int, code: int) -> None:
+        """Keep the first failure; a rank that was killed could not write it down itself."""
+        if code >= 0:
+            self.failure = code
+        elif -code in self.signals:  # it was asked to leave before it had anything to save
+            self.failure = ranks.EXIT_LEFT
+        else:
+            self.failure = 1
+            error = ranks.report_killed(rank, -code, self.folder)
+            print(f"vgglab.train: rank {rank} of {self.num_ranks}: {error}", file=sys.stderr)
+
+
+def _defaults(num_ranks: int) -> dict[str, str]:
+    """What the environment may say otherwise: threads that share the cores, and no connection beyond this machine."""
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # of Linux, of macOS
+    return {
+        "OMP_NUM_THREADS": str(max(1, ranks.num_cores() // num_ranks)),
+        **{f"{library}_SOCKET_IFNAME": name for name in loopback for library in ("GLOO", "NCCL")},
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _send(number: int, processes) -> None:
+    """To each of the processes; killed, their workers are too."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            if number == signal.SIGKILL:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
