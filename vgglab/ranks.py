@@ -33,7 +33,7 @@ KILLED_SECONDS = 60  # by then a killed process is gone, unless the kernel itsel
 LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "nccl", "socket")
 
 STARTED = time.monotonic()  # when this process began; this module is among the first to be imported
-_ends_at_once = False
+_kept: tuple[Any, ...] = ()  # never to be taken apart
 _run_dir: Path | None = None  # where this process's failure is written down
 
 
@@ -95,15 +95,15 @@ def _end() -> None:
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-def end_at_once() -> None:
-    """Have ``leave`` end this process without taking Python apart: see ``devices/stock.py`` for why."""
-    global _ends_at_once
-    _ends_at_once = True
+def end_at_once(keep: Any) -> None:
+    """Have ``leave`` end this process without taking Python apart, nor ``keep``: see ``devices/stock.py`` for why."""
+    global _kept
+    _kept = (keep,)
 
 
 def leave(code: int) -> None:
     """End this process, the last thing it does; all that it has written is on its way."""
-    if not _ends_at_once:
+    if not _kept:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

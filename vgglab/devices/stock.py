@@ -31,6 +31,7 @@ class StockDevice(Device):
     _torch_device: torch.device
     _backend: str  # of torch.distributed
     _averages_apart = False
+    _parallel: nn.Module | None = None  # the network as wrapped for several ranks
 
     def open(self) -> None:
         if self.world_size > 1:
@@ -54,8 +55,9 @@ class StockDevice(Device):
             torch.distributed.destroy_process_group()
             if self._backend == "gloo" or self.is_simulated:
                 # DistributedDataParallel keeps the group and its gloo threads for good (seen on torch 2.15), and one
-                # of them that lets go of a tensor while Python takes itself apart aborts the process.
-                ranks.end_at_once()
+                # of them that lets go of a tensor while Python takes itself apart aborts the process. On torch 1.10
+                # letting go of the wrapped network waits for such a thread, which waits for Python's lock.
+                ranks.end_at_once(keep=self._parallel)
 
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         # Labels stay int64: the loss's kernels on the CPU and on eager cards refuse int32.
@@ -80,7 +82,8 @@ class StockDevice(Device):
         name = "forward_sync_buffers" if has_new_name else "broadcast_buffers"
         # Gradients live in the buckets that travel: without it VGG16's 553 MB of them are held twice.
         options: dict[str, Any] = {name: self._wishes.broadcast_buffers, "gradient_as_bucket_view": True}
-        return self._compiled(DistributedDataParallel(network, device_ids=device_ids, **options)), network
+        self._parallel = DistributedDataParallel(network, device_ids=device_ids, **options)
+        return self._compiled(self._parallel), network
 
     def _compiled(self, model: nn.Module) -> nn.Module:
         return torch.compile(model) if self.compiles else model  # type: ignore[return-value]
