@@ -129,7 +129,7 @@ for port in ports:
     if attempts[port] == 0:
         # A store's client waits for ever for one that says nothing. The first is a store, and answers.
         signal.alarm(0 if port == ports[0] else 3)
-        TCPStore('127.0.0.1', int(port), None, False).set('key', 'anything')
+        TCPStore('127.0.0.1', int(port), wait_for_workers=False).set('key', 'anything')
         os._exit(0)
 for port, pid in attempts.items():
     if os.waitpid(pid, 0)[1] == 0:
@@ -153,7 +153,7 @@ def test_another_user_reaches_neither_the_meeting_nor_a_store(command, monkeypat
         wait_until(lambda: run.events("train"))
         [meeting] = shared.glob("vgglab-*")
         ports = [int(port, 16) for _, port in listening(processes_with("attack"))]
-        with_store = TCPStore("127.0.0.1", 0, 1, True)  # the attack finds one where there is one
+        with_store = TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)  # the attack finds one where there is one
         result = processes.python("-c", ATTACK, meeting, with_store.port, *ports)
         assert result.returncode == 0, result.stderr
         assert result.stdout.split() == ["store", "at", str(with_store.port)]
