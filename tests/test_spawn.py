@@ -153,7 +153,9 @@ def test_another_user_reaches_neither_the_meeting_nor_a_store(command, monkeypat
         wait_until(lambda: run.events("train"))
         [meeting] = shared.glob("vgglab-*")
         ports = [int(port, 16) for _, port in listening(processes_with("attack"))]
-        with_store = TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)  # the attack finds one where there is one
+        with_store = TCPStore(
+            "127.0.0.1", 0, 1, True, wait_for_workers=False
+        )  # the attack finds one where there is one
         result = processes.python("-c", ATTACK, meeting, with_store.port, *ports)
         assert result.returncode == 0, result.stderr
         assert result.stdout.split() == ["store", "at", str(with_store.port)]
@@ -185,14 +187,34 @@ def test_ranks_are_started_anew_after_one_was_killed_and_the_run_goes_on(start, 
 )
 def test_a_signal_ends_all_ranks_with_the_documented_code(start, tmp_path, number, whom, code):
     process = start("--epochs=100000", mark=f"signal-{whom}-{code}")
-    wait_until(lambda: is_training(tmp_path))
+    wait_until(lambda: is_training(tmp_path) and len(the_only_run(tmp_path).ranks()) == 2)
     run = the_only_run(tmp_path)
     os.kill(process.pid if whom == "launcher" else run.ranks()[1]["pid"], number)
     _, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, "Traceback" in err) == (code, False), err
     assert run.status == "interrupted"
     assert processes_with(f"signal-{whom}-{code}") == []
-    assert code != 75 or run.events("checkpoint")[-1]["step"] == run.events("train")[-1]["step"]
+    assert run.events("checkpoint")[-1]["step"] == run.events("train")[-1]["step"]
+
+
+def test_a_second_ctrl_c_kills_ranks_that_hang(start, tmp_path):
+    process = start("--epochs=100000", mark="ctrl-c-twice")
+    wait_until(lambda: is_training(tmp_path))
+    wait_until(lambda: len(the_only_run(tmp_path).ranks()) == 2)
+    hanging = the_only_run(tmp_path).ranks()[1]["pid"]
+    os.kill(hanging, signal.SIGSTOP)
+    wait_until(lambda: "T" in said_of(hanging)["State"])  # a busy machine takes its time over that
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: int(said_of(hanging)["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, "Traceback" in err) == (130, False), err
+    assert processes_with("ctrl-c-twice") == []
+
+
+def said_of(pid):
+    """What Linux says of a process, by name; ``ShdPnd`` are the signals that it has yet to take, as a mask."""
+    return dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
 
 
 def test_what_all_ranks_refuse_is_exit_code_2(start, tmp_path):

@@ -32,8 +32,8 @@ FINAL = (0, ranks.EXIT_BAD_INPUT, ranks.EXIT_LEFT, ranks.EXIT_INTERRUPTED)  # an
 def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> int:
     """Run the training command once for each rank; start all of them anew where one has died.
 
-    Signals that ask to leave, and Ctrl-C, are passed on to every rank. When a rank fails, the others are asked to
-    leave, and killed after the grace period.
+    A signal that asks to leave is passed on to every rank; at Ctrl-C they are asked to leave, at the second they are
+    killed. When a rank fails, the others are asked to leave, and killed after the grace period.
 
     Returns:
         The exit code of the rank that failed first (1 where it was killed); 75 or 130 where a signal ended them.
@@ -90,7 +90,7 @@ class _Attempt:
             while running:
                 time.sleep(POLL_SECONDS)
                 while num_sent < len(self.signals):
-                    _send(self.signals[num_sent], running.values())
+                    _send(self._for_ranks(num_sent), running.values())
                     num_sent += 1
                 for rank in [rank for rank, process in running.items() if process.poll() is not None]:
                     code = running.pop(rank).returncode
@@ -108,11 +108,18 @@ class _Attempt:
             return self.failure
         return ranks.EXIT_LEFT if any(process.returncode for process in processes) else 0
 
+    def _for_ranks(self, place: int) -> int:
+        """What the ranks get for a signal of this process's: they leave together, also at Ctrl-C."""
+        number = self.signals[place]
+        if number != signal.SIGINT:
+            return number
+        return signal.SIGKILL if signal.SIGINT in self.signals[:place] else signal.SIGTERM
+
     def _note(self, rank: int, code: int) -> None:
         """Keep the first failure; a rank that was killed could not write it down itself."""
         if code >= 0:
             self.failure = code
-        elif -code in self.signals:  # it was asked to leave before it had anything to save
+        elif self.signals:  # it was asked to leave before it had anything to save, or killed at the second Ctrl-C
             self.failure = ranks.EXIT_LEFT
         else:
             self.failure = 1
