@@ -12,7 +12,7 @@ from conftest import PATIENCE_SECONDS, TINY, shell, wait_until
 
 import vgglab
 
-MARK = "VGGLAB_TEST_MARK"
+MARK = f"VGGLAB_TEST_MARK_{os.getpid()}"  # another suite on this machine has other ones
 
 
 def processes_with(mark):
