@@ -5,7 +5,7 @@
     events.jsonl   one JSON object a line, append-only; the first carries the schema version
     log/           rank<r>.txt: what each rank printed; rank<r>.jsonl: its own figures, a line for each log line;
                    skipped-rank<r>.jsonl: images that it left out; failure-rank<r>.json: what it died of;
-                   launcher.txt: what torchrun said to vgglab.launch
+                   launcher.txt: what the launcher and all ranks printed
     checkpoints/   last.pt, previous.pt and best.pt
     report.json    final figures, derived from the lines above (report.py)
     launch.json    who started it, where that was vgglab.launch
@@ -173,7 +173,7 @@ class Run:
     def _is_dead(self) -> bool:
         """Neither rank 0 nor who was launched is there any more, as far as can be seen from here.
 
-        Either may outlive the other: torchrun starts ranks anew, and a run that is launched again in place has the
+        Either may outlive the other: a launcher starts ranks anew, and a run that is launched again in place has the
         former rank 0 in ``env.json`` until it is ready.
         """
         return self.is_here and not any(map(self._is_there, ("env.json", LAUNCHED)))
@@ -197,7 +197,7 @@ class Run:
         return Report(read_report(self))
 
     def logs(self, rank: int | str = 0) -> str:
-        """What a rank has printed so far; ``"launcher"``: what torchrun has."""
+        """What a rank has printed so far; ``"launcher"``: what their launcher has."""
         file = self._log(rank)
         return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
