@@ -201,3 +201,33 @@ def test_interrupting_the_wait_stops_the_run(tiny):
 def test_importing_the_package_brings_in_neither_torch_nor_matplotlib():
     code = "import sys, vgglab; vgglab.launch; print(sorted({'torch', 'matplotlib', 'IPython'} & set(sys.modules)))"
     assert shell("python", "-c", code).stdout.strip() == "[]"
+
+
+def test_a_second_writer_is_refused_in_one_line_and_the_first_goes_on(tiny, tmp_path):
+    flags = [*tiny, f"--run-dir={tmp_path / 'run'}", "--resume=auto"]
+    run = vgglab.launch(flags, epochs=100_000, watch=False)
+    with pytest.raises(vgglab.UserError, match=f"run_dir .*run: process {run.process.pid} on .* is writing there; "):
+        vgglab.launch(flags, epochs=100_000, watch=False)  # the same cell again, while it starts
+    wait_until(lambda: run.events("checkpoint"))
+    with pytest.raises(vgglab.UserError, match="is writing there"):
+        vgglab.launch(flags, epochs=100_000, watch=False)
+    second = shell("python", "-m", "vgglab.train", *flags, "--epochs=100000")
+    assert (second.returncode, second.stderr.count("\n")) == (2, 1), second.stderr
+    assert f"run: process {run.process.pid} on " in second.stderr
+    step = run.events("train")[-1]["step"]
+    wait_until(lambda: run.events("train")[-1]["step"] > step)
+    os.kill(run.process.pid, signal.SIGKILL)  # the lock dies with its holder
+    run.process.wait()
+    again = vgglab.launch(flags, epochs=100_000, watch=False)
+    wait_until(lambda: again.events("checkpoint"))
+    again.stop()
+    assert again.status == "interrupted"
+
+
+def test_a_launch_leaves_no_pipe_behind(tiny):
+    before = len(os.listdir("/proc/self/fd"))
+    runs = [vgglab.launch(tiny, num_classes=7, watch=False) for _ in range(3)]
+    for run in runs:
+        with pytest.raises(vgglab.UserError):
+            run.wait(PATIENCE_SECONDS)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -11,6 +11,7 @@ from vgglab import Run
 from vgglab.compare import compare
 from vgglab.config import parse
 from vgglab.plan import plan
+from vgglab.ranks import signature
 from vgglab.report import build_report
 
 ODD = "<b>lab & co</b>"
@@ -125,18 +126,41 @@ def test_the_accuracy_of_made_up_images_says_so(train):
     assert "% of made-up images" in summary(run, progress_of(run))
 
 
-def test_another_process_with_the_number_of_a_run_that_was_killed_is_left_alone(run):
-
+@pytest.mark.parametrize("age_seconds", [3600, 0], ids=["left behind", "copied just now"])
+def test_another_process_with_the_number_of_a_run_that_was_killed_is_left_alone(run, age_seconds):
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
     (run.path / "events.jsonl").write_text("".join(events[:-1]))  # killed: it never said how it ended
     stranger = subprocess.Popen(["sleep", "60"])
     try:
         env = json.loads((run.path / "env.json").read_text())
         (run.path / "env.json").write_text(json.dumps({**env, "pid": stranger.pid}))
-        os.utime(run.path / "env.json", (time.time() - 3600,) * 2)  # the run began an hour ago
+        os.utime(run.path / "env.json", (time.time() - age_seconds,) * 2)
         assert Run(run.path).status == "failed"
         Run(run.path).stop()
         assert stranger.poll() is None
     finally:
         stranger.kill()
         stranger.wait()
+
+
+@pytest.mark.parametrize("pid", [-1, 0, 1, True, "12", None, 10**30])
+def test_no_number_in_a_foreign_run_directory_makes_stop_send_a_signal(run, monkeypatch, pid):
+    """-1 stands for every process there is."""
+    events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
+    (run.path / "events.jsonl").write_text("".join(events[:-1]))
+    env = json.loads((run.path / "env.json").read_text())
+    began = signature(1)["process"] if pid in (1, True) else env["process"]
+    (run.path / "env.json").write_text(json.dumps({**env, "pid": pid, "process": began}))
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda *words: sent.append(words))
+    Run(run.path).stop()
+    assert [words for words in sent if words[1] != 0] == []
+
+
+@pytest.mark.parametrize("line", ["5", '"x"', "[1]", "null", '{"a": 1}', '{"event": "train"}', "\x00\x01"])
+def test_a_line_that_is_no_event_changes_nothing(run, line):
+    before = (repr(run), repr(run.report()), run.events(), run.ranks(), run.skipped())
+    for file in [run.path / "events.jsonl", *run.path.glob("log/*.jsonl")]:
+        file.write_text(f"{line}\n{file.read_text()}{line}\n")
+    again = Run(run.path)
+    assert (repr(again), repr(again.report()), again.events(), again.ranks(), again.skipped()) == before

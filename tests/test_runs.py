@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import pytest
 from conftest import TINY
 
 import vgglab
+from vgglab.ranks import signature
 from vgglab.view.figures import bands
 from vgglab.view.live import _TerminalLines
 from vgglab.view.rank_table import rank_rows
@@ -21,7 +21,6 @@ START = {
     "event": "start", "seconds": 0, "epochs": 9, "first_epoch": 0, "first_step": 0, "num_steps": 90, "best": {},
     "num_classes": 10, "num_train_images": 9, "num_eval_images": 9, "num_parameters": 1, "data": "digits",
 }  # fmt: skip
-HERE = socket.gethostname()
 
 
 def trained(step, **more):
@@ -54,7 +53,7 @@ def dead():
 def owned_by(path, name, pid):
     file = path / name
     content = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**content, "pid": pid, "host": HERE}))
+    file.write_text(json.dumps({**content, **signature(pid)}))
 
 
 def test_only_testing_in_place_is_refused_and_voids_nothing(train):

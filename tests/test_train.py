@@ -14,8 +14,9 @@ import torch
 from conftest import NUM_VAL, PATIENCE_SECONDS, PROJECT, TINY, shell, wait_until
 from processes import python, ranks
 
-from vgglab import Run
+from vgglab import Run, checkpoint
 from vgglab.compat import load_tensors
+from vgglab.errors import UserError
 
 SEED_REPORT_FIELDS = (
     "model local_rank batch_size epochs training_step_per_epoch eval_step_per_epoch acc1 acc5 device skip_steps "
@@ -367,6 +368,25 @@ def test_on_old_torch_an_archive_with_code_is_not_opened(tmp_path):
     with pytest.raises(NotACheckpoint, match="TorchScript"):
         _refuse_torchscript(tmp_path / "script.pt")
     _refuse_torchscript(tmp_path / "plain.pt")
+
+
+def test_no_flipped_bit_gives_other_weights_or_a_traceback(tmp_path):
+    """In what torch finds the weights by, the archive's directory: some ended in a traceback, one in other weights."""
+    weights = torch.arange(4.0)
+    torch.save({"model": {"weight": weights}}, tmp_path / "whole.pt")
+    content = (tmp_path / "whole.pt").read_bytes()
+    entries = [place for place in range(len(content)) if content.startswith(b"PK\x01\x02", place)]
+    [of_weights] = [place for place in entries if b"/data/0" in content[place + 46 : place + 70]]
+    for place in [*range(of_weights, of_weights + 46), *range(len(content) - 98, len(content))]:
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            (tmp_path / "damaged.pt").write_bytes(damaged)
+            try:
+                found = checkpoint.read(tmp_path / "damaged.pt")
+            except UserError:
+                continue
+            assert torch.equal(found["model"]["weight"], weights), (place, bit)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_launch_that_never_began_is_over_too(images, tmp_path):
 
 def test_two_threads_that_look_at_once_see_each_event_once(tmp_path):
     """A dashboard and a cell: each took in the same lines, and the place to read on from ran past the file's end."""
-    events = [{"event": "train", "step": step} for step in range(20_000)]
+    events = [{"event": "train", "seconds": 1, "step": step} for step in range(20_000)]
     (tmp_path / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
     run, together = vgglab.Run(tmp_path), threading.Barrier(2)
 
@@ -112,7 +112,7 @@ def test_two_threads_that_look_at_once_see_each_event_once(tmp_path):
     for thread in threads:
         thread.join()
     with (tmp_path / "events.jsonl").open("a") as file:
-        file.write('{"event": "train", "step": 20000}\n')
+        file.write('{"event": "train", "seconds": 1, "step": 20000}\n')
     assert [event["step"] for event in run.events()] == list(range(20_001))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Iterator
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vgglab.compat import NotACheckpoint, load_tensors
+from vgglab.compat import NotACheckpoint, damage_of, load_tensors
 from vgglab.errors import UserError
 from vgglab.interrupts import undisturbed
 
@@ -183,7 +182,9 @@ def read(path: str | Path) -> dict[str, Any]:
         UserError: no such file, or not a checkpoint, or a damaged one.
     """
     try:
-        _check_sums(locate(path))
+        damage = damage_of(locate(path))
+        if damage:
+            raise UserError(f"is damaged ({damage})")
         content = load_tensors(locate(path))
     except OSError as error:
         raise UserError(
@@ -196,19 +197,6 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError("holds no model weights")
     is_ours = content.get("format") == FORMAT and isinstance(content.get("config"), dict)
     return content if is_ours else {"model": weights}
-
-
-def _check_sums(file: Path) -> None:
-    """Raises UserError where a part is not what was written. torch itself does not look."""
-    if not zipfile.is_zipfile(file):  # another format, or cut short: torch says which
-        return
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
-        raise UserError(f"is damaged ({error})") from None
-    if damaged:
-        raise UserError(f"is damaged (the checksum of {damaged} does not match)")
 
 
 def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[str]]:

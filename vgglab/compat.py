@@ -7,6 +7,7 @@ import os
 import pickle
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Callable
@@ -35,6 +36,26 @@ def without_compiler(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
 
 def _is_not_torchs(wrapper: Any) -> bool:
     return not (inspect.isfunction(wrapper) and wrapper.__code__.co_filename.endswith(WRAPPERS))
+
+
+DOS_FOLDER = 0x10  # in the attributes of a file in an archive
+
+
+def damage_of(file: Path) -> str:
+    """What is wrong with an archive that ``torch.save`` has written; empty where nothing is. torch does not look."""
+    try:
+        if not zipfile.is_zipfile(file):  # another format, or cut short: torch says which
+            return ""
+        with zipfile.ZipFile(file) as archive:
+            part = archive.testzip()
+            # Of what calls itself a folder torch reads nothing: the weights are then what happened to be in memory.
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & DOS_FOLDER]
+    # RuntimeError: a bit says that it is encrypted.
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+        return str(error)
+    if folders:
+        return f"{folders[0]} is marked as a folder"
+    return f"the checksum of {part} does not match" if part else ""
 
 
 class NotACheckpoint(ValueError):

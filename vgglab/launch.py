@@ -11,19 +11,29 @@ import asyncio
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Generator, Sequence
+from typing import IO, Any, Generator, Sequence
 
 from vgglab import ranks
 from vgglab.config import Config, parse
 from vgglab.errors import RunFailed, UserError
-from vgglab.runs import LAUNCHED, Run, claim, holds_a_run, run_path, write_json
+from vgglab.runs import GOING_ON, LAUNCHED, Run, claim, is_a_run, run_path, write_json
 from vgglab.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
 
 NUM_LOG_LINES_SHOWN = 30
+_leashes: set[IO[bytes]] = set()  # of the runs that go on: the ends that this process holds
+
+
+def _let_go() -> None:
+    """What this process forks may outlive it, and must not hold the leashes then."""
+    for leash in _leashes:
+        leash.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def launch(
@@ -74,7 +84,9 @@ def launch(
     is_multiple = config.world_size > 1 or config.max_restarts > 0
     if nnodes > 1:
         command += _torchrun(config, nnodes, node_rank, rendezvous)
-    goes_on = config.resume == "auto" and config.run_dir is not None and holds_a_run(path)
+    goes_on = config.resume == "auto" and config.run_dir is not None and is_a_run(path)
+    if goes_on and node_rank == 0 and Run(path).status in GOING_ON:
+        raise UserError(f"run_dir {path}: {Run(path).writer()}")
     command += ["-m", "vgglab.train", *argv, f"--run-dir={path}"]
     log = path / "log" / ("launcher.txt" if is_multiple else "rank0.txt")
     is_new = not goes_on and node_rank == 0
@@ -132,10 +144,9 @@ def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: b
             )
     except OSError as error:
         raise UserError(f"python: {command[0]!r} cannot be started ({error.strerror})") from None
-    if process.stdin is not None and hasattr(os, "register_at_fork"):
-        # What this process forks may outlive it, and must not hold the leash then.
-        os.register_at_fork(after_in_child=process.stdin.close)
-    write_json(path / LAUNCHED, {"pid": process.pid, "host": socket.gethostname(), "argv": argv, "command": command})
+    if process.stdin is not None:
+        _leashes.add(process.stdin)
+    write_json(path / LAUNCHED, {**ranks.signature(process.pid), "argv": argv, "command": command})
     return process
 
 
@@ -160,9 +171,17 @@ class LaunchedRun(Run):
         self._was_stopped = False
         self._ends_before = self.events("end")  # of an earlier launch in the same folder
 
+    def _has_ended(self) -> bool:
+        if self.process.poll() is None:
+            return False
+        if self.process.stdin is not None:
+            _leashes.discard(self.process.stdin)
+            self.process.stdin.close()
+        return True
+
     @property
     def status(self) -> str:
-        has_ended = self.process.poll() is not None  # asked first: it may end while its events are read
+        has_ended = self._has_ended()  # asked first: it may end while its events are read
         if has_ended and self.events("end") in ([], self._ends_before):  # it could not say how it ended
             return "interrupted" if self._was_stopped else "failed"
         status = super().status
@@ -190,7 +209,7 @@ class LaunchedRun(Run):
 
     def __await__(self) -> Generator[Any, None, LaunchedRun]:
         try:
-            while self.process.poll() is None:
+            while not self._has_ended():
                 yield from asyncio.sleep(0.2).__await__()
         except (KeyboardInterrupt, asyncio.CancelledError):
             self.stop()
@@ -200,7 +219,7 @@ class LaunchedRun(Run):
 
     def stop(self, grace_seconds: float | None = None) -> None:
         """Ask the run to save and leave; what is left after the grace is killed."""
-        if self.process.poll() is not None:
+        if self._has_ended():
             return
         grace_seconds = ranks.grace_period_seconds(grace_seconds)
         self._was_stopped = True
@@ -213,6 +232,7 @@ class LaunchedRun(Run):
         ranks.kill_all(self.path)
 
     def _raise_if_failed(self) -> None:
+        self._has_ended()
         code = self.process.returncode
         if code == 0 or self.status == "interrupted":
             return

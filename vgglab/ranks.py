@@ -248,17 +248,28 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def is_still_there(pid: int, file: Path) -> bool:
-    """Whether the process that wrote its number into ``file`` lives; another may have been given the number since."""
-    if not is_alive(pid):
+def signature(pid: int) -> dict[str, Any]:
+    """What a run directory says of a process, so that it is found again and no other is taken for it.
+
+    ``process`` is the boot of the machine and the moment in it when the process began, which no clock can change; empty
+    without ``/proc``.
+    """
+    return {"host": socket.gethostname(), "pid": pid, "process": _began(pid)}
+
+
+def is_running(signed: dict[str, Any]) -> bool:
+    """Whether the process with this ``signature`` lives, on this machine."""
+    pid = signed.get("pid")
+    if type(pid) is not int or pid < 1 or signed.get("host") != socket.gethostname():
         return False
-    try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # since the machine's start
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, ValueError, IndexError):  # no Linux
-        return True
-    began = time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
-    return began < file.stat().st_mtime + 2  # clocks that are read one after the other
+    return is_alive(pid) and signed.get("process") == _began(pid)
+
+
+def _began(pid: int) -> str:
+    with contextlib.suppress(OSError, IndexError):
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
+    return ""
 
 
 def processes_of(path: Path) -> list[int]:

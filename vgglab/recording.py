@@ -8,18 +8,23 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import IO, Any, Callable, Iterator, Sequence
 
 from vgglab.errors import UserError
-from vgglab.ranks import ASK_WHERE
+from vgglab.ranks import ASK_WHERE, signature
 from vgglab.runs import NO_WRITING, Event, Run, claim, write_json
 from vgglab.version import __version__
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = "lock"  # in the run directory; held by rank 0
 Listener = Callable[[Event], None]
 
 
@@ -96,6 +101,7 @@ class RunWriter(RankWriter):
         else:
             claim(path)
         try:
+            self._lock, self.has_lock = _lock(path)
             self._events = (path / "events.jsonl").open("a", encoding="utf-8")
             if is_continued:
                 self._events.write("\n")  # ends a line that was cut short
@@ -122,12 +128,36 @@ class RunWriter(RankWriter):
             listener(event)
 
     def close(self) -> None:
-        """End the events; listeners that hold files close them."""
+        """End the events; listeners that hold files close them. From here on another process may write."""
         self._events.close()
+        if self._lock is not None:
+            self._lock.close()
         for listener in self.listeners:
             close = getattr(listener, "close", None)
             if close is not None:
                 close()
+
+
+def _lock(path: Path) -> tuple[IO[str] | None, bool]:
+    """Make this process the only writer of a run directory for as long as it lives, however it ends.
+
+    Returns:
+        The open file that holds the lock, and whether there is one: not every file system can lock.
+
+    Raises:
+        UserError: another process is writing there.
+    """
+    if fcntl is None:
+        return None, False
+    file = (path / LOCK).open("a", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(f"--run-dir {path}: {Run(path).writer()}") from None
+    except OSError:
+        return file, False
+    return file, True
 
 
 class _Tee:
@@ -177,8 +207,7 @@ def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
         "argv": sys.argv,
         "executable": sys.executable,
         "cwd": os.getcwd(),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
+        **signature(os.getpid()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

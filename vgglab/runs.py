@@ -9,6 +9,7 @@
     checkpoints/   last.pt, previous.pt and best.pt
     report.json    final figures, derived from the lines above (report.py)
     launch.json    who started it, where that was vgglab.launch
+    lock           held by rank 0 as long as it writes
 
 ``RunWriter`` (``recording.py``) writes it; ``Run`` reads it, from anywhere, also while it grows. Standard library only.
 """
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgglab.errors import UserError
-from vgglab.ranks import ask_where, failures, grace_period_seconds, is_still_there, kill_all, processes_of
+from vgglab.ranks import ask_where, failures, grace_period_seconds, is_running, kill_all, processes_of
 
 if TYPE_CHECKING:
     from vgglab.config import Config
@@ -146,7 +147,7 @@ class Run:
                 if not line.endswith(b"\n"):
                     return
                 self._num_bytes_seen += len(line)
-                event = _event_in(line)
+                event = _event_in(line, "event", "seconds")
                 if event is None:
                     continue
                 if event["event"] == "start":
@@ -170,25 +171,25 @@ class Run:
         """Whether it runs, or ran, on this machine."""
         return (self.env or _read_json(self.path / LAUNCHED)).get("host") == socket.gethostname()
 
+    def writer(self) -> str:
+        """Who is writing here, and what one may do about it, for those who wanted to."""
+        owner = next((one for one in (self.env, _read_json(self.path / LAUNCHED)) if is_running(one)), self.env)
+        who = f"process {owner.get('pid')} on {owner.get('host')}"
+        return f"{who} is writing there; vgglab.Run({str(self.path)!r}).watch() shows it, .stop() ends it"
+
     def _is_dead(self) -> bool:
         """Neither rank 0 nor who was launched is there any more, as far as can be seen from here.
 
         Either may outlive the other: a launcher starts ranks anew, and a run that is launched again in place has the
         former rank 0 in ``env.json`` until it is ready.
         """
-        return self.is_here and not any(map(self._is_there, ("env.json", LAUNCHED)))
+        return self.is_here and not any(is_running(_read_json(self.path / name)) for name in ("env.json", LAUNCHED))
 
     def _is_launched_anew(self) -> bool:
         """Whether the end that was written last is that of an earlier launch in the same folder."""
         launched, events = self.path / LAUNCHED, self.path / "events.jsonl"
         is_newer = launched.exists() and launched.stat().st_mtime > events.stat().st_mtime
-        return is_newer and self._is_there(LAUNCHED)
-
-    def _is_there(self, name: str) -> bool:
-        """Whether the process that ``name`` speaks of lives on this machine."""
-        owner = _read_json(self.path / name)
-        is_here = bool(owner) and owner.get("host") == socket.gethostname()
-        return is_here and is_still_there(owner["pid"], self.path / name)
+        return is_newer and is_running(_read_json(launched))
 
     def report(self) -> Report:
         """The figures of ``report.json``, made anew from the events."""
@@ -217,7 +218,7 @@ class Run:
         """For each rank the last few lines of its own figures, the latest last."""
         recent = []
         for file in (self.path / "log").glob("rank*.jsonl"):
-            events = [event for event in map(_event_in, _tail(file).splitlines()) if event is not None]
+            events = [event for line in _tail(file).splitlines() if (event := _event_in(line, "rank", "pid"))]
             # What a former process wrote, before the run went on in place, is not how the rank does now.
             events = [event for event in events if event["pid"] == events[-1]["pid"]]
             if events and events[-1]["rank"] < self.env.get("world_size", math.inf):
@@ -227,8 +228,8 @@ class Run:
     def skipped(self) -> dict[str, str]:
         """The images that ranks have left out because they could not be read, and why."""
         lines = b"".join(file.read_bytes() for file in sorted((self.path / "log").glob("skipped-rank*.jsonl")))
-        found = filter(None, map(_event_in, lines.splitlines()))
-        return {entry["image"]: entry["reason"] for entry in found}
+        found = (_event_in(line, "image", "reason") for line in lines.splitlines())
+        return {entry["image"]: entry["reason"] for entry in found if entry}
 
     def where(self) -> str:
         """What each rank on this machine is doing right now: its Python stack, newest call first (Linux)."""
@@ -253,14 +254,11 @@ class Run:
         kill_all(self.path)
 
     def _leaders(self) -> list[int]:
-        """The process to ask: what was launched, else rank 0; only if it still is the same, as far as can be seen."""
+        """The process to ask: what was launched, which also carries the run's mark, else rank 0; never process 1."""
         launched = _read_json(self.path / LAUNCHED)
-        file = self.path / (LAUNCHED if launched else "env.json")
-        owner = _read_json(file)
-        if not owner or owner.get("host") != socket.gethostname():
-            return []
-        is_there = is_still_there(owner["pid"], file) and (not launched or owner["pid"] in processes_of(self.path))
-        return [owner["pid"]] if is_there else []
+        owner = launched or self.env
+        is_there = is_running(owner) and (not launched or owner["pid"] in processes_of(self.path))
+        return [owner["pid"]] if is_there and owner["pid"] > 1 else []
 
     def checkpoint(self, which: str = "best") -> Path:
         """``best`` or ``last``. Raises UserError where none was written."""
@@ -276,12 +274,13 @@ class Run:
         watch(self)
 
 
-def _event_in(line: bytes) -> Event | None:
-    """None for a line that a killed writer left unfinished, and whose rest somebody else has written since."""
+def _event_in(line: bytes, *names: str) -> Event | None:
+    """None for a line that is damaged, or unfinished because its writer was killed: no object that has ``names``."""
     try:
-        return json.loads(line)
+        content = json.loads(line)
     except ValueError:
         return None
+    return content if isinstance(content, dict) and content.keys() >= set(names) else None
 
 
 def _is_before(event: Event, start: Event) -> bool:

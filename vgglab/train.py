@@ -283,6 +283,8 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, p
             run.write_config(config.as_dict())
             run.write_env(device.describe(), device.world_size)
             terminal.say(f"run directory: {path}")
+            if not run.has_lock:
+                run.event("warning", text=f"{path}: this file system cannot lock; start no second run in there")
             engine.announce(job, config, sets, run)
             for text in [*device.warnings, *sets.warnings, *job.warnings, *configuration.warnings_about(config)]:
                 run.event("warning", text=text)
