@@ -7,9 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import pytest
-from conftest import PATIENCE_SECONDS, PROJECT, wait_until
+from conftest import PATIENCE_SECONDS, PROJECT, TINY, wait_until
+from processes import python
+
+from vgglab import Run
 
 pytest.importorskip("papermill")
 
@@ -237,3 +241,47 @@ def test_interrupted_nothing_goes_on(tmp_path, number):
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "vgglab.book: interrupted"
     wait_until(lambda: not os.path.exists(f"/proc/{pid.read_text()}"))
+
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def made_hostile(value, keep=()):
+    """The same structure with each text in it replaced, and each date by a list."""
+    if isinstance(value, dict):
+        return {name: entry if name in keep else made_hostile(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [made_hostile(entry) for entry in value]
+    return HOSTILE if isinstance(value, str) else value
+
+
+class Handlers(HTMLParser):
+    """Counts the elements of a page that would run something of the run directory's."""
+
+    count = 0
+
+    def handle_starttag(self, tag, attributes):
+        self.count += ("onerror", "alert(1)") in attributes
+
+
+def test_a_report_on_a_hostile_run_directory_runs_nothing(book, images, tmp_path):
+    trained = python(
+        "-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", cwd=tmp_path
+    )
+    assert trained.returncode == 0, trained.stderr
+    run = Run(tmp_path / "run")
+    env = made_hostile(run.env, keep=("host", "process"))
+    (run.path / "env.json").write_text(json.dumps({**env, "started": [HOSTILE]}))
+    events = [made_hostile(event, keep=("event", "status")) for event in run.events()]
+    events.insert(1, {"event": "warning", "seconds": 0, "text": HOSTILE})
+    (run.path / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    folder = tmp_path / HOSTILE.replace("/", "")
+    run.path.rename(folder)
+    result = book(PROJECT / "notebooks/08_report.ipynb", "-p", "folders", folder)
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "build/notebooks/08_report.html").read_text()
+    assert "&lt;img src=x" in page
+    for text in (page, f"<p {'onerror=alert(1)'}>"):
+        handlers = Handlers()
+        handlers.feed(text)
+        assert handlers.count == (text is not page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
@@ -14,6 +15,7 @@ SEED_FIELDS = (
     "model local_rank batch_size epochs training_step_per_epoch eval_step_per_epoch acc1 acc5 device skip_steps "
     "train_fps_mean train_fps_min train_fps_max training_time"
 ).split()
+DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}[+-]\d{4}")
 NOT_SETTINGS = ("run_dir", "output_dir", "seeds")
 
 
@@ -33,6 +35,8 @@ class Table(NamedTuple):
 def runs_in(folders: Sequence[str | Path]) -> list[Run]:
     """The runs that the folders are, or that lie in them, those of several seeds too; without what has only begun.
 
+    The oldest comes first.
+
     Raises:
         UserError: a folder that is not there.
     """
@@ -42,7 +46,13 @@ def runs_in(folders: Sequence[str | Path]) -> list[Run]:
             raise UserError(f"{folder}: no such folder")
         paths = [folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/seed-*"))]
         found += [Run(path) for path in paths if holds_a_run(path)]
-    return [run for run in found if run.events("start")]
+    return sorted((run for run in found if run.events("start")), key=started)
+
+
+def started(run: Run) -> str:
+    """When the run began, as ``2026-11-27T02:05:00+0000``; empty where ``env.json``, perhaps not ours, has no date."""
+    text = run.env.get("started")
+    return text if isinstance(text, str) and DATE.fullmatch(text) else ""
 
 
 def seed_table(runs: Sequence[Run]) -> Table:
