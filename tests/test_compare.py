@@ -112,3 +112,13 @@ def test_two_tests_of_the_same_weights_are_the_same(runs, train):
     assert compare(*tests[:2]).is_same
     assert shell("python", "-m", "vgglab.compare", *(run.path for run in tests[:2])).returncode == 0
     assert not compare(*tests[1:]).is_same
+
+
+def test_names_that_matplotlib_would_take_for_something_else_are_drawn(train):
+    run = train("--print-freq=1").run
+    figure = curves_beside([run, run], ["costs $5 and $_{", "_hidden"])
+    figure.png()  # a name that is no formula raised an error here
+    assert {text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()} == {
+        "costs $5 and $_{",
+        "_hidden",
+    }

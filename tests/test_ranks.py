@@ -16,9 +16,9 @@ from test_launch import MARK, processes_with
 
 import vgglab
 from vgglab import Run
+from vgglab.dist.processes import ask_where
 from vgglab.dist.slurm import first_host, take_up_slurm
 from vgglab.errors import UserError
-from vgglab.ranks import ask_where
 from vgglab.view import rank_table
 from vgglab.view.live import progress_of, summary
 from vgglab.view.rank_table import as_html, as_text, rank_rows, silence

@@ -10,8 +10,8 @@ import pytest
 from vgglab import Run
 from vgglab.compare import compare
 from vgglab.config import parse
+from vgglab.dist.processes import signature
 from vgglab.plan import plan
-from vgglab.ranks import signature
 from vgglab.report import build_report
 
 ODD = "<b>lab & co</b>"

@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY
 
 import vgglab
-from vgglab.ranks import signature
+from vgglab.dist.processes import signature
 from vgglab.view.figures import bands
 from vgglab.view.live import _TerminalLines
 from vgglab.view.rank_table import rank_rows

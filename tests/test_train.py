@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -467,3 +468,47 @@ def test_a_training_that_compiles_nothing_does_not_import_the_compiler(images, t
 def test_a_grace_period_that_is_no_number_of_seconds_is_refused(refused, monkeypatch, given):
     monkeypatch.setenv("VGGLAB_GRACE_SECONDS", given)
     assert refused() == f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds from 0 to 99999, such as 10"
+
+
+def test_a_closed_stream_is_no_failure(images, tmp_path):
+    words = [sys.executable, "-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}"]
+    result = subprocess.run(
+        ["bash", "-c", 'exec "$@" 2>&-', "bash", *words], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout
+    run = Run(tmp_path / "run")
+    assert run.status == "done"
+    assert all(json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines())
+
+
+def test_ctrl_c_twice_is_answered_once(images, tmp_path):
+    words = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--epochs=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vgglab.train", *words], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    wait_until(lambda: (tmp_path / "run/events.jsonl").exists() and Run(tmp_path / "run").events("train"))
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    said = process.communicate()[1].decode()
+    assert (process.returncode, said) == (130, "vgglab.train: interrupted\n")
+    assert Run(tmp_path / "run").status == "interrupted"
+
+
+def test_a_segmentation_fault_leaves_a_stack(images, tmp_path):
+    """What a vendor's library does: from a shell in the run's log, with several ranks among its failures too."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import faulthandler, os\nimport vgglab.pace as pace\n"
+        "def was_handed_over(clock):\n    faulthandler._sigsegv()\n"
+        "if os.environ.get('RANK') != '0':\n    pace.Clock.was_handed_over = was_handed_over\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}", "OMP_NUM_THREADS": "1"}
+    words = ["-m", "vgglab.train", *TINY, f"--data-path={images}"]
+    alone = shell("python", *words, f"--run-dir={tmp_path / 'one'}", env=environment)
+    assert alone.returncode == -signal.SIGSEGV
+    assert "in was_handed_over" in Run(tmp_path / "one").logs()
+    several = shell("python", *words, f"--run-dir={tmp_path / 'two'}", "--nproc=2", env=environment)
+    assert several.returncode == 1
+    cause = Run(tmp_path / "two").failures()[0]
+    assert (cause["rank"], cause["error"]) == (1, "was killed (SIGSEGV)")
+    assert "in was_handed_over" in cause["traceback"]

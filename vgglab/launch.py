@@ -18,6 +18,7 @@ from typing import IO, Any, Generator, Sequence
 
 from vgglab import ranks
 from vgglab.config import Config, parse
+from vgglab.dist import processes
 from vgglab.errors import RunFailed, UserError
 from vgglab.runs import GOING_ON, LAUNCHED, Run, claim, is_a_run, run_path, write_json
 from vgglab.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
@@ -146,7 +147,7 @@ def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: b
         raise UserError(f"python: {command[0]!r} cannot be started ({error.strerror})") from None
     if process.stdin is not None:
         _leashes.add(process.stdin)
-    write_json(path / LAUNCHED, {**ranks.signature(process.pid), "argv": argv, "command": command})
+    write_json(path / LAUNCHED, {**processes.signature(process.pid), "argv": argv, "command": command})
     return process
 
 
@@ -229,14 +230,14 @@ class LaunchedRun(Run):
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)  # a session of its own: this reaches its workers too
             self.process.wait()
-        ranks.kill_all(self.path)
+        processes.kill_all(self.path)
 
     def _raise_if_failed(self) -> None:
         self._has_ended()
         code = self.process.returncode
         if code == 0 or self.status == "interrupted":
             return
-        ranks.kill_all(self.path)  # where the launcher itself was killed
+        processes.kill_all(self.path)  # where the launcher itself was killed
         lines = self.logs().strip().splitlines() or ["it printed nothing"]
         if code == ranks.EXIT_BAD_INPUT and not self.is_multiple:
             raise UserError(lines[-1].replace("vgglab.train: error: ", ""))

@@ -6,6 +6,7 @@ Standard library only, and cheap: a rank whose launcher dies before torch is imp
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import re
@@ -28,8 +29,9 @@ EXIT_BAD_INPUT = 2
 EXIT_LEFT = 75  # sysexits.h: a temporary failure, try again
 EXIT_INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 GUARD_SECONDS = 0.5
+FATAL = "Fatal Python error: "
 RUN_NOTE = "vgglab_run"  # in the folder of a launch: the run directory that its ranks work in
-KILLED_SECONDS = 60  # by then a killed process is gone, unless the kernel itself hangs
+
 LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "nccl", "socket")
 
 STARTED = time.monotonic()  # when this process began; this module is among the first to be imported
@@ -49,6 +51,9 @@ def grace_period_seconds(chosen: float | None = None) -> float:
 
 def attach() -> None:
     """Tie this process to what started it: it ends when that does, however that ends. Call it before slow imports."""
+    _open_closed_streams()
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)  # a stack, where a vendor's library breaks off
     grace_period_seconds()  # refused now, not when it is needed
     if os.environ.pop(LEASH, None) is not None:
         # A kernel may have Ctrl-C switched off at the moment it starts us, and that is inherited.
@@ -57,6 +62,13 @@ def attach() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # A torchrun that is killed leaves its ranks training: each is a session of its own.
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True, name="guard").start()
+
+
+def _open_closed_streams() -> None:
+    """After ``2>&-`` Python has no ``sys.stderr``, and its number goes to the next file that the run opens."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def _end_with_launcher() -> None:
@@ -196,7 +208,10 @@ def report_killed(rank: int, number: int, folder: Path) -> str:
     line = f"was killed ({signal_name}){hint}"
     launched_for = os.environ.get(MARK)
     path = remembered_run(folder) or (Path(launched_for) if launched_for else None)
-    _write_failure(path, rank, line, -number)
+    log = path / "log" / f"rank{rank}.txt" if path else None
+    said = log.read_text(encoding="utf-8", errors="replace") if log and log.exists() else ""
+    _, found, stack = said.rpartition(FATAL)  # as faulthandler writes it
+    _write_failure(path, rank, line, -number, found + stack)
     return line
 
 
@@ -233,89 +248,3 @@ def forget_failures(path: Path) -> None:
     """A run that goes on has survived them."""
     for file in (path / "log").glob("failure-rank*.json"):
         file.unlink()
-
-
-def is_alive(pid: int) -> bool:
-    """Whether there is such a process on this machine."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's, and alive
-        pass
-    with contextlib.suppress(OSError):  # ended, but nobody has asked how: a container's process 1 often never does
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return True
-
-
-def signature(pid: int) -> dict[str, Any]:
-    """What a run directory says of a process, so that it is found again and no other is taken for it.
-
-    ``process`` is the boot of the machine and the moment in it when the process began, which no clock can change; empty
-    without ``/proc``.
-    """
-    return {"host": socket.gethostname(), "pid": pid, "process": _began(pid)}
-
-
-def is_running(signed: dict[str, Any]) -> bool:
-    """Whether the process with this ``signature`` lives, on this machine."""
-    pid = signed.get("pid")
-    if type(pid) is not int or pid < 1 or signed.get("host") != socket.gethostname():
-        return False
-    return is_alive(pid) and signed.get("process") == _began(pid)
-
-
-def _began(pid: int) -> str:
-    with contextlib.suppress(OSError, IndexError):
-        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
-    return ""
-
-
-def processes_of(path: Path) -> list[int]:
-    """The processes on this machine that were launched for a run, by the mark in their environment (Linux)."""
-    wanted = f"{MARK}={path.absolute()}".encode()
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            if state != "Z" and wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return [pid for pid in found if pid != os.getpid()]
-
-
-def ask_where(pid: int, log: Path, seconds: float = 2.0) -> str:
-    """The Python stack of a rank's main thread, newest call first; empty where ``pid`` is not the writer of ``log``.
-
-    On Linux and this machine only. The stack stays in the log.
-    """
-    if not _has_open(pid, log):
-        return ""
-    size, deadline, said = log.stat().st_size, time.monotonic() + seconds, b""
-    os.kill(pid, ASK_WHERE)
-    while time.monotonic() < deadline:
-        time.sleep(0.25)  # a process that has to wait for a core writes its stack in parts
-        before, said = said, log.read_bytes()[size:]
-        if said and said == before:
-            break
-    *_, main_thread = re.split(r"^(?:Current thread|Thread) .*\n", said.decode(errors="replace"), flags=re.MULTILINE)
-    return main_thread
-
-
-def _has_open(pid: int, file: Path) -> bool:
-    with contextlib.suppress(OSError):
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                if link.samefile(file):
-                    return True
-    return False
-
-
-def kill_all(path: Path) -> None:
-    """Kill what is left of a run on this machine, and wait until it is gone; no longer than a busy kernel needs."""
-    deadline = time.monotonic() + KILLED_SECONDS
-    while time.monotonic() < deadline and (left := processes_of(path)):
-        for pid in left:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)

@@ -14,8 +14,9 @@ import traceback
 from pathlib import Path
 from typing import IO, Any, Callable, Iterator, Sequence
 
+from vgglab.dist.processes import signature
 from vgglab.errors import UserError
-from vgglab.ranks import ASK_WHERE, signature
+from vgglab.ranks import ASK_WHERE
 from vgglab.runs import NO_WRITING, Event, Run, claim, write_json
 from vgglab.version import __version__
 
@@ -70,6 +71,8 @@ class RankWriter:
         with open(file, "a", encoding="utf-8", errors="backslashreplace") as log:
             # Written from C, so it also works deep inside a collective that hangs, where Python's handlers wait.
             faulthandler.register(ASK_WHERE, file=log)
+            had_handler = faulthandler.is_enabled()
+            faulthandler.enable(file=log)
             screens = sys.stdout, sys.stderr
             sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
             try:
@@ -79,6 +82,9 @@ class RankWriter:
                 raise
             finally:
                 faulthandler.unregister(ASK_WHERE)
+                faulthandler.disable()
+                if had_handler and sys.__stderr__ is not None:
+                    faulthandler.enable(sys.__stderr__)
                 signal.signal(ASK_WHERE, signal.SIG_IGN)  # unregistered, it would end a rank that was asked too late
                 sys.stdout, sys.stderr = screens
 

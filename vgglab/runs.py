@@ -28,8 +28,9 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vgglab.dist.processes import ask_where, is_running, kill_all, processes_of
 from vgglab.errors import UserError
-from vgglab.ranks import ask_where, failures, grace_period_seconds, is_running, kill_all, processes_of
+from vgglab.ranks import failures, grace_period_seconds
 
 if TYPE_CHECKING:
     from vgglab.config import Config

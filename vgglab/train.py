@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import traceback
 
@@ -48,9 +49,10 @@ from typing import TYPE_CHECKING, Any, Sequence
 from vgglab import agreement, inheritance, ranks, seeds
 from vgglab import config as configuration
 from vgglab.config import Config
+from vgglab.devices import import_torch, open_device
 from vgglab.dist import slurm, spawn
 from vgglab.errors import UserError, blaming
-from vgglab.interrupts import Leaving, heeding_warnings
+from vgglab.interrupts import Leaving, heeding_warnings, undisturbed
 
 if TYPE_CHECKING:
     from vgglab.data.sets import DataSets
@@ -112,10 +114,9 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
         UserError: for anything that can be seen before the first step, and then no run directory is made;
             later for an image that cannot be read.
     """
-    _import_torch(config.device)  # from here on; a wrong flag is answered without it
+    import_torch(config.device)  # from here on; a wrong flag is answered without it
     from vgglab import checkpoint
     from vgglab.data.sets import open_sets
-    from vgglab.devices import open_device
 
     saved, notes, is_in_place = None, [], False
     earlier = ranks.run_of_earlier_attempt()
@@ -168,30 +169,6 @@ def _find_checkpoint(config: Config) -> list[str]:
             notes.append(f"--resume auto: no intact checkpoint in {where}; starting from the beginning")
         return notes
     return [*notes, f"--resume auto: goes on from {file}"]
-
-
-def _import_torch(device: str) -> None:
-    """Raises UserError where it is not there, or breaks off because a card's library that it loads is broken."""
-    from vgglab.devices import before_torch
-
-    before_torch(device)
-    if "torch" in sys.modules:
-        return
-    gc.disable()  # all that the import makes stays; looking through it for garbage would take a fifth of the time
-    try:
-        import torch  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise UserError(f"PyTorch is not installed for {sys.executable}; activate .venv, or see the README") from None
-    except Exception as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(
-            f"--device {device}: torch cannot be imported ({reason}); see python -m vgglab.doctor"
-        ) from None
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _resolve(config: Config, device: Device, sets: DataSets) -> None:
@@ -300,9 +277,10 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, p
             failure = f"{type(error).__name__}: {error}"
             raise
         finally:
-            run.event("end", status=status, error=failure, **device.usage())
-            run.write_report(build_report(Run(path)))
-            run.close()
+            with undisturbed():
+                run.event("end", status=status, error=failure, **device.usage())
+                run.write_report(build_report(Run(path)))
+                run.close()
         report = Run(path).report()
         best = "" if report["acc1"] is None else f"best top-1 {report['acc1']:.2f} % "
         terminal.say(f"{best}after {report['training_time']} (h:mm:ss); report: {path / 'report.json'}")
@@ -313,8 +291,11 @@ if __name__ == "__main__":
 
     try:
         code = packaged_main()
+    except KeyboardInterrupt:  # a second one, while the first was being answered
+        code = ranks.EXIT_INTERRUPTED
     except Exception:  # shown here: Python would keep it and its frames, and with them the loader's processes
         traceback.print_exc()
         code = 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
     gc.collect()  # what the batches have started ends with the last reference to them
     ranks.leave(code)

@@ -15,7 +15,9 @@ parser and the views can ask for the choices without it.
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,14 +54,32 @@ class Wishes:
         return "auto" if self.fast and self.amp_dtype is None else self.amp_dtype
 
 
-def before_torch(name: str) -> None:
-    """Call before torch is first imported, with the device that the flags name.
+def import_torch(name: str) -> None:
+    """The first import of torch in a process, for the device that the flags name.
 
     Where a card's library is installed, ``import torch`` loads it, and a broken one makes that import fail.
     Who has asked for another device does not need it; a simulated card would even collide with it.
+
+    Raises:
+        UserError: torch is not there, or breaks off because a card's library that it loads is broken.
     """
     if name not in ("auto", "gcu"):
         os.environ[AUTOLOAD] = "0"
+    if "torch" in sys.modules:
+        return
+    gc.disable()  # all that the import makes stays; looking through it for garbage would take a fifth of the time
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UserError(f"PyTorch is not installed for {sys.executable}; activate .venv, or see the README") from None
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"--device {name}: torch cannot be imported ({reason}); see python -m vgglab.doctor") from None
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def open_device(name: str, **wishes: Any) -> Device:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from vgglab.errors import UserError
@@ -32,6 +33,12 @@ class Picture(Figure):
         """Sizes in inches."""
         super().__init__(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(self)
+
+    def draw(self, renderer: Any) -> None:
+        """As any figure; but a name with a ``$`` in it, of a run or a class, is no formula."""
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        super().draw(renderer)
 
     def png(self, dpi: int = 96) -> bytes:
         file = io.BytesIO()
@@ -117,6 +124,11 @@ def _curve(panel: Any, train: list[dict], held_out: list[dict], figure: str) -> 
         )
 
 
+def _in_legend(name: str) -> str:
+    """Matplotlib leaves out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def _values(events: list[dict], figure: str) -> list[float]:
     return [float("nan") if event[figure] is None else event[figure] for event in events]
 
@@ -130,7 +142,7 @@ def curves_beside(runs: Sequence[Run], names: Sequence[str] = (), first_differen
     """Training loss and held-out top-1 of several runs in the same panels; a line where two first differ."""
     figure, (loss, accuracy) = new_figure(2, height=3 + 0.2 * (len(runs) + 1))  # a line of it for each name
     for number, run in enumerate(runs):
-        name = names[number] if names else run.path.name
+        name = _in_legend(names[number] if names else run.path.name)
         look = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "label": name}
         for panel, kind, value in ((loss, "train", "loss"), (accuracy, "eval", "acc1")):
             events = run.events(kind)
@@ -156,7 +168,7 @@ def bands(groups: Mapping[str, Sequence[Run]]) -> Picture:
             steps, rows = _in_step(runs, kind, value)
             if not steps:
                 continue
-            label = f"{name}, n = {len(rows[0])}"
+            label = _in_legend(f"{name}, n = {len(rows[0])}")
             panel.plot(steps, [sum(row) / len(row) for row in rows], label=label, **look)
             panel.fill_between(
                 steps, list(map(min, rows)), list(map(max, rows)), color=look["color"], alpha=0.2, linewidth=0

@@ -1,0 +1,102 @@
+"""The processes of a run, on this machine: which they are, what they are doing, and the end of what is left of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from vgglab.ranks import ASK_WHERE, MARK
+
+KILLED_SECONDS = 60  # by then a killed process is gone, unless the kernel itself hangs
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's, and alive
+        pass
+    with contextlib.suppress(OSError):  # ended, but nobody has asked how: a container's process 1 often never does
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return True
+
+
+def signature(pid: int) -> dict[str, Any]:
+    """What a run directory says of a process, so that it is found again and no other is taken for it.
+
+    ``process`` is the boot of the machine and the moment in it when the process began, which no clock can change; empty
+    without ``/proc``.
+    """
+    return {"host": socket.gethostname(), "pid": pid, "process": _began(pid)}
+
+
+def is_running(signed: dict[str, Any]) -> bool:
+    """Whether the process with this ``signature`` lives, on this machine."""
+    pid = signed.get("pid")
+    if type(pid) is not int or pid < 1 or signed.get("host") != socket.gethostname():
+        return False
+    return is_alive(pid) and signed.get("process") == _began(pid)
+
+
+def _began(pid: int) -> str:
+    with contextlib.suppress(OSError, IndexError):
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
+    return ""
+
+
+def processes_of(path: Path) -> list[int]:
+    """The processes on this machine that were launched for a run, by the mark in their environment (Linux)."""
+    wanted = f"{MARK}={path.absolute()}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z" and wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def ask_where(pid: int, log: Path, seconds: float = 2.0) -> str:
+    """The Python stack of a rank's main thread, newest call first; empty where ``pid`` is not the writer of ``log``.
+
+    On Linux and this machine only. The stack stays in the log.
+    """
+    if not _has_open(pid, log):
+        return ""
+    size, deadline, said = log.stat().st_size, time.monotonic() + seconds, b""
+    os.kill(pid, ASK_WHERE)
+    while time.monotonic() < deadline:
+        time.sleep(0.25)  # a process that has to wait for a core writes its stack in parts
+        before, said = said, log.read_bytes()[size:]
+        if said and said == before:
+            break
+    *_, main_thread = re.split(r"^(?:Current thread|Thread) .*\n", said.decode(errors="replace"), flags=re.MULTILINE)
+    return main_thread
+
+
+def _has_open(pid: int, file: Path) -> bool:
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if link.samefile(file):
+                    return True
+    return False
+
+
+def kill_all(path: Path) -> None:
+    """Kill what is left of a run on this machine, and wait until it is gone; no longer than a busy kernel needs."""
+    deadline = time.monotonic() + KILLED_SECONDS
+    while time.monotonic() < deadline and (left := processes_of(path)):
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
