@@ -37,7 +37,7 @@ def test_a_run_leaves_everything_the_house_promises(train):
     left = {str(file.relative_to(run.path)) for file in run.path.rglob("*") if file.is_file()}
     assert left == {
         "config.json", "env.json", "events.jsonl", "report.json", "log/rank0.txt", "log/rank0.jsonl",
-        "checkpoints/last.pt", "checkpoints/previous.pt", "checkpoints/best.pt",
+        "lock", "checkpoints/last.pt", "checkpoints/previous.pt", "checkpoints/best.pt",
     }  # fmt: skip
     events = run.events()
     assert (events[0]["event"], events[0]["schema"]) == ("start", 1)
