@@ -138,11 +138,12 @@ def test_a_launched_rank_that_raises_fails_the_cell_with_its_traceback(tiny, pla
     assert processes_with("raises") == []
 
 
-def test_a_launched_rank_that_is_killed_is_named(tiny, planted, monkeypatch):
-    for name, value in planted(KILLED).items():
+@pytest.mark.parametrize("rank", [0, 1])  # rank 0 has a log, which is no stack
+def test_a_launched_rank_that_is_killed_is_named(tiny, planted, monkeypatch, rank):
+    for name, value in planted(KILLED, rank).items():
         monkeypatch.setenv(name, value)
     run = vgglab.launch(tiny, nproc=2, watch=False)
-    with pytest.raises(vgglab.RunFailed, match=r"rank 1 was killed \(SIGKILL\); if nobody did it"):
+    with pytest.raises(vgglab.RunFailed, match=rf"rank {rank} was killed \(SIGKILL\); if nobody did it.*left$"):
         run.wait(PATIENCE_SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""``--nproc``: ranks on one machine, started without a door that somebody else could come in by."""
+"""``--nproc``: ranks on one machine, started so that no other user can take part."""
 
 import os
 import signal
@@ -139,7 +139,7 @@ for port, pid in attempts.items():
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be another user")
 def test_another_user_reaches_neither_the_meeting_nor_a_store(command, monkeypatch, tmp_path):
-    """Under torchrun whoever could reach its store could have the ranks' owner unpickle something."""
+    """Anyone who could reach torchrun's store could make the run's owner unpickle data of their choosing."""
     monkeypatch.setenv(MARK, "attack")
     shared = tmp_path / "shared"
     shared.mkdir()

@@ -152,7 +152,7 @@ class Config:
     broadcast_buffers: bool = switch("send rank 0's buffers to all ranks before each step")
     nproc: int = flag("ranks to start on this machine, one a card", 1, AT_LEAST_1)
     max_restarts: int = flag(
-        "how often to start all ranks anew, from the last checkpoint, after one has died", 0, AT_LEAST_0
+        "how many times to restart all ranks, from the last checkpoint, after one has died", 0, AT_LEAST_0
     )
     world_size: int = flag("ranks; a launcher's WORLD_SIZE has precedence", 1, AT_LEAST_1)
     dist_url: str = flag("how the ranks find each other", "env://")

@@ -245,7 +245,7 @@ class LaunchedRun(Run):
         if cause and cause["exit_code"] == ranks.EXIT_BAD_INPUT:
             raise UserError(cause["error"].partition(": ")[2])
         if cause and self.is_multiple:
-            how = f"failed\n{cause['traceback'].rstrip()}" if cause["traceback"] else cause["error"]
-            raise RunFailed(f"the run in {self.path}: rank {cause['rank']} {how}")
+            how = "failed" if cause["exit_code"] >= 0 else cause["error"]  # which says what killed it
+            raise RunFailed(f"the run in {self.path}: rank {cause['rank']} {how}\n{cause['traceback']}".rstrip())
         tail = "\n".join(lines[-NUM_LOG_LINES_SHOWN:])
         raise RunFailed(f"the run in {self.path} ended with exit code {code}\n{tail}")

@@ -29,7 +29,8 @@ EXIT_BAD_INPUT = 2
 EXIT_LEFT = 75  # sysexits.h: a temporary failure, try again
 EXIT_INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 GUARD_SECONDS = 0.5
-FATAL = "Fatal Python error: "
+FATAL = "Fatal Python error: "  # as faulthandler begins a stack, at one of these signals
+FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL, signal.SIGBUS)
 RUN_NOTE = "vgglab_run"  # in the folder of a launch: the run directory that its ranks work in
 
 LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "nccl", "socket")
@@ -209,9 +210,11 @@ def report_killed(rank: int, number: int, folder: Path) -> str:
     launched_for = os.environ.get(MARK)
     path = remembered_run(folder) or (Path(launched_for) if launched_for else None)
     log = path / "log" / f"rank{rank}.txt" if path else None
-    said = log.read_text(encoding="utf-8", errors="replace") if log and log.exists() else ""
-    _, found, stack = said.rpartition(FATAL)  # as faulthandler writes it
-    _write_failure(path, rank, line, -number, found + stack)
+    stack = ""
+    if number in FAULTS and log and log.exists():
+        _, found, after = log.read_text(encoding="utf-8", errors="replace").rpartition(FATAL)
+        stack = found + after if found else ""
+    _write_failure(path, rank, line, -number, stack)
     return line
 
 

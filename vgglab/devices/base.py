@@ -57,8 +57,7 @@ class Device(ABC):
         self._wishes = wishes
         if self.world_size > 1 and "RANK" not in os.environ:
             raise UserError(
-                f"--world-size {self.world_size}: nobody started the other ranks; "
-                f"say --nproc {self.world_size} in its place"
+                f"--world-size {self.world_size}: nobody started the other ranks; use --nproc {self.world_size} instead"
             )
 
     def _refuse_native_parts(self) -> None:

@@ -24,7 +24,7 @@ def is_alive(pid: int) -> bool:
         return False
     except PermissionError:  # somebody else's, and alive
         pass
-    with contextlib.suppress(OSError):  # ended, but nobody has asked how: a container's process 1 often never does
+    with contextlib.suppress(OSError):  # a zombie has ended; process 1 of a container often reaps none
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
 

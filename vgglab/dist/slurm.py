@@ -1,4 +1,4 @@
-"""Ranks that ``srun`` has started: what torchrun would have told them, from what Slurm says."""
+"""Ranks that ``srun`` has started: the environment variables that torchrun would set, from those of Slurm."""
 
 from __future__ import annotations
 

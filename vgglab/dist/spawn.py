@@ -1,9 +1,9 @@
 """Start the ranks of one machine and look after them: ``python -m vgglab.train --nproc 8``.
 
-On one machine this takes the place of torchrun, which opens a store on every network interface; whoever can reach the
-machine can write there what the launcher then unpickles. Here nothing listens to the network: the ranks meet in a file
-that only their owner can read, and gloo and NCCL talk over the loopback interface. (``torch_gcu`` of the first
-generation meets at ``MASTER_PORT`` and nowhere else; where its store listens is the vendor's choice.)
+On one machine this replaces torchrun. Its store listens on every network interface, and anyone who can reach the machine
+can write data there that the launcher then unpickles. Here the ranks meet in a file that only their owner can read, and
+gloo and NCCL are told to use the loopback interface. (First-generation ``torch_gcu`` meets at ``MASTER_PORT`` only; where
+its store listens is up to the vendor.)
 
 Standard library only: the launcher does not import torch.
 """
@@ -30,7 +30,7 @@ FINAL = (0, ranks.EXIT_BAD_INPUT, ranks.EXIT_LEFT, ranks.EXIT_INTERRUPTED)  # an
 
 
 def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> int:
-    """Run the training command once for each rank; start all of them anew where one has died.
+    """Run the training command once per rank; restart all of them after one has died.
 
     A signal that asks to leave is passed on to every rank; at Ctrl-C they are asked to leave, at the second they are
     killed. When a rank fails, the others are asked to leave, and killed after the grace period.
@@ -42,7 +42,7 @@ def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> in
         UserError: there is no temporary folder in which the ranks can meet.
     """
     try:
-        folder = tempfile.TemporaryDirectory(prefix="vgglab-")  # mode 0700, and a name that nobody can guess
+        folder = tempfile.TemporaryDirectory(prefix="vgglab-")  # of mode 0700, with a random name
     except OSError as error:
         raise UserError(f"TMPDIR: no folder can be made in {tempfile.gettempdir()} ({error.strerror})") from None
     with folder as path:
