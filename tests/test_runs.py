@@ -18,13 +18,14 @@ from vgglab.view.rank_table import rank_rows
 from vgglab.view.report_page import warnings_table
 
 START = {
-    "event": "start", "seconds": 0, "epochs": 9, "first_epoch": 0, "first_step": 0, "num_steps": 90, "best": {},
-    "num_classes": 10, "num_train_images": 9, "num_eval_images": 9, "num_parameters": 1, "data": "digits",
+    "event": "start", "seconds": 0, "epochs": 9, "first_epoch": 0, "first_step": 0, "num_steps": 90, "best": None,
+    "is_fake": False, "steps_per_epoch": 10, "num_classes": 10, "num_train_images": 9, "num_eval_images": 9,
+    "num_parameters": 1, "data": "digits",
 }  # fmt: skip
 
 
 def trained(step, **more):
-    figures = {"loss": 1.0, "acc1": 50.0, "images_per_second": 8.0, "is_measured": True}
+    figures = {"loss": 1.0, "acc1": 50.0, "lr": 0.1, "images_per_second": 8.0, "is_measured": True}
     interval = {"interval_steps": 2, "interval_images": 8, "interval_seconds": 1.0, "data_seconds": 0.0}
     return {"event": "train", "seconds": step, "step": step, "epoch": 0, **figures, **interval, **more}
 
@@ -78,7 +79,7 @@ def test_a_run_is_there_as_long_as_rank_0_or_its_launcher_is(path, dead):
 
 def test_the_end_of_a_former_launch_is_not_that_of_this_one(path, dead):
     owned_by(path, "env.json", dead)
-    add(path, START, {"event": "end", "seconds": 9, "status": "interrupted"})
+    add(path, START, {"event": "end", "seconds": 9, "status": "interrupted", "error": None})
     run = vgglab.Run(path)
     assert run.status == "interrupted"
     os.utime(path / "events.jsonl", (time.time() - 60,) * 2)

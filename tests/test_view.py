@@ -1,7 +1,6 @@
 """What people see: the bar on a terminal, the dashboard, the block in a report."""
 
 import fcntl
-import json
 import os
 import pty
 import struct
@@ -98,8 +97,7 @@ def test_a_launch_that_never_began_is_over_too(images, tmp_path):
 
 def test_two_threads_that_look_at_once_see_each_event_once(tmp_path):
     """A dashboard and a cell: each took in the same lines, and the place to read on from ran past the file's end."""
-    events = [{"event": "train", "seconds": 1, "step": step} for step in range(20_000)]
-    (tmp_path / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    add(tmp_path, *map(trained, range(20_000)))
     run, together = vgglab.Run(tmp_path), threading.Barrier(2)
 
     def look():
@@ -111,8 +109,7 @@ def test_two_threads_that_look_at_once_see_each_event_once(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    with (tmp_path / "events.jsonl").open("a") as file:
-        file.write('{"event": "train", "seconds": 1, "step": 20000}\n')
+    add(tmp_path, trained(20_000))
     assert [event["step"] for event in run.events()] == list(range(20_001))
 
 

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from vgglab.compat import NotACheckpoint, damage_of, load_tensors
 from vgglab.errors import UserError
 from vgglab.interrupts import undisturbed
+from vgglab.schema import without_links
 
 FORMAT = "vgglab-1"
 
@@ -101,7 +102,7 @@ def save(
 
 def _write(folder: Path, content: Any, is_best: bool) -> None:
     last, unfinished = folder / "last.pt", folder / "unfinished.tmp"
-    with open(unfinished, "wb") as file:
+    with open(unfinished, "wb", opener=without_links) as file:
         patient = _PatientFile(file)
         torch.save(content, patient)  # type: ignore[arg-type]  # all it asks for is write and flush
         if patient.error:
@@ -182,6 +183,8 @@ def read(path: str | Path) -> dict[str, Any]:
         UserError: no such file, or not a checkpoint, or a damaged one.
     """
     try:
+        if locate(path).exists() and not locate(path).is_file():
+            raise UserError("is no file that can be read")
         damage = damage_of(locate(path))
         if damage:
             raise UserError(f"is damaged ({damage})")

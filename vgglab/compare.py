@@ -50,6 +50,7 @@ class Comparison(NamedTuple):
     num_steps: int  # that were compared
     last_steps: tuple[int, int]  # of either run
     acc1: tuple[float | None, float | None]  # in percent, at the last evaluation
+    damage: list[str]  # what was left out of either run
 
     @property
     def is_same(self) -> bool:
@@ -94,6 +95,7 @@ def compare(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
         num_steps=len({step for step, _ in common}),
         last_steps=(max(step for step, _ in rows) if rows else 0, max(step for step, _ in others) if others else 0),
         acc1=(_last_acc1(one), _last_acc1(other)),
+        damage=[f"{run.name}: {what}" for run in (one, other) for what in run.damage()],
     )
 
 
@@ -139,6 +141,7 @@ def as_text(found: Comparison) -> str:
         lines.append(f"one has come further: step {found.last_steps[0]} and step {found.last_steps[1]}")
     known = ["none" if acc1 is None else f"{acc1:.2f} %" for acc1 in found.acc1]
     lines.append(f"top-1 at the last evaluation: {known[0]} and {known[1]}")
+    lines += found.damage
     return "\n".join(lines)
 
 

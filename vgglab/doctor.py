@@ -6,7 +6,6 @@ It answers on a broken install too. Exit codes: 0 nothing wrong, 1 problems foun
 from __future__ import annotations
 
 import argparse
-import html
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vgglab.version import __version__
+from vgglab.view.tables import html_facts, html_text
 
 
 @dataclass
@@ -51,14 +51,11 @@ class Diagnosis:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        def row(name: str, value: str) -> str:
-            return f"<tr><th style='text-align: left'>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-
-        rows = [row(name, value) for name, value in self.rows()]
+        rows = list(self.rows())
         for item in self.problems:
-            rows += [row("PROBLEM", item["problem"]), row("fix", item["fix"])]
-        rows += [row("note", note) for note in self.notes]
-        return f"<table>{''.join(rows)}</table><p>{html.escape(self.verdict())}</p>"
+            rows += [("PROBLEM", item["problem"]), ("fix", item["fix"])]
+        rows += [("note", note) for note in self.notes]
+        return html_facts(rows) + html_text(self.verdict())
 
 
 def _readable(value: Any) -> str:
@@ -81,6 +78,8 @@ def examine() -> Diagnosis:
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
             "python": f"{platform.python_version()} ({sys.executable})",
             "vgglab": __version__,
+            "several ranks": "--nproc N listens on loopback only; torchrun listens on every network interface without "
+            "a password and unpickles what it is sent: only where all users and machines that reach it are trusted",
         }
     )
     checkup.run()

@@ -213,11 +213,14 @@ def _save(job: Job, config: Config, device: Device, run: RankWriter, is_best: bo
     except checkpoint.NotFinite as error:
         raise UserError(f"{error} is not finite after step {state.step}; {_ADVICE}") from None
     except checkpoint.CannotSave as error:
-        text = f"the checkpoint of step {state.step} was not written ({error}); the one before is intact"
+        left = "the one before is intact" if (folder / "last.pt").exists() else "there is none before it"
+        text = f"the checkpoint of step {state.step} was not written ({error}); {left}"
         if state.epoch == config.epochs:
-            raise UserError(f"{folder}: {text}; make room and --resume {run.path}") from None
-        run.event("warning", text=text)
+            advice = f"make room and --resume {run.path}"
+            raise UserError("; ".join(filter(None, [f"{folder}: {text}", run.losses(), advice]))) from None
+        run.refused("checkpoints", text)
     else:
+        run.lost.pop("checkpoints", None)  # a later one is as good
         run.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)
 
 

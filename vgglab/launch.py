@@ -20,7 +20,8 @@ from vgglab import ranks
 from vgglab.config import Config, parse
 from vgglab.dist import processes
 from vgglab.errors import RunFailed, UserError
-from vgglab.runs import GOING_ON, LAUNCHED, Run, claim, is_a_run, run_path, write_json
+from vgglab.runs import GOING_ON, LAUNCHED, NO_WRITING, Run, claim, is_a_run, run_path
+from vgglab.schema import without_links, write_document
 from vgglab.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
 
 NUM_LOG_LINES_SHOWN = 30
@@ -132,9 +133,13 @@ def _as_flag(name: str, value: Any) -> str:
 def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: bool, is_new: bool) -> subprocess.Popen:
     if is_new:
         claim(path)
-    log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(log, "ab") as output:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = open(log, "ab", opener=without_links)  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{path}: {NO_WRITING} ({error.strerror})") from None
+    try:
+        with output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL if detach else subprocess.PIPE,
@@ -147,7 +152,12 @@ def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: b
         raise UserError(f"python: {command[0]!r} cannot be started ({error.strerror})") from None
     if process.stdin is not None:
         _leashes.add(process.stdin)
-    write_json(path / LAUNCHED, {**processes.signature(process.pid), "argv": argv, "command": command})
+    try:
+        write_document(path / LAUNCHED, {**processes.signature(process.pid), "argv": argv, "command": command})
+    except OSError as error:
+        process.kill()
+        process.communicate()
+        raise UserError(f"{path}: {NO_WRITING} ({error.strerror})") from None
     return process
 
 
@@ -238,7 +248,7 @@ class LaunchedRun(Run):
         if code == 0 or self.status == "interrupted":
             return
         processes.kill_all(self.path)  # where the launcher itself was killed
-        lines = self.logs().strip().splitlines() or ["it printed nothing"]
+        lines = self.logs().strip().splitlines() or [f"{self.path}: nothing is in its log; is the disk full?"]
         if code == ranks.EXIT_BAD_INPUT and not self.is_multiple:
             raise UserError(lines[-1].replace("vgglab.train: error: ", ""))
         cause = next(iter(self.failures()), None)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vgglab.errors import UserError
+from vgglab.schema import FAILURE, line_in, write_document
 
 LEASH = "VGGLAB_LEASH"  # set for a launched process: stdin is its leash
 MARK = "VGGLAB_RUN"  # set for a launched process and all below it: the run directory they work for
@@ -116,11 +116,20 @@ def end_at_once(keep: Any) -> None:
 
 def leave(code: int) -> None:
     """End this process, the last thing it does; all that it has written is on its way."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk: Python would try once more, and change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if not _kept:
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
+
+
+def say(line: str) -> None:
+    """On stderr, if it can be written to."""
+    with contextlib.suppress(OSError):
+        print(f"vgglab.train: {line}", file=sys.stderr)
 
 
 def num_cores() -> int:
@@ -228,8 +237,7 @@ def _write_failure(
         "exit_code": exit_code, "has_lost_peers": has_lost_peers,
     }  # fmt: skip
     with contextlib.suppress(OSError):
-        file = path / "log" / f"failure-rank{rank}.json"
-        file.write_text(json.dumps(failure, indent=1) + "\n", encoding="utf-8")
+        write_document(path / "log" / f"failure-rank{rank}.json", failure)
 
 
 def has_lost_peers(error: BaseException) -> bool:
@@ -242,9 +250,11 @@ def failures(path: Path) -> list[dict[str, Any]]:
     """What the ranks of a run died of, the cause first: those that only lost the others come last."""
     found = []
     for file in sorted((path / "log").glob("failure-rank*.json")):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(json.loads(file.read_text(encoding="utf-8")))
-    return sorted(found, key=lambda failure: (failure["has_lost_peers"], failure["time"]))
+        with contextlib.suppress(OSError):
+            if not file.is_file():  # a pipe, on which reading would wait for ever
+                continue
+            found.append(line_in(file.read_bytes(), FAILURE))
+    return sorted(filter(None, found), key=lambda failure: (failure["has_lost_peers"], failure["time"]))
 
 
 def forget_failures(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import math
 import os
 import signal
@@ -12,20 +11,16 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
+from vgglab.dist import lock
 from vgglab.dist.processes import signature
 from vgglab.errors import UserError
 from vgglab.ranks import ASK_WHERE
-from vgglab.runs import NO_WRITING, Event, Run, claim, write_json
+from vgglab.runs import LOCK, NO_WRITING, Event, Run, claim
+from vgglab.schema import LineFile, without_links, write_document
 from vgglab.version import __version__
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-LOCK = "lock"  # in the run directory; held by rank 0
 Listener = Callable[[Event], None]
 
 
@@ -36,55 +31,77 @@ class RankWriter:
         self.path = path
         self.rank = rank
         self._skipped: set[str] = set()
+        self._figures = LineFile(path / "log" / f"rank{rank}.jsonl", is_continued=True)
+        self._left_out = LineFile(path / "log" / f"skipped-rank{rank}.jsonl", is_continued=True)
         self._mark = {"simulated": True} if is_simulated else {}  # on all that a simulated card has part in
+        self.lost: dict[str, int] = {}  # what the disk has refused: how often, by name
 
     def event(self, kind: str, **values: Any) -> None:
         pass
+
+    def refused(self, what: str, warning: str) -> None:
+        """Note that the disk would not take something: with a warning the first time, and the training goes on."""
+        self.lost[what] = self.lost.get(what, 0) + 1
+        if self.lost[what] == 1:
+            self.event("warning", text=warning)
+
+    def losses(self) -> str:
+        """What the disk has refused, in words; empty where it has taken all."""
+        what = ", ".join(f"{number} {name}" if number > 1 else name for name, number in self.lost.items())
+        return f"lost, because the disk has not taken them: {what}" if what else ""
 
     def skipped(self, image: str, reason: str) -> None:
         """Note an image that this rank has left out: once, in ``log/skipped-rank<r>.jsonl``."""
         if image in self._skipped:
             return
         self._skipped.add(image)
-        file = self.path / "log" / f"skipped-rank{self.rank}.jsonl"
-        with open(file, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"image": image, "reason": reason}) + "\n")
+        self._append(self._left_out, {"image": image, "reason": reason})
         if len(self._skipped) == 1:
-            text = f"skipped {image} ({reason}); all that follow are listed in {file.parent}"
+            text = f"skipped {image} ({reason}); all that follow are listed in {self.path / 'log'}"
             self.event("warning", text=text)
 
     def rank_event(self, **values: Any) -> None:
         """Append a line to this rank's own file."""
         line = {"rank": self.rank, "pid": os.getpid(), "time": round(time.time(), 3)}
         line.update({key: finite(value) for key, value in values.items()}, **self._mark)
-        with open(self.path / "log" / f"rank{self.rank}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._append(self._figures, line)
+
+    def _append(self, lines: LineFile, content: Event) -> None:
+        try:
+            lines.append(content)
+        except OSError as error:
+            text = f"{lines.file} cannot be written ({error.strerror}); the training goes on without these lines"
+            self.refused(f"lines of {lines.file.relative_to(self.path)}", text)
 
     @contextlib.contextmanager
     def recording_output(self) -> Iterator[None]:
         """Copy what this process prints into ``log/rank<r>.txt``, unless a launcher has it written there already."""
         file = self.path / "log" / f"rank{self.rank}.txt"
-        if file.exists() and os.path.samestat(os.fstat(1), file.stat()):
-            faulthandler.register(ASK_WHERE, file=1)
-            yield
-            return
-        with open(file, "a", encoding="utf-8", errors="backslashreplace") as log:
+        is_written_there = file.exists() and os.path.samestat(os.fstat(1), file.stat())
+        try:
+            log = open(os.devnull if is_written_there else file, "ab", buffering=0, opener=without_links)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{file}: {NO_WRITING} ({error.strerror})") from None
+        with log:
             # Written from C, so it also works deep inside a collective that hangs, where Python's handlers wait.
-            faulthandler.register(ASK_WHERE, file=log)
+            faulthandler.register(ASK_WHERE, file=1 if is_written_there else log)
             had_handler = faulthandler.is_enabled()
-            faulthandler.enable(file=log)
+            if not is_written_there:
+                faulthandler.enable(file=log)
             screens = sys.stdout, sys.stderr
             sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
             try:
                 yield
             except Exception:
-                traceback.print_exc(file=log)
+                with contextlib.suppress(OSError):
+                    log.write(traceback.format_exc().encode(errors="backslashreplace"))
                 raise
             finally:
                 faulthandler.unregister(ASK_WHERE)
-                faulthandler.disable()
-                if had_handler and sys.__stderr__ is not None:
-                    faulthandler.enable(sys.__stderr__)
+                if not is_written_there:
+                    faulthandler.disable()
+                    if had_handler and sys.__stderr__ is not None:
+                        faulthandler.enable(sys.__stderr__)
                 signal.signal(ASK_WHERE, signal.SIG_IGN)  # unregistered, it would end a rank that was asked too late
                 sys.stdout, sys.stderr = screens
 
@@ -107,76 +124,69 @@ class RunWriter(RankWriter):
         else:
             claim(path)
         try:
-            self._lock, self.has_lock = _lock(path)
-            self._events = (path / "events.jsonl").open("a", encoding="utf-8")
-            if is_continued:
-                self._events.write("\n")  # ends a line that was cut short
+            self._lock = lock.Lock(path / LOCK)
+            self._events = LineFile(path / "events.jsonl", is_continued)
+            os.close(without_links(str(self._events.file), os.O_CREAT | os.O_WRONLY))  # from here on it is a run
+        except lock.Held:
+            raise UserError(f"--run-dir {path}: {Run(path).writer()}") from None
         except OSError as error:
             raise UserError(f"{path}: {NO_WRITING} ({error.strerror})") from None
 
+    @property
+    def has_lock(self) -> bool:
+        """Whether no second run can write here."""
+        return self._lock.is_held
+
     def write_config(self, config: dict[str, Any]) -> None:
-        write_json(self.path / "config.json", {**config, **self._mark})
+        self._write(self.path / "config.json", {**config, **self._mark})
 
     def write_env(self, device: dict[str, Any], world_size: int) -> None:
         """What ran where: ``device`` is the device's own description."""
-        write_json(self.path / "env.json", _environment(device, world_size))
+        self._write(self.path / "env.json", _environment(device, world_size))
+
+    def _write(self, file: Path, content: Event) -> None:
+        try:
+            write_document(file, content)
+        except OSError as error:
+            raise UserError(f"{self.path}: {NO_WRITING} ({error.strerror})") from None
 
     def write_report(self, report: dict[str, Any]) -> None:
-        write_json(self.path / "report.json", report)
+        try:
+            write_document(self.path / "report.json", report)
+        except OSError as error:
+            self.refused("report.json", f"{self.path / 'report.json'} cannot be written ({error.strerror})")
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one line: ``kind``, seconds since the start, ``values``; null for numbers that are not finite."""
         event: Event = {"event": kind, "seconds": round(time.monotonic() - self._started, 3)}
         event.update({key: finite(value) for key, value in values.items()}, **self._mark)
-        self._events.write(json.dumps(event) + "\n")
-        self._events.flush()
+        self._append(self._events, event)
         for listener in self.listeners:
-            listener(event)
+            try:
+                listener(event)
+            except OSError as error:
+                self.refused(f"{type(listener).__name__} events", f"--tensorboard: nothing more ({error.strerror})")
 
     def close(self) -> None:
         """End the events; listeners that hold files close them. From here on another process may write."""
-        self._events.close()
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
         for listener in self.listeners:
             close = getattr(listener, "close", None)
             if close is not None:
                 close()
 
 
-def _lock(path: Path) -> tuple[IO[str] | None, bool]:
-    """Make this process the only writer of a run directory for as long as it lives, however it ends.
-
-    Returns:
-        The open file that holds the lock, and whether there is one: not every file system can lock.
-
-    Raises:
-        UserError: another process is writing there.
-    """
-    if fcntl is None:
-        return None, False
-    file = (path / LOCK).open("a", encoding="utf-8")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise UserError(f"--run-dir {path}: {Run(path).writer()}") from None
-    except OSError:
-        return file, False
-    return file, True
-
-
 class _Tee:
-    """A text stream that writes to two; in all else it is the first."""
+    """A text stream that writes to two; in all else it is the first. One that takes no more ends no run."""
 
     def __init__(self, screen: Any, log: Any) -> None:
         self._screen, self._log = screen, log
 
     def write(self, text: str) -> int:
         if "\r" not in text:  # a progress bar's redrawing belongs on the screen only
-            self._log.write(text)
-            self._log.flush()
-        with contextlib.suppress(OSError, AttributeError):  # a screen that has gone, or never was, ends no run
+            with contextlib.suppress(OSError):
+                self._log.write(text.encode(errors="backslashreplace"))
+        with contextlib.suppress(OSError, AttributeError):
             self._screen.write(text)
         return len(text)
 

@@ -10,7 +10,8 @@ import sys
 from typing import Any
 
 from vgglab.errors import UserError
-from vgglab.runs import Event, Run, write_json
+from vgglab.runs import Event, Run
+from vgglab.schema import write_document
 
 STEADY = 1.2  # a tenth of the steps slower than this many medians is worth a remark
 FEWEST_STEPS_TO_JUDGE = 20
@@ -58,6 +59,7 @@ def build_report(run: Run) -> dict[str, Any]:
         "training_time": _hours_minutes_seconds(events[-1]["seconds"]),
         # So far the seed kit's fields, in its order; from here on ours.
         "status": run.status,
+        "damage": run.damage(),
         "recipe": config.get("recipe"),
         "world_size": env["world_size"],
         "data_path": config["data_path"],
@@ -92,7 +94,8 @@ def _first_step(events: list[Event]) -> float | None:
 
 def measured(events: list[Event]) -> list[Event]:
     """The training events whose speed counts: behind the skipped steps."""
-    return [event for event in events if event["event"] == "train" and event["is_measured"]]
+    train = (event for event in events if event["event"] == "train" and event["is_measured"])
+    return [event for event in train if event.keys() >= {"images_per_second", "data_seconds"}]
 
 
 def _best(events: list[Event], figure: str) -> float | None:
@@ -173,7 +176,7 @@ def main() -> int:
     try:
         for path in parser.parse_args().run:
             run = Run(path)
-            write_json(run.path / "report.json", run.report())
+            write_document(run.path / "report.json", run.report())
             print(run.path / "report.json")
     except UserError as error:
         print(f"vgglab.report: error: {error}", file=sys.stderr)

@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -28,20 +27,23 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vgglab.dist.lock import is_free
 from vgglab.dist.processes import ask_where, is_running, kill_all, processes_of
 from vgglab.errors import UserError
 from vgglab.ranks import failures, grace_period_seconds
+from vgglab.schema import CHECK, RANK, SKIPPED, Content, Document, event_in, line_in, printable, read_document
 
 if TYPE_CHECKING:
     from vgglab.config import Config
 
 SCHEMA = 1
 OURS = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
+LOCK = "lock"  # held by rank 0 as long as it writes
 LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
 NUM_RECENT = 8  # lines, enough to tell a slow rank from a slow moment
 NO_WRITING = "cannot be written; name another folder with --output-dir or --run-dir"
 GOING_ON = ("starting", "running")  # of a run's status; the others are ends
-Event = dict  # what a line of events.jsonl holds
+Event = Content  # what a line of events.jsonl holds
 
 
 def run_path(config: Config) -> Path:
@@ -98,7 +100,8 @@ class Run:
         """Raises UserError where there is no such folder, or no run in it."""
         self.path = Path(path).absolute()  # to be found after a change of folder, too
         self._seen: list[Event] = []
-        self._num_bytes_seen = 0
+        self._num_bytes_seen = self._num_damaged = 0
+        self._has_checksums = False  # from the first line with one on, all must have one
         self._reading = threading.Lock()  # a dashboard's thread and a cell may look at the same moment
         if not is_a_run(self.path):
             raise UserError(f"no run directory: {self.path}")
@@ -107,12 +110,12 @@ class Run:
     def name(self) -> str:
         """Of its folder; of one of several seeds with the folder they lie in."""
         is_of_several = self.path.name.startswith("seed-")
-        return f"{self.path.parent.name}/{self.path.name}" if is_of_several else self.path.name
+        return printable(f"{self.path.parent.name}/{self.path.name}" if is_of_several else self.path.name)
 
     def __repr__(self) -> str:
-        from vgglab.view.cards import status_in_words
+        from vgglab.view.cards import standing
 
-        return f"Run({str(self.path)!r})  # {status_in_words(self)}"
+        return f"Run({str(self.path)!r})  # {standing(self)}"
 
     def _repr_html_(self) -> str:
         from vgglab.view.cards import run_as_html
@@ -120,12 +123,26 @@ class Run:
         return run_as_html(self)
 
     @property
-    def config(self) -> dict[str, Any]:
-        return _read_json(self.path / "config.json")
+    def config(self) -> Document:
+        return read_document(self.path / "config.json")
 
     @property
-    def env(self) -> dict[str, Any]:
-        return _read_json(self.path / "env.json")
+    def env(self) -> Document:
+        return read_document(self.path / "env.json")
+
+    def damage(self) -> list[str]:
+        """What in the files was left out because it is damaged, or no run of this kit writes it; a phrase each."""
+        found = [wrong for name in ("config.json", "env.json") for wrong in read_document(self.path / name).damage]
+        self._read_on()
+        num_lines, file = self._num_damaged, self.path / "events.jsonl"
+        if self.status not in GOING_ON and file.exists() and file.stat().st_size > self._num_bytes_seen:
+            num_lines += 1  # the last, cut short
+        num_lost = sum(event.get("num_lost", 0) for event in self._seen)
+        if num_lost:
+            found.append(f"events.jsonl: {num_lost} line{'s' * (num_lost > 1)} lost when the disk was full")
+        if num_lines:
+            found.append(f"events.jsonl: {num_lines} damaged line{'s' * (num_lines > 1)}, left out")
+        return found
 
     def events(self, kind: str | None = None) -> list[Event]:
         """All events so far, or those of one kind; a line that is still being written is left out.
@@ -138,19 +155,23 @@ class Run:
     def _read_on(self) -> None:
         """Take in the lines that were added since the last look."""
         file = self.path / "events.jsonl"
-        if not file.exists():
+        if not file.is_file():
             return
         with self._reading, file.open("rb") as lines:
             if os.fstat(lines.fileno()).st_size < self._num_bytes_seen:  # another run, in a folder made anew
-                self._seen, self._num_bytes_seen = [], 0
+                self._seen, self._num_bytes_seen, self._num_damaged, self._has_checksums = [], 0, 0, False
             lines.seek(self._num_bytes_seen)
             for line in lines:
                 if not line.endswith(b"\n"):
                     return
                 self._num_bytes_seen += len(line)
-                event = _event_in(line, "event", "seconds")
-                if event is None:
+                if line.isspace():  # written by a run that goes on, to end a line that was cut short
                     continue
+                event = event_in(line, self._has_checksums)
+                if event is None:
+                    self._num_damaged += 1
+                    continue
+                self._has_checksums = self._has_checksums or f'"{CHECK}": '.encode() in line
                 if event["event"] == "start":
                     self._seen = [earlier for earlier in self._seen if _is_before(earlier, event)]
                 self._seen.append(event)
@@ -170,11 +191,11 @@ class Run:
     @property
     def is_here(self) -> bool:
         """Whether it runs, or ran, on this machine."""
-        return (self.env or _read_json(self.path / LAUNCHED)).get("host") == socket.gethostname()
+        return (self.env or read_document(self.path / LAUNCHED)).get("host") == socket.gethostname()
 
     def writer(self) -> str:
         """Who is writing here, and what one may do about it, for those who wanted to."""
-        owner = next((one for one in (self.env, _read_json(self.path / LAUNCHED)) if is_running(one)), self.env)
+        owner = next((one for one in (self.env, read_document(self.path / LAUNCHED)) if is_running(one)), self.env)
         who = f"process {owner.get('pid')} on {owner.get('host')}"
         return f"{who} is writing there; vgglab.Run({str(self.path)!r}).watch() shows it, .stop() ends it"
 
@@ -182,15 +203,16 @@ class Run:
         """Neither rank 0 nor who was launched is there any more, as far as can be seen from here.
 
         Either may outlive the other: a launcher starts ranks anew, and a run that is launched again in place has the
-        former rank 0 in ``env.json`` until it is ready.
+        former rank 0 in ``env.json`` until it is ready. Where neither could be written, the lock tells.
         """
-        return self.is_here and not any(is_running(_read_json(self.path / name)) for name in ("env.json", LAUNCHED))
+        known = [document for name in ("env.json", LAUNCHED) if (document := read_document(self.path / name))]
+        return self.is_here and not any(map(is_running, known)) if known else is_free(self.path / LOCK)
 
     def _is_launched_anew(self) -> bool:
         """Whether the end that was written last is that of an earlier launch in the same folder."""
         launched, events = self.path / LAUNCHED, self.path / "events.jsonl"
         is_newer = launched.exists() and launched.stat().st_mtime > events.stat().st_mtime
-        return is_newer and is_running(_read_json(launched))
+        return is_newer and is_running(read_document(launched))
 
     def report(self) -> Report:
         """The figures of ``report.json``, made anew from the events."""
@@ -201,15 +223,19 @@ class Run:
     def logs(self, rank: int | str = 0) -> str:
         """What a rank has printed so far; ``"launcher"``: what their launcher has."""
         file = self._log(rank)
-        return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        return printable(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else ""
 
     def last_lines(self, rank: int | str, count: int) -> list[str]:
         """The end of ``logs(rank)``, without reading all of it; at most a few kilobytes."""
         file = self._log(rank)
-        return _tail(file).decode("utf-8", errors="replace").splitlines()[-count:] if file.exists() else []
+        text = printable(_tail(file).decode("utf-8", errors="replace")) if file.is_file() else ""
+        return text.splitlines()[-count:]
 
     def _log(self, rank: int | str) -> Path:
         return self.path / "log" / (f"{rank}.txt" if rank == "launcher" else f"rank{rank}.txt")
+
+    def _files(self, pattern: str) -> list[Path]:
+        return sorted(file for file in (self.path / "log").glob(pattern) if file.is_file())
 
     def ranks(self) -> list[dict[str, Any]]:
         """Each rank's own latest figures, in the order of the ranks; empty before the first log line."""
@@ -218,8 +244,8 @@ class Run:
     def recent_figures(self) -> list[list[dict[str, Any]]]:
         """For each rank the last few lines of its own figures, the latest last."""
         recent = []
-        for file in (self.path / "log").glob("rank*.jsonl"):
-            events = [event for line in _tail(file).splitlines() if (event := _event_in(line, "rank", "pid"))]
+        for file in self._files("rank*.jsonl"):
+            events = [event for line in _tail(file).splitlines() if (event := line_in(line, RANK))]
             # What a former process wrote, before the run went on in place, is not how the rank does now.
             events = [event for event in events if event["pid"] == events[-1]["pid"]]
             if events and events[-1]["rank"] < self.env.get("world_size", math.inf):
@@ -228,8 +254,8 @@ class Run:
 
     def skipped(self) -> dict[str, str]:
         """The images that ranks have left out because they could not be read, and why."""
-        lines = b"".join(file.read_bytes() for file in sorted((self.path / "log").glob("skipped-rank*.jsonl")))
-        found = (_event_in(line, "image", "reason") for line in lines.splitlines())
+        lines = b"".join(file.read_bytes() for file in self._files("skipped-rank*.jsonl"))
+        found = (line_in(line, SKIPPED) for line in lines.splitlines())
         return {entry["image"]: entry["reason"] for entry in found if entry}
 
     def where(self) -> str:
@@ -256,7 +282,7 @@ class Run:
 
     def _leaders(self) -> list[int]:
         """The process to ask: what was launched, which also carries the run's mark, else rank 0; never process 1."""
-        launched = _read_json(self.path / LAUNCHED)
+        launched = read_document(self.path / LAUNCHED)
         owner = launched or self.env
         is_there = is_running(owner) and (not launched or owner["pid"] in processes_of(self.path))
         return [owner["pid"]] if is_there and owner["pid"] > 1 else []
@@ -275,15 +301,6 @@ class Run:
         watch(self)
 
 
-def _event_in(line: bytes, *names: str) -> Event | None:
-    """None for a line that is damaged, or unfinished because its writer was killed: no object that has ``names``."""
-    try:
-        content = json.loads(line)
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) and content.keys() >= set(names) else None
-
-
 def _is_before(event: Event, start: Event) -> bool:
     """Whether a run that starts (again) at ``start`` has this event behind it."""
     if event["event"] in ("end", "start"):
@@ -299,22 +316,3 @@ def _tail(file: Path, num_bytes: int = 4096) -> bytes:
         lines.seek(0, os.SEEK_END)
         lines.seek(max(0, lines.tell() - num_bytes))
         return lines.read().rpartition(b"\n")[0]
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    beside = file.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside.replace(file)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Empty where there is none. Raises UserError where it is damaged."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: is damaged; the run cannot be read")
-    return content

@@ -26,6 +26,7 @@ on from, 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -78,13 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         ranks.report_failure(error, ranks.EXIT_BAD_INPUT)
         one_line = " ".join(str(error).splitlines())
-        print(f"vgglab.train: error: {ranks.name()}{one_line}", file=sys.stderr)
+        ranks.say(f"error: {ranks.name()}{one_line}")
         return ranks.EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("vgglab.train: interrupted", file=sys.stderr)
+        ranks.say("interrupted")
         return ranks.EXIT_INTERRUPTED
     except Leaving:
-        print(f"vgglab.train: {ranks.name()}left as it was asked to; go on with --resume", file=sys.stderr)
+        ranks.say(f"{ranks.name()}left as it was asked to; go on with --resume")
         return ranks.EXIT_LEFT
     except _SaidElsewhere:
         return ranks.EXIT_BAD_INPUT
@@ -92,10 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks.report_failure(error, 1)
         if ranks.has_lost_peers(error) and ranks.name():
             # Its own traceback would bury that of the rank that failed.
-            print(f"vgglab.train: {ranks.name()}another rank has gone ({str(error).splitlines()[0]})", file=sys.stderr)
+            ranks.say(f"{ranks.name()}another rank has gone ({str(error).splitlines()[0]})")
             return 1
         if ranks.name():
-            print(f"vgglab.train: {ranks.name()}failed:", file=sys.stderr)
+            ranks.say(f"{ranks.name()}failed:")
         raise
     return 0
 
@@ -278,9 +279,14 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, p
             raise
         finally:
             with undisturbed():
-                run.event("end", status=status, error=failure, **device.usage())
-                run.write_report(build_report(Run(path)))
+                num_lost = run.lost.get("lines of events.jsonl", 0)
+                run.event("end", status=status, error=failure, num_lost=num_lost, **device.usage())
+                with contextlib.suppress(UserError):  # so little was taken that there is none
+                    run.write_report(build_report(Run(path)))
                 run.close()
+        if run.lost:
+            advice = f"make room, then python -m vgglab.report {path}"
+            raise UserError(f"{path}: trained to the end; {run.losses()}; {advice}")
         report = Run(path).report()
         best = "" if report["acc1"] is None else f"best top-1 {report['acc1']:.2f} % "
         terminal.say(f"{best}after {report['training_time']} (h:mm:ss); report: {path / 'report.json'}")
@@ -294,7 +300,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:  # a second one, while the first was being answered
         code = ranks.EXIT_INTERRUPTED
     except Exception:  # shown here: Python would keep it and its frames, and with them the loader's processes
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         code = 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
     gc.collect()  # what the batches have started ends with the last reference to them

@@ -31,7 +31,8 @@ from vgglab.devices import DEVICE_CHOICES
 from vgglab.errors import UserError
 from vgglab.flags import OneLineParser, with_dashes
 from vgglab.recording import RunWriter
-from vgglab.runs import run_path, write_json
+from vgglab.runs import run_path
+from vgglab.schema import write_document
 
 PLAIN = Way("plain", is_plain=True, is_prepared=False)
 WAYS = {
@@ -306,5 +307,5 @@ def save(results: Sequence[StepFigures], flags: Sequence[str], output_dir: str =
     run.write_env(device, world_size=1)
     run.event("end", status="done", error=None)
     run.close()
-    write_json(path / "bench.json", {"subject": "step", "results": [row._asdict() for row in results]})
+    write_document(path / "bench.json", {"subject": "step", "results": [row._asdict() for row in results]})
     return path

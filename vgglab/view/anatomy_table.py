@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Sequence
 
 from vgglab.errors import UserError
+from vgglab.view.tables import html_text
 
 if TYPE_CHECKING:
     from vgglab.view.figures import Picture
@@ -176,16 +176,15 @@ def as_html(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str 
     heads, lines = _table(rows, ceilings)
     body = [_html_row(heads, "th"), *(_html_row(line, "td") for line in lines[:-1]), _html_row(lines[-1], "th")]
     table = f"<table style='font-variant-numeric: tabular-nums'>{''.join(body)}</table>"
-    above = f"<p>{html.escape(title)}</p>" if title else ""
-    return above + table + "".join(f"<p>{html.escape(line)}</p>" for line in _about(ceilings))
+    above = html_text(title) if title else ""
+    return above + table + "".join(map(html_text, _about(ceilings)))
 
 
 def _html_row(cells: Sequence[str], tag: str) -> str:
     shown = ""
     for place, cell in enumerate(cells):
         side = "left" if place < NUM_WORDS else "right"
-        text = html.escape(cell).replace("\n", "<br>")
-        shown += f"<{tag} style='text-align: {side}; padding: 0 0.7em'>{text}</{tag}>"
+        shown += html_text(cell, tag, f"text-align: {side}; padding: 0 0.7em").replace("\n", "<br>")
     return f"<tr>{shown}</tr>"
 
 

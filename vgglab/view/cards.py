@@ -16,7 +16,7 @@ RUN_HEADINGS = ("name", "status", "model", "device", "epochs planned", "best top
 
 def run_as_html(run: Run) -> str:
     """The card of a run: how it stands, its main settings, how well, how fast, and where it is."""
-    facts = [("status", status_in_words(run))]
+    facts = [("status", standing(run))]
     report = report_of(run)
     if report is not None:
         facts += [
@@ -33,6 +33,19 @@ def status_in_words(run: Run) -> str:
         return run.status
     except UserError as error:  # a file of it is damaged: one run must not take the others' table along
         return f"unreadable: {error}"
+
+
+def damage_of(run: Run) -> list[str]:
+    """``run.damage()``; nothing where that cannot be read, which ``status_in_words`` says."""
+    try:
+        return run.damage()
+    except UserError:
+        return []
+
+
+def standing(run: Run) -> str:
+    """How a run stands, and what of its files was left out."""
+    return "; ".join([status_in_words(run), *damage_of(run)])
 
 
 def report_of(run: Run) -> Mapping[str, Any] | None:
@@ -69,7 +82,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
                 _best(report),
                 "" if speed is None else f"{speed:,.1f}",
             ]
-        rows.append([run.name, status_in_words(run), *cells])
+        rows.append([run.name, standing(run), *cells])
     return Table(RUN_HEADINGS, rows)
 
 

@@ -7,7 +7,6 @@ Widgets where somebody watches, one picture and its text where nobody does.
 
 from __future__ import annotations
 
-import html
 import threading
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -17,7 +16,7 @@ from vgglab.view.anatomy_table import Anatomy, Layer
 from vgglab.view.drawing import WIDTH, draw
 from vgglab.view.figures import INK, ORANGE, Picture
 from vgglab.view.live import front_end
-from vgglab.view.tables import html_table, text_table
+from vgglab.view.tables import html_table, html_text, text_table
 
 DEPTHS = ("vgg11", "vgg13", "vgg16", "vgg19")
 SMALLEST, LARGEST, STEP = 32, 448, 32  # image sizes on the slider, in pixels: five poolings halve them evenly
@@ -197,7 +196,7 @@ class Explorer:
             try:
                 self._follow()
             except UserError as error:
-                self.about.value = f"<p>{html.escape(str(error))}</p>"
+                self.about.value = html_text(str(error))
             finally:
                 self._is_following = False
 

@@ -5,13 +5,12 @@ What a person or a batch run has set by hand is checked here, before anything is
 
 from __future__ import annotations
 
-import html
 import math
 from typing import Any, Mapping
 
 from vgglab.errors import UserError
 from vgglab.view.progress import duration
-from vgglab.view.tables import html_table, text_table
+from vgglab.view.tables import html_table, html_text, text_table
 from vgglab.view.timings import MACHINE, SECONDS
 
 RUNGS = ("quick", "small", "full")
@@ -111,7 +110,7 @@ class LadderTable:
         return f"{text_table(self.headings, self.rows)}\n{self.remark}".rstrip()
 
     def _repr_html_(self) -> str:
-        return f"{html_table(self.headings, self.rows)}<p>{html.escape(self.remark.strip())}</p>"
+        return f"{html_table(self.headings, self.rows)}{html_text(self.remark.strip())}"
 
 
 def _rounded(seconds: float) -> float:

@@ -7,7 +7,6 @@ go astray when another cell is running. Found out by ``front_end``, forced by ``
 from __future__ import annotations
 
 import copy
-import html
 import os
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any, Callable
 from vgglab.runs import GOING_ON, Event, Run
 from vgglab.view.progress import Progress, duration
 from vgglab.view.rank_table import RankRow, as_html, as_text, rank_rows, silence
+from vgglab.view.tables import html_text
 
 REFRESH_SECONDS = 0.5
 PICTURE_SECONDS = 2.0  # drawing takes the kernel's time, from whatever cell runs there
@@ -121,7 +121,7 @@ class _StaticBlock:
 
         progress = progress_of(self.run)
         text = summary(self.run, progress)
-        markup = f"<p>{html.escape(text)}</p>"
+        markup = html_text(text)
         rows = ranks_of(self.run)
         if rows:
             text, markup = f"{text}\n{as_text(rows)}", markup + as_html(rows)
@@ -171,12 +171,12 @@ class Dashboard:
         from vgglab.view.figures import curves
 
         progress = self._follower.progress()
-        self.status.value = f"<b>{html.escape(summary(self.run, progress))}</b>"
+        self.status.value = html_text(summary(self.run, progress), "b")
         self.bar.max, self.bar.value = max(progress.num_steps, 1), progress.step
         rows = ranks_of(self.run)
         self.ranks.value = as_html(rows) if rows else ""
         lines = last_lines(self.run)
-        self.log.value = f"<pre style='font-size: 85%'>{html.escape(chr(10).join(lines))}</pre>"
+        self.log.value = html_text("\n".join(lines), "pre", "font-size: 85%")
         num_events = self._follower.num_events
         is_due = _has_ended(self.run) or time.monotonic() - self._drawn_at >= PICTURE_SECONDS
         if progress.train and num_events != self._drawn and is_due:
@@ -205,7 +205,7 @@ def keep_fresh(refresh: Callable[[], None], is_over: Callable[[], bool], status:
             is_last = is_over()
             refresh()
         except Exception as error:
-            status.value = f"<b>this dashboard cannot read its run: {html.escape(repr(error))}</b>"
+            status.value = html_text(f"this dashboard cannot read its run: {error!r}", "b")
         if not is_last:
             time.sleep(REFRESH_SECONDS)
 
@@ -259,7 +259,7 @@ def progress_of(run: Run) -> Progress:
 
 def summary(run: Run, progress: Progress) -> str:
     """One line: what the run is doing, how well, how fast and for how long still."""
-    parts = [f"{run.path.name}: {progress.doing}"]
+    parts = [f"{run.name}: {progress.doing}"]
     if progress.num_steps:
         parts.append(f"step {progress.step} of {progress.num_steps}")
     if progress.train:
@@ -274,4 +274,5 @@ def summary(run: Run, progress: Progress) -> str:
         parts.append(f"{duration(progress.eta_seconds)} left")
     if not _has_ended(run):
         parts += filter(None, [silence(run)])
+    parts += run.damage()
     return " · ".join(parts)

@@ -44,8 +44,9 @@ class Progress:
             return
         self.doing = f"epoch {event['epoch'] + 1} of {self._start['epochs']}"
         done = self.step - self._start["first_step"]
-        per_step = (event["seconds"] - self._start["seconds"]) / done
-        self.eta_seconds = per_step * (self.num_steps - self.step)
+        if done > 0:
+            per_step = (event["seconds"] - self._start["seconds"]) / done
+            self.eta_seconds = per_step * (self.num_steps - self.step)
 
     def _on_eval_start(self, event: dict[str, Any]) -> None:
         self.doing = "evaluating"

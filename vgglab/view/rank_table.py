@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import time
 from statistics import median
 from typing import Any, NamedTuple
 
 from vgglab.runs import Run
+from vgglab.view.tables import html_text
 
 HEADINGS = ("rank", "step", "images/s", "loss", "peak memory", "own time a step", "")
 # A straggler's own part of a step is this much longer than the others', and they lose this share of a step by it.
@@ -98,6 +98,6 @@ def as_html(rows: list[RankRow]) -> str:
     lines = []
     for row in rows:
         style = "text-align: right; padding: 0 1em" + ("; font-weight: bold" if row.is_straggler else "")
-        lines.append("".join(f"<td style='{style}'>{html.escape(cell)}</td>" for cell in row.cells()))
+        lines.append("".join(html_text(cell, "td", style) for cell in row.cells()))
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<table style='font-variant-numeric: tabular-nums'><tr>{head}</tr>{body}</table>"

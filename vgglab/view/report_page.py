@@ -61,7 +61,8 @@ def seed_table(runs: Sequence[Run]) -> Table:
     for run in runs:
         report = run.report()
         cells = [_shown(report[name]) for name in SEED_FIELDS]
-        rows.append([run.name, *cells, "yes" if report["simulated"] else "", report["status"]])
+        status = "; ".join([report["status"], *report["damage"]])
+        rows.append([run.name, *cells, "yes" if report["simulated"] else "", status])
     return Table(["run", *SEED_FIELDS, "simulated", "status"], rows)
 
 

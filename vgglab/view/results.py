@@ -9,16 +9,15 @@ Speeds are of measured steps only. A simulated card has none, so its runs stand 
 from __future__ import annotations
 
 import argparse
-import html
-import json
 import sys
 from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
 from vgglab.errors import UserError
 from vgglab.runs import Run, holds_a_run
+from vgglab.schema import read_document
 from vgglab.view import seeds_table
-from vgglab.view.tables import html_table, text_table
+from vgglab.view.tables import POLICY, html_table, html_text, text_table
 
 HEADINGS = (
     "model", "data", "hardware", "precision", "layout", "ranks", "batch a card", "size", "images/s", "steps",
@@ -127,7 +126,7 @@ def collect(folders: Iterable[Path]) -> list[Result]:
             bench = path / "bench.json"
             try:
                 if bench.exists():
-                    rows = json.loads(bench.read_text(encoding="utf-8"))["results"]
+                    rows = read_document(bench)["results"]
                     benchmarks += [_of_benchmark(row, Run(path)) for row in rows]
                 elif Run(path).events():  # others have only just begun
                     runs += _results_of(path)
@@ -160,7 +159,7 @@ def _results_of(path: Path) -> list[Result]:
             plain_ratio=None,
             acc1=report["acc1"],
             torch=report["versions"]["torch"],
-            source=Run(path).name,
+            source="; ".join([Run(path).name, *report["damage"]]),
             is_simulated=report["simulated"],
             is_fake=report["data_is_fake"],
         )
@@ -184,7 +183,7 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
         plain_ratio=None if device["simulated"] else row["ratio"],
         acc1=None,
         torch=run.env["versions"]["torch"],
-        source=f"{run.name}, way {row['way']}",
+        source="; ".join([f"{run.name}, way {row['way']}", *run.damage()]),
         is_simulated=device["simulated"],
         flop_per_image=row.get("flop_per_image"),
         peak_flop_per_second=row.get("peak_flop_per_second"),
@@ -254,7 +253,7 @@ def as_text(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | Non
 def tables_html(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
     """The tables for a notebook, or for a page of one's own."""
     parts = [
-        f"<h2>{html.escape(title)}</h2>{html_table(HEADINGS, [row.cells() for row in rows])}<p>{html.escape(note)}</p>"
+        html_text(title, "h2") + html_table(HEADINGS, [row.cells() for row in rows]) + html_text(note)
         for title, rows, note in _tables(results)
     ]
     return "".join([*parts, f"<h2>{SERIES}</h2>{seeds_table.as_html(series)}"] if series else parts)
@@ -268,7 +267,7 @@ def as_html(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | Non
     )
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-        f"{TITLE}<style>{style}</style><h1>Results</h1>{tables_html(results, series)}</html>\n"
+        f"{TITLE}{POLICY}<style>{style}</style><h1>Results</h1>{tables_html(results, series)}</html>\n"
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import threading
 from typing import Any
 
 from vgglab.view.live import front_end, keep_fresh, progress_of, summary
 from vgglab.view.seeds_table import as_html, as_text
+from vgglab.view.tables import html_text
 
 
 def watch(seeds: Any) -> None:
@@ -53,7 +53,7 @@ class Board:
         text = f"{num_done} of {len(self.seeds.numbers)} seeds done"
         if current is not None:
             text = f"{text} · {summary(current, progress_of(current))}"
-        self.status.value, self.bar.value = f"<b>{html.escape(text)}</b>", num_done
+        self.status.value, self.bar.value = html_text(text, "b"), num_done
         self.table.value = as_html({self.seeds.path.name: runs})
 
     def _keep_fresh(self) -> None:

@@ -6,8 +6,8 @@ from statistics import mean, stdev
 from typing import Mapping, NamedTuple, Sequence
 
 from vgglab.runs import Run
-from vgglab.view.cards import report_of, status_in_words
-from vgglab.view.tables import html_table, text_table
+from vgglab.view.cards import damage_of, report_of, status_in_words
+from vgglab.view.tables import html_table, html_text, text_table
 
 ENOUGH = 5  # seeds from which on one may be called better than another
 FIGURES = {
@@ -55,13 +55,20 @@ def remark(rows: Sequence[Row]) -> str:
     return f"fewer than {ENOUGH} seeds: this says how much they scatter, and not which group is better"
 
 
+def _damage(groups: Mapping[str, Sequence[Run]]) -> list[str]:
+    return [f"{run.name}: {what}" for runs in groups.values() for run in runs for what in damage_of(run)]
+
+
 def as_text(groups: Mapping[str, Sequence[Run]]) -> str:
     """The table in plain text."""
     rows = rows_of(groups)
-    return "\n".join(filter(None, [text_table(HEADINGS, [row.cells() for row in rows]), remark(rows)]))
+    table = text_table(HEADINGS, [row.cells() for row in rows])
+    return "\n".join(filter(None, [table, remark(rows), *_damage(groups)]))
 
 
 def as_html(groups: Mapping[str, Sequence[Run]]) -> str:
     """The table for a notebook."""
     rows = rows_of(groups)
-    return f"{html_table(HEADINGS, [row.cells() for row in rows])}<p>{remark(rows)}</p>"
+    return html_table(HEADINGS, [row.cells() for row in rows]) + html_text(
+        "; ".join(filter(None, [remark(rows), *_damage(groups)]))
+    )

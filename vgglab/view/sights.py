@@ -5,7 +5,6 @@ Images are arrays ``(H, W, 3)`` of bytes, maps are arrays ``(channels, h, w)``, 
 
 from __future__ import annotations
 
-import html
 from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ from matplotlib.colors import to_rgb
 
 from vgglab.errors import UserError
 from vgglab.view.figures import BLUE, GREEN, GRID, INK, ORANGE, Picture
+from vgglab.view.tables import html_text
 
 
 def kernel_grid(kernels: Any, num_columns: int = 16) -> Picture:
@@ -197,14 +197,14 @@ class PhotographChooser:
 
     def show(self, name: str, data: bytes) -> None:
         """What ``look`` says of a file's bytes, or why it cannot."""
-        self.line.value = f"Looking at {html.escape(name)} ..."
+        self.line.value = html_text(f"Looking at {name} ...", "span")
         try:
             line, picture = self.look(name, data)
         except UserError as error:
-            self.line.value, self.picture.layout.display = html.escape(str(error)), "none"
+            self.line.value, self.picture.layout.display = html_text(str(error), "span"), "none"
             return
         self.picture.value, self.picture.layout.display = picture.png(), None
-        self.line.value = html.escape(line)
+        self.line.value = html_text(line, "span")
 
     def _on_file(self, change: Any) -> None:
         for file in change["new"]:

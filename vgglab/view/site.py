@@ -6,7 +6,6 @@ diagrams, widgets): they are left out, and a line to the other pages is put in.
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ from urllib.parse import quote
 
 from vgglab.errors import UserError
 from vgglab.view.progress import duration
+from vgglab.view.tables import POLICY, html_text
 
 GENERATOR = '<meta name="generator" content="vgglab.book">'
 LINK = re.compile(r'href="([^"/:]+)\.ipynb(#[^"]*)?"')  # from one notebook to another
@@ -25,7 +25,7 @@ PAGE = """
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block jupyter_widgets -%}{%- endblock -%}
-{%- block html_head_css -%}<!-- generator --><style><!-- style --></style>{%- endblock -%}
+{%- block html_head_css -%}<!-- generator --><!-- policy --><style><!-- style --></style>{%- endblock -%}
 {%- block data_png scoped -%}
 {%- set words = output | get_metadata('alt', 'image/png') or 'a picture' -%}
 {{ super() | replace('<img ', '<img alt="' ~ words | e ~ '" ', 1) }}
@@ -45,9 +45,10 @@ nav{font:15px/1.6 sans-serif;margin:1em 0}nav a{margin-right:1.2em}
 .jp-InputArea-editor,.highlight pre{overflow-x:auto!important}body.jp-Notebook{padding:0 .5em}}
 """
 
+FAILED = "color:#b03a00;white-space:pre-wrap"
 INDEX_STYLE = """
 body{font:16px/1.5 sans-serif;color:#333;max-width:46em;margin:2em auto;padding:0 1em}
-li{margin:.8em 0}small{color:#666}.failed{color:#b03a00;white-space:pre-wrap}code{background:#f3f3f3;padding:0 .2em}
+li{margin:.8em 0}small{color:#666}code{background:#f3f3f3;padding:0 .2em}
 """
 
 
@@ -64,7 +65,7 @@ class Chapter(NamedTuple):
 
     @property
     def link(self) -> str:
-        return html.escape(quote(self.page), quote=True)
+        return quote(self.page)  # which leaves no character that HTML has a use for
 
 
 def refuse_foreign(folder: Path, stems: Sequence[str]) -> None:
@@ -91,25 +92,26 @@ def write_site(
         links = [("index.html", "All notebooks · 目录")]
         links += [(told[near][0].link, mark + told[near][1]) for near, mark in ((place - 1, "← "), (place + 1, "→ "))
                   if 0 <= near < len(told)]  # fmt: skip
-        nav = "".join(f"<a href='{to}'>{html.escape(name)}</a>" for to, name in links)
+        nav = "".join(f"<a href='{to}'>{html_text(name, 'span')}</a>" for to, name in links)
         (folder / chapter.page).write_text(_page(chapter.file, nav, with_code), encoding="utf-8")
     items = []
     for chapter, title, opening in told:
         number = re.match(r"\d\d(?=_)", chapter.file.stem)
         numbered = f"{number.group()} {title}" if number else title
-        fault = f"<div class='failed'>failed: {html.escape(chapter.fault.strip())}</div>" if chapter.fault else ""
+        fault = html_text(f"failed: {chapter.fault.strip()}", "div", FAILED) if chapter.fault else ""
         items.append(
-            f"<li><a href='{chapter.link}'>{html.escape(numbered)}</a> <small>{duration(chapter.seconds)}</small>"
-            f"<br>{html.escape(opening)}{fault}</li>"
+            f"<li><a href='{chapter.link}'>{html_text(numbered, 'span')}</a> <small>{duration(chapter.seconds)}</small>"
+            f"<br>{html_text(opening, 'span')}{fault}</li>"
         )
     for chapter in chapters:
         if not _is_whole(chapter.file):
-            why = f"<div class='failed'>failed: {html.escape(chapter.fault)}</div>"
-            items.append(f"<li>{html.escape(chapter.file.stem)}{why}</li>")
+            items.append(
+                f"<li>{html_text(chapter.file.stem, 'span')}{html_text(f'failed: {chapter.fault}', 'div', FAILED)}</li>"
+            )
     said = " ".join(f"-p {name} {value}" for name, value in parameters.items())
-    how = f"with <code>{html.escape(said)}</code>" if said else "as they are"
+    how = f"with {html_text(said, 'code')}" if said else "as they are"
     (folder / "index.html").write_text(
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'>{GENERATOR}"
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'>{GENERATOR}{POLICY}"
         "<meta name='viewport' content='width=device-width, initial-scale=1'><title>vgglab: the notebooks</title>"
         f"<style>{INDEX_STYLE}</style></head><body><h1>vgglab: the notebooks, executed</h1><p>Run from top to bottom "
         f"without a hand on the keyboard, {how}.</p><ul>{''.join(items)}</ul></body></html>\n",
@@ -146,6 +148,6 @@ def _page(file: Path, nav: str, with_code: bool) -> str:
     notebook = nbformat.read(str(file), as_version=4)
     notebook.metadata["title"] = _opening(file)[0]
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(file.parent)}})
-    for mark, text in ("generator", GENERATOR), ("style", STYLE), ("nav", nav):
+    for mark, text in ("generator", GENERATOR), ("policy", POLICY), ("style", STYLE), ("nav", nav):
         body = body.replace(f"<!-- {mark} -->", text)
     return LINK.sub(r'href="\1.html\2"', body)

@@ -1,15 +1,24 @@
-"""Tables of plain cells, as text and as HTML; a column that is empty throughout is left out of the text."""
+"""Plain text as tables and paragraphs, in text and in HTML. Nothing else here makes HTML of what a run says.
+
+A column that is empty throughout is left out of the text.
+"""
 
 from __future__ import annotations
 
 import html
 from typing import Sequence
 
+# For pages of its own: no script runs in them, and nothing is fetched.
+POLICY = (
+    "<meta http-equiv='Content-Security-Policy' "
+    "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:\">"
+)
+
 
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest cell."""
-    table = [headings, *rows]
-    columns = [c for c in range(len(headings)) if any(cells[c] for cells in rows)]
+    table = [[" ".join(cell.split("\n")) for cell in cells] for cells in (headings, *rows)]
+    columns = [c for c in range(len(headings)) if any(cells[c] for cells in table[1:])]
     widths = {c: max(len(cells[c]) for cells in table) for c in columns}
     return "\n".join("  ".join(cells[c].ljust(widths[c]) for c in columns).rstrip() for cells in table)
 
@@ -29,6 +38,11 @@ def html_facts(rows: Sequence[Sequence[str]]) -> str:
         for name, value in rows
     )
     return f"<div style='overflow-x:auto'><table>{body}</table></div>"
+
+
+def html_text(text: str, tag: str = "p", style: str = "") -> str:
+    """One element."""
+    return f"<{tag} style='{style}'>{html.escape(text)}</{tag}>" if style else f"<{tag}>{html.escape(text)}</{tag}>"
 
 
 def html_lines(lines: Sequence[str]) -> str:

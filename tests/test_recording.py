@@ -1,0 +1,109 @@
+"""What a run does when its disk takes no more, or when somebody has put links where it writes."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import TINY
+from processes import python
+
+import vgglab
+from vgglab import Run, UserError
+from vgglab.dist.processes import processes_of
+from vgglab.runs import GOING_ON, is_a_run
+
+BLOCK = 4096
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, small enough to be filled."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=250m", "tmpfs", folder]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder, num_blocks_left=0):
+    with open(folder / "filler", "ab", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(64 * BLOCK))
+    os.truncate(folder / "filler", max(0, (folder / "filler").stat().st_size - num_blocks_left * BLOCK))
+
+
+def trained(*flags):
+    result = python("-m", "vgglab.train", *TINY, "--print-freq=1", *flags)
+    assert "Traceback" not in result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture
+def elsewhere(images, disk, tmp_path):
+    """Flags that go on with a run on the small disk, whose checkpoints are on another."""
+    flags = [f"--data-path={images}", f"--run-dir={disk / 'run'}", "--resume=auto"]
+    assert trained(*flags).returncode == 0
+    shutil.move(disk / "run" / "checkpoints", tmp_path / "checkpoints")
+    (disk / "run" / "checkpoints").symlink_to(tmp_path / "checkpoints")
+    return flags
+
+
+def test_a_disk_that_fills_costs_log_lines_and_not_the_training(elsewhere, disk):
+    fill(disk, num_blocks_left=1)
+    result = trained(*elsewhere, "--epochs=9", "--eval-freq=100")
+    assert result.returncode == 2
+    [error] = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert re.search("trained to the end; lost, because the disk has not taken them: .*[0-9]+ lines of events", error)
+    assert f"python -m vgglab.report {disk / 'run'}" in error
+    assert result.stdout.count("events.jsonl cannot be written (No space left on device)") == 1
+    assert "epoch 9 of 9" in result.stdout
+    assert Run(disk / "run").status not in GOING_ON
+    os.remove(disk / "filler")
+    assert trained(*elsewhere, "--epochs=10").returncode == 0
+    assert (Run(disk / "run").status, Run(disk / "run").events("start")[-1]["first_epoch"]) == ("done", 9)
+
+
+def test_a_disk_that_is_full_at_the_start_refuses_the_run_and_nothing_waits(images, disk):
+    for num_blocks in (0, 1, 2):
+        fill(disk, num_blocks)
+        run_dir = disk / f"run{num_blocks}"
+        result = trained(f"--data-path={images}", f"--run-dir={run_dir}")
+        assert (result.returncode, result.stderr.count("error:")) == (2, 1)
+        assert str(run_dir) in result.stderr
+        assert Run(run_dir).status == "failed"
+        Run(run_dir).watch()  # returns
+
+
+def test_a_launch_onto_a_full_disk_is_refused_or_fails_and_leaves_no_process(images, disk):
+    for num_blocks in (0, 1, 2, 3):
+        fill(disk, num_blocks)
+        path = disk / f"run{num_blocks}"
+        with pytest.raises(UserError, match=str(path)):
+            vgglab.launch([*TINY, f"--data-path={images}", f"--run-dir={path}"], watch=False).wait()
+        assert processes_of(path) == []
+        assert not is_a_run(path) or Run(path).status == "failed"
+
+
+PLACES = ("events.jsonl", "lock", "config.tmp", "env.tmp", "report.tmp", "log/rank0.txt", "log/rank0.jsonl",
+          "checkpoints/unfinished.tmp")  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_link_in_a_place_that_is_written_to_leads_into_no_other_file(train, tmp_path, place):
+    """A run directory in a folder that others can write to; what a link points to is its owner's."""
+    path = train().run.path
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    with contextlib.suppress(FileNotFoundError):
+        (path / place).unlink()
+    (path / place).symlink_to(victim)
+    result = train(f"--run-dir={path}", "--resume=auto", "--epochs=2")
+    assert victim.read_text() == "precious"
+    assert "is a link" in result.out + result.err
+    assert result.code == (0 if place == "checkpoints/unfinished.tmp" and not result.code else 2)

@@ -1,0 +1,205 @@
+"""Run directories from elsewhere, and damaged ones: what is wrong in them is named and left out."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vgglab import Run, UserError
+from vgglab.compare import as_text, compare
+from vgglab.schema import LineFile, with_checksum, write_document
+from vgglab.view import cards, rank_table, report_page, results, seeds_table
+from vgglab.view.live import _TerminalLines, last_lines, progress_of, summary
+
+HOSTILE = (
+    None, True, False, -1, 0, 10**30, 1e308, 1e-320, "x", "", [], {}, [1], {"a": 1}, "<img src=x onerror=alert(1)>",
+    "\x1b]0;owned\x07", "a\nb", "\u202eevil", "\ud800", "$x_1$", [["a"] * 3], 2**53, {"<b>": "<script>"}, "é" * 5000,
+)  # fmt: skip
+LINES = (
+    b"5", b'"x"', b"[1]", b"null", b'{"a": 1}', b'{"event": "train", "seconds": 1}', b'{"event": 5, "seconds": 1}',
+    b'{"event": "eval", "seconds": 1, "epoch": null}', b'{"event": "start", "seconds": NaN}', b"[" * 100_000, b"\xff\0",
+    b'{"event": "__class__", "seconds": 1}', b'{"event": "end", "seconds": 3, "status": ["done"], "error": null}',
+)  # fmt: skip
+FILES = ("config.json", "env.json", "launch.json", "events.jsonl", "log/rank0.jsonl", "log/failure-rank0.json",
+         "log/skipped-rank0.jsonl", "log/rank0.txt")  # fmt: skip
+
+
+@pytest.fixture
+def run(train):
+    """A finished run with one of each file."""
+    path = train("--print-freq=1").run.path
+    env = json.loads((path / "env.json").read_text())
+    launched = {name: env[name] for name in ("host", "pid", "process")}
+    write_document(path / "launch.json", {**launched, "argv": ["--epochs=2"], "command": ["python"]})
+    failure = {"rank": 0, "time": 1.5, "host": "here", "error": "E: x", "traceback": "t", "exit_code": 1}
+    write_document(path / "log" / "failure-rank0.json", {**failure, "has_lost_peers": False})
+    LineFile(path / "log" / "skipped-rank0.jsonl").append({"image": "a.jpg", "reason": "no image"})
+    os.utime(path / "events.jsonl")  # its end is that of this launch
+    return Run(path)
+
+
+def outputs(path, other):
+    """What each way of looking at a run says: its text, or the one line of a UserError."""
+    ways = {
+        "repr": lambda run: repr(run) + repr(run.report()) + repr(run.failures()) + run.logs(),
+        "html": lambda run: run._repr_html_() + run.report()._repr_html_(),
+        "page.html": lambda run: results.as_html(results.collect([path]), {"a": [other, run]}),
+        "results": lambda run: results.as_text(results.collect([path]), {"a": [other, run]}),
+        "compare": lambda run: as_text(compare(other, run)),
+        "compare.html": lambda run: compare(other, run)._repr_html_(),
+        "seeds": lambda run: seeds_table.as_text({"a": [other, run]}),
+        "report page": lambda run: "".join(repr(table([run])) for table in report_page_tables()),
+        "report page.html": lambda run: "".join(table([other, run])._repr_html_() for table in report_page_tables()),
+        "settings": lambda run: report_page.common_settings([run]),
+        "runs": lambda run: repr(cards.runs_table([run, other])),
+        "ranks.html": lambda run: rank_table.as_html(rank_table.rank_rows(run)),
+        "dashboard": lambda run: summary(run, progress_of(run)) + "".join(last_lines(run)) + repr(run.skipped()),
+        "terminal": lambda run: _TerminalLines(run).update(),
+        "stop": lambda run: run.stop(0.1),
+    }
+    said = {}
+    for name, way in ways.items():
+        screen = io.StringIO()
+        with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+            try:
+                said[name] = f"{way(Run(path))}{screen.getvalue()}"
+            except UserError as error:
+                said[name] = str(error)
+                assert "\n" not in said[name]
+    return said
+
+
+def report_page_tables():
+    return report_page.seed_table, report_page.settings_table, report_page.machine_table, report_page.warnings_table
+
+
+def mutated(data, draw):
+    """The file with one change, by accident or on purpose; its own checksum is known to everybody."""
+    kind = draw.choice(["bit", "cut", "insert", "line", "drop", "double", "shuffle", "field", "field", "field"])
+    lines = data.split(b"\n")
+    place, number = draw.randrange(len(data)), draw.randrange(len(lines))
+    if kind == "bit":
+        return data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :]
+    if kind == "cut":
+        return data[:place]
+    if kind == "insert":
+        return data[:place] + draw.choice([b"\n", b"\0", b'"', b"}\n5\n", b"\xff\xfe", b"1e999,"]) + data[place:]
+    if kind == "line":
+        lines.insert(number, draw.choice(LINES))
+    elif kind == "drop":
+        del lines[number]
+    elif kind == "double":
+        lines.insert(number, lines[number])
+    elif kind == "shuffle":
+        draw.shuffle(lines)
+    else:
+        return with_another_field(data, draw)
+    return b"\n".join(lines)
+
+
+def with_another_field(data, draw):
+    lines = [data] if data.startswith(b"{\n") else data.rstrip(b"\n").split(b"\n")
+    number = draw.randrange(len(lines))
+    try:
+        content = json.loads(lines[number])
+    except ValueError:  # a log
+        return data + repr(draw.choice(HOSTILE)).encode()
+    content[draw.choice([*content, "another"])] = draw.choice(HOSTILE)
+    if draw.random() < 0.7:
+        content.pop("check", None)
+        content = with_checksum(content)
+    lines[number] = json.dumps(content).encode()
+    return b"\n".join(lines) + b"\n"
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("times", [15, pytest.param(1000, marks=pytest.mark.long)])
+def test_whatever_a_file_holds_nothing_but_one_line_is_said(run, tmp_path, name, times):
+    other = Run(shutil.copytree(run.path, tmp_path / "other"))
+    data, draw = (run.path / name).read_bytes(), random.Random(name)
+    for _ in range(times):
+        (run.path / name).write_bytes(mutated(data, draw))
+        for way, said in outputs(run.path, other).items():
+            assert not set("\x1b\x07\u202e\ud800") & set(said), way
+            assert "<img" not in said or not way.endswith("html"), way
+            assert "<script" not in said or not way.endswith("html"), way
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "config.json", "env.json"])
+@pytest.mark.parametrize("times", [150, pytest.param(None, marks=pytest.mark.long)])
+def test_one_flipped_bit_is_noticed_or_changes_no_figure(run, name, times):
+    def figures():
+        report = dict(run_again.report())
+        return report.pop("damage"), (report, run_again.status, dict(run_again.config), dict(run_again.env))
+
+    run_again = run
+    damage, before = figures()
+    assert damage == []
+    data, num_noticed = (run.path / name).read_bytes(), 0
+    bits = range(8 * len(data)) if times is None else random.Random(0).sample(range(8 * len(data)), times)
+    for bit in bits:
+        place = bit // 8
+        changed = bytes([data[place] ^ 1 << bit % 8])
+        (run.path / name).write_bytes(data[:place] + changed + data[place + 1 :])
+        run_again = Run(run.path)
+        try:
+            damage, after = figures()
+        except UserError:  # in one line, with the file's name
+            num_noticed += 1
+            continue
+        num_noticed += bool(damage)
+        if not damage:  # in the word "check", or between two fields
+            extra = {key for fields in after[2:] for key in fields} - {key for fields in before[2:] for key in fields}
+            after = (*after[:2], *({k: v for k, v in fields.items() if k not in extra} for fields in after[2:]))
+            differing = {k: (v, after[0].get(k)) for k, v in before[0].items() if after[0].get(k) != v}
+            assert after == before, (bit, data[max(0, place - 40) : place + 20], differing)
+    assert num_noticed > 0.5 * len(bits)
+
+
+def test_damaged_lines_are_counted_wherever_the_figures_are(run, tmp_path):
+    file, other = run.path / "events.jsonl", Run(shutil.copytree(run.path, tmp_path / "other"))
+    lines = file.read_bytes().split(b"\n")
+    lines[2] = lines[2].replace(b'"loss": ', b'"loss": 1')
+    file.write_bytes(b"\n".join([*lines[:-1], b'{"event": "eval", "seconds"']))
+    assert Run(run.path).damage() == ["events.jsonl: 2 damaged lines, left out"]
+    said = outputs(run.path, other)
+    for way in ("repr", "html", "page.html", "results", "compare", "seeds", "report page", "runs", "dashboard"):
+        assert "2 damaged lines" in said[way], way
+
+
+def test_a_field_of_a_wrong_type_is_named_and_left_out(run):
+    env = json.loads((run.path / "env.json").read_text())
+    write_document(run.path / "env.json", {**env, "started": ["now"], "check": None})
+    assert "env.json: started is of a wrong type, left out" in run.damage()
+    assert report_page.started(run) == ""
+    assert "started" not in run.env
+    with pytest.raises(UserError, match="env.json: holds no started"):
+        run.env["started"]
+    config = json.loads((run.path / "config.json").read_text())
+    write_document(run.path / "config.json", {**config, "model": {"vgg": 16}, "check": None})
+    with pytest.raises(UserError, match="config.json: holds no model"):
+        run.report()
+
+
+def test_a_pipe_or_a_folder_in_the_place_of_a_file_does_not_make_anybody_wait(run, tmp_path):
+    other = Run(shutil.copytree(run.path, tmp_path / "other"))
+    for name in FILES:
+        shutil.copy(run.path / name, tmp_path / "kept")
+        for put in (os.mkfifo, os.mkdir):
+            (run.path / name).unlink()
+            put(run.path / name)
+            outputs(run.path, other)
+            os.rmdir(run.path / name) if put is os.mkdir else os.unlink(run.path / name)
+            shutil.copy(tmp_path / "kept", run.path / name)
+
+
+def test_runs_of_earlier_versions_have_no_checksums_and_are_whole():
+    recorded = Path(__file__).resolve().parent.parent / "recorded"
+    runs = [Run(file.parent) for file in recorded.rglob("env.json")]
+    assert len(runs) > 15
+    assert [what for run in runs for what in run.damage()] == []

@@ -1,0 +1,283 @@
+"""What the files of a run directory may hold. Anybody may have written them, so all that is read goes through here.
+
+Lines and documents carry a checksum (``check``, CRC-32 of the other fields as JSON), as TensorBoard's records do: a
+changed bit is noticed. Those of earlier versions have none. Standard library only.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import zlib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Callable
+
+from vgglab.config import Config
+from vgglab.errors import UserError
+
+Content = dict  # of a line or a document
+Test = Callable[[Any], bool]
+CHECK = "check"
+LONGEST = 1e12  # seconds; or images a second
+LARGEST = 2**53  # what JSON's readers elsewhere still take for a whole number
+# What could command a terminal, turn the direction of reading, forge a line, or cannot be encoded at all.
+NOT_PRINTED = [*range(9), *range(11, 32), *range(127, 160), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F)]
+NOT_PRINTED += [*range(0x2066, 0x206A), *range(0xD800, 0xE000)]
+_PRINTED = dict.fromkeys(NOT_PRINTED, "\N{REPLACEMENT CHARACTER}")
+
+
+def text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def number(value: Any) -> bool:
+    return whole(value) or (type(value) is float and math.isfinite(value))
+
+
+def seconds(value: Any) -> bool:
+    return number(value) and 0 <= value < LONGEST
+
+
+def positive(value: Any) -> bool:
+    return number(value) and 0 < value < LONGEST
+
+
+def whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < LARGEST
+
+
+def count(value: Any) -> bool:
+    return whole(value) and value >= 0
+
+
+def count_from_1(value: Any) -> bool:
+    return whole(value) and value >= 1
+
+
+def nothing(value: Any) -> bool:
+    return value is None
+
+
+def maybe(test: Test) -> Test:
+    return either(nothing, test)
+
+
+def either(*tests: Test) -> Test:
+    return lambda value: any(test(value) for test in tests)
+
+
+def one_of(*words: str) -> Test:
+    return lambda value: value in words
+
+
+def list_of(test: Test) -> Test:
+    return lambda value: isinstance(value, list) and all(map(test, value))
+
+
+def record(**tests: Test) -> Test:
+    """At least these fields."""
+    return lambda value: isinstance(value, dict) and all(n in value and test(value[n]) for n, test in tests.items())
+
+
+def table_of(test: Test, *names: str) -> Test:
+    """By name; with ``names`` those are there."""
+    return lambda value: isinstance(value, dict) and value.keys() >= set(names) and all(map(test, value.values()))
+
+
+# What each event has, and what it may have besides.
+EVENTS: dict[str, dict[str, Test]] = {
+    "start": {
+        "data": text, "is_fake": switch, "num_train_images": count, "num_eval_images": count,
+        "num_classes": count_from_1, "num_parameters": count, "epochs": count, "first_epoch": count,
+        "first_step": count, "num_steps": count, "steps_per_epoch": count,
+        "best": maybe(table_of(number, "acc1", "acc5")),
+    },
+    "train": {
+        "epoch": count, "step": count, "loss": maybe(number), "acc1": maybe(number), "lr": number,
+        "is_measured": switch, "interval_images": count, "interval_steps": count_from_1, "interval_seconds": positive,
+    },
+    "eval_start": {"epoch": maybe(whole), "num_batches": count},
+    "eval": {
+        "epoch": maybe(whole), "step": count, "loss": maybe(number), "acc1": number, "acc5": number,
+        "num_images": count,
+    },
+    "checkpoint": {"epoch": whole, "step": count, "is_best": switch},
+    "warning": {"text": text},
+    "end": {"status": one_of("done", "interrupted", "failed"), "error": maybe(text)},
+}  # fmt: skip
+OPTIONAL: dict[str, Test] = {
+    "simulated": switch, "images_per_second": positive, "data_seconds": seconds, "step_seconds": list_of(seconds),
+    "first_step_seconds": seconds, "phase_seconds": table_of(seconds), "host_reads": either(number, table_of(number)),
+    "peak_bytes": maybe(count), "num_lost": count,
+}  # fmt: skip
+# A line of a rank's own figures, and one that names an image that it has left out.
+RANK: dict[str, Test] = {
+    "rank": count, "pid": whole, "time": seconds, "step": count, "loss": maybe(number), "interval_steps": count_from_1,
+    "own_seconds": seconds, "interval_seconds": positive,
+}  # fmt: skip
+SKIPPED: dict[str, Test] = {"image": text, "reason": text}
+FAILURE: dict[str, Test] = {
+    "rank": count, "time": seconds, "host": text, "error": text, "traceback": text, "exit_code": whole,
+    "has_lost_peers": switch,
+}  # fmt: skip
+
+PROCESS: dict[str, Test] = {"host": text, "pid": whole, "process": text}
+_TYPES: dict[str, Test] = {"int": whole, "float": number, "str": text, "bool": switch, "None": nothing}
+
+
+def _test_of(annotation: str) -> Test:
+    return either(*(_TYPES[name.strip()] for name in annotation.split("|")))
+
+
+DOCUMENTS: dict[str, dict[str, Test]] = {
+    "config.json": {
+        **{item.name: _test_of(str(item.type)) for item in fields(Config)},
+        "batch_size": count_from_1, "world_size": count_from_1, "image_size": maybe(count_from_1),
+        "num_classes": maybe(count_from_1),
+    },
+    "env.json": {
+        **PROCESS, "simulated": switch, "device": text, "world_size": count_from_1, "hardware": text,
+        "versions": table_of(maybe(text)), "commit": maybe(text), "argv": list_of(text), "executable": text,
+        "cwd": text, "started": text, "amp_dtype": maybe(text), "tf32": maybe(switch), "channels_last": switch,
+        "fused": switch, "compiled": switch, "num_cpus": count, "num_threads": count,
+    },
+    "launch.json": {**PROCESS, "argv": list_of(text), "command": list_of(text)},
+    "bench.json": {"results": list_of(record(
+        way=text, batch_size=count_from_1, num_turns=count, images_per_second=maybe(number), ratio=maybe(number),
+        device=record(hardware=text, simulated=switch, amp_dtype=maybe(text)),
+    ))},
+}  # fmt: skip
+
+
+def checksum(content: Content) -> str:
+    """Of all fields, in their order."""
+    return f"{zlib.crc32(json.dumps(content).encode()):08x}"
+
+
+def with_checksum(content: Content) -> Content:
+    return {**content, CHECK: checksum(content)}
+
+
+def parse(data: bytes | str) -> Content | None:
+    """A JSON object, printable; None for anything else."""
+    try:
+        content = json.loads(data, parse_constant=_refuse)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def has_changed(content: Content) -> bool:
+    """Whether it is not what was written; takes the checksum out."""
+    return CHECK in content and content.pop(CHECK) != checksum(content)
+
+
+def event_in(line: bytes, needs_checksum: bool = False) -> Content | None:
+    """A line of ``events.jsonl``; None for one that is damaged, or holds something else."""
+    content = parse(line)
+    if content is None or (needs_checksum and CHECK not in content) or has_changed(content):
+        return None
+    kind = content.get("event")
+    if not isinstance(kind, str) or not seconds(content.get("seconds")):
+        return None
+    return _checked(line, content, EVENTS.get(kind, {}))
+
+
+def line_in(line: bytes, needed: dict[str, Test]) -> Content | None:
+    """A line, or a document, of which all of ``needed`` is there; else None."""
+    content = parse(line)
+    return None if content is None or has_changed(content) else _checked(line, content, needed)
+
+
+def _checked(line: bytes, content: Content, needed: dict[str, Test]) -> Content | None:
+    if not content.keys() >= needed.keys():
+        return None
+    for name, value in content.items():
+        test = needed.get(name) or OPTIONAL.get(name)
+        if test and not test(value):
+            return None
+    is_plain = line.isascii() and b"\\" not in line and b"\x7f" not in line  # as nearly all lines are
+    return content if is_plain else printable(content)
+
+
+class Document(Content):
+    """The fields of ``config.json`` and its like. Raises UserError for one that is not there."""
+
+    def __init__(self, file: Path, content: Content, damage: list[str]) -> None:
+        super().__init__(content)
+        self.file = file
+        self.damage = damage  # a phrase each
+
+    def __missing__(self, name: str) -> None:
+        raise UserError(f"{self.file}: holds no {name} that can be used; the run directory is damaged")
+
+
+def read_document(file: Path) -> Document:
+    """Empty where there is none; fields of a wrong type are left out. Raises UserError where it is no JSON object."""
+    if not file.exists():
+        return Document(file, {}, [])
+    content = parse(file.read_bytes()) if file.is_file() else None
+    if content is None:
+        raise UserError(f"{file}: is damaged; the run cannot be read")
+    damage = [f"{file.name}: was changed after it was written"] if has_changed(content) else []
+    tests = DOCUMENTS.get(file.name, {})
+    left_out = [name for name, value in content.items() if name in tests and not tests[name](value)]
+    damage += [f"{file.name}: {printable(name)} is of a wrong type, left out" for name in left_out]
+    return Document(file, printable({name: v for name, v in content.items() if name not in left_out}), damage)
+
+
+def write_document(file: Path, content: Content) -> None:
+    """Whole, or not at all. Raises OSError."""
+    beside = file.with_suffix(".tmp")
+    with open(beside, "wb", opener=without_links) as target:
+        target.write(json.dumps(with_checksum(content), indent=2).encode() + b"\n")
+    beside.replace(file)
+
+
+def without_links(file: str, flags: int) -> int:
+    """An ``opener``: a link in a place that is written to would lead the text into a file of somebody's choice."""
+    try:
+        return os.open(file, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, f"{file} is a link") from None
+        raise
+
+
+class LineFile:
+    """A file that grows line by line, each whole or counted as damaged."""
+
+    def __init__(self, file: Path, is_continued: bool = False) -> None:
+        self.file = file
+        self._may_be_cut = is_continued  # a line was written in part
+
+    def append(self, content: Content) -> None:
+        """Raises OSError where the disk refuses; the next line may fit again."""
+        line = b"\n" * self._may_be_cut + json.dumps(with_checksum(content)).encode() + b"\n"
+        self._may_be_cut = True
+        with open(self.file, "ab", buffering=0, opener=without_links) as lines:
+            if lines.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._may_be_cut = False
+
+
+def printable(value: Any) -> Any:
+    """The same without characters that command a terminal or turn the direction of reading; lines and tabs stay."""
+    if isinstance(value, str):
+        if value.isascii() and value.isprintable():
+            return value
+        return value.translate(_PRINTED)
+    if isinstance(value, dict):
+        return {printable(name): printable(item) for name, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, list) else value
