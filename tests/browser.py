@@ -151,16 +151,36 @@ class Notebook:
 
 
 @contextmanager
-def jupyterlab(folder: Path) -> Iterator[Lab]:
-    """A JupyterLab and a browser, both ended when this is left."""
+def chromium() -> Iterator[Any]:
+    """A browser, ended when this is left."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def jupyterlab(folder: Path) -> Iterator[Lab]:
+    """A JupyterLab and a browser, both ended when this is left."""
+    with chromium() as browser:
         lab = Lab(folder, browser)
         try:
             lab.wait_until_it_answers()
             yield lab
         finally:
             lab.close()
-            browser.close()
+
+
+def done_by(browser: Any, file: Path) -> list[str]:
+    """What a page does by itself when it is opened: the dialogs it shows, the addresses it asks for."""
+    page, done = browser.new_page(), []
+    page.on("dialog", lambda dialog: (done.append(f"dialog {dialog.message}"), dialog.dismiss()))
+    page.on("request", lambda request: done.append(request.url))
+    page.goto(file.as_uri(), wait_until="load")
+    page.wait_for_timeout(300)
+    page.close()
+    return [what for what in done if what != file.as_uri() and not what.startswith("data:")]

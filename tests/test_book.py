@@ -10,6 +10,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from browser import CHROMIUM, NO_CHROMIUM, chromium, done_by
 from conftest import PATIENCE_SECONDS, PROJECT, TINY, wait_until
 from processes import python
 
@@ -285,3 +286,17 @@ def test_a_report_on_a_hostile_run_directory_runs_nothing(book, images, tmp_path
         handlers = Handlers()
         handlers.feed(text)
         assert handlers.count == (text is not page)
+    pytest.importorskip("playwright")
+    if CHROMIUM is None:
+        pytest.skip(NO_CHROMIUM)
+    pages = {name: tmp_path / f"{name}.html" for name in ("results", "broken", "open")}
+    assert python("-m", "vgglab.view.results", folder, "--html", pages["results"]).returncode == 0
+    # Both ways of a slip: text that nobody escaped in a page of ours, and the same without our policy.
+    pages["broken"].write_text(page.replace("</nav>", f"</nav>{HOSTILE}<script>alert(2)</script>", 1))
+    pages["open"].write_text(re.sub("<meta http-equiv=[^>]*>", "", pages["broken"].read_text()))
+    with chromium() as browser:
+        for file in (tmp_path / "build/notebooks/08_report.html", tmp_path / "build/notebooks/index.html"):
+            assert done_by(browser, file) == []
+        assert done_by(browser, pages["results"]) == []
+        assert not [what for what in done_by(browser, pages["broken"]) if what.startswith("dialog")]
+        assert {"dialog 1", "dialog 2"} <= set(done_by(browser, pages["open"]))

@@ -178,11 +178,11 @@ def test_a_field_of_a_wrong_type_is_named_and_left_out(run):
     assert "env.json: started is of a wrong type, left out" in run.damage()
     assert report_page.started(run) == ""
     assert "started" not in run.env
-    with pytest.raises(UserError, match="env.json: holds no started"):
+    with pytest.raises(UserError, match=r"env\.json: holds no started"):
         run.env["started"]
     config = json.loads((run.path / "config.json").read_text())
     write_document(run.path / "config.json", {**config, "model": {"vgg": 16}, "check": None})
-    with pytest.raises(UserError, match="config.json: holds no model"):
+    with pytest.raises(UserError, match=r"config\.json: holds no model"):
         run.report()
 
 

@@ -135,3 +135,7 @@ def test_nobody_imports_what_rewrites_torch():
     """The vendor's migration helper changes torch.cuda, torch.jit.script and the warning filters for everybody."""
     ours = [file for file in MODULES if "doubles" not in file.parts]
     assert [name_of(file) for file in ours if "transfer_to_gcu" in code_without_prose(file)] == []
+
+
+def test_text_becomes_html_in_one_place():
+    assert [name_of(file) for file in MODULES if "html.escape" in file.read_text()] == ["vgglab.view.tables"]
