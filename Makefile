@@ -89,6 +89,7 @@ check: $(INSTALLED) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@echo "make check: nothing wrong with style and types; next: make test"
 
 notebooks: $(INSTALLED) ## execute all notebooks and leave a site in build/notebooks; ARGS="-p profile full" for others
 	$(BIN)/python -m vgglab.book $(ARGS)

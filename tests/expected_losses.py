@@ -236,9 +236,13 @@ def _show_faults() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("device", nargs="?", help="record this device; float64: the expected losses themselves")
+    from vgglab.devices import DEVICE_CHOICES
+
+    choices = ("float64", *DEVICE_CHOICES)
+    parser.add_argument("device", nargs="?", choices=choices, help="record this device; float64: the expected losses themselves")
     parser.add_argument("--faults", action="store_true", help="show what common mistakes would change")
     options = parser.parse_args()
+    print("each training of 8 steps takes some seconds, all together half a minute or more", file=sys.stderr)
     try:
         if options.faults:
             _show_faults()

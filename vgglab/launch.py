@@ -74,6 +74,7 @@ def launch(
     settings.update({name: n for name, n in (("nproc", nproc), ("max_restarts", max_restarts)) if n is not None})
     argv += [_as_flag(name, value) for name, value in settings.items() if value is not None]
     config = parse(argv)
+    ranks.grace_period_seconds()  # refused before there is a run directory
     config.world_size = config.nproc * _checked_count("nnodes", nnodes)
     if config.seeds is not None:
         if nnodes > 1 or detach:
