@@ -239,7 +239,8 @@ def main() -> int:
     from vgglab.devices import DEVICE_CHOICES
 
     choices = ("float64", *DEVICE_CHOICES)
-    parser.add_argument("device", nargs="?", choices=choices, help="record this device; float64: the expected losses themselves")
+    what = "record this device; float64: the expected losses themselves"
+    parser.add_argument("device", nargs="?", choices=choices, help=what)
     parser.add_argument("--faults", action="store_true", help="show what common mistakes would change")
     options = parser.parse_args()
     print("each training of 8 steps takes some seconds, all together half a minute or more", file=sys.stderr)

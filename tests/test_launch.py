@@ -231,3 +231,15 @@ def test_a_launch_leaves_no_pipe_behind(tiny):
         with pytest.raises(vgglab.UserError):
             run.wait(PATIENCE_SECONDS)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_no_clock_decides_whether_a_run_goes_on(tiny, monkeypatch):
+    launched, now = vgglab.launch(tiny, epochs=100_000, watch=False), time.time
+    wait_until(lambda: launched.events("checkpoint"))
+    run = vgglab.Run(launched.path)
+    for hours in (1000, -1000):
+        monkeypatch.setattr(time, "time", lambda hours=hours: now() + 3600 * hours)
+        assert run.status == "running"
+    run.stop()
+    launched.process.wait(1)  # at most its threads have still to go
+    assert run.status == "interrupted"

@@ -15,6 +15,7 @@ import torch
 from conftest import NUM_VAL, PATIENCE_SECONDS, PROJECT, TINY, shell, wait_until
 from processes import python, ranks
 
+import vgglab
 from vgglab import Run, checkpoint
 from vgglab.compat import load_tensors
 from vgglab.errors import UserError
@@ -465,9 +466,13 @@ def test_a_training_that_compiles_nothing_does_not_import_the_compiler(images, t
 
 
 @pytest.mark.parametrize("given", ["soon", "-1", "inf", "100000"])
-def test_a_grace_period_that_is_no_number_of_seconds_is_refused(refused, monkeypatch, given):
+def test_a_grace_period_that_is_no_number_of_seconds_is_refused(refused, monkeypatch, tmp_path, given):
     monkeypatch.setenv("VGGLAB_GRACE_SECONDS", given)
-    assert refused() == f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds from 0 to 99999, such as 10"
+    said = f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds from 0 to 99999, such as 10"
+    assert refused() == said
+    with pytest.raises(UserError, match=said):
+        vgglab.launch(run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_closed_stream_is_no_failure(images, tmp_path):

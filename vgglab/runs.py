@@ -273,19 +273,20 @@ class Run:
     def stop(self, grace_seconds: float | None = None) -> None:
         """Ask a run on this machine to save and leave; what is left of a launched one after the grace is killed."""
         deadline = time.monotonic() + grace_period_seconds(grace_seconds)
-        for pid in self._leaders():
+        leader = self._leader()
+        if leader:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        while self._leaders() and time.monotonic() < deadline:
+                os.kill(leader["pid"], signal.SIGTERM)
+        while is_running(leader) and time.monotonic() < deadline:
             time.sleep(0.1)
         kill_all(self.path)
 
-    def _leaders(self) -> list[int]:
+    def _leader(self) -> dict[str, Any]:
         """The process to ask: what was launched, which also carries the run's mark, else rank 0; never process 1."""
         launched = read_document(self.path / LAUNCHED)
         owner = launched or self.env
         is_there = is_running(owner) and (not launched or owner["pid"] in processes_of(self.path))
-        return [owner["pid"]] if is_there and owner["pid"] > 1 else []
+        return owner if is_there and owner["pid"] > 1 else {}
 
     def checkpoint(self, which: str = "best") -> Path:
         """``best`` or ``last``. Raises UserError where none was written."""
