@@ -12,7 +12,7 @@ import pytest
 
 from vgglab import Run, UserError
 from vgglab.compare import as_text, compare
-from vgglab.schema import LineFile, with_checksum, write_document
+from vgglab.schema import append_line, with_checksum, write_document
 from vgglab.view import cards, rank_table, report_page, results, seeds_table
 from vgglab.view.live import _TerminalLines, last_lines, progress_of, summary
 
@@ -38,7 +38,7 @@ def run(train):
     write_document(path / "launch.json", {**launched, "argv": ["--epochs=2"], "command": ["python"]})
     failure = {"rank": 0, "time": 1.5, "host": "here", "error": "E: x", "traceback": "t", "exit_code": 1}
     write_document(path / "log" / "failure-rank0.json", {**failure, "has_lost_peers": False})
-    LineFile(path / "log" / "skipped-rank0.jsonl").append({"image": "a.jpg", "reason": "no image"})
+    append_line(path / "log" / "skipped-rank0.jsonl", {"image": "a.jpg", "reason": "no image"})
     os.utime(path / "events.jsonl")  # its end is that of this launch
     return Run(path)
 

@@ -18,7 +18,7 @@ from vgglab.dist.processes import signature
 from vgglab.errors import UserError
 from vgglab.ranks import ASK_WHERE
 from vgglab.runs import LOCK, NO_WRITING, Event, Run, claim
-from vgglab.schema import LineFile, without_links, write_document
+from vgglab.schema import append_line, without_links, write_document
 from vgglab.version import __version__
 
 Listener = Callable[[Event], None]
@@ -31,8 +31,6 @@ class RankWriter:
         self.path = path
         self.rank = rank
         self._skipped: set[str] = set()
-        self._figures = LineFile(path / "log" / f"rank{rank}.jsonl", is_continued=True)
-        self._left_out = LineFile(path / "log" / f"skipped-rank{rank}.jsonl", is_continued=True)
         self._mark = {"simulated": True} if is_simulated else {}  # on all that a simulated card has part in
         self.lost: dict[str, int] = {}  # what the disk has refused: how often, by name
 
@@ -55,7 +53,7 @@ class RankWriter:
         if image in self._skipped:
             return
         self._skipped.add(image)
-        self._append(self._left_out, {"image": image, "reason": reason})
+        self._append(f"log/skipped-rank{self.rank}.jsonl", {"image": image, "reason": reason})
         if len(self._skipped) == 1:
             text = f"skipped {image} ({reason}); all that follow are listed in {self.path / 'log'}"
             self.event("warning", text=text)
@@ -64,14 +62,14 @@ class RankWriter:
         """Append a line to this rank's own file."""
         line = {"rank": self.rank, "pid": os.getpid(), "time": round(time.time(), 3)}
         line.update({key: finite(value) for key, value in values.items()}, **self._mark)
-        self._append(self._figures, line)
+        self._append(f"log/rank{self.rank}.jsonl", line)
 
-    def _append(self, lines: LineFile, content: Event) -> None:
+    def _append(self, name: str, content: Event) -> None:
         try:
-            lines.append(content)
+            append_line(self.path / name, content)
         except OSError as error:
-            text = f"{lines.file} cannot be written ({error.strerror}); the training goes on without these lines"
-            self.refused(f"lines of {lines.file.relative_to(self.path)}", text)
+            text = f"{self.path / name} cannot be written ({error.strerror}); the training goes on without these lines"
+            self.refused(f"lines of {name}", text)
 
     @contextlib.contextmanager
     def recording_output(self) -> Iterator[None]:
@@ -125,8 +123,7 @@ class RunWriter(RankWriter):
             claim(path)
         try:
             self._lock = lock.Lock(path / LOCK)
-            self._events = LineFile(path / "events.jsonl", is_continued)
-            os.close(without_links(str(self._events.file), os.O_CREAT | os.O_WRONLY))  # from here on it is a run
+            os.close(without_links(str(path / "events.jsonl"), os.O_CREAT | os.O_WRONLY))  # from here on it is a run
         except lock.Held:
             raise UserError(f"--run-dir {path}: {Run(path).writer()}") from None
         except OSError as error:
@@ -160,7 +157,7 @@ class RunWriter(RankWriter):
         """Append one line: ``kind``, seconds since the start, ``values``; null for numbers that are not finite."""
         event: Event = {"event": kind, "seconds": round(time.monotonic() - self._started, 3)}
         event.update({key: finite(value) for key, value in values.items()}, **self._mark)
-        self._append(self._events, event)
+        self._append("events.jsonl", event)
         for listener in self.listeners:
             try:
                 listener(event)

@@ -255,21 +255,15 @@ def without_links(file: str, flags: int) -> int:
         raise
 
 
-class LineFile:
-    """A file that grows line by line, each whole or counted as damaged."""
-
-    def __init__(self, file: Path, is_continued: bool = False) -> None:
-        self.file = file
-        self._may_be_cut = is_continued  # a line was written in part
-
-    def append(self, content: Content) -> None:
-        """Raises OSError where the disk refuses; the next line may fit again."""
-        line = b"\n" * self._may_be_cut + json.dumps(with_checksum(content)).encode() + b"\n"
-        self._may_be_cut = True
-        with open(self.file, "ab", buffering=0, opener=without_links) as lines:
-            if lines.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._may_be_cut = False
+def append_line(file: Path, content: Content) -> None:
+    """Add a line, below one that was cut short too. Raises OSError where the disk refuses; the next may fit again."""
+    line = json.dumps(with_checksum(content)).encode() + b"\n"
+    with open(file, "a+b", buffering=0, opener=without_links) as lines:
+        if lines.seek(0, os.SEEK_END):
+            lines.seek(-1, os.SEEK_END)
+            line = b"\n" * (lines.read(1) != b"\n") + line
+        if lines.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def printable(value: Any) -> Any:
