@@ -98,6 +98,7 @@ def test_the_loop_reads_from_the_card_once_a_log_line():
         "    def event(self, kind, **v): self.reads.append((kind, sim.num_host_reads()))\n"
         "    def rank_event(self, **v): pass\n"
         "    def skipped(self, *a): pass\n"
+        "    def accepted(self, what): pass\n"
         "s = config.parse('--data-path digits --model vgg11 --epochs 1 --training-step-per-epoch 6 --print-freq 3 "
         "--batch-size 4 --eval-step-per-epoch 3 --skip-steps 0 --workers 0 --seed 1'.split())\n"
         "d = open_device('gcu-sim'); sets = open_sets(s); s.num_classes, s.image_size, s.head = 10, 32, 'small'\n"

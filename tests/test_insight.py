@@ -167,7 +167,7 @@ def test_the_chooser_shows_what_is_made_of_a_file_and_one_line_for_a_bad_one():
 
     chooser = PhotographChooser(look)
     chooser._on_file({"new": (file("<b>.png", saved(Image.effect_noise((30, 20), 50), "PNG")),)})
-    assert chooser.line.value == "&lt;b&gt;.png, 30 pixels wide"
+    assert chooser.line.value == "<span>&lt;b&gt;.png, 30 pixels wide</span>"
     assert bytes(chooser.picture.value).startswith(b"\x89PNG")
     assert chooser.picture.layout.display is None
     chooser._on_file({"new": (file("evil.py", b"raise SystemExit"),)})

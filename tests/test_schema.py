@@ -6,19 +6,23 @@ import json
 import os
 import random
 import shutil
+import traceback
 from pathlib import Path
 
 import pytest
+from conftest import shell
 
 from vgglab import Run, UserError
 from vgglab.compare import as_text, compare
 from vgglab.schema import append_line, with_checksum, write_document
 from vgglab.view import cards, rank_table, report_page, results, seeds_table
+from vgglab.view.figures import curves_beside
 from vgglab.view.live import _TerminalLines, last_lines, progress_of, summary
 
 HOSTILE = (
     None, True, False, -1, 0, 10**30, 1e308, 1e-320, "x", "", [], {}, [1], {"a": 1}, "<img src=x onerror=alert(1)>",
     "\x1b]0;owned\x07", "a\nb", "\u202eevil", "\ud800", "$x_1$", [["a"] * 3], 2**53, {"<b>": "<script>"}, "é" * 5000,
+    2**31, 1e39, json.loads("[" * 300 + "]" * 300),
 )  # fmt: skip
 LINES = (
     b"5", b'"x"', b"[1]", b"null", b'{"a": 1}', b'{"event": "train", "seconds": 1}', b'{"event": 5, "seconds": 1}',
@@ -122,8 +126,11 @@ def with_another_field(data, draw):
 def test_whatever_a_file_holds_nothing_but_one_line_is_said(run, tmp_path, name, times):
     other = Run(shutil.copytree(run.path, tmp_path / "other"))
     data, draw = (run.path / name).read_bytes(), random.Random(name)
-    for _ in range(times):
+    for number in range(times):
         (run.path / name).write_bytes(mutated(data, draw))
+        if number % 10 == 0:  # which takes as long as all else
+            with contextlib.suppress(UserError):
+                curves_beside([other, Run(run.path)]).png()
         for way, said in outputs(run.path, other).items():
             assert not set("\x1b\x07\u202e\ud800") & set(said), way
             assert "<img" not in said or not way.endswith("html"), way
@@ -196,6 +203,41 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_does_not_make_anybody_wait(ru
             outputs(run.path, other)
             os.rmdir(run.path / name) if put is os.mkdir else os.unlink(run.path / name)
             shutil.copy(tmp_path / "kept", run.path / name)
+
+
+def test_a_file_larger_than_any_of_ours_is_not_read_into_memory(run, tmp_path):
+    other = Run(shutil.copytree(run.path, tmp_path / "other"))
+    for name in FILES:
+        with open(run.path / name, "r+b") as file:
+            file.truncate(2**33)  # a hole, which takes no room
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\n"
+    code += "import test_schema, vgglab\nfrom pathlib import Path\n"
+    code += "print(len(test_schema.outputs(Path(sys.argv[1]), vgglab.Run(sys.argv[2]))))"
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    result = shell("python", "-c", code, run.path, other.path, env={**os.environ, "PYTHONPATH": path})
+    assert result.stdout.split() == ["15"], result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs another user")
+def test_what_may_not_be_read_is_said_in_one_line(run, tmp_path):
+    other = Run(shutil.copytree(run.path, tmp_path / "other"))
+    names = [*FILES, "log", "."]
+    for folder in [tmp_path, *tmp_path.parents[:-1]]:
+        os.chmod(folder, folder.stat().st_mode | 0o055)
+    for name in names:
+        mode = (run.path / name).stat().st_mode
+        os.chmod(run.path / name, 0)
+        child = os.fork()
+        if child == 0:
+            os.setuid(65534)
+            try:
+                outputs(run.path, other)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0, name
+        os.chmod(run.path / name, mode)
 
 
 def test_runs_of_earlier_versions_have_no_checksums_and_are_whole():

@@ -183,12 +183,11 @@ def read(path: str | Path) -> dict[str, Any]:
         UserError: no such file, or not a checkpoint, or a damaged one.
     """
     try:
-        if locate(path).exists() and not locate(path).is_file():
-            raise UserError("is no file that can be read")
-        damage = damage_of(locate(path))
+        file = locate(path)
+        damage = damage_of(file) if file.is_file() or not file.exists() else "a pipe or a device"
         if damage:
             raise UserError(f"is damaged ({damage})")
-        content = load_tensors(locate(path))
+        content = load_tensors(file)
     except OSError as error:
         raise UserError(
             f"cannot be read ({error.strerror}); name a checkpoint or a run directory that has one"
@@ -196,7 +195,7 @@ def read(path: str | Path) -> dict[str, Any]:
     except NotACheckpoint as error:
         raise UserError(f"not a checkpoint that can be read safely ({error})") from None
     weights = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(_is_weight(*item) for item in weights.items()):
+    if not _are_weights(weights):
         raise UserError("holds no model weights")
     is_ours = content.get("format") == FORMAT and isinstance(content.get("config"), dict)
     return content if is_ours else {"model": weights}
@@ -233,8 +232,9 @@ def locate(path: str | Path) -> Path:
     return Path(path, "checkpoints", "last.pt") if Path(path).is_dir() else Path(path)
 
 
-def _is_weight(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor)
+def _are_weights(found: Any) -> bool:
+    is_table = isinstance(found, dict) and bool(found)
+    return is_table and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
 
 
 def carry_best(resumed: str | Path, folder: Path) -> None:
@@ -257,6 +257,8 @@ def restore_model(content: dict[str, Any], model: nn.Module, name: str, to_train
     own, saved = model.state_dict(), content["model"]
     if to_train and "trained" in content:
         saved = content["trained"]
+    if not _are_weights(saved):
+        raise UserError("is damaged (trained: no weights)")
     for key in sorted(set(own) ^ set(saved)):
         where = "is missing" if key in own else "is not a layer of this network"
         raise UserError(f"does not fit --model {name}: {key} {where}")
@@ -277,6 +279,16 @@ def _refusing_damage() -> Iterator[None]:
         raise UserError(f"is damaged ({str(error).splitlines()[0]})") from None
 
 
+def _load(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Raises ValueError where what is kept for a weight has not its shape."""
+    optimizer.load_state_dict(saved)
+    for weight, kept in optimizer.state.items():
+        for name, value in kept.items():
+            is_number = value is None or isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
+            if not is_number and getattr(value, "shape", None) != weight.shape:
+                raise ValueError(f"the optimizer's {name}")
+
+
 def restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_name: str) -> TrainingState:
     """Load the optimizer's state and return how far the run had come; the options stay those of this run's flags.
 
@@ -285,21 +297,21 @@ def restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_na
     """
     if content.get("format") != FORMAT:
         raise UserError("holds weights only; use it with --test-only")
-    if content["config"].get("optimizer") != optimizer_name:
-        written_by = content["config"].get("optimizer")
+    written_by = content["config"].get("optimizer")
+    if written_by != optimizer_name:
         raise UserError(f"was written with --optimizer {written_by}, this run is --optimizer {optimizer_name}")
     with _refusing_damage():
         there = [len(group["params"]) for group in content["optimizer"]["param_groups"]]
     if there != [len(group["params"]) for group in optimizer.param_groups]:
-        raise UserError(
-            "was trained with weight decay on other layers; see --bias-weight-decay and --bn-weight-decay there"
-        )
+        raise UserError("was trained with weight decay on other layers; see --bias-weight-decay, --bn-weight-decay")
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     with _refusing_damage():
-        optimizer.load_state_dict(content["optimizer"])
-        best = content["best"] and {name: float(content["best"][name]) for name in ("acc1", "acc5")}
-        names = ("epoch", "images", "step", "num_poor", "num_drops")
-        state = TrainingState(best=best, **{name: int(content.get(name, 0)) for name in names})
+        _load(optimizer, content["optimizer"])
+        best = None if content["best"] is None else {name: float(content["best"][name]) for name in ("acc1", "acc5")}
+        counts = {name: content.get(name, 0) for name in ("epoch", "images", "step", "num_poor", "num_drops")}
+        if not all(type(value) is int and value >= 0 for value in counts.values()):
+            raise ValueError("no such place in a training")
+        state = TrainingState(best=best, **counts)
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)
         for weight in group["params"] if own.get("momentum") else ():

@@ -220,7 +220,7 @@ def _save(job: Job, config: Config, device: Device, run: RankWriter, is_best: bo
             raise UserError("; ".join(filter(None, [f"{folder}: {text}", run.losses(), advice]))) from None
         run.refused("checkpoints", text)
     else:
-        run.lost.pop("checkpoints", None)  # a later one is as good
+        run.accepted("checkpoints")  # a later one is as good
         run.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)
 
 

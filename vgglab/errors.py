@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator
+from typing import Any, Iterator
+
+# What could command a terminal, turn the direction of reading, forge a line, or cannot be encoded at all.
+NOT_PRINTED = [*range(9), *range(11, 32), *range(127, 160), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F)]
+NOT_PRINTED += [*range(0x2066, 0x206A), *range(0xD800, 0xE000)]
+_PRINTED = dict.fromkeys(NOT_PRINTED, "\N{REPLACEMENT CHARACTER}")
+
+
+def printable(value: Any) -> Any:
+    """The same without characters that command a terminal or turn the direction of reading; lines and tabs stay."""
+    if isinstance(value, str):
+        return value if value.isascii() and value.isprintable() else value.translate(_PRINTED)
+    if isinstance(value, dict):
+        return {printable(name): printable(item) for name, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, list) else value
 
 
 class UserError(Exception):
@@ -12,6 +26,9 @@ class UserError(Exception):
     The message is one line that names the flag or the file and says what to do. The shell door
     prints it on stderr and leaves with exit code 2; everything else is a bug and keeps its traceback.
     """
+
+    def __str__(self) -> str:
+        return " ".join(printable(super().__str__()).splitlines())
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a cell: the line, without the way it took through our code."""

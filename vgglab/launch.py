@@ -20,8 +20,8 @@ from vgglab import ranks
 from vgglab.config import Config, parse
 from vgglab.dist import processes
 from vgglab.errors import RunFailed, UserError
-from vgglab.runs import GOING_ON, LAUNCHED, NO_WRITING, Run, claim, is_a_run, run_path
-from vgglab.schema import without_links, write_document
+from vgglab.runs import GOING_ON, LAUNCHED, Run, claim, is_a_run, run_path
+from vgglab.schema import without_links, write_document, writing
 from vgglab.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
 
 NUM_LOG_LINES_SHOWN = 30
@@ -134,11 +134,9 @@ def _as_flag(name: str, value: Any) -> str:
 def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: bool, is_new: bool) -> subprocess.Popen:
     if is_new:
         claim(path)
-    try:
+    with writing(path):
         log.parent.mkdir(parents=True, exist_ok=True)
         output = open(log, "ab", opener=without_links)  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{path}: {NO_WRITING} ({error.strerror})") from None
     try:
         with output:
             process = subprocess.Popen(
@@ -154,11 +152,12 @@ def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: b
     if process.stdin is not None:
         _leashes.add(process.stdin)
     try:
-        write_document(path / LAUNCHED, {**processes.signature(process.pid), "argv": argv, "command": command})
-    except OSError as error:
+        with writing(path):
+            write_document(path / LAUNCHED, {**processes.signature(process.pid), "argv": argv, "command": command})
+    except UserError:
         process.kill()
         process.communicate()
-        raise UserError(f"{path}: {NO_WRITING} ({error.strerror})") from None
+        raise
     return process
 
 

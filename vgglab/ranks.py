@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vgglab.errors import UserError
-from vgglab.schema import FAILURE, line_in, write_document
+from vgglab.schema import FAILURE, line_in, read_bytes, write_document
 
 LEASH = "VGGLAB_LEASH"  # set for a launched process: stdin is its leash
 MARK = "VGGLAB_RUN"  # set for a launched process and all below it: the run directory they work for
@@ -250,10 +250,8 @@ def failures(path: Path) -> list[dict[str, Any]]:
     """What the ranks of a run died of, the cause first: those that only lost the others come last."""
     found = []
     for file in sorted((path / "log").glob("failure-rank*.json")):
-        with contextlib.suppress(OSError):
-            if not file.is_file():  # a pipe, on which reading would wait for ever
-                continue
-            found.append(line_in(file.read_bytes(), FAILURE))
+        with contextlib.suppress(UserError):
+            found.append(line_in(read_bytes(file) or b"", FAILURE))
     return sorted(filter(None, found), key=lambda failure: (failure["has_lost_peers"], failure["time"]))
 
 

@@ -17,8 +17,8 @@ from vgglab.dist import lock
 from vgglab.dist.processes import signature
 from vgglab.errors import UserError
 from vgglab.ranks import ASK_WHERE
-from vgglab.runs import LOCK, NO_WRITING, Event, Run, claim
-from vgglab.schema import append_line, without_links, write_document
+from vgglab.runs import LOCK, Event, Run, claim
+from vgglab.schema import append_line, without_links, write_document, writing
 from vgglab.version import __version__
 
 Listener = Callable[[Event], None]
@@ -42,6 +42,10 @@ class RankWriter:
         self.lost[what] = self.lost.get(what, 0) + 1
         if self.lost[what] == 1:
             self.event("warning", text=warning)
+
+    def accepted(self, what: str) -> None:
+        """Nothing of this is lost any more."""
+        self.lost.pop(what, None)
 
     def losses(self) -> str:
         """What the disk has refused, in words; empty where it has taken all."""
@@ -76,10 +80,8 @@ class RankWriter:
         """Copy what this process prints into ``log/rank<r>.txt``, unless a launcher has it written there already."""
         file = self.path / "log" / f"rank{self.rank}.txt"
         is_written_there = file.exists() and os.path.samestat(os.fstat(1), file.stat())
-        try:
+        with writing(file):
             log = open(os.devnull if is_written_there else file, "ab", buffering=0, opener=without_links)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"{file}: {NO_WRITING} ({error.strerror})") from None
         with log:
             # Written from C, so it also works deep inside a collective that hangs, where Python's handlers wait.
             faulthandler.register(ASK_WHERE, file=1 if is_written_there else log)
@@ -121,13 +123,12 @@ class RunWriter(RankWriter):
             self._started -= max((event["seconds"] for event in Run(path).events()), default=0.0)
         else:
             claim(path)
-        try:
-            self._lock = lock.Lock(path / LOCK)
+        with writing(path):
+            try:
+                self._lock = lock.Lock(path / LOCK)
+            except lock.Held:
+                raise UserError(f"--run-dir {path}: {Run(path).writer()}") from None
             os.close(without_links(str(path / "events.jsonl"), os.O_CREAT | os.O_WRONLY))  # from here on it is a run
-        except lock.Held:
-            raise UserError(f"--run-dir {path}: {Run(path).writer()}") from None
-        except OSError as error:
-            raise UserError(f"{path}: {NO_WRITING} ({error.strerror})") from None
 
     @property
     def has_lock(self) -> bool:
@@ -142,10 +143,8 @@ class RunWriter(RankWriter):
         self._write(self.path / "env.json", _environment(device, world_size))
 
     def _write(self, file: Path, content: Event) -> None:
-        try:
+        with writing(self.path):
             write_document(file, content)
-        except OSError as error:
-            raise UserError(f"{self.path}: {NO_WRITING} ({error.strerror})") from None
 
     def write_report(self, report: dict[str, Any]) -> None:
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vgglab.errors import UserError
 from vgglab.runs import Event, Run
-from vgglab.schema import write_document
+from vgglab.schema import write_document, writing
 
 STEADY = 1.2  # a tenth of the steps slower than this many medians is worth a remark
 FEWEST_STEPS_TO_JUDGE = 20
@@ -176,7 +176,9 @@ def main() -> int:
     try:
         for path in parser.parse_args().run:
             run = Run(path)
-            write_document(run.path / "report.json", run.report())
+            file = run.path / "report.json"
+            with writing(file):
+                write_document(file, run.report())
             print(run.path / "report.json")
     except UserError as error:
         print(f"vgglab.report: error: {error}", file=sys.stderr)

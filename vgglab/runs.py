@@ -29,19 +29,33 @@ from typing import TYPE_CHECKING, Any
 
 from vgglab.dist.lock import is_free
 from vgglab.dist.processes import ask_where, is_running, kill_all, processes_of
-from vgglab.errors import UserError
+from vgglab.errors import UserError, printable
 from vgglab.ranks import failures, grace_period_seconds
-from vgglab.schema import CHECK, RANK, SKIPPED, Content, Document, event_in, line_in, printable, read_document
+from vgglab.schema import (
+    CHECK,
+    MOST_BYTES,
+    RANK,
+    SKIPPED,
+    Content,
+    Document,
+    event_in,
+    exists,
+    line_in,
+    read_document,
+    tail_of,
+    writing,
+)
 
 if TYPE_CHECKING:
     from vgglab.config import Config
+    from vgglab.view.cards import Report
 
 SCHEMA = 1
 OURS = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
 LOCK = "lock"  # held by rank 0 as long as it writes
 LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
+MOST_OF_EVENTS, MOST_OF_A_LOG = 2**30, 2**26  # bytes
 NUM_RECENT = 8  # lines, enough to tell a slow rank from a slow moment
-NO_WRITING = "cannot be written; name another folder with --output-dir or --run-dir"
 GOING_ON = ("starting", "running")  # of a run's status; the others are ends
 Event = Content  # what a line of events.jsonl holds
 
@@ -61,36 +75,20 @@ def run_path(config: Config) -> Path:
 
 def holds_a_run(path: Path) -> bool:
     """Whether some run has been writing there."""
-    return any((path / name).exists() for name in OURS)
+    return any(exists(path / name) for name in OURS)
 
 
 def is_a_run(path: Path) -> bool:
     """Whether there is one to read, be it only about to begin."""
-    return holds_a_run(path) or (path / LAUNCHED).exists()
+    return holds_a_run(path) or exists(path / LAUNCHED)
 
 
 def claim(path: Path) -> None:
     """Make the folder of a new run. Raises UserError where it cannot be made or holds a run already."""
-    try:
-        if holds_a_run(path):
-            raise UserError(f"--run-dir {path}: holds a run already; name another folder")
+    if holds_a_run(path):
+        raise UserError(f"--run-dir {path}: holds a run already; name another folder")
+    with writing(path):
         (path / "log").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: {NO_WRITING} ({error.strerror})") from None
-
-
-class Report(dict):
-    """The figures of ``report.json`` by their names: a dict in every respect, that shows itself as a table."""
-
-    def __repr__(self) -> str:
-        from vgglab.view.cards import report_as_text
-
-        return report_as_text(self)
-
-    def _repr_html_(self) -> str:
-        from vgglab.view.cards import report_as_html
-
-        return report_as_html(self)
 
 
 class Run:
@@ -157,12 +155,19 @@ class Run:
         file = self.path / "events.jsonl"
         if not file.is_file():
             return
-        with self._reading, file.open("rb") as lines:
+        try:
+            opened = file.open("rb")
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        with self._reading, opened as lines:
             if os.fstat(lines.fileno()).st_size < self._num_bytes_seen:  # another run, in a folder made anew
                 self._seen, self._num_bytes_seen, self._num_damaged, self._has_checksums = [], 0, 0, False
+            if os.fstat(lines.fileno()).st_size > MOST_OF_EVENTS:
+                raise UserError(f"{file}: has more than {MOST_OF_EVENTS >> 30} GiB, which no run writes")
             lines.seek(self._num_bytes_seen)
-            for line in lines:
-                if not line.endswith(b"\n"):
+            while True:
+                line = lines.readline(MOST_BYTES)
+                if not line.endswith(b"\n") and len(line) < MOST_BYTES:  # the end, or a line that is being written
                     return
                 self._num_bytes_seen += len(line)
                 if line.isspace():  # written by a run that goes on, to end a line that was cut short
@@ -217,19 +222,19 @@ class Run:
     def report(self) -> Report:
         """The figures of ``report.json``, made anew from the events."""
         from vgglab.report import read_report
+        from vgglab.view.cards import Report
 
         return Report(read_report(self))
 
     def logs(self, rank: int | str = 0) -> str:
         """What a rank has printed so far; ``"launcher"``: what their launcher has."""
         file = self._log(rank)
-        return printable(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else ""
+        return printable(tail_of(file, MOST_OF_A_LOG).decode("utf-8", errors="replace"))
 
     def last_lines(self, rank: int | str, count: int) -> list[str]:
         """The end of ``logs(rank)``, without reading all of it; at most a few kilobytes."""
         file = self._log(rank)
-        text = printable(_tail(file).decode("utf-8", errors="replace")) if file.is_file() else ""
-        return text.splitlines()[-count:]
+        return printable(tail_of(file).decode("utf-8", errors="replace")).splitlines()[-count:]
 
     def _log(self, rank: int | str) -> Path:
         return self.path / "log" / (f"{rank}.txt" if rank == "launcher" else f"rank{rank}.txt")
@@ -245,7 +250,7 @@ class Run:
         """For each rank the last few lines of its own figures, the latest last."""
         recent = []
         for file in self._files("rank*.jsonl"):
-            events = [event for line in _tail(file).splitlines() if (event := line_in(line, RANK))]
+            events = [event for line in tail_of(file).splitlines() if (event := line_in(line, RANK))]
             # What a former process wrote, before the run went on in place, is not how the rank does now.
             events = [event for event in events if event["pid"] == events[-1]["pid"]]
             if events and events[-1]["rank"] < self.env.get("world_size", math.inf):
@@ -254,8 +259,8 @@ class Run:
 
     def skipped(self) -> dict[str, str]:
         """The images that ranks have left out because they could not be read, and why."""
-        lines = b"".join(file.read_bytes() for file in self._files("skipped-rank*.jsonl"))
-        found = (line_in(line, SKIPPED) for line in lines.splitlines())
+        lists = (tail_of(file, MOST_OF_A_LOG) for file in self._files("skipped-rank*.jsonl"))
+        found = (line_in(line, SKIPPED) for lines in lists for line in lines.splitlines())
         return {entry["image"]: entry["reason"] for entry in found if entry}
 
     def where(self) -> str:
@@ -309,11 +314,3 @@ def _is_before(event: Event, start: Event) -> bool:
     if event["event"] in ("eval_start", "eval", "checkpoint"):
         return event["epoch"] is not None and event["epoch"] < start["first_epoch"]
     return event.get("step", 0) <= start["first_step"]
-
-
-def _tail(file: Path, num_bytes: int = 4096) -> bytes:
-    """The last whole lines of a file."""
-    with file.open("rb") as lines:
-        lines.seek(0, os.SEEK_END)
-        lines.seek(max(0, lines.tell() - num_bytes))
-        return lines.read().rpartition(b"\n")[0]

@@ -6,27 +6,27 @@ changed bit is noticed. Those of earlier versions have none. Standard library on
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
-import math
 import os
 import zlib
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 from vgglab.config import Config
-from vgglab.errors import UserError
+from vgglab.errors import UserError, printable
 
 Content = dict  # of a line or a document
 Test = Callable[[Any], bool]
 CHECK = "check"
+# Beyond these, arithmetic and the axes of figures overflow.
 LONGEST = 1e12  # seconds; or images a second
-LARGEST = 2**53  # what JSON's readers elsewhere still take for a whole number
-# What could command a terminal, turn the direction of reading, forge a line, or cannot be encoded at all.
-NOT_PRINTED = [*range(9), *range(11, 32), *range(127, 160), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F)]
-NOT_PRINTED += [*range(0x2066, 0x206A), *range(0xD800, 0xE000)]
-_PRINTED = dict.fromkeys(NOT_PRINTED, "\N{REPLACEMENT CHARACTER}")
+LARGEST = 10**15
+HIGHEST = 1e40  # float32 ends at 3.4e38
+MOST_BYTES = 2**24  # of a document, or of a line
+DEEPEST = 8  # containers in one another
 
 
 def text(value: Any) -> bool:
@@ -38,7 +38,7 @@ def switch(value: Any) -> bool:
 
 
 def number(value: Any) -> bool:
-    return whole(value) or (type(value) is float and math.isfinite(value))
+    return whole(value) or (type(value) is float and abs(value) < HIGHEST)
 
 
 def seconds(value: Any) -> bool:
@@ -81,9 +81,14 @@ def list_of(test: Test) -> Test:
     return lambda value: isinstance(value, list) and all(map(test, value))
 
 
-def record(**tests: Test) -> Test:
-    """At least these fields."""
-    return lambda value: isinstance(value, dict) and all(n in value and test(value[n]) for n, test in tests.items())
+def record(needed: dict[str, Test], **optional: Test) -> Test:
+    """A JSON object with these fields."""
+    tests = {**optional, **needed}
+    return lambda value: (
+        isinstance(value, dict)
+        and value.keys() >= needed.keys()
+        and all(tests[name](item) for name, item in value.items() if name in tests)
+    )
 
 
 def table_of(test: Test, *names: str) -> Test:
@@ -113,6 +118,7 @@ EVENTS: dict[str, dict[str, Test]] = {
     "end": {"status": one_of("done", "interrupted", "failed"), "error": maybe(text)},
 }  # fmt: skip
 OPTIONAL: dict[str, Test] = {
+    "step": count, "epoch": maybe(whole),
     "simulated": switch, "images_per_second": positive, "data_seconds": seconds, "step_seconds": list_of(seconds),
     "first_step_seconds": seconds, "phase_seconds": table_of(seconds), "host_reads": either(number, table_of(number)),
     "peak_bytes": maybe(count), "num_lost": count,
@@ -123,10 +129,8 @@ RANK: dict[str, Test] = {
     "own_seconds": seconds, "interval_seconds": positive,
 }  # fmt: skip
 SKIPPED: dict[str, Test] = {"image": text, "reason": text}
-FAILURE: dict[str, Test] = {
-    "rank": count, "time": seconds, "host": text, "error": text, "traceback": text, "exit_code": whole,
-    "has_lost_peers": switch,
-}  # fmt: skip
+FAILURE: dict[str, Test] = {"rank": count, "time": seconds, "host": text, "error": text, "traceback": text,
+                            "exit_code": whole, "has_lost_peers": switch}  # fmt: skip
 
 PROCESS: dict[str, Test] = {"host": text, "pid": whole, "process": text}
 _TYPES: dict[str, Test] = {"int": whole, "float": number, "str": text, "bool": switch, "None": nothing}
@@ -150,8 +154,9 @@ DOCUMENTS: dict[str, dict[str, Test]] = {
     },
     "launch.json": {**PROCESS, "argv": list_of(text), "command": list_of(text)},
     "bench.json": {"results": list_of(record(
-        way=text, batch_size=count_from_1, num_turns=count, images_per_second=maybe(number), ratio=maybe(number),
-        device=record(hardware=text, simulated=switch, amp_dtype=maybe(text)),
+        {"way": text, "batch_size": count_from_1, "num_turns": count, "images_per_second": maybe(number),
+         "ratio": maybe(number), "device": record({"hardware": text, "simulated": switch, "amp_dtype": maybe(text)})},
+        flop_per_image=maybe(count), peak_flop_per_second=maybe(number),
     ))},
 }  # fmt: skip
 
@@ -171,7 +176,14 @@ def parse(data: bytes | str) -> Content | None:
         content = json.loads(data, parse_constant=_refuse)
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, dict) and _is_shallow(content, DEEPEST) else None
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return True
+    parts = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_is_shallow(part, levels - 1) for part in parts)
 
 
 def _refuse(constant: str) -> None:
@@ -223,11 +235,43 @@ class Document(Content):
         raise UserError(f"{self.file}: holds no {name} that can be used; the run directory is damaged")
 
 
+def exists(path: Path) -> bool:
+    """Also False where that may not be asked."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def read_bytes(file: Path, most: int = MOST_BYTES) -> bytes | None:
+    """All of a file; None where it is larger than any of its kind, or no file at all. Raises UserError, to be read."""
+    try:
+        if not file.is_file() or file.stat().st_size > most:
+            return None
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def tail_of(file: Path, num_bytes: int = 4096) -> bytes:
+    """The end of a file; empty where it cannot be read."""
+    try:
+        if not file.is_file():
+            return b""
+        with file.open("rb") as lines:
+            lines.seek(0, os.SEEK_END)
+            lines.seek(max(0, lines.tell() - num_bytes))
+            return lines.read(num_bytes)
+    except OSError:
+        return b""
+
+
 def read_document(file: Path) -> Document:
     """Empty where there is none; fields of a wrong type are left out. Raises UserError where it is no JSON object."""
-    if not file.exists():
+    if not exists(file):
         return Document(file, {}, [])
-    content = parse(file.read_bytes()) if file.is_file() else None
+    data = read_bytes(file)
+    content = None if data is None else parse(data)
     if content is None:
         raise UserError(f"{file}: is damaged; the run cannot be read")
     damage = [f"{file.name}: was changed after it was written"] if has_changed(content) else []
@@ -243,6 +287,16 @@ def write_document(file: Path, content: Content) -> None:
     with open(beside, "wb", opener=without_links) as target:
         target.write(json.dumps(with_checksum(content), indent=2).encode() + b"\n")
     beside.replace(file)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses in the block is a UserError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        advice = "name another folder with --output-dir or --run-dir"
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
 
 
 def without_links(file: str, flags: int) -> int:
@@ -264,14 +318,3 @@ def append_line(file: Path, content: Content) -> None:
             line = b"\n" * (lines.read(1) != b"\n") + line
         if lines.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def printable(value: Any) -> Any:
-    """The same without characters that command a terminal or turn the direction of reading; lines and tabs stay."""
-    if isinstance(value, str):
-        if value.isascii() and value.isprintable():
-            return value
-        return value.translate(_PRINTED)
-    if isinstance(value, dict):
-        return {printable(name): printable(item) for name, item in value.items()}
-    return [printable(item) for item in value] if isinstance(value, list) else value

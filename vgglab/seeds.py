@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Callable, Generator, Sequence
 
 from vgglab import ranks
 from vgglab.config import Config
-from vgglab.errors import UserError
+from vgglab.errors import UserError, printable
 from vgglab.interrupts import passing_on_warnings
 from vgglab.runs import Run, is_a_run, run_path
 
@@ -137,7 +137,7 @@ class Seeds:
     def runs(self) -> list[Run]:
         """Those that have begun, by seed."""
         found = {folder.name[len("seed-") :]: folder for folder in self.path.glob("seed-*")}
-        begun = [seed for seed, folder in found.items() if seed.isdigit() and is_a_run(folder)]
+        begun = [seed for seed, folder in found.items() if seed.isascii() and seed.isdigit() and is_a_run(folder)]
         # The same objects at each look: they read on where they were.
         return [
             self._runs.get(seed) or self._runs.setdefault(seed, Run(found[seed])) for seed in sorted(begun, key=int)
@@ -147,17 +147,17 @@ class Seeds:
         """Loss and accuracy with a band over the seeds."""
         from vgglab.view.figures import bands
 
-        return bands({self.path.name: self.runs})
+        return bands({printable(self.path.name): self.runs})
 
     def __repr__(self) -> str:
         from vgglab.view.seeds_table import as_text  # who only trains needs no tables
 
-        return as_text({self.path.name: self.runs}) or f"{self.path.name}: no seed is done yet"
+        return as_text({printable(self.path.name): self.runs}) or f"{printable(self.path.name)}: no seed is done yet"
 
     def _repr_html_(self) -> str:
         from vgglab.view.seeds_table import as_html
 
-        return as_html({self.path.name: self.runs})
+        return as_html({printable(self.path.name): self.runs})
 
 
 class LaunchedSeeds(Seeds):

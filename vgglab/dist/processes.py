@@ -41,7 +41,7 @@ def signature(pid: int) -> dict[str, Any]:
 def is_running(signed: dict[str, Any]) -> bool:
     """Whether the process with this ``signature`` lives, on this machine."""
     pid = signed.get("pid")
-    if type(pid) is not int or pid < 1 or signed.get("host") != socket.gethostname():
+    if type(pid) is not int or not 0 < pid < 2**31 or signed.get("host") != socket.gethostname():
         return False
     return is_alive(pid) and signed.get("process") == _began(pid)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Mapping, Sequence
 
-from vgglab.errors import UserError
+from vgglab.errors import UserError, printable
 from vgglab.runs import Run
 from vgglab.view.report_page import Table
 from vgglab.view.tables import html_facts, text_table
@@ -12,6 +12,16 @@ from vgglab.view.tables import html_facts, text_table
 SETTINGS = ("data_path", "model", "epochs", "batch_size", "lr", "image_size", "device", "world_size", "seed")
 NO_SPEED = "simulated card, no speed"
 RUN_HEADINGS = ("name", "status", "model", "device", "epochs planned", "best top-1 %", "images/s")
+
+
+class Report(dict):
+    """The figures of ``report.json`` by their names: a dict in every respect, that shows itself as a table."""
+
+    def __repr__(self) -> str:
+        return report_as_text(self)
+
+    def _repr_html_(self) -> str:
+        return report_as_html(self)
 
 
 def run_as_html(run: Run) -> str:
@@ -24,7 +34,7 @@ def run_as_html(run: Run) -> str:
             ("best top-1, %", _best(report) or "not evaluated yet"),
             ("speed", _speed(report)),
         ]
-    return html_facts([("run", run.name), *facts, ("path", str(run.path))])
+    return html_facts([("run", run.name), *facts, ("path", printable(str(run.path)))])
 
 
 def status_in_words(run: Run) -> str:

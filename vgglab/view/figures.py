@@ -142,7 +142,7 @@ def curves_beside(runs: Sequence[Run], names: Sequence[str] = (), first_differen
     """Training loss and held-out top-1 of several runs in the same panels; a line where two first differ."""
     figure, (loss, accuracy) = new_figure(2, height=3 + 0.2 * (len(runs) + 1))  # a line of it for each name
     for number, run in enumerate(runs):
-        name = _in_legend(names[number] if names else run.path.name)
+        name = _in_legend(names[number] if names else run.name)
         look = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "label": name}
         for panel, kind, value in ((loss, "train", "loss"), (accuracy, "eval", "acc1")):
             events = run.events(kind)

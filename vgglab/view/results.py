@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
-from vgglab.errors import UserError
+from vgglab.errors import UserError, printable
 from vgglab.runs import Run, holds_a_run
 from vgglab.schema import read_document
 from vgglab.view import seeds_table
@@ -131,7 +131,7 @@ def collect(folders: Iterable[Path]) -> list[Result]:
                 elif Run(path).events():  # others have only just begun
                     runs += _results_of(path)
             except (UserError, ValueError, KeyError, TypeError) as error:  # one must not take the others along
-                print(f"left out: {path.name} cannot be read ({error!r})", file=sys.stderr)
+                print(f"left out: {printable(path.name)} cannot be read ({error!r})", file=sys.stderr)
     return _with_peak(_with_efficiency(runs), benchmarks) + benchmarks
 
 
@@ -158,7 +158,7 @@ def _results_of(path: Path) -> list[Result]:
             slow_ratio=slow / fastest_step if fastest_step else None,
             plain_ratio=None,
             acc1=report["acc1"],
-            torch=report["versions"]["torch"],
+            torch=report["versions"].get("torch") or "",
             source="; ".join([Run(path).name, *report["damage"]]),
             is_simulated=report["simulated"],
             is_fake=report["data_is_fake"],
@@ -182,7 +182,7 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
         slow_ratio=None,
         plain_ratio=None if device["simulated"] else row["ratio"],
         acc1=None,
-        torch=run.env["versions"]["torch"],
+        torch=run.env["versions"].get("torch") or "",
         source="; ".join([f"{run.name}, way {row['way']}", *run.damage()]),
         is_simulated=device["simulated"],
         flop_per_image=row.get("flop_per_image"),
@@ -193,8 +193,8 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
 def series_of(folders: Iterable[Path]) -> dict[str, list[Run]]:
     """The runs of several seeds in these folders or right below them, by the name of their folder."""
     found = [place for folder in folders for place in (folder, *sorted(folder.glob("*")))]
-    series = {place.name: [Run(path) for path in sorted(place.glob("seed-*")) if holds_a_run(path)] for place in found}
-    return {name: runs for name, runs in series.items() if len(runs) > 1}
+    series = {place: [Run(path) for path in sorted(place.glob("seed-*")) if holds_a_run(path)] for place in found}
+    return {printable(place.name): runs for place, runs in series.items() if len(runs) > 1}
 
 
 def _precision(described: dict[str, Any]) -> str:
