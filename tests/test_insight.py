@@ -171,7 +171,7 @@ def test_the_chooser_shows_what_is_made_of_a_file_and_one_line_for_a_bad_one():
     assert bytes(chooser.picture.value).startswith(b"\x89PNG")
     assert chooser.picture.layout.display is None
     chooser._on_file({"new": (file("evil.py", b"raise SystemExit"),)})
-    assert chooser.line.value.startswith("photograph: &#x27;evil.py&#x27; cannot be read as an image")
+    assert chooser.line.value.startswith("<span>photograph: &#x27;evil.py&#x27; cannot be read as an image")
     assert chooser.picture.layout.display == "none"
 
 
