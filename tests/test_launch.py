@@ -1,5 +1,6 @@
 """vgglab.launch: runs that are followed, stopped and never left behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -222,6 +223,18 @@ def test_a_second_writer_is_refused_in_one_line_and_the_first_goes_on(tiny, tmp_
     wait_until(lambda: again.events("checkpoint"))
     again.stop()
     assert again.status == "interrupted"
+
+
+def test_the_same_cell_twice_does_not_take_the_first_run_over(tiny, tmp_path):
+    run = vgglab.launch(tiny, run_dir=tmp_path / "run", epochs=100_000, watch=False)
+    with pytest.raises(vgglab.UserError, match="is writing there"):
+        vgglab.launch(tiny, run_dir=tmp_path / "run", epochs=100_000, watch=False)
+    wait_until(lambda: run.events("checkpoint"))
+    assert json.loads((run.path / "launch.json").read_text())["pid"] == run.process.pid
+    (tmp_path / "alias").symlink_to(tmp_path / "run")
+    vgglab.Run(tmp_path / "alias").stop()  # by another name for the same folder
+    run.process.wait(1)
+    assert run.status == "interrupted"
 
 
 def test_a_launch_leaves_no_pipe_behind(tiny):

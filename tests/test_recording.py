@@ -56,12 +56,13 @@ def elsewhere(images, disk, tmp_path):
 
 def test_a_disk_that_fills_costs_log_lines_and_not_the_training(elsewhere, disk):
     fill(disk, num_blocks_left=1)
-    result = trained(*elsewhere, "--epochs=9", "--eval-freq=100")
+    result = trained(*elsewhere, "--epochs=9", "--eval-freq=100", "--tensorboard")
     assert result.returncode == 2
     [error] = [line for line in result.stderr.splitlines() if "error:" in line]
     assert re.search("trained to the end; lost, because the disk has not taken them: .*[0-9]+ lines of events", error)
     assert f"python -m vgglab.report {disk / 'run'}" in error
     assert result.stdout.count("events.jsonl cannot be written (No space left on device)") == 1
+    assert result.stdout.count("scalars cannot be written") == 1
     assert "epoch 9 of 9" in result.stdout
     assert Run(disk / "run").status not in GOING_ON
     os.remove(disk / "filler")
@@ -94,16 +95,38 @@ PLACES = ("events.jsonl", "lock", "config.tmp", "env.tmp", "report.tmp", "log/ra
           "checkpoints/unfinished.tmp")  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_link_in_a_place_that_is_written_to_leads_into_no_other_file(train, tmp_path, place):
-    """A run directory in a folder that others can write to; what a link points to is its owner's."""
+def test_a_link_or_a_pipe_in_a_place_that_is_written_to_is_refused(images, train, tmp_path, place, kind):
+    """In a run directory that others can write to: what a link points to stays, and nobody waits at a pipe."""
     path = train().run.path
     victim = tmp_path / "victim"
     victim.write_text("precious")
     with contextlib.suppress(FileNotFoundError):
         (path / place).unlink()
-    (path / place).symlink_to(victim)
-    result = train(f"--run-dir={path}", "--resume=auto", "--epochs=2")
+    (path / place).symlink_to(victim) if kind == "link" else os.mkfifo(path / place)
+    result = trained(f"--data-path={images}", f"--run-dir={path}", "--resume=auto", "--epochs=2")
     assert victim.read_text() == "precious"
-    assert "is a link" in result.out + result.err
-    assert result.code == (0 if place == "checkpoints/unfinished.tmp" and not result.code else 2)
+    assert re.search("is a link|is a pipe|is no regular file|holds no run", result.stdout + result.stderr)
+    assert result.returncode == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs another user")
+@pytest.mark.parametrize("name", ["log", "checkpoints"])
+def test_a_folder_that_is_another_users_link_is_not_written_into(images, tmp_path, name):
+    path, victim = tmp_path / "run", tmp_path / "victim"
+    victim.mkdir()
+    path.mkdir()
+    (path / name).symlink_to(victim)
+    os.chown(path / name, 65534, 65534, follow_symlinks=False)
+    result = trained(f"--data-path={images}", f"--run-dir={path}")
+    assert result.returncode == 2
+    assert list(victim.iterdir()) == []
+
+
+def test_a_dangling_link_is_seen_before_the_training(images, tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "checkpoints").symlink_to(tmp_path / "nowhere")
+    result = trained(f"--data-path={images}", f"--run-dir={path}")
+    assert (result.returncode, "epoch 1" in result.stdout) == (2, False)

@@ -1,5 +1,6 @@
 """What a cell shows of a run, a report, a plan and a comparison: the figures, escaped, and in plain text too."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,12 +8,13 @@ import time
 
 import pytest
 
-from vgglab import Run
+from vgglab import Run, UserError
 from vgglab.compare import compare
 from vgglab.config import parse
 from vgglab.dist.processes import signature
 from vgglab.plan import plan
 from vgglab.report import build_report
+from vgglab.schema import append_line, write_document
 
 ODD = "<b>lab & co</b>"
 ESCAPED = "&lt;b&gt;lab &amp; co&lt;/b&gt;"
@@ -153,8 +155,51 @@ def test_no_number_in_a_foreign_run_directory_makes_stop_send_a_signal(run, monk
     (run.path / "env.json").write_text(json.dumps({**env, "pid": pid, "process": began}))
     sent = []
     monkeypatch.setattr(os, "kill", lambda *words: sent.append(words))
-    Run(run.path).stop()
+    with contextlib.suppress(UserError):
+        Run(run.path).stop()
     assert [words for words in sent if words[1] != 0] == []
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """Another process of ours; its output goes to a file."""
+    with (tmp_path / "its.txt").open("w") as output:
+        process = subprocess.Popen(["sleep", "600"], stdout=output)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_who_is_named_in_a_foreign_run_directory_is_not_stopped(run, stranger):
+    """All that names a process can be read from /proc by everybody; only the run itself holds its lock."""
+    events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
+    (run.path / "events.jsonl").write_text("".join(events[:-1]))
+    write_document(run.path / "env.json", {**run.env, **signature(stranger.pid)})
+    with pytest.raises(UserError, match=f"nothing shows that process {stranger.pid} on .* is its own"):
+        Run(run.path).stop()
+    for name in ("launch.json", "env.json"):
+        write_document(run.path / name, {**run.env, **signature(stranger.pid), "command": [], "argv": []})
+    with pytest.raises(UserError, match="is its own"):
+        Run(run.path).stop()
+    assert stranger.poll() is None
+
+
+@pytest.mark.parametrize("kind", ["a link", "the same file", "a file of the name"])
+def test_who_is_named_in_a_foreign_run_directory_is_not_asked_where_it_is(run, stranger, tmp_path, kind):
+    """The question is a signal that ends a process without a handler."""
+    log = run.path / "log" / "rank0.txt"
+    log.unlink()
+    if kind == "a link":
+        log.symlink_to(tmp_path / "its.txt")
+    else:
+        os.link(tmp_path / "its.txt", log)
+    if kind == "a file of the name":
+        (tmp_path / "its.txt").unlink()
+    (run.path / "log" / "rank0.jsonl").unlink()
+    figures = {"rank": 0, "pid": stranger.pid, "time": 1, "step": 1, "loss": 1.0, "interval_steps": 1}
+    append_line(run.path / "log" / "rank0.jsonl", {**figures, "own_seconds": 1, "interval_seconds": 1})
+    assert "not there" in Run(run.path).where()
+    assert stranger.poll() is None
 
 
 @pytest.mark.parametrize("line", ["5", '"x"', "[1]", "null", '{"a": 1}', '{"event": "train"}', "\x00\x01"])

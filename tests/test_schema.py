@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import shell
 
-from vgglab import Run, UserError
+import vgglab
+from vgglab import Run, Seeds, UserError
 from vgglab.compare import as_text, compare
 from vgglab.schema import append_line, with_checksum, write_document
 from vgglab.view import cards, rank_table, report_page, results, seeds_table
@@ -238,6 +239,49 @@ def test_what_may_not_be_read_is_said_in_one_line(run, tmp_path):
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0, name
         os.chmod(run.path / name, mode)
+
+
+def test_lines_that_are_gone_are_noticed(run):
+    file = run.path / "events.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    for gone in range(len(lines) - 1):
+        file.write_bytes(b"".join(lines[:gone] + lines[gone + 1 :]))
+        assert Run(run.path).damage() == ["events.jsonl: 1 line missing"], gone
+    file.write_bytes(b"".join([*lines[:3], lines[2], *lines[3:]]))
+    assert Run(run.path).damage() == ["events.jsonl: 1 damaged line, left out"]
+    file.write_bytes(b"".join(lines[:-1]))
+    assert Run(run.path).status != "done"
+
+
+def test_steps_that_cannot_be_listed_are_counted(run):
+    """An interval of a trillion steps, without the seconds of each."""
+    many = {"interval_steps": 10**12, "interval_images": 4 * 10**12, "interval_seconds": 1e9, "data_seconds": 0.0}
+    event = {"event": "train", "seconds": 2, "epoch": 0, "step": 9, "loss": 1.0, "acc1": 1.0, "lr": 0.1}
+    append_line(run.path / "events.jsonl", {**event, **many, "is_measured": True, "images_per_second": 4000.0})
+    report = run.report()
+    assert report["num_measured_steps"] == 10**12
+    assert report["step_seconds_p50"] == report["step_seconds_p99"] == 0.001
+
+
+def test_no_other_encoding_hides_a_character_from_the_reader(run):
+    warning = with_checksum({"event": "warning", "seconds": 1, "text": "evil"})
+    line = json.dumps(warning).replace("evil", "\u202eevil").encode("utf-16-be")
+    (run.path / "events.jsonl").write_bytes((run.path / "events.jsonl").read_bytes() + line + b"\n")
+    assert "\u202e" not in repr(Run(run.path).report())
+    assert "1 damaged line" in repr(Run(run.path))
+
+
+def test_a_folder_of_seeds_with_another_digit_is_no_seed(run, tmp_path):
+    for seed in ("1", "\N{SUPERSCRIPT TWO}"):
+        shutil.copytree(run.path, tmp_path / "many" / f"seed-{seed}")
+    assert len(Seeds(tmp_path / "many").runs) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"num_classes": None}, {"num_classes": 10**9}, {"image_size": 3}])
+def test_predictions_are_held_to_what_the_flags_allow(run, wrong):
+    write_document(run.path / "config.json", {**run.config, **wrong})
+    with pytest.raises(UserError, match=r"config\.json"):
+        vgglab.predict(run)
 
 
 def test_runs_of_earlier_versions_have_no_checksums_and_are_whole():

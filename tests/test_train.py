@@ -393,10 +393,14 @@ def test_no_flipped_bit_gives_other_weights_or_a_traceback(tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    [{"optimizer": {}}, {"optimizer": None}, {"epoch": "three"}, {"best": 3}, {"config": {}}, {"config": None}],
-)
+    [{"optimizer": {}}, {"optimizer": None}, {"epoch": "three"}, {"best": 3}, {"config": {}}, {"config": None},
+     {"images": -100}, {"epoch": -5}, {"step": -1}, {"epoch": 2**62}, {"best": {}}, {"trained": 5}, {"momentum": "x"},
+     {"best": {"acc1": float("nan"), "acc5": 1.0}}, {"momentum": torch.zeros(3)}],
+)  # fmt: skip
 def test_a_damaged_checkpoint_is_refused(refused, train, tmp_path, damage):
     content = load_tensors(train().run.checkpoint("last"))
+    if "momentum" in damage:
+        content["optimizer"]["state"][0]["momentum_buffer"] = damage["momentum"]
     torch.save({**content, **damage}, tmp_path / "damaged.pt")
     assert "--resume" in refused(f"--resume={tmp_path}/damaged.pt", "--epochs=2")
 

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 
 from vgglab.compat import NotACheckpoint, damage_of, load_tensors
 from vgglab.errors import UserError
+from vgglab.files import make_folder, without_links
 from vgglab.interrupts import undisturbed
-from vgglab.schema import without_links
 
 FORMAT = "vgglab-1"
 
@@ -92,7 +92,7 @@ def save(
             raise NotFinite(name)
     with undisturbed():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             _write(folder, content, is_best)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -206,7 +206,7 @@ def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[s
 
     ``None`` and nothing where there is none.
     """
-    files = [file for folder in folders for file in folder.glob("checkpoints/*.pt")]
+    files = [file for folder in folders for file in folder.glob("checkpoints/*.pt") if file.exists()]
     passed_over: list[str] = []
     for file in sorted(files, key=_age):
         try:
@@ -300,16 +300,16 @@ def restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_na
     written_by = content["config"].get("optimizer")
     if written_by != optimizer_name:
         raise UserError(f"was written with --optimizer {written_by}, this run is --optimizer {optimizer_name}")
-    with _refusing_damage():
-        there = [len(group["params"]) for group in content["optimizer"]["param_groups"]]
-    if there != [len(group["params"]) for group in optimizer.param_groups]:
-        raise UserError("was trained with weight decay on other layers; see --bias-weight-decay, --bn-weight-decay")
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     with _refusing_damage():
+        there = [len(group["params"]) for group in content["optimizer"]["param_groups"]]
+        if there != [len(group["params"]) for group in optimizer.param_groups]:
+            raise UserError("was trained with weight decay on other layers; see --bias-weight-decay, --bn-weight-decay")
         _load(optimizer, content["optimizer"])
         best = None if content["best"] is None else {name: float(content["best"][name]) for name in ("acc1", "acc5")}
         counts = {name: content.get(name, 0) for name in ("epoch", "images", "step", "num_poor", "num_drops")}
-        if not all(type(value) is int and value >= 0 for value in counts.values()):
+        are_counts = all(type(value) is int and 0 <= value < 2**53 for value in counts.values())
+        if not are_counts or (best and not 0 <= best["acc1"] <= 100):
             raise ValueError("no such place in a training")
         state = TrainingState(best=best, **counts)
     for group, own in zip(optimizer.param_groups, options):

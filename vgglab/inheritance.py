@@ -30,11 +30,11 @@ def inherit(config: Config, given: Sequence[str], earlier: dict[str, Any]) -> No
     kept = {*given, *NOT_INHERITED, *(other for name in given for other in IMPLIED.get(name, ()))}
     for item in fields(Config):
         if item.name in earlier and item.name not in kept:
-            setattr(config, item.name, _checked(item, earlier[item.name]))
+            setattr(config, item.name, checked(item, earlier[item.name]))
     check(config)
 
 
-def _checked(item: Field, value: Any) -> Any:
+def checked(item: Field, value: Any) -> Any:
     """A setting that was read from a file, held to what its flag allows."""
     if value is None:
         return item.default

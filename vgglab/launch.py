@@ -19,9 +19,11 @@ from typing import IO, Any, Generator, Sequence
 from vgglab import ranks
 from vgglab.config import Config, parse
 from vgglab.dist import processes
+from vgglab.dist.lock import alone_in
 from vgglab.errors import RunFailed, UserError
+from vgglab.files import make_folder, without_links, writing
 from vgglab.runs import GOING_ON, LAUNCHED, Run, claim, is_a_run, run_path
-from vgglab.schema import without_links, write_document, writing
+from vgglab.schema import write_document
 from vgglab.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
 
 NUM_LOG_LINES_SHOWN = 30
@@ -88,12 +90,10 @@ def launch(
     if nnodes > 1:
         command += _torchrun(config, nnodes, node_rank, rendezvous)
     goes_on = config.resume == "auto" and config.run_dir is not None and is_a_run(path)
-    if goes_on and node_rank == 0 and Run(path).status in GOING_ON:
-        raise UserError(f"run_dir {path}: {Run(path).writer()}")
     command += ["-m", "vgglab.train", *argv, f"--run-dir={path}"]
     log = path / "log" / ("launcher.txt" if is_multiple else "rank0.txt")
     is_new = not goes_on and node_rank == 0
-    run = LaunchedRun(path, _start(command, argv, path, log, detach, is_new), is_multiple)
+    run = LaunchedRun(path, _start(command, argv, path, log, detach, node_rank, is_new), is_multiple)
     if watch:
         run.watch()
     return run
@@ -131,11 +131,21 @@ def _as_flag(name: str, value: Any) -> str:
     return f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: bool, is_new: bool) -> subprocess.Popen:
+def _start(
+    command: list[str], argv: list[str], path: Path, log: Path, detach: bool, node_rank: int, is_new: bool
+) -> subprocess.Popen:
     if is_new:
         claim(path)
     with writing(path):
-        log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(log.parent)
+    with alone_in(log.parent):
+        if node_rank == 0 and is_a_run(path) and Run(path).status in GOING_ON:
+            raise UserError(f"run_dir {path}: {Run(path).writer()}")
+        return _start_alone(command, argv, path, log, detach)
+
+
+def _start_alone(command: list[str], argv: list[str], path: Path, log: Path, detach: bool) -> subprocess.Popen:
+    with writing(path):
         output = open(log, "ab", opener=without_links)  # noqa: SIM115
     try:
         with output:
@@ -163,7 +173,7 @@ def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: b
 
 def _environment(path: Path, detach: bool) -> dict[str, str]:
     """This process's, with the mark and the leash on; the package is found also where it is not installed."""
-    environment = {**os.environ, ranks.MARK: str(path.absolute())}
+    environment = {**os.environ, ranks.MARK: str(path.resolve())}
     if not detach:
         environment[ranks.LEASH] = "1"
     home = Path(__file__).resolve().parent.parent

@@ -16,9 +16,12 @@ from vgglab.data.loader import eval_batches
 from vgglab.data.sets import open_sets
 from vgglab.data.transform import normalised
 from vgglab.devices import open_device
-from vgglab.errors import blaming
+from vgglab.errors import UserError, blaming
+from vgglab.inheritance import checked
 from vgglab.model import VGG, build
 from vgglab.runs import Run
+
+MOST_CLASSES = 10**6  # of a run that is read; ImageNet-21k has 21,841
 
 
 class Prediction(NamedTuple):
@@ -79,8 +82,11 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
 
 def _settings_of(run: Run) -> Config:
     """The run's own settings, for looking at all held-out images from wherever we are."""
-    known = {item.name for item in fields(Config)}
-    config = Config(**{name: value for name, value in run.config.items() if name in known})
+    known = [item for item in fields(Config) if item.name in run.config]
+    with blaming(f"{run.path}/config.json"):
+        config = Config(**{item.name: checked(item, run.config[item.name]) for item in known})
+        if config.num_classes is None or config.num_classes > MOST_CLASSES:
+            raise UserError("holds no num_classes that can be used")
     config.test_only, config.workers, config.eval_step_per_epoch = True, 0, -1
     config.decoder = "auto"  # here, where simplejpeg may not be
     return config

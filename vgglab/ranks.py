@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from vgglab.errors import UserError
-from vgglab.schema import FAILURE, line_in, read_bytes, write_document
+from vgglab.files import read_bytes
+from vgglab.schema import FAILURE, line_in, write_document
 
 LEASH = "VGGLAB_LEASH"  # set for a launched process: stdin is its leash
 MARK = "VGGLAB_RUN"  # set for a launched process and all below it: the run directory they work for
@@ -258,4 +259,5 @@ def failures(path: Path) -> list[dict[str, Any]]:
 def forget_failures(path: Path) -> None:
     """A run that goes on has survived them."""
     for file in (path / "log").glob("failure-rank*.json"):
-        file.unlink()
+        with contextlib.suppress(OSError):  # a folder of that name
+            file.unlink()

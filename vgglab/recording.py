@@ -16,9 +16,11 @@ from typing import Any, Callable, Iterator, Sequence
 from vgglab.dist import lock
 from vgglab.dist.processes import signature
 from vgglab.errors import UserError
+from vgglab.events import Event, EventFile
+from vgglab.files import without_links, writing
 from vgglab.ranks import ASK_WHERE
-from vgglab.runs import LOCK, Event, Run, claim
-from vgglab.schema import append_line, without_links, write_document, writing
+from vgglab.runs import LOCK, Run, claim
+from vgglab.schema import append_line, write_document
 from vgglab.version import __version__
 
 Listener = Callable[[Event], None]
@@ -81,7 +83,8 @@ class RankWriter:
         file = self.path / "log" / f"rank{self.rank}.txt"
         is_written_there = file.exists() and os.path.samestat(os.fstat(1), file.stat())
         with writing(file):
-            log = open(os.devnull if is_written_there else file, "ab", buffering=0, opener=without_links)  # noqa: SIM115
+            opener = None if is_written_there else without_links
+            log = open(os.devnull if is_written_there else file, "ab", buffering=0, opener=opener)  # noqa: SIM115
         with log:
             # Written from C, so it also works deep inside a collective that hangs, where Python's handlers wait.
             faulthandler.register(ASK_WHERE, file=1 if is_written_there else log)
@@ -119,7 +122,9 @@ class RunWriter(RankWriter):
         super().__init__(path, 0, is_simulated)
         self.listeners = list(listeners)
         self._started = time.monotonic()
+        self._num_lines = 0  # the disk's losses included: a number that is not there is noticed
         if is_continued:
+            self._num_lines = EventFile(path / "events.jsonl").next_number()
             self._started -= max((event["seconds"] for event in Run(path).events()), default=0.0)
         else:
             claim(path)
@@ -156,12 +161,14 @@ class RunWriter(RankWriter):
         """Append one line: ``kind``, seconds since the start, ``values``; null for numbers that are not finite."""
         event: Event = {"event": kind, "seconds": round(time.monotonic() - self._started, 3)}
         event.update({key: finite(value) for key, value in values.items()}, **self._mark)
-        self._append("events.jsonl", event)
+        self._append("events.jsonl", {**event, "line": self._num_lines})
+        self._num_lines += 1
         for listener in self.listeners:
             try:
                 listener(event)
             except OSError as error:
-                self.refused(f"{type(listener).__name__} events", f"--tensorboard: nothing more ({error.strerror})")
+                name = type(listener).__name__.lower()
+                self.refused(name, f"{name} cannot be written ({error.strerror}); the training goes on without them")
 
     def close(self) -> None:
         """End the events; listeners that hold files close them. From here on another process may write."""

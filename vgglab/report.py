@@ -9,9 +9,10 @@ import argparse
 import sys
 from typing import Any
 
-from vgglab.errors import UserError
+from vgglab.errors import UserError, printable
+from vgglab.files import writing
 from vgglab.runs import Event, Run
-from vgglab.schema import write_document, writing
+from vgglab.schema import write_document
 
 STEADY = 1.2  # a tenth of the steps slower than this many medians is worth a remark
 FEWEST_STEPS_TO_JUDGE = 20
@@ -117,17 +118,17 @@ def _speed(intervals: list[Event]) -> dict[str, float | None]:
 
 def _step_times(intervals: list[Event]) -> dict[str, Any]:
     """Of single steps where they were marked; a run of before that has the mean of each interval."""
-    step_seconds: list[float] = []
+    step_seconds: list[tuple[float, int]] = []  # and of how many steps
     for event in intervals:
-        mean = event["interval_seconds"] / event["interval_steps"]
-        step_seconds += event.get("step_seconds") or [mean] * event["interval_steps"]
+        mean, steps = event["interval_seconds"] / event["interval_steps"], event["interval_steps"]
+        step_seconds += [(one, 1) for one in event.get("step_seconds", ())] or [(mean, steps)]
     step_seconds.sort()
     seconds = sum(event["interval_seconds"] for event in intervals)
     return {
         "step_seconds_p50": _percentile(step_seconds, 50),
         "step_seconds_p90": _percentile(step_seconds, 90),
         "step_seconds_p99": _percentile(step_seconds, 99),
-        "num_measured_steps": len(step_seconds),
+        "num_measured_steps": sum(number for _, number in step_seconds),
         "data_wait_share": sum(event["data_seconds"] for event in intervals) / seconds if intervals else None,
         "num_intervals": len(intervals),
         "phase_seconds": _a_step(intervals, "phase_seconds"),
@@ -157,11 +158,14 @@ def remark_on_steadiness(intervals: list[Event]) -> str:
     )
 
 
-def _percentile(ordered: list[float], percent: int) -> float | None:
-    """Nearest rank: the smallest value that at least ``percent`` of all do not exceed."""
-    if not ordered:
-        return None
-    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+def _percentile(ordered: list[tuple[float, int]], percent: int) -> float | None:
+    """Nearest rank: the smallest value that at least ``percent`` of all do not exceed; each with how often it comes."""
+    left = -(-sum(number for _, number in ordered) * percent // 100)
+    for value, number in ordered:
+        left -= number
+        if left <= 0:
+            return value
+    return None
 
 
 def _hours_minutes_seconds(seconds: float) -> str:
@@ -179,7 +183,7 @@ def main() -> int:
             file = run.path / "report.json"
             with writing(file):
                 write_document(file, run.report())
-            print(run.path / "report.json")
+            print(printable(str(file)))
     except UserError as error:
         print(f"vgglab.report: error: {error}", file=sys.stderr)
         return 2

@@ -21,30 +21,18 @@ import math
 import os
 import signal
 import socket
-import threading
 import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgglab.dist.lock import is_free
-from vgglab.dist.processes import ask_where, is_running, kill_all, processes_of
+from vgglab.dist.lock import holder
+from vgglab.dist.processes import ask_where, is_alive, is_running, kill_all, processes_of
 from vgglab.errors import UserError, printable
+from vgglab.events import Event, EventFile
+from vgglab.files import exists, make_folder, tail_of, writing
 from vgglab.ranks import failures, grace_period_seconds
-from vgglab.schema import (
-    CHECK,
-    MOST_BYTES,
-    RANK,
-    SKIPPED,
-    Content,
-    Document,
-    event_in,
-    exists,
-    line_in,
-    read_document,
-    tail_of,
-    writing,
-)
+from vgglab.schema import RANK, SKIPPED, Document, line_in, read_document
 
 if TYPE_CHECKING:
     from vgglab.config import Config
@@ -54,10 +42,9 @@ SCHEMA = 1
 OURS = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
 LOCK = "lock"  # held by rank 0 as long as it writes
 LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
-MOST_OF_EVENTS, MOST_OF_A_LOG = 2**30, 2**26  # bytes
+MOST_OF_A_LOG = 2**26  # bytes
 NUM_RECENT = 8  # lines, enough to tell a slow rank from a slow moment
 GOING_ON = ("starting", "running")  # of a run's status; the others are ends
-Event = Content  # what a line of events.jsonl holds
 
 
 def run_path(config: Config) -> Path:
@@ -75,7 +62,7 @@ def run_path(config: Config) -> Path:
 
 def holds_a_run(path: Path) -> bool:
     """Whether some run has been writing there."""
-    return any(exists(path / name) for name in OURS)
+    return any(os.path.lexists(path / name) for name in OURS)
 
 
 def is_a_run(path: Path) -> bool:
@@ -88,7 +75,8 @@ def claim(path: Path) -> None:
     if holds_a_run(path):
         raise UserError(f"--run-dir {path}: holds a run already; name another folder")
     with writing(path):
-        (path / "log").mkdir(parents=True, exist_ok=True)
+        make_folder(path)
+        make_folder(path / "log")
 
 
 class Run:
@@ -97,10 +85,7 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         """Raises UserError where there is no such folder, or no run in it."""
         self.path = Path(path).absolute()  # to be found after a change of folder, too
-        self._seen: list[Event] = []
-        self._num_bytes_seen = self._num_damaged = 0
-        self._has_checksums = False  # from the first line with one on, all must have one
-        self._reading = threading.Lock()  # a dashboard's thread and a cell may look at the same moment
+        self._events = EventFile(self.path / "events.jsonl")
         if not is_a_run(self.path):
             raise UserError(f"no run directory: {self.path}")
 
@@ -131,61 +116,19 @@ class Run:
     def damage(self) -> list[str]:
         """What in the files was left out because it is damaged, or no run of this kit writes it; a phrase each."""
         found = [wrong for name in ("config.json", "env.json") for wrong in read_document(self.path / name).damage]
-        self._read_on()
-        num_lines, file = self._num_damaged, self.path / "events.jsonl"
-        if self.status not in GOING_ON and file.exists() and file.stat().st_size > self._num_bytes_seen:
-            num_lines += 1  # the last, cut short
-        num_lost = sum(event.get("num_lost", 0) for event in self._seen)
-        if num_lost:
-            found.append(f"events.jsonl: {num_lost} line{'s' * (num_lost > 1)} lost when the disk was full")
-        if num_lines:
-            found.append(f"events.jsonl: {num_lines} damaged line{'s' * (num_lines > 1)}, left out")
-        return found
+        return found + self._events.damage(is_over=self.status not in GOING_ON)
 
     def events(self, kind: str | None = None) -> list[Event]:
         """All events so far, or those of one kind; a line that is still being written is left out.
 
         Where a run went on from a checkpoint, what came after that checkpoint the first time is left out too.
         """
-        self._read_on()
-        return [event for event in self._seen if kind in (None, event["event"])]
-
-    def _read_on(self) -> None:
-        """Take in the lines that were added since the last look."""
-        file = self.path / "events.jsonl"
-        if not file.is_file():
-            return
-        try:
-            opened = file.open("rb")
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-        with self._reading, opened as lines:
-            if os.fstat(lines.fileno()).st_size < self._num_bytes_seen:  # another run, in a folder made anew
-                self._seen, self._num_bytes_seen, self._num_damaged, self._has_checksums = [], 0, 0, False
-            if os.fstat(lines.fileno()).st_size > MOST_OF_EVENTS:
-                raise UserError(f"{file}: has more than {MOST_OF_EVENTS >> 30} GiB, which no run writes")
-            lines.seek(self._num_bytes_seen)
-            while True:
-                line = lines.readline(MOST_BYTES)
-                if not line.endswith(b"\n") and len(line) < MOST_BYTES:  # the end, or a line that is being written
-                    return
-                self._num_bytes_seen += len(line)
-                if line.isspace():  # written by a run that goes on, to end a line that was cut short
-                    continue
-                event = event_in(line, self._has_checksums)
-                if event is None:
-                    self._num_damaged += 1
-                    continue
-                self._has_checksums = self._has_checksums or f'"{CHECK}": '.encode() in line
-                if event["event"] == "start":
-                    self._seen = [earlier for earlier in self._seen if _is_before(earlier, event)]
-                self._seen.append(event)
+        return [event for event in self._events.read() if kind in (None, event["event"])]
 
     @property
     def status(self) -> str:
         """``starting``, ``running``, or how it ended: ``done``, ``interrupted``, ``failed``."""
-        self._read_on()
-        seen = self._seen  # another thread may put a new list in its place
+        seen = self._events.read()
         latest = seen[-1] if seen else None
         if latest is not None and latest["event"] == "end":
             return "starting" if self._is_launched_anew() else latest["status"]
@@ -211,7 +154,7 @@ class Run:
         former rank 0 in ``env.json`` until it is ready. Where neither could be written, the lock tells.
         """
         known = [document for name in ("env.json", LAUNCHED) if (document := read_document(self.path / name))]
-        return self.is_here and not any(map(is_running, known)) if known else is_free(self.path / LOCK)
+        return self.is_here and not any(map(is_running, known)) if known else holder(self.path / LOCK) == 0
 
     def _is_launched_anew(self) -> bool:
         """Whether the end that was written last is that of an earlier launch in the same folder."""
@@ -276,22 +219,32 @@ class Run:
         return failures(self.path)
 
     def stop(self, grace_seconds: float | None = None) -> None:
-        """Ask a run on this machine to save and leave; what is left of a launched one after the grace is killed."""
-        deadline = time.monotonic() + grace_period_seconds(grace_seconds)
-        leader = self._leader()
-        if leader:
+        """Ask a run on this machine to save and leave; what is left of a launched one after the grace is killed.
+
+        Raises:
+            UserError: it goes on, and which of the processes here is its own cannot be told.
+        """
+        deadline, asked = time.monotonic() + grace_period_seconds(grace_seconds), self._leaders()
+        if not asked and self.status in GOING_ON:
+            who = f"process {self.env.get('pid')} on {self.env.get('host')}"
+            raise UserError(f"{self.path}: nothing shows that {who} is its own; if it is, end it there with kill")
+        for pid in asked:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(leader["pid"], signal.SIGTERM)
-        while is_running(leader) and time.monotonic() < deadline:
+                os.kill(pid, signal.SIGTERM)
+        while any(map(is_alive, asked)) and time.monotonic() < deadline:
             time.sleep(0.1)
         kill_all(self.path)
 
-    def _leader(self) -> dict[str, Any]:
-        """The process to ask: what was launched, which also carries the run's mark, else rank 0; never process 1."""
-        launched = read_document(self.path / LAUNCHED)
-        owner = launched or self.env
-        is_there = is_running(owner) and (not launched or owner["pid"] in processes_of(self.path))
-        return owner if is_there and owner["pid"] > 1 else {}
+    def _leaders(self) -> list[int]:
+        """The processes to ask, never process 1: those that carry the run's mark, or the one that holds its lock.
+
+        What the files say is no proof: they can be anybody's.
+        """
+        marked, env, launched = processes_of(self.path), self.env, read_document(self.path / LAUNCHED)
+        if is_running(launched) and launched["pid"] in marked:
+            return [launched["pid"]]
+        is_writer = is_running(env) and holder(self.path / LOCK) == env["pid"] > 1
+        return marked or ([env["pid"]] if is_writer else [])
 
     def checkpoint(self, which: str = "best") -> Path:
         """``best`` or ``last``. Raises UserError where none was written."""
@@ -305,12 +258,3 @@ class Run:
         from vgglab.view.live import watch
 
         watch(self)
-
-
-def _is_before(event: Event, start: Event) -> bool:
-    """Whether a run that starts (again) at ``start`` has this event behind it."""
-    if event["event"] in ("end", "start"):
-        return False
-    if event["event"] in ("eval_start", "eval", "checkpoint"):
-        return event["epoch"] is not None and event["epoch"] < start["first_epoch"]
-    return event.get("step", 0) <= start["first_step"]

@@ -6,17 +6,17 @@ changed bit is noticed. Those of earlier versions have none. Standard library on
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import zlib
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 from vgglab.config import Config
 from vgglab.errors import UserError, printable
+from vgglab.files import exists, read_bytes, without_links
 
 Content = dict  # of a line or a document
 Test = Callable[[Any], bool]
@@ -25,7 +25,6 @@ CHECK = "check"
 LONGEST = 1e12  # seconds; or images a second
 LARGEST = 10**15
 HIGHEST = 1e40  # float32 ends at 3.4e38
-MOST_BYTES = 2**24  # of a document, or of a line
 DEEPEST = 8  # containers in one another
 
 
@@ -121,7 +120,7 @@ OPTIONAL: dict[str, Test] = {
     "step": count, "epoch": maybe(whole),
     "simulated": switch, "images_per_second": positive, "data_seconds": seconds, "step_seconds": list_of(seconds),
     "first_step_seconds": seconds, "phase_seconds": table_of(seconds), "host_reads": either(number, table_of(number)),
-    "peak_bytes": maybe(count), "num_lost": count,
+    "peak_bytes": maybe(count), "line": count,
 }  # fmt: skip
 # A line of a rank's own figures, and one that names an image that it has left out.
 RANK: dict[str, Test] = {
@@ -173,7 +172,8 @@ def with_checksum(content: Content) -> Content:
 def parse(data: bytes | str) -> Content | None:
     """A JSON object, printable; None for anything else."""
     try:
-        content = json.loads(data, parse_constant=_refuse)
+        text = data.decode("utf-8") if isinstance(data, bytes) else data  # of bytes, json would guess the encoding
+        content = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
     return content if isinstance(content, dict) and _is_shallow(content, DEEPEST) else None
@@ -196,7 +196,7 @@ def has_changed(content: Content) -> bool:
 
 
 def event_in(line: bytes, needs_checksum: bool = False) -> Content | None:
-    """A line of ``events.jsonl``; None for one that is damaged, or holds something else."""
+    """A line of ``events.jsonl``, its number under ``line``; None for one that is damaged, or no event."""
     content = parse(line)
     if content is None or (needs_checksum and CHECK not in content) or has_changed(content):
         return None
@@ -235,37 +235,6 @@ class Document(Content):
         raise UserError(f"{self.file}: holds no {name} that can be used; the run directory is damaged")
 
 
-def exists(path: Path) -> bool:
-    """Also False where that may not be asked."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
-
-
-def read_bytes(file: Path, most: int = MOST_BYTES) -> bytes | None:
-    """All of a file; None where it is larger than any of its kind, or no file at all. Raises UserError, to be read."""
-    try:
-        if not file.is_file() or file.stat().st_size > most:
-            return None
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-
-
-def tail_of(file: Path, num_bytes: int = 4096) -> bytes:
-    """The end of a file; empty where it cannot be read."""
-    try:
-        if not file.is_file():
-            return b""
-        with file.open("rb") as lines:
-            lines.seek(0, os.SEEK_END)
-            lines.seek(max(0, lines.tell() - num_bytes))
-            return lines.read(num_bytes)
-    except OSError:
-        return b""
-
-
 def read_document(file: Path) -> Document:
     """Empty where there is none; fields of a wrong type are left out. Raises UserError where it is no JSON object."""
     if not exists(file):
@@ -287,26 +256,6 @@ def write_document(file: Path, content: Content) -> None:
     with open(beside, "wb", opener=without_links) as target:
         target.write(json.dumps(with_checksum(content), indent=2).encode() + b"\n")
     beside.replace(file)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the disk refuses in the block is a UserError that names the place."""
-    try:
-        yield
-    except OSError as error:
-        advice = "name another folder with --output-dir or --run-dir"
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
-
-
-def without_links(file: str, flags: int) -> int:
-    """An ``opener``: a link in a place that is written to would lead the text into a file of somebody's choice."""
-    try:
-        return os.open(file, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, f"{file} is a link") from None
-        raise
 
 
 def append_line(file: Path, content: Content) -> None:

@@ -279,8 +279,7 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, p
             raise
         finally:
             with undisturbed():
-                num_lost = run.lost.get("lines of events.jsonl", 0)
-                run.event("end", status=status, error=failure, num_lost=num_lost, **device.usage())
+                run.event("end", status=status, error=failure, **device.usage())
                 with contextlib.suppress(UserError):  # so little was taken that there is none
                     run.write_report(build_report(Run(path)))
                 run.close()

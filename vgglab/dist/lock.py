@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from pathlib import Path
+from typing import Iterator
 
-from vgglab.schema import without_links
+from vgglab.files import without_links
 
 try:
     import fcntl
@@ -53,19 +55,34 @@ class Lock:
             _ours.discard(self._identity)
 
 
-def is_free(file: Path) -> bool:
-    """Whether nobody holds the lock; False also where that cannot be told. Looking takes no lock."""
+def holder(file: Path) -> int | None:
+    """The process that holds the lock, 0 where none does; None where that cannot be told. Looking takes no lock."""
     if fcntl is None or struct.calcsize("P") != 8 or os.uname().sysname != "Linux":  # the layout of struct flock
-        return False
+        return None
     try:
-        if _identity(file) in _ours or not file.is_file():
-            return False
+        if not file.is_file():
+            return None
+        if _identity(file) in _ours:
+            return os.getpid()
         with file.open("rb") as target:
             asked = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
-            held = struct.unpack("hhqqi4x", fcntl.fcntl(target, fcntl.F_GETLK, asked))[0]
+            kind, *_, pid = struct.unpack("hhqqi4x", fcntl.fcntl(target, fcntl.F_GETLK, asked))
     except OSError:
-        return False
-    return held == fcntl.F_UNLCK
+        return None
+    return 0 if kind == fcntl.F_UNLCK else pid
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Only one at a time is in the block, of all processes and threads, as far as the file system can lock a folder."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
 
 
 def _identity(file: Path) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def _began(pid: int) -> str:
 
 def processes_of(path: Path) -> list[int]:
     """The processes on this machine that were launched for a run, by the mark in their environment (Linux)."""
-    wanted = f"{MARK}={path.absolute()}".encode()
+    wanted = f"{MARK}={path.resolve()}".encode(errors="surrogateescape")
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -70,7 +71,7 @@ def ask_where(pid: int, log: Path, seconds: float = 2.0) -> str:
 
     On Linux and this machine only. The stack stays in the log.
     """
-    if not _has_open(pid, log):
+    if not (_is_plain(log) and _has_open(pid, log) and _answers(pid)):
         return ""
     size, deadline, said = log.stat().st_size, time.monotonic() + seconds, b""
     os.kill(pid, ASK_WHERE)
@@ -81,6 +82,22 @@ def ask_where(pid: int, log: Path, seconds: float = 2.0) -> str:
             break
     *_, main_thread = re.split(r"^(?:Current thread|Thread) .*\n", said.decode(errors="replace"), flags=re.MULTILINE)
     return main_thread
+
+
+def _is_plain(file: Path) -> bool:
+    """Whether it is a file with no other name: a link could make somebody else's process the writer of a log."""
+    with contextlib.suppress(OSError):
+        found = file.lstat()
+        return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+    return False
+
+
+def _answers(pid: int) -> bool:
+    """Whether a process has a handler for the question; any other would be ended by it."""
+    with contextlib.suppress(OSError, ValueError):
+        caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        return caught is not None and bool(int(caught.group(1), 16) >> (ASK_WHERE - 1) & 1)
+    return False
 
 
 def _has_open(pid: int, file: Path) -> bool:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from vgglab.errors import UserError
+
+SPARE_BYTES = 2**20  # TensorBoard keeps some of what it is given in memory for two minutes
 
 
 class Scalars:
@@ -13,6 +18,7 @@ class Scalars:
 
     Raises:
         UserError: tensorboard is not installed.
+        OSError: when it is called, and the disk is full.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -20,6 +26,7 @@ class Scalars:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("--tensorboard: the package tensorboard is missing; pip install tensorboard") from None
+        self._folder = folder
         self._open = lambda: SummaryWriter(str(folder), purge_step=self._purge_step)
         self._writer: Any = None
         self._purge_step: int | None = None  # of a run that goes on in place: what follows was void
@@ -38,6 +45,9 @@ class Scalars:
             values = {"eval_accuracy_epoch": event["acc1"]}
         else:
             return
+        # Its thread, which writes later, would end in a traceback of its own.
+        if shutil.disk_usage(self._folder.parent).free < SPARE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._writer is None:
             self._writer = self._open()
         for name, value in values.items():

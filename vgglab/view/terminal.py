@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from vgglab.errors import printable
 from vgglab.view.progress import Progress, duration
 
 try:
@@ -30,9 +31,9 @@ class Terminal:
     def say(self, text: str) -> None:
         """One line on stdout, above the bar if there is one."""
         if self.bar is not None:
-            self.bar.write(text)
+            self.bar.write(printable(text))
         else:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
