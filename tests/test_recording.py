@@ -59,7 +59,7 @@ def test_a_disk_that_fills_costs_log_lines_and_not_the_training(elsewhere, disk)
     result = trained(*elsewhere, "--epochs=9", "--eval-freq=100", "--tensorboard")
     assert result.returncode == 2
     [error] = [line for line in result.stderr.splitlines() if "error:" in line]
-    assert re.search("trained to the end; lost, because the disk has not taken them: .*[0-9]+ lines of events", error)
+    assert re.search("trained to the end, but not written: .*[0-9]+ lines of events", error)
     assert f"python -m vgglab.report {disk / 'run'}" in error
     assert result.stdout.count("events.jsonl cannot be written (No space left on device)") == 1
     assert result.stdout.count("scalars cannot be written") == 1

@@ -217,7 +217,8 @@ def _save(job: Job, config: Config, device: Device, run: RankWriter, is_best: bo
         text = f"the checkpoint of step {state.step} was not written ({error}); {left}"
         if state.epoch == config.epochs:
             advice = f"make room and --resume {run.path}"
-            raise UserError("; ".join(filter(None, [f"{folder}: {text}", run.losses(), advice]))) from None
+            lost = f"also not written: {run.losses()}; " if run.lost else ""
+            raise UserError(f"{folder}: {text}; {lost}{advice}") from None
         run.refused("checkpoints", text)
     else:
         run.accepted("checkpoints")  # a later one is as good

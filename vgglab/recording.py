@@ -34,25 +34,24 @@ class RankWriter:
         self.rank = rank
         self._skipped: set[str] = set()
         self._mark = {"simulated": True} if is_simulated else {}  # on all that a simulated card has part in
-        self.lost: dict[str, int] = {}  # what the disk has refused: how often, by name
+        self.lost: dict[str, int] = {}  # what could not be written: how often, by name
 
     def event(self, kind: str, **values: Any) -> None:
         pass
 
     def refused(self, what: str, warning: str) -> None:
-        """Note that the disk would not take something: with a warning the first time, and the training goes on."""
+        """Count what could not be written, with a warning the first time; the training goes on."""
         self.lost[what] = self.lost.get(what, 0) + 1
         if self.lost[what] == 1:
             self.event("warning", text=warning)
 
     def accepted(self, what: str) -> None:
-        """Nothing of this is lost any more."""
+        """What was lost of this does not matter any more."""
         self.lost.pop(what, None)
 
     def losses(self) -> str:
-        """What the disk has refused, in words; empty where it has taken all."""
-        what = ", ".join(f"{number} {name}" if number > 1 else name for name, number in self.lost.items())
-        return f"lost, because the disk has not taken them: {what}" if what else ""
+        """What could not be written, such as ``12 lines of events.jsonl, report.json``; empty where all was."""
+        return ", ".join(f"{number} {name}" if number > 1 else name for name, number in self.lost.items())
 
     def skipped(self, image: str, reason: str) -> None:
         """Note an image that this rank has left out: once, in ``log/skipped-rank<r>.jsonl``."""
@@ -74,7 +73,7 @@ class RankWriter:
         try:
             append_line(self.path / name, content)
         except OSError as error:
-            text = f"{self.path / name} cannot be written ({error.strerror}); the training goes on without these lines"
+            text = f"{self.path / name} cannot be written ({error.strerror}); training continues without these lines"
             self.refused(f"lines of {name}", text)
 
     @contextlib.contextmanager
@@ -168,7 +167,7 @@ class RunWriter(RankWriter):
                 listener(event)
             except OSError as error:
                 name = type(listener).__name__.lower()
-                self.refused(name, f"{name} cannot be written ({error.strerror}); the training goes on without them")
+                self.refused(name, f"{name} cannot be written ({error.strerror}); training continues without them")
 
     def close(self) -> None:
         """End the events; listeners that hold files close them. From here on another process may write."""

@@ -285,7 +285,7 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, p
                 run.close()
         if run.lost:
             advice = f"make room, then python -m vgglab.report {path}"
-            raise UserError(f"{path}: trained to the end; {run.losses()}; {advice}")
+            raise UserError(f"{path}: trained to the end, but not written: {run.losses()}; {advice}")
         report = Run(path).report()
         best = "" if report["acc1"] is None else f"best top-1 {report['acc1']:.2f} % "
         terminal.say(f"{best}after {report['training_time']} (h:mm:ss); report: {path / 'report.json'}")
