@@ -1,4 +1,4 @@
-"""Files that others may have put there: read within limits, written without following links. Standard library only."""
+"""Reading and writing in folders that others can write to: size limits, no links, no pipes. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_BYTES = 2**24  # of a document, or of a line
 
 
 def exists(path: Path) -> bool:
-    """Also False where that may not be asked."""
+    """As ``path.exists()``; False if a folder on the way may not be searched."""
     try:
         return path.exists()
     except OSError:
@@ -23,7 +23,7 @@ def exists(path: Path) -> bool:
 
 
 def read_bytes(file: Path, most: int = MOST_BYTES) -> bytes | None:
-    """All of a file; None where it is larger than any of its kind, or no file at all. Raises UserError, to be read."""
+    """The whole file; None if it is larger than ``most`` or no regular file. Raises UserError if it cannot be read."""
     try:
         if not file.is_file() or file.stat().st_size > most:
             return None
@@ -33,7 +33,7 @@ def read_bytes(file: Path, most: int = MOST_BYTES) -> bytes | None:
 
 
 def tail_of(file: Path, num_bytes: int = 4096) -> bytes:
-    """The end of a file; empty where it cannot be read."""
+    """The last ``num_bytes`` of a file; empty if it cannot be read."""
     try:
         if not file.is_file():
             return b""
@@ -47,7 +47,7 @@ def tail_of(file: Path, num_bytes: int = 4096) -> bytes:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the disk refuses in the block is a UserError that names the place."""
+    """Turns an OSError in the block into a UserError that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -56,7 +56,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def without_links(file: str, flags: int) -> int:
-    """An ``opener``: a link in a place that is written to would lead the text elsewhere, a pipe would wait for ever."""
+    """An ``opener`` for ``open`` that refuses links, which lead to other files, and pipes, which wait for a reader."""
     safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         number = os.open(file, flags | safe, 0o666)
@@ -73,7 +73,7 @@ def without_links(file: str, flags: int) -> int:
 
 
 def make_folder(folder: Path) -> None:
-    """Raises OSError, also where it is a link that somebody else has put there."""
+    """Make a folder if it is not there. Raises OSError, also if it is a symbolic link of another user."""
     if folder.is_symlink() and hasattr(os, "geteuid") and folder.lstat().st_uid not in (0, os.geteuid()):
         raise OSError(errno.ELOOP, f"{folder} is a link of another user")
     folder.mkdir(parents=True, exist_ok=True)

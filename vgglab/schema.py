@@ -1,7 +1,8 @@
-"""What the files of a run directory may hold. Anybody may have written them, so all that is read goes through here.
+"""The format of the files in a run directory: fields, types, ranges and checksums.
 
-Lines and documents carry a checksum (``check``, CRC-32 of the other fields as JSON), as TensorBoard's records do: a
-changed bit is noticed. Those of earlier versions have none. Standard library only.
+A run directory may come from anybody, so everything in it is read through this module. Each line and each document has
+a checksum (``check``: CRC-32 of the other fields as JSON; TensorBoard's records have one too), so that a changed bit is
+noticed. Files of earlier versions have none. Standard library only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CHECK = "check"
 LONGEST = 1e12  # seconds; or images a second
 LARGEST = 10**15
 HIGHEST = 1e40  # float32 ends at 3.4e38
-DEEPEST = 8  # containers in one another
+DEEPEST = 8  # objects and lists inside one another
 
 
 def text(value: Any) -> bool:
@@ -169,11 +170,10 @@ def with_checksum(content: Content) -> Content:
     return {**content, CHECK: checksum(content)}
 
 
-def parse(data: bytes | str) -> Content | None:
-    """A JSON object, printable; None for anything else."""
+def parse(data: bytes) -> Content | None:
+    """A JSON object in UTF-8; None for anything else, or one that is nested deeper than any of ours."""
     try:
-        text = data.decode("utf-8") if isinstance(data, bytes) else data  # of bytes, json would guess the encoding
-        content = json.loads(text, parse_constant=_refuse)
+        content = json.loads(data.decode("utf-8"), parse_constant=_refuse)  # which would guess the encoding of bytes
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
     return content if isinstance(content, dict) and _is_shallow(content, DEEPEST) else None
