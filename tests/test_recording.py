@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from conftest import TINY
@@ -56,13 +57,14 @@ def elsewhere(images, disk, tmp_path):
 
 def test_a_disk_that_fills_costs_log_lines_and_not_the_training(elsewhere, disk):
     fill(disk, num_blocks_left=1)
-    result = trained(*elsewhere, "--epochs=9", "--eval-freq=100", "--tensorboard")
+    scalars = ["--tensorboard"] if find_spec("tensorboard") else []
+    result = trained(*elsewhere, "--epochs=9", "--eval-freq=100", *scalars)
     assert result.returncode == 2
     [error] = [line for line in result.stderr.splitlines() if "error:" in line]
     assert re.search("trained to the end, but not written: .*[0-9]+ lines of events", error)
     assert f"python -m vgglab.report {disk / 'run'}" in error
     assert result.stdout.count("events.jsonl cannot be written (No space left on device)") == 1
-    assert result.stdout.count("scalars cannot be written") == 1
+    assert result.stdout.count("scalars cannot be written") == len(scalars)
     assert "epoch 9 of 9" in result.stdout
     assert Run(disk / "run").status not in GOING_ON
     os.remove(disk / "filler")
