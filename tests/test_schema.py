@@ -225,7 +225,7 @@ def test_a_file_larger_than_any_of_ours_is_not_read_into_memory(run, tmp_path):
 def test_what_may_not_be_read_is_said_in_one_line(run, tmp_path):
     other = Run(shutil.copytree(run.path, tmp_path / "other"))
     names = [*FILES, "log", "."]
-    for folder in [tmp_path, *tmp_path.parents[:-1]]:
+    for folder in [tmp_path, *list(tmp_path.parents)[:-1]]:
         os.chmod(folder, folder.stat().st_mode | 0o055)
     for name in names:
         mode = (run.path / name).stat().st_mode
