@@ -253,6 +253,8 @@ def test_no_clock_decides_whether_a_run_goes_on(tiny, monkeypatch):
     for hours in (1000, -1000):
         monkeypatch.setattr(time, "time", lambda hours=hours: now() + 3600 * hours)
         assert run.status == "running"
-    run.stop()
+    said = run.stop()
+    assert said == f"{run.name}: process {launched.process.pid} was asked to save and leave; interrupted"
+    assert "had ended already" in run.stop()
     launched.process.wait(1)  # at most its threads have still to go
     assert run.status == "interrupted"

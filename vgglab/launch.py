@@ -238,10 +238,10 @@ class LaunchedRun(Run):
         self._raise_if_failed()
         return self
 
-    def stop(self, grace_seconds: float | None = None) -> None:
-        """Ask the run to save and leave; what is left after the grace is killed."""
+    def stop(self, grace_seconds: float | None = None) -> str:
+        """Ask the run to save and leave; what is left after the grace is killed. Returns what was done, in one line."""
         if self._has_ended():
-            return
+            return f"{self.name}: it had ended already; {self.status}"
         grace_seconds = ranks.grace_period_seconds(grace_seconds)
         self._was_stopped = True
         self.process.send_signal(signal.SIGTERM)
@@ -251,6 +251,7 @@ class LaunchedRun(Run):
             os.killpg(self.process.pid, signal.SIGKILL)  # a session of its own: this reaches its workers too
             self.process.wait()
         processes.kill_all(self.path)
+        return f"{self.name}: process {self.process.pid} was asked to save and leave; {self.status}"
 
     def _raise_if_failed(self) -> None:
         self._has_ended()

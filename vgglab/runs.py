@@ -218,8 +218,11 @@ class Run:
         """What ranks died of (``rank``, ``error``, ``traceback``, ...), the cause first."""
         return failures(self.path)
 
-    def stop(self, grace_seconds: float | None = None) -> None:
+    def stop(self, grace_seconds: float | None = None) -> str:
         """Ask a run on this machine to save and leave; what is left of a launched one after the grace is killed.
+
+        Returns:
+            What was done, in one line.
 
         Raises:
             UserError: it goes on, and which of the processes here is its own cannot be told.
@@ -234,6 +237,8 @@ class Run:
         while any(map(is_alive, asked)) and time.monotonic() < deadline:
             time.sleep(0.1)
         kill_all(self.path)
+        done = f"process {asked[0]} was asked to save and leave" if asked else "it had ended already"
+        return f"{self.name}: {done}; {self.status}"
 
     def _leaders(self) -> list[int]:
         """The processes to ask, never process 1: those that carry the run's mark, or the one that holds its lock.
