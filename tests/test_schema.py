@@ -36,9 +36,10 @@ FILES = ("config.json", "env.json", "launch.json", "events.jsonl", "log/rank0.js
 
 @pytest.fixture
 def run(train):
-    """A finished run with one of each file."""
+    """A finished run with one of each file, whose process is gone: of one that lives a last line may be unfinished."""
     path = train("--print-freq=1").run.path
-    env = json.loads((path / "env.json").read_text())
+    env = {**Run(path).env, "process": "gone"}
+    write_document(path / "env.json", env)
     launched = {name: env[name] for name in ("host", "pid", "process")}
     write_document(path / "launch.json", {**launched, "argv": ["--epochs=2"], "command": ["python"]})
     failure = {"rank": 0, "time": 1.5, "host": "here", "error": "E: x", "traceback": "t", "exit_code": 1}
