@@ -291,7 +291,7 @@ def test_a_report_on_a_hostile_run_directory_runs_nothing(book, images, tmp_path
         pytest.skip(NO_CHROMIUM)
     pages = {name: tmp_path / f"{name}.html" for name in ("results", "broken", "open")}
     assert python("-m", "vgglab.view.results", folder, "--html", pages["results"]).returncode == 0
-    # Both ways of a slip: text that nobody escaped in a page of ours, and the same without our policy.
+    # Unescaped markup in one of our pages, with our policy and without it.
     pages["broken"].write_text(page.replace("</nav>", f"</nav>{HOSTILE}<script>alert(2)</script>", 1))
     pages["open"].write_text(re.sub("<meta http-equiv=[^>]*>", "", pages["broken"].read_text()))
     with chromium() as browser:

@@ -310,7 +310,7 @@ def restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_na
         counts = {name: content.get(name, 0) for name in ("epoch", "images", "step", "num_poor", "num_drops")}
         are_counts = all(type(value) is int and 0 <= value < 2**53 for value in counts.values())
         if not are_counts or (best and not 0 <= best["acc1"] <= 100):
-            raise ValueError("no such place in a training")
+            raise ValueError("epoch, step, image count or accuracy out of range")
         state = TrainingState(best=best, **counts)
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)

@@ -121,11 +121,8 @@ class RunWriter(RankWriter):
         super().__init__(path, 0, is_simulated)
         self.listeners = list(listeners)
         self._started = time.monotonic()
-        self._num_lines = 0  # the disk's losses included: a number that is not there is noticed
-        if is_continued:
-            self._num_lines = EventFile(path / "events.jsonl").next_number()
-            self._started -= max((event["seconds"] for event in Run(path).events()), default=0.0)
-        else:
+        self._num_lines = 0  # lines that the disk refused count too, so that a reader sees the gap
+        if not is_continued:
             claim(path)
         with writing(path):
             try:
@@ -133,6 +130,10 @@ class RunWriter(RankWriter):
             except lock.Held:
                 raise UserError(f"--run-dir {path}: {Run(path).writer()}") from None
             os.close(without_links(str(path / "events.jsonl"), os.O_CREAT | os.O_WRONLY))  # from here on it is a run
+        if is_continued:  # read under the lock: an earlier writer may just have been writing its last lines
+            events = EventFile(path / "events.jsonl")
+            self._started -= max((event["seconds"] for event in events.read()), default=0.0)
+            self._num_lines = events.next_number()
 
     @property
     def has_lock(self) -> bool:

@@ -56,7 +56,7 @@ class Lock:
 
 
 def holder(file: Path) -> int | None:
-    """The process that holds the lock, 0 where none does; None where that cannot be told. Looking takes no lock."""
+    """The process that holds the lock; 0 if none does, None if it cannot be determined. Takes no lock itself."""
     if fcntl is None or struct.calcsize("P") != 8 or os.uname().sysname != "Linux":  # the layout of struct flock
         return None
     try:
