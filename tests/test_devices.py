@@ -196,6 +196,21 @@ def test_mixed_precision_is_used_and_recorded(images, tmp_path, dtype):
 
 
 @needs_sim
+def test_a_damaged_loss_scale_is_refused_in_one_line(images, tmp_path):
+    run = run_ranks(tmp_path, images, "gcu-sim", 1, "--amp-dtype=float16")
+    content, files = torch.load(run.checkpoint("last")), []
+    for damage in ({"scale": "x"}, {"scale": 0.0}, {"growth_factor": float("nan")}, {"growth_interval": None}):
+        files.append(str(tmp_path / f"{len(files)}.pt"))
+        torch.save({**content, "scaler": {**content["scaler"], **damage}}, files[-1])
+    code = "import sys; from vgglab.train import main\n"
+    code += "for file in sys.argv[1:]: print(main(['--device=gcu-sim', '--epochs=2', f'--resume={file}']))"
+    result = python("-c", code, *files, env={**os.environ, "PYTHONPATH": str(PROJECT)}, cwd=tmp_path)
+    assert result.stdout.split() == ["2"] * len(files)
+    lines = [f"vgglab.train: error: --resume {file}: is damaged (its loss scale)" for file in files]
+    assert result.stderr.splitlines() == lines
+
+
+@needs_sim
 def test_the_number_of_cards_is_kept_to(images, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}
     words = ["-m", "vgglab.train", *TINY[:-1], f"--data-path={images}", "--device=gcu-sim"]

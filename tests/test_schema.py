@@ -183,6 +183,14 @@ def test_damaged_lines_are_counted_wherever_the_figures_are(run, tmp_path):
         assert "2 damaged lines" in said[way], way
 
 
+def test_damaged_lines_of_skipped_images_are_counted(run):
+    file = run.path / "log" / "skipped-rank0.jsonl"
+    append_line(file, {"image": "b.jpg", "reason": "no image"})
+    file.write_bytes(file.read_bytes().replace(b"a.jpg", b"c.jpg"))
+    assert run.skipped() == {"b.jpg": "no image"}
+    assert run.damage() == ["log/skipped-*: 1 damaged line, left out"]
+
+
 def test_a_field_of_a_wrong_type_is_named_and_left_out(run):
     env = json.loads((run.path / "env.json").read_text())
     write_document(run.path / "env.json", {**env, "started": ["now"], "check": None})

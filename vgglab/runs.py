@@ -116,7 +116,11 @@ class Run:
     def damage(self) -> list[str]:
         """What in the files was left out because it is damaged, or no run of this kit writes it; a phrase each."""
         found = [wrong for name in ("config.json", "env.json") for wrong in read_document(self.path / name).damage]
-        return found + self._events.damage(is_over=self.status not in GOING_ON)
+        found += self._events.damage(is_over=self.status not in GOING_ON)
+        num_damaged = sum(entry is None for entry in self._skipped_lines())
+        if num_damaged:
+            found.append(f"log/skipped-*: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
+        return found
 
     def events(self, kind: str | None = None) -> list[Event]:
         """All events so far, or those of one kind; a line that is still being written is left out.
@@ -202,9 +206,12 @@ class Run:
 
     def skipped(self) -> dict[str, str]:
         """The images that ranks have left out because they could not be read, and why."""
-        lists = (tail_of(file, MOST_OF_A_LOG) for file in self._files("skipped-rank*.jsonl"))
-        found = (line_in(line, SKIPPED) for lines in lists for line in lines.splitlines())
-        return {entry["image"]: entry["reason"] for entry in found if entry}
+        return {entry["image"]: entry["reason"] for entry in self._skipped_lines() if entry}
+
+    def _skipped_lines(self) -> list[dict[str, Any] | None]:
+        """Of the lists of skipped images; None for one that is damaged. A last line may still be being written."""
+        lists = [tail_of(file, MOST_OF_A_LOG) for file in self._files("skipped-rank*.jsonl")]
+        return [line_in(line, SKIPPED) for lines in lists for line in lines.splitlines(True) if line.endswith(b"\n")]
 
     def where(self) -> str:
         """What each rank on this machine is doing right now: its Python stack, newest call first (Linux)."""
