@@ -13,6 +13,7 @@ from vgglab import anatomy
 from vgglab.config import MODELS
 from vgglab.devices import open_device
 from vgglab.errors import UserError
+from vgglab.shapes import output_of
 from vgglab.view.anatomy_table import Ceilings, Layer, as_html, as_text, roofline
 
 # Table 2 of the paper: millions of parameters with 1000 classes.
@@ -170,6 +171,29 @@ class Branching(nn.Module):
 
     def forward(self, images):
         return self.second(nn.functional.max_pool2d(self.first(images), 2))
+
+
+POOLED = [nn.MaxPool2d(3, 2, 1, ceil_mode=ceils) for ceils in (True, False)] + [
+    nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d((4, None)),
+    nn.AdaptiveMaxPool2d(3), nn.Conv2d(6, 4, (3, 5), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2),
+    nn.Conv2d(6, 4, 3, padding="same"), nn.Conv2d(6, 4, 3, padding="valid"), nn.Flatten(2), nn.Linear(9, 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", POOLED, ids=str)
+def test_the_shape_that_a_layer_writes_is_torchs(layer):
+    num_checked = 0
+    for height in range(1, 24):
+        images = torch.zeros(2, 6, height, 9)
+        try:
+            wanted = layer(images).shape
+        except RuntimeError:
+            with pytest.raises(ValueError, match="nothing is left"):
+                output_of(layer, images)
+            continue
+        assert output_of(layer, images).shape == wanted
+        num_checked += 1
+    assert num_checked > 10
 
 
 @pytest.mark.parametrize(

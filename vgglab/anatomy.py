@@ -34,6 +34,7 @@ from vgglab.devices.base import Device
 from vgglab.errors import UserError
 from vgglab.flags import OneLineParser, with_dashes
 from vgglab.model import build, head_for
+from vgglab.shapes import output_of, window
 from vgglab.view.anatomy_table import Anatomy, Ceilings, Layer
 
 KINDS: dict[str, tuple[type, ...]] = {
@@ -100,16 +101,23 @@ def _hollow(model: nn.Module) -> nn.Module:
 
 
 def _calls(network: nn.Module, shape: tuple[int, ...]) -> list[Call]:
+    """The layers in the order in which the forward pass comes by; each only says what shape it would write."""
     calls: list[Call] = []
 
-    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append((name, module, tuple(inputs[0].shape), tuple(output.shape)))
+    def pass_by(name: str, module: nn.Module, images: Tensor) -> Tensor:
+        output = output_of(module, images)
+        calls.append((name, module, tuple(images.shape), tuple(output.shape)))
+        return output
 
-    hooks = [module.register_forward_hook(partial(note, name)) for name, module in _leaves(network)]
-    with torch.no_grad():
-        network.eval()(torch.empty(shape, device="meta") if HAS_META else torch.zeros(shape))
-    for hook in hooks:
-        hook.remove()
+    leaves = _leaves(network)
+    for name, module in leaves:
+        module.forward = partial(pass_by, name, module)  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            network.eval()(torch.empty(shape))  # memory that nobody touches costs nothing
+    finally:
+        for _, module in leaves:
+            del module.forward
     return calls
 
 
@@ -132,7 +140,7 @@ def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
         # The usual recursion: k neighbours span k - 1 jumps, padding begins so many jumps earlier, a stride multiplies
         # the jump. Source: Araujo, Norris, Sim, "Computing receptive fields of convolutional neural networks", Distill,
         # 2019, doi 10.23915/distill.00021.
-        extent, stride, padding = _window(module, input_shape[-1], output_shape[-1])
+        extent, stride, padding = window(module, input_shape[-1], output_shape[-1])
         field, start, jump = field + (extent - 1) * jump, start - padding * jump, jump * stride
         if isinstance(module, nn.Linear):
             start = start if field > image_size else 0
@@ -159,28 +167,6 @@ def _multiply_adds(module: nn.Module, output_shape: tuple[int, ...]) -> int:
     if isinstance(module, nn.Conv2d):
         return prod(output_shape[1:]) * module.weight[0].numel()  # (channels in / groups) x height x width
     return prod(output_shape[1:]) * module.in_features if isinstance(module, nn.Linear) else 0
-
-
-def _window(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int, int]:
-    """Neighbours from the first to the last that one output sees, the step to the next output's, the padding before.
-
-    Of the longer side.
-    """
-    if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
-        sides = zip(_pair(module.kernel_size), _pair(getattr(module, "dilation", 1)))
-        extent = max(dilation * (kernel - 1) + 1 for kernel, dilation in sides)
-        padding = {"same": (extent - 1) // 2, "valid": 0}.get(str(module.padding), module.padding)
-        return extent, max(_pair(module.stride)), max(_pair(padding))
-    if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
-        # Output i pools from floor(i * in / out) up to ceil((i + 1) * in / out); where windows differ, the widest.
-        starts = [i * size_in // size_out for i in range(size_out + 1)]
-        ends = [-(-(i + 1) * size_in // size_out) for i in range(size_out)]
-        return max(e - s for s, e in zip(starts, ends)), max(b - a for a, b in zip(starts, starts[1:])), 0
-    return 1, 1, 0
-
-
-def _pair(value: Any) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value, value)
 
 
 def _kind(module: nn.Module) -> str:

@@ -82,8 +82,9 @@ def _torchvision(name: str, **options: Any) -> Any:
 
 
 def _fake(split: str, size: int) -> Split:
-    labels = array("H", (place % NUM_FAKE_CLASSES for place in range(NUM_FAKE[split])))
-    return Split(FakeImages(NUM_FAKE[split], size), labels, [f"fake {n}" for n in range(NUM_FAKE_CLASSES)])
+    num_images = NUM_FAKE[split]
+    labels = array("H", range(NUM_FAKE_CLASSES)) * (num_images // NUM_FAKE_CLASSES + 1)
+    return Split(FakeImages(num_images, size), labels[:num_images], [f"fake {n}" for n in range(NUM_FAKE_CLASSES)])
 
 
 # A mirrored 2 is no digit, and a crop of a twelfth of a small picture cannot be told from another.
