@@ -33,10 +33,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 # After so long something hangs; no test says how fast a machine has to be.
 PATIENCE_SECONDS = 600
 GRACE_SECONDS = 30  # for the other ranks to notice that one has failed; torchrun's figure
-# What a training run imports; DistributedDataParallel imports torch._dynamo. Torchvision is left to those who need it.
-PRELOADED = (
-    "numpy torch torch.distributed torch.nn.parallel torch.utils.data.distributed torch._dynamo PIL.Image tqdm"
-).split()
+# What a training run imports. Torchvision is left to those who need it.
+PRELOADED = "numpy torch torch.distributed torch.nn.parallel torch.utils.data.distributed PIL.Image tqdm".split()
 _context = multiprocessing.get_context("forkserver")
 
 

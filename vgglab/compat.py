@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import pickle
+import sys
 import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 # Where torch itself defines what it wraps its optimizers' methods in.
@@ -36,6 +41,23 @@ def without_compiler(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
 
 def _is_not_torchs(wrapper: Any) -> bool:
     return not (inspect.isfunction(wrapper) and wrapper.__code__.co_filename.endswith(WRAPPERS))
+
+
+def parallel_without_compiler(network: nn.Module, **options: Any) -> DistributedDataParallel:
+    """The network wrapped for several ranks, likewise: torch asks its compiler how it would treat what it compiles."""
+    # Around each forward pass: a context manager, wrapped before it was made one.
+    around = getattr(getattr(DistributedDataParallel, "_inside_ddp_forward", None), "__wrapped__", None)
+    plain: dict[str, Any] = {}
+    if around is not None:
+        plain["_inside_ddp_forward"] = contextlib.contextmanager(inspect.unwrap(around, stop=_is_not_torchs))
+    wrapper = type("DistributedDataParallel", (DistributedDataParallel,), plain)
+    if "torch._dynamo" in sys.modules or "_dynamo" not in getattr(torch, "_lazy_modules", ()):
+        return wrapper(network, **options)
+    torch._dynamo = SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer"))  # its default
+    try:
+        return wrapper(network, **options)
+    finally:
+        del torch._dynamo
 
 
 DOS_FOLDER = 0x10  # in the attributes of a file in an archive

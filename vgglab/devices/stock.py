@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
 from vgglab import ranks
+from vgglab.compat import parallel_without_compiler
 from vgglab.devices.base import Device
 from vgglab.devices.sync_bn import synchronise
 
@@ -82,7 +83,8 @@ class StockDevice(Device):
         name = "forward_sync_buffers" if has_new_name else "broadcast_buffers"
         # Gradients live in the buckets that travel: without it VGG16's 553 MB of them are held twice.
         options: dict[str, Any] = {name: self._wishes.broadcast_buffers, "gradient_as_bucket_view": True}
-        self._parallel = DistributedDataParallel(network, device_ids=device_ids, **options)
+        wrap = DistributedDataParallel if self.compiles else parallel_without_compiler
+        self._parallel = wrap(network, device_ids=device_ids, **options)
         return self._compiled(self._parallel), network
 
     def _compiled(self, model: nn.Module) -> nn.Module:
