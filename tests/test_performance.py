@@ -234,15 +234,15 @@ def test_bench_step_goes_in_turns_and_leaves_a_run_directory(tmp_path):
         "--device=cpu",
     ]
     words += ["--turns=2", f"--output-dir={tmp_path}"]
-    result = shell(*words, "--ways=float32,bare", "--against=torchvision", "--json")
+    result = shell(*words, "--ways=bare", "--against=torchvision", "--json")  # the kit's own ways: notebook 03
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
     assert {"images_per_second", "reference_images_per_second", "ratio"} <= set(figures)
-    assert [row["way"] for row in figures["all"]] == ["float32", "bare", "torchvision"]
+    assert [row["way"] for row in figures["all"]] == ["bare", "torchvision"]
     assert all(row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1] for row in figures["all"])
     flop = {row["way"]: row["flop_per_image"] for row in figures["all"]}
     # Its wide classifier, also for small images.
-    assert flop["torchvision"] > 1.5 * flop["float32"] == 1.5 * flop["bare"]
+    assert flop["torchvision"] > 1.5 * flop["bare"] > 0
     for row in figures["all"]:
         done = row["images_per_second"] * row["flop_per_image"]
         assert row["share_of_peak"] == pytest.approx(done / row["peak_flop_per_second"])
@@ -264,14 +264,13 @@ def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
     """In a process with little memory: what was found has been computed, and what is a little larger cannot be."""
     import resource
 
-    # With torchvision comes the compiler, which counting operations loads.
-    code = "import vgglab.engine, torchvision, vgglab.bench.__main__\n"
+    code = "import vgglab.engine, vgglab.bench.__main__\n"
     code += "print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
     limit = (int(python("-c", code).stdout) + 400_000) * 1024
     options = {"preexec_fn": partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))}
-    # A dozen tries, each in a process: forked ones, since that they are new interpreters is not the matter here.
-    code = "import multiprocessing, sys, torchvision; from vgglab.bench import __main__, step\n"
-    code += "step.CONTEXT = multiprocessing.get_context('fork')\n"
+    # Each try has a process: a forked one, since that they are new interpreters is not the matter here.
+    code = "import multiprocessing, sys; from vgglab.bench import __main__, step\n"
+    code += "step.CONTEXT, step.CLOSE_ENOUGH = multiprocessing.get_context('fork'), 1 / 2\n"
     code += "sys.exit(__main__.main(sys.argv[1:]))"
     words = ["-c", code, "step", "--model=vgg11", "--image-size=64", "--device=cpu", "--turns=1"]
     words += ["--ways=float32", f"--output-dir={tmp_path}"]
