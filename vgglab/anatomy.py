@@ -111,7 +111,7 @@ def _calls(network: nn.Module, shape: tuple[int, ...]) -> list[Call]:
 
     leaves = _leaves(network)
     for name, module in leaves:
-        module.forward = partial(pass_by, name, module)  # type: ignore[method-assign]
+        module.forward = partial(pass_by, name, module)
     try:
         with torch.no_grad():
             network.eval()(torch.empty(shape))  # memory that nobody touches costs nothing

@@ -53,7 +53,8 @@ def parallel_without_compiler(network: nn.Module, **options: Any) -> Distributed
     wrapper = type("DistributedDataParallel", (DistributedDataParallel,), plain)
     if "torch._dynamo" in sys.modules or "_dynamo" not in getattr(torch, "_lazy_modules", ()):
         return wrapper(network, **options)
-    torch._dynamo = SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer"))  # its default
+    default: Any = SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer"))
+    torch._dynamo = default
     try:
         return wrapper(network, **options)
     finally:

@@ -40,7 +40,7 @@ def _refuse_other(found: int, wanted: int, what: str) -> None:
 
 
 def _side(module: Any, axis: int, side: int) -> int:
-    """Of what a convolution or a pooling writes, by the formulas in torch's documentation of ``Conv2d`` and its like."""
+    """Of what a convolution or a pooling writes; the formulas are those in torch's documentation."""
     if isinstance(module, ADAPTIVE_POOLS):
         wanted = _pair(module.output_size)[axis]
         return side if wanted is None else wanted

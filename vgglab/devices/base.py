@@ -123,10 +123,11 @@ class Device(ABC):
         return {} if self._scaler is None else self._scaler.state_dict()
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Take up the loss scale of a checkpoint, if this run has one at all. Raises UserError for one that is damaged."""
+        """Take up the loss scale of a checkpoint, if this run has one. Raises UserError for one that is damaged."""
         if self._scaler is None or not state:
             return
-        found = [state.get(name) for name in self._scaler.state_dict()] if isinstance(state, dict) else [None]
+        kept: dict[str, Any] = state if isinstance(state, dict) else {}
+        found: list[Any] = [kept.get(name) for name in self._scaler.state_dict()]
         if not all(type(value) in (int, float) and 0 <= value < 2**53 for value in found) or not state["scale"]:
             raise UserError("is damaged (its loss scale)")
         self._scaler.load_state_dict(state)
