@@ -173,22 +173,28 @@ class Branching(nn.Module):
         return self.second(nn.functional.max_pool2d(self.first(images), 2))
 
 
-POOLED = [nn.MaxPool2d(3, 2, 1, ceil_mode=ceils) for ceils in (True, False)] + [
+SHAPED = [nn.MaxPool2d(3, 2, 1, ceil_mode=ceils) for ceils in (True, False)] + [
     nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d((4, None)),
     nn.AdaptiveMaxPool2d(3), nn.Conv2d(6, 4, (3, 5), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2),
     nn.Conv2d(6, 4, 3, padding="same"), nn.Conv2d(6, 4, 3, padding="valid"), nn.Flatten(2), nn.Linear(9, 5),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("layer", POOLED, ids=str)
-def test_the_shape_that_a_layer_writes_is_torchs(layer):
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 8, 1), nn.BatchNorm2d(4), nn.BatchNorm1d(4)], ids=str)
+def test_another_number_of_channels_is_refused(layer):
+    with pytest.raises(ValueError, match="expected 4 channels, got 3"):
+        output_of(layer, torch.zeros(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("layer", SHAPED, ids=str)
+def test_the_output_shape_of_a_layer_is_torchs(layer):
     num_checked = 0
     for height in range(1, 24):
         images = torch.zeros(2, 6, height, 9)
         try:
             wanted = layer(images).shape
         except RuntimeError:
-            with pytest.raises(ValueError, match="nothing is left"):
+            with pytest.raises(ValueError, match="too small"):
                 output_of(layer, images)
             continue
         assert output_of(layer, images).shape == wanted

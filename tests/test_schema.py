@@ -188,7 +188,7 @@ def test_damaged_lines_of_skipped_images_are_counted(run):
     append_line(file, {"image": "b.jpg", "reason": "no image"})
     file.write_bytes(file.read_bytes().replace(b"a.jpg", b"c.jpg"))
     assert run.skipped() == {"b.jpg": "no image"}
-    assert run.damage() == ["log/skipped-*: 1 damaged line, left out"]
+    assert run.damage() == ["log/skipped-rank*.jsonl: 1 damaged line, left out"]
 
 
 def test_a_field_of_a_wrong_type_is_named_and_left_out(run):

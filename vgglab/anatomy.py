@@ -101,20 +101,20 @@ def _hollow(model: nn.Module) -> nn.Module:
 
 
 def _calls(network: nn.Module, shape: tuple[int, ...]) -> list[Call]:
-    """The layers in the order in which the forward pass comes by; each only says what shape it would write."""
+    """The layers in the order of the forward pass, with their shapes; nothing is computed."""
     calls: list[Call] = []
 
-    def pass_by(name: str, module: nn.Module, images: Tensor) -> Tensor:
+    def record(name: str, module: nn.Module, images: Tensor) -> Tensor:
         output = output_of(module, images)
         calls.append((name, module, tuple(images.shape), tuple(output.shape)))
         return output
 
     leaves = _leaves(network)
     for name, module in leaves:
-        module.forward = partial(pass_by, name, module)
+        module.forward = partial(record, name, module)
     try:
         with torch.no_grad():
-            network.eval()(torch.empty(shape))  # memory that nobody touches costs nothing
+            network.eval()(torch.empty(shape))  # uninitialised pages take no memory
     finally:
         for _, module in leaves:
             del module.forward

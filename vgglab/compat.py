@@ -44,8 +44,11 @@ def _is_not_torchs(wrapper: Any) -> bool:
 
 
 def parallel_without_compiler(network: nn.Module, **options: Any) -> DistributedDataParallel:
-    """The network wrapped for several ranks, likewise: torch asks its compiler how it would treat what it compiles."""
-    # Around each forward pass: a context manager, wrapped before it was made one.
+    """``DistributedDataParallel`` for a network that is not compiled, without importing the compiler.
+
+    torch (2.15) imports it to read one of its settings, here answered with its default, and in ``_inside_ddp_forward``,
+    the context manager around each forward pass, to exclude that from what is compiled.
+    """
     around = getattr(getattr(DistributedDataParallel, "_inside_ddp_forward", None), "__wrapped__", None)
     plain: dict[str, Any] = {}
     if around is not None:

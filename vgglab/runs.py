@@ -119,7 +119,7 @@ class Run:
         found += self._events.damage(is_over=self.status not in GOING_ON)
         num_damaged = sum(entry is None for entry in self._skipped_lines())
         if num_damaged:
-            found.append(f"log/skipped-*: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
+            found.append(f"log/skipped-rank*.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
         return found
 
     def events(self, kind: str | None = None) -> list[Event]:
@@ -209,7 +209,7 @@ class Run:
         return {entry["image"]: entry["reason"] for entry in self._skipped_lines() if entry}
 
     def _skipped_lines(self) -> list[dict[str, Any] | None]:
-        """Of the lists of skipped images; None for one that is damaged. A last line may still be being written."""
+        """The lines of all lists of skipped images, None for a damaged one; without a last line that is unfinished."""
         lists = [tail_of(file, MOST_OF_A_LOG) for file in self._files("skipped-rank*.jsonl")]
         return [line_in(line, SKIPPED) for lines in lists for line in lines.splitlines(True) if line.endswith(b"\n")]
 

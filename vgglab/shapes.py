@@ -1,6 +1,6 @@
-"""What the layers of a chain make of a shape, without computing anything.
+"""The shapes that layers write, computed from their documented formulas.
 
-torch's meta device knows it too, and imports its compiler for that: two seconds.
+torch's meta device gives the same shapes, but imports torch's compiler: 1.6 CPU-seconds (torch 2.15 on an AMD EPYC).
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ ADAPTIVE_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 def output_of(module: nn.Module, images: Tensor) -> Tensor:
-    """A tensor of the shape that the layer makes of ``images (N, C, H, W)`` or ``(N, C)``, with nothing in it.
+    """An uninitialised tensor with the shape of the layer's output for ``images (N, C, H, W)`` or ``(N, C)``.
 
     Raises:
-        ValueError: the layer cannot take that shape.
+        ValueError: the layer does not accept that shape.
     """
     if isinstance(module, nn.Flatten):
         return images.flatten(module.start_dim, module.end_dim)
     if isinstance(module, nn.Linear):
-        _refuse_other(images.shape[-1], module.in_features, "values")
+        _expect(module.in_features, images.shape[-1], "input features")
         return images.new_empty(*images.shape[:-1], module.out_features)
     channels = images.shape[1]
-    _refuse_other(channels, getattr(module, "in_channels", getattr(module, "num_features", channels)), "channels")
+    _expect(getattr(module, "in_channels", getattr(module, "num_features", channels)), channels, "channels")
     if not isinstance(module, (nn.Conv2d, *POOLS, *ADAPTIVE_POOLS)):
         return images
     sides = [_side(module, axis, side) for axis, side in enumerate(images.shape[2:])]
     if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"nothing is left of {tuple(images.shape)} in a {type(module).__name__}")
+        raise ValueError(f"an input of shape {tuple(images.shape)} is too small for {type(module).__name__}")
     return images.new_empty(len(images), getattr(module, "out_channels", channels), *sides)
 
 
-def _refuse_other(found: int, wanted: int, what: str) -> None:
+def _expect(wanted: int, found: int, what: str) -> None:
     if found != wanted:
-        raise ValueError(f"{found} {what} reach a layer that takes {wanted}")
+        raise ValueError(f"expected {wanted} {what}, got {found}")
 
 
 def _side(module: Any, axis: int, side: int) -> int:
-    """Of what a convolution or a pooling writes; the formulas are those in torch's documentation."""
+    """Height (axis 0) or width (1) that a convolution or pooling writes, by the formulas in torch's documentation."""
     if isinstance(module, ADAPTIVE_POOLS):
         wanted = _pair(module.output_size)[axis]
         return side if wanted is None else wanted

@@ -133,7 +133,7 @@ class Child:
     def _answer(self) -> Any:
         try:
             answer = self.connection.recv()
-        except (EOFError, ConnectionResetError):  # reset: it had not read all that it was asked
+        except (EOFError, ConnectionResetError):  # reset: it died with a request unread
             self.process.join()
             code = self.process.exitcode or 0
             if code < 0:  # by the system, most likely
