@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import pytest
-from processes import PATIENCE_SECONDS, PROJECT
+from processes import NARROW, NARROW_VGG11, PATIENCE_SECONDS, PROJECT
 
 # Several tests at once on all cores, and their processes: one thread each, or they wait for one another's.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -93,7 +93,20 @@ class Result(NamedTuple):
 
 
 @pytest.fixture
-def train(images, tmp_path, capsys) -> Callable[..., Result]:
+def narrow(request, monkeypatch) -> None:
+    """A VGG11 with a tenth of the weights, here and in forked processes: for tests in which any network will do.
+
+    Not where a test has the marker ``paper_widths``, and not in new interpreters.
+    """
+    from vgglab import model
+
+    if not request.node.get_closest_marker("paper_widths"):
+        monkeypatch.setitem(model.CONFIGURATIONS, "vgg11", NARROW_VGG11)
+        monkeypatch.setenv(NARROW, "1")
+
+
+@pytest.fixture
+def train(images, tmp_path, capsys, narrow) -> Callable[..., Result]:
     """``train("--epochs=2", ...)``: the tiny job with these flags on top, in this process."""
     from vgglab import Run
     from vgglab.train import main

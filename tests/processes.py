@@ -36,6 +36,8 @@ GRACE_SECONDS = 30  # for the other ranks to notice that one has failed; torchru
 # Modules that a training run imports; torchvision is not one of them.
 PRELOADED = "numpy torch torch.distributed torch.nn.parallel torch.utils.data.distributed PIL.Image tqdm".split()
 _context = multiprocessing.get_context("forkserver")
+# In an environment with this variable VGG11 has few channels; the last convolution keeps its own, for the classifier.
+NARROW, NARROW_VGG11 = "VGGLAB_TESTS_NARROW", [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 512, "M"]
 
 
 def python(*words: str | Path, **options) -> subprocess.CompletedProcess:
@@ -196,6 +198,8 @@ def _become(words, environment, cwd, outputs, path, preexec_fn, autoload) -> Non
             importlib.import_module("sitecustomize")
         if autoload and environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1":
             torch._import_device_backends()
+        if NARROW in environment:
+            importlib.import_module("vgglab.model").CONFIGURATIONS["vgg11"] = NARROW_VGG11
         _run([word for word in words if word != "-u"])
         code = 0
     except SystemExit as error:

@@ -13,6 +13,7 @@ from test_devices import CAN_SIMULATE, losses
 from vgglab import Run
 from vgglab.devices.doubles import EAGER, LAZY
 
+pytestmark = pytest.mark.usefixtures("narrow")
 needs_sim = pytest.mark.skipif(not CAN_SIMULATE, reason="the eager double computes on the simulated card")
 GENERATIONS = [pytest.param(LAZY, id="lazy"), pytest.param(EAGER, id="eager", marks=needs_sim)]
 STEPS = 4  # of TINY: 18 images, 4 at a time

@@ -23,6 +23,7 @@ from vgglab.view import rank_table
 from vgglab.view.live import progress_of, summary
 from vgglab.view.rank_table import as_html, as_text, rank_rows, silence
 
+pytestmark = pytest.mark.usefixtures("narrow")
 PLANTED = """
 import os, sys
 import vgglab.pace as pace
@@ -281,6 +282,7 @@ def test_a_detached_run_outlives_its_launcher_and_is_found_and_stopped(tiny):
     assert again.status == "interrupted"
 
 
+@pytest.mark.paper_widths  # torchrun starts new interpreters
 def test_two_launchers_train_one_model(tiny, images, tmp_path):
     """Two machines, played by two torchruns that meet over c10d."""
     import socket

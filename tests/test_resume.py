@@ -17,6 +17,7 @@ from test_devices import needs_sim
 from vgglab import Run
 from vgglab.train import main
 
+pytestmark = pytest.mark.usefixtures("narrow")
 EPOCHS, STEPS = 3, 4  # of TINY on 18 images: 4 steps an epoch with 1 rank, 2 with 2
 LEFT = 75
 JOB = [*TINY[:-1], "--model=vgg11_bn", "--dropout-rate=0.5", f"--epochs={EPOCHS}", "--seed=7", "--print-freq=1"]

@@ -122,7 +122,8 @@ class Held:
             state.peak[card] = max(total, state.peak.get(card, 0))
 
     def __del__(self) -> None:
-        if not hasattr(self, "num_bytes"):  # never came to be: a tracer's tensor has no numbers
+        # A tracer's tensor has no numbers; and where Python ends, this module's names may be gone before its objects.
+        if state is None or not hasattr(self, "num_bytes"):
             return
         state.storages[self.address] -= 1
         if state.storages[self.address] == 0:
