@@ -12,6 +12,7 @@ from vgglab.data.transform import CHANNEL_MEAN, CHANNEL_STD
 from vgglab.devices import open_device
 from vgglab.model import build
 
+pytestmark = pytest.mark.paper_widths
 NUM_STEPS, EPOCHS = 50, 13  # 4 steps an epoch
 FLAGS = ("--init=kaiming", "--lr=0.1", "--warmup=3", f"--epochs={EPOCHS}", "--wd=0.0005", "--seed=3", "--print-freq=1")
 

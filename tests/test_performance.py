@@ -60,6 +60,7 @@ def test_a_part_of_fast_can_be_left_out(train):
     assert (run.report()["channels_last"], run.report()["fused"]) == (False, False)
 
 
+@pytest.mark.paper_widths
 def test_the_weights_of_a_channels_last_run_are_read_like_any_other(train):
     run = train("--channels-last").run
     weights = load_tensors(run.checkpoint("last"))["model"]

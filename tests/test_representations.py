@@ -211,5 +211,6 @@ def test_a_line_that_is_no_event_changes_nothing(run, line):
         file.write_text(f"{line}\n{file.read_text()}{line}\n")
     again = Run(run.path)
     report = again.report()
-    assert report.pop("damage") == ["events.jsonl: 2 damaged lines, left out"]
+    damaged = [f"{name}: 2 damaged lines, left out" for name in ("events.jsonl", "log/rank*.jsonl")]
+    assert report.pop("damage") == damaged
     assert (report, again.status, again.events(), again.ranks(), again.skipped()) == before

@@ -141,7 +141,9 @@ def test_row_4_a_warning_is_answered_with_a_checkpoint_and_an_exit_code(job, tmp
     else:  # as a scheduler does it: one of the ranks is enough
         os.kill(rank_pids(process.pid)[-1], number)
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert "left as it was asked to" in output
+    name = signal.Signals(number).name
+    assert f"stopped by {name}" in output
+    assert f"checkpoint saved; continue with --run-dir {tmp_path / 'warned'} --resume auto" in output
     if ranks == 1:
         assert process.returncode == LEFT
     run = Run(tmp_path / "warned")
@@ -176,6 +178,7 @@ def holding(planted):
     return lambda *steps: planted(HOLDS.replace("{steps}", str(list(steps))))
 
 
+@pytest.mark.paper_widths  # new interpreters beside this process
 def test_a_run_that_left_goes_on_in_place_with_the_same_command(job, holding, tmp_path):
     undisturbed = job("undisturbed", "--epochs=6")
     process = job.start("same", "--resume=auto", "--epochs=6", **holding(20))
@@ -191,6 +194,7 @@ def test_a_run_that_left_goes_on_in_place_with_the_same_command(job, holding, tm
     assert_same(undisturbed, resumed)
 
 
+@pytest.mark.paper_widths
 def test_torchrun_brings_a_run_with_killed_ranks_to_the_same_end(job, holding, tmp_path):
     flags = ["--epochs=6", "--checkpoint-every=3"]
     undisturbed = job("undisturbed", *flags, ranks=2)
@@ -208,6 +212,7 @@ def test_torchrun_brings_a_run_with_killed_ranks_to_the_same_end(job, holding, t
     assert_same(undisturbed, run)
 
 
+@pytest.mark.paper_widths
 @pytest.mark.parametrize("kills", [range(2), pytest.param(range(2, 22), marks=pytest.mark.long)], ids=["two", "many"])
 def test_row_3_no_kill_harms_a_checkpoint(job, tmp_path, kills):
     """Half of them while a checkpoint is being written."""
@@ -235,11 +240,10 @@ def test_resume_auto_passes_over_what_is_damaged_and_says_so(job, tmp_path):
     (run.path / "checkpoints" / "best.pt").write_bytes(b"not a checkpoint")
     resumed = job("run", "--resume=auto", "--epochs=1")
     texts = " ".join(event["text"] for event in resumed.events("warning"))
-    assert f"passed over {last} is damaged (the checksum of" in texts
-    assert "passed over" in texts
+    assert f"--resume auto: {last} is damaged (the checksum of" in texts
+    assert "so it was not used" in texts
     assert "best.pt" in texts
-    assert "goes on from" in texts
-    assert "previous.pt" in texts
+    assert f"resuming from {run.path / 'checkpoints' / 'previous.pt'}" in resumed.logs()
     assert resumed.events("start")[-1]["first_step"] == 3
 
 
@@ -250,7 +254,7 @@ def test_resume_auto_without_a_run_directory_takes_the_newest_run_there_is(job, 
     words = ["-m", "vgglab.train", "--resume=auto", f"--output-dir={tmp_path}", "--epochs=2"]
     result = processes.python(*words, env={**os.environ, "PYTHONPATH": str(PROJECT)}, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert f"goes on from {tmp_path / 'runs/newer'}" in result.stdout
+    assert f"resuming from {tmp_path / 'runs/newer'}" in result.stdout
     assert path.exists()
 
 
@@ -259,7 +263,22 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_in_one_line(job, ref
     content = bytearray(last.read_bytes())
     content[len(content) // 3] ^= 16
     last.write_bytes(content)
-    assert "the checksum of" in refused(f"--resume={last}")
+    line = refused(f"--resume={last.parent.parent}")
+    assert f"--resume {last}: is damaged (the checksum of" in line
+    (last.with_name("previous.pt")).write_bytes(b"")
+    assert f"the one before it: --resume {last.with_name('previous.pt')}" in refused(f"--resume={last}")
+
+
+def test_resume_auto_does_not_overwrite_checkpoints_none_of_which_can_be_used(job, refused):
+    run = job("run", "--epochs=1")
+    for file in (run.path / "checkpoints").glob("*.pt"):
+        file.unlink()
+        file.write_bytes(b"damaged")
+    line = refused("--resume=auto", f"--run-dir={run.path}")
+    assert f"no checkpoint in {run.path} can be used: " in line
+    assert f"move {run.path}/checkpoints away" in line
+    assert (run.path / "checkpoints" / "last.pt").read_bytes() == b"damaged"
+    assert Run(run.path).status == "done"
 
 
 def test_row_12_a_loss_that_is_not_finite_ends_the_run_in_one_line(job, tmp_path):
@@ -309,10 +328,17 @@ def test_row_30_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(job
 def test_row_30_a_disk_that_is_full_at_the_end_is_said_and_the_run_can_go_on(job, full_disk, tmp_path):
     output = job.refused("run", **full_disk(3))
     assert "step 12 was not written" in output
-    assert "make room and --resume" in output
+    assert f"make room, then continue with --run-dir {tmp_path / 'run'} --resume auto" in output
     assert torch.load(Run(tmp_path / "run").checkpoint("last"))["step"] == 8
     resumed = job("run", "--resume=auto")
     assert torch.load(resumed.checkpoint("last"))["step"] == 12
+
+
+def test_a_disk_that_is_full_for_all_checkpoints_is_said_and_the_run_can_begin_again(job, full_disk, tmp_path):
+    output = job.refused("run", **full_disk(1, 2, 3))
+    [error] = [line for line in output.splitlines() if "error: " in line]
+    assert "there is none before it; make room, then continue with --run-dir" in error
+    assert job("run", "--resume=auto").events("train")[-1]["step"] == 12
 
 
 def test_an_image_after_a_resume_with_other_ranks_comes_once(job):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def add(path, *events):
 def path(train):
     """A run that has ended, with its settings and machine, and no events yet."""
     run = train().run
-    (run.path / "events.jsonl").unlink()
+    for name in ("events.jsonl", "report.json"):
+        (run.path / name).unlink()
     return run.path
 
 
@@ -94,6 +96,40 @@ def test_a_launch_that_is_refused_in_the_place_of_one_that_ended_well_is_an_erro
     with pytest.raises(vgglab.UserError, match="--num-classes 7"):
         run.wait()
     assert run.status == "failed"
+    assert (vgglab.Run(run.path).status, run.failures()) == ("done", [])  # what is there is as it was
+
+
+def test_damage_is_listed_whatever_is_damaged(train):
+    run = train("--print-freq=1").run
+    kept = {name: (run.path / name).read_bytes() for name in ("config.json", "env.json", "events.jsonl", "report.json")}
+
+    def damage(name, content):
+        file = run.path / name
+        file.unlink() if content is None else file.write_bytes(content)
+        found = vgglab.Run(run.path).damage()
+        for name, content in kept.items():
+            (run.path / name).write_bytes(content)
+        return found
+
+    assert vgglab.Run(run.path).damage() == []
+    for name in ("config.json", "env.json"):
+        assert damage(name, b"{") == [f"{name}: cannot be read"]
+        assert damage(name, None) == [f"{name}: is missing"]
+    assert damage("report.json", b"{") == ["report.json: cannot be read"]
+    lines = kept["events.jsonl"].splitlines(keepends=True)
+    assert damage("events.jsonl", None) == [f"events.jsonl: {len(lines)} lines missing at its end"]
+    assert damage("events.jsonl", b"".join(lines[:-2])) == ["events.jsonl: 2 lines missing at its end"]
+    without = {name: json.loads(content) for name, content in kept.items() if name != "events.jsonl"}
+    for name, content in without.items():
+        del content["check"]
+        assert damage(name, json.dumps(content).encode()) == [
+            f"{name}: has no checksum; it was changed after it was written"
+        ]
+    bare = b"".join(re.sub(rb', "check": "\w+"', b"", line) for line in lines)
+    assert f"events.jsonl: {len(lines)} damaged lines, left out" in damage("events.jsonl", bare)
+    log = run.path / "log" / "rank0.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"loss": ', b'"loss": 1', 1))
+    assert vgglab.Run(run.path).damage() == ["log/rank*.jsonl: 1 damaged line, left out"]
 
 
 def test_a_folder_that_is_removed_is_no_run_that_goes_on_and_one_made_anew_is_another_run(path):

@@ -200,8 +200,12 @@ def test_a_field_of_a_wrong_type_is_named_and_left_out(run):
     with pytest.raises(UserError, match=r"env\.json: holds no started"):
         run.env["started"]
     config = json.loads((run.path / "config.json").read_text())
-    write_document(run.path / "config.json", {**config, "model": {"vgg": 16}, "check": None})
-    with pytest.raises(UserError, match=r"config\.json: holds no model"):
+    write_document(run.path / "config.json", {**config, "model": {"vgg": 16}, "lr": "fast", "check": None})
+    assert run.report()["model"] is run.report()["lr"] is None
+    for name in ("model", "lr"):
+        assert f"config.json: {name} is of a wrong type, left out" in run.report()["damage"]
+    write_document(run.path / "config.json", {**config, "batch_size": "many", "check": None})
+    with pytest.raises(UserError, match=r"config\.json: holds no batch_size"):
         run.report()
 
 

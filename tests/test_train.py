@@ -434,16 +434,26 @@ def test_devices_that_are_not_there(refused):
         assert "--device cuda: PyTorch sees no CUDA card" in refused("--device=cuda")
 
 
-def test_ctrl_c_ends_in_a_run_directory_that_says_so(images, tmp_path):
+@pytest.mark.parametrize("before", [(), (signal.SIGTERM,)], ids=["alone", "after-sigterm"])
+def test_ctrl_c_saves_and_ends_in_a_run_directory_that_says_so(images, tmp_path, before):
     flags = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path}/run", "--epochs=1000", "--workers=2"]
-    process = subprocess.Popen([sys.executable, "-m", "vgglab.train", *flags], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vgglab.train", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     wait_until((tmp_path / "run/checkpoints/last.pt").exists)
+    for number in before:
+        process.send_signal(number)
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=PATIENCE_SECONDS)
+    process.wait(PATIENCE_SECONDS)
     assert process.returncode == 130
     run = Run(tmp_path / "run")
     assert run.status == "interrupted"
     assert run.report()["acc1"] is not None
+    step = run.events("checkpoint")[-1]["step"]
+    assert load_tensors(run.checkpoint("last"))["step"] == step >= run.events("train")[-1]["step"]
+    advice = f"stopped by Ctrl-C after step {step}, checkpoint saved; continue with --run-dir {run.path} --resume auto"
+    assert process.stderr.read().splitlines()[-1] == f"vgglab.train: {advice}"
 
 
 def test_a_batch_that_does_not_fit_is_said_in_one_line_and_the_run_says_failed(tmp_path):
@@ -513,7 +523,10 @@ def test_ctrl_c_twice_is_answered_once(images, tmp_path):
         process.send_signal(signal.SIGINT)
         time.sleep(0.02)
     said = process.communicate()[1].decode()
-    assert (process.returncode, said) == (130, "vgglab.train: interrupted\n")
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "vgglab.train: interrupted"
+    assert "Traceback" not in said
+    assert "press it again to stop without one" in said
     assert Run(tmp_path / "run").status == "interrupted"
 
 

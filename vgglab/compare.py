@@ -75,6 +75,8 @@ def compare(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
     for run in (one, other):
         if not run.events("start"):
             raise UserError(f"{run.path}: nothing to compare yet")
+        if not run.config:
+            raise UserError(f"{run.path}: config.json is missing; its settings cannot be compared")
     rows, others = _figures(one), _figures(other)
     common = sorted(set(rows) & set(others))
     first, largest = None, 0.0

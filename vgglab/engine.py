@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -172,17 +172,16 @@ def _train(job: Job, config: Config, device: Device, run: RankWriter, tracer: Tr
                     is_measured=state.step > last_skipped_step,
                     **clock.read(),
                 )
-            if is_saved or watch.all_leave:
-                _save(job, config, device, run)
             if watch.all_leave:
-                raise Leaving
+                _save_and_leave(job, config, device, run)
+            if is_saved:
+                _save(job, config, device, run)
 
         if state.epoch + 1 == config.epochs or (state.epoch + 1) % config.eval_freq == 0:
             try:
                 is_best = evaluate(job, device, run, epoch)
             except Leaving:
-                _save(job, config, device, run)  # all its images seen, its evaluation still to come
-                raise
+                _save_and_leave(job, config, device, run)  # all its images seen, its evaluation still to come
             state.epoch, state.images = epoch + 1, 0
             if config.lr_schedule == "plateau" and epoch >= config.warmup:
                 state.was_evaluated(is_best, config.lr_patience)
@@ -216,13 +215,26 @@ def _save(job: Job, config: Config, device: Device, run: RankWriter, is_best: bo
         left = "the one before is intact" if (folder / "last.pt").exists() else "there is none before it"
         text = f"the checkpoint of step {state.step} was not written ({error}); {left}"
         if state.epoch == config.epochs:
-            advice = f"make room and --resume {run.path}"
+            run.accepted("checkpoints")  # said here
             lost = f"also not written: {run.losses()}; " if run.lost else ""
-            raise UserError(f"{folder}: {text}; {lost}{advice}") from None
+            raise UserError(f"{folder}: {text}; {lost}make room, then {_resume_advice(run)}") from None
         run.refused("checkpoints", text)
     else:
         run.accepted("checkpoints")  # a later one is as good
         run.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)
+
+
+def _save_and_leave(job: Job, config: Config, device: Device, run: RankWriter) -> NoReturn:
+    _save(job, config, device, run)
+    if device.rank != 0:
+        raise Leaving
+    saved = "its checkpoint could not be written" if "checkpoints" in run.lost else "checkpoint saved"
+    raise Leaving(f"after step {job.state.step}, {saved}; {_resume_advice(run)}")
+
+
+def _resume_advice(run: RankWriter) -> str:
+    """How to go on in the same run directory, from the beginning where it has no checkpoint."""
+    return f"continue with --run-dir {run.path} --resume auto"
 
 
 _ADVICE = "the last checkpoint is from before that; lower --lr or lengthen --warmup"

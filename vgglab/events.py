@@ -69,6 +69,11 @@ class EventFile:
             self._seen = [earlier for earlier in self._seen if _is_before(earlier, event)]
         self._seen.append(event)
 
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the lines carry them, as all of this version do."""
+        return self._has_checksums
+
     def next_number(self) -> int:
         """Of the line to be written next."""
         self.read()

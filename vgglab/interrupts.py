@@ -11,16 +11,19 @@ from typing import Any, Callable, Iterator, Sequence
 WARNINGS = [  # to leave in good order: a scheduler's two, and that of a terminal that is closed
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 ]
-_warnings: list[int] = []  # the signals by which this process was asked to leave
+_received: list[int] = []  # the signals by which this process was asked to leave
 
 
 class Leaving(BaseException):
-    """The run was asked to leave and has saved what it had; not an error, so no ``except Exception`` may hold it."""
+    """The run ends because it was asked to; not an error, so no ``except Exception`` may hold it.
+
+    Its message says what was saved and how to resume; empty where nothing had to be saved.
+    """
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ctrl-C waits until the block is done.
+    """Ctrl-C waits until the block is done, and is answered then.
 
     Inside ``torch.save`` it would come out as an error of torch's own.
     """
@@ -33,8 +36,8 @@ def undisturbed() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-    if waiting:
-        raise KeyboardInterrupt
+        for number in waiting:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager
@@ -57,27 +60,28 @@ def starting_workers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def heeding_warnings() -> Iterator[None]:
-    """In the block ``WARNINGS`` are only noted; the loop asks ``leave_requested`` and ends in good order.
+    """In the block ``WARNINGS`` and Ctrl-C are only noted; the loop asks ``leave_requested`` and ends in good order.
 
-    One that was switched off from outside stays so: under nohup a closed terminal is nothing.
+    A second Ctrl-C is a KeyboardInterrupt. A signal that was switched off from outside stays so: under nohup a closed
+    terminal is nothing.
     """
-    _warnings.clear()
+    _received.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with handling(WARNINGS, _note):
+    with handling([*WARNINGS, signal.SIGINT], _note):
         yield
 
 
 @contextlib.contextmanager
-def passing_on_warnings(pid: int) -> Iterator[None]:
-    """In the block ``WARNINGS`` go to the process ``pid``, which this one only waits for."""
+def passing_on_signals(pid: int) -> Iterator[None]:
+    """In the block ``WARNINGS`` and Ctrl-C go to the process ``pid``, which this one only waits for."""
 
     def pass_on(number: int, _: Any) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    with handling(WARNINGS, pass_on):
+    with handling([*WARNINGS, signal.SIGINT], pass_on):
         yield
 
 
@@ -126,9 +130,26 @@ def _end_at_parents_word(parent: int) -> None:
 
 
 def _note(number: int, _: Any) -> None:
-    _warnings.append(number)
+    if number == signal.SIGINT:
+        if was_interrupted():
+            raise KeyboardInterrupt
+        with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
+            os.write(2, b"\nCtrl-C: stopping after this step, with a checkpoint; press it again to stop without one\n")
+    _received.append(number)
 
 
 def leave_requested() -> bool:
     """Whether somebody has asked this process to save and leave."""
-    return bool(_warnings)
+    return bool(_received)
+
+
+def was_interrupted() -> bool:
+    """Whether Ctrl-C was among the signals."""
+    return signal.SIGINT in _received
+
+
+def reason() -> str:
+    """What asked this process to leave, such as ``by SIGTERM``."""
+    if was_interrupted():
+        return "by Ctrl-C"
+    return f"by {signal.Signals(_received[0]).name}" if _received else "with the other ranks"

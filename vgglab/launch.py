@@ -265,6 +265,9 @@ class LaunchedRun(Run):
         cause = next(iter(self.failures()), None)
         if cause and cause["exit_code"] == ranks.EXIT_BAD_INPUT:
             raise UserError(cause["error"].partition(": ")[2])
+        if code == ranks.EXIT_BAD_INPUT:
+            refusals = [line for line in self.logs("launcher").splitlines() if "error: " in line]
+            raise UserError(refusals[-1].partition("error: ")[2] if refusals else lines[-1])
         if cause and self.is_multiple:
             how = "failed" if cause["exit_code"] >= 0 else cause["error"]  # which says what killed it
             raise RunFailed(f"the run in {self.path}: rank {cause['rank']} {how}\n{cause['traceback']}".rstrip())

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vgglab.errors import UserError
-from vgglab.files import read_bytes
+from vgglab.files import exists, read_bytes
 from vgglab.schema import FAILURE, line_in, write_document
 
 LEASH = "VGGLAB_LEASH"  # set for a launched process: stdin is its leash
@@ -199,6 +199,8 @@ def report_failure(error: BaseException, exit_code: int) -> None:
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     launched_for = os.environ.get(MARK)  # its log folder is there before any rank is
     path = _run_dir or (Path(launched_for) if launched_for else None)
+    if path and not _run_dir and exit_code == EXIT_BAD_INPUT and exists(path / "events.jsonl"):
+        path = None  # what is refused is no failure of the run that is there
     line, rank = f"{type(error).__name__}: {error}", int(os.environ.get("RANK", 0))
     _write_failure(path, rank, line, exit_code, text, has_lost_peers(error))
     if name() and os.environ.get("TORCHELASTIC_ERROR_FILE") and "torch" in sys.modules:

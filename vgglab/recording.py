@@ -19,7 +19,7 @@ from vgglab.errors import UserError
 from vgglab.events import Event, EventFile
 from vgglab.files import without_links, writing
 from vgglab.ranks import ASK_WHERE
-from vgglab.runs import LOCK, Run, claim
+from vgglab.runs import LOCK, OURS, Run, claim
 from vgglab.schema import append_line, write_document
 from vgglab.version import __version__
 
@@ -73,7 +73,7 @@ class RankWriter:
         try:
             append_line(self.path / name, content)
         except OSError as error:
-            text = f"{self.path / name} cannot be written ({error.strerror}); training continues without these lines"
+            text = f"{self.path / name} cannot be written ({error.strerror}); what belongs there is lost until it can"
             self.refused(f"lines of {name}", text)
 
     @contextlib.contextmanager
@@ -120,6 +120,7 @@ class RunWriter(RankWriter):
     ) -> None:
         super().__init__(path, 0, is_simulated)
         self.listeners = list(listeners)
+        self._is_new = not is_continued
         self._started = time.monotonic()
         self._num_lines = 0  # lines that the disk refused count too, so that a reader sees the gap
         if not is_continued:
@@ -148,8 +149,24 @@ class RunWriter(RankWriter):
         self._write(self.path / "env.json", _environment(device, world_size))
 
     def _write(self, file: Path, content: Event) -> None:
-        with writing(self.path):
-            write_document(file, content)
+        try:
+            with writing(self.path):
+                write_document(file, content)
+        except UserError:
+            if self._is_new:
+                self._remove()
+            raise
+
+    def _remove(self) -> None:
+        """Take away the files of a run that could not begin, so that the same command works once there is room."""
+        for name in (*OURS, LOCK):
+            with contextlib.suppress(OSError):
+                (self.path / name).with_suffix(".tmp").unlink()
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
+        for folder in (self.path / "log", self.path):  # what else is in there stays
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def write_report(self, report: dict[str, Any]) -> None:
         try:

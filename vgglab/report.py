@@ -44,16 +44,16 @@ def build_report(run: Run) -> dict[str, Any]:
     intervals = [event for event in real if event["interval_images"] == event["interval_steps"] * per_step]
     speed = _speed(intervals)
     return {
-        "model": config["model"],
+        "model": config.get("model"),
         "local_rank": 0,
         "batch_size": config["batch_size"],
-        "epochs": config["epochs"],
-        "training_step_per_epoch": config["training_step_per_epoch"],
-        "eval_step_per_epoch": config["eval_step_per_epoch"],
+        "epochs": config.get("epochs"),
+        "training_step_per_epoch": config.get("training_step_per_epoch"),
+        "eval_step_per_epoch": config.get("eval_step_per_epoch"),
         "acc1": _best(events, "acc1"),
         "acc5": _best(events, "acc5"),
-        "device": config["device"],
-        "skip_steps": config["skip_steps"],
+        "device": config.get("device"),
+        "skip_steps": config.get("skip_steps"),
         "train_fps_mean": speed["mean"],
         "train_fps_min": speed["min"],
         "train_fps_max": speed["max"],
@@ -61,19 +61,20 @@ def build_report(run: Run) -> dict[str, Any]:
         # So far the seed kit's fields, in its order; from here on ours.
         "status": run.status,
         "damage": run.damage(),
+        "num_lines": run.num_lines(),
         "recipe": config.get("recipe"),
         "world_size": env["world_size"],
-        "data_path": config["data_path"],
+        "data_path": config.get("data_path"),
         "data_is_fake": any(event.get("is_fake") for event in events if event["event"] == "start"),
         "num_skipped_images": len(run.skipped()),
         "decoder": config.get("decoder"),
-        "image_size": config["image_size"],
-        "lr": config["lr"],
+        "image_size": config.get("image_size"),
+        "lr": config.get("lr"),
         "global_batch_size": config["batch_size"] * env["world_size"],
         "images_per_second": speed["mean"],
         **_step_times(intervals),
-        "seed": config["seed"],
-        "amp_dtype": env["amp_dtype"],
+        "seed": config.get("seed"),
+        "amp_dtype": env.get("amp_dtype"),
         "tf32": env.get("tf32"),
         "channels_last": env.get("channels_last", False),
         "fused": env.get("fused", False),
@@ -81,9 +82,9 @@ def build_report(run: Run) -> dict[str, Any]:
         "timers": config.get("timers", False),
         "first_step_seconds": None if env["simulated"] else _first_step(events),
         "peak_bytes": next((event.get("peak_bytes") for event in events if event["event"] == "end"), None),
-        "hardware": env["hardware"],
+        "hardware": env.get("hardware"),
         "simulated": env["simulated"],
-        "versions": env["versions"],
+        "versions": env.get("versions", {}),
         "warnings": list(dict.fromkeys(event["text"] for event in events if event["event"] == "warning")),
     }
 
@@ -177,17 +178,18 @@ def main() -> int:
     """Write ``report.json`` anew for each run directory named on the command line."""
     parser = argparse.ArgumentParser(prog="vgglab.report", description=main.__doc__)
     parser.add_argument("run", nargs="+", help="a run directory")
-    try:
-        for path in parser.parse_args().run:
+    code = 0
+    for path in parser.parse_args().run:
+        try:
             run = Run(path)
             file = run.path / "report.json"
             with writing(file):
                 write_document(file, run.report())
             print(printable(str(file)))
-    except UserError as error:
-        print(f"vgglab.report: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        except UserError as error:
+            print(f"vgglab.report: error: {error}", file=sys.stderr)
+            code = 2
+    return code
 
 
 if __name__ == "__main__":

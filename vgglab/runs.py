@@ -32,7 +32,7 @@ from vgglab.errors import UserError, printable
 from vgglab.events import Event, EventFile
 from vgglab.files import exists, make_folder, tail_of, writing
 from vgglab.ranks import failures, grace_period_seconds
-from vgglab.schema import RANK, SKIPPED, Document, line_in, read_document
+from vgglab.schema import RANK, SKIPPED, Document, line_in, read_document, readable_document
 
 if TYPE_CHECKING:
     from vgglab.config import Config
@@ -115,12 +115,27 @@ class Run:
 
     def damage(self) -> list[str]:
         """What in the files was left out because it is damaged, or no run of this kit writes it; a phrase each."""
-        found = [wrong for name in ("config.json", "env.json") for wrong in read_document(self.path / name).damage]
-        found += self._events.damage(is_over=self.status not in GOING_ON)
-        num_damaged = sum(entry is None for entry in self._skipped_lines())
-        if num_damaged:
-            found.append(f"log/skipped-rank*.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
+        found = self._events.damage(is_over=self.status not in GOING_ON)
+        has_begun = self._events.read() != []
+        for name in ("config.json", "env.json", "report.json"):
+            document = readable_document(self.path / name)
+            found += document.damage
+            if not document and not document.damage and has_begun and name != "report.json":
+                found.append(f"{name}: is missing")
+            elif document and self._events.has_checksums and not document.has_checksum:
+                found.append(f"{name}: has no checksum; it was changed after it was written")
+        num_missing = readable_document(self.path / "report.json").get("num_lines", 0) - self._events.next_number()
+        if num_missing > 0:
+            found.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing at its end")
+        for pattern, lines in (("skipped-rank", self._skipped_lines()), ("rank", self._recent_lines())):
+            num_damaged = sum(line is None for line in lines)
+            if num_damaged:
+                found.append(f"log/{pattern}*.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
         return found
+
+    def num_lines(self) -> int:
+        """How many lines of events were written, those that are damaged or missing now included."""
+        return self._events.next_number()
 
     def events(self, kind: str | None = None) -> list[Event]:
         """All events so far, or those of one kind; a line that is still being written is left out.
@@ -143,11 +158,18 @@ class Run:
     @property
     def is_here(self) -> bool:
         """Whether it runs, or ran, on this machine."""
-        return (self.env or read_document(self.path / LAUNCHED)).get("host") == socket.gethostname()
+        return any(known.get("host") == socket.gethostname() for known in self._owners()[:1])
+
+    def _owners(self) -> list[Document]:
+        """The processes that the files name: rank 0, then who was launched."""
+        return [known for name in ("env.json", LAUNCHED) if (known := readable_document(self.path / name))]
 
     def writer(self) -> str:
         """Who is writing here, and what one may do about it, for those who wanted to."""
-        owner = next((one for one in (self.env, read_document(self.path / LAUNCHED)) if is_running(one)), self.env)
+        owners = self._owners()
+        owner: dict[str, Any] = next(filter(is_running, owners), owners[0] if owners else {})
+        if not is_running(owner) and holder(self.path / LOCK) == 0:
+            return "no process is writing there"
         who = f"process {owner.get('pid')} on {owner.get('host')}"
         return f"{who} is writing there; vgglab.Run({str(self.path)!r}).watch() shows it, .stop() ends it"
 
@@ -157,7 +179,7 @@ class Run:
         Either may outlive the other: a launcher starts ranks anew, and a run that is launched again in place has the
         former rank 0 in ``env.json`` until it is ready. Where neither could be written, the lock tells.
         """
-        known = [document for name in ("env.json", LAUNCHED) if (document := read_document(self.path / name))]
+        known = self._owners()
         return self.is_here and not any(map(is_running, known)) if known else holder(self.path / LOCK) == 0
 
     def _is_launched_anew(self) -> bool:
@@ -197,12 +219,16 @@ class Run:
         """For each rank the last few lines of its own figures, the latest last."""
         recent = []
         for file in self._files("rank*.jsonl"):
-            events = [event for line in tail_of(file).splitlines() if (event := line_in(line, RANK))]
+            events = [event for event in _lines_at_the_end(file) if event]
             # What a former process wrote, before the run went on in place, is not how the rank does now.
             events = [event for event in events if event["pid"] == events[-1]["pid"]]
             if events and events[-1]["rank"] < self.env.get("world_size", math.inf):
                 recent.append(events[-NUM_RECENT:])
         return sorted(recent, key=lambda events: events[-1]["rank"])
+
+    def _recent_lines(self) -> list[dict[str, Any] | None]:
+        """Of all ranks the lines that ``recent_figures`` looks at, None for a damaged one."""
+        return [line for file in self._files("rank*.jsonl") for line in _lines_at_the_end(file)]
 
     def skipped(self) -> dict[str, str]:
         """The images that ranks have left out because they could not be read, and why."""
@@ -270,3 +296,10 @@ class Run:
         from vgglab.view.live import watch
 
         watch(self)
+
+
+def _lines_at_the_end(file: Path) -> list[dict[str, Any] | None]:
+    """A rank's last lines, None for a damaged one; without one that is unfinished, or of which the start is cut off."""
+    tail = tail_of(file)
+    whole = tail.splitlines(True)[1 if file.stat().st_size > len(tail) else 0 :]
+    return [line_in(line, RANK) for line in whole if line.endswith(b"\n") and not line.isspace()]

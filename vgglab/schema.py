@@ -198,7 +198,9 @@ def has_changed(content: Content) -> bool:
 def event_in(line: bytes, needs_checksum: bool = False) -> Content | None:
     """A line of ``events.jsonl``, its number under ``line``; None for one that is damaged, or no event."""
     content = parse(line)
-    if content is None or (needs_checksum and CHECK not in content) or has_changed(content):
+    # Lines were given numbers and checksums at the same time: one with a number alone has been edited.
+    is_without = content is not None and CHECK not in content and (needs_checksum or "line" in content)
+    if content is None or is_without or has_changed(content):
         return None
     kind = content.get("event")
     if not isinstance(kind, str) or not seconds(content.get("seconds")):
@@ -230,6 +232,7 @@ class Document(Content):
         super().__init__(content)
         self.file = file
         self.damage = damage  # a phrase each
+        self.has_checksum = False
 
     def __missing__(self, name: str) -> None:
         raise UserError(f"{self.file}: holds no {name} that can be used; the run directory is damaged")
@@ -243,11 +246,22 @@ def read_document(file: Path) -> Document:
     content = None if data is None else parse(data)
     if content is None:
         raise UserError(f"{file}: is damaged; the run cannot be read")
+    has_checksum = CHECK in content
     damage = [f"{file.name}: was changed after it was written"] if has_changed(content) else []
     tests = DOCUMENTS.get(file.name, {})
     left_out = [name for name, value in content.items() if name in tests and not tests[name](value)]
     damage += [f"{file.name}: {printable(name)} is of a wrong type, left out" for name in left_out]
-    return Document(file, printable({name: v for name, v in content.items() if name not in left_out}), damage)
+    document = Document(file, printable({name: v for name, v in content.items() if name not in left_out}), damage)
+    document.has_checksum = has_checksum
+    return document
+
+
+def readable_document(file: Path) -> Document:
+    """As ``read_document``, but empty, with the reason under ``damage``, where the file cannot be read."""
+    try:
+        return read_document(file)
+    except UserError:
+        return Document(file, {}, [f"{file.name}: cannot be read"])
 
 
 def write_document(file: Path, content: Content) -> None:

@@ -10,9 +10,7 @@ one folder, ``<output-dir>/runs/<time>-...-seeds/seed-<n>/``; ``vgglab.Seeds(fol
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -23,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Callable, Generator, Sequence
 from vgglab import ranks
 from vgglab.config import Config
 from vgglab.errors import UserError, printable
-from vgglab.interrupts import passing_on_warnings
+from vgglab.interrupts import passing_on_signals
 from vgglab.runs import Run, is_a_run, run_path
 
 if TYPE_CHECKING:
@@ -109,18 +107,14 @@ def for_one(number: int, folder: Path) -> list[str]:
 
 
 def _run(command: list[str]) -> int:
-    """On the leash: however this process ends, so does that one. A signal to leave is passed on."""
+    """On the leash: however this process ends, so does that one. A signal to leave is passed on.
+
+    In a session of its own, so that a terminal's Ctrl-C does not reach it twice.
+    """
     environment = {**os.environ, ranks.LEASH: "1"}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
-    with passing_on_warnings(process.pid):
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(2)  # a terminal has sent it to both
-            if process.returncode is None:
-                process.send_signal(signal.SIGINT)
-            return process.wait()
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+    with passing_on_signals(process.pid):
+        return process.wait()
 
 
 class Seeds:

@@ -20,8 +20,8 @@ Going on after a stop, and testing without training:
     python -m vgglab.train --resume runs/<run>/checkpoints/best.pt --test-only
 
 Everything a run does ends up in its run directory (``vgglab/runs.py``). Exit codes: 0 done, 1 a bug with its
-traceback, 2 bad input with one line on stderr, 75 left at a signal (SIGTERM, SIGUSR1, SIGHUP) with a checkpoint to go
-on from, 130 interrupted.
+traceback, 2 bad input with one line on stderr, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint saved, 130
+stopped by Ctrl-C: with a checkpoint saved at the first, without one at the second.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if __name__ == "__main__" and not __package__:
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
-from vgglab import agreement, inheritance, ranks, seeds
+from vgglab import agreement, inheritance, interrupts, ranks, seeds
 from vgglab import config as configuration
 from vgglab.config import Config
 from vgglab.devices import import_torch, open_device
@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         ranks.say("interrupted")
         return ranks.EXIT_INTERRUPTED
-    except Leaving:
-        ranks.say(f"{ranks.name()}left as it was asked to; go on with --resume")
-        return ranks.EXIT_LEFT
+    except Leaving as leaving:
+        ranks.say(f"{ranks.name()}stopped {interrupts.reason()} {leaving}".rstrip())
+        return ranks.EXIT_INTERRUPTED if interrupts.was_interrupted() else ranks.EXIT_LEFT
     except _SaidElsewhere:
         return ranks.EXIT_BAD_INPUT
     except Exception as error:
@@ -116,7 +116,6 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
             later for an image that cannot be read.
     """
     import_torch(config.device)  # from here on; a wrong flag is answered without it
-    from vgglab import checkpoint
     from vgglab.data.sets import open_sets
 
     saved, notes, is_in_place = None, [], False
@@ -127,8 +126,8 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
         is_in_place = config.run_dir is not None and not config.test_only  # that would void what was trained
         notes = _find_checkpoint(config)
     if config.resume:
+        saved = _read_checkpoint(config.resume)
         with blaming(f"--resume {config.resume}"):
-            saved = checkpoint.read(config.resume)
             inheritance.inherit(config, given, saved.get("config", {}))
     device = open_device(
         config.device,
@@ -154,8 +153,24 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
         device.close()
 
 
+def _read_checkpoint(path: str) -> dict[str, Any]:
+    from vgglab import checkpoint
+
+    file = checkpoint.locate(path)
+    try:
+        return checkpoint.read(file)
+    except UserError as error:
+        earlier = file.with_name("previous.pt")
+        advice = f"; the one before it: --resume {earlier}" if file.name == "last.pt" and earlier.exists() else ""
+        raise UserError(f"--resume {file}: {error}{advice}") from None
+
+
 def _find_checkpoint(config: Config) -> list[str]:
-    """Put the newest intact checkpoint, if there is one, in the place of ``auto``; say what was passed over."""
+    """Put the newest intact checkpoint, if there is one, in the place of ``auto``; say which ones cannot be used.
+
+    Raises:
+        UserError: none in ``run_dir`` can be used; training from the beginning would overwrite them.
+    """
     from vgglab import checkpoint
     from vgglab.runs import holds_a_run
 
@@ -163,13 +178,13 @@ def _find_checkpoint(config: Config) -> list[str]:
     folders = [Path(config.run_dir)] if config.run_dir else sorted(runs.glob("*"))
     file, _, passed_over = checkpoint.newest(folders)
     config.resume = None if file is None else str(file)
-    notes = [f"--resume auto: passed over {text}" for text in passed_over]
-    if file is None:
-        where = config.run_dir or runs
-        if notes or (config.run_dir and holds_a_run(Path(config.run_dir))):
-            notes.append(f"--resume auto: no intact checkpoint in {where}; starting from the beginning")
-        return notes
-    return [*notes, f"--resume auto: goes on from {file}"]
+    notes = [f"--resume auto: {text}, so it was not used" for text in passed_over]
+    if file is None and passed_over and config.run_dir:
+        advice = f"to start from the beginning, move {config.run_dir}/checkpoints away"
+        raise UserError(f"--resume auto: no checkpoint in {config.run_dir} can be used: {passed_over[0]}; {advice}")
+    if file is None and (notes or (config.run_dir and holds_a_run(Path(config.run_dir)))):
+        notes.append(f"--resume auto: no intact checkpoint in {config.run_dir or runs}; starting from the beginning")
+    return notes
 
 
 def _resolve(config: Config, device: Device, sets: DataSets) -> None:
@@ -248,6 +263,8 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, p
     is_continued = is_in_place and holds_a_run(path)
     try:
         run = RunWriter(path, [terminal, *scalars], device.is_simulated, is_continued)
+        run.write_config(config.as_dict())
+        run.write_env(device.describe(), device.world_size)
     except UserError:
         agreement.all_ranks(False, device)
         raise
@@ -258,9 +275,9 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, p
     status, failure = "failed", None
     with run.recording_output(), heeding_warnings():
         try:
-            run.write_config(config.as_dict())
-            run.write_env(device.describe(), device.world_size)
             terminal.say(f"run directory: {path}")
+            if config.resume and not config.test_only:
+                terminal.say(f"resuming from {config.resume}")
             if not run.has_lock:
                 run.event("warning", text=f"{path}: this file system cannot lock; start no second run in there")
             engine.announce(job, config, sets, run)
@@ -296,7 +313,9 @@ if __name__ == "__main__":
 
     try:
         code = packaged_main()
-    except KeyboardInterrupt:  # a second one, while the first was being answered
+    except KeyboardInterrupt:  # another one, while the last was being answered
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ranks.say("interrupted")
         code = ranks.EXIT_INTERRUPTED
     except Exception:  # shown here: Python would keep it and its frames, and with them the loader's processes
         with contextlib.suppress(OSError):

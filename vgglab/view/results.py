@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
 from vgglab.errors import UserError, printable
-from vgglab.runs import Run, holds_a_run
+from vgglab.runs import GOING_ON, Run, holds_a_run
 from vgglab.schema import read_document
 from vgglab.view import seeds_table
 from vgglab.view.tables import POLICY, html_table, html_text, text_table
@@ -128,10 +128,14 @@ def collect(folders: Iterable[Path]) -> list[Result]:
                 if bench.exists():
                     rows = read_document(bench)["results"]
                     benchmarks += [_of_benchmark(row, Run(path)) for row in rows]
-                elif Run(path).events():  # others have only just begun
+                elif Run(path).events():
                     runs += _results_of(path)
-            except (UserError, ValueError, KeyError, TypeError) as error:  # one must not take the others along
-                print(f"left out: {printable(path.name)} cannot be read ({error!r})", file=sys.stderr)
+                elif Run(path).status not in GOING_ON:  # the others have only just begun
+                    print(f"left out: {printable(path.name)}: has no events that can be read", file=sys.stderr)
+            except UserError as error:  # one must not take the others along
+                print(f"left out: {printable(path.name)}: {error}", file=sys.stderr)
+            except (ValueError, KeyError, TypeError):
+                print(f"left out: {printable(path.name)}: is damaged, or of another version", file=sys.stderr)
     return _with_peak(_with_efficiency(runs), benchmarks) + benchmarks
 
 
