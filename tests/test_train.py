@@ -4,10 +4,12 @@ import inspect
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -18,6 +20,7 @@ from processes import python, ranks
 import vgglab
 from vgglab import Run, checkpoint
 from vgglab.compat import load_tensors
+from vgglab.config import Config
 from vgglab.errors import UserError
 
 SEED_REPORT_FIELDS = (
@@ -150,7 +153,8 @@ def test_the_readmes_resume_lines_need_no_other_flag(images, tmp_path, capsys):
     assert main([*TINY, *recipe, "--amp", f"--run-dir={first}"]) == 0
     assert main([f"--resume={first}", "--epochs=2", "--workers=0", f"--run-dir={longer}"]) == 0
     assert main([f"--resume={longer}", "--test-only", "--workers=0", f"--run-dir={tested}"]) == 0
-    assert "was" not in capsys.readouterr().out.replace("was refused", "")
+    said = re.findall("--resume: .*", capsys.readouterr().out)
+    assert said == ["--resume: --epochs 2, was 1"]  # cosine falls towards the last of them
     settings = [Run(path).config for path in (first, longer)]
     differing = {name for name in settings[0] if settings[0][name] != settings[1][name]}
     assert differing <= {"epochs", "resume", "run_dir", "amp"}
@@ -188,6 +192,36 @@ def test_a_shortened_evaluation_looks_at_all_classes(images, train):
             file.write_bytes(b"no image")
     run = train("--on-bad-image=skip", "--eval-step-per-epoch=1", "--batch-size=3", "--epochs=1").run
     assert run.events("eval")[0]["num_images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ((), ("--decoder=fast",), "--decoder fast, was pil"),
+        ((), ("--sync-bn",), "--sync-bn True, was False"),
+        ((), ("--on-bad-image=skip",), "--on-bad-image skip, was fail"),
+        (("--lr-schedule=cosine",), ("--epochs=4",), "--epochs 4, was 2"),
+        (("--lr-schedule=step",), ("--epochs=4",), None),  # the first two are as they would have been
+        ((), ("--print-freq=3", "--init=normal", "--workers=1"), None),
+    ],
+)
+def test_a_resumed_run_says_which_settings_that_affect_the_weights_it_changes(train, before, after, said):
+    """The first four were changed in silence."""
+    if "--decoder=fast" in after:
+        pytest.importorskip("simplejpeg")
+    first = train("--epochs=2", "--training-step-per-epoch=1", "--decoder=pil", *before).run
+    run = train("--epochs=3", *after, f"--resume={first.path}").run
+    changes = [text for text in run.report()["warnings"] if text.startswith("--resume: ")]
+    assert changes == ([] if said is None else [f"--resume: {said}"])
+
+
+def test_a_setting_that_nobody_has_classified_is_reported_and_compared():
+    from vgglab.flags import AFFECTS, Policy, flag
+
+    assert Policy().affects == "weights"
+    with pytest.raises(KeyError):
+        flag("help", affects="nothing we know")
+    assert {item.metadata["policy"].affects for item in fields(Config)} == {*AFFECTS}
 
 
 def test_a_resumed_run_keeps_its_seed_and_uses_its_own_flags(train, refused):

@@ -14,15 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
+from vgglab.config import settings_that_affect
 from vgglab.errors import UserError
 from vgglab.flags import NOT_NEGATIVE, OneLineParser, with_dashes
 from vgglab.recording import finite
 from vgglab.runs import Run
 
-# What says where and for whom a run was, and not what it does.
-NOT_COMPARED = (
-    "run_dir output_dir resume recipe device world_size workers print_freq skip_steps checkpoint_every".split()
-)
 STARTING_POINT = ("num_train_images", "num_eval_images", "num_classes", "num_parameters", "steps_per_epoch", "data")
 FIGURES = {
     "train": ("lr", "loss", "acc1"),
@@ -120,7 +117,9 @@ def _differing(one: dict[str, Any], other: dict[str, Any], names: Sequence[str])
 
 
 def _compared(settings: dict[str, Any]) -> list[str]:
-    return [name for name in settings if name not in NOT_COMPARED]
+    """What the runs do; not where they lie, or what is written down. A setting that is not known here is compared."""
+    left_out = settings_that_affect("record", "place", "launch", "others")
+    return [name for name in settings if name not in left_out]
 
 
 def _last_acc1(run: Run) -> float | None:

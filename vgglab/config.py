@@ -1,7 +1,8 @@
 """One dataclass of settings, and the parser that fills it, with a recipe's values where a recipe was named.
 
-The flags are the seed kit's; ``-`` and ``_`` are both accepted in any of them. The dataclass is the only
-list: the parser, ``config.json`` and ``vgglab.launch`` are made from it. Nothing here imports torch.
+The flags are the seed kit's; ``-`` and ``_`` are both accepted in any of them. The dataclass is the only list of
+settings: the parser, ``config.json``, ``vgglab.launch``, what a resumed run inherits and what a comparison shows are
+made from it. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from vgglab.recipes import RECIPES
 
 MODELS = tuple(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn"))
 SCHEDULES = ("step", "linear", "cosine", "plateau")
+UNTIL_THE_LAST_EPOCH = ("linear", "cosine")  # schedules whose rate depends on how many epochs there are
 CROPS = ("standard", "scale-jitter", "trivial")
 INITS = ("kaiming", "xavier", "normal")
 OPTIMIZERS = ("sgd", "rmsprop")
@@ -47,16 +49,21 @@ class Config:
     """Everything that decides what a run does. Defaults are the seed kit's unless the help says more."""
 
     recipe: str | None = flag(
-        "a named set of settings (vgglab/recipes.py); any flag overrides what it says", choices=tuple(RECIPES)
+        "a named set of settings (vgglab/recipes.py); any flag overrides what it says",
+        choices=tuple(RECIPES),
+        affects="others",
     )
     data_path: str = flag(
         "a folder with train/ and val/ in class folders, or a set by name: digits (bundled), fashion-mnist, cifar10, "
         "cifar100, imagenette (downloaded the first time), fake (generated, to measure computing alone)",
         "digits",
+        implies=("num_classes",),
     )
     num_classes: int | None = flag("classes; default: as many as the folder has", None, AT_LEAST_1)
     model: str = flag("the network", "vgg16", choices=MODELS)
-    device: str = flag("where to train; auto takes the best there is", "auto", choices=DEVICE_CHOICES)
+    device: str = flag(
+        "where to train; auto takes the best there is", "auto", choices=DEVICE_CHOICES, affects="speed", inherited=False
+    )
     batch_size: int = flag("images per card and step", 32, AT_LEAST_1, names=["-b"])
     epochs: int = flag("passes over the training images", 90, AT_LEAST_1)
     workers: int | None = flag(
@@ -64,6 +71,8 @@ class Config:
         None,
         WORKERS,
         names=["-j"],
+        affects="speed",
+        inherited=False,
     )
     image_size: int | None = flag(
         "side of the square images, in pixels; default 224; 32 for digits, fashion-mnist and cifar", None, SIZE
@@ -86,8 +95,9 @@ class Config:
         "which deep networks without batch norm do not start)",
         "kaiming",
         choices=INITS,
+        affects="start",
     )
-    pretrained: bool = switch("start from torchvision's published ImageNet weights")
+    pretrained: bool = switch("start from torchvision's published ImageNet weights", affects="start", inherited=False)
 
     lr: float = flag("learning rate for 256 images; scaled by batch size x ranks / 256", 0.01, NOT_NEGATIVE)
     optimizer: str = flag("the optimizer", "sgd", choices=OPTIMIZERS)
@@ -129,66 +139,112 @@ class Config:
     )
 
     amp: bool = switch(
-        "mixed precision: bfloat16 on cpu, float16 with static loss scale 128 on cards", names=["--torch-amp"]
+        "mixed precision: bfloat16 on cpu, float16 with static loss scale 128 on cards",
+        names=["--torch-amp"],
+        affects="others",
+        inherited=False,
+        implies=("amp_dtype",),
     )
     amp_dtype: str | None = flag("mixed precision in this type (implies --amp)", None, choices=AMP_DTYPES)
     tf32: bool | None = switch(
         "float32 matrix products in TF32 on cards that have it; default: no, or what ENFLAME_ENABLE_TF32 says (T20)",
         negation="--no-tf32",
+        inherited=False,
     )
     fast: bool = switch(
         "the fastest honest path of the device, which rounds otherwise: mixed precision where the hardware has it, "
-        "--channels-last and --fused"
+        "--channels-last and --fused",
+        affects="others",
+        implies=("amp_dtype",),
     )
     channels_last: bool | None = switch(
         "images and weights in memory with the channels of a pixel side by side; default: no, or what --fast says",
         negation="--no-channels-last",
+        inherited=False,
     )
     fused: bool | None = switch(
-        "the optimizer's step in one kernel for all weights; default: no, or what --fast says", negation="--no-fused"
+        "the optimizer's step in one kernel for all weights; default: no, or what --fast says",
+        negation="--no-fused",
+        inherited=False,
     )
     compile: bool = switch("torch.compile the network; the first steps take a minute longer")
     sync_bn: bool = switch("batch norm over all ranks")
     broadcast_buffers: bool = switch("send rank 0's buffers to all ranks before each step")
-    nproc: int = flag("ranks to start on this machine, one a card", 1, AT_LEAST_1)
+    nproc: int = flag("ranks to start on this machine, one a card", 1, AT_LEAST_1, affects="launch", inherited=False)
     max_restarts: int = flag(
-        "how many times to restart all ranks, from the last checkpoint, after one has died", 0, AT_LEAST_0
+        "how many times to restart all ranks, from the last checkpoint, after one has died",
+        0,
+        AT_LEAST_0,
+        affects="launch",
+        inherited=False,
     )
-    world_size: int = flag("ranks; a launcher's WORLD_SIZE has precedence", 1, AT_LEAST_1)
-    dist_url: str = flag("how the ranks find each other", "env://")
-    fix_seed: bool = switch(f"--seed {SEED_OF_FIX_SEED}")
-    seeds: str | None = flag("train several times: how many seeds, such as 5, or which, such as 3,17,23")
+    world_size: int = flag("ranks; a launcher's WORLD_SIZE has precedence", 1, AT_LEAST_1, inherited=False)
+    dist_url: str = flag("how the ranks find each other", "env://", affects="place", inherited=False)
+    fix_seed: bool = switch(f"--seed {SEED_OF_FIX_SEED}", affects="others", inherited=False, implies=("seed",))
+    seeds: str | None = flag(
+        "train several times: how many seeds, such as 5, or which, such as 3,17,23", affects="place", inherited=False
+    )
     seed: int | None = flag("seed of everything random; default: drawn and recorded", None, SEED)
 
     training_step_per_epoch: int = flag("end each epoch after so many steps; -1: all", -1, steps)
-    eval_step_per_epoch: int = flag("end each evaluation after so many batches; -1: all", -1, steps)
-    skip_steps: int = flag("first steps left out of the images/s figures", 10, AT_LEAST_0)
-    print_freq: int = flag("steps between log lines", 10, AT_LEAST_1)
-    eval_freq: int = flag("epochs between evaluations and checkpoints (the last always has both)", 1, AT_LEAST_1)
-    output_dir: str = flag("the run directory is made in <this>/runs", ".")
-    run_dir: str | None = flag("use exactly this run directory instead")
-    timers: bool = switch("measure the parts of each step, and average gradients apart from the backward pass")
-    trace: int = flag(
-        "write a profiler's trace of so many steps, after --skip-steps, into the run directory", 0, AT_LEAST_0
+    eval_step_per_epoch: int = flag(
+        "end each evaluation after so many batches; -1: all", -1, steps, affects="figures", inherited=False
     )
-    tensorboard: bool = switch("write TensorBoard scalars into the run directory")
+    skip_steps: int = flag("first steps left out of the images/s figures", 10, AT_LEAST_0, affects="record")
+    print_freq: int = flag("steps between log lines", 10, AT_LEAST_1, affects="record")
+    eval_freq: int = flag(
+        "epochs between evaluations and checkpoints (the last always has both)", 1, AT_LEAST_1, affects="figures"
+    )
+    output_dir: str = flag("the run directory is made in <this>/runs", ".", affects="place", inherited=False)
+    run_dir: str | None = flag("use exactly this run directory instead", affects="place", inherited=False)
+    timers: bool = switch(
+        "measure the parts of each step, and average gradients apart from the backward pass",
+        affects="speed",
+        inherited=False,
+    )
+    trace: int = flag(
+        "write a profiler's trace of so many steps, after --skip-steps, into the run directory",
+        0,
+        AT_LEAST_0,
+        affects="speed",
+        inherited=False,
+    )
+    tensorboard: bool = switch("write TensorBoard scalars into the run directory", affects="record", inherited=False)
     resume: str | None = flag(
         "go on from a checkpoint file, a run directory, or auto: the newest intact one of --run-dir (in place) or of "
-        "<output-dir>/runs, from the start where there is none; flags not given are as they were there"
+        "<output-dir>/runs, from the start where there is none; flags not given are as they were there",
+        affects="place",
+        inherited=False,
     )
-    checkpoint_every: int = flag("steps between checkpoints, besides those after an evaluation; 0: none", 0, AT_LEAST_0)
-    start_epoch: int = flag("first epoch, counted from 0, where no checkpoint says it", 0, AT_LEAST_0)
-    test_only: bool = switch("only evaluate the weights of --resume or --pretrained")
-    cache_dataset: bool = switch("accepted; listings of large folders are always kept, and checked against the folder")
+    checkpoint_every: int = flag(
+        "steps between checkpoints, besides those after an evaluation; 0: none", 0, AT_LEAST_0, affects="record"
+    )
+    start_epoch: int = flag(
+        "first epoch, counted from 0, where no checkpoint says it", 0, AT_LEAST_0, affects="start", inherited=False
+    )
+    test_only: bool = switch(
+        "only evaluate the weights of --resume or --pretrained", affects="figures", inherited=False
+    )
+    cache_dataset: bool = switch(
+        "accepted; listings of large folders are always kept, and checked against the folder",
+        affects="others",
+        inherited=False,
+    )
 
     # The seed kit's dead ends: accepted so that an old command line gets an answer.
-    apex: bool = switch("not here: use --amp")
-    apex_opt_level: str | None = flag("not here: use --amp")
-    enable_horovod: bool = switch("not here: use --nproc")
+    apex: bool = switch("not here: use --amp", affects="others", inherited=False)
+    apex_opt_level: str | None = flag("not here: use --amp", affects="others", inherited=False)
+    enable_horovod: bool = switch("not here: use --nproc", affects="others", inherited=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as ``config.json`` holds them; who starts the ranks is no setting of theirs."""
-        return {name: value for name, value in asdict(self).items() if name not in ("nproc", "max_restarts")}
+        """Plain values, as ``config.json`` holds them."""
+        started_by = settings_that_affect("launch")
+        return {name: value for name, value in asdict(self).items() if name not in started_by}
+
+
+def settings_that_affect(*kinds: str) -> set[str]:
+    """The names of the settings that affect one of these, of ``flags.AFFECTS``."""
+    return {item.name for item in fields(Config) if item.metadata["policy"].affects in kinds}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -204,6 +260,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for item in fields(Config):
         options = dict(item.metadata)
+        del options["policy"]
         names = ["--" + item.name.replace("_", "-"), *options.pop("names", [])]
         negation = options.pop("negation", None)
         if negation:

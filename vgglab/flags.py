@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import field
-from typing import Any, Callable, NoReturn
+from typing import Any, Callable, NamedTuple, NoReturn
 
 from vgglab.errors import UserError
 
@@ -50,9 +50,47 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-def flag(help: str, default: Any = None, parse: Callable[[str], Any] = str, **options: Any) -> Any:
-    """A field with what the parser must know of it; ``names`` adds to ``--the-field's-name``."""
-    return field(default=default, metadata={"help": help, "parse": parse, **options})
+# What a setting decides, and with it whether a resumed run reports a change and a comparison shows a difference.
+AFFECTS = {
+    "weights": "what is learned; a resumed run that changes it is another experiment from then on",
+    "start": "the weights before the first step; nothing after a resume",
+    "figures": "what is measured of the network, and when",
+    "speed": "how fast it goes, and on what",
+    "record": "what is written down",
+    "place": "where the run lies and how it is reached",
+    "launch": "how the ranks are started; not recorded",
+    "others": "nothing by itself: other settings follow from it",
+}
+
+
+class Policy(NamedTuple):
+    """How a setting is treated outside of the training. Without any, a change is reported and shown."""
+
+    affects: str = "weights"  # one of AFFECTS
+    is_inherited: bool = True  # by a resumed run that does not name it
+    implies: tuple[str, ...] = ()  # settings that are chosen with it, and not inherited either
+
+
+def flag(
+    help: str,
+    default: Any = None,
+    parse: Callable[[str], Any] = str,
+    affects: str = "weights",
+    inherited: bool = True,
+    implies: tuple[str, ...] = (),
+    **options: Any,
+) -> Any:
+    """A setting: its help, default, parser and policy; ``names`` adds to ``--the-field's-name``.
+
+    Args:
+        options: of ``ArgumentParser.add_argument``.
+
+    Raises:
+        KeyError: ``affects`` is not one of ``AFFECTS``.
+    """
+    AFFECTS[affects]
+    policy = Policy(affects, inherited, implies)
+    return field(default=default, metadata={"help": help, "parse": parse, "policy": policy, **options})
 
 
 def switch(help: str, **options: Any) -> Any:

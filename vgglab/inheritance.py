@@ -6,19 +6,8 @@ import argparse
 from dataclasses import Field, fields
 from typing import Any, Sequence
 
-from vgglab.config import Config, check
+from vgglab.config import UNTIL_THE_LAST_EPOCH, Config, check, settings_that_affect
 from vgglab.errors import UserError
-
-# What belongs to the run that is being started, not to the one it goes on from.
-NOT_INHERITED = (
-    "resume run_dir output_dir test_only start_epoch pretrained device world_size workers dist_url tensorboard amp "
-    "channels_last fused tf32 cache_dataset fix_seed seeds eval_step_per_epoch timers trace apex apex_opt_level "
-    "enable_horovod"
-).split()
-
-
-# Who gives the first has said something about the others too.
-IMPLIED = {"fix_seed": ["seed"], "fast": ["amp_dtype"], "amp": ["amp_dtype"], "data_path": ["num_classes"]}
 
 
 def inherit(config: Config, given: Sequence[str], earlier: dict[str, Any]) -> None:
@@ -27,9 +16,10 @@ def inherit(config: Config, given: Sequence[str], earlier: dict[str, Any]) -> No
     Raises:
         UserError: a setting in there is none, or contradicts one that was given.
     """
-    kept = {*given, *NOT_INHERITED, *(other for name in given for other in IMPLIED.get(name, ()))}
-    for item in fields(Config):
-        if item.name in earlier and item.name not in kept:
+    settings = {item.name: item for item in fields(Config)}
+    chosen = {*given, *(other for name in given for other in settings[name].metadata["policy"].implies)}
+    for item in settings.values():
+        if item.name in earlier and item.name not in chosen and item.metadata["policy"].is_inherited:
             setattr(config, item.name, checked(item, earlier[item.name]))
     check(config)
 
@@ -47,19 +37,13 @@ def checked(item: Field, value: Any) -> Any:
     return parsed
 
 
-# What decides the weights: a resumed run that differs here is another experiment from then on.
-RECIPE = (
-    "data_path batch_size world_size image_size dropout_rate lr optimizer momentum nesterov rmsprop_alpha "
-    "rmsprop_eps weight_decay bn_weight_decay bias_weight_decay lr_schedule warmup end_lr lr_step_size lr_gamma "
-    "lr_patience crops label_smoothing mixup cutmix ema amp_dtype tf32 channels_last seed training_step_per_epoch"
-).split()
-
-
 def changed_settings(content: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """``--lr 0.01, was 0.1`` for each part of the recipe that is not what the checkpoint was trained with."""
-    before = content.get("config", {})
+    """``--lr 0.01, was 0.1`` for each setting that affects the weights and differs from the checkpoint's."""
+    before, affecting = content.get("config", {}), settings_that_affect("weights")
+    if config["lr_schedule"] not in UNTIL_THE_LAST_EPOCH:
+        affecting.remove("epochs")  # more of them change nothing in those before
     return [
         f"--{name.replace('_', '-')} {config[name]}, was {before[name]}"
-        for name in RECIPE
-        if name in before and before[name] != config[name]
+        for name in config
+        if name in affecting and name in before and before[name] != config[name]
     ]

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
+from vgglab.config import settings_that_affect
 from vgglab.errors import UserError
 from vgglab.runs import Run, holds_a_run
 from vgglab.view.tables import html_table, text_table
@@ -16,7 +17,6 @@ SEED_FIELDS = (
     "train_fps_mean train_fps_min train_fps_max training_time"
 ).split()
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}[+-]\d{4}")
-NOT_SETTINGS = ("run_dir", "output_dir", "seeds")
 
 
 class Table(NamedTuple):
@@ -68,7 +68,7 @@ def seed_table(runs: Sequence[Run]) -> Table:
 
 def settings_table(runs: Sequence[Run]) -> Table:
     """A row for each setting that is not the same in all of them."""
-    names = [name for name in dict.fromkeys(n for run in runs for n in run.config) if name not in NOT_SETTINGS]
+    names = dict.fromkeys(name for run in runs for name in _settings_of(run))
     values = {name: [_shown(run.config.get(name)) for run in runs] for name in names}
     rows = [[name, *shown] for name, shown in values.items() if len(set(shown)) > 1]
     return Table(["setting", *(run.name for run in runs)], rows)
@@ -76,9 +76,14 @@ def settings_table(runs: Sequence[Run]) -> Table:
 
 def common_settings(runs: Sequence[Run]) -> str:
     """The others, in one line of flags."""
-    first, differing = runs[0].config, {row[0] for row in settings_table(runs).rows}
-    said = {name: first[name] for name in first if name not in differing and name not in NOT_SETTINGS}
-    return " ".join(f"--{n.replace('_', '-')}={_shown(v)}" for n, v in said.items() if v not in (None, False))
+    differing = {row[0] for row in settings_table(runs).rows}
+    common = {name: value for name, value in _settings_of(runs[0]).items() if name not in differing}
+    return " ".join(f"--{n.replace('_', '-')}={_shown(v)}" for n, v in common.items() if v not in (None, False))
+
+
+def _settings_of(run: Run) -> dict[str, Any]:
+    left_out = settings_that_affect("place", "launch")
+    return {name: value for name, value in run.config.items() if name not in left_out}
 
 
 def machine_table(runs: Sequence[Run]) -> Table:
