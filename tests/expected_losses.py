@@ -49,16 +49,16 @@ NUM_DRAWS = 4
 BEFORE = {
     "float64": """
 import torch
-from vgglab import engine
-build = engine.build
+from vgglab import trainer
+build = trainer.build
 def build_in_float64(*args, **options):
     network = build(*args, **options).double()  # the weights of the float32 run, to the bit
     torch.set_default_dtype(torch.float64)  # the type of all that is computed from here on
     return network
-engine.build = build_in_float64
+trainer.build = build_in_float64
 """,
     "perturbed": """
-build_exactly = engine.build
+build_exactly = trainer.build
 def build_perturbed(*args, **options):
     network = build_exactly(*args, **options)
     draw = torch.Generator().manual_seed({seed})
@@ -67,7 +67,7 @@ def build_perturbed(*args, **options):
             signs = 2 * torch.randint(0, 2, weight.shape, generator=draw) - 1
             weight.mul_(1 + {size} * signs.to(weight.dtype))
     return network
-engine.build = build_perturbed
+trainer.build = build_perturbed
 """,
     "mean and deviation of CIFAR-10": """
 from vgglab.data import transform
@@ -82,7 +82,7 @@ NativeDevice.move = lambda self, images, labels: move(self, images, (labels + 1)
 torch.nn.Module.eval = lambda self: self
 """,
     "learning rate never set": """
-engine.set_learning_rate = lambda optimizer, rate: None
+trainer.set_learning_rate = lambda optimizer, rate: None
 """,
 }
 # Each is a flag or a name of BEFORE.

@@ -91,7 +91,8 @@ def test_a_cpu_run_is_not_called_simulated(train):
 def test_the_loop_reads_from_the_card_once_a_log_line():
     code = (
         "from vgglab.devices import open_device\n"
-        "from vgglab import engine, config\n"
+        "from vgglab import config\n"
+        "from vgglab.trainer import Trainer\n"
         "from vgglab.data.sets import open_sets\n"
         "import vgglab.checkpoint as c; c.save = lambda *a: None\n"
         "class Run:\n"
@@ -104,8 +105,8 @@ def test_the_loop_reads_from_the_card_once_a_log_line():
         "s = config.parse('--data-path digits --model vgg11 --epochs 1 --training-step-per-epoch 6 --print-freq 3 "
         "--batch-size 4 --eval-step-per-epoch 3 --skip-steps 0 --workers 0 --seed 1'.split())\n"
         "d = open_device('gcu-sim'); sets = open_sets(s); s.num_classes, s.image_size, s.head = 10, 32, 'small'\n"
-        "d.open(); run = Run(); job = engine.prepare(s, d, sets, None); before = sim.num_host_reads()\n"
-        "engine.train(job, s, d, run)\n"
+        "d.open(); run = Run(); trainer = Trainer(s, d, sets); before = sim.num_host_reads()\n"
+        "trainer.fit(run)\n"
         "print([(kind, n - before) for kind, n in run.reads])\n"
     )
     assert at_a_prompt(code) == str([("train", 1), ("train", 2), ("eval_start", 2), ("eval", 3), ("checkpoint", 3)])

@@ -148,19 +148,19 @@ def words_in(figure):
 
 
 def test_a_hidden_item_in_the_loop_is_seen_in_the_picture_by_its_line(train, monkeypatch):
-    from vgglab import engine
+    from vgglab import trainer
     from vgglab.view.figures import where_time_goes
 
     flags = ("--timers", "--print-freq=2", "--skip-steps=0", "--epochs=2")
     usual = train(*flags).run
-    original = engine.normalised
+    original = trainer.normalised
 
     def normalised(*args):
         images = original(*args)
         images.sum().item()  # hidden
         return images
 
-    monkeypatch.setattr(engine, "normalised", normalised)
+    monkeypatch.setattr(trainer, "normalised", normalised)
     hidden = train(*flags).run
     line = normalised.__code__.co_firstlineno + 2
     # A log line has its own, once for all it shows.
@@ -282,7 +282,7 @@ def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
     """In a process with little memory: what was found has been computed, and what is a little larger cannot be."""
     import resource
 
-    code = "import vgglab.engine, vgglab.bench.__main__\n"
+    code = "import vgglab.trainer, vgglab.bench.__main__\n"
     code += "print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
     limit = (int(python("-c", code).stdout) + 400_000) * 1024
     options = {"preexec_fn": partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))}

@@ -200,7 +200,7 @@ def test_row_24_a_run_resumes_from_its_own_checkpoint(train):
 
 def test_row_25_the_training_module_can_be_imported():
     """Seed: its functions needed globals of __main__."""
-    code = "import vgglab.train, vgglab.engine; print(vgglab.train.main(['--epochs=0']))"
+    code = "import vgglab.train, vgglab.trainer; print(vgglab.train.main(['--epochs=0']))"
     result = shell("python", "-c", code)
     assert result.stdout.strip() == "2"
 

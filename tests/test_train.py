@@ -494,7 +494,7 @@ def test_a_batch_that_does_not_fit_is_said_in_one_line_and_the_run_says_failed(t
     """Where the system gives no more memory, made so with a limit."""
     import resource
 
-    code = "import vgglab.engine; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
+    code = "import vgglab.trainer; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
     limit = (int(python("-c", code).stdout) + 1_500_000) * 1024
     flags = [*TINY, "--data-path=fake", "--image-size=64", "--batch-size=2048", f"--run-dir={tmp_path / 'run'}"]
     limit_memory = partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))

@@ -21,7 +21,7 @@ LOOKED_THROUGH, AT_HOME = (str(PACKAGE / "devices"), "/torch/", "\\torch\\"), st
 
 
 class HostReads:
-    """In a ``with`` block, counts the reads by where they stand: ``{"engine.py:115": 3}``."""
+    """In a ``with`` block, counts the reads by where they stand: ``{"trainer.py:115": 3}``."""
 
     def __init__(self, device_is_host: bool) -> None:
         self.counts: Counter[str] = Counter()

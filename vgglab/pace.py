@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgglab import interrupts
 from vgglab.devices.base import Device
@@ -23,8 +23,8 @@ PHASES = ("data", "copy", "forward", "backward", "all_reduce", "optimizer", "hos
 class Clock:
     """Measures from one log line to the next. Read it only after the device was waited for.
 
-    Each step is marked on the device's own clock and costs no waiting. With ``has_phases`` so are the parts of a step:
-    whoever calls ``lap(phase)`` says what has just ended; and it is counted where the host reads from the device.
+    Each step is marked on the device's own clock and costs no waiting. With ``has_phases`` so are the parts of a step,
+    which ``Timed`` reports as they end; and it is counted where the host reads from the device.
     """
 
     def __init__(self, images_per_step: int, device: Device, has_phases: bool = False) -> None:
@@ -71,6 +71,7 @@ class Clock:
         self.own_seconds += time.perf_counter() - self._asked
 
     def step_has_ended(self) -> None:
+        self.lap("optimizer")
         self._marks.append(self._device.mark())
 
     def own(self) -> dict[str, Any]:
@@ -106,6 +107,33 @@ class Clock:
             interval.update(phase_seconds=spent, host_reads=self._reads.take())
         self.restart()
         return interval
+
+
+class Timed:
+    """A device that tells a clock when the parts of a training step end; in all else it is the device."""
+
+    def __init__(self, device: Device, clock: Clock) -> None:
+        self._device, self._clock = device, clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Around the forward pass and the loss."""
+        self._clock.lap("copy")
+        with self._device.autocast():
+            yield
+        self._clock.lap("forward")
+        self._clock.was_handed_over()  # from here on the ranks wait for one another
+
+    def backward(self, loss: Tensor) -> None:
+        self._device.backward(loss)
+        self._clock.lap("backward")
+
+    def average_gradients(self, model: nn.Module) -> None:
+        self._device.average_gradients(model)
+        self._clock.lap("all_reduce")
 
 
 class Watch:

@@ -58,8 +58,8 @@ from vgglab.interrupts import Leaving, heeding_warnings, undisturbed
 if TYPE_CHECKING:
     from vgglab.data.sets import DataSets
     from vgglab.devices.base import Device
-    from vgglab.engine import Job
     from vgglab.recording import RankWriter
+    from vgglab.trainer import Trainer
 
 MOST_WORKERS = 16  # the seed kit's default
 
@@ -216,48 +216,48 @@ def _resolve(config: Config, device: Device, sets: DataSets) -> None:
 def _prepare_and_work(
     config: Config, device: Device, sets: DataSets, saved: dict[str, Any] | None, is_in_place: bool
 ) -> None:
-    """The job lives in here only: on torch 1.10 a wrapped model that outlives its process group hangs at exit."""
-    from vgglab import engine
+    """The trainer lives in here only: on torch 1.10 a wrapped model that outlives its process group hangs at exit."""
     from vgglab.recording import RankWriter
+    from vgglab.trainer import Trainer
 
-    job = engine.prepare(config, device, sets, saved)
+    trainer = Trainer(config, device, sets, saved)
     path = Path(str(config.run_dir))
     if device.rank == 0:
-        _work_and_record(job, config, device, sets, path, is_in_place)
+        _work_and_record(trainer, path, is_in_place)
         return
     if not agreement.all_ranks(True, device):  # rank 0 makes the run directory first
         raise _SaidElsewhere
     ranks.set_run_dir(path)
     run = RankWriter(path, device.rank, device.is_simulated)
     with run.recording_output(), heeding_warnings():
-        _work(job, config, device, run)
+        _work(trainer, run)
 
 
-def _work(job: Job, config: Config, device: Device, run: RankWriter) -> None:
-    from vgglab import engine
+def _work(trainer: Trainer, run: RankWriter) -> None:
     from vgglab.devices.memory import is_lack_of_memory
 
     try:
-        if config.test_only:
-            engine.evaluate(job, device, run)
+        if trainer.config.test_only:
+            trainer.evaluate(run)
         else:
-            engine.train(job, config, device, run)
+            trainer.fit(run)
     except (RuntimeError, MemoryError) as error:
         if not is_lack_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["no memory"])[0]
-        raise UserError(f"--batch-size {config.batch_size}: no memory for it on {device.kind} ({reason})") from error
+        batch_size, kind = trainer.config.batch_size, trainer.device.kind
+        raise UserError(f"--batch-size {batch_size}: no memory for it on {kind} ({reason})") from error
 
 
-def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, path: Path, is_in_place: bool) -> None:
+def _work_and_record(trainer: Trainer, path: Path, is_in_place: bool) -> None:
     """Rank 0: the run directory from its first line to its report, however the run ends."""
-    from vgglab import engine
     from vgglab.recording import RunWriter
     from vgglab.report import build_report, measured, remark_on_steadiness
     from vgglab.runs import Run, holds_a_run
     from vgglab.view.scalars import Scalars
     from vgglab.view.terminal import Terminal
 
+    config, device = trainer.config, trainer.device
     terminal = Terminal()
     scalars = [Scalars(path / "tensorboard")] if config.tensorboard else []
     is_continued = is_in_place and holds_a_run(path)
@@ -280,10 +280,11 @@ def _work_and_record(job: Job, config: Config, device: Device, sets: DataSets, p
                 terminal.say(f"resuming from {config.resume}")
             if not run.has_lock:
                 run.event("warning", text=f"{path}: this file system cannot lock; start no second run in there")
-            engine.announce(job, config, sets, run)
-            for text in [*device.warnings, *sets.warnings, *job.warnings, *configuration.warnings_about(config)]:
+            trainer.announce(run)
+            warnings = [*device.warnings, *trainer.sets.warnings, *trainer.warnings]
+            for text in [*warnings, *configuration.warnings_about(config)]:
                 run.event("warning", text=text)
-            _work(job, config, device, run)
+            _work(trainer, run)
             status = "done"
             remark = "" if device.is_simulated else remark_on_steadiness(measured(Run(path).events()))
             if remark:

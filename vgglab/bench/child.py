@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
 import torch
 from torch import nn
 
-from vgglab import engine
 from vgglab.ceilings import product_flop_per_second
 from vgglab.config import parse
-from vgglab.data.loader import Batch, Batches, eval_batches, train_batches
+from vgglab.data.loader import Batch, train_batches
 from vgglab.data.sets import open_sets
 from vgglab.data.transform import normalised
 from vgglab.devices import open_device
@@ -25,7 +23,8 @@ from vgglab.devices.base import Device
 from vgglab.devices.memory import is_lack_of_memory, limit_to_free_memory
 from vgglab.errors import UserError
 from vgglab.model import build, head_for
-from vgglab.recording import RankWriter
+from vgglab.schedule import learning_rate, set_learning_rate
+from vgglab.trainer import Trainer
 
 
 class Way(NamedTuple):
@@ -69,10 +68,6 @@ class Refusal(NamedTuple):
     does_not_fit: bool = False
 
 
-class Enough(Exception):
-    """Ends the training loop from within its batches; ``args[0]`` is what was used of the device."""
-
-
 PEAK_REPEATS = 2  # of the largest matrix product, each time it is asked for
 
 
@@ -101,13 +96,12 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
         if way.is_plain:
             _plain_loop(connection, network.build(config.dropout_rate), device, batch)
         else:
-            held_out = eval_batches(sets, config, device)
-            gate = Gate(connection, device, batch, held_out)
-            job = engine.prepare(config, device, sets, None)
-            job.batches = gate
-            engine.train(job, config, device, Quiet(Path("."), 0))
-    except Enough as enough:
-        connection.send(enough.args[0])
+            trainer = Trainer(config, device, sets)
+            set_learning_rate(trainer.optimizer, learning_rate(config, 0, device.world_size))
+            trainer.model.train()
+            batches = (batch for _ in _steps(connection, device))
+            for images, labels in device.feed(batches):  # copies each batch to the device, as the training loop does
+                trainer.step(images, labels)
     except UserError as error:
         connection.send(Refusal(str(error)))
     except (RuntimeError, MemoryError) as error:
@@ -118,28 +112,17 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
         pass
 
 
-class Gate(Batches):
-    """The same batch again and again, each time when the connection asks for a step."""
-
-    def __init__(self, connection: Connection, device: Device, batch: Batch, like: Batches) -> None:
-        self._picks = like._picks
-        self.connection, self.device, self.batch = connection, device, batch
-
-    def __len__(self) -> int:
-        return 10**9  # no end of the epoch
-
-    def epoch(self, epoch: int, first: int = 0, on_skipped: Any = None) -> Iterator[Batch]:
-        for _ in _steps(self.connection, self.device):
-            yield self.batch
-
-
 def _steps(connection: Connection, device: Device) -> Iterator[None]:
-    """One turn of the loop for each step asked for; each is timed to the end of the device's work."""
+    """One turn of the loop for each step asked for; each is timed to the end of the device's work.
+
+    Ends when None is asked, having answered with what was used of the device.
+    """
     usage: dict[str, Any] = {}
     while True:
         asked = connection.recv()
         if asked is None:
-            raise Enough(usage or device.usage())
+            connection.send(usage or device.usage())
+            return
         if asked == "peak":
             usage = usage or device.usage()  # the matrices of the measuring are not this way's
             connection.send(product_flop_per_second(device, device.amp_dtype or "float32", PEAK_REPEATS))
@@ -165,13 +148,3 @@ def _plain_loop(connection: Connection, network: nn.Module, device: Device, batc
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
-
-class Quiet(RankWriter):
-    """A run that leaves nothing behind."""
-
-    def rank_event(self, **values: Any) -> None:
-        pass
-
-    def skipped(self, image: str, reason: str) -> None:
-        pass

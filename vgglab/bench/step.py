@@ -42,7 +42,7 @@ WAYS = {
     "tf32": Way("tf32", ("--tf32",)),
     "fast": Way("fast", ("--fast",)),
     "compile": Way("compile", ("--fast", "--compile")),
-    # The plain loop in a process that the kit has set up: what is left between it and float32 is the engine.
+    # The plain loop in a process that the kit has set up: what is left between it and float32 is the trainer.
     "bare": Way("bare", is_plain=True),
     "torchvision": Way("torchvision", is_plain=True, is_prepared=False, is_torchvisions=True),
 }

@@ -1,6 +1,6 @@
 """The one seam between vgglab and the hardware.
 
-A device object is opened once, at the door, and passed into the engine; no other module tests for a
+A device object is opened once, at the door, and passed into the trainer; no other module tests for a
 kind of hardware or names one. This module imports torch only when a device is opened, so that the
 parser and the views can ask for the choices without it.
 

@@ -1,4 +1,4 @@
-"""The interface between the engine and the hardware."""
+"""The interface between the trainer and the hardware."""
 
 from __future__ import annotations
 

@@ -1,0 +1,360 @@
+"""Training: ``Trainer.step`` is one optimizer step, ``Trainer.fit`` all of them with what goes on around.
+
+What differs between devices is in the device's methods, what differs between experiments in the settings; all that is
+to be reported goes as events into the run directory.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import closing, contextmanager
+from typing import Any, Iterator, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from vgglab import checkpoint, interrupts
+from vgglab.average import Average
+from vgglab.checkpoint import TrainingState
+from vgglab.config import Config
+from vgglab.data.loader import eval_batches, mix_seeds, train_batches
+from vgglab.data.sets import DataSets
+from vgglab.data.transform import normalised
+from vgglab.devices.base import Device
+from vgglab.errors import UserError, blaming
+from vgglab.inheritance import changed_settings
+from vgglab.interrupts import Leaving
+from vgglab.model import build, load_pretrained
+from vgglab.objective import Objective
+from vgglab.pace import Clock, Timed, Watch
+from vgglab.recording import RankWriter
+from vgglab.runs import SCHEMA
+from vgglab.schedule import build_optimizer, learning_rate, set_learning_rate
+from vgglab.tracing import Tracer
+
+
+class Trainer:
+    """A network, its optimizer and its data on one rank.
+
+    Attributes:
+        model: what is trained; over several ranks it averages gradients.
+        network: the bare network in it.
+        average: a moving average of the weights, which is tested in their place; or None.
+        batches: None with ``test_only``.
+        state: how far the training has come.
+        warnings: what the run should say about its start, one line each.
+    """
+
+    def __init__(self, config: Config, device: Device, sets: DataSets, saved: dict[str, Any] | None = None) -> None:
+        """Build everything, before there is a run directory; take up the checkpoint ``saved``, if there is one.
+
+        Raises:
+            UserError: a checkpoint that does not fit, weights that cannot be had, a batch larger than the set.
+        """
+        self.config, self.device, self.sets = config, device, sets
+        self.warnings: list[str] = []
+        device.seed(int(config.seed or 0))  # the same first weights on every rank
+        self.batches = None if sets.train is None else train_batches(sets, config, device)
+        self.held_out = eval_batches(sets, config, device)
+        self.model, self.network = device.wrap(self._build_network(saved))
+        if config.ema and not device.can_average:
+            raise UserError(f"--ema: not offered on {device.kind}; leave it out")
+        self.average = Average(self.network, config.ema) if config.ema and not config.test_only else None
+        if self.average is not None and saved is not None:
+            self.average.network.load_state_dict(saved["model"])
+        self.optimizer = build_optimizer(config, self.network, device.fuses)
+        self.objective = Objective(config, device)
+        self.state = TrainingState(epoch=config.start_epoch)
+        if saved is not None and not config.test_only:
+            with blaming(f"--resume {config.resume}"):
+                self.state = checkpoint.restore_training(saved, self.optimizer, config.optimizer)
+                device.load_scaler_state(saved.get("scaler", {}))
+            self.warnings += [f"--resume: {change}" for change in changed_settings(saved, config.as_dict())]
+
+    def _build_network(self, saved: dict[str, Any] | None) -> nn.Module:
+        config = self.config
+        network = build(
+            config.model,
+            num_classes=config.num_classes,
+            dropout_rate=config.dropout_rate,
+            head=config.head,
+            init=config.init,
+        )
+        if config.pretrained:
+            fresh = load_pretrained(network, config.model)
+            if fresh:
+                self.warnings.append(
+                    f"--pretrained: {', '.join(fresh)} start fresh, their shape differs from ImageNet's"
+                )
+        if saved is not None:
+            with blaming(f"--resume {config.resume}"):
+                checkpoint.restore_model(saved, network, config.model, to_train=not config.test_only)
+        return network
+
+    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One optimizer step on a batch that is on the device: ``images (N, S, S, 3)`` bytes, ``labels (N,)``.
+
+        Returns:
+            The loss, ``()``, and the logits, ``(N, num_classes)``, on the device: to read them is to wait for it.
+        """
+        device = self.device
+        device.seed(self.step_seed())  # so that a step after a resume draws what it would have drawn without
+        images = normalised(images, device.channels_last)  # (N, 3, S, S) floats
+        images, targets = self.objective.blend(images, labels)
+        with device.autocast():
+            logits = self.model(images)
+            loss = self.objective(logits, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        device.backward(loss)
+        device.average_gradients(self.model)
+        device.step(self.optimizer, self.model, [loss, logits])
+        self.state.step += 1
+        if self.average is not None:
+            self.average.update(self.network, self.state.step)
+        return loss, logits
+
+    def step_seed(self) -> int:
+        """What dropout and blends draw from in the next step on this rank; 32 bits, which any card takes."""
+        return mix_seeds(int(self.config.seed or 0), self.state.step, self.device.rank) % 2**32
+
+    def fit(self, run: RankWriter) -> None:
+        """Train, evaluating and saving every ``eval_freq`` epochs and after the last.
+
+        Raises:
+            UserError: an image that cannot be read; a loss that is not finite; no room for the last checkpoint.
+            Leaving: a signal asked for it; the checkpoint is written.
+        """
+        config, state = self.config, self.state
+        if config.resume and self.device.rank == 0:
+            checkpoint.carry_best(config.resume, run.path / "checkpoints")
+        if state.epoch >= config.epochs:
+            text = f"nothing left to train: the checkpoint has {state.epoch} of {config.epochs} epochs"
+            run.event("warning", text=text)
+            self.evaluate(run, state.epoch - 1)
+        first_step = state.step
+        num_traced = config.trace if self.device.rank == 0 else 0
+        with closing(Tracer(run.path, config.skip_steps, num_traced)) as tracer:
+            loop = Loop(self, run, tracer)
+            for epoch in range(state.epoch, config.epochs):
+                rate = learning_rate(config, epoch, self.device.world_size, state.num_drops)
+                set_learning_rate(self.optimizer, rate)
+                loop.train_epoch(epoch)
+                if epoch + 1 == config.epochs or (epoch + 1) % config.eval_freq == 0:
+                    self._evaluate_and_save(run, epoch)
+                state.epoch, state.images = epoch + 1, 0
+        num_steps = state.step - first_step
+        if 0 < num_steps <= config.skip_steps:
+            run.event("warning", text=f"no images/s: {num_steps} steps, all within --skip-steps {config.skip_steps}")
+
+    def _evaluate_and_save(self, run: RankWriter, epoch: int) -> None:
+        try:
+            is_best = self.evaluate(run, epoch)
+        except Leaving:
+            self.save_and_leave(run)  # all its images seen, its evaluation still to come
+        state = self.state
+        state.epoch, state.images = epoch + 1, 0
+        if self.config.lr_schedule == "plateau" and epoch >= self.config.warmup:
+            state.was_evaluated(is_best, self.config.lr_patience)
+        self.save(run, is_best)
+
+    def save(self, run: RankWriter, is_best: bool = False) -> None:
+        """Rank 0 writes the checkpoint. One that does not fit on the disk ends the run only if it is the last.
+
+        Raises:
+            UserError: a weight that is not finite; no room for the last checkpoint.
+        """
+        if self.device.rank != 0:
+            return
+        config, state, folder = self.config, self.state, run.path / "checkpoints"
+        settings = {**config.as_dict(), "simulated": self.device.is_simulated}
+        average = None if self.average is None else self.average.network
+        try:
+            checkpoint.save(
+                folder, self.network, self.optimizer, self.device.scaler_state(), state, settings, is_best, average
+            )
+        except checkpoint.NotFinite as error:
+            raise UserError(f"{error} is not finite after step {state.step}; {_ADVICE}") from None
+        except checkpoint.CannotSave as error:
+            left = "the one before is intact" if (folder / "last.pt").exists() else "there is none before it"
+            text = f"the checkpoint of step {state.step} was not written ({error}); {left}"
+            if state.epoch == config.epochs:
+                run.accepted("checkpoints")  # said here
+                lost = f"also not written: {run.losses()}; " if run.lost else ""
+                raise UserError(f"{folder}: {text}; {lost}make room, then {_resume_advice(run)}") from None
+            run.refused("checkpoints", text)
+        else:
+            run.accepted("checkpoints")  # a later one is as good
+            run.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)
+
+    def save_and_leave(self, run: RankWriter) -> NoReturn:
+        """Raises Leaving, with what was saved and how to go on."""
+        self.save(run)
+        if self.device.rank != 0:
+            raise Leaving
+        saved = "its checkpoint could not be written" if "checkpoints" in run.lost else "checkpoint saved"
+        raise Leaving(f"after step {self.state.step}, {saved}; {_resume_advice(run)}")
+
+    def announce(self, run: RankWriter) -> None:
+        """The first event: what is about to happen, so that a reader can tell how far it is."""
+        config, sets, state = self.config, self.sets, self.state
+        run.event(
+            "start",
+            schema=SCHEMA,
+            data=sets.name,
+            is_fake=sets.is_fake,
+            num_train_images=len(sets.train) if sets.train else 0,
+            num_eval_images=len(sets.val),
+            num_classes=config.num_classes,
+            num_parameters=sum(p.numel() for p in self.network.parameters()),
+            epochs=config.epochs,
+            first_epoch=state.epoch,
+            first_step=state.step,
+            num_steps=self._num_steps(),
+            steps_per_epoch=len(self.batches) if self.batches else 0,
+            best=state.best,
+        )
+
+    def _num_steps(self) -> int:
+        """Optimizer steps of the whole run, those before a resume included."""
+        if not self.batches:
+            return 0
+        config, state = self.config, self.state
+        done_of_epoch = min(state.images // (config.batch_size * config.world_size), len(self.batches))
+        left = (config.epochs - state.epoch) * len(self.batches) - done_of_epoch
+        return state.step + max(left, 0)
+
+    @torch.no_grad()
+    def evaluate(self, run: RankWriter, last_epoch: int | None = None) -> bool:
+        """Top-1, top-5 and mean loss over the held-out images, each counted once; true if top-1 is the best so far.
+
+        ``last_epoch`` is the last that was trained, counted from 0. With fewer than five classes, top-5 is top-n.
+
+        Raises:
+            Leaving: a rank was asked to leave, so all stop here together.
+        """
+        device, batches, state = self.device, self.held_out, self.state
+        network = self.network if self.average is None else self.average.network
+        _share_buffers(network, device)
+        run.event("eval_start", epoch=last_epoch, num_batches=len(batches))
+        network.eval()
+        totals = torch.zeros(4)  # [loss, top-1 hits, top-5 hits, images], summed on the card
+        for images, labels in device.feed(batches.epoch(0, on_skipped=run.skipped)):
+            if interrupts.leave_requested():
+                break
+            with device.autocast():
+                logits = network(normalised(images, device.channels_last))
+            totals = totals.to(logits.device) + _count(logits.to(totals.dtype), labels)
+            device.flush([totals])
+        asked_to_leave = torch.tensor([float(interrupts.leave_requested())]).to(totals.device)
+        *figures, num_leaving = device.fetch(device.sum(torch.cat([totals, asked_to_leave])))
+        if num_leaving:
+            raise Leaving
+        loss_sum, hits1, hits5, num_images = figures
+        if num_images == 0:
+            raise UserError("--on-bad-image skip: none of the held-out images can be read; python -m vgglab.data check")
+        result = {"acc1": 100 * hits1 / num_images, "acc5": 100 * hits5 / num_images}
+        is_best = state.best is None or result["acc1"] > state.best["acc1"]
+        state.best = {name: max(value, (state.best or result)[name]) for name, value in result.items()}
+        run.event(
+            "eval",
+            epoch=last_epoch,
+            step=state.step,
+            loss=loss_sum / num_images,
+            num_images=int(num_images),
+            **result,
+        )
+        return is_best
+
+
+class Loop:
+    """The training epochs of one run: steps, and between them the log, the checkpoints and the wish to leave."""
+
+    def __init__(self, trainer: Trainer, run: RankWriter, tracer: Tracer) -> None:
+        self.trainer, self.run, self.tracer = trainer, run, tracer
+        config, device = trainer.config, trainer.device
+        self.images_per_step = config.batch_size * device.world_size
+        self.clock, self.watch = Clock(self.images_per_step, device, config.timers), Watch(device)
+        # A run's first steps are slow, also a resumed one's.
+        self.last_skipped_step = trainer.state.step + config.skip_steps
+
+    def train_epoch(self, epoch: int) -> None:
+        """From where the training stands in it to its last batch."""
+        trainer, clock, batches = self.trainer, self.clock, self.trainer.batches
+        assert batches is not None
+        config, state = trainer.config, trainer.state
+        trainer.model.train()
+        clock.restart()
+        first_batch = min(state.images // self.images_per_step, len(batches))
+        arriving = trainer.device.feed(batches.epoch(epoch, first_batch, self.run.skipped))
+        with self._timing_each_part():
+            for batch, (images, labels) in clock.waiting_for(arriving, first_batch):
+                loss, logits = trainer.step(images, labels)
+                clock.step_has_ended()
+                self.tracer.step_has_ended()
+                state.images = batch * self.images_per_step
+
+                is_saved = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
+                is_logged = is_saved or batch % config.print_freq == 0 or batch == len(batches)
+                is_logged = is_logged or state.step == self.last_skipped_step  # after it the clock starts anew
+                if is_logged or self.watch.is_due():
+                    self._look(epoch, loss, logits, labels, is_logged)
+                if self.watch.all_leave:
+                    trainer.save_and_leave(self.run)
+                if is_saved:
+                    trainer.save(self.run)
+
+    @contextmanager
+    def _timing_each_part(self) -> Iterator[None]:
+        """In the block the clock learns from the device when the parts of a step end."""
+        device = self.trainer.device
+        self.trainer.device = Timed(device, self.clock)  # type: ignore[assignment]  # all else is the device's
+        try:
+            yield
+        finally:
+            self.trainer.device = device
+
+    def _look(self, epoch: int, loss: Tensor, logits: Tensor, labels: Tensor, is_logged: bool) -> None:
+        """Read the loss, averaged over the ranks, and whether they are to leave; write a line of the log."""
+        dtype = torch.get_default_dtype()  # not the loss's, which mixed precision may have made coarse
+        correct = (logits.detach().argmax(1) == labels).to(dtype).mean()
+        mine = torch.stack([loss.detach().to(dtype), correct])
+        mean_loss, mean_correct, own_loss = self.watch.look(mine)  # the loop's only host read
+        trainer, step = self.trainer, self.trainer.state.step
+        if not math.isfinite(mean_loss):
+            raise UserError(f"the loss is not finite ({mean_loss}) at step {step}; {_ADVICE}")
+        if is_logged:
+            self.run.rank_event(step=step, loss=own_loss, **self.clock.own(), **trainer.device.usage())
+            self.run.event(
+                "train",
+                epoch=epoch,
+                step=step,
+                loss=mean_loss,
+                acc1=100 * mean_correct,
+                lr=trainer.optimizer.param_groups[0]["lr"],
+                is_measured=step > self.last_skipped_step,
+                **self.clock.read(),
+            )
+
+
+_ADVICE = "the last checkpoint is from before that; lower --lr or lengthen --warmup"
+
+
+def _resume_advice(run: RankWriter) -> str:
+    """How to go on in the same run directory, from the beginning where it has no checkpoint."""
+    return f"continue with --run-dir {run.path} --resume auto"
+
+
+def _share_buffers(network: nn.Module, device: Device) -> None:
+    """All ranks take rank 0's batch-norm statistics: those that are saved are those that are tested."""
+    if device.world_size > 1:
+        for buffer in network.buffers():
+            buffer.copy_(device.sum(buffer if device.rank == 0 else torch.zeros_like(buffer)))
+        device.flush(list(network.buffers()))
+
+
+def _count(logits: Tensor, labels: Tensor) -> Tensor:
+    """``[sum of losses, top-1 hits, top-5 hits, images]`` of one batch, in the type of ``logits``, on the card."""
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, up to 5), best first
+    hits = (top == labels[:, None]).to(loss.dtype)
+    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(loss) * len(labels)])
