@@ -150,7 +150,7 @@ def _results_of(path: Path) -> list[Result]:
     return [
         Result(
             model=report["model"],
-            data=Path(report["data_path"]).name,
+            data=Path(report["data_path"] or "").name,
             hardware=report["hardware"],
             precision=_precision(report),
             layout=_layout(report),

@@ -15,18 +15,20 @@ POLICY = (
 )
 
 
-def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell."""
-    table = [[" ".join(cell.split("\n")) for cell in cells] for cells in (headings, *rows)]
+def text_table(headings: Sequence[str], rows: Sequence[Sequence[str | None]]) -> str:
+    """Columns as wide as their widest cell; a cell is empty where a damaged run does not say."""
+    table = [[" ".join((cell or "").split("\n")) for cell in cells] for cells in (headings, *rows)]
     columns = [c for c in range(len(headings)) if any(cells[c] for cells in table[1:])]
     widths = {c: max(len(cells[c]) for cells in table) for c in columns}
     return "\n".join("  ".join(cells[c].ljust(widths[c]) for c in columns).rstrip() for cells in table)
 
 
-def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(headings: Sequence[str], rows: Sequence[Sequence[str | None]]) -> str:
     """One that scrolls where the window is narrow."""
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell or '')}</td>" for cell in cells) + "</tr>" for cells in rows
+    )
     return f"<div style='overflow-x:auto'><table><tr>{head}</tr>{body}</table></div>"
 
 
