@@ -95,3 +95,28 @@ def test_the_list_of_flags_is_a_promise():
         "rmsprop_eps run_dir seed seeds skip_steps start_epoch sync_bn tensorboard test_only tf32 timers trace "
         "training_step_per_epoch warmup weight_decay workers world_size".split()
     )
+
+
+def test_a_choice_is_in_its_table_and_what_is_not_in_it_is_an_error(monkeypatch):
+    """A schedule without a branch of its own was cosine, a decoder without one Pillow."""
+    from vgglab import config as configuration
+    from vgglab import model, optim, recipes, schedule
+    from vgglab.data import decode, sets
+
+    assert tuple(model.model_names()) == configuration.MODELS
+    assert set(configuration.INITS) == set(model.INITS)
+    assert set(configuration.OPTIMIZERS) == set(optim.OPTIMIZERS)
+    assert set(configuration.DECODERS) == set(decode.DECODERS)
+    assert set(configuration.CROPS) == set(sets.CROPS)
+    assert set(configuration.HEADS) == {"auto", *model.HEADS}
+    assert {recipe["lr_schedule"] for recipe in recipes.RECIPES.values()} <= set(schedule.SCHEDULES)
+    settings = configuration.parse([])
+    settings.warmup, settings.lr_schedule, settings.optimizer = 0, "exponential", "adam"
+    with pytest.raises(KeyError):
+        schedule.learning_rate(settings, 3, 1)
+    with pytest.raises(KeyError):
+        optim.build_optimizer(settings, model.vgg11(num_classes=2, head="small"))
+    with pytest.raises(UserError, match="no init 'zeros'"):
+        model.vgg11(init="zeros")
+    with pytest.raises(KeyError):
+        decode.open_picture(__file__, "webp")

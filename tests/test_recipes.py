@@ -12,9 +12,8 @@ from vgglab.data.images import ArrayPicture
 from vgglab.data.transform import JitteredCrop, RandomCrop, Trivially
 from vgglab.devices import open_device
 from vgglab.model import build
-from vgglab.objective import Objective
+from vgglab.optim import Objective, build_optimizer
 from vgglab.recipes import RECIPES
-from vgglab.schedule import build_optimizer
 
 SEED_COMMAND = (
     "--device=cpu --data-path=imagenet_raw --batch-size=192 --epochs=90 --model=vgg16 --workers=8 "

@@ -6,7 +6,8 @@ import pytest
 
 from vgglab.config import parse
 from vgglab.model import build
-from vgglab.schedule import build_optimizer, learning_rate
+from vgglab.optim import build_optimizer
+from vgglab.schedule import learning_rate
 
 README = ["--batch-size=192", "--lr=0.01", "--epochs=90"]
 

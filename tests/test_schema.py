@@ -191,7 +191,8 @@ def test_damaged_lines_of_skipped_images_are_counted(run):
     assert run.damage() == ["log/skipped-rank*.jsonl: 1 damaged line, left out"]
 
 
-def test_a_field_of_a_wrong_type_is_named_and_left_out(run):
+def test_a_field_of_a_wrong_type_is_named_and_left_out(run, tmp_path):
+    other = shutil.copytree(run.path, tmp_path / "other")
     env = json.loads((run.path / "env.json").read_text())
     write_document(run.path / "env.json", {**env, "started": ["now"], "check": None})
     assert "env.json: started is of a wrong type, left out" in run.damage()
@@ -202,6 +203,7 @@ def test_a_field_of_a_wrong_type_is_named_and_left_out(run):
     config = json.loads((run.path / "config.json").read_text())
     write_document(run.path / "config.json", {**config, "model": {"vgg": 16}, "lr": "fast", "check": None})
     assert run.report()["model"] is run.report()["lr"] is None
+    assert "model is of a wrong type" in outputs(run.path, Run(other))["page.html"]
     for name in ("model", "lr"):
         assert f"config.json: {name} is of a wrong type, left out" in run.report()["damage"]
     write_document(run.path / "config.json", {**config, "batch_size": "many", "check": None})

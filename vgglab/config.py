@@ -31,10 +31,10 @@ from vgglab.flags import (
     with_dashes,
 )  # fmt: skip
 from vgglab.recipes import RECIPES
+from vgglab.schedule import SCHEDULES
 
 MODELS = tuple(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn"))
-SCHEDULES = ("step", "linear", "cosine", "plateau")
-UNTIL_THE_LAST_EPOCH = ("linear", "cosine")  # schedules whose rate depends on how many epochs there are
+# What these choose needs torch; the tables with the functions are in data/ (crops, decoders), model.py and optim.py.
 CROPS = ("standard", "scale-jitter", "trivial")
 INITS = ("kaiming", "xavier", "normal")
 OPTIMIZERS = ("sgd", "rmsprop")
@@ -112,7 +112,7 @@ class Config:
     bias_weight_decay: bool | None = switch(
         "apply weight decay to biases; default: yes, as the seed kit", negation="--no-bias-weight-decay"
     )
-    lr_schedule: str = flag("how the rate falls after warm-up", "step", choices=SCHEDULES)
+    lr_schedule: str = flag("how the rate falls after warm-up", "step", choices=tuple(SCHEDULES))
     warmup: int = flag("epochs over which the rate rises to its base", 5, AT_LEAST_0)
     end_lr: float = flag("what cosine falls towards; it would get there one epoch after the last", 0.0, NOT_NEGATIVE)
     lr_step_size: int | None = flag("step: epochs between two drops; default: drops at 30, 60 and 80", None, AT_LEAST_1)

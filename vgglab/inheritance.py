@@ -6,8 +6,9 @@ import argparse
 from dataclasses import Field, fields
 from typing import Any, Sequence
 
-from vgglab.config import UNTIL_THE_LAST_EPOCH, Config, check, settings_that_affect
+from vgglab.config import Config, check, settings_that_affect
 from vgglab.errors import UserError
+from vgglab.schedule import SCHEDULES
 
 
 def inherit(config: Config, given: Sequence[str], earlier: dict[str, Any]) -> None:
@@ -40,7 +41,7 @@ def checked(item: Field, value: Any) -> Any:
 def changed_settings(content: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """``--lr 0.01, was 0.1`` for each setting that affects the weights and differs from the checkpoint's."""
     before, affecting = content.get("config", {}), settings_that_affect("weights")
-    if config["lr_schedule"] not in UNTIL_THE_LAST_EPOCH:
+    if not SCHEDULES[config["lr_schedule"]].depends_on_epochs:
         affecting.remove("epochs")  # more of them change nothing in those before
     return [
         f"--{name.replace('_', '-')} {config[name]}, was {before[name]}"

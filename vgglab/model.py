@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,8 @@ class VGG(nn.Module):
         super().__init__()
         if head not in HEADS:
             raise UserError(f"no head {head!r}; there are {', '.join(HEADS)}")
+        if init not in INITS:
+            raise UserError(f"no init {init!r}; there are {', '.join(INITS)}")
         side, width = HEADS[head]
         self.features = _features(layers, batch_norm)
         self.avgpool = nn.AdaptiveAvgPool2d((side, side))
@@ -122,21 +124,24 @@ def _init_weights(model: VGG, init: str) -> None:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.weight.copy_(_initial_weights(module, init))
+            module.weight.copy_(INITS[init](torch.empty_like(module.weight, dtype=torch.float64)))
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
-def _initial_weights(module: nn.Conv2d | nn.Linear, init: str) -> Tensor:
-    """Float64, in the shape of ``module.weight``."""
-    weight = torch.empty_like(module.weight, dtype=torch.float64)
-    if init == "xavier":
-        return nn.init.xavier_uniform_(weight)
-    if init == "normal":
-        return nn.init.normal_(weight, 0.0, 0.01)
-    if isinstance(module, nn.Conv2d):
+def _kaiming(weight: Tensor) -> Tensor:
+    if weight.dim() == 4:  # a convolution's
         return nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
-    is_narrow = module.in_features < HEADS["imagenet"][1]
-    return nn.init.normal_(weight, 0.0, math.sqrt(2.0 / module.in_features) if is_narrow else 0.01)
+    in_features = weight.shape[1]
+    is_narrow = in_features < HEADS["imagenet"][1]
+    return nn.init.normal_(weight, 0.0, math.sqrt(2.0 / in_features) if is_narrow else 0.01)
+
+
+# Each fills a weight ``(out, in)`` or ``(out, in, 3, 3)`` and returns it.
+INITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "kaiming": _kaiming,
+    "xavier": nn.init.xavier_uniform_,
+    "normal": lambda weight: nn.init.normal_(weight, 0.0, 0.01),
+}
 
 
 def head_for(image_size: int) -> str:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from vgglab import checkpoint, interrupts
-from vgglab.average import Average
 from vgglab.checkpoint import TrainingState
 from vgglab.config import Config
 from vgglab.data.loader import eval_batches, mix_seeds, train_batches
@@ -25,11 +24,11 @@ from vgglab.errors import UserError, blaming
 from vgglab.inheritance import changed_settings
 from vgglab.interrupts import Leaving
 from vgglab.model import build, load_pretrained
-from vgglab.objective import Objective
+from vgglab.optim import Average, Objective, build_optimizer, set_learning_rate
 from vgglab.pace import Clock, Timed, Watch
 from vgglab.recording import RankWriter
 from vgglab.runs import SCHEMA
-from vgglab.schedule import build_optimizer, learning_rate, set_learning_rate
+from vgglab.schedule import learning_rate
 from vgglab.tracing import Tracer
 
 

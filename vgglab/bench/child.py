@@ -23,7 +23,8 @@ from vgglab.devices.base import Device
 from vgglab.devices.memory import is_lack_of_memory, limit_to_free_memory
 from vgglab.errors import UserError
 from vgglab.model import build, head_for
-from vgglab.schedule import learning_rate, set_learning_rate
+from vgglab.optim import set_learning_rate
+from vgglab.schedule import learning_rate
 from vgglab.trainer import Trainer
 
 

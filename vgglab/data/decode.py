@@ -14,7 +14,7 @@ import os
 import stat
 import struct
 import warnings
-from typing import Any, NamedTuple, Union
+from typing import Any, Callable, NamedTuple, Union
 
 import torch
 from PIL import Image
@@ -123,22 +123,39 @@ class JpegPicture:
 
 
 def open_picture(file: str, decoder: str) -> Picture | JpegPicture:
-    """Read as much of ``file`` as it takes to know its size. Raises BadImage."""
+    """Read as much of ``file`` as it takes to know its size. Raises BadImage; KeyError for an unknown decoder."""
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # to open a pipe would be to wait for whoever writes into it
             raise bad_image(file, "not a regular file")
     except OSError as error:
         raise bad_image(file, reason_of(error)) from None
-    if decoder == "fast" and file.lower().endswith((".jpeg", ".jpg")):
-        try:
-            with open(file, "rb") as lines:
-                data = bytearray(lines.read())
-        except OSError as error:
-            raise bad_image(file, reason_of(error)) from None
-        frame = _frame_of(data)
-        if frame is not None:
-            return JpegPicture(file, data, frame)
-    return Picture(file)
+    return DECODERS[decoder].open_file(file)
+
+
+def _open_jpeg(file: str) -> Picture | JpegPicture:
+    """Pillow reads what is no JPEG, or no ordinary one."""
+    if not file.lower().endswith((".jpeg", ".jpg")):
+        return Picture(file)
+    try:
+        with open(file, "rb") as lines:
+            data = bytearray(lines.read())
+    except OSError as error:
+        raise bad_image(file, reason_of(error)) from None
+    frame = _frame_of(data)
+    return Picture(file) if frame is None else JpegPicture(file, data, frame)
+
+
+class Decoder(NamedTuple):
+    """How images are read."""
+
+    open_file: Callable[[str], Picture | JpegPicture]
+    from_array: Callable[[Tensor], Pixels]  # of (H, W, 3) uint8: what the pixels of a file would have been
+
+
+DECODERS = {
+    "pil": Decoder(Picture, lambda pixels: Image.fromarray(pixels.numpy())),
+    "fast": Decoder(_open_jpeg, lambda pixels: pixels),
+}
 
 
 class _Frame(NamedTuple):

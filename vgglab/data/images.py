@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol, Sequence, Union
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from vgglab.data.decode import JpegPicture, Picture, Pixels, open_picture
+from vgglab.data.decode import DECODERS, JpegPicture, Picture, Pixels, open_picture
 from vgglab.data.index import Paths
 
 
@@ -53,9 +52,7 @@ class ArrayPicture:
 
     def pixels(self, rows: int | None = None) -> Pixels:
         colours = self._pixels if self._pixels.dim() == 3 else self._pixels[:, :, None].expand(-1, -1, 3)
-        if self._decoder == "fast":
-            return colours.contiguous()
-        return Image.fromarray(colours.contiguous().numpy())
+        return DECODERS[self._decoder].from_array(colours.contiguous())
 
 
 class ArrayImages:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from vgglab.config import SEED_NUM_CLASSES, Config
 from vgglab.data import lists
@@ -16,6 +16,17 @@ from vgglab.data.lists import ListFile
 from vgglab.data.named import NAMED_SETS, saying_what_to_put_where
 from vgglab.data.transform import AsItIs, CentreCrop, JitteredCrop, Preparation, RandomCrop, Trivially
 from vgglab.errors import UserError
+
+
+def _standard_crop(size: int, preparation: Preparation) -> RandomCrop:
+    return RandomCrop(size, preparation.crop_scale, preparation.flip)
+
+
+CROPS: dict[str, Callable[[int, Preparation], Any]] = {
+    "standard": _standard_crop,
+    "scale-jitter": lambda size, preparation: JitteredCrop(size, preparation.flip),
+    "trivial": lambda size, preparation: Trivially(_standard_crop(size, preparation)),
+}
 
 
 @dataclass
@@ -41,10 +52,7 @@ class DataSets:
         """What is done to a training image: ``(picture, seed)`` to ``(image_size, image_size, 3)`` bytes."""
         if self.is_fake:
             return AsItIs()
-        if self.crops == "scale-jitter":
-            return JitteredCrop(self.image_size, self.preparation.flip)
-        crop = RandomCrop(self.image_size, self.preparation.crop_scale, self.preparation.flip)
-        return Trivially(crop) if self.crops == "trivial" else crop
+        return CROPS[self.crops](self.image_size, self.preparation)
 
     def eval_transform(self) -> Any:
         """What is done to a held-out image: likewise, and nothing random in it."""
