@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -339,6 +340,17 @@ def test_a_disk_that_is_full_for_all_checkpoints_is_said_and_the_run_can_begin_a
     [error] = [line for line in output.splitlines() if "error: " in line]
     assert "there is none before it; make room, then continue with --run-dir" in error
     assert job("run", "--resume=auto").events("train")[-1]["step"] == 12
+
+
+def test_a_run_without_a_checkpoint_begins_again_with_its_own_settings(job):
+    """The advice at the end of a run, taken literally, trained the default network."""
+    run = job("run", "--epochs=1", "--lr=0.03")
+    before = dict(run.config)
+    shutil.rmtree(run.path / "checkpoints")
+    assert main([f"--run-dir={run.path}", "--resume=auto", "--device=cpu", "--workers=0"]) == 0
+    after = Run(run.path).config
+    names = ("model", "epochs", "lr", "batch_size", "data_path", "seed", "dropout_rate", "image_size", "num_classes")
+    assert [after[name] for name in names] == [before[name] for name in names]
 
 
 def test_an_image_after_a_resume_with_other_ranks_comes_once(job):

@@ -223,6 +223,23 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_does_not_make_anybody_wait(ru
             shutil.copy(tmp_path / "kept", run.path / name)
 
 
+def test_a_link_in_the_place_of_a_file_is_not_followed(run, tmp_path):
+    """A run directory from elsewhere would have shown what only its reader may read."""
+    other = Run(shutil.copytree(run.path, tmp_path / "other"))
+    for name in FILES:
+        (run.path / name).rename(tmp_path / "secret")
+        (run.path / name).symlink_to(tmp_path / "secret")
+        outputs(run.path, other)
+        if name.endswith(".txt"):
+            assert Run(run.path).logs() == ""
+        (run.path / name).unlink()
+        (tmp_path / "secret").rename(run.path / name)
+    (run.path / "events.jsonl").rename(tmp_path / "events.jsonl")
+    (run.path / "events.jsonl").symlink_to(tmp_path / "events.jsonl")
+    with pytest.raises(UserError, match="is a link, which is not followed"):
+        Run(run.path).events()
+
+
 def test_a_file_larger_than_any_of_ours_is_not_read_into_memory(run, tmp_path):
     other = Run(shutil.copytree(run.path, tmp_path / "other"))
     for name in FILES:

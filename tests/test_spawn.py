@@ -1,17 +1,19 @@
 """``--nproc``: ranks on one machine, started so that no other user can take part."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import processes
 import pytest
 from conftest import PATIENCE_SECONDS, PROJECT, TINY, wait_until
 from test_launch import MARK, processes_with
-from test_ranks import PLANTED
+from test_ranks import HANGS, PLANTED
 from torch.distributed import TCPStore
 
 import vgglab
@@ -197,7 +199,25 @@ def test_a_signal_ends_all_ranks_with_the_documented_code(start, tmp_path, numbe
     assert run.events("checkpoint")[-1]["step"] == run.events("train")[-1]["step"]
 
 
-def test_a_second_ctrl_c_kills_ranks_that_hang(start, tmp_path):
+def test_at_a_second_ctrl_c_ranks_leave_at_once_and_the_run_says_so(start, tmp_path):
+    """They were killed: the run was called failed, and there was no last line."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(PLANTED.format(deed=HANGS, rank=1))
+    path = f"{tmp_path / 'site'}{os.pathsep}{PROJECT}"
+    process = start("--epochs=100000", "--print-freq=1", mark="ctrl-c-at-once", PYTHONPATH=path)
+    wait_until(lambda: is_training(tmp_path) and len(the_only_run(tmp_path).ranks()) == 2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)  # two at the same moment would be one
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, "Traceback" in err) == (130, False), err
+    run = the_only_run(tmp_path)
+    assert run.status == "interrupted"
+    assert re.search(r"rank 0 of 2: interrupted; continue with --run-dir \S+ --resume auto", err), err
+    assert processes_with("ctrl-c-at-once") == []
+
+
+def test_a_third_ctrl_c_kills_ranks_that_hang(start, tmp_path):
     process = start("--epochs=100000", mark="ctrl-c-twice")
     wait_until(lambda: is_training(tmp_path))
     wait_until(lambda: len(the_only_run(tmp_path).ranks()) == 2)
@@ -205,8 +225,10 @@ def test_a_second_ctrl_c_kills_ranks_that_hang(start, tmp_path):
     os.kill(hanging, signal.SIGSTOP)
     wait_until(lambda: "T" in said_of(hanging)["State"])  # a busy machine takes its time over that
     process.send_signal(signal.SIGINT)
-    wait_until(lambda: int(said_of(hanging)["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1)
-    process.send_signal(signal.SIGINT)
+    wait_until(lambda: int(said_of(hanging)["ShdPnd"], 16) >> (signal.SIGINT - 1) & 1)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
     _, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, "Traceback" in err) == (130, False), err
     assert processes_with("ctrl-c-twice") == []

@@ -34,6 +34,8 @@ class EventFile:
         Raises:
             UserError: there is a file, and it cannot be read.
         """
+        if self.file.is_symlink():
+            raise UserError(f"{self.file}: is a link, which is not followed")
         if self.file.is_file():
             try:
                 opened = self.file.open("rb")

@@ -23,9 +23,13 @@ def exists(path: Path) -> bool:
 
 
 def read_bytes(file: Path, most: int = MOST_BYTES) -> bytes | None:
-    """The whole file; None if it is larger than ``most`` or no regular file. Raises UserError if it cannot be read."""
+    """The whole file; None if it is larger than ``most``, a link or no regular file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
-        if not file.is_file() or file.stat().st_size > most:
+        if file.is_symlink() or not file.is_file() or file.stat().st_size > most:
             return None
         return file.read_bytes()
     except OSError as error:
@@ -33,9 +37,9 @@ def read_bytes(file: Path, most: int = MOST_BYTES) -> bytes | None:
 
 
 def tail_of(file: Path, num_bytes: int = 4096) -> bytes:
-    """The last ``num_bytes`` of a file; empty if it cannot be read."""
+    """The last ``num_bytes`` of a file; empty if it is a link or cannot be read."""
     try:
-        if not file.is_file():
+        if file.is_symlink() or not file.is_file():
             return b""
         with file.open("rb") as lines:
             lines.seek(0, os.SEEK_END)

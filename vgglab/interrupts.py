@@ -12,6 +12,8 @@ WARNINGS = [  # to leave in good order: a scheduler's two, and that of a termina
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 ]
 _received: list[int] = []  # the signals by which this process was asked to leave
+_is_leaving = False  # it has saved what it had, or was told not to, and is on its way out
+ends_with_run = False  # set by a process that does nothing after its training: further Ctrl-C cannot hurry it
 
 
 class Leaving(BaseException):
@@ -19,6 +21,11 @@ class Leaving(BaseException):
 
     Its message says what was saved and how to resume; empty where nothing had to be saved.
     """
+
+    def __init__(self, *message: str) -> None:
+        super().__init__(*message)
+        global _is_leaving
+        _is_leaving = True
 
 
 @contextlib.contextmanager
@@ -65,7 +72,9 @@ def heeding_warnings() -> Iterator[None]:
     A second Ctrl-C is a KeyboardInterrupt. A signal that was switched off from outside stays so: under nohup a closed
     terminal is nothing.
     """
+    global _is_leaving
     _received.clear()
+    _is_leaving = False
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -105,7 +114,8 @@ def handling(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Ite
         yield
     finally:
         for number, earlier in previous.items():
-            signal.signal(number, earlier)
+            is_answered = number == signal.SIGINT and ends_with_run and was_interrupted()
+            signal.signal(number, signal.SIG_IGN if is_answered else earlier)
 
 
 def leave_signals_to_parent(_: int = 0) -> None:
@@ -130,11 +140,16 @@ def _end_at_parents_word(parent: int) -> None:
 
 
 def _note(number: int, _: Any) -> None:
-    if number == signal.SIGINT:
-        if was_interrupted():
+    global _is_leaving
+    if number == signal.SIGINT and was_interrupted():
+        if not _is_leaving:  # there it could only disturb how the loader's workers are ended
+            _is_leaving = True
             raise KeyboardInterrupt
+    elif number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
-            os.write(2, b"\nCtrl-C: stopping after this step, with a checkpoint; press it again to stop without one\n")
+            os.write(
+                2, b"\nCtrl-C: finishing this step, then stopping; press it again to stop at once, without saving\n"
+            )
     _received.append(number)
 
 

@@ -185,6 +185,11 @@ def set_run_dir(path: Path) -> None:
     _run_dir = path
 
 
+def resume_advice() -> str:
+    """How to go on with this process's run, such as ``; continue with ...``; empty where it has none yet."""
+    return f"; continue with --run-dir {_run_dir} --resume auto" if _run_dir else ""
+
+
 def name() -> str:
     """``rank 1 of 8: `` in front of what this process says; nothing where it is alone."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))

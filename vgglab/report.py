@@ -36,8 +36,12 @@ def build_report(run: Run) -> dict[str, Any]:
     ``training_time`` is h:mm:ss from the first event to the last, evaluation and checkpoints included.
     """
     config, env, events = run.config, run.env, run.events()
-    if not config or not env or not events:
+    if not events:
         raise UserError(f"{run.path}: nothing to report yet")
+    if not config or not env:
+        raise UserError(
+            f"{run.path}: {'env.json' if config else 'config.json'} is missing; there is no report without it"
+        )
     # In place a run may go on on other hardware: a simulated card's time, or that of fewer ranks, is not this speed.
     per_step = config["batch_size"] * env["world_size"]
     real = [] if env["simulated"] else [event for event in measured(events) if not event.get("simulated")]

@@ -115,7 +115,10 @@ class Run:
 
     def damage(self) -> list[str]:
         """What in the files was left out because it is damaged, or no run of this kit writes it; a phrase each."""
-        found = self._events.damage(is_over=self.status not in GOING_ON)
+        try:
+            found = self._events.damage(is_over=self.status not in GOING_ON)
+        except UserError as error:
+            return [str(error)]
         has_begun = self._events.read() != []
         for name in ("config.json", "env.json", "report.json"):
             document = readable_document(self.path / name)

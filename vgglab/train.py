@@ -54,6 +54,7 @@ from vgglab.devices import import_torch, open_device
 from vgglab.dist import slurm, spawn
 from vgglab.errors import UserError, blaming
 from vgglab.interrupts import Leaving, heeding_warnings, undisturbed
+from vgglab.schema import readable_document
 
 if TYPE_CHECKING:
     from vgglab.data.sets import DataSets
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks.say(f"error: {ranks.name()}{one_line}")
         return ranks.EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        ranks.say("interrupted")
+        ranks.say(f"{ranks.name()}interrupted{ranks.resume_advice()}")
         return ranks.EXIT_INTERRUPTED
     except Leaving as leaving:
         ranks.say(f"{ranks.name()}stopped {interrupts.reason()} {leaving}".rstrip())
@@ -125,6 +126,8 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
     if config.resume == "auto":
         is_in_place = config.run_dir is not None and not config.test_only  # that would void what was trained
         notes = _find_checkpoint(config)
+    if is_in_place and not config.resume:  # no checkpoint yet, but it may have settings
+        inheritance.inherit(config, given, readable_document(Path(str(config.run_dir), "config.json")))
     if config.resume:
         saved = _read_checkpoint(config.resume)
         with blaming(f"--resume {config.resume}"):
@@ -293,6 +296,9 @@ def _work_and_record(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             status = "interrupted"
             raise
         except BaseException as error:
+            if interrupts.was_interrupted() and ranks.has_lost_peers(error):  # they were faster
+                status = "interrupted"
+                raise KeyboardInterrupt from None
             failure = f"{type(error).__name__}: {error}"
             raise
         finally:
@@ -312,6 +318,7 @@ def _work_and_record(trainer: Trainer, path: Path, is_in_place: bool) -> None:
 if __name__ == "__main__":
     from vgglab.train import main as packaged_main  # not __main__'s own copy: one module, one set of classes
 
+    interrupts.ends_with_run = True
     try:
         code = packaged_main()
     except KeyboardInterrupt:  # another one, while the last was being answered

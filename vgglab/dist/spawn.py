@@ -32,8 +32,8 @@ FINAL = (0, ranks.EXIT_BAD_INPUT, ranks.EXIT_LEFT, ranks.EXIT_INTERRUPTED)  # an
 def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> int:
     """Run the training command once per rank; restart all of them after one has died.
 
-    A signal that asks to leave is passed on to every rank; at Ctrl-C they are asked to leave, at the second they are
-    killed. When a rank fails, the others are asked to leave, and killed after the grace period.
+    A signal that asks to leave is passed on to every rank, and so is Ctrl-C: at the first they save and leave, at the
+    second they leave at once; what is left of them after the grace period, or at the third, is killed. When a rank fails, the others are asked to leave, and killed after the grace period.
 
     Returns:
         The exit code of the rank that failed first (1 where it was killed); 75 or 130 where a signal ended them.
@@ -90,11 +90,15 @@ class _Attempt:
             while running:
                 time.sleep(POLL_SECONDS)
                 while num_sent < len(self.signals):
-                    _send(self._for_ranks(num_sent), running.values())
+                    number = self.signals[num_sent]
+                    num_ctrl_c = self.signals[: num_sent + 1].count(signal.SIGINT)
+                    _send(signal.SIGKILL if number == signal.SIGINT and num_ctrl_c > 2 else number, running.values())
+                    if num_ctrl_c == 2:
+                        deadline = min(deadline, time.monotonic() + ranks.grace_period_seconds())
                     num_sent += 1
                 for rank in [rank for rank, process in running.items() if process.poll() is not None]:
                     code = running.pop(rank).returncode
-                    if code not in (0, ranks.EXIT_LEFT) and self.failure is None:
+                    if code not in (0, ranks.EXIT_LEFT, ranks.EXIT_INTERRUPTED) and self.failure is None:
                         self._note(rank, code)
                         _send(signal.SIGTERM, running.values())
                         deadline = time.monotonic() + ranks.grace_period_seconds()
@@ -107,13 +111,6 @@ class _Attempt:
         if self.failure is not None:
             return self.failure
         return ranks.EXIT_LEFT if any(process.returncode for process in processes) else 0
-
-    def _for_ranks(self, place: int) -> int:
-        """What the ranks get for a signal of this process's: they leave together, also at Ctrl-C."""
-        number = self.signals[place]
-        if number != signal.SIGINT:
-            return number
-        return signal.SIGKILL if signal.SIGINT in self.signals[:place] else signal.SIGTERM
 
     def _note(self, rank: int, code: int) -> None:
         """Keep the first failure; a rank that was killed could not write it down itself."""
