@@ -13,6 +13,7 @@ from conftest import TINY
 
 import vgglab
 from vgglab.dist.processes import signature
+from vgglab.schema import with_checksum
 from vgglab.view.figures import bands
 from vgglab.view.live import _TerminalLines
 from vgglab.view.rank_table import rank_rows
@@ -116,6 +117,8 @@ def test_damage_is_listed_whatever_is_damaged(train):
         assert damage(name, b"{") == [f"{name}: cannot be read"]
         assert damage(name, None) == [f"{name}: is missing"]
     assert damage("report.json", b"{") == ["report.json: cannot be read"]
+    report = with_checksum({**json.loads(kept["report.json"]), "num_lines": "many"})
+    assert "report.json: num_lines is of a wrong type, left out" in damage("report.json", json.dumps(report).encode())
     lines = kept["events.jsonl"].splitlines(keepends=True)
     assert damage("events.jsonl", None) == [f"events.jsonl: {len(lines)} lines missing at its end"]
     assert damage("events.jsonl", b"".join(lines[:-2])) == ["events.jsonl: 2 lines missing at its end"]

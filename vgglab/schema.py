@@ -152,6 +152,7 @@ DOCUMENTS: dict[str, dict[str, Test]] = {
         "cwd": text, "started": text, "amp_dtype": maybe(text), "tf32": maybe(switch), "channels_last": switch,
         "fused": switch, "compiled": switch, "num_cpus": count, "num_threads": count,
     },
+    "report.json": {"num_lines": count},  # it is made again from the others; of its figures nothing is read
     "launch.json": {**PROCESS, "argv": list_of(text), "command": list_of(text)},
     "bench.json": {"results": list_of(record(
         {"way": text, "batch_size": count_from_1, "num_turns": count, "images_per_second": maybe(number),

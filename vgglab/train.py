@@ -127,7 +127,9 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
         is_in_place = config.run_dir is not None and not config.test_only  # that would void what was trained
         notes = _find_checkpoint(config)
     if is_in_place and not config.resume:  # no checkpoint yet, but it may have settings
-        inheritance.inherit(config, given, readable_document(Path(str(config.run_dir), "config.json")))
+        file = Path(str(config.run_dir), "config.json")
+        with blaming(f"--resume auto: {file}"):
+            inheritance.inherit(config, given, readable_document(file))
     if config.resume:
         saved = _read_checkpoint(config.resume)
         with blaming(f"--resume {config.resume}"):
