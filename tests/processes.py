@@ -33,7 +33,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 # After so long something hangs; no test says how fast a machine has to be.
 PATIENCE_SECONDS = 600
 GRACE_SECONDS = 30  # for the other ranks to notice that one has failed; torchrun's figure
-# Modules that a training run imports; torchvision is not one of them.
+# What a training run imports; torchvision is imported only where a test needs it.
 PRELOADED = "numpy torch torch.distributed torch.nn.parallel torch.utils.data.distributed PIL.Image tqdm".split()
 _context = multiprocessing.get_context("forkserver")
 # In an environment with this variable VGG11 has few channels; the last convolution keeps its own, for the classifier.

@@ -98,7 +98,7 @@ def test_the_list_of_flags_is_a_promise():
 
 
 def test_a_choice_is_in_its_table_and_what_is_not_in_it_is_an_error(monkeypatch):
-    """A schedule without a branch of its own was cosine, a decoder without one Pillow."""
+    """An unknown schedule silently became cosine, an unknown decoder Pillow."""
     from vgglab import config as configuration
     from vgglab import model, optim, recipes, schedule
     from vgglab.data import decode, sets

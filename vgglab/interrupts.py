@@ -12,8 +12,8 @@ WARNINGS = [  # to leave in good order: a scheduler's two, and that of a termina
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 ]
 _received: list[int] = []  # the signals by which this process was asked to leave
-_is_leaving = False  # it has saved what it had, or was told not to, and is on its way out
-ends_with_run = False  # set by a process that does nothing after its training: further Ctrl-C cannot hurry it
+_is_leaving = False  # the run is ending: further Ctrl-C is ignored
+ends_with_run = False  # set where the process exits after the run: Ctrl-C is then ignored until it does
 
 
 class Leaving(BaseException):

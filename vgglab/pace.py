@@ -110,7 +110,7 @@ class Clock:
 
 
 class Timed:
-    """A device that tells a clock when the parts of a training step end; in all else it is the device."""
+    """Wraps a device and reports the phases of each training step to a clock; all other calls are passed through."""
 
     def __init__(self, device: Device, clock: Clock) -> None:
         self._device, self._clock = device, clock

@@ -185,9 +185,14 @@ def set_run_dir(path: Path) -> None:
     _run_dir = path
 
 
-def resume_advice() -> str:
-    """How to go on with this process's run, such as ``; continue with ...``; empty where it has none yet."""
-    return f"; continue with --run-dir {_run_dir} --resume auto" if _run_dir else ""
+def run_dir() -> Path | None:
+    """The run directory of this process; None before there is one."""
+    return _run_dir
+
+
+def resume_advice(path: Path) -> str:
+    """What to add to the command to continue in this run directory, with or without a checkpoint in it."""
+    return f"continue with --run-dir {path} --resume auto"
 
 
 def name() -> str:

@@ -109,7 +109,7 @@ def for_one(number: int, folder: Path) -> list[str]:
 def _run(command: list[str]) -> int:
     """On the leash: however this process ends, so does that one. A signal to leave is passed on.
 
-    In a session of its own, so that a terminal's Ctrl-C does not reach it twice.
+    It runs in its own session, so that Ctrl-C in a terminal reaches it only through this process.
     """
     environment = {**os.environ, ranks.LEASH: "1"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)

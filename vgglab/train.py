@@ -83,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks.say(f"error: {ranks.name()}{one_line}")
         return ranks.EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        ranks.say(f"{ranks.name()}interrupted{ranks.resume_advice()}")
+        path = ranks.run_dir()
+        advice = f"; {ranks.resume_advice(path)}" if path else ""
+        ranks.say(f"{ranks.name()}interrupted{advice}")
         return ranks.EXIT_INTERRUPTED
     except Leaving as leaving:
         ranks.say(f"{ranks.name()}stopped {interrupts.reason()} {leaving}".rstrip())

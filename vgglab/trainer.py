@@ -26,6 +26,7 @@ from vgglab.interrupts import Leaving
 from vgglab.model import build, load_pretrained
 from vgglab.optim import Average, Objective, build_optimizer, set_learning_rate
 from vgglab.pace import Clock, Timed, Watch
+from vgglab.ranks import resume_advice
 from vgglab.recording import RankWriter
 from vgglab.runs import SCHEMA
 from vgglab.schedule import learning_rate
@@ -179,7 +180,7 @@ class Trainer:
             if state.epoch == config.epochs:
                 run.accepted("checkpoints")  # said here
                 lost = f"also not written: {run.losses()}; " if run.lost else ""
-                raise UserError(f"{folder}: {text}; {lost}make room, then {_resume_advice(run)}") from None
+                raise UserError(f"{folder}: {text}; {lost}make room, then {resume_advice(run.path)}") from None
             run.refused("checkpoints", text)
         else:
             run.accepted("checkpoints")  # a later one is as good
@@ -191,7 +192,7 @@ class Trainer:
         if self.device.rank != 0:
             raise Leaving
         saved = "its checkpoint could not be written" if "checkpoints" in run.lost else "checkpoint saved"
-        raise Leaving(f"after step {self.state.step}, {saved}; {_resume_advice(run)}")
+        raise Leaving(f"after step {self.state.step}, {saved}; {resume_advice(run.path)}")
 
     def announce(self, run: RankWriter) -> None:
         """The first event: what is about to happen, so that a reader can tell how far it is."""
@@ -277,7 +278,7 @@ class Loop:
         self.last_skipped_step = trainer.state.step + config.skip_steps
 
     def train_epoch(self, epoch: int) -> None:
-        """From where the training stands in it to its last batch."""
+        """Train on the remaining batches of this epoch."""
         trainer, clock, batches = self.trainer, self.clock, self.trainer.batches
         assert batches is not None
         config, state = trainer.config, trainer.state
@@ -294,7 +295,7 @@ class Loop:
 
                 is_saved = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
                 is_logged = is_saved or batch % config.print_freq == 0 or batch == len(batches)
-                is_logged = is_logged or state.step == self.last_skipped_step  # after it the clock starts anew
+                is_logged = is_logged or state.step == self.last_skipped_step  # restarts the clock
                 if is_logged or self.watch.is_due():
                     self._look(epoch, loss, logits, labels, is_logged)
                 if self.watch.all_leave:
@@ -336,11 +337,6 @@ class Loop:
 
 
 _ADVICE = "the last checkpoint is from before that; lower --lr or lengthen --warmup"
-
-
-def _resume_advice(run: RankWriter) -> str:
-    """How to go on in the same run directory, from the beginning where it has no checkpoint."""
-    return f"continue with --run-dir {run.path} --resume auto"
 
 
 def _share_buffers(network: nn.Module, device: Device) -> None:

@@ -42,7 +42,7 @@ WAYS = {
     "tf32": Way("tf32", ("--tf32",)),
     "fast": Way("fast", ("--fast",)),
     "compile": Way("compile", ("--fast", "--compile")),
-    # The plain loop in a process that the kit has set up: what is left between it and float32 is the trainer.
+    # A plain loop with the kit's process settings: its distance from float32 is what Trainer.step costs or gains.
     "bare": Way("bare", is_plain=True),
     "torchvision": Way("torchvision", is_plain=True, is_prepared=False, is_torchvisions=True),
 }

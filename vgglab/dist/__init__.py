@@ -1,1 +1,1 @@
-"""Who starts the ranks of a job: this kit (``spawn``), Slurm (``slurm``), or torchrun, which needs nothing from here."""
+"""Who starts the ranks of a job: this kit (``spawn``), Slurm (``slurm``), or torchrun, which needs nothing here."""

@@ -1,9 +1,9 @@
 """Start the ranks of one machine and look after them: ``python -m vgglab.train --nproc 8``.
 
-On one machine this replaces torchrun. Its store listens on every network interface, and anyone who can reach the machine
-can write data there that the launcher then unpickles. Here the ranks meet in a file that only their owner can read, and
-gloo and NCCL are told to use the loopback interface. (First-generation ``torch_gcu`` meets at ``MASTER_PORT`` only; where
-its store listens is up to the vendor.)
+On one machine this replaces torchrun. Its store listens on every network interface, and anyone who can reach the
+machine can write data there that the launcher then unpickles. Here the ranks meet in a file that only their owner can
+read, and gloo and NCCL are told to use the loopback interface. (First-generation ``torch_gcu`` meets at
+``MASTER_PORT`` only; where its store listens is up to the vendor.)
 
 Standard library only: the launcher does not import torch.
 """
@@ -33,7 +33,8 @@ def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> in
     """Run the training command once per rank; restart all of them after one has died.
 
     A signal that asks to leave is passed on to every rank, and so is Ctrl-C: at the first they save and leave, at the
-    second they leave at once; what is left of them after the grace period, or at the third, is killed. When a rank fails, the others are asked to leave, and killed after the grace period.
+    second they leave at once; what is left of them after the grace period, or at the third, is killed. When a rank
+    fails, the others are asked to leave, and killed after the grace period.
 
     Returns:
         The exit code of the rank that failed first (1 where it was killed); 75 or 130 where a signal ended them.
@@ -76,7 +77,7 @@ class _Attempt:
     def run(self) -> int:
         """Returns the exit code for all ranks."""
         with handling([*WARNINGS, signal.SIGINT], lambda number, _: self.signals.append(number)):
-            # Each has a session, so that killing one takes its workers along, and a pipe that ends it with this process.
+            # Each has a session, so that killing one kills its workers, and a pipe that ends it with this process.
             running = {
                 rank: subprocess.Popen(
                     self.command,
