@@ -567,6 +567,30 @@ def test_ctrl_c_twice_is_answered_once(images, tmp_path):
     assert Run(tmp_path / "run").status == "interrupted"
 
 
+def test_ctrl_c_in_a_finalizer_is_not_printed_and_the_next_one_is_answered():
+    """A generator of the loop was being closed as the second came: its traceback was the last thing said."""
+    code = """
+import signal
+from vgglab.interrupts import heeding_warnings
+def batches():
+    try:
+        yield
+    finally:
+        signal.raise_signal(signal.SIGINT)
+with heeding_warnings():
+    signal.raise_signal(signal.SIGINT)
+    opened = batches()
+    next(opened)
+    del opened
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        print("answered")
+"""
+    result = python("-c", code)
+    assert (result.stdout, "Traceback" in result.stderr) == ("answered\n", False), result.stderr
+
+
 def test_a_segmentation_fault_leaves_a_stack(images, tmp_path):
     """What a vendor's library does: from a shell in the run's log, with several ranks among its failures too."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from typing import Any, Callable, Iterator, Sequence
 
@@ -78,8 +79,30 @@ def heeding_warnings() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with handling([*WARNINGS, signal.SIGINT], _note):
+    with handling([*WARNINGS, signal.SIGINT], _note), _unraisable_interrupts():
         yield
+
+
+@contextlib.contextmanager
+def _unraisable_interrupts() -> Iterator[None]:
+    """In the block a KeyboardInterrupt that was raised in a finalizer is not printed, and the next Ctrl-C raises again.
+
+    Python can only print it and go on. The run still leaves after its step.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        global _is_leaving
+        if was_interrupted() and issubclass(unraisable.exc_type, KeyboardInterrupt):
+            _is_leaving = False
+        else:
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 @contextlib.contextmanager
