@@ -275,3 +275,24 @@ def test_auto_takes_the_best_there_is_and_records_it(train):
 def test_a_name_that_is_no_device_is_refused_with_those_that_are():
     with pytest.raises(UserError, match=r"^device: 'CPU' is not one of auto, cpu, cuda"):
         open_device("CPU")
+
+
+SLOW_TO_LET_GO = """
+import os, threading, time, torch.distributed
+held, all_reduce = [], torch.distributed.all_reduce
+def let_go():
+    time.sleep(0.05)
+    held.pop()
+def reduce_slowly(tensor, *arguments, **options):
+    all_reduce(tensor, *arguments, **options)
+    held.append(tensor)  # as a thread of gloo's does
+    threading.Thread(target=let_go).start()
+torch.distributed.all_reduce = reduce_slowly
+os.register_at_fork(before=lambda: held and os._exit(9))
+"""
+
+
+def test_no_worker_is_forked_before_gloo_has_let_go_of_the_last_sum(tmp_path, images):
+    """On Python 3.8 to 3.11 such a worker may hang for ever: once in some hundred runs on a busy machine."""
+    run = run_ranks(tmp_path, images, "cpu", 2, "--workers=1", before=SLOW_TO_LET_GO)
+    assert run.status == "done"

@@ -19,6 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from vgglab import ranks
 from vgglab.compat import parallel_without_compiler
 from vgglab.devices.base import Device
+from vgglab.devices.collectives import sum_over_ranks
 from vgglab.devices.sync_bn import synchronise
 
 # The seed kit's static scale: float16 gradients are multiplied by it and it never grows.
@@ -95,8 +96,8 @@ class StockDevice(Device):
         if not self._averages_apart:
             return
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        sum_over_ranks(*gradients)
         for gradient in gradients:
-            torch.distributed.all_reduce(gradient)
             gradient /= self.world_size
 
     def backward(self, loss: Tensor) -> None:
@@ -119,7 +120,7 @@ class StockDevice(Device):
         tensor = tensor.to(self._torch_device)
         if self.world_size > 1:
             tensor = tensor.clone()
-            torch.distributed.all_reduce(tensor)
+            sum_over_ranks(tensor)
         return tensor
 
     def seed(self, seed: int) -> None:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from vgglab.devices.collectives import sum_over_ranks
+
 
 class _SumOverRanks(torch.autograd.Function):
     """Forward and backward are the same sum: what one rank's input adds to the total, every rank's loss may feel."""
@@ -20,13 +22,13 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         total = tensor.clone()
-        torch.distributed.all_reduce(total)
+        sum_over_ranks(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.contiguous().clone()
-        torch.distributed.all_reduce(total)
+        sum_over_ranks(total)
         return total
 
 

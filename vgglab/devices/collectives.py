@@ -1,0 +1,32 @@
+"""Sums over the ranks by PyTorch's own process group."""
+
+from __future__ import annotations
+
+import time
+import weakref
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+MOST_SECONDS = 1.0
+
+
+def sum_over_ranks(*tensors: Tensor) -> None:
+    """All-reduce each of the tensors, in place.
+
+    Returns only after gloo's threads have let go of them, for which they make themselves known to Python. A loader
+    worker that is forked at that very moment hangs for ever on Python 3.8 to 3.11 (python/cpython issue 112275), and
+    all ranks with it. So gloo gets tensor objects of its own, on the same memory, and this waits until they are gone.
+    """
+    lent = []
+    for tensor in tensors:
+        alias = tensor.detach()
+        torch.distributed.all_reduce(alias)
+        lent.append(weakref.ref(alias))
+        del alias
+    deadline = time.monotonic() + MOST_SECONDS
+    while torch.distributed.get_backend() == "gloo" and any(one() is not None for one in lent):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.0001)  # gloo's threads need Python's lock to let go
