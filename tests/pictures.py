@@ -25,7 +25,7 @@ def dashboard(lab) -> None:
 
 
 EXPLORE = """from sklearn.datasets import load_sample_image
-from vgglab import anatomy
+from vgglab.lab import anatomy
 from vgglab.view.explorer import explore
 explore(anatomy.of, load_sample_image("flower.jpg"), "vgg16", 224, "features.14")"""
 

@@ -9,11 +9,11 @@ from torch import nn
 
 import vgglab
 import vgglab.model as models
-from vgglab import anatomy
-from vgglab.config import MODELS
 from vgglab.devices import open_device
 from vgglab.errors import UserError
-from vgglab.shapes import output_of
+from vgglab.lab import anatomy
+from vgglab.lab.shapes import output_of
+from vgglab.settings.config import MODELS
 from vgglab.view.anatomy_table import Ceilings, Layer, as_html, as_text, roofline
 
 # Table 2 of the paper: millions of parameters with 1000 classes.

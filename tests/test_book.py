@@ -40,7 +40,7 @@ def notebook(file, *cells, title="A title · 标题", alone=False):
 @pytest.fixture
 def book(tmp_path, monkeypatch, capfd):
     """``book("-p", "x", 1)`` here, in a folder whose notebooks are in ``notebooks/``."""
-    from vgglab.book import main
+    from vgglab.commands.book import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))

@@ -166,7 +166,7 @@ def test_each_control_of_the_explorer_changes_its_figure_by_keyboard_alone(lab):
     notebook.close()
 
 
-CHOOSE = """from vgglab import insight
+CHOOSE = """from vgglab.lab import insight
 from vgglab.view.figures import Picture
 from vgglab.view.sights import PhotographChooser
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import shell
 
 from vgglab import Run
-from vgglab.compare import as_text, compare
+from vgglab.runs.compare import as_text, compare
 from vgglab.view.figures import bands, curves_beside
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from vgglab.config import Config, parse
 from vgglab.errors import UserError
+from vgglab.settings.config import Config, parse
 
 # Flags and defaults of the seed kit. Left open here: the number of classes (the folder's), the workers (16,
 # at most one a core), the device (auto), the folder (the bundled digits) and the drops (30, 60, 80).
@@ -99,9 +99,10 @@ def test_the_list_of_flags_is_a_promise():
 
 def test_a_choice_is_in_its_table_and_what_is_not_in_it_is_an_error(monkeypatch):
     """An unknown schedule silently became cosine, an unknown decoder Pillow."""
-    from vgglab import config as configuration
-    from vgglab import model, optim, recipes, schedule
+    from vgglab import model, optim
     from vgglab.data import decode, sets
+    from vgglab.settings import config as configuration
+    from vgglab.settings import recipes, schedule
 
     assert tuple(model.model_names()) == configuration.MODELS
     assert set(configuration.INITS) == set(model.INITS)

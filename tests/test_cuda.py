@@ -12,7 +12,7 @@ from expected_losses import measure, read_reference, share_of_tolerance
 from test_resume import LEFT, job, wait_for_step  # noqa: F401  # job is a fixture
 
 from vgglab import Run
-from vgglab.compat import load_tensors
+from vgglab.devices.compat import load_tensors
 from vgglab.pace import PHASES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card here")

@@ -32,7 +32,8 @@ def run_ranks(tmp_path, images, device, num_ranks, *flags, in_process=True, befo
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **environment}
     start = ["-m", "vgglab.train"]
     if before:
-        start = ["-c", f"{before}\nimport sys; from vgglab import ranks, train; ranks.leave(train.main(sys.argv[1:]))"]
+        before += "\nimport sys; from vgglab import train; from vgglab.dist import ranks"
+        start = ["-c", f"{before}\nranks.leave(train.main(sys.argv[1:]))"]
     words = [*start, *job, f"--run-dir={path}", *flags]
     if not in_process:
         result = shell("python", *words, env=environment, cwd=tmp_path)
@@ -91,10 +92,10 @@ def test_a_cpu_run_is_not_called_simulated(train):
 def test_the_loop_reads_from_the_card_once_a_log_line():
     code = (
         "from vgglab.devices import open_device\n"
-        "from vgglab import config\n"
+        "from vgglab.settings import config\n"
         "from vgglab.trainer import Trainer\n"
         "from vgglab.data.sets import open_sets\n"
-        "import vgglab.checkpoint as c; c.save = lambda *a: None\n"
+        "import vgglab.runs.checkpoint as c; c.save = lambda *a: None\n"
         "class Run:\n"
         "    path = __import__('pathlib').Path('.')\n"
         "    reads = []\n"

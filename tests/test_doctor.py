@@ -9,8 +9,8 @@ import pytest
 from conftest import PATIENCE_SECONDS, PROJECT, shell
 from test_devices import needs_sim
 
+from vgglab.commands.doctor import Diagnosis
 from vgglab.devices.doubles import EAGER, LAZY
-from vgglab.doctor import Diagnosis
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 PATIENT = None  # see patient()

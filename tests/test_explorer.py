@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import vgglab.model as models
-from vgglab import anatomy
 from vgglab.errors import UserError
+from vgglab.lab import anatomy
 
 pytest.importorskip("matplotlib")
 from vgglab.view import explorer

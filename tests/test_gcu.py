@@ -231,7 +231,7 @@ MUTATIONS = {
     ),
     "card tensors in a checkpoint": (
         LAZY,
-        "checkpoint.py",
+        "runs/checkpoint.py",
         "    content = _on_cpu(content)\n",
         "",
         "torch.save of a tensor",

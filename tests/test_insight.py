@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 import vgglab
-from vgglab import insight
+from vgglab.lab import insight
 from vgglab.model import build
 
 

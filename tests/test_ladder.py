@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import vgglab
-from vgglab import yardstick
+from vgglab.lab import yardstick
 from vgglab.view import timings
 from vgglab.view.ladder import Ladder, one_of, whole
 from vgglab.view.metric import metric
@@ -141,7 +141,7 @@ def test_the_yardstick_needs_no_cache_and_leaves_torch_as_it_was(monkeypatch, tm
 def test_the_yardstick_works_without_torch(tmp_path):
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from vgglab import yardstick; yardstick.COMPILING_FOR_SECONDS = 0\n"
+        "from vgglab.lab import yardstick; yardstick.COMPILING_FOR_SECONDS = 0\n"
         "print(yardstick.slowdown())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -75,7 +75,7 @@ def test_what_the_run_refuses_reaches_the_caller(tiny):
 def test_a_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
-        "import vgglab.schedule as s\n"
+        "import vgglab.settings.schedule as s\n"
         "def learning_rate(*_): raise ZeroDivisionError('planted')\n"
         "s.learning_rate = learning_rate\n"
     )

@@ -114,7 +114,7 @@ def test_stop_ends_the_newest_that_is_running(shell, flags):
 
 
 def test_stop_ends_a_series_of_seeds(shell, flags, monkeypatch):
-    monkeypatch.setattr("vgglab.seeds.LaunchedSeeds.watch", lambda series: None)  # as a live notebook: at once
+    monkeypatch.setattr("vgglab.runs.seeds.LaunchedSeeds.watch", lambda series: None)  # as a live notebook: at once
     assert shell.run_cell(f"%vgglab run {flags} --epochs 1000 --seeds 3,4").success
     series = shell.user_ns["run"]
     try:

@@ -8,8 +8,8 @@ import torchvision
 from conftest import PROJECT, shell
 
 import vgglab.model as models
-from vgglab.config import MODELS
 from vgglab.errors import UserError
+from vgglab.settings.config import MODELS
 
 # Table 2 of the paper: millions of parameters with 1000 classes.
 PAPER_MILLIONS = {"vgg11": 133, "vgg13": 133, "vgg16": 138, "vgg19": 144}

@@ -283,7 +283,7 @@ SENSELESS = [
 
 @pytest.mark.parametrize(("number", "parameters", "begins"), SENSELESS)
 def test_the_second_cell_refuses_what_makes_no_sense(number, parameters, begins, monkeypatch, capsys):
-    monkeypatch.setattr("vgglab.yardstick.slowdown", lambda: 1.0)
+    monkeypatch.setattr("vgglab.lab.yardstick.slowdown", lambda: 1.0)
     first, second = ["".join(cell["source"]) for cell in cells_of(FILES[number], "code")[:2]]
     names = {}
     exec(first, names)

@@ -5,12 +5,12 @@ import torch
 import torchvision
 from torch import nn
 
-from vgglab.config import parse
 from vgglab.data.loader import train_batches
 from vgglab.data.sets import open_sets
 from vgglab.data.transform import CHANNEL_MEAN, CHANNEL_STD
 from vgglab.devices import open_device
 from vgglab.model import build
+from vgglab.settings.config import parse
 
 pytestmark = pytest.mark.paper_widths
 NUM_STEPS, EPOCHS = 50, 13  # 4 steps an epoch

@@ -16,13 +16,13 @@ from processes import python
 from test_devices import needs_sim, run_ranks
 
 from vgglab import Run
-from vgglab.bench import step
-from vgglab.bench.__main__ import main as bench
-from vgglab.compat import load_tensors
+from vgglab.commands.bench import main as bench
+from vgglab.devices.compat import load_tensors
 from vgglab.devices.memory import keep_freed_memory
+from vgglab.lab.bench import step
 from vgglab.pace import PHASES
-from vgglab.report import remark_on_steadiness
-from vgglab.runs import holds_a_run
+from vgglab.runs.report import remark_on_steadiness
+from vgglab.runs.run import holds_a_run
 from vgglab.view import results
 
 has_fused = pytest.mark.skipif("fused" not in torch.optim.SGD.__init__.__code__.co_varnames, reason="torch before 2.3")
@@ -84,7 +84,8 @@ def test_fast_on_a_gcu_is_its_mixed_precision(images, tmp_path):
 
 def test_each_step_is_timed_and_the_first_since_the_start_of_the_process(images, tmp_path):
     # As if importing torch took 1000 s.
-    code = "import vgglab.ranks, sys; vgglab.ranks.STARTED -= 1000; from vgglab.train import main; main(sys.argv[1:])"
+    code = "import sys; from vgglab.dist import ranks; ranks.STARTED -= 1000\n"
+    code += "from vgglab.train import main; main(sys.argv[1:])"
     flags = ["--print-freq=2", "--epochs=3", "--skip-steps=3", f"--run-dir={tmp_path / 'run'}"]
     result = python("-c", code, *TINY, f"--data-path={images}", *flags)
     assert result.returncode == 0, result.stderr
@@ -282,14 +283,14 @@ def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
     """In a process with little memory: what was found has been computed, and what is a little larger cannot be."""
     import resource
 
-    code = "import vgglab.trainer, vgglab.bench.__main__\n"
+    code = "import vgglab.trainer, vgglab.commands.bench\n"
     code += "print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
     limit = (int(python("-c", code).stdout) + 400_000) * 1024
     options = {"preexec_fn": partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))}
     # Each attempt runs in a process; forked ones start faster.
-    code = "import multiprocessing, sys; from vgglab.bench import __main__, step\n"
+    code = "import multiprocessing, sys; from vgglab.commands import bench; from vgglab.lab.bench import step\n"
     code += "step.CONTEXT, step.CLOSE_ENOUGH = multiprocessing.get_context('fork'), 1 / 2\n"
-    code += "sys.exit(__main__.main(sys.argv[1:]))"
+    code += "sys.exit(bench.main(sys.argv[1:]))"
     words = ["-c", code, "step", "--model=vgg11", "--image-size=64", "--device=cpu", "--turns=1"]
     words += ["--ways=float32", f"--output-dir={tmp_path}"]
     result = python(*words, "--batch-size=max", "--json", **options)

@@ -5,9 +5,9 @@ import json
 import pytest
 from processes import python
 
-from vgglab.config import flags_given, parse
 from vgglab.errors import UserError
-from vgglab.plan import main, plan
+from vgglab.lab.plan import main, plan
+from vgglab.settings.config import flags_given, parse
 
 
 def planned(*flags, speed=590.3, **more):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vgglab import probes
+from vgglab.lab import probes
 from vgglab.model import build
 
 

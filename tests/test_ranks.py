@@ -156,7 +156,7 @@ def test_a_rank_that_hangs_is_seen_and_stopped(tiny, planted, monkeypatch):
     wait_until(lambda: run.events("train"))
     monkeypatch.setattr(rank_table, "NO_NEWS_SECONDS", 1)
     wait_until(lambda: silence(run))  # ten times what a step takes
-    monkeypatch.setattr("vgglab.runs.ask_where", partial(ask_where, seconds=PATIENCE_SECONDS))
+    monkeypatch.setattr("vgglab.runs.run.ask_where", partial(ask_where, seconds=PATIENCE_SECONDS))
     assert "run.where()" in summary(run, progress_of(run))
     rank0, rank1 = run.where().split("rank 1:")
     assert "was_handed_over" in rank1

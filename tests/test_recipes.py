@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from vgglab.compat import load_tensors
-from vgglab.config import parse
 from vgglab.data.images import ArrayPicture
 from vgglab.data.transform import JitteredCrop, RandomCrop, Trivially
 from vgglab.devices import open_device
+from vgglab.devices.compat import load_tensors
 from vgglab.model import build
 from vgglab.optim import Objective, build_optimizer
-from vgglab.recipes import RECIPES
+from vgglab.settings.config import parse
+from vgglab.settings.recipes import RECIPES
 
 SEED_COMMAND = (
     "--device=cpu --data-path=imagenet_raw --batch-size=192 --epochs=90 --model=vgg16 --workers=8 "

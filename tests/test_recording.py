@@ -15,7 +15,7 @@ from processes import python
 import vgglab
 from vgglab import Run, UserError
 from vgglab.dist.processes import processes_of
-from vgglab.runs import GOING_ON, is_a_run
+from vgglab.runs.run import GOING_ON, is_a_run
 
 BLOCK = 4096
 

@@ -9,12 +9,12 @@ import time
 import pytest
 
 from vgglab import Run, UserError
-from vgglab.compare import compare
-from vgglab.config import parse
 from vgglab.dist.processes import signature
-from vgglab.plan import plan
-from vgglab.report import build_report
-from vgglab.schema import append_line, write_document
+from vgglab.lab.plan import plan
+from vgglab.runs.compare import compare
+from vgglab.runs.report import build_report
+from vgglab.settings.config import parse
+from vgglab.storage.schema import append_line, write_document
 
 ODD = "<b>lab & co</b>"
 ESCAPED = "&lt;b&gt;lab &amp; co&lt;/b&gt;"

@@ -161,8 +161,8 @@ def rank_pids(launcher):
 # However late a busy machine lets the test act, the run is not at its end by then.
 HOLDS = """
 import os, time
-import vgglab.interrupts as interrupts
-import vgglab.recording as recording
+import vgglab.dist.interrupts as interrupts
+import vgglab.runs.writer as recording
 original = recording.RunWriter.event
 def event(run, kind, **values):
     original(run, kind, **values)
@@ -296,7 +296,7 @@ def test_row_12_a_loss_that_is_not_finite_ends_the_run_in_one_line(job, tmp_path
 
 FULL_DISK = """
 import resource, signal
-import vgglab.checkpoint as checkpoint
+import vgglab.runs.checkpoint as checkpoint
 original, saved = checkpoint._write, []
 def write(folder, content, is_best):
     saved.append(1)

@@ -13,7 +13,7 @@ from conftest import TINY
 
 import vgglab
 from vgglab.dist.processes import signature
-from vgglab.schema import with_checksum
+from vgglab.storage.schema import with_checksum
 from vgglab.view.figures import bands
 from vgglab.view.live import _TerminalLines
 from vgglab.view.rank_table import rank_rows

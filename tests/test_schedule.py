@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from vgglab.config import parse
 from vgglab.model import build
 from vgglab.optim import build_optimizer
-from vgglab.schedule import learning_rate
+from vgglab.settings.config import parse
+from vgglab.settings.schedule import learning_rate
 
 README = ["--batch-size=192", "--lr=0.01", "--epochs=90"]
 

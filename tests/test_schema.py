@@ -15,8 +15,8 @@ from conftest import shell
 
 import vgglab
 from vgglab import Run, Seeds, UserError
-from vgglab.compare import as_text, compare
-from vgglab.schema import append_line, with_checksum, write_document
+from vgglab.runs.compare import as_text, compare
+from vgglab.storage.schema import append_line, with_checksum, write_document
 from vgglab.view import cards, rank_table, report_page, results, seeds_table
 from vgglab.view.live import _TerminalLines, last_lines, progress_of, summary
 

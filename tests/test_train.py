@@ -18,10 +18,11 @@ from conftest import CLASSES, NUM_VAL, PATIENCE_SECONDS, PROJECT, TINY, shell, w
 from processes import python, ranks
 
 import vgglab
-from vgglab import Run, checkpoint
-from vgglab.compat import load_tensors
-from vgglab.config import Config
+from vgglab import Run
+from vgglab.devices.compat import load_tensors
 from vgglab.errors import UserError
+from vgglab.runs import checkpoint
+from vgglab.settings.config import Config
 
 SEED_REPORT_FIELDS = (
     "model local_rank batch_size epochs training_step_per_epoch eval_step_per_epoch acc1 acc5 device skip_steps "
@@ -216,7 +217,7 @@ def test_a_resumed_run_says_which_settings_that_affect_the_weights_it_changes(tr
 
 
 def test_a_setting_that_nobody_has_classified_is_reported_and_compared():
-    from vgglab.flags import AFFECTS, Policy, flag
+    from vgglab.settings.flags import AFFECTS, Policy, flag
 
     assert Policy().affects == "weights"
     with pytest.raises(KeyError):
@@ -384,7 +385,7 @@ def test_a_checkpoint_never_runs_code(refused, tmp_path):
 
 def test_on_old_torch_too_a_checkpoint_never_runs_code(tmp_path):
     """torch 1.10 has no weights_only: there our own unpickler reads."""
-    from vgglab.compat import _PlainPickle
+    from vgglab.devices.compat import _PlainPickle
 
     content = {"model": {"w": torch.arange(6.0).reshape(2, 3)}, "epoch": 3}
     torch.save(content, tmp_path / "good.pt")
@@ -398,7 +399,7 @@ def test_on_old_torch_too_a_checkpoint_never_runs_code(tmp_path):
 
 def test_on_old_torch_an_archive_with_code_is_not_opened(tmp_path):
     """torch 1.10 would hand it to torch.jit.load, which runs what is in it."""
-    from vgglab.compat import NotACheckpoint, _refuse_torchscript
+    from vgglab.devices.compat import NotACheckpoint, _refuse_torchscript
 
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), str(tmp_path / "script.pt"))
     torch.save({"w": torch.zeros(1)}, tmp_path / "plain.pt")
@@ -571,7 +572,7 @@ def test_ctrl_c_in_a_finalizer_is_not_printed_and_the_next_one_is_answered():
     """A generator of the loop was being closed as the second came: its traceback was the last thing said."""
     code = """
 import signal
-from vgglab.interrupts import heeding_warnings
+from vgglab.dist.interrupts import heeding_warnings
 def batches():
     try:
         yield

@@ -10,8 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vgglab import yardstick
-from vgglab.book import Book, jobs_for
+from vgglab.commands.book import Book, jobs_for
+from vgglab.lab import yardstick
 from vgglab.view import timings
 
 

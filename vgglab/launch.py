@@ -16,15 +16,14 @@ import sys
 from pathlib import Path
 from typing import IO, Any, Generator, Sequence
 
-from vgglab import ranks
-from vgglab.config import Config, parse
-from vgglab.dist import processes
-from vgglab.dist.lock import alone_in
+from vgglab.dist import processes, ranks
 from vgglab.errors import RunFailed, UserError
-from vgglab.files import make_folder, without_links, writing
-from vgglab.runs import GOING_ON, LAUNCHED, Run, claim, is_a_run, run_path
-from vgglab.schema import write_document
-from vgglab.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
+from vgglab.runs.run import GOING_ON, LAUNCHED, Run, claim, is_a_run, run_path
+from vgglab.runs.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
+from vgglab.settings.config import Config, parse
+from vgglab.storage.files import make_folder, without_links, writing
+from vgglab.storage.lock import alone_in
+from vgglab.storage.schema import write_document
 
 NUM_LOG_LINES_SHOWN = 30
 _leashes: set[IO[bytes]] = set()  # of the runs that go on: the ends that this process holds

@@ -16,7 +16,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
-from vgglab.compat import load_tensors
+from vgglab.devices.compat import load_tensors
 from vgglab.errors import UserError
 
 # Table 1 of the paper, read downwards: a number is a 3x3 convolution with so many channels,

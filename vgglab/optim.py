@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer, RMSprop
 
-from vgglab.compat import without_compiler
-from vgglab.config import Config
 from vgglab.devices.base import Device
+from vgglab.devices.compat import without_compiler
+from vgglab.settings.config import Config
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

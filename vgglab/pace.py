@@ -9,10 +9,10 @@ from typing import Any, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from vgglab import interrupts
 from vgglab.devices.base import Device
-from vgglab.hostreads import HostReads
-from vgglab.ranks import STARTED
+from vgglab.devices.hostreads import HostReads
+from vgglab.dist import interrupts
+from vgglab.dist.ranks import STARTED
 
 LOOK_SECONDS = 5.0  # several ranks ask one another at least so often whether to leave
 

@@ -19,7 +19,7 @@ Going on after a stop, and testing without training:
     python -m vgglab.train --nproc 8 --max-restarts 3 --checkpoint-every 500
     python -m vgglab.train --resume runs/<run>/checkpoints/best.pt --test-only
 
-Everything a run does ends up in its run directory (``vgglab/runs.py``). Exit codes: 0 done, 1 a bug with its
+Everything a run does ends up in its run directory (``vgglab/runs/run.py``). Exit codes: 0 done, 1 a bug with its
 traceback, 2 bad input with one line on stderr, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint saved, 130
 stopped by Ctrl-C: with a checkpoint saved at the first, without one at the second.
 """
@@ -47,19 +47,20 @@ if __name__ == "__main__" and not __package__:
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
-from vgglab import agreement, inheritance, interrupts, ranks, seeds
-from vgglab import config as configuration
-from vgglab.config import Config
-from vgglab.devices import import_torch, open_device
-from vgglab.dist import slurm, spawn
+from vgglab.devices import agreement, import_torch, open_device
+from vgglab.dist import interrupts, ranks, slurm, spawn
+from vgglab.dist.interrupts import Leaving, heeding_warnings, undisturbed
 from vgglab.errors import UserError, blaming
-from vgglab.interrupts import Leaving, heeding_warnings, undisturbed
-from vgglab.schema import readable_document
+from vgglab.runs import seeds
+from vgglab.settings import config as configuration
+from vgglab.settings import inheritance
+from vgglab.settings.config import Config
+from vgglab.storage.schema import readable_document
 
 if TYPE_CHECKING:
     from vgglab.data.sets import DataSets
     from vgglab.devices.base import Device
-    from vgglab.recording import RankWriter
+    from vgglab.runs.writer import RankWriter
     from vgglab.trainer import Trainer
 
 MOST_WORKERS = 16  # the seed kit's default
@@ -161,7 +162,7 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
 
 
 def _read_checkpoint(path: str) -> dict[str, Any]:
-    from vgglab import checkpoint
+    from vgglab.runs import checkpoint
 
     file = checkpoint.locate(path)
     try:
@@ -178,8 +179,8 @@ def _find_checkpoint(config: Config) -> list[str]:
     Raises:
         UserError: none in ``run_dir`` can be used; training from the beginning would overwrite them.
     """
-    from vgglab import checkpoint
-    from vgglab.runs import holds_a_run
+    from vgglab.runs import checkpoint
+    from vgglab.runs.run import holds_a_run
 
     runs = Path(config.output_dir, "runs")
     folders = [Path(config.run_dir)] if config.run_dir else sorted(runs.glob("*"))
@@ -197,7 +198,7 @@ def _find_checkpoint(config: Config) -> list[str]:
 def _resolve(config: Config, device: Device, sets: DataSets) -> None:
     """Fill in what the flags left open, so that config.json says what was really used."""
     from vgglab.model import head_for
-    from vgglab.runs import run_path
+    from vgglab.runs.run import run_path
 
     config.device = device.kind
     config.amp, config.amp_dtype = device.amp_dtype is not None, device.amp_dtype
@@ -224,7 +225,7 @@ def _prepare_and_work(
     config: Config, device: Device, sets: DataSets, saved: dict[str, Any] | None, is_in_place: bool
 ) -> None:
     """The trainer lives in here only: on torch 1.10 a wrapped model that outlives its process group hangs at exit."""
-    from vgglab.recording import RankWriter
+    from vgglab.runs.writer import RankWriter
     from vgglab.trainer import Trainer
 
     trainer = Trainer(config, device, sets, saved)
@@ -258,9 +259,9 @@ def _work(trainer: Trainer, run: RankWriter) -> None:
 
 def _work_and_record(trainer: Trainer, path: Path, is_in_place: bool) -> None:
     """Rank 0: the run directory from its first line to its report, however the run ends."""
-    from vgglab.recording import RunWriter
-    from vgglab.report import build_report, measured, remark_on_steadiness
-    from vgglab.runs import Run, holds_a_run
+    from vgglab.runs.report import build_report, measured, remark_on_steadiness
+    from vgglab.runs.run import Run, holds_a_run
+    from vgglab.runs.writer import RunWriter
     from vgglab.view.scalars import Scalars
     from vgglab.view.terminal import Terminal
 

@@ -13,24 +13,25 @@ from typing import Any, Iterator, NoReturn
 import torch
 from torch import Tensor, nn
 
-from vgglab import checkpoint, interrupts
-from vgglab.checkpoint import TrainingState
-from vgglab.config import Config
 from vgglab.data.loader import eval_batches, mix_seeds, train_batches
 from vgglab.data.sets import DataSets
 from vgglab.data.transform import normalised
 from vgglab.devices.base import Device
+from vgglab.devices.tracing import Tracer
+from vgglab.dist import interrupts
+from vgglab.dist.interrupts import Leaving
+from vgglab.dist.ranks import resume_advice
 from vgglab.errors import UserError, blaming
-from vgglab.inheritance import changed_settings
-from vgglab.interrupts import Leaving
 from vgglab.model import build, load_pretrained
 from vgglab.optim import Average, Objective, build_optimizer, set_learning_rate
 from vgglab.pace import Clock, Timed, Watch
-from vgglab.ranks import resume_advice
-from vgglab.recording import RankWriter
-from vgglab.runs import SCHEMA
-from vgglab.schedule import learning_rate
-from vgglab.tracing import Tracer
+from vgglab.runs import checkpoint
+from vgglab.runs.checkpoint import TrainingState
+from vgglab.runs.run import SCHEMA
+from vgglab.runs.writer import RankWriter
+from vgglab.settings.config import Config
+from vgglab.settings.inheritance import changed_settings
+from vgglab.settings.schedule import learning_rate
 
 
 class Trainer:

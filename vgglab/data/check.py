@@ -20,14 +20,14 @@ from typing import Any, NamedTuple, Sequence
 
 from PIL import Image
 
-from vgglab import ranks
-from vgglab.config import parse as parse_training
 from vgglab.data.decode import SIXTEEN_BITS, BadImage, open_picture
 from vgglab.data.images import FileImages
 from vgglab.data.sets import open_sets
+from vgglab.dist import ranks
+from vgglab.dist.interrupts import leave_signals_to_parent
 from vgglab.errors import UserError
-from vgglab.flags import OneLineParser, with_dashes
-from vgglab.interrupts import leave_signals_to_parent
+from vgglab.settings.config import parse as parse_training
+from vgglab.settings.flags import OneLineParser, with_dashes
 
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = 1

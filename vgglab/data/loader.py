@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vgglab.config import Config
 from vgglab.data.decode import BadImage
 from vgglab.data.images import Split
 from vgglab.data.sets import DataSets
 from vgglab.devices.base import Device
+from vgglab.dist.interrupts import leave_signals_to_parent, starting_workers
 from vgglab.errors import UserError
-from vgglab.interrupts import leave_signals_to_parent, starting_workers
+from vgglab.settings.config import Config
 
 OnSkipped = Callable[[str, str], None]
 STRIDE = 1_000_000_007  # a prime above any number of images or epochs

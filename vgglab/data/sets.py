@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from vgglab.config import SEED_NUM_CLASSES, Config
 from vgglab.data import lists
 from vgglab.data.decode import best_decoder
 from vgglab.data.images import FakeImages, FileImages, Split
@@ -16,6 +15,7 @@ from vgglab.data.lists import ListFile
 from vgglab.data.named import NAMED_SETS, saying_what_to_put_where
 from vgglab.data.transform import AsItIs, CentreCrop, JitteredCrop, Preparation, RandomCrop, Trivially
 from vgglab.errors import UserError
+from vgglab.settings.config import SEED_NUM_CLASSES, Config
 
 
 def _standard_crop(size: int, preparation: Preparation) -> RandomCrop:

@@ -15,8 +15,8 @@ from typing import Any, ContextManager, Iterable, Iterator, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vgglab.compat import without_compiler
 from vgglab.devices import Wishes
+from vgglab.devices.compat import without_compiler
 from vgglab.devices.memory import keep_freed_memory
 from vgglab.devices.stock import LOSS_SCALE, SCALE_GROWTH_INTERVAL, StockDevice
 from vgglab.errors import UserError

@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
-from vgglab import ranks
-from vgglab.compat import parallel_without_compiler
 from vgglab.devices.base import Device
 from vgglab.devices.collectives import sum_over_ranks
+from vgglab.devices.compat import parallel_without_compiler
 from vgglab.devices.sync_bn import synchronise
+from vgglab.dist import ranks
 
 # The seed kit's static scale: float16 gradients are multiplied by it and it never grows.
 LOSS_SCALE, SCALE_GROWTH_INTERVAL = 128.0, 1_000_000_000

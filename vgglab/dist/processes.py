@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vgglab.ranks import ASK_WHERE, MARK
+from vgglab.dist.ranks import ASK_WHERE, MARK
 
 KILLED_SECONDS = 60  # by then a killed process is gone, unless the kernel itself hangs
 

@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Sequence
 
-from vgglab import ranks
+from vgglab.dist import ranks
+from vgglab.dist.interrupts import WARNINGS, handling
 from vgglab.errors import UserError
-from vgglab.interrupts import WARNINGS, handling
 
 POLL_SECONDS = 0.05
 FINAL = (0, ranks.EXIT_BAD_INPUT, ranks.EXIT_LEFT, ranks.EXIT_INTERRUPTED)  # another attempt would end no better

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Mapping, Sequence
 
 from vgglab.errors import UserError, printable
-from vgglab.runs import Run
+from vgglab.runs.run import Run
 from vgglab.view.report_page import Table
 from vgglab.view.tables import html_facts, text_table
 

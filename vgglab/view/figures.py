@@ -15,10 +15,10 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from vgglab.errors import UserError
-from vgglab.runs import Run
+from vgglab.runs.run import Run
 
 if TYPE_CHECKING:
-    from vgglab.predictions import Prediction
+    from vgglab.lab.predictions import Prediction
 
 # Okabe and Ito's palette: told apart with any colour vision. Lines differ by dash and marker as well.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"

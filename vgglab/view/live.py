@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any, Callable
 
-from vgglab.runs import GOING_ON, Event, Run
+from vgglab.runs.run import GOING_ON, Event, Run
 from vgglab.view.progress import Progress, duration
 from vgglab.view.rank_table import RankRow, as_html, as_text, rank_rows, silence
 from vgglab.view.tables import html_text

@@ -6,7 +6,7 @@ import time
 from statistics import median
 from typing import Any, NamedTuple
 
-from vgglab.runs import Run
+from vgglab.runs.run import Run
 from vgglab.view.tables import html_text
 
 HEADINGS = ("rank", "step", "images/s", "loss", "peak memory", "own time a step", "")

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
-from vgglab.config import settings_that_affect
 from vgglab.errors import UserError
-from vgglab.runs import Run, holds_a_run
+from vgglab.runs.run import Run, holds_a_run
+from vgglab.settings.config import settings_that_affect
 from vgglab.view.tables import html_table, text_table
 
 # The seed kit's report, by its names and in its order.

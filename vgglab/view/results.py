@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
 from vgglab.errors import UserError, printable
-from vgglab.runs import GOING_ON, Run, holds_a_run
-from vgglab.schema import read_document
+from vgglab.runs.run import GOING_ON, Run, holds_a_run
+from vgglab.storage.schema import read_document
 from vgglab.view import seeds_table
 from vgglab.view.tables import POLICY, html_table, html_text, text_table
 

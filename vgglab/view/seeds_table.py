@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import mean, stdev
 from typing import Mapping, NamedTuple, Sequence
 
-from vgglab.runs import Run
+from vgglab.runs.run import Run
 from vgglab.view.cards import damage_of, report_of, status_in_words
 from vgglab.view.tables import html_table, html_text, text_table
 

@@ -1,0 +1,249 @@
+"""Every notebook without a hand on the keyboard: executed by papermill, then a small site that needs no network.
+
+    python -m vgglab.book                                   # all of notebooks/, into build/notebooks
+    python -m vgglab.book -p profile full -p device auto    # the same notebooks as reports of a card
+    python -m vgglab.book notebooks/08_report.ipynb -p folders /shared/runs --no-code --out /shared/report
+
+Notebooks run side by side where there are cores; one whose metadata says ``"vgglab": {"alone": true}`` measures speeds
+and has the machine for itself. All run in the folder one stands in, so that is where a path of ``-p`` begins. A
+parameter that no chosen notebook has is refused, which papermill alone would not do.
+Exit codes: 0 done; 1 a notebook failed, its cell is named; 2 bad input, said in one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Sequence
+
+from vgglab.dist.interrupts import interrupted_by_warnings
+from vgglab.errors import UserError
+from vgglab.settings.flags import OneLineParser
+from vgglab.view.progress import duration
+from vgglab.view.site import Chapter, refuse_foreign, write_site
+from vgglab.view.timings import SECONDS
+
+PATIENCE_SECONDS = 1000  # with a kernel that starts; papermill would give up after 60
+# The cells that papermill puts in: the reader counts those of the notebook.
+PAPERMILLS_OWN = {"injected-parameters", "papermill-error-cell-tag"}
+
+
+class Job(NamedTuple):
+    """One notebook to execute: where it is, where it goes, and the parameters that it has."""
+
+    source: Path
+    target: Path
+    parameters: dict[str, str]
+    texts: set[str]  # of the parameters, those that are text and stay it, whatever they look like
+    is_alone: bool
+
+
+def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> list[Job]:
+    """Each notebook with those of ``parameters`` that it has; those that measure come first, then the longest.
+
+    Raises:
+        UserError: no such notebook; a parameter that none of them has; a file in ``out`` that is somebody's own.
+    """
+    known = {source: _parameters_of(source) for source in dict.fromkeys(sources)}
+    for name in parameters:
+        if not any(name in names for names in known.values()):
+            raise UserError(
+                f"-p {name}: no such parameter; there are {', '.join(sorted(set().union(*known.values())))}"
+            )
+    jobs: list[Job] = []
+    own_files = {source.resolve() for source in known}
+    for source, names in known.items():
+        own = {name: value for name, value in parameters.items() if name in names}
+        is_alone = _metadata_of(source).get("vgglab") == {"alone": True}
+        target = out / source.name
+        if source.stem == "index" or source.name in [job.target.name for job in jobs]:
+            raise UserError(f"{source}: another page would have the name {source.stem}.html; rename it")
+        if target.resolve() in own_files or not _was_made_here(target):
+            raise UserError(f"--out {out}: {source.name} is there and was not made here; name another folder")
+        texts = {name for name in own if names[name]}
+        jobs.append(Job(source, target, own, texts, is_alone))
+    return sorted(jobs, key=lambda job: (not job.is_alone, -SECONDS.get(job.source.stem, 0)))
+
+
+def _parameters_of(source: Path) -> dict[str, bool]:
+    """The names of a notebook's parameters, and whether their defaults are text."""
+    from papermill import inspect_notebook
+
+    if not source.is_file():
+        raise UserError(f"{source}: no such notebook")
+    try:
+        found = inspect_notebook(str(source))
+        return {name: str(found[name]["default"]).startswith(("'", '"')) for name in found}
+    except Exception as error:  # papermill raises whatever the file's fault leads to
+        raise UserError(f"{source}: cannot be read as a notebook ({type(error).__name__})") from None
+
+
+def _content_of(file: Path) -> dict[str, Any]:
+    """Of a notebook; empty where there is none, or one that was only half written."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _metadata_of(file: Path) -> dict[str, Any]:
+    return _content_of(file).get("metadata", {})
+
+
+def _was_made_here(target: Path) -> bool:
+    """Whether it may be written anew: an executed notebook, what is left of one, or nothing yet."""
+    if target.is_symlink() or target.is_dir():
+        return False
+    if not target.exists() or "papermill" in _metadata_of(target):
+        return True
+    # Half written it cannot be read; papermill's mark is in the metadata of each cell, too.
+    return not _content_of(target) and '"papermill": {' in target.read_text(encoding="utf-8", errors="replace")
+
+
+class Book:
+    """Executes jobs, one line for each when it ends; ``stop`` ends those that are running."""
+
+    def __init__(self, num_at_once: int) -> None:
+        self.num_at_once = num_at_once
+        self._processes: list[subprocess.Popen] = []
+        self._lock = threading.Lock()
+        self._is_stopped = False
+
+    def execute(self, jobs: Sequence[Job]) -> list[Chapter]:
+        others = [job for job in jobs if not job.is_alone]
+        with ThreadPoolExecutor(self.num_at_once) as pool:
+            try:
+                chapters = [self._execute_one(job, num_beside=1) for job in jobs if job.is_alone]
+                chapters += pool.map(lambda job: self._execute_one(job, self.num_at_once), others)
+            except BaseException:
+                self.stop()
+                raise
+        return sorted(chapters, key=lambda chapter: chapter.file.name)
+
+    def _execute_one(self, job: Job, num_beside: int) -> Chapter:
+        words = [sys.executable, "-m", "papermill", "--log-level=ERROR", "--no-progress-bar", "-k", "python3"]
+        words += ["--start-timeout", str(PATIENCE_SECONDS)]  # a busy machine is no fault
+        words += ["--cwd", str(Path.cwd()), str(job.source), str(job.target)]
+        for name, value in job.parameters.items():
+            words += ["-r" if name in job.texts else "-p", name, value]
+        cores = max(1, (os.cpu_count() or 1) // num_beside)
+        environment = {"VGGLAB_UI": "static", "OMP_NUM_THREADS": str(cores), **os.environ}
+        start = time.monotonic()
+        code, said = self._run(words, environment)
+        if code and not _has_begun(job.target):
+            code, said = self._run(words, environment)
+        seconds = time.monotonic() - start
+        fault = "" if code == 0 else fault_of(job.target) or said.strip()[-500:] or "ended without a word"
+        print(f"{job.source.stem:20s}{'FAILED' if fault else 'done'} in {duration(seconds)}", flush=True)
+        if fault:
+            print(fault, file=sys.stderr, flush=True)
+        return Chapter(job.target, seconds, fault)
+
+    def _run(self, words: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
+        with self._lock:
+            if self._is_stopped:
+                raise KeyboardInterrupt
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            process = subprocess.Popen(words, env=environment, **pipes)
+            self._processes.append(process)
+        said, _ = process.communicate()
+        return process.returncode, said
+
+    def stop(self) -> None:
+        """Kernels end with papermill, and runs with their kernel."""
+        with self._lock:
+            self._is_stopped = True
+            for process in self._processes:
+                if process.poll() is None:
+                    process.terminate()
+
+
+def _has_begun(executed: Path) -> bool:
+    """Whether a cell was executed. A kernel may die before: two that start at once can be given the same port."""
+    return any(cell.get("execution_count") for cell in _content_of(executed).get("cells", ()))
+
+
+def fault_of(executed: Path) -> str:
+    """Which cell of an executed notebook failed, and why; empty if none did."""
+    cells = _content_of(executed).get("cells", [])
+    cells = [cell for cell in cells if not PAPERMILLS_OWN & set(cell["metadata"].get("tags", ()))]
+    for number, cell in enumerate(cells, 1):
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "error":
+                where = f"  cell {number} of {len(cells)}, In [{cell['execution_count']}]"
+                line = "".join(cell["source"]).strip().splitlines()[0]
+                return f"{where}, which begins: {line}\n  {output['ename']}: {output['evalue']}"
+    return ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = OneLineParser(prog="vgglab.book", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="files; without any: notebooks/*.ipynb")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
+    parser.add_argument("--out", type=Path, default=Path("build/notebooks"), help="default: %(default)s")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="notebooks side by side, %(default)s")
+    parser.add_argument(
+        "--no-code", action="store_true", help="pages with prose and results only, for a reader of those"
+    )
+    try:
+        arguments = parser.parse_args(argv)
+        return _make(arguments)
+    except ImportError as error:
+        print(f"vgglab.book: error: {error.name} is not installed; pip install 'vgglab[lab]'", file=sys.stderr)
+        return 2
+    except UserError as error:
+        print(f"vgglab.book: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vgglab.book: interrupted", file=sys.stderr)
+        return 130
+
+
+def _make(arguments: argparse.Namespace) -> int:
+    sources = arguments.notebooks or sorted(Path("notebooks").glob("*.ipynb"))
+    if not sources:
+        raise UserError("no notebooks here: name some, or stand in the folder that has notebooks/ in it")
+    if arguments.at_once < 1:
+        raise UserError("--at-once: a whole number, 1 or more")
+    import nbconvert  # noqa: F401  # before an hour is spent that could not be shown
+
+    jobs = jobs_for(sources, arguments.out, dict(arguments.p))
+    refuse_foreign(arguments.out, [job.target.stem for job in jobs])
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {arguments.out}: {error.strerror}; name a folder") from None
+    start = time.monotonic()
+    with interrupted_by_warnings():
+        chapters = Book(arguments.at_once).execute(jobs)
+    write_site(chapters, arguments.out, dict(arguments.p), with_code=not arguments.no_code)
+    failed = {chapter.file.name for chapter in chapters if chapter.fault}
+    took = duration(time.monotonic() - start)
+    if failed:
+        again = _repeat_command([job.source for job in jobs if job.target.name in failed], arguments)
+        print(f"{len(failed)} of {len(chapters)} notebooks failed after {took}; to repeat just that: {again}")
+        return 1
+    noun = "notebook" if len(chapters) == 1 else "notebooks"
+    print(f"{len(chapters)} {noun} done after {took}; open {arguments.out / 'index.html'} in a browser")
+    return 0
+
+
+def _repeat_command(sources: Sequence[Path], arguments: argparse.Namespace) -> str:
+    """What to type to execute just these again, with the same parameters; not into the site, which keeps the others."""
+    parameters = [word for pair in arguments.p for word in ("-p", *pair)] + ["--no-code"] * arguments.no_code
+    interpreter = os.path.relpath(sys.executable) if sys.executable.startswith(f"{Path.cwd()}/") else sys.executable
+    words = [interpreter, "-m", "vgglab.book", *map(str, sources), *parameters, "--out", f"{arguments.out}-again"]
+    return " ".join(shlex.quote(word) for word in words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Where in the code the host reads a value from the device: there it waits until all work so far is done.
+
+One such read in the loop, a forgotten ``.item()``, and the device runs dry while the host prepares the next step.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any, Callable
+
+from torch import Tensor
+
+READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
+PACKAGE = Path(__file__).parent.parent
+# A read by these is one by whoever has called them. What the loader reads is on the host already.
+LOOKED_THROUGH, AT_HOME = (str(PACKAGE / "devices"), "/torch/", "\\torch\\"), str(PACKAGE / "data")
+
+
+class HostReads:
+    """In a ``with`` block, counts the reads by where they stand: ``{"trainer.py:115": 3}``."""
+
+    def __init__(self, device_is_host: bool) -> None:
+        self.counts: Counter[str] = Counter()
+        self._device_is_host = device_is_host  # its values are read without a copy, and by the same calls
+
+    def __enter__(self) -> HostReads:
+        self._inherited = [name for name in READS if name not in vars(Tensor)]
+        self._own = {name: vars(Tensor)[name] for name in READS if name in vars(Tensor)}
+        for name in READS:
+            setattr(Tensor, name, self._counting(getattr(Tensor, name)))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name in self._inherited:
+            delattr(Tensor, name)
+        for name, method in self._own.items():
+            setattr(Tensor, name, method)
+
+    def take(self) -> dict[str, int]:
+        """What was counted since this was last asked."""
+        taken = dict(self.counts)
+        self.counts.clear()
+        return taken
+
+    def _counting(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def counting(tensor: Tensor, *args: Any, **options: Any) -> Any:
+            on_host = tensor.device.type == "cpu"
+            if not on_host or (self._device_is_host and method.__name__ != "cpu"):
+                place = _place(sys._getframe(1))
+                if place:
+                    self.counts[place] += 1
+            return method(tensor, *args, **options)
+
+        return counting
+
+
+def _place(frame: FrameType | None) -> str:
+    """``file.py:line`` of who wants the value; empty for the loader."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(AT_HOME):
+            return ""
+        if not any(part in file for part in LOOKED_THROUGH):
+            return f"{Path(file).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""

@@ -1,0 +1,275 @@
+"""This process among the others of its job: who started it, when to end with them, what it leaves when it fails.
+
+Standard library only, and cheap: a rank whose launcher dies before torch is imported must notice it, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from vgglab.errors import UserError
+from vgglab.storage.files import exists, read_bytes
+from vgglab.storage.schema import FAILURE, line_in, write_document
+
+LEASH = "VGGLAB_LEASH"  # set for a launched process: stdin is its leash
+MARK = "VGGLAB_RUN"  # set for a launched process and all below it: the run directory they work for
+ASK_WHERE = signal.SIGUSR2  # a rank answers by writing its stack into its log
+MEETING = "VGGLAB_MEETING"  # set for the ranks that dist/spawn.py has started: a file in which they find each other
+EXIT_BAD_INPUT = 2
+EXIT_LEFT = 75  # sysexits.h: a temporary failure, try again
+EXIT_INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
+GUARD_SECONDS = 0.5
+FATAL = "Fatal Python error: "  # as faulthandler begins a stack, at one of these signals
+FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL, signal.SIGBUS)
+RUN_NOTE = "vgglab_run"  # in the folder of a launch: the run directory that its ranks work in
+
+LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "nccl", "socket")
+
+STARTED = time.monotonic()  # when this process began; this module is among the first to be imported
+_kept: tuple[Any, ...] = ()  # never to be taken apart
+_run_dir: Path | None = None  # where this process's failure is written down
+
+
+def grace_period_seconds(chosen: float | None = None) -> float:
+    """From asking a run to save and leave to killing it; raises UserError if the environment's is no number."""
+    if chosen is not None:
+        return chosen
+    given = os.environ.get("VGGLAB_GRACE_SECONDS", "10")  # a slow disk, or a busy machine, may need longer
+    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]+)?", given):
+        raise UserError(f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds from 0 to 99999, such as 10")
+    return float(given)
+
+
+def attach() -> None:
+    """Tie this process to what started it: it ends when that does, however that ends. Call it before slow imports."""
+    _open_closed_streams()
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)  # a stack, where a vendor's library breaks off
+    grace_period_seconds()  # refused now, not when it is needed
+    if os.environ.pop(LEASH, None) is not None:
+        # A kernel may have Ctrl-C switched off at the moment it starts us, and that is inherited.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=_end_with_launcher, daemon=True, name="leash").start()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A torchrun that is killed leaves its ranks training: each is a session of its own.
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True, name="guard").start()
+
+
+def _open_closed_streams() -> None:
+    """After ``2>&-`` Python has no ``sys.stderr``, and its number goes to the next file that the run opens."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def _end_with_launcher() -> None:
+    while os.read(0, 1024):
+        pass
+    _end()
+
+
+def _end_with_parent(parent: int) -> None:
+    if _is_torchrun(parent):
+        while os.getppid() == parent:
+            time.sleep(GUARD_SECONDS)
+    _end()
+
+
+def _is_torchrun(pid: int) -> bool:
+    """Whether this still is what started us, and not somebody who adopts orphans: init, systemd --user, tini.
+
+    In a container torchrun can itself be process 1.
+    """
+    folder = Path(f"/proc/{pid}")
+    try:
+        if MARK in os.environ:  # the torchrun that vgglab.launch has started carries the same one
+            return f"{MARK}={os.environ[MARK]}".encode() in (folder / "environ").read_bytes().split(b"\0")
+        is_python = "python" in (folder / "exe").resolve().name
+        return is_python and (pid != 1 or b"torch" in (folder / "cmdline").read_bytes())
+    except OSError:  # no /proc, or somebody else's process
+        return pid != 1
+
+
+def _end() -> None:
+    """Ask this process to save and leave; what is left of it and its workers after the grace is killed."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(grace_period_seconds())
+    with contextlib.suppress(OSError):
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def end_at_once(keep: Any) -> None:
+    """Have ``leave`` end this process without taking Python apart, nor ``keep``: see ``devices/stock.py`` for why."""
+    global _kept
+    _kept = (keep,)
+
+
+def leave(code: int) -> None:
+    """End this process, the last thing it does; all that it has written is on its way."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk: Python would try once more, and change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if not _kept:
+        sys.exit(code)
+    os._exit(code)
+
+
+def say(line: str) -> None:
+    """On stderr, if it can be written to."""
+    with contextlib.suppress(OSError):
+        print(f"vgglab.train: {line}", file=sys.stderr)
+
+
+def num_cores() -> int:
+    """Those this process may use, which in a container or under Slurm are not all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_restarts() -> int:
+    """How often the launcher has started this job's ranks anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def _launch_folder() -> Path | None:
+    """One that all attempts of this launch share, and no other launch; its owner's alone."""
+    if MEETING in os.environ:
+        return Path(os.environ[MEETING]).parent
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's: <folder>/attempt_<n>/<rank>/error.json
+    return Path(error_file).parents[2] if error_file else None
+
+
+def remember_run(path: Path) -> None:
+    """For the next attempt, if this one's ranks should be killed."""
+    folder = _launch_folder()
+    if folder is not None and folder.is_dir():
+        with contextlib.suppress(OSError):
+            (folder / RUN_NOTE).write_text(str(path.absolute()), encoding="utf-8")
+
+
+def remembered_run(folder: Path) -> Path | None:
+    """The run directory of the ranks of this launch, or of those before them; None where there is none yet."""
+    note = folder / RUN_NOTE
+    return Path(note.read_text(encoding="utf-8")) if note.exists() else None
+
+
+def run_of_earlier_attempt() -> Path | None:
+    """The run directory in which the ranks before a restart have worked; None in a first attempt.
+
+    Raises:
+        UserError: several machines, and no run directory that all of them could know.
+    """
+    if num_restarts() == 0:
+        return None
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        raise UserError("--max-restarts on several machines needs a --run-dir on a folder that all of them share")
+    folder = _launch_folder()
+    return remembered_run(folder) if folder else None
+
+
+def set_run_dir(path: Path) -> None:
+    """From here on, this rank's failure is written down there."""
+    global _run_dir
+    _run_dir = path
+
+
+def run_dir() -> Path | None:
+    """The run directory of this process; None before there is one."""
+    return _run_dir
+
+
+def resume_advice(path: Path) -> str:
+    """What to add to the command to continue in this run directory, with or without a checkpoint in it."""
+    return f"continue with --run-dir {path} --resume auto"
+
+
+def name() -> str:
+    """``rank 1 of 8: `` in front of what this process says; nothing where it is alone."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    return f"rank {os.environ.get('RANK', 0)} of {world_size}: " if world_size > 1 else ""
+
+
+def report_failure(error: BaseException, exit_code: int) -> None:
+    """Write down what this rank died of, in the run directory and where torchrun looks for it.
+
+    ``log/failure-rank<r>.json``: rank, time, error in one line, traceback, exit code. The earliest is the cause.
+    """
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    launched_for = os.environ.get(MARK)  # its log folder is there before any rank is
+    path = _run_dir or (Path(launched_for) if launched_for else None)
+    if path and not _run_dir and exit_code == EXIT_BAD_INPUT and exists(path / "events.jsonl"):
+        path = None  # what is refused is no failure of the run that is there
+    line, rank = f"{type(error).__name__}: {error}", int(os.environ.get("RANK", 0))
+    _write_failure(path, rank, line, exit_code, text, has_lost_peers(error))
+    if name() and os.environ.get("TORCHELASTIC_ERROR_FILE") and "torch" in sys.modules:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        with contextlib.suppress(Exception):  # its summary is a courtesy
+            get_error_handler().record_exception(error)
+
+
+def report_killed(rank: int, number: int, folder: Path) -> str:
+    """What its launcher writes down for a rank that a signal has ended; returns it.
+
+    Args:
+        folder: of the launch, as in ``remembered_run``.
+    """
+    signal_name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
+    hint = "; if nobody did it, the machine had no memory left" if number == signal.SIGKILL else ""
+    line = f"was killed ({signal_name}){hint}"
+    launched_for = os.environ.get(MARK)
+    path = remembered_run(folder) or (Path(launched_for) if launched_for else None)
+    log = path / "log" / f"rank{rank}.txt" if path else None
+    stack = ""
+    if number in FAULTS and log and log.exists():
+        _, found, after = log.read_text(encoding="utf-8", errors="replace").rpartition(FATAL)
+        stack = found + after if found else ""
+    _write_failure(path, rank, line, -number, stack)
+    return line
+
+
+def _write_failure(
+    path: Path | None, rank: int, error: str, exit_code: int, text: str = "", has_lost_peers: bool = False
+) -> None:
+    if path is None or not (path / "log").is_dir():
+        return
+    failure = {
+        "rank": rank, "time": time.time(), "host": socket.gethostname(), "error": error, "traceback": text,
+        "exit_code": exit_code, "has_lost_peers": has_lost_peers,
+    }  # fmt: skip
+    with contextlib.suppress(OSError):
+        write_document(path / "log" / f"failure-rank{rank}.json", failure)
+
+
+def has_lost_peers(error: BaseException) -> bool:
+    """Whether this is how a rank notices that another one has gone."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in LOST_PEERS)
+
+
+def failures(path: Path) -> list[dict[str, Any]]:
+    """What the ranks of a run died of, the cause first: those that only lost the others come last."""
+    found = []
+    for file in sorted((path / "log").glob("failure-rank*.json")):
+        with contextlib.suppress(UserError):
+            found.append(line_in(read_bytes(file) or b"", FAILURE))
+    return sorted(filter(None, found), key=lambda failure: (failure["has_lost_peers"], failure["time"]))
+
+
+def forget_failures(path: Path) -> None:
+    """A run that goes on has survived them."""
+    for file in (path / "log").glob("failure-rank*.json"):
+        with contextlib.suppress(OSError):  # a folder of that name
+            file.unlink()

@@ -1,0 +1,274 @@
+"""What a network is made of and what it costs, layer by layer: counted from its shapes, then measured on this machine.
+
+    python -m vgglab.anatomy --model vgg16 --image-size 224
+    python -m vgglab.anatomy --batch-size 8 --measure  # with times, and the two ceilings of the machine
+    python -m vgglab.anatomy --model vgg11_bn --json   # the last line of stdout is one JSON object
+
+    >>> vgglab.anatomy.of("vgg16")
+    >>> vgglab.anatomy.of(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()), image_size=8)
+
+It reads chains, such as VGG: each layer takes what the one before it wrote.
+Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, said in one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from math import prod
+from statistics import median
+from typing import Any, Iterator, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from vgglab.devices import open_device
+from vgglab.devices.base import Device
+from vgglab.errors import UserError
+from vgglab.lab.ceilings import ceilings, moved, timed
+from vgglab.lab.shapes import output_of, window
+from vgglab.model import build, head_for
+from vgglab.settings.config import parse as parse_training
+from vgglab.settings.flags import OneLineParser, with_dashes
+from vgglab.view.anatomy_table import Anatomy, Ceilings, Layer
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "conv": (nn.Conv2d,),
+    "linear": (nn.Linear,),
+    "batch norm": (nn.BatchNorm2d, nn.BatchNorm1d),
+    "relu": (nn.ReLU,),
+    "pool": (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    "dropout": (nn.Dropout, nn.Dropout2d),
+    "flatten": (nn.Flatten, nn.Identity),
+}
+FLOAT32_BYTES = 4
+HAS_META = int(torch.__version__.split(".")[0]) >= 2  # tensors with a shape and no memory, for every operation here
+
+# A layer as the forward pass came by: its name, itself, the shapes of its input and its output.
+Call = Tuple[str, nn.Module, Tuple[int, ...], Tuple[int, ...]]
+
+
+def of(
+    model: str | nn.Module = "vgg16", image_size: int = 224, batch_size: int = 1, num_classes: int = 1000
+) -> Anatomy:
+    """Count what each layer of a network holds, computes and moves, without computing it.
+
+    Args:
+        model: a name (``vgg16``, ``vgg16_bn``, ...; below 224 pixels with the small classifier, as in training), or a
+            network made of the layers in ``KINDS``, which is left as it is.
+        image_size: side of the square images, in pixels; with as many channels as the first convolution takes.
+        batch_size: images that pass at once; the weights are read once for all of them.
+        num_classes: width of the last layer, for a name.
+
+    Raises:
+        UserError: no network of that name; a layer that is not in ``KINDS``; images that do not fit; not a chain.
+    """
+    if min(image_size, batch_size, num_classes) < 1:
+        raise UserError("image_size, batch_size and num_classes: whole numbers, 1 or more")
+    name = model if isinstance(model, str) else type(model).__name__
+    if isinstance(model, str):
+        with torch.device("meta") if HAS_META else nullcontext():
+            network: nn.Module = build(model, num_classes=num_classes, head=head_for(image_size), init_weights=False)
+    else:
+        network = _hollow(model)
+    for path, module in _leaves(network):
+        if not _kind(module):
+            raise UserError(f"{path or name} is a {type(module).__name__}; anatomy knows {', '.join(KINDS)}")
+    channels = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), 3)
+    shape = (batch_size, channels, image_size, image_size)
+    try:
+        calls = _calls(network, shape)
+    except (RuntimeError, ValueError) as error:  # torch's words for shapes that do not fit
+        raise UserError(f"{name}, {image_size} x {image_size} pixels: {str(error).splitlines()[0]}") from error
+    return Anatomy(name, image_size, batch_size, tuple(_rows(calls, shape)), tuple(call[1] for call in calls))
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """A copy to walk through: in float32, without the values of the weights and what the reader has hooked onto it."""
+    known: dict[int, Any] = {}  # what deepcopy takes for copies that it has made already
+    if HAS_META:
+        known.update((id(value), value.to("meta")) for value in model.buffers())
+        known.update((id(value), nn.Parameter(value.to("meta"), value.requires_grad)) for value in model.parameters())
+    network = copy.deepcopy(model, known).float()
+    for module in network.modules():
+        module._forward_hooks.clear()
+    return network
+
+
+def _calls(network: nn.Module, shape: tuple[int, ...]) -> list[Call]:
+    """The layers in the order of the forward pass, with their shapes; nothing is computed."""
+    calls: list[Call] = []
+
+    def record(name: str, module: nn.Module, images: Tensor) -> Tensor:
+        output = output_of(module, images)
+        calls.append((name, module, tuple(images.shape), tuple(output.shape)))
+        return output
+
+    leaves = _leaves(network)
+    for name, module in leaves:
+        module.forward = partial(record, name, module)
+    try:
+        with torch.no_grad():
+            network.eval()(torch.empty(shape))  # uninitialised pages take no memory
+    finally:
+        for _, module in leaves:
+            del module.forward
+    return calls
+
+
+def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
+    image_size = shape[-1]
+    counted: set[int] = set()  # parameters, by identity
+    field = jump = 1  # a pixel sees itself
+    start = 0
+    learns = False  # something before this layer
+    for name, module, input_shape, output_shape in calls:
+        if prod(input_shape) != prod(shape):
+            why = "anatomy reads chains, in which all that changes shapes is a layer (nn.MaxPool2d, not F.max_pool2d)"
+            raise UserError(f"{name} does not take what the layer before it wrote; {why}")
+        shape = output_shape
+        weights = list(module.parameters())
+        states = [buffer for buffer in module.buffers() if buffer.is_floating_point()]  # batch norm's mean and variance
+        values = prod(input_shape) + sum(tensor.numel() for tensor in [*weights, *states]) + prod(output_shape)
+        multiply_adds = _multiply_adds(module, output_shape)
+        num_gradients = learns + weights[0].requires_grad if multiply_adds else 0
+        # The usual recursion: k neighbours span k - 1 jumps, padding begins so many jumps earlier, a stride multiplies
+        # the jump. Source: Araujo, Norris, Sim, "Computing receptive fields of convolutional neural networks", Distill,
+        # 2019, doi 10.23915/distill.00021.
+        extent, stride, padding = window(module, input_shape[-1], output_shape[-1])
+        field, start, jump = field + (extent - 1) * jump, start - padding * jump, jump * stride
+        if isinstance(module, nn.Linear):
+            start = start if field > image_size else 0
+            field, jump = max(field, image_size), image_size
+        yield Layer(
+            name=name,
+            kind=_kind(module),
+            output_shape=output_shape,
+            num_parameters=sum(weight.numel() for weight in weights if id(weight) not in counted),
+            multiply_adds=multiply_adds,
+            bytes_moved=0 if _kind(module) == "flatten" else FLOAT32_BYTES * values,
+            receptive_field=field,
+            field_start=start,
+            jump=jump,
+            input_shape=input_shape,
+            training_multiply_adds=multiply_adds * (1 + num_gradients),
+        )
+        counted.update(map(id, weights))
+        learns = learns or any(weight.requires_grad for weight in weights)
+
+
+def _multiply_adds(module: nn.Module, output_shape: tuple[int, ...]) -> int:
+    """For one image: every output value is a sum over the inputs that its weights span."""
+    if isinstance(module, nn.Conv2d):
+        return prod(output_shape[1:]) * module.weight[0].numel()  # (channels in / groups) x height x width
+    return prod(output_shape[1:]) * module.in_features if isinstance(module, nn.Linear) else 0
+
+
+def _kind(module: nn.Module) -> str:
+    return next((kind for kind, types in KINDS.items() if isinstance(module, types)), "")
+
+
+def _leaves(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in network.named_modules() if not list(module.children())]
+
+
+def measure(what: Anatomy | str | nn.Module, device: Device | str = "auto", repeats: int = 5) -> Anatomy:
+    """Time the forward and the backward pass of each layer by itself, and the ceilings of the machine.
+
+    A layer gets fresh weights and random input of its shape, in float32 and training mode, and runs once to warm up
+    and ``repeats`` times more; the median counts. A share of a little over 100 % is no mistake: the ceilings are what
+    torch reaches elsewhere. A convolution may be better written than the matrix product; a layer that mostly reads is
+    quicker than a copy; what fits into a cache is there since the last repeat.
+
+    Args:
+        what: the answer of ``of``, or what ``of`` takes.
+        device: a name as for ``--device``, or one of ``vgglab.devices.open_device`` that is open.
+        repeats: passes that are timed.
+
+    Returns:
+        The same rows with ``forward_seconds`` and ``backward_seconds`` of the whole batch, and ``ceilings``.
+
+    Raises:
+        UserError: as ``of``; a simulated card; a batch norm with a single value per channel.
+    """
+    anatomy = what if isinstance(what, Anatomy) else of(what)
+    if isinstance(device, str):
+        card = open_device(device)
+        card.open()
+        try:
+            return measure(anatomy, card, repeats)
+        finally:
+            card.close()
+    roof = ceilings(device, repeats)
+    layers, learns = [], False  # learns: something before this layer
+    for layer, module in zip(anatomy.layers, anatomy.modules):
+        try:
+            forward, backward = _layer_seconds(layer, module, learns, device, repeats)
+        except ValueError as error:  # torch's words on batch norm
+            raise UserError(f"{layer.name}: {str(error).splitlines()[0]}; a larger batch has more") from error
+        layers.append(layer._replace(forward_seconds=forward, backward_seconds=backward))
+        learns = learns or any(weight.requires_grad for weight in module.parameters())
+    roof = Ceilings(*map(max, roof, ceilings(device, repeats)))  # a machine that was busy at first showed a lower one
+    return replace(anatomy, layers=tuple(layers), ceilings=roof)
+
+
+def _layer_seconds(layer: Layer, module: nn.Module, learns: bool, device: Device, repeats: int) -> tuple[float, float]:
+    module = copy.deepcopy(module).to_empty(device="cpu").train()
+    getattr(module, "reset_parameters", int)()  # to_empty leaves whatever was in memory
+    module = device.wrap(module)[1]
+    images = moved(torch.randn(layer.input_shape), device).requires_grad_(learns)
+    wanted = [images] * learns + [weight for weight in module.parameters() if weight.requires_grad]
+    gradient = moved(torch.randn(layer.output_shape), device)
+    forward, backward = [], []
+    for _ in range(1 + repeats):
+        fed = timed(images.clone, device)[1]  # a layer that works in place needs its own each time
+        seconds, output = timed(partial(module, fed), device)
+        forward.append(seconds)
+        pull = partial(torch.autograd.grad, output, wanted, gradient)
+        backward.append(timed(pull, device)[0] if wanted else 0.0)
+    return median(forward[1:]), median(backward[1:])
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises UserError."""
+    about = "What a network is made of and what it costs, layer by layer."
+    parser = OneLineParser(prog="python -m vgglab.anatomy", description=about, allow_abbrev=False)
+    for name, default, text in (
+        ("model", "vgg16", "the network"),
+        ("image-size", 224, "side of the square images, in pixels"),
+        ("batch-size", 1, "images that pass at once"),
+        ("num-classes", 1000, "width of the last layer"),
+        ("device", "cpu", "where --measure measures"),
+    ):
+        parser.add_argument(f"--{name}", default=default, help=f"{text} (default {default})")
+    parser.add_argument("--measure", action="store_true", help="time each layer, and the ceilings of the machine")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = vars(parser.parse_args([with_dashes(argument) for argument in argv]))
+    wishes = {name: options.pop(name) for name in ("measure", "json")}
+    # What is allowed is what training allows.
+    flags = parse_training([f"--{name.replace('_', '-')}={value}" for name, value in options.items()])
+    return argparse.Namespace(**wishes, **{name: getattr(flags, name) for name in options})
+
+
+def main(argv: Sequence[str]) -> int:
+    """The shell's door; the exit code."""
+    try:
+        options = parse(argv)
+        anatomy = of(options.model, options.image_size, options.batch_size, options.num_classes)
+        if options.measure:
+            anatomy = measure(anatomy, options.device)
+        print(anatomy)
+        if options.json:
+            print(json.dumps(anatomy.as_dict()))
+    except UserError as error:
+        print(f"vgglab.anatomy: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vgglab.anatomy: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,151 @@
+"""One way of training, in a process of its own that makes steps when it is told to.
+
+Two of these, told in turns, see the same weather on a noisy machine; and settings that belong to a process, such as
+what its C library does with freed memory, do not reach the other.
+"""
+
+from __future__ import annotations
+
+import time
+from multiprocessing.connection import Connection
+from typing import Any, Iterator, NamedTuple
+
+import torch
+from torch import nn
+
+from vgglab.data.loader import Batch, train_batches
+from vgglab.data.sets import open_sets
+from vgglab.data.transform import normalised
+from vgglab.devices import open_device
+from vgglab.devices.base import Device
+from vgglab.devices.memory import is_lack_of_memory, limit_to_free_memory
+from vgglab.errors import UserError
+from vgglab.lab.ceilings import product_flop_per_second
+from vgglab.model import build, head_for
+from vgglab.optim import set_learning_rate
+from vgglab.settings.config import parse
+from vgglab.settings.schedule import learning_rate
+from vgglab.trainer import Trainer
+
+
+class Way(NamedTuple):
+    """How to train: by the kit with these flags, or by a plain PyTorch loop."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    is_plain: bool = False  # a loop of the kind that torchvision's reference script has, in float32
+    is_prepared: bool = True  # the process is set up as the kit sets up its own
+    is_torchvisions: bool = False  # its network, too
+
+
+class Network(NamedTuple):
+    """What a way trains: enough to build it elsewhere."""
+
+    model: str
+    num_classes: int
+    image_size: int
+    head: str
+    is_torchvisions: bool
+
+    def build(self, dropout_rate: float = 0.5) -> nn.Module:
+        if not self.is_torchvisions:
+            return build(self.model, num_classes=self.num_classes, dropout_rate=dropout_rate, head=self.head)
+        from torchvision import models
+
+        return getattr(models, self.model)(num_classes=self.num_classes)
+
+
+class Ready(NamedTuple):
+    """The first answer of such a process."""
+
+    device: dict[str, Any]  # what the device says of itself
+    network: Network
+
+
+class Refusal(NamedTuple):
+    """Its last answer, where there is something that cannot be."""
+
+    reason: str
+    does_not_fit: bool = False
+
+
+PEAK_REPEATS = 2  # of the largest matrix product, each time it is asked for
+
+
+def work(connection: Connection, way: Way, flags: list[str]) -> None:
+    """Answer what comes over the connection; None ends it, and is answered with what was used of the device.
+
+    The first answer, before anything is asked, is ``Ready``. A number of steps is answered with the seconds of each,
+    ``"peak"`` with the operations per second of a matrix product in this way's precision; any of them with ``Refusal``.
+    """
+    try:
+        config = parse([*flags, *way.flags])
+        device = open_device(
+            config.device, amp_dtype=config.amp_dtype or ("auto" if config.amp else None), tf32=config.tf32,
+            fast=config.fast, channels_last=config.channels_last, fused=config.fused, compile=config.compile,
+        )  # fmt: skip
+        if way.is_prepared:
+            device.open()
+        if device.is_host or device.is_simulated:
+            limit_to_free_memory()
+        sets = open_sets(config)
+        config.seed, config.num_classes, config.image_size = 0, sets.num_classes, sets.image_size
+        config.head = head_for(sets.image_size) if config.head == "auto" else config.head
+        batch = next(iter(train_batches(sets, config, device).epoch(0)))
+        network = Network(config.model, config.num_classes, config.image_size, config.head, way.is_torchvisions)
+        connection.send(Ready(device.describe(), network))
+        if way.is_plain:
+            _plain_loop(connection, network.build(config.dropout_rate), device, batch)
+        else:
+            trainer = Trainer(config, device, sets)
+            set_learning_rate(trainer.optimizer, learning_rate(config, 0, device.world_size))
+            trainer.model.train()
+            batches = (batch for _ in _steps(connection, device))
+            for images, labels in device.feed(batches):  # copies each batch to the device, as the training loop does
+                trainer.step(images, labels)
+    except UserError as error:
+        connection.send(Refusal(str(error)))
+    except (RuntimeError, MemoryError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        connection.send(Refusal(f"--batch-size {config.batch_size}: no memory for it on {config.device}", True))
+    except (KeyboardInterrupt, EOFError):
+        pass
+
+
+def _steps(connection: Connection, device: Device) -> Iterator[None]:
+    """One turn of the loop for each step asked for; each is timed to the end of the device's work.
+
+    Ends when None is asked, having answered with what was used of the device.
+    """
+    usage: dict[str, Any] = {}
+    while True:
+        asked = connection.recv()
+        if asked is None:
+            connection.send(usage or device.usage())
+            return
+        if asked == "peak":
+            usage = usage or device.usage()  # the matrices of the measuring are not this way's
+            connection.send(product_flop_per_second(device, device.amp_dtype or "float32", PEAK_REPEATS))
+            continue
+        seconds = []
+        for _ in range(asked):
+            started = time.perf_counter()
+            yield
+            device.fetch(device.sum(torch.zeros(1)))  # comes when all before it is done
+            seconds.append(time.perf_counter() - started)
+        connection.send(seconds)
+
+
+def _plain_loop(connection: Connection, network: nn.Module, device: Device, batch: Batch) -> None:
+    images, labels = device.move(batch.images, batch.labels)
+    images = normalised(images)
+    model, _ = device.wrap(network)
+    model.train()
+    loss_of = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    for _ in _steps(connection, device):
+        loss = loss_of(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

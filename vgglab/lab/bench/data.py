@@ -1,0 +1,289 @@
+"""How fast training images come, beside torchvision's reference pipeline in the same run.
+
+    python -m vgglab.bench data --data-path imagenet
+    python -m vgglab.bench data --data-path imagenet --json   # the last line of stdout is one JSON object
+
+First one core: the same images, a few at a time, once by the kit and once by the reference, in turns; from the file
+to a normalised float32 batch. The ratio is the median of the pairs. Then the loader as training uses it, with one
+process, two, and so on up to the number of cores. Files are read once before they are timed, so the disk is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import time
+from functools import partial
+from statistics import median
+from typing import Any, Callable, Iterator, List, NamedTuple, Sequence
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import default_collate  # torch 1.10 has it only there
+from torchvision import transforms
+
+from vgglab.data.images import FileImages, Split
+from vgglab.data.loader import Batches, BatchReader, Pick, mix_seeds
+from vgglab.data.sets import DataSets, open_sets
+from vgglab.data.transform import CHANNEL_MEAN, CHANNEL_STD, normalised
+from vgglab.devices import open_device
+from vgglab.devices.base import Device
+from vgglab.dist import ranks
+from vgglab.errors import UserError
+from vgglab.settings.config import DECODERS, Config
+from vgglab.settings.config import parse as parse_training
+from vgglab.settings.flags import OneLineParser, with_dashes
+
+# What a card computes, in images/s of VGG16's training: Enflame's published figure, and a round one of a fast card.
+CARDS = {"T20, as published": 590.3, "a fast card": 2400.0}
+
+
+class DataFigures(NamedTuple):
+    """What was measured, in images per second; the fields of the JSON object."""
+
+    images_per_second: float  # the kit's, one core, from the file to the normalised batch
+    reference_images_per_second: float  # torchvision's reference, likewise
+    ratio: float  # median over the pairs of chunks
+    ratio_range: tuple[float, float]
+    decode_images_per_second: float  # reading and decoding alone, all rows: what no loader that does so can pass
+    num_pairs: int
+    by_workers: dict[int, dict[str, float]]  # loader processes -> images_per_second, reference_images_per_second
+    decoder: str
+    image_size: int
+    num_images: int
+    num_cores: int
+    workers_needed: dict[str, int]  # for a card, by CARDS or --card
+
+
+class ReferenceImages(Dataset):
+    """torchvision's reference script: Pillow, then RandomResizedCrop and its companions, an image at a time."""
+
+    def __init__(self, split: Split, image_size: int) -> None:
+        self.split = split
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(image_size),
+                transforms.RandomHorizontalFlip(),
+                transforms.PILToTensor(),
+                transforms.ConvertImageDtype(torch.float),
+                transforms.Normalize(CHANNEL_MEAN, CHANNEL_STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, place: int) -> tuple[Any, int]:
+        if isinstance(self.split.images, FileImages):
+            with open(self.split.images.name(place), "rb") as file:
+                return self.transform(Image.open(file).convert("RGB")), self.split.labels[place]
+        return self.transform(self.split.images.open(place, "pil").pixels()), self.split.labels[place]
+
+
+def measure(config: Config, seconds: float, workers: list[int], card: float | None = None) -> DataFigures:
+    """Measure the training images that ``config`` names, for about ``seconds`` each on one core and by processes.
+
+    Raises:
+        UserError: as ``open_sets``; an image that cannot be read.
+    """
+    config.test_only = False
+    sets = open_sets(config)
+    split = sets.train
+    assert split is not None
+    if sets.is_fake:
+        raise UserError("--data-path fake: nothing is read there; name a folder, or another set")
+    device = open_device("cpu")
+    device.open()
+    with _on_one_core():
+        chunks = list(_chunks(split, sets, config, seconds))
+    ours, theirs, decoding, num_images = (sum(column) for column in zip(*chunks))
+    core_rate = num_images / ours
+    by_workers = {count: _by_workers(count, sets, config, device, core_rate, seconds) for count in workers}
+    ratios = sorted(chunk[1] / chunk[0] for chunk in chunks)
+    best = max([figures["images_per_second"] / count for count, figures in by_workers.items()] or [core_rate])
+    cards = {f"{card:g} images/s": card} if card else CARDS
+    return DataFigures(
+        images_per_second=core_rate,
+        reference_images_per_second=num_images / theirs,
+        ratio=median(ratios),
+        ratio_range=(ratios[0], ratios[-1]),
+        decode_images_per_second=num_images / decoding,
+        num_pairs=len(chunks),
+        by_workers=by_workers,
+        decoder=sets.decoder,
+        image_size=sets.image_size,
+        num_images=len(split),
+        num_cores=ranks.num_cores(),
+        workers_needed={name: math.ceil(rate / best) for name, rate in cards.items()},
+    )
+
+
+def _chunks(split: Split, sets: DataSets, config: Config, seconds: float) -> Iterator[tuple[float, float, float, int]]:
+    """Seconds of the kit, of the reference and of decoding alone, and the number of images, chunk by chunk."""
+    reader = BatchReader(split, sets.train_transform(), sets.image_size, sets.decoder, skips_bad_images=False)
+    reference = ReferenceImages(split, sets.image_size)
+    size = min(config.batch_size, len(split))
+    until, number = time.perf_counter() + seconds, 0
+    while number < 4 or time.perf_counter() < until:
+        places = [(number * size + offset) % len(split) for offset in range(size)]
+        _decode(split, places, sets.decoder)  # files into the system's memory, for both
+        picks = [Pick(place, mix_seeds(number, place)) for place in places]
+        runs: list[Callable[[], Any]] = [
+            partial(_ours, reader, picks),
+            partial(_theirs, reference, places),
+            partial(_decode, split, places, sets.decoder),
+        ]
+        order = [0, 1, 2] if number % 2 else [1, 0, 2]
+        timed = {which: _seconds_of(runs[which]) for which in order}
+        if number:  # the first is warm-up
+            yield timed[0], timed[1], timed[2], size
+        number += 1
+
+
+def _ours(reader: BatchReader, picks: list[Pick]) -> torch.Tensor:
+    return normalised(reader[picks].images)
+
+
+def _theirs(reference: ReferenceImages, places: list[int]) -> Any:
+    return default_collate([reference[place] for place in places])
+
+
+def _decode(split: Split, places: list[int], decoder: str) -> None:
+    for place in places:
+        split.images.open(place, decoder).pixels()
+
+
+def _seconds_of(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _by_workers(
+    count: int, sets: DataSets, config: Config, device: Device, core_rate: float, seconds: float
+) -> dict[str, float]:
+    """Images per second with ``count`` loader processes; this process only takes what they make."""
+    assert sets.train is not None
+    size = min(config.batch_size, len(sets.train))
+    num_first = 2 * count  # that many batches each process makes ahead: when they are out, it goes at its own pace
+    num_batches = num_first + max(4, math.ceil(core_rate * min(count, ranks.num_cores()) * seconds / 4 / size))
+    places = [[(n * size + k) % len(sets.train) for k in range(size)] for n in range(num_batches)]
+    picks = Turns([[Pick(place, mix_seeds(n, place)) for place in batch] for n, batch in enumerate(places)])
+    reference = DataLoader(
+        ReferenceImages(sets.train, sets.image_size),
+        batch_sampler=places, num_workers=count, multiprocessing_context="fork",
+    )  # fmt: skip
+    reader = BatchReader(sets.train, sets.train_transform(), sets.image_size, sets.decoder, skips_bad_images=False)
+    rates: dict[str, list[float]] = {"images_per_second": [], "reference_images_per_second": []}
+    for turn in range(2):
+        rates["images_per_second"].append(_rate(Batches(reader, picks, count, device).epoch(turn), num_first, size))
+        rates["reference_images_per_second"].append(_rate(iter(reference), num_first, size))
+    return {name: max(seen) for name, seen in rates.items()}
+
+
+class Turns(List[List[Pick]]):
+    """Batches in an order that is fixed."""
+
+    epoch = first = 0
+
+
+def _rate(batches: Iterator[Any], num_first: int, size: int) -> float:
+    for _ in zip(range(num_first), batches):
+        pass
+    started = time.perf_counter()
+    num_images = sum(size for _ in batches)
+    return num_images / (time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _on_one_core() -> Iterator[None]:
+    """This process and one thread on one core (Linux; elsewhere one thread, wherever it runs)."""
+    threads = torch.get_num_threads()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    torch.set_num_threads(1)
+    if cores:
+        os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+
+def as_text(figures: DataFigures, data_path: str) -> str:
+    """The figures for people."""
+    low, high = figures.ratio_range
+    lines = [
+        f"{data_path}: {figures.num_images} training images to {figures.image_size}x{figures.image_size}, "
+        f"decoder {figures.decoder}",
+        "",
+        "one core, images/s          the kit   torchvision's reference   decoding alone",
+        f"{'':22s}{figures.images_per_second:13.0f}{figures.reference_images_per_second:26.0f}"
+        f"{figures.decode_images_per_second:17.0f}",
+        f"the kit is {figures.ratio:.2f} x the reference (median of {figures.num_pairs} pairs, "
+        f"{low:.2f} to {high:.2f})",
+        "",
+        "loader processes, images/s  the kit   torchvision's reference",
+    ]
+    for count, rates in figures.by_workers.items():
+        ours, theirs = rates["images_per_second"], rates["reference_images_per_second"]
+        lines.append(f"{count:22d}{ours:13.0f}{theirs:26.0f}")
+    lines.append("")
+    for name, count in figures.workers_needed.items():
+        here = f", of which this machine has {figures.num_cores}" if count > figures.num_cores else ""
+        lines.append(f"{name}: needs {count} loader processes, each on a core of its own{here}")
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises UserError."""
+    parser = OneLineParser(
+        prog="vgglab.bench data",
+        usage="python -m vgglab.bench data [--flag value ...]",
+        description="How fast training images come, beside torchvision's reference pipeline in the same run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--data-path", default="digits", help="a folder or a set, as for training")
+    parser.add_argument("--image-size", type=int, help="side of the crop; default: the set's")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per batch (default 32)")
+    parser.add_argument("--decoder", choices=("auto", *DECODERS), default="auto", help="as for training")
+    parser.add_argument("--workers", help="numbers of loader processes to try, e.g. 1,2,4; default: 1 and all cores")
+    parser.add_argument("--seconds", type=_positive, default=20.0, help="for each of the two parts, about (default 20)")
+    parser.add_argument("--card", type=_positive, help="images/s that your card computes: how many processes it needs")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser.parse_args([with_dashes(argument) for argument in argv])
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e12:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the figures. Raises UserError."""
+    options = parse(argv)
+    flags = [f"--data-path={options.data_path}", f"--batch-size={options.batch_size}", f"--decoder={options.decoder}"]
+    flags += [] if options.image_size is None else [f"--image-size={options.image_size}"]
+    figures = measure(parse_training(flags), options.seconds, _counts(options.workers), options.card)
+    print(as_text(figures, options.data_path), flush=True)
+    if options.json:
+        print(json.dumps(figures._asdict()))
+
+
+def _counts(text: str | None) -> list[int]:
+    if text is None:
+        return sorted({1, ranks.num_cores()})
+    words = text.split(",")
+    if not all(word.strip().isascii() and word.strip().isdigit() and int(word) > 0 for word in words):
+        raise UserError(f"--workers: {text!r} is not a list of numbers above 0, such as 1,2,4")
+    return [int(word) for word in words]

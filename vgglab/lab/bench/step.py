@@ -1,0 +1,311 @@
+"""How fast training steps are, each way beside a plain PyTorch loop in the same run.
+
+    python -m vgglab.bench step                                      # VGG16, 224x224, the best device there is
+    python -m vgglab.bench step --batch-size 8,16 --ways fast        # some batch sizes, one way
+    python -m vgglab.bench step --batch-size max --ways fast         # the largest that fits
+    python -m vgglab.bench step --against torchvision --json         # the last line of stdout is one JSON object
+
+Images are made up once and lie ready, so loading is left out (``python -m vgglab.bench data`` measures that). Each way
+and the plain loop are processes of their own that make steps in turns; a ratio is the median of the turns. The share
+of the peak is what was computed per second over what a matrix product of the same precision reaches in the same
+process. The result also goes into a run directory, as ``bench.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from contextlib import nullcontext
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, Sequence
+
+import torch
+
+from vgglab.devices import DEVICE_CHOICES
+from vgglab.errors import UserError
+from vgglab.lab import anatomy
+from vgglab.lab.bench.child import Network, Ready, Refusal, Way, work
+from vgglab.runs.run import run_path
+from vgglab.runs.writer import RunWriter
+from vgglab.settings.config import MODELS, parse
+from vgglab.settings.flags import OneLineParser, with_dashes
+from vgglab.storage.schema import write_document
+
+PLAIN = Way("plain", is_plain=True, is_prepared=False)
+WAYS = {
+    "float32": Way("float32"),
+    "channels-last": Way("channels-last", ("--channels-last",)),
+    "amp": Way("amp", ("--amp",)),
+    "tf32": Way("tf32", ("--tf32",)),
+    "fast": Way("fast", ("--fast",)),
+    "compile": Way("compile", ("--fast", "--compile")),
+    # A plain loop with the kit's process settings: its distance from float32 is what Trainer.step costs or gains.
+    "bare": Way("bare", is_plain=True),
+    "torchvision": Way("torchvision", is_plain=True, is_prepared=False, is_torchvisions=True),
+}
+USUAL = ("float32", "channels-last", "amp", "fast")
+FLAGS = (
+    "--data-path=fake",
+    "--workers=0",
+    "--epochs=1",
+    "--print-freq=1000000",
+    "--dropout-rate=0.5",
+    "--skip-steps=0",
+)
+CONTEXT = multiprocessing.get_context("spawn")  # each process is a fresh interpreter that inherits no state
+FIRST_SIZE, LARGEST_SIZE, CLOSE_ENOUGH = 16, 2**16, 1 / 16  # where the search for the largest batch begins and ends
+
+
+class DoesNotFit(UserError):
+    """The device has no memory for this batch."""
+
+
+class StepFigures(NamedTuple):
+    """One way, beside the plain loop where both fit; images per second."""
+
+    way: str
+    batch_size: int
+    images_per_second: float  # at the median step
+    reference_images_per_second: float | None  # the plain loop, likewise; None where this way went alone
+    ratio: float | None  # median over the turns
+    ratio_range: tuple[float, float] | None
+    num_turns: int
+    flop_per_image: int  # forward and backward, counted from the shapes
+    peak_flop_per_second: float | None  # of a matrix product in this precision; None for a simulated card
+    share_of_peak: float | None
+    peak_bytes: int | None  # of memory
+    device: dict[str, Any]  # what the device says of itself
+
+
+class Child:
+    """A process that steps when told to. Raises UserError where its way cannot be gone here, DoesNotFit for memory."""
+
+    def __init__(self, way: Way, flags: Sequence[str]) -> None:
+        self.connection, other = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=work, args=(other, way, list(flags)), daemon=True)
+        self.process.start()
+        other.close()
+        self.way, self._peaks = way, [0.0]
+        self.ready: Ready = self._answer()
+
+    def steps(self, number: int) -> list[float]:
+        """Seconds of each."""
+        self.connection.send(number)
+        return self._answer()
+
+    def look_for_peak(self) -> None:
+        """Measure a matrix product; the best of all counts, since a busy machine shows a lower one."""
+        if not self.ready.device["simulated"]:
+            self.connection.send("peak")
+            self._peaks.append(self._answer())
+
+    def stop(self) -> dict[str, Any]:
+        """What it has used of the device."""
+        self.connection.send(None)
+        usage = self._answer()
+        self.process.join()
+        return usage
+
+    def figures(self, batch_size: int, own_seconds: Sequence[float], pairs: Sequence[float] = ()) -> StepFigures:
+        """The last thing asked of it; ``pairs`` are the plain loop's seconds, turn by turn."""
+        rate = batch_size / median(own_seconds)
+        ratios = sorted(theirs / own for own, theirs in zip(own_seconds, pairs))
+        peak = max(self._peaks) or None
+        flop = _training_flop(self.ready.network)
+        return StepFigures(
+            way=self.way.name,
+            batch_size=batch_size,
+            images_per_second=rate,
+            reference_images_per_second=batch_size / median(pairs) if pairs else None,
+            ratio=median(ratios) if ratios else None,
+            ratio_range=(ratios[0], ratios[-1]) if ratios else None,
+            num_turns=len(own_seconds),
+            flop_per_image=flop,
+            peak_flop_per_second=peak,
+            share_of_peak=rate * flop / peak if peak else None,
+            peak_bytes=self.stop().get("peak_bytes"),
+            device=self.ready.device,
+        )
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.connection.recv()
+        except (EOFError, ConnectionResetError):  # reset: it died with a request unread
+            self.process.join()
+            code = self.process.exitcode or 0
+            if code < 0:  # by the system, most likely
+                raise DoesNotFit(f"{self.way.name}: its process was killed; is there memory for this batch?") from None
+            raise RuntimeError(f"{self.way.name}: its process has failed, see above") from None
+        if isinstance(answer, Refusal):
+            self.process.join()
+            raise (DoesNotFit if answer.does_not_fit else UserError)(answer.reason)
+        return answer
+
+
+@lru_cache(maxsize=None)
+def _training_flop(network: Network) -> int:
+    """Of an image, forward and backward. Counted here, once: the counting takes each process seconds to get ready."""
+    with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes without weights
+        hollow = network.build()
+    return anatomy.of(hollow, network.image_size).training_flop
+
+
+def _way(name: str) -> Way:
+    if name not in WAYS:
+        raise UserError(f"--ways: no way {name!r}; there are {', '.join(WAYS)}")
+    return WAYS[name]
+
+
+def measure(flags: Sequence[str], ways: Sequence[str], batch_size: int, turns: int, steps: int) -> list[StepFigures]:
+    """Each way in turns with the plain loop; one step of each at first is warm-up.
+
+    Args:
+        flags: of training, such as ``--model=vgg11``; what belongs to the measuring, such as made-up images, is set.
+        ways: names of ``WAYS``.
+        turns: of each way and the plain loop.
+        steps: in each turn, of which the median counts.
+
+    Raises:
+        UserError: an unknown way, or one that this device does not offer; DoesNotFit: no memory for the batch.
+    """
+    chosen = [_way(name) for name in dict.fromkeys(ways)]
+    flags = [*flags, *FLAGS, f"--batch-size={batch_size}"]
+    plain = Child(PLAIN, flags)
+    plain.steps(1)
+    results = []
+    for way in chosen:
+        child = Child(way, flags)
+        child.steps(1)
+        own: list[float] = []
+        theirs: list[float] = []
+        for turn in range(turns):
+            for one, seconds in ((plain, theirs), (child, own))[:: 1 if turn % 2 else -1]:
+                seconds.append(median(one.steps(steps)))
+            child.look_for_peak()
+        results.append(child.figures(batch_size, own, theirs))
+    plain.stop()
+    return results
+
+
+def largest(flags: Sequence[str], way: str, turns: int, steps: int) -> StepFigures:
+    """The largest batch that fits, to a sixteenth, and its speed; the way is alone on the device.
+
+    Each try is a process of its own that makes two steps: what the optimizer keeps is there only after the first.
+
+    Raises:
+        UserError: an unknown way, one that this device does not offer, or no memory for a single image.
+    """
+    fits, too_large = 0, LARGEST_SIZE + 1
+    while too_large - fits > max(1, fits * CLOSE_ENOUGH):
+        has_failed = too_large <= LARGEST_SIZE
+        size = (fits + too_large) // 2 if has_failed else min(2 * fits or FIRST_SIZE, LARGEST_SIZE)
+        try:
+            _alone(flags, way, size).stop()
+            fits = size
+        except DoesNotFit:
+            too_large = size
+    if fits == 0:
+        raise UserError(f"{way}: no memory for a single image")
+    while True:
+        try:
+            child = _alone(flags, way, fits)
+            seconds = [median(child.steps(steps)) for _ in range(turns)]
+            child.look_for_peak()
+            return child.figures(fits, seconds)
+        except DoesNotFit:  # so close to the edge that the same does not always fit
+            if fits == 1:
+                raise
+            fits -= max(1, int(fits * CLOSE_ENOUGH))
+
+
+def _alone(flags: Sequence[str], way: str, batch_size: int) -> Child:
+    child = Child(_way(way), [*flags, *FLAGS, f"--batch-size={batch_size}"])
+    try:
+        child.steps(2)
+    except UserError:
+        child.process.kill()
+        raise
+    return child
+
+
+def as_text(results: Sequence[StepFigures]) -> str:
+    """The figures for people."""
+    lines = ["way             batch   images/s   plain loop   ratio (range)         peak memory   of matmul's speed"]
+    for row in results:
+        beside = f"{'':13s}   {'alone':19s}"
+        if row.reference_images_per_second and row.ratio and row.ratio_range:
+            low, high = row.ratio_range
+            beside = f"{row.reference_images_per_second:13.2f}   {f'{row.ratio:.2f} ({low:.2f} to {high:.2f})':19s}"
+        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB"
+        share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
+        lines.append(f"{row.way:15s}{row.batch_size:6d}{row.images_per_second:11.2f}{beside}{memory:>14s}{share:>20s}")
+    if any(row.ratio is None for row in results):
+        lines.append(f"the largest batch that fits, to {CLOSE_ENOUGH:.0%}; a plain loop beside it would not")
+    return "\n".join(lines)
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="vgglab.bench step",
+        usage="python -m vgglab.bench step [--flag value ...]",
+        description="How fast training steps are, each way beside a plain PyTorch loop in the same run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", choices=MODELS, default="vgg16")
+    parser.add_argument("--device", choices=DEVICE_CHOICES, default="auto")
+    parser.add_argument("--image-size", default="224", help="side of the images (default 224)")
+    parser.add_argument("--batch-size", default="16", help="one or several, e.g. 8,16,32, or max (default 16)")
+    parser.add_argument("--ways", default=",".join(USUAL), help=f"of {', '.join(WAYS)} (default {','.join(USUAL)})")
+    parser.add_argument("--against", choices=("torchvision",), help="torchvision's network in a plain loop, too")
+    parser.add_argument("--turns", type=int, default=5, help="of each way and the plain loop (default 5)")
+    parser.add_argument("--steps", type=int, default=1, help="in each turn (default 1)")
+    parser.add_argument("--output-dir", default=".", help="the run directory is made in <this>/runs")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser.parse_args([with_dashes(argument) for argument in argv])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure, print, write. Raises UserError."""
+    options = _options(argv)
+    ways = [name.strip() for name in options.ways.split(",")] + ([options.against] if options.against else [])
+    for name in ways:
+        _way(name)
+    sizes = options.batch_size.split(",")
+    if sizes != ["max"] and not all(size.strip().isascii() and size.strip().isdigit() and int(size) for size in sizes):
+        raise UserError(f"--batch-size: {options.batch_size!r} is not a number above 0, several such as 8,16, or max")
+    if min(options.turns, options.steps) < 1:
+        raise UserError("--turns, --steps: at least 1")
+    flags = [f"--model={options.model}", f"--device={options.device}", f"--image-size={options.image_size}"]
+    parse(flags)
+    results = []
+    for size in sizes:
+        if size == "max":
+            results += [largest(flags, way, options.turns, options.steps) for way in dict.fromkeys(ways)]
+        else:
+            results += measure(flags, ways, int(size), options.turns, options.steps)
+    path = save(results, flags, options.output_dir)
+    print(as_text(results))
+    print(f"run directory: {path}", flush=True)
+    if options.json:
+        best = max(results, key=lambda row: row.images_per_second)
+        print(json.dumps({**best._asdict(), "all": [row._asdict() for row in results]}))
+
+
+def save(results: Sequence[StepFigures], flags: Sequence[str], output_dir: str = ".") -> Path:
+    """Leave the results in a run directory of their own below ``output_dir``, where the results page finds them."""
+    config = parse([*flags, *FLAGS, f"--output-dir={output_dir}"])
+    device = dict(results[-1].device)
+    config.device = device["device"]  # what auto came to
+    config.data_path = "bench-step"  # for the name of the directory
+    path = run_path(config)
+    config.data_path = "fake"
+    run = RunWriter(path, is_simulated=device["simulated"])
+    run.write_config(config.as_dict())
+    run.write_env(device, world_size=1)
+    run.event("end", status="done", error=None)
+    run.close()
+    write_document(path / "bench.json", {"subject": "step", "results": [row._asdict() for row in results]})
+    return path

@@ -1,0 +1,280 @@
+"""Before 90 epochs are spent: how long, how many steps and checkpoints, how much disk, where the rate falls.
+
+    python -m vgglab.plan --recipe seed --images-per-second 590 --ranks 8
+    python -m vgglab.plan --recipe modern --data-path imagenet --run runs/<a short measured run>
+    python -m vgglab.plan --recipe quick --images-per-second 100 --json   # the last line of stdout is one JSON object
+
+Takes every flag of training. Without ``--data-path`` a recipe is planned for ImageNet's numbers of images (``quick``
+for the digits). ``--images-per-second`` is of one card; several are taken to be as many times as fast, which
+``--scaling`` lowers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import nullcontext
+from typing import Any, NamedTuple, Sequence
+
+from vgglab.errors import UserError
+from vgglab.runs.run import Run
+from vgglab.settings.config import Config, flags_given, warnings_about
+from vgglab.settings.config import parse as parse_training
+from vgglab.settings.flags import AT_LEAST_1, POSITIVE, OneLineParser, number, with_dashes
+from vgglab.settings.schedule import learning_rate
+
+IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
+FORWARD_SHARE = 1 / 3  # of a training step's operations: evaluation has no backward pass
+SPEED = number(float, 1e-6, 1e12, "a number above 0")
+FAR, MOST_CARDS = 4.0, 8  # times the recipe's own rate, which the seed kit has scaled up to so many cards
+# Rules of thumb: somewhat above the 0.06 of the seed kit's eight cards; and of the paper's initialisation, section 3.1.
+LARGEST_RATE_WITHOUT_NORM, DEEPEST_FROM_NORMAL = 0.1, "vgg11"
+
+
+class Plan(NamedTuple):
+    """The fields of the JSON object; seconds, bytes, and images of the whole set."""
+
+    data: str
+    num_train_images: int
+    num_eval_images: int
+    ranks: int
+    global_batch_size: int
+    epochs: int
+    steps_per_epoch: int
+    steps: int
+    images_per_second: float  # of all ranks
+    training_seconds: float  # steps only
+    evaluation_seconds: float  # counted at a third of a training image's work
+    total_seconds: float
+    num_checkpoints: int  # that are written; at most three stay
+    checkpoint_bytes: int  # of one
+    disk_bytes: int  # last, previous, best, and the one being written
+    rates: list[tuple[int, float]]  # (epoch from 0, learning rate), where it changes
+    warnings: list[str]
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from vgglab.view.tables import html_facts
+
+        return html_facts(_facts(self))
+
+
+def plan(
+    config: Config, images_per_second: float, ranks: int = 1, scaling: float = 1.0, given: Sequence[str] = ()
+) -> Plan:
+    """Count it out.
+
+    Args:
+        config: the settings of the run.
+        images_per_second: of one card, in training.
+        ranks: cards.
+        scaling: the share of ``ranks`` times one card's speed that they reach together, above 0.
+        given: the settings that somebody chose beside the recipe.
+
+    Raises:
+        UserError: the data are not there, or do not fill a batch.
+    """
+    if config.test_only or config.resume or config.seeds:
+        raise UserError(
+            "--test-only, --resume and --seeds: a plan is of one training from its beginning; leave them out"
+        )
+    data, num_train, num_eval, num_classes, image_size = _data(config, given)
+    global_batch = config.batch_size * ranks
+    steps_per_epoch = num_train // global_batch
+    if config.training_step_per_epoch != -1:
+        steps_per_epoch = min(steps_per_epoch, config.training_step_per_epoch)
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"--batch-size {config.batch_size} x {ranks} ranks: larger than the training set ({num_train} images)"
+        )
+    rate = images_per_second * ranks * (scaling if ranks > 1 else 1.0)
+    epochs = range(config.start_epoch, config.epochs)
+    steps = steps_per_epoch * len(epochs)
+    num_evaluations = sum((epoch + 1) % config.eval_freq == 0 or epoch + 1 == config.epochs for epoch in epochs)
+    evaluated = (
+        num_eval if config.eval_step_per_epoch == -1 else min(num_eval, config.eval_step_per_epoch * global_batch)
+    )
+    training_seconds = steps * global_batch / rate
+    evaluation_seconds = num_evaluations * evaluated * FORWARD_SHARE / rate
+    size = _checkpoint_bytes(config, num_classes, image_size)
+    return Plan(
+        data=data,
+        num_train_images=num_train,
+        num_eval_images=num_eval,
+        ranks=ranks,
+        global_batch_size=global_batch,
+        epochs=len(epochs),
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        images_per_second=rate,
+        training_seconds=training_seconds,
+        evaluation_seconds=evaluation_seconds,
+        total_seconds=training_seconds + evaluation_seconds,
+        num_checkpoints=num_evaluations + (steps // config.checkpoint_every if config.checkpoint_every else 0),
+        checkpoint_bytes=size,
+        disk_bytes=4 * size,
+        rates=_rates(config, ranks),
+        warnings=_warnings(config, ranks),
+    )
+
+
+def _data(config: Config, given: Sequence[str]) -> tuple[str, int, int, int, int]:
+    """What it is, training and held-out images, classes, and the side of an image."""
+    if "data_path" not in given and config.recipe not in (None, "quick"):
+        return "ImageNet", IMAGENET["train"], IMAGENET["val"], IMAGENET["classes"], config.image_size or 224
+    from vgglab.data.sets import open_sets
+
+    sets = open_sets(config)
+    assert sets.train is not None
+    return sets.name, len(sets.train), len(sets.val), sets.num_classes, sets.image_size
+
+
+def _checkpoint_bytes(config: Config, num_classes: int, image_size: int) -> int:
+    """Weights and statistics in float32, as many again for each thing that the optimizer and --ema keep of them."""
+    import torch
+
+    from vgglab.lab import anatomy
+    from vgglab.model import build, head_for
+
+    head = head_for(image_size) if config.head == "auto" else config.head
+    with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes are enough
+        built = build(config.model, num_classes=num_classes, head=head, init_weights=False)
+    network = anatomy.of(built, image_size)
+    statistics = sum(2 * layer.output_shape[1] for layer in network if layer.kind == "batch norm")
+    num_kept = (config.momentum > 0) + (config.optimizer == "rmsprop")
+    copies = 2 if config.ema else 1
+    return 4 * (network.num_parameters * (copies + num_kept) + statistics * copies)
+
+
+def _rates(config: Config, ranks: int) -> list[tuple[int, float]]:
+    rates = [(epoch, learning_rate(config, epoch, ranks)) for epoch in range(config.start_epoch, config.epochs)]
+    return [now for before, now in zip([(0, None), *rates], rates) if now[1] != before[1]]
+
+
+def _warnings(config: Config, ranks: int) -> list[str]:
+    lines = warnings_about(config)
+    base = config.lr * config.batch_size * ranks / 256
+    if config.recipe:
+        own = parse_training([f"--recipe={config.recipe}"])
+        factor = base / (own.lr * own.batch_size * min(ranks, MOST_CARDS) / 256)
+        if not 1 / FAR < factor < FAR:
+            lines.append(
+                f"the learning rate is {base:.3g} after scaling by batch size and ranks, {factor:.2g} x that of "
+                f"--recipe {config.recipe} on up to {MOST_CARDS} cards: lower --lr, or lengthen --warmup"
+            )
+    has_norm = config.model.endswith("_bn")
+    if not has_norm and base > LARGEST_RATE_WITHOUT_NORM:
+        lines.append(
+            f"--model {config.model} has no batch norm and is not likely to start at a learning rate of {base:.3g}"
+        )
+    if not has_norm and config.init == "normal" and config.model != DEEPEST_FROM_NORMAL:
+        lines.append(
+            f"--init normal: {config.model} has no batch norm and does not start from it; take kaiming or xavier"
+        )
+    if config.lr_schedule == "plateau":
+        lines.append("--lr-schedule plateau: the rate falls when the accuracy says so, which no plan can know")
+    return lines
+
+
+def as_text(planned: Plan) -> str:
+    """The plan for people."""
+    return "\n".join(f"{name:<14}{text}" for name, text in _facts(planned))
+
+
+def _facts(planned: Plan) -> list[tuple[str, str]]:
+    cards = "1 card" if planned.ranks == 1 else f"{planned.ranks} cards"
+    evaluation, rates = _long(planned.evaluation_seconds), _few(planned.rates)
+    return [
+        ("data", f"{planned.data}: {planned.num_train_images:,} training images, {planned.num_eval_images:,} held out"),
+        (
+            "steps",
+            f"{planned.steps:,} of {planned.global_batch_size} images: {planned.epochs} epochs of "
+            f"{planned.steps_per_epoch:,}",
+        ),
+        (
+            "time",
+            f"{_long(planned.total_seconds)} on {cards} at {planned.images_per_second:,.0f} images/s in all, "
+            f"{evaluation} of it for evaluation",
+        ),
+        (
+            "checkpoints",
+            f"{planned.num_checkpoints} of {planned.checkpoint_bytes / 1e9:.2f} GB are written; at most three stay, "
+            f"beside one in the making: up to {planned.disk_bytes / 1e9:.2f} GB on disk",
+        ),
+        ("rate", ", ".join(f"{rate:.3g} from epoch {epoch + 1}" for epoch, rate in rates)),
+        *(("warning", text) for text in planned.warnings),
+    ]
+
+
+def _few(rates: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """All where they are few; of a smooth schedule some."""
+    step = max(1, len(rates) // 10)
+    return rates if len(rates) <= 12 else rates[::step]
+
+
+def _long(seconds: float) -> str:
+    days, rest = divmod(round(seconds), 86400)
+    hours, minutes = rest // 3600, rest % 3600 // 60
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest % 60} s"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="vgglab.plan",
+        usage="python -m vgglab.plan [--flag value ...]",
+        description="How long a training will take and what it will write. Takes every flag of training, too.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--images-per-second", type=SPEED, help="of one card, in training")
+    parser.add_argument("--run", help="or a run directory that has measured it, on as many cards as it had")
+    parser.add_argument("--ranks", type=AT_LEAST_1, help="cards (default 1, or --world-size)")
+    parser.add_argument("--scaling", type=POSITIVE, default=1.0, help="share of ranks x one card's speed (default 1)")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser
+
+
+def _speed(options: Any) -> float:
+    """Of one card. Raises UserError where nobody says it."""
+    if options.images_per_second is not None:
+        if options.run is not None:
+            raise UserError("--run: measures what --images-per-second says; leave out one of the two")
+        return options.images_per_second
+    if options.run is None:
+        raise UserError("--images-per-second: say how fast one card trains, or name a measured run with --run")
+    report = Run(options.run).report()
+    if report["images_per_second"] is None:
+        why = "a simulated card has no speed" if report["simulated"] else "it has no step behind its --skip-steps"
+        raise UserError(f"--run {options.run}: has measured no speed; {why}")
+    return report["images_per_second"] / report["world_size"]
+
+
+def _other_job(config: Config, run: Run) -> list[str]:
+    """What that speed was measured with, where it is not what is planned."""
+    report, wanted = run.report(), config.as_dict()
+    wanted["image_size"] = config.image_size or report["image_size"]
+    names = [name for name in ("model", "image_size", "batch_size") if report[name] != wanted[name]]
+    differing = ", ".join(f"{name.replace('_', ' ')} {report[name]}" for name in names)
+    return [f"--run {run.path.name}: its speed is that of {differing}"] if names else []
+
+
+def main(argv: Sequence[str]) -> int:
+    """The shell's door; the exit code."""
+    try:
+        options, flags = _parser().parse_known_args([with_dashes(argument) for argument in argv])
+        config = parse_training(flags)
+        ranks = config.world_size if options.ranks is None else options.ranks
+        planned = plan(config, _speed(options), ranks, options.scaling, flags_given(flags))
+        if options.run is not None:
+            planned.warnings.extend(_other_job(config, Run(options.run)))
+        print(as_text(planned))
+        if options.json:
+            print(json.dumps(planned._asdict()))
+    except UserError as error:
+        print(f"vgglab.plan: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,92 @@
+"""What a trained network says about the held-out images."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vgglab.data.decode import as_tensor
+from vgglab.data.images import Split
+from vgglab.data.loader import eval_batches
+from vgglab.data.sets import open_sets
+from vgglab.data.transform import normalised
+from vgglab.devices import open_device
+from vgglab.errors import UserError, blaming
+from vgglab.model import VGG, build
+from vgglab.runs import checkpoint
+from vgglab.runs.run import Run
+from vgglab.settings.config import Config
+from vgglab.settings.inheritance import checked
+
+MOST_CLASSES = 10**6  # of a run that is read; ImageNet-21k has 21,841
+
+
+class Prediction(NamedTuple):
+    """One image: what it is, what the network says, and how sure it is (softmax, 0 to 1)."""
+
+    file: str  # or its place in a set that is no files
+    actual: str
+    predicted: str
+    probability: float
+    split: Split
+    place: int
+
+    @property
+    def is_right(self) -> bool:
+        return self.actual == self.predicted
+
+    def pixels(self) -> Any:
+        """The image itself, whole: an array ``(H, W, 3)`` of bytes."""
+        return as_tensor(self.split.images.open(self.place, "pil").pixels()).numpy()
+
+
+def trained_network(run: Run | str | Path, which: str = "best") -> VGG:
+    """The network of a run with the weights of its ``best`` or ``last`` checkpoint, on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: the run has no such checkpoint.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    file = run.checkpoint(which)
+    config = _settings_of(run)
+    network = build(config.model, num_classes=config.num_classes, head=config.head)
+    with blaming(str(run.path)):
+        checkpoint.restore_model(checkpoint.read(file), network, config.model)
+    return network.eval()
+
+
+@torch.no_grad()
+def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
+    """All held-out images of a run, in the set's order, by its ``best`` or ``last`` checkpoint, on the CPU.
+
+    Raises:
+        UserError: the run has no such checkpoint, or its images are gone.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    network = trained_network(run, which)
+    config = _settings_of(run)
+    sets = open_sets(config)
+    names = [*sets.val.classes, *(f"unused {i}" for i in range(len(sets.val.classes), sets.num_classes))]
+    predictions = []
+    for batch in eval_batches(sets, config, open_device("cpu")).epoch(0):
+        probability, guess = network(normalised(batch.images)).softmax(dim=1).max(dim=1)  # (N,), (N,)
+        for row in zip(batch.places, batch.labels.tolist(), guess.tolist(), probability.tolist()):
+            place, label, guessed, sure = row
+            image = sets.val.images.name(place)
+            predictions.append(Prediction(image, names[label], names[guessed], sure, sets.val, place))
+    return predictions
+
+
+def _settings_of(run: Run) -> Config:
+    """The run's own settings, for looking at all held-out images from wherever we are."""
+    known = [item for item in fields(Config) if item.name in run.config]
+    with blaming(f"{run.path}/config.json"):
+        config = Config(**{item.name: checked(item, run.config[item.name]) for item in known})
+        if config.num_classes is None or config.num_classes > MOST_CLASSES:
+            raise UserError("holds no num_classes that can be used")
+    config.test_only, config.workers, config.eval_step_per_epoch = True, 0, -1
+    config.decoder = "auto"  # here, where simplejpeg may not be
+    return config

@@ -1,0 +1,131 @@
+"""Looking into a network while it learns to walk: signals layer by layer, the first steps, the range of rates.
+
+For a notebook on the CPU, with small images: the loops are plain, nothing is recorded.
+
+    >>> probes.signals(vgglab.model.build("vgg16", num_classes=10, head="small", init="normal"), images, labels)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Iterable, Iterator, NamedTuple, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vgglab.devices.compat import without_compiler
+
+Batch = Any  # a pair (images (N, 3, S, S) normalised, labels (N,))
+
+
+class Signal(NamedTuple):
+    """What one layer with weights passes on; deviations over all values of a batch."""
+
+    layer: str
+    activation: float  # of its output
+    gradient: float  # of the loss by its output
+    weight_gradient: float  # of the loss by its weights, over the deviation of the weights themselves
+
+
+def signals(model: nn.Module, images: Tensor, labels: Tensor) -> list[Signal]:
+    """One forward and backward pass in training mode; ``model`` keeps its weights, and its gradients are cleared.
+
+    In a network that will start, neither column shrinks or grows by orders of magnitude from layer to layer (Glorot and
+    Bengio 2010; He et al. 2015, "Delving Deep into Rectifiers").
+    """
+    outputs: dict[str, Tensor] = {}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            output.retain_grad()
+            outputs[name] = output
+            return output.clone()  # what follows may work in place
+
+        return hook
+
+    hooks = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
+    try:
+        model.train()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        return [
+            Signal(
+                name,
+                outputs[name].detach().std().item(),
+                outputs[name].grad.std().item(),  # type: ignore[union-attr]
+                (layer.weight.grad.std() / layer.weight.std()).item(),  # type: ignore[union-attr]
+            )
+            for name, layer in layers.items()
+        ]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+
+
+def first_steps(model: nn.Module, batches: Iterable[Batch], lr: float, momentum: float = 0.9) -> list[float]:
+    """The loss of each step of plain SGD; it ends with the batches, or where the loss is no number any more."""
+    optimizer = without_compiler(torch.optim.SGD)(model.parameters(), lr=lr, momentum=momentum)
+    return list(_losses(model, batches, optimizer))
+
+
+def rate_range(
+    model: nn.Module, batches: Sequence[Batch], lowest: float, highest: float, momentum: float = 0.9
+) -> tuple[list[float], list[float]]:
+    """Learning rates from ``lowest`` to ``highest``, one a step, each a constant factor above the last; and the losses.
+
+    Source: L. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015, section 3.3. It ends early where the
+    loss is no number any more.
+    """
+    optimizer = without_compiler(torch.optim.SGD)(model.parameters(), lr=lowest, momentum=momentum)
+    factor = (highest / lowest) ** (1 / max(1, len(batches) - 1))
+    rates, losses = [], []
+    for loss in _losses(model, batches, optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        losses.append(loss)
+        optimizer.param_groups[0]["lr"] *= factor
+    return rates, losses
+
+
+def _losses(model: nn.Module, batches: Iterable[Batch], optimizer: torch.optim.Optimizer) -> Iterator[float]:
+    model.train()
+    for images, labels in batches:
+        loss = nn.functional.cross_entropy(model(images), labels)
+        if not math.isfinite(loss.item()):
+            return
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+def carry_over(shallow: nn.Module, deep: nn.Module, num_convolutions: int = 4) -> list[str]:
+    """Start ``deep`` as the paper did: with the first convolutions and the linear layers of a shallower network.
+
+    A convolution goes to the same place of the same block, which is what lies between two poolings. Returns the names
+    of the layers that were filled. Source: Simonyan and Zisserman 2014, section 3.1: four convolutions of net A and its
+    three linear layers.
+    """
+    given, taken = _by_place(shallow), _by_place(deep)
+    convolutions = [place for place in given if place[0] != "linear"][:num_convolutions]
+    filled = []
+    for place in [*convolutions, *(place for place in given if place[0] == "linear")]:
+        name, layer = taken[place]
+        layer.load_state_dict(given[place][1].state_dict())
+        filled.append(name)
+    return filled
+
+
+def _by_place(network: nn.Module) -> dict[tuple[Any, int], tuple[str, nn.Module]]:
+    """Layers with weights by (block, number in it), or ("linear", number)."""
+    found: dict[tuple[Any, int], tuple[str, nn.Module]] = {}
+    block, number = 0, 0
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.MaxPool2d):
+            block, number = block + 1, 0
+        elif isinstance(layer, (nn.Conv2d, nn.Linear)):
+            is_linear = isinstance(layer, nn.Linear)
+            place = ("linear", sum(key[0] == "linear" for key in found)) if is_linear else (block, number)
+            found[place] = (name, layer)
+            number += 1
+    return found

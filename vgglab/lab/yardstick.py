@@ -1,0 +1,89 @@
+"""How this machine compares with the one on which the notebooks were timed, from about two seconds of measuring.
+
+    >>> Ladder("00_start_here", slowdown(), epochs=(2, 6, 30))
+
+A notebook spends its time partly in training steps and partly in Python, which starts processes and imports torch. A
+processor may be slow at only one of them, so both are measured: a training step of VGG11, and compiling a module of the
+standard library. Each on one core: on a busy machine several threads would mostly measure how they wait for each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import median
+from typing import Any, Callable
+
+from vgglab.data.cache import cache_folder
+from vgglab.view.timings import COMPILE_SECONDS, STEP_SECONDS
+
+STEPS_FOR_SECONDS, COMPILING_FOR_SECONDS = 1.2, 0.5
+FRESH_SECONDS = 600.0  # for so long a measurement counts for all kernels of this machine
+
+
+@lru_cache(maxsize=None)
+def slowdown() -> float:
+    """How many times as long things take here as on the reference machine: 3.0 where all is a third as fast."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError):  # no HOME, no file, an odd one
+        file = cache_folder() / "yardstick.json"
+        if 0 <= time.time() - file.stat().st_mtime < FRESH_SECONDS:
+            return _ratio(*json.loads(file.read_text(encoding="utf-8")))
+    seconds = measure()
+    with contextlib.suppress(OSError, RuntimeError):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        (cache_folder() / "yardstick.json").write_text(json.dumps(seconds), encoding="utf-8")
+    return _ratio(*seconds)
+
+
+def _ratio(step_seconds: float, compile_seconds: float) -> float:
+    return ((step_seconds / STEP_SECONDS) * (compile_seconds / COMPILE_SECONDS)) ** 0.5
+
+
+def measure() -> tuple[float, float]:
+    """Seconds of a training step and of compiling a module: medians, without the first."""
+    source = Path(argparse.__file__).read_text(encoding="utf-8")
+    compile_seconds = _seconds_of(partial(compile, source, "argparse", "exec"), COMPILING_FOR_SECONDS)
+    try:
+        import torch
+    except ImportError:  # 08_report shows runs that were copied to a machine without it
+        return STEP_SECONDS * compile_seconds / COMPILE_SECONDS, compile_seconds
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+            return _seconds_of(_training_step(), STEPS_FOR_SECONDS), compile_seconds
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _training_step() -> Callable[[], None]:
+    import torch
+
+    from vgglab.devices.compat import without_compiler
+    from vgglab.model import build
+
+    network = build("vgg11", num_classes=10, head="small")
+    optimizer = without_compiler(torch.optim.SGD)(network.parameters(), lr=0.01, momentum=0.9)
+    images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
+
+    def step() -> None:
+        loss = torch.nn.functional.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _seconds_of(run: Callable[[], Any], at_least: float) -> float:
+    run()
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < at_least:
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)

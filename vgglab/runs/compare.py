@@ -1,0 +1,191 @@
+"""Where two runs first differ: in their settings, in what they trained on, and step by step.
+
+    python -m vgglab.compare runs/A runs/B                    # to the last bit
+    python -m vgglab.compare runs/A runs/B --tolerance 3e-4   # relative, e.g. between two kinds of hardware
+    python -m vgglab.compare runs/A runs/B --png both.png     # both, drawn; --json ends with one JSON object
+
+Exit codes: 0 the same; 1 they differ; 2 bad input, said in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple, Sequence
+
+from vgglab.settings.config import settings_that_affect
+from vgglab.errors import UserError
+from vgglab.settings.flags import NOT_NEGATIVE, OneLineParser, with_dashes
+from vgglab.runs.writer import finite
+from vgglab.runs.run import Run
+
+STARTING_POINT = ("num_train_images", "num_eval_images", "num_classes", "num_parameters", "steps_per_epoch", "data")
+FIGURES = {
+    "train": ("lr", "loss", "acc1"),
+    "eval": ("loss", "acc1", "acc5", "num_images"),
+}  # the cause before its effect
+
+
+class Difference(NamedTuple):
+    """The first figure that is not the same."""
+
+    step: int
+    event: str  # train or eval
+    figure: str
+    values: tuple[Any, Any]
+    relative: float
+
+
+class Comparison(NamedTuple):
+    """Of two runs, ``first`` of all steps that both have written about; None where those are all the same."""
+
+    settings: dict[str, tuple[Any, Any]]  # by name, where they differ
+    starting_point: dict[str, tuple[Any, Any]]  # likewise
+    first: Difference | None
+    largest_relative: float  # of all losses
+    num_steps: int  # that were compared
+    last_steps: tuple[int, int]  # of either run
+    acc1: tuple[float | None, float | None]  # in percent, at the last evaluation
+    damage: list[str]  # what was left out of either run
+
+    @property
+    def is_same(self) -> bool:
+        """Nothing that was computed differs, and both have come equally far."""
+        return self.first is None and self.last_steps[0] == self.last_steps[1] and self.num_steps > 0
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from vgglab.view.tables import html_lines
+
+        return html_lines(as_text(self).splitlines())
+
+
+def compare(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
+    """Put two runs side by side; ``tolerance`` is relative.
+
+    Raises:
+        UserError: a run that has not begun.
+    """
+    for run in (one, other):
+        if not run.events("start"):
+            raise UserError(f"{run.path}: nothing to compare yet")
+        if not run.config:
+            raise UserError(f"{run.path}: config.json is missing; its settings cannot be compared")
+    rows, others = _figures(one), _figures(other)
+    common = sorted(set(rows) & set(others))
+    first, largest = None, 0.0
+    for step, event in common:
+        for figure in FIGURES[event]:
+            values = rows[step, event].get(figure), others[step, event].get(figure)
+            relative = _relative(*values)
+            if figure == "loss":
+                largest = max(largest, relative)
+            if relative > tolerance and first is None:
+                first = Difference(step, event, figure, values, relative)
+    start, other_start = (run.events("start")[0] for run in (one, other))
+    return Comparison(
+        settings=_differing(one.config, other.config, _compared({**one.config, **other.config})),
+        starting_point=_differing(start, other_start, STARTING_POINT),
+        first=first,
+        largest_relative=largest,
+        num_steps=len({step for step, _ in common}),
+        last_steps=(max(step for step, _ in rows) if rows else 0, max(step for step, _ in others) if others else 0),
+        acc1=(_last_acc1(one), _last_acc1(other)),
+        damage=[f"{run.name}: {what}" for run in (one, other) for what in run.damage()],
+    )
+
+
+def _figures(run: Run) -> dict[tuple[int, str], dict[str, Any]]:
+    """By step and event, in the order of a run: a step's evaluation follows it."""
+    return {(event["step"], event["event"]): event for event in run.events() if event["event"] in FIGURES}
+
+
+def _relative(one: Any, other: Any) -> float:
+    """0 where equal, also where both are missing or not numbers; infinite where only one is."""
+    if one == other or (one is None and other is None):
+        return 0.0
+    if one is None or other is None:
+        return float("inf")
+    return abs(one - other) / max(abs(one), abs(other))
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any], names: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
+
+
+def _compared(settings: dict[str, Any]) -> list[str]:
+    """What the runs do; not where they lie, or what is written down. A setting that is not known here is compared."""
+    left_out = settings_that_affect("record", "place", "launch", "others")
+    return [name for name in settings if name not in left_out]
+
+
+def _last_acc1(run: Run) -> float | None:
+    return next((event["acc1"] for event in reversed(run.events("eval"))), None)
+
+
+def as_text(found: Comparison) -> str:
+    """What was found, in a few lines."""
+    lines = [f"settings: {_pairs(found.settings)}", f"starting point: {_pairs(found.starting_point)}"]
+    if found.first is not None:
+        step, event, figure, (one, other), relative = found.first
+        where = "evaluation at" if event == "eval" else "training,"
+        lines.append(f"first difference: {where} step {step}, {figure} {one} and {other} (relative {relative:.1e})")
+        lines.append(f"largest difference of a loss, relative: {found.largest_relative:.1e}")
+    elif found.num_steps:
+        lines.append(f"no difference in {found.num_steps} steps that both have written about")
+    else:
+        lines.append("no step that both have written about; with the same --print-freq there would be")
+    if found.last_steps[0] != found.last_steps[1]:
+        lines.append(f"one has come further: step {found.last_steps[0]} and step {found.last_steps[1]}")
+    known = ["none" if acc1 is None else f"{acc1:.2f} %" for acc1 in found.acc1]
+    lines.append(f"top-1 at the last evaluation: {known[0]} and {known[1]}")
+    lines += found.damage
+    return "\n".join(lines)
+
+
+def _pairs(differing: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name} {one} and {other}" for name, (one, other) in differing.items()) or "the same"
+
+
+def main(argv: Sequence[str]) -> int:
+    """The shell's door; the exit code."""
+    about = "Where two runs first differ."
+    parser = OneLineParser(prog="python -m vgglab.compare", description=about, allow_abbrev=False)
+    parser.add_argument("runs", nargs=2, metavar="RUN", help="a run directory")
+    parser.add_argument(
+        "--tolerance", type=NOT_NEGATIVE, default=0.0, help="relative difference that is none (default 0)"
+    )
+    parser.add_argument("--png", type=Path, help="draw both runs into this file")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    try:
+        options = parser.parse_args([with_dashes(argument) for argument in argv])
+        one, other = map(Run, options.runs)
+        found = compare(one, other, options.tolerance)
+        if options.png:
+            from vgglab.view.figures import curves_beside
+
+            step = None if found.first is None else found.first.step
+            _write_new(options.png, curves_beside([one, other], first_difference=step).png())
+        print(as_text(found))
+        if options.json:
+            figures = {name: finite(value) for name, value in found._asdict().items()}
+            first = found.first and {name: finite(value) for name, value in found.first._asdict().items()}
+            print(json.dumps({**figures, "first": first, "is_same": found.is_same}))
+    except UserError as error:
+        print(f"vgglab.compare: error: {error}", file=sys.stderr)
+        return 2
+    return 0 if found.is_same else 1
+
+
+def _write_new(file: Path, content: bytes) -> None:
+    """Raises UserError where the file is there already, cannot be written, or is called something else."""
+    if file.suffix.lower() != ".png":
+        raise UserError(f"--png {file}: a picture is written as PNG; let the name end in .png")
+    try:
+        with file.open("xb") as target:
+            target.write(content)
+    except OSError as error:
+        raise UserError(f"--png {file}: {error.strerror}; name a new file") from None

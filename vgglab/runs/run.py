@@ -1,0 +1,308 @@
+"""The run directory: the only thing that passes between doing and looking.
+
+    config.json    the resolved settings, written before the first step
+    env.json       versions, commit, command line, hardware, simulated or not
+    events.jsonl   one JSON object a line, append-only; the first carries the schema version
+    log/           rank<r>.txt: what each rank printed; rank<r>.jsonl: its own figures, a line for each log line;
+                   skipped-rank<r>.jsonl: images that it left out; failure-rank<r>.json: what it died of;
+                   launcher.txt: what the launcher and all ranks printed
+    checkpoints/   last.pt, previous.pt and best.pt
+    report.json    final figures, derived from the lines above (report.py)
+    launch.json    who started it, where that was vgglab.launch
+    lock           held by rank 0 as long as it writes
+
+``RunWriter`` (``writer.py``) writes it; ``Run`` reads it, from anywhere, also while it grows. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vgglab.storage.lock import holder
+from vgglab.dist.processes import ask_where, is_alive, is_running, kill_all, processes_of
+from vgglab.errors import UserError, printable
+from vgglab.storage.events import Event, EventFile
+from vgglab.storage.files import exists, make_folder, tail_of, writing
+from vgglab.dist.ranks import failures, grace_period_seconds
+from vgglab.storage.schema import RANK, SKIPPED, Document, line_in, read_document, readable_document
+
+if TYPE_CHECKING:
+    from vgglab.settings.config import Config
+    from vgglab.view.cards import Report
+
+SCHEMA = 1
+OURS = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
+LOCK = "lock"  # held by rank 0 as long as it writes
+LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
+MOST_OF_A_LOG = 2**26  # bytes
+NUM_RECENT = 8  # lines, enough to tell a slow rank from a slow moment
+GOING_ON = ("starting", "running")  # of a run's status; the others are ends
+
+
+def run_path(config: Config) -> Path:
+    """Where this run goes: ``run_dir``, else ``<output_dir>/runs/<time>-<data>-<model>-<device>x<ranks>-<id>``.
+
+    A launcher names the folder before anybody has looked at the machine: there ``<device>`` can be ``auto``.
+    """
+    if config.run_dir:
+        return Path(config.run_dir)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    data = (Path(config.data_path).name or Path(config.data_path).resolve().name)[:40]
+    name = f"{stamp}-{data}-{config.model}-{config.device}x{config.world_size}-{uuid.uuid4().hex[:6]}"
+    return Path(config.output_dir, "runs", name)
+
+
+def holds_a_run(path: Path) -> bool:
+    """Whether some run has been writing there."""
+    return any(os.path.lexists(path / name) for name in OURS)
+
+
+def is_a_run(path: Path) -> bool:
+    """Whether there is one to read, be it only about to begin."""
+    return holds_a_run(path) or exists(path / LAUNCHED)
+
+
+def claim(path: Path) -> None:
+    """Make the folder of a new run. Raises UserError where it cannot be made or holds a run already."""
+    if holds_a_run(path):
+        raise UserError(f"--run-dir {path}: holds a run already; name another folder")
+    with writing(path):
+        make_folder(path)
+        make_folder(path / "log")
+
+
+class Run:
+    """A run directory, read. Works while the run is going on, and after it is gone."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises UserError where there is no such folder, or no run in it."""
+        self.path = Path(path).absolute()  # to be found after a change of folder, too
+        self._events = EventFile(self.path / "events.jsonl")
+        if not is_a_run(self.path):
+            raise UserError(f"no run directory: {self.path}")
+
+    @property
+    def name(self) -> str:
+        """Of its folder; of one of several seeds with the folder they lie in."""
+        is_of_several = self.path.name.startswith("seed-")
+        return printable(f"{self.path.parent.name}/{self.path.name}" if is_of_several else self.path.name)
+
+    def __repr__(self) -> str:
+        from vgglab.view.cards import standing
+
+        return f"Run({str(self.path)!r})  # {standing(self)}"
+
+    def _repr_html_(self) -> str:
+        from vgglab.view.cards import run_as_html
+
+        return run_as_html(self)
+
+    @property
+    def config(self) -> Document:
+        return read_document(self.path / "config.json")
+
+    @property
+    def env(self) -> Document:
+        return read_document(self.path / "env.json")
+
+    def damage(self) -> list[str]:
+        """What in the files was left out because it is damaged, or no run of this kit writes it; a phrase each."""
+        try:
+            found = self._events.damage(is_over=self.status not in GOING_ON)
+        except UserError as error:
+            return [str(error)]
+        has_begun = self._events.read() != []
+        for name in ("config.json", "env.json", "report.json"):
+            document = readable_document(self.path / name)
+            found += document.damage
+            if not document and not document.damage and has_begun and name != "report.json":
+                found.append(f"{name}: is missing")
+            elif document and self._events.has_checksums and not document.has_checksum:
+                found.append(f"{name}: has no checksum; it was changed after it was written")
+        num_missing = readable_document(self.path / "report.json").get("num_lines", 0) - self._events.next_number()
+        if num_missing > 0:
+            found.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing at its end")
+        for pattern, lines in (("skipped-rank", self._skipped_lines()), ("rank", self._recent_lines())):
+            num_damaged = sum(line is None for line in lines)
+            if num_damaged:
+                found.append(f"log/{pattern}*.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
+        return found
+
+    def num_lines(self) -> int:
+        """How many lines of events were written, those that are damaged or missing now included."""
+        return self._events.next_number()
+
+    def events(self, kind: str | None = None) -> list[Event]:
+        """All events so far, or those of one kind; a line that is still being written is left out.
+
+        Where a run went on from a checkpoint, what came after that checkpoint the first time is left out too.
+        """
+        return [event for event in self._events.read() if kind in (None, event["event"])]
+
+    @property
+    def status(self) -> str:
+        """``starting``, ``running``, or how it ended: ``done``, ``interrupted``, ``failed``."""
+        seen = self._events.read()
+        latest = seen[-1] if seen else None
+        if latest is not None and latest["event"] == "end":
+            return "starting" if self._is_launched_anew() else latest["status"]
+        if self._is_dead() or not is_a_run(self.path):
+            return "failed"  # killed before it could say so, or removed
+        return "starting" if latest is None else "running"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs, or ran, on this machine."""
+        return any(known.get("host") == socket.gethostname() for known in self._owners()[:1])
+
+    def _owners(self) -> list[Document]:
+        """The processes that the files name: rank 0, then who was launched."""
+        return [known for name in ("env.json", LAUNCHED) if (known := readable_document(self.path / name))]
+
+    def writer(self) -> str:
+        """Who is writing here, and what one may do about it, for those who wanted to."""
+        owners = self._owners()
+        owner: dict[str, Any] = next(filter(is_running, owners), owners[0] if owners else {})
+        if not is_running(owner) and holder(self.path / LOCK) == 0:
+            return "no process is writing there"
+        who = f"process {owner.get('pid')} on {owner.get('host')}"
+        return f"{who} is writing there; vgglab.Run({str(self.path)!r}).watch() shows it, .stop() ends it"
+
+    def _is_dead(self) -> bool:
+        """Neither rank 0 nor who was launched is there any more, as far as can be seen from here.
+
+        Either may outlive the other: a launcher starts ranks anew, and a run that is launched again in place has the
+        former rank 0 in ``env.json`` until it is ready. Where neither could be written, the lock tells.
+        """
+        known = self._owners()
+        return self.is_here and not any(map(is_running, known)) if known else holder(self.path / LOCK) == 0
+
+    def _is_launched_anew(self) -> bool:
+        """Whether the end that was written last is that of an earlier launch in the same folder."""
+        launched, events = self.path / LAUNCHED, self.path / "events.jsonl"
+        is_newer = launched.exists() and launched.stat().st_mtime > events.stat().st_mtime
+        return is_newer and is_running(read_document(launched))
+
+    def report(self) -> Report:
+        """The figures of ``report.json``, made anew from the events."""
+        from vgglab.runs.report import read_report
+        from vgglab.view.cards import Report
+
+        return Report(read_report(self))
+
+    def logs(self, rank: int | str = 0) -> str:
+        """What a rank has printed so far; ``"launcher"``: what their launcher has."""
+        file = self._log(rank)
+        return printable(tail_of(file, MOST_OF_A_LOG).decode("utf-8", errors="replace"))
+
+    def last_lines(self, rank: int | str, count: int) -> list[str]:
+        """The end of ``logs(rank)``, without reading all of it; at most a few kilobytes."""
+        file = self._log(rank)
+        return printable(tail_of(file).decode("utf-8", errors="replace")).splitlines()[-count:]
+
+    def _log(self, rank: int | str) -> Path:
+        return self.path / "log" / (f"{rank}.txt" if rank == "launcher" else f"rank{rank}.txt")
+
+    def _files(self, pattern: str) -> list[Path]:
+        return sorted(file for file in (self.path / "log").glob(pattern) if file.is_file())
+
+    def ranks(self) -> list[dict[str, Any]]:
+        """Each rank's own latest figures, in the order of the ranks; empty before the first log line."""
+        return [events[-1] for events in self.recent_figures()]
+
+    def recent_figures(self) -> list[list[dict[str, Any]]]:
+        """For each rank the last few lines of its own figures, the latest last."""
+        recent = []
+        for file in self._files("rank*.jsonl"):
+            events = [event for event in _lines_at_the_end(file) if event]
+            # What a former process wrote, before the run went on in place, is not how the rank does now.
+            events = [event for event in events if event["pid"] == events[-1]["pid"]]
+            if events and events[-1]["rank"] < self.env.get("world_size", math.inf):
+                recent.append(events[-NUM_RECENT:])
+        return sorted(recent, key=lambda events: events[-1]["rank"])
+
+    def _recent_lines(self) -> list[dict[str, Any] | None]:
+        """Of all ranks the lines that ``recent_figures`` looks at, None for a damaged one."""
+        return [line for file in self._files("rank*.jsonl") for line in _lines_at_the_end(file)]
+
+    def skipped(self) -> dict[str, str]:
+        """The images that ranks have left out because they could not be read, and why."""
+        return {entry["image"]: entry["reason"] for entry in self._skipped_lines() if entry}
+
+    def _skipped_lines(self) -> list[dict[str, Any] | None]:
+        """The lines of all lists of skipped images, None for a damaged one; without a last line that is unfinished."""
+        lists = [tail_of(file, MOST_OF_A_LOG) for file in self._files("skipped-rank*.jsonl")]
+        return [line_in(line, SKIPPED) for lines in lists for line in lines.splitlines(True) if line.endswith(b"\n")]
+
+    def where(self) -> str:
+        """What each rank on this machine is doing right now: its Python stack, newest call first (Linux)."""
+        answers = []
+        for figures in self.ranks():
+            stack = ask_where(figures["pid"], self.path / "log" / f"rank{figures['rank']}.txt")
+            answers.append(f"rank {figures['rank']}:\n{stack or '  not there'}")
+        return "\n".join(answers) or "no rank has said anything yet"
+
+    def failures(self) -> list[dict[str, Any]]:
+        """What ranks died of (``rank``, ``error``, ``traceback``, ...), the cause first."""
+        return failures(self.path)
+
+    def stop(self, grace_seconds: float | None = None) -> str:
+        """Ask a run on this machine to save and leave; what is left of a launched one after the grace is killed.
+
+        Returns:
+            What was done, in one line.
+
+        Raises:
+            UserError: it goes on, and which of the processes here is its own cannot be told.
+        """
+        deadline, asked = time.monotonic() + grace_period_seconds(grace_seconds), self._leaders()
+        if not asked and self.status in GOING_ON:
+            who = f"process {self.env.get('pid')} on {self.env.get('host')}"
+            raise UserError(f"{self.path}: nothing shows that {who} is its own; if it is, end it there with kill")
+        for pid in asked:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        while any(map(is_alive, asked)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        kill_all(self.path)
+        done = f"process {asked[0]} was asked to save and leave" if asked else "it had ended already"
+        return f"{self.name}: {done}; {self.status}"
+
+    def _leaders(self) -> list[int]:
+        """The processes to ask, never process 1: those that carry the run's mark, or the one that holds its lock.
+
+        What the files say is no proof: they can be anybody's.
+        """
+        marked, env, launched = processes_of(self.path), self.env, read_document(self.path / LAUNCHED)
+        if is_running(launched) and launched["pid"] in marked:
+            return [launched["pid"]]
+        is_writer = is_running(env) and holder(self.path / LOCK) == env["pid"] > 1
+        return marked or ([env["pid"]] if is_writer else [])
+
+    def checkpoint(self, which: str = "best") -> Path:
+        """``best`` or ``last``. Raises UserError where none was written."""
+        file = self.path / "checkpoints" / f"{which}.pt"
+        if not file.exists():
+            raise UserError(f"{self.path} has no {which} checkpoint")
+        return file
+
+    def watch(self) -> None:
+        """Show the run in a notebook: a live dashboard, or one picture where the front end has no widgets."""
+        from vgglab.view.live import watch
+
+        watch(self)
+
+
+def _lines_at_the_end(file: Path) -> list[dict[str, Any] | None]:
+    """A rank's last lines, None for a damaged one; without one that is unfinished, or of which the start is cut off."""
+    tail = tail_of(file)
+    whole = tail.splitlines(True)[1 if file.stat().st_size > len(tail) else 0 :]
+    return [line_in(line, RANK) for line in whole if line.endswith(b"\n") and not line.isspace()]

@@ -1,0 +1,235 @@
+"""The same training with several seeds, one after the other: without them nobody knows what a difference is worth.
+
+    python -m vgglab.train --recipe quick --seeds 5          # seeds 1 to 5, or from --seed on
+    python -m vgglab.train --recipe quick --seeds 3,17,23
+    vgglab.launch("--recipe quick", seeds=5)                 # in a cell; with nproc= on several cards
+
+Where a series was stopped, the same line goes on with it, if it names its folder with ``--run-dir``. The runs lie in
+one folder, ``<output-dir>/runs/<time>-...-seeds/seed-<n>/``; ``vgglab.Seeds(folder)`` reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Generator, Sequence
+
+from vgglab.dist import ranks
+from vgglab.settings.config import Config
+from vgglab.errors import UserError, printable
+from vgglab.dist.interrupts import passing_on_signals
+from vgglab.runs.run import Run, is_a_run, run_path
+
+if TYPE_CHECKING:
+    from vgglab.launch import LaunchedRun
+
+
+def seeds_of(config: Config) -> list[int]:
+    """The seeds that ``--seeds`` asks for. Raises UserError."""
+    if config.resume or config.test_only or config.fix_seed:
+        raise UserError("--seeds: trains from the beginning; leave out --resume, --test-only and --fix-seed")
+    words = (config.seeds or "").split(",")
+    if not all(word.strip().isascii() and word.strip().isdigit() for word in words):
+        raise UserError(f"--seeds: {config.seeds!r} is neither how many, such as 5, nor a list, such as 3,17,23")
+    numbers = [int(word) for word in words]
+    if len(numbers) > 1:
+        if config.seed is not None:
+            raise UserError("--seeds: a list says them all; leave out --seed")
+        if len(set(numbers)) < len(numbers) or max(numbers) >= 2**32:
+            raise UserError(f"--seeds: {config.seeds!r} has a seed twice, or one above 4294967295")
+        return numbers
+    if numbers[0] < 1:
+        raise UserError("--seeds: at least 1")
+    first = 1 if config.seed is None else config.seed
+    if first + numbers[0] > 2**32:
+        raise UserError(f"--seeds {numbers[0]}: from --seed {first} on there are not so many")
+    return list(range(first, first + numbers[0]))
+
+
+def folder_of(config: Config) -> Path:
+    """Where the runs of all seeds go: ``run_dir``, or a new folder. Raises UserError where something is there."""
+    path = Path(config.run_dir) if config.run_dir else Path(f"{run_path(config)}-seeds")
+    others = [file.name for file in path.glob("*") if not file.name.startswith("seed-")]
+    if others:
+        raise UserError(f"--run-dir {path}: holds {others[0]} beside runs of several seeds; name another folder")
+    return path
+
+
+def is_done(path: Path) -> bool:
+    """Whether this seed has been trained before, in a series that goes on."""
+    return is_a_run(path) and Run(path).status == "done"
+
+
+def without_seeds(argv: Sequence[str]) -> list[str]:
+    """The command line for one seed. Later flags win, so what is said anew need not be taken out."""
+    kept, skips_value = [], False
+    for word in argv:
+        if skips_value:
+            skips_value = False
+        elif word == "--seeds":
+            skips_value = True
+        elif not word.startswith("--seeds="):
+            kept.append(word)
+    return kept
+
+
+def train_each(argv: Sequence[str], config: Config) -> int:
+    """The shell's door: a process for each seed; the first that fails is the last. Returns its exit code.
+
+    Raises:
+        UserError: seeds that are none, or several ranks.
+    """
+    numbers = seeds_of(config)
+    if "RANK" in os.environ or config.world_size > 1:
+        raise UserError("--seeds: on several cards say vgglab.launch(..., nproc=N, seeds=...), or one --seed at a time")
+    path = folder_of(config)
+    for number in numbers:
+        print(f"vgglab.train: seed {number}, {numbers.index(number) + 1} of {len(numbers)}", flush=True)
+        if is_done(path / f"seed-{number}"):
+            print("vgglab.train: is done already", flush=True)
+            continue
+        words = [*without_seeds(argv), *for_one(number, path)]
+        code = _run([sys.executable, "-u", "-m", "vgglab.train", *words])
+        if code:
+            return code
+    print(Seeds(path))
+    print(f"runs: {path}")
+    return 0
+
+
+def for_one(number: int, folder: Path) -> list[str]:
+    """The flags that make it this seed's run, from the beginning or where a series before was stopped."""
+    return [f"--seed={number}", f"--run-dir={folder / f'seed-{number}'}", "--resume=auto"]
+
+
+def _run(command: list[str]) -> int:
+    """On the leash: however this process ends, so does that one. A signal to leave is passed on.
+
+    It runs in its own session, so that Ctrl-C in a terminal reaches it only through this process.
+    """
+    environment = {**os.environ, ranks.LEASH: "1"}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+    with passing_on_signals(process.pid):
+        return process.wait()
+
+
+class Seeds:
+    """A folder of runs that differ by their seed; shows itself as a table."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises UserError where there is no such folder, or no run in it."""
+        self.path = Path(path).absolute()
+        self._runs: dict[str, Run] = {}
+        if not self.runs:
+            raise UserError(f"no runs of several seeds: {self.path}")
+
+    @property
+    def runs(self) -> list[Run]:
+        """Those that have begun, by seed."""
+        found = {folder.name[len("seed-") :]: folder for folder in self.path.glob("seed-*")}
+        begun = [seed for seed, folder in found.items() if seed.isascii() and seed.isdigit() and is_a_run(folder)]
+        # The same objects at each look: they read on where they were.
+        return [
+            self._runs.get(seed) or self._runs.setdefault(seed, Run(found[seed])) for seed in sorted(begun, key=int)
+        ]
+
+    def curves(self) -> Any:
+        """Loss and accuracy with a band over the seeds."""
+        from vgglab.view.figures import bands
+
+        return bands({printable(self.path.name): self.runs})
+
+    def __repr__(self) -> str:
+        from vgglab.view.seeds_table import as_text  # who only trains needs no tables
+
+        return as_text({printable(self.path.name): self.runs}) or f"{printable(self.path.name)}: no seed is done yet"
+
+    def _repr_html_(self) -> str:
+        from vgglab.view.seeds_table import as_html
+
+        return as_html({printable(self.path.name): self.runs})
+
+
+class LaunchedSeeds(Seeds):
+    """Runs that this process has started, one after the other; each is processes of its own (``launch``)."""
+
+    def __init__(self, path: Path, numbers: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
+        self.path = path.absolute()
+        self._runs = {}
+        self.numbers = numbers
+        self.current: LaunchedRun | None = None
+        self.failure: Exception | None = None
+        self._start, self._is_stopped, self._lock = start, threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._train_each, daemon=True, name="vgglab seeds")
+        self._thread.start()
+
+    def _train_each(self) -> None:
+        for number in self.numbers:
+            if self._is_stopped.is_set():
+                return
+            try:
+                if is_done(self.path / f"seed-{number}"):
+                    continue
+                run = self._start(number, self.path)
+                with self._lock:  # stop() either finds this run, or was called before this line
+                    self.current = run
+                if self._is_stopped.is_set():
+                    run.stop()
+                run.wait()
+            except Exception as error:  # it ends the series, and is raised where somebody waits
+                self.failure = error
+                return
+
+    @property
+    def is_over(self) -> bool:
+        """All are done, or one has failed, or somebody has stopped them."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> LaunchedSeeds:
+        """Wait for all. Interrupting it stops them.
+
+        Raises:
+            UserError, RunFailed: as ``LaunchedRun.wait``, of the run that failed.
+        """
+        try:
+            while not self.is_over:
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            self.stop()
+            raise
+        return self._result()
+
+    def __await__(self) -> Generator[Any, None, LaunchedSeeds]:
+        import asyncio
+
+        try:
+            while not self.is_over:
+                yield from asyncio.sleep(0.2).__await__()
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            self.stop()
+            raise
+        return self._result()
+
+    def _result(self) -> LaunchedSeeds:
+        if self.failure is not None:
+            raise self.failure
+        return self
+
+    def stop(self) -> None:
+        """End the run that is going on, and start no other."""
+        self._is_stopped.set()
+        with self._lock:
+            current = self.current
+        if current is not None:
+            current.stop()
+        self._thread.join()
+
+    def watch(self) -> None:
+        """A live board that returns at once; elsewhere this waits and leaves the table."""
+        from vgglab.view.seeds_board import watch
+
+        watch(self)

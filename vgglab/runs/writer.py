@@ -1,0 +1,265 @@
+"""Writing a run directory. What is in it: ``run.py``. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Callable, Iterator, Sequence
+
+from vgglab.storage import lock
+from vgglab.dist.processes import signature
+from vgglab.errors import UserError
+from vgglab.storage.events import Event, EventFile
+from vgglab.storage.files import without_links, writing
+from vgglab.dist.ranks import ASK_WHERE
+from vgglab.runs.run import LOCK, OURS, Run, claim
+from vgglab.storage.schema import append_line, write_document
+from vgglab.version import __version__
+
+Listener = Callable[[Event], None]
+
+
+class RankWriter:
+    """What every rank writes: its log and its own figures. The events are rank 0's; for the others they are nothing."""
+
+    def __init__(self, path: Path, rank: int, is_simulated: bool = False) -> None:
+        self.path = path
+        self.rank = rank
+        self._skipped: set[str] = set()
+        self._mark = {"simulated": True} if is_simulated else {}  # on all that a simulated card has part in
+        self.lost: dict[str, int] = {}  # what could not be written: how often, by name
+
+    def event(self, kind: str, **values: Any) -> None:
+        pass
+
+    def refused(self, what: str, warning: str) -> None:
+        """Count what could not be written, with a warning the first time; the training goes on."""
+        self.lost[what] = self.lost.get(what, 0) + 1
+        if self.lost[what] == 1:
+            self.event("warning", text=warning)
+
+    def accepted(self, what: str) -> None:
+        """What was lost of this does not matter any more."""
+        self.lost.pop(what, None)
+
+    def losses(self) -> str:
+        """What could not be written, such as ``12 lines of events.jsonl, report.json``; empty where all was."""
+        return ", ".join(f"{number} {name}" if number > 1 else name for name, number in self.lost.items())
+
+    def skipped(self, image: str, reason: str) -> None:
+        """Note an image that this rank has left out: once, in ``log/skipped-rank<r>.jsonl``."""
+        if image in self._skipped:
+            return
+        self._skipped.add(image)
+        self._append(f"log/skipped-rank{self.rank}.jsonl", {"image": image, "reason": reason})
+        if len(self._skipped) == 1:
+            text = f"skipped {image} ({reason}); all that follow are listed in {self.path / 'log'}"
+            self.event("warning", text=text)
+
+    def rank_event(self, **values: Any) -> None:
+        """Append a line to this rank's own file."""
+        line = {"rank": self.rank, "pid": os.getpid(), "time": round(time.time(), 3)}
+        line.update({key: finite(value) for key, value in values.items()}, **self._mark)
+        self._append(f"log/rank{self.rank}.jsonl", line)
+
+    def _append(self, name: str, content: Event) -> None:
+        try:
+            append_line(self.path / name, content)
+        except OSError as error:
+            text = f"{self.path / name} cannot be written ({error.strerror}); what belongs there is lost until it can"
+            self.refused(f"lines of {name}", text)
+
+    @contextlib.contextmanager
+    def recording_output(self) -> Iterator[None]:
+        """Copy what this process prints into ``log/rank<r>.txt``, unless a launcher has it written there already."""
+        file = self.path / "log" / f"rank{self.rank}.txt"
+        is_written_there = file.exists() and os.path.samestat(os.fstat(1), file.stat())
+        with writing(file):
+            opener = None if is_written_there else without_links
+            log = open(os.devnull if is_written_there else file, "ab", buffering=0, opener=opener)  # noqa: SIM115
+        with log:
+            # Written from C, so it also works deep inside a collective that hangs, where Python's handlers wait.
+            faulthandler.register(ASK_WHERE, file=1 if is_written_there else log)
+            had_handler = faulthandler.is_enabled()
+            if not is_written_there:
+                faulthandler.enable(file=log)
+            screens = sys.stdout, sys.stderr
+            sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
+            try:
+                yield
+            except Exception:
+                with contextlib.suppress(OSError):
+                    log.write(traceback.format_exc().encode(errors="backslashreplace"))
+                raise
+            finally:
+                faulthandler.unregister(ASK_WHERE)
+                if not is_written_there:
+                    faulthandler.disable()
+                    if had_handler and sys.__stderr__ is not None:
+                        faulthandler.enable(sys.__stderr__)
+                signal.signal(ASK_WHERE, signal.SIG_IGN)  # unregistered, it would end a rank that was asked too late
+                sys.stdout, sys.stderr = screens
+
+
+class RunWriter(RankWriter):
+    """Writes one run directory, on rank 0; ``listeners`` are called with each event after it is on disk.
+
+    With ``is_continued`` it goes on writing one that is there: later lines of events supersede those of steps that
+    are done again.
+    """
+
+    def __init__(
+        self, path: Path, listeners: Sequence[Listener] = (), is_simulated: bool = False, is_continued: bool = False
+    ) -> None:
+        super().__init__(path, 0, is_simulated)
+        self.listeners = list(listeners)
+        self._is_new = not is_continued
+        self._started = time.monotonic()
+        self._num_lines = 0  # lines that the disk refused count too, so that a reader sees the gap
+        if not is_continued:
+            claim(path)
+        with writing(path):
+            try:
+                self._lock = lock.Lock(path / LOCK)
+            except lock.Held:
+                raise UserError(f"--run-dir {path}: {Run(path).writer()}") from None
+            os.close(without_links(str(path / "events.jsonl"), os.O_CREAT | os.O_WRONLY))  # from here on it is a run
+        if is_continued:  # read under the lock: an earlier writer may just have been writing its last lines
+            events = EventFile(path / "events.jsonl")
+            self._started -= max((event["seconds"] for event in events.read()), default=0.0)
+            self._num_lines = events.next_number()
+
+    @property
+    def has_lock(self) -> bool:
+        """Whether no second run can write here."""
+        return self._lock.is_held
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        self._write(self.path / "config.json", {**config, **self._mark})
+
+    def write_env(self, device: dict[str, Any], world_size: int) -> None:
+        """What ran where: ``device`` is the device's own description."""
+        self._write(self.path / "env.json", _environment(device, world_size))
+
+    def _write(self, file: Path, content: Event) -> None:
+        try:
+            with writing(self.path):
+                write_document(file, content)
+        except UserError:
+            if self._is_new:
+                self._remove()
+            raise
+
+    def _remove(self) -> None:
+        """Take away the files of a run that could not begin, so that the same command works once there is room."""
+        for name in (*OURS, LOCK):
+            with contextlib.suppress(OSError):
+                (self.path / name).with_suffix(".tmp").unlink()
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
+        for folder in (self.path / "log", self.path):  # what else is in there stays
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        try:
+            write_document(self.path / "report.json", report)
+        except OSError as error:
+            self.refused("report.json", f"{self.path / 'report.json'} cannot be written ({error.strerror})")
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Append one line: ``kind``, seconds since the start, ``values``; null for numbers that are not finite."""
+        event: Event = {"event": kind, "seconds": round(time.monotonic() - self._started, 3)}
+        event.update({key: finite(value) for key, value in values.items()}, **self._mark)
+        self._append("events.jsonl", {**event, "line": self._num_lines})
+        self._num_lines += 1
+        for listener in self.listeners:
+            try:
+                listener(event)
+            except OSError as error:
+                name = type(listener).__name__.lower()
+                self.refused(name, f"{name} cannot be written ({error.strerror}); training continues without them")
+
+    def close(self) -> None:
+        """End the events; listeners that hold files close them. From here on another process may write."""
+        self._lock.close()
+        for listener in self.listeners:
+            close = getattr(listener, "close", None)
+            if close is not None:
+                close()
+
+
+class _Tee:
+    """A text stream that writes to two; in all else it is the first. One that takes no more ends no run."""
+
+    def __init__(self, screen: Any, log: Any) -> None:
+        self._screen, self._log = screen, log
+
+    def write(self, text: str) -> int:
+        if "\r" not in text:  # a progress bar's redrawing belongs on the screen only
+            with contextlib.suppress(OSError):
+                self._log.write(text.encode(errors="backslashreplace"))
+        with contextlib.suppress(OSError, AttributeError):
+            self._screen.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            self._screen.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._screen, name)
+
+
+def finite(value: Any) -> Any:
+    """None for a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"vgglab": __version__, "python": sys.version.split()[0]}
+    for package in ("torch", "torchvision", "numpy", "pillow"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    versions.update(device.pop("versions", {}))
+    return {
+        "simulated": device.pop("simulated"),
+        "device": device.pop("device"),
+        "world_size": world_size,
+        **device,
+        "versions": versions,
+        "commit": _commit(),
+        "argv": sys.argv,
+        "executable": sys.executable,
+        "cwd": os.getcwd(),
+        **signature(os.getpid()),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file lies in, with ``-dirty`` where it was changed."""
+    import subprocess
+
+    here = Path(__file__).resolve().parent.parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

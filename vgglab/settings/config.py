@@ -1,0 +1,363 @@
+"""One dataclass of settings, and the parser that fills it, with a recipe's values where a recipe was named.
+
+The flags are the seed kit's; ``-`` and ``_`` are both accepted in any of them. The dataclass is the only list of
+settings: the parser, ``config.json``, ``vgglab.launch``, what a resumed run inherits and what a comparison shows are
+made from it. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from dataclasses import Field, asdict, dataclass, fields
+from typing import Any, Sequence
+
+from vgglab.devices import AMP_DTYPES, DEVICE_CHOICES
+from vgglab.errors import UserError
+from vgglab.settings.flags import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SIZE,
+    WORKERS,
+    OneLineParser,
+    flag,
+    steps,
+    switch,
+    with_dashes,
+)  # fmt: skip
+from vgglab.settings.recipes import RECIPES
+from vgglab.settings.schedule import SCHEDULES
+from vgglab.storage import schema
+from vgglab.storage.schema import Test
+
+MODELS = tuple(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn"))
+# What these choose needs torch; the tables with the functions are in data/ (crops, decoders), model.py and optim.py.
+CROPS = ("standard", "scale-jitter", "trivial")
+INITS = ("kaiming", "xavier", "normal")
+OPTIMIZERS = ("sgd", "rmsprop")
+DECODERS = ("pil", "fast")
+HEADS = ("auto", "imagenet", "small")
+SEED_OF_FIX_SEED = 1 << 20  # the seed kit's
+SEED_NUM_CLASSES = 1000  # in all four of the seed kit's commands, whatever the folder holds
+
+
+@dataclass
+class Config:
+    """Everything that decides what a run does. Defaults are the seed kit's unless the help says more."""
+
+    recipe: str | None = flag(
+        "a named set of settings (vgglab/recipes.py); any flag overrides what it says",
+        choices=tuple(RECIPES),
+        affects="others",
+    )
+    data_path: str = flag(
+        "a folder with train/ and val/ in class folders, or a set by name: digits (bundled), fashion-mnist, cifar10, "
+        "cifar100, imagenette (downloaded the first time), fake (generated, to measure computing alone)",
+        "digits",
+        implies=("num_classes",),
+    )
+    num_classes: int | None = flag("classes; default: as many as the folder has", None, AT_LEAST_1)
+    model: str = flag("the network", "vgg16", choices=MODELS)
+    device: str = flag(
+        "where to train; auto takes the best there is", "auto", choices=DEVICE_CHOICES, affects="speed", inherited=False
+    )
+    batch_size: int = flag("images per card and step", 32, AT_LEAST_1, names=["-b"])
+    epochs: int = flag("passes over the training images", 90, AT_LEAST_1)
+    workers: int | None = flag(
+        "loader processes per card; default: 16, but no more than this machine has cores",
+        None,
+        WORKERS,
+        names=["-j"],
+        affects="speed",
+        inherited=False,
+    )
+    image_size: int | None = flag(
+        "side of the square images, in pixels; default 224; 32 for digits, fashion-mnist and cifar", None, SIZE
+    )
+    decoder: str = flag(
+        "how images are read: pil (as torchvision's reference, to the last bit) or fast (simplejpeg, and no more rows "
+        "than the crop needs); auto: fast where it can be",
+        "auto",
+        choices=("auto", *DECODERS),
+    )
+    on_bad_image: str = flag(
+        "a file that cannot be read ends the run, or is left out, counted and listed in the run's log/",
+        "fail",
+        choices=("fail", "skip"),
+    )
+    head: str = flag("classifier: the paper's, a small one, or by image size", "auto", choices=HEADS)
+    dropout_rate: float = flag("both dropouts of the classifier", 0.0, FRACTION)
+    init: str = flag(
+        "first weights of the convolutions: kaiming (torchvision's), xavier, or normal (the paper's N(0, 0.01), from "
+        "which deep networks without batch norm do not start)",
+        "kaiming",
+        choices=INITS,
+        affects="start",
+    )
+    pretrained: bool = switch("start from torchvision's published ImageNet weights", affects="start", inherited=False)
+
+    lr: float = flag("learning rate for 256 images; scaled by batch size x ranks / 256", 0.01, NOT_NEGATIVE)
+    optimizer: str = flag("the optimizer", "sgd", choices=OPTIMIZERS)
+    momentum: float = flag("momentum", 0.9, FRACTION)
+    nesterov: bool = switch("Nesterov momentum (sgd)")
+    rmsprop_alpha: float = flag(
+        "smoothing of squared gradients (rmsprop); torchvision's reference has the same", 0.9, FRACTION
+    )
+    rmsprop_eps: float = flag("added to the root (rmsprop)", 0.0316, POSITIVE)
+    weight_decay: float = flag("weight decay", 1e-4, NOT_NEGATIVE, names=["--wd"])
+    bn_weight_decay: bool = switch("apply weight decay to batch norm too")
+    bias_weight_decay: bool | None = switch(
+        "apply weight decay to biases; default: yes, as the seed kit", negation="--no-bias-weight-decay"
+    )
+    lr_schedule: str = flag("how the rate falls after warm-up", "step", choices=tuple(SCHEDULES))
+    warmup: int = flag("epochs over which the rate rises to its base", 5, AT_LEAST_0)
+    end_lr: float = flag("what cosine falls towards; it would get there one epoch after the last", 0.0, NOT_NEGATIVE)
+    lr_step_size: int | None = flag("step: epochs between two drops; default: drops at 30, 60 and 80", None, AT_LEAST_1)
+    lr_gamma: float = flag("step and plateau: what each drop multiplies the rate by", 0.1, POSITIVE)
+    lr_patience: int = flag("plateau: evaluations without a better top-1 before a drop", 5, AT_LEAST_1)
+
+    crops: str = flag(
+        "training images: standard (a random part, mirrored or not), scale-jitter (the paper's: the shorter side "
+        "drawn from 256 to 512, for crops of 224), trivial (standard, then one of TrivialAugment's operations)",
+        "standard",
+        choices=CROPS,
+    )
+    label_smoothing: float = flag("share of the target that is spread over all classes", 0.0, FRACTION)
+    mixup: float = flag("blend pairs of images, by Beta(this, this); 0: no", 0.0, NOT_NEGATIVE)
+    cutmix: float = flag(
+        "paste a part of another image, its area by Beta(this, this); 0: no; with --mixup one of the two, by lot",
+        0.0,
+        NOT_NEGATIVE,
+    )
+    ema: float = flag(
+        "test a moving average of the weights, this much of it kept at each step (less in the first steps); 0: no",
+        0.0,
+        FRACTION,
+    )
+
+    amp: bool = switch(
+        "mixed precision: bfloat16 on cpu, float16 with static loss scale 128 on cards",
+        names=["--torch-amp"],
+        affects="others",
+        inherited=False,
+        implies=("amp_dtype",),
+    )
+    amp_dtype: str | None = flag("mixed precision in this type (implies --amp)", None, choices=AMP_DTYPES)
+    tf32: bool | None = switch(
+        "float32 matrix products in TF32 on cards that have it; default: no, or what ENFLAME_ENABLE_TF32 says (T20)",
+        negation="--no-tf32",
+        inherited=False,
+    )
+    fast: bool = switch(
+        "the fastest honest path of the device, which rounds otherwise: mixed precision where the hardware has it, "
+        "--channels-last and --fused",
+        affects="others",
+        implies=("amp_dtype",),
+    )
+    channels_last: bool | None = switch(
+        "images and weights in memory with the channels of a pixel side by side; default: no, or what --fast says",
+        negation="--no-channels-last",
+        inherited=False,
+    )
+    fused: bool | None = switch(
+        "the optimizer's step in one kernel for all weights; default: no, or what --fast says",
+        negation="--no-fused",
+        inherited=False,
+    )
+    compile: bool = switch("torch.compile the network; the first steps take a minute longer")
+    sync_bn: bool = switch("batch norm over all ranks")
+    broadcast_buffers: bool = switch("send rank 0's buffers to all ranks before each step")
+    nproc: int = flag("ranks to start on this machine, one a card", 1, AT_LEAST_1, affects="launch", inherited=False)
+    max_restarts: int = flag(
+        "how many times to restart all ranks, from the last checkpoint, after one has died",
+        0,
+        AT_LEAST_0,
+        affects="launch",
+        inherited=False,
+    )
+    world_size: int = flag("ranks; a launcher's WORLD_SIZE has precedence", 1, AT_LEAST_1, inherited=False)
+    dist_url: str = flag("how the ranks find each other", "env://", affects="place", inherited=False)
+    fix_seed: bool = switch(f"--seed {SEED_OF_FIX_SEED}", affects="others", inherited=False, implies=("seed",))
+    seeds: str | None = flag(
+        "train several times: how many seeds, such as 5, or which, such as 3,17,23", affects="place", inherited=False
+    )
+    seed: int | None = flag("seed of everything random; default: drawn and recorded", None, SEED)
+
+    training_step_per_epoch: int = flag("end each epoch after so many steps; -1: all", -1, steps)
+    eval_step_per_epoch: int = flag(
+        "end each evaluation after so many batches; -1: all", -1, steps, affects="figures", inherited=False
+    )
+    skip_steps: int = flag("first steps left out of the images/s figures", 10, AT_LEAST_0, affects="record")
+    print_freq: int = flag("steps between log lines", 10, AT_LEAST_1, affects="record")
+    eval_freq: int = flag(
+        "epochs between evaluations and checkpoints (the last always has both)", 1, AT_LEAST_1, affects="figures"
+    )
+    output_dir: str = flag("the run directory is made in <this>/runs", ".", affects="place", inherited=False)
+    run_dir: str | None = flag("use exactly this run directory instead", affects="place", inherited=False)
+    timers: bool = switch(
+        "measure the parts of each step, and average gradients apart from the backward pass",
+        affects="speed",
+        inherited=False,
+    )
+    trace: int = flag(
+        "write a profiler's trace of so many steps, after --skip-steps, into the run directory",
+        0,
+        AT_LEAST_0,
+        affects="speed",
+        inherited=False,
+    )
+    tensorboard: bool = switch("write TensorBoard scalars into the run directory", affects="record", inherited=False)
+    resume: str | None = flag(
+        "go on from a checkpoint file, a run directory, or auto: the newest intact one of --run-dir (in place) or of "
+        "<output-dir>/runs, from the start where there is none; flags not given are as they were there",
+        affects="place",
+        inherited=False,
+    )
+    checkpoint_every: int = flag(
+        "steps between checkpoints, besides those after an evaluation; 0: none", 0, AT_LEAST_0, affects="record"
+    )
+    start_epoch: int = flag(
+        "first epoch, counted from 0, where no checkpoint says it", 0, AT_LEAST_0, affects="start", inherited=False
+    )
+    test_only: bool = switch(
+        "only evaluate the weights of --resume or --pretrained", affects="figures", inherited=False
+    )
+    cache_dataset: bool = switch(
+        "accepted; listings of large folders are always kept, and checked against the folder",
+        affects="others",
+        inherited=False,
+    )
+
+    # The seed kit's dead ends: accepted so that an old command line gets an answer.
+    apex: bool = switch("not here: use --amp", affects="others", inherited=False)
+    apex_opt_level: str | None = flag("not here: use --amp", affects="others", inherited=False)
+    enable_horovod: bool = switch("not here: use --nproc", affects="others", inherited=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as ``config.json`` holds them."""
+        started_by = settings_that_affect("launch")
+        return {name: value for name, value in asdict(self).items() if name not in started_by}
+
+
+def settings_that_affect(*kinds: str) -> set[str]:
+    """The names of the settings that affect one of these, of ``flags.AFFECTS``."""
+    return {item.name for item in fields(Config) if item.metadata["policy"].affects in kinds}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``python -m vgglab.train``."""
+    parser = OneLineParser(
+        prog="vgglab.train",
+        usage="python -m vgglab.train [--flag value ...]",
+        description="Train VGG; write a run directory.",
+        epilog="Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, said in one line; "
+        "75 left at SIGTERM, SIGUSR1 or SIGHUP with a checkpoint to go on from; 130 interrupted.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for item in fields(Config):
+        options = dict(item.metadata)
+        del options["policy"]
+        names = ["--" + item.name.replace("_", "-"), *options.pop("names", [])]
+        negation = options.pop("negation", None)
+        if negation:
+            parser.add_argument(negation, dest=item.name, action="store_const", const=False, help="not so")
+        parser.add_argument(
+            *names, dest=item.name, type=options.pop("parse"), help=_help(item, options.pop("help")), **options
+        )
+    return parser
+
+
+def _help(item: Field, text: str) -> str:
+    is_worth_saying = item.default is not None and item.default is not False
+    return f"{text} (default {item.default})" if is_worth_saying else text
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Flags to settings.
+
+    Raises:
+        UserError: an unknown flag, a value out of its range, or two flags that contradict each other.
+    """
+    parser = build_parser()
+    dashed = [with_dashes(argument) for argument in argv]
+    known, unknown = parser.parse_known_args(dashed)
+    if unknown:
+        raise UserError(_unknown_flag(unknown[0], parser))
+    config = Config(**{**RECIPES.get(vars(known).get("recipe"), {}), **vars(known)})
+    check(config)
+    return config
+
+
+def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
+    if not argument.startswith("-"):
+        return f"{argument!r} belongs to no flag; every setting has one, e.g. --data-path {argument}"
+    name = argument.partition("=")[0]
+    close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
+    hint = f"; did you mean {close[0]}?" if close else "; --help lists all flags"
+    return f"{name}: no such flag{hint}"
+
+
+def flags_given(argv: Sequence[str]) -> list[str]:
+    """The settings that a command line names, itself or by a recipe."""
+    known = vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0])
+    return [*RECIPES.get(known.get("recipe"), {}), *known]
+
+
+def check(config: Config) -> None:
+    """Raises UserError for settings that contradict each other."""
+    if config.apex or config.apex_opt_level is not None:
+        raise UserError("--apex: not used here; --amp trains in mixed precision")
+    if config.enable_horovod:
+        raise UserError("--enable-horovod: not used here; start several ranks with --nproc N")
+    if config.nesterov and (config.momentum == 0 or config.optimizer != "sgd"):
+        raise UserError("--nesterov: needs --optimizer sgd and a --momentum above 0")
+    if config.bn_weight_decay and config.bias_weight_decay is False:
+        raise UserError("--no-bias-weight-decay: batch norm has biases too, and --bn-weight-decay was asked for")
+    if config.test_only and not (config.resume or config.pretrained):
+        raise UserError("--test-only: nothing to test; name a checkpoint with --resume or take --pretrained")
+    if config.start_epoch >= config.epochs:
+        raise UserError(f"--start-epoch {config.start_epoch}: must be below --epochs {config.epochs}")
+    if config.fix_seed:
+        if config.seed not in (None, SEED_OF_FIX_SEED):
+            raise UserError(f"--fix-seed: means --seed {SEED_OF_FIX_SEED}; leave out one of the two")
+        config.seed = SEED_OF_FIX_SEED
+    if config.pretrained and config.resume:
+        raise UserError("--pretrained: --resume brings its own weights; leave out one of the two")
+
+
+def warnings_about(config: Config) -> list[str]:
+    """What is allowed and probably not meant, one line each."""
+    lines = []
+    if config.epochs < config.warmup and not config.test_only:
+        share = config.epochs / config.warmup
+        lines.append(
+            f"--epochs {config.epochs} ends inside --warmup {config.warmup}: "
+            f"the learning rate reaches {share:.0%} of its base and no more"
+        )
+    if (config.workers or 0) > (os.cpu_count() or 1):
+        lines.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
+    if config.cache_dataset:
+        lines.append("--cache-dataset has no effect: listings of large folders are always kept, and checked each time")
+    return lines
+
+
+_TYPES: dict[str, Test] = {
+    "int": schema.whole, "float": schema.number, "str": schema.text, "bool": schema.switch, "None": schema.nothing
+}  # fmt: skip
+
+
+def _test_of(annotation: str) -> Test:
+    return schema.either(*(_TYPES[name.strip()] for name in annotation.split("|")))
+
+
+schema.DOCUMENTS["config.json"] = {
+    **{item.name: _test_of(str(item.type)) for item in fields(Config)},
+    **dict.fromkeys(("batch_size", "world_size"), schema.count_from_1),
+    **dict.fromkeys(("image_size", "num_classes"), schema.maybe(schema.count_from_1)),
+}

@@ -1,0 +1,50 @@
+"""What a resumed run takes over from the one it goes on from, and what it does otherwise."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import Field, fields
+from typing import Any, Sequence
+
+from vgglab.errors import UserError
+from vgglab.settings.config import Config, check, settings_that_affect
+from vgglab.settings.schedule import SCHEDULES
+
+
+def inherit(config: Config, given: Sequence[str], earlier: dict[str, Any]) -> None:
+    """Take over what nobody gave on this command line from the settings of the run that is resumed.
+
+    Raises:
+        UserError: a setting in there is none, or contradicts one that was given.
+    """
+    settings = {item.name: item for item in fields(Config)}
+    chosen = {*given, *(other for name in given for other in settings[name].metadata["policy"].implies)}
+    for item in settings.values():
+        if item.name in earlier and item.name not in chosen and item.metadata["policy"].is_inherited:
+            setattr(config, item.name, checked(item, earlier[item.name]))
+    check(config)
+
+
+def checked(item: Field, value: Any) -> Any:
+    """A setting that was read from a file, held to what its flag allows."""
+    if value is None:
+        return item.default
+    try:
+        parsed = item.metadata["parse"](str(value))
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise UserError(f"its {item.name} is damaged: {error}") from None
+    if parsed not in item.metadata.get("choices", (parsed,)):
+        raise UserError(f"its {item.name} is damaged: {value!r}")
+    return parsed
+
+
+def changed_settings(content: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """``--lr 0.01, was 0.1`` for each setting that affects the weights and differs from the checkpoint's."""
+    before, affecting = content.get("config", {}), settings_that_affect("weights")
+    if not SCHEDULES[config["lr_schedule"]].depends_on_epochs:
+        affecting.remove("epochs")  # more of them change nothing in those before
+    return [
+        f"--{name.replace('_', '-')} {config[name]}, was {before[name]}"
+        for name in config
+        if name in affecting and name in before and before[name] != config[name]
+    ]

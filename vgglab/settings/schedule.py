@@ -1,0 +1,72 @@
+"""The learning rate: the seed kit's formulas, and the paper's plateaus. Nothing here imports torch.
+
+The rate is constant within an epoch. The seed kit applies it after each step, so that the first step of
+a run uses the unscaled ``--lr`` and the first step of every epoch the rate of the epoch before; here it is
+applied before the step, as the formula means it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Callable, NamedTuple
+
+if TYPE_CHECKING:
+    from vgglab.settings.config import Config
+
+MILESTONES = (30, 60, 80)
+REFERENCE_BATCH_SIZE = 256  # the global batch size that --lr is meant for
+
+
+class Schedule(NamedTuple):
+    """How the rate falls after warm-up."""
+
+    rate: Callable[[Config, float, int, int], float]  # of the settings, the base rate, the epoch and the drops so far
+    depends_on_epochs: bool = False  # on how many there are: more of them change the rate of each
+
+
+def _step(config: Config, base: float, epoch: int, num_drops: int) -> float:
+    if config.lr_step_size is not None:
+        return base * config.lr_gamma ** (epoch // config.lr_step_size)
+    return base * config.lr_gamma ** sum(milestone <= epoch for milestone in MILESTONES)
+
+
+def _plateau(config: Config, base: float, epoch: int, num_drops: int) -> float:
+    return base * config.lr_gamma**num_drops
+
+
+def _linear(config: Config, base: float, epoch: int, num_drops: int) -> float:
+    return base * (1 - _share_done(config, epoch))
+
+
+def _cosine(config: Config, base: float, epoch: int, num_drops: int) -> float:
+    return config.end_lr + (base - config.end_lr) * 0.5 * (1 + math.cos(math.pi * _share_done(config, epoch)))
+
+
+def _share_done(config: Config, epoch: int) -> float:
+    return (epoch - config.warmup) / (config.epochs - config.warmup)
+
+
+SCHEDULES = {
+    "step": Schedule(_step),
+    "linear": Schedule(_linear, depends_on_epochs=True),
+    "cosine": Schedule(_cosine, depends_on_epochs=True),
+    "plateau": Schedule(_plateau),
+}
+
+
+def learning_rate(config: Config, epoch: int, world_size: int, num_drops: int = 0) -> float:
+    """The rate of ``epoch`` (from 0) with ``world_size`` ranks; ``num_drops`` at plateaus so far.
+
+    With ``base = lr x batch_size x world_size / 256``, warm-up rises by ``base / warmup`` an epoch; then
+
+    - step and plateau: ``base x gamma^k``, k drops so far;
+    - linear: ``base x (1 - t)`` and cosine: ``end + (base - end) x (1 + cos(pi t)) / 2``, where t runs
+      from 0 after warm-up and would reach 1 at epoch ``epochs``, one past the last.
+
+    Raises:
+        KeyError: no schedule of that name.
+    """
+    base = config.lr * config.batch_size * world_size / REFERENCE_BATCH_SIZE
+    if epoch < config.warmup:
+        return base * (epoch + 1) / config.warmup
+    return SCHEDULES[config.lr_schedule].rate(config, base, epoch, num_drops)

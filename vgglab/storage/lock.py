@@ -1,0 +1,90 @@
+"""A lock on a file, which ends with the process that holds it, however that ends. POSIX only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from pathlib import Path
+from typing import Iterator
+
+from vgglab.storage.files import without_links
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_ours: set[tuple[int, int]] = set()  # a process that closes a file, opened for whatever reason, gives up its lock on it
+
+
+class Held(Exception):
+    """Another process holds it."""
+
+
+class Lock:
+    """Held from here on by this process, until it ends or closes it.
+
+    Attributes:
+        is_held: False where the file system cannot lock.
+
+    Raises:
+        Held: another process has it.
+        OSError: the file cannot be made.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.is_held = False
+        if fcntl is None:
+            return
+        self._file = open(file, "ab", opener=without_links)  # noqa: SIM115
+        self._identity = _identity(file)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._file.close()
+            raise Held from None
+        except OSError:
+            return
+        self.is_held = True
+        _ours.add(self._identity)
+
+    def close(self) -> None:
+        if fcntl is not None:
+            self._file.close()
+            _ours.discard(self._identity)
+
+
+def holder(file: Path) -> int | None:
+    """The process that holds the lock; 0 if none does, None if it cannot be determined. Takes no lock itself."""
+    if fcntl is None or struct.calcsize("P") != 8 or os.uname().sysname != "Linux":  # the layout of struct flock
+        return None
+    try:
+        if not file.is_file():
+            return None
+        if _identity(file) in _ours:
+            return os.getpid()
+        with file.open("rb") as target:
+            asked = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+            kind, *_, pid = struct.unpack("hhqqi4x", fcntl.fcntl(target, fcntl.F_GETLK, asked))
+    except OSError:
+        return None
+    return 0 if kind == fcntl.F_UNLCK else pid
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Only one at a time is in the block, of all processes and threads, as far as the file system can lock a folder."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_dev, found.st_ino
