@@ -9,6 +9,7 @@ from torch import nn
 
 import vgglab
 import vgglab.model as models
+from vgglab.commands import call
 from vgglab.devices import open_device
 from vgglab.errors import UserError
 from vgglab.lab import anatomy
@@ -326,7 +327,7 @@ def test_the_shells_door_prints_the_table_and_json():
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flag, named, capsys):
-    assert anatomy.main([flag]) == 2
+    assert call("anatomy", [flag]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()

@@ -40,14 +40,14 @@ def notebook(file, *cells, title="A title · 标题", alone=False):
 @pytest.fixture
 def book(tmp_path, monkeypatch, capfd):
     """``book("-p", "x", 1)`` here, in a folder whose notebooks are in ``notebooks/``."""
-    from vgglab.commands.book import main
+    from vgglab.commands import call
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
 
     def run(*words):
         capfd.readouterr()
-        code = main([str(word) for word in words])
+        code = call("book", [str(word) for word in words])
         return subprocess.CompletedProcess(words, code, *capfd.readouterr())
 
     return run

@@ -3,7 +3,8 @@
 import pytest
 
 from vgglab.errors import UserError
-from vgglab.settings.config import Config, parse
+from vgglab.settings.config import Config
+from vgglab.settings.parser import parse
 
 # Flags and defaults of the seed kit. Left open here: the number of classes (the folder's), the workers (16,
 # at most one a core), the device (auto), the folder (the bundled digits) and the drops (30, 60, 80).
@@ -111,7 +112,7 @@ def test_a_choice_is_in_its_table_and_what_is_not_in_it_is_an_error(monkeypatch)
     assert set(configuration.CROPS) == set(sets.CROPS)
     assert set(configuration.HEADS) == {"auto", *model.HEADS}
     assert {recipe["lr_schedule"] for recipe in recipes.RECIPES.values()} <= set(schedule.SCHEDULES)
-    settings = configuration.parse([])
+    settings = parse([])
     settings.warmup, settings.lr_schedule, settings.optimizer = 0, "exponential", "adam"
     with pytest.raises(KeyError):
         schedule.learning_rate(settings, 3, 1)

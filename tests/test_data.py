@@ -21,7 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 from vgglab.data import index, loader
 from vgglab.data.digits import digits_folder
 from vgglab.data.sets import open_sets
-from vgglab.settings.config import parse
+from vgglab.settings.parser import parse
 
 
 def rank(number=0, of=1):
@@ -438,7 +438,7 @@ def test_fake_images_cost_nothing_and_are_marked(train):
 
 def test_memory_does_not_grow_with_epochs_and_a_loader_left_alive_ends_with_its_process(images):
     code = (
-        "import sys; from multiprocessing import active_children; from vgglab.settings.config import parse\n"
+        "import sys; from multiprocessing import active_children; from vgglab.settings.parser import parse\n"
         "from vgglab.data.sets import open_sets; from vgglab.data import loader\n"
         "from vgglab.devices import open_device\n"
         "c = parse([f'--data-path={sys.argv[1]}', '--batch-size=6', '--workers=1', '--seed=1', '--image-size=224'])\n"

@@ -10,7 +10,7 @@ from vgglab.data.sets import open_sets
 from vgglab.data.transform import CHANNEL_MEAN, CHANNEL_STD
 from vgglab.devices import open_device
 from vgglab.model import build
-from vgglab.settings.config import parse
+from vgglab.settings.parser import parse
 
 pytestmark = pytest.mark.paper_widths
 NUM_STEPS, EPOCHS = 50, 13  # 4 steps an epoch

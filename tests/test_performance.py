@@ -16,7 +16,7 @@ from processes import python
 from test_devices import needs_sim, run_ranks
 
 from vgglab import Run
-from vgglab.commands.bench import main as bench
+from vgglab.commands import call
 from vgglab.devices.compat import load_tensors
 from vgglab.devices.memory import keep_freed_memory
 from vgglab.lab.bench import step
@@ -258,7 +258,7 @@ def test_bench_step_goes_in_turns_and_leaves_a_run_directory(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["--ways=slow", "--batch-size=0", "--model=vgg12", "--turns=0", "--image-size=8"])
 def test_bench_step_refuses_in_one_line(tmp_path, capsys, wrong):
-    code = bench(["step", "--model=vgg11", "--batch-size=2", "--device=cpu", f"--output-dir={tmp_path}", wrong])
+    code = call("bench", ["step", "--model=vgg11", "--batch-size=2", "--device=cpu", f"--output-dir={tmp_path}", wrong])
     assert (code, len(capsys.readouterr().err.strip().splitlines())) == (2, 1)
     assert not list(tmp_path.glob("runs/*"))
 
@@ -288,9 +288,9 @@ def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
     limit = (int(python("-c", code).stdout) + 400_000) * 1024
     options = {"preexec_fn": partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))}
     # Each attempt runs in a process; forked ones start faster.
-    code = "import multiprocessing, sys; from vgglab.commands import bench; from vgglab.lab.bench import step\n"
+    code = "import multiprocessing, sys; from vgglab.commands import call; from vgglab.lab.bench import step\n"
     code += "step.CONTEXT, step.CLOSE_ENOUGH = multiprocessing.get_context('fork'), 1 / 2\n"
-    code += "sys.exit(bench.main(sys.argv[1:]))"
+    code += "sys.exit(call('bench'))"
     words = ["-c", code, "step", "--model=vgg11", "--image-size=64", "--device=cpu", "--turns=1"]
     words += ["--ways=float32", f"--output-dir={tmp_path}"]
     result = python(*words, "--batch-size=max", "--json", **options)

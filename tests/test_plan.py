@@ -5,9 +5,10 @@ import json
 import pytest
 from processes import python
 
+from vgglab.commands import call
 from vgglab.errors import UserError
-from vgglab.lab.plan import main, plan
-from vgglab.settings.config import flags_given, parse
+from vgglab.lab.plan import plan
+from vgglab.settings.parser import flags_given, parse
 
 
 def planned(*flags, speed=590.3, **more):
@@ -90,7 +91,7 @@ def test_a_batch_larger_than_the_set_is_refused(images):
 def test_the_door(train, images, capsys):
     run = train("--epochs=3", "--skip-steps=1", "--print-freq=1").run
     tiny = ["--recipe=quick", f"--data-path={images}", "--batch-size=8"]
-    assert main([*tiny, f"--run={run.path}", "--json"]) == 0
+    assert call("plan", [*tiny, f"--run={run.path}", "--json"]) == 0
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
     assert {"training_seconds", "steps", "checkpoint_bytes"} <= set(found)
@@ -98,12 +99,12 @@ def test_the_door(train, images, capsys):
     assert "checkpoints" in out
     assert "its speed is that of model vgg11, batch size 4" in out
     with_ranks = planned("--recipe=seed", "--world-size=8", ranks=8)
-    assert main(["--recipe=seed", "--world-size=8", "--images-per-second=590.3", "--json"]) == 0
+    assert call("plan", ["--recipe=seed", "--world-size=8", "--images-per-second=590.3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == with_ranks.steps
-    assert main([*tiny, f"--run={run.path}", "--images-per-second=5"]) == 2
+    assert call("plan", [*tiny, f"--run={run.path}", "--images-per-second=5"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     result = python("-m", "vgglab.plan", "--recipe", "seed", "--images_per_second", "590", "--ranks", "8")
     assert (result.returncode, result.stderr) == (0, "")
     for wrong in ([], ["--images-per-second=0"], ["--images-per-second=5", "--recipe=best"], ["--run=nowhere"]):
-        assert main([*tiny, *wrong]) == 2
+        assert call("plan", [*tiny, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1

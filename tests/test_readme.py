@@ -7,7 +7,7 @@ import pytest
 from conftest import PROJECT, shell
 
 from vgglab import train
-from vgglab.settings.config import parse
+from vgglab.settings.parser import parse
 
 README = (PROJECT / "README.md").read_text()
 

@@ -12,7 +12,7 @@ from vgglab.devices import open_device
 from vgglab.devices.compat import load_tensors
 from vgglab.model import build
 from vgglab.optim import Objective, build_optimizer
-from vgglab.settings.config import parse
+from vgglab.settings.parser import parse
 from vgglab.settings.recipes import RECIPES
 
 SEED_COMMAND = (

@@ -13,7 +13,7 @@ from vgglab.dist.processes import signature
 from vgglab.lab.plan import plan
 from vgglab.runs.compare import compare
 from vgglab.runs.report import build_report
-from vgglab.settings.config import parse
+from vgglab.settings.parser import parse
 from vgglab.storage.schema import append_line, write_document
 
 ODD = "<b>lab & co</b>"

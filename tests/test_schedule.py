@@ -6,7 +6,7 @@ import pytest
 
 from vgglab.model import build
 from vgglab.optim import build_optimizer
-from vgglab.settings.config import parse
+from vgglab.settings.parser import parse
 from vgglab.settings.schedule import learning_rate
 
 README = ["--batch-size=192", "--lr=0.01", "--epochs=90"]

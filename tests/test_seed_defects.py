@@ -18,7 +18,7 @@ from processes import ranks
 
 from vgglab.devices.compat import load_tensors
 from vgglab.model import build
-from vgglab.settings.config import parse
+from vgglab.settings.parser import parse
 
 
 def rates(run):

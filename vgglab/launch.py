@@ -20,7 +20,8 @@ from vgglab.dist import processes, ranks
 from vgglab.errors import RunFailed, UserError
 from vgglab.runs.run import GOING_ON, LAUNCHED, Run, claim, is_a_run, run_path
 from vgglab.runs.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
-from vgglab.settings.config import Config, parse
+from vgglab.settings.config import Config
+from vgglab.settings.parser import parse
 from vgglab.storage.files import make_folder, without_links, writing
 from vgglab.storage.lock import alone_in
 from vgglab.storage.schema import write_document

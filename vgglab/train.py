@@ -45,16 +45,16 @@ if __name__ == "__main__" and not __package__:
         sys.path.insert(0, os.path.dirname(_here))
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, Sequence
 
 from vgglab.devices import agreement, import_torch, open_device
 from vgglab.dist import interrupts, ranks, slurm, spawn
 from vgglab.dist.interrupts import Leaving, heeding_warnings, undisturbed
 from vgglab.errors import UserError, blaming
 from vgglab.runs import seeds
-from vgglab.settings import config as configuration
 from vgglab.settings import inheritance
-from vgglab.settings.config import Config
+from vgglab.settings.config import Config, warnings_about
+from vgglab.settings.parser import flags_given, parse
 from vgglab.storage.schema import readable_document
 
 if TYPE_CHECKING:
@@ -72,12 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks.attach()
         argv = sys.argv[1:] if argv is None else argv
         slurm.take_up_slurm()
-        config = configuration.parse(argv)
+        config = parse(argv)
         if config.seeds is not None:
             return seeds.train_each(argv, config)
         if (config.nproc > 1 or config.max_restarts) and "RANK" not in os.environ:
             return spawn.train_on_ranks(argv, config.nproc, config.max_restarts)
-        run_training(config, configuration.flags_given(argv))
+        run_training(config, flags_given(argv))
     except UserError as error:
         ranks.report_failure(error, ranks.EXIT_BAD_INPUT)
         one_line = " ".join(str(error).splitlines())
@@ -290,7 +290,7 @@ def _work_and_record(trainer: Trainer, path: Path, is_in_place: bool) -> None:
                 run.event("warning", text=f"{path}: this file system cannot lock; start no second run in there")
             trainer.announce(run)
             warnings = [*device.warnings, *trainer.sets.warnings, *trainer.warnings]
-            for text in [*warnings, *configuration.warnings_about(config)]:
+            for text in [*warnings, *warnings_about(config)]:
                 run.event("warning", text=text)
             _work(trainer, run)
             status = "done"
@@ -320,12 +320,11 @@ def _work_and_record(trainer: Trainer, path: Path, is_in_place: bool) -> None:
         terminal.say(f"{best}after {report['training_time']} (h:mm:ss); report: {path / 'report.json'}")
 
 
-if __name__ == "__main__":
-    from vgglab.train import main as packaged_main  # not __main__'s own copy: one module, one set of classes
-
+def run_and_exit(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command as all that this process does, and end the process."""
     interrupts.ends_with_run = True
     try:
-        code = packaged_main()
+        code = main(argv)
     except KeyboardInterrupt:  # another one, while the last was being answered
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         ranks.say("interrupted")
@@ -337,3 +336,9 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
     gc.collect()  # what the batches have started ends with the last reference to them
     ranks.leave(code)
+
+
+if __name__ == "__main__":
+    from vgglab import train  # not __main__'s own copy: one module, one set of classes
+
+    train.run_and_exit()

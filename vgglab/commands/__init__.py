@@ -1,1 +1,36 @@
-"""The commands ``vgglab plan``, ``vgglab compare`` and so on: their options, and what they print."""
+"""The commands ``vgglab plan``, ``vgglab compare`` and so on: one module each, with its options and what it prints.
+
+A module has ``parser()`` and ``main(argv)``, which returns the exit code and raises UserError. ``vgglab/__main__.py``
+calls them; so does ``python -m vgglab.plan``, as it was before there was one command.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Sequence
+
+
+def call(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code: that of ``main``, 2 for bad input, 130 after Ctrl-C."""
+    from vgglab.errors import UserError
+
+    try:
+        code = importlib.import_module(f"vgglab.commands.{name}").main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except UserError as error:
+        say_error(name, error)
+        return 2
+    except BrokenPipeError:  # whoever reads the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"vgglab.{name}: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+def say_error(name: str, error: Exception) -> None:
+    """One line on stderr."""
+    print(f"vgglab.{name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)

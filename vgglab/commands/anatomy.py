@@ -1,8 +1,50 @@
-"""``python -m vgglab.anatomy``."""
+"""``vgglab anatomy``: a network layer by layer; see ``vgglab/lab/anatomy.py``."""
 
+from __future__ import annotations
+
+import argparse
+import json
 import sys
+from typing import Sequence
 
-from vgglab.lab.anatomy import main
+from vgglab.commands import call
+from vgglab.settings.flags import OneLineParser, with_dashes
+from vgglab.settings.parser import parse as parse_training
+
+OPTIONS = {  # with defaults; training knows which values they may have
+    "model": ("vgg16", "the network"),
+    "image-size": (224, "side of the square images, in pixels"),
+    "batch-size": (1, "images that pass at once"),
+    "num-classes": (1000, "width of the last layer"),
+    "device": ("cpu", "where --measure measures"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    about = "What a network is made of and what it costs, layer by layer."
+    parser = OneLineParser(prog="vgglab anatomy", description=about, allow_abbrev=False)
+    for name, (default, text) in OPTIONS.items():
+        parser.add_argument(f"--{name}", default=default, help=f"{text} (default {default})")
+    parser.add_argument("--measure", action="store_true", help="time each layer, and the ceilings of the machine")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parser().parse_args([with_dashes(argument) for argument in argv])
+    flags = parse_training([f"--{name}={getattr(options, name.replace('-', '_'))}" for name in OPTIONS])
+    assert flags.image_size
+    assert flags.num_classes
+    from vgglab.lab.anatomy import measure, of
+
+    anatomy = of(flags.model, flags.image_size, flags.batch_size, flags.num_classes)
+    if options.measure:
+        anatomy = measure(anatomy, flags.device)
+    print(anatomy)
+    if options.json:
+        print(json.dumps(anatomy.as_dict()))
+    return 0
+
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call("anatomy"))

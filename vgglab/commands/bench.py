@@ -1,35 +1,114 @@
-"""``python -m vgglab.bench data ...`` and ``step ...``: how fast images come, and how fast training steps are."""
+"""``vgglab bench data`` and ``bench step``: how fast images come, how fast steps are; see ``vgglab/lab/bench``."""
 
 from __future__ import annotations
 
-import importlib
-import os
+import argparse
+import json
 import sys
-from typing import Sequence
+from typing import Any, Sequence
 
+from vgglab.commands import call
+from vgglab.devices import DEVICE_CHOICES
+from vgglab.dist import ranks
 from vgglab.errors import UserError
+from vgglab.settings.config import DECODERS, MODELS
+from vgglab.settings.flags import AT_LEAST_1, OneLineParser, number, with_dashes
+from vgglab.settings.parser import parse as parse_training
 
-SUBJECTS = ("data", "step")
+ABOVE_0 = number(float, 1e-12, 1e12, "a number above 0")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 2 bad input."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] not in SUBJECTS:
-        print(f"usage: python -m vgglab.bench {{{','.join(SUBJECTS)}}} [--flag value ...]", file=sys.stderr)
-        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
-    try:
-        importlib.import_module(f"vgglab.lab.bench.{argv[0]}").main(argv[1:])
-    except UserError as error:
-        print(f"vgglab.bench: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read it has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("vgglab.bench: interrupted", file=sys.stderr)
-        return 130
+def parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="vgglab bench", description="Measure the kit beside a reference in the same run.")
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="data|step", parser_class=OneLineParser)
+    data = subjects.add_parser(
+        "data",
+        usage="vgglab bench data [--flag value ...]",
+        description="How fast training images come, beside torchvision's reference pipeline in the same run.",
+        allow_abbrev=False,
+    )
+    data.add_argument("--data-path", default="digits", help="a folder or a set, as for training")
+    data.add_argument("--image-size", type=int, help="side of the crop; default: the set's")
+    data.add_argument("--batch-size", type=int, default=32, help="images per batch (default 32)")
+    data.add_argument("--decoder", choices=("auto", *DECODERS), default="auto", help="as for training")
+    data.add_argument("--workers", help="numbers of loader processes to try, e.g. 1,2,4; default: 1 and all cores")
+    data.add_argument("--seconds", type=ABOVE_0, default=20.0, help="for each of the two parts, about (default 20)")
+    data.add_argument("--card", type=ABOVE_0, help="images/s that your card computes: how many processes it needs")
+    data.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+    step = subjects.add_parser(
+        "step",
+        usage="vgglab bench step [--flag value ...]",
+        description="How fast training steps are, each way beside a plain PyTorch loop in the same run.",
+        allow_abbrev=False,
+    )
+    step.add_argument("--model", choices=MODELS, default="vgg16")
+    step.add_argument("--device", choices=DEVICE_CHOICES, default="auto")
+    step.add_argument("--image-size", default="224", help="side of the images (default 224)")
+    step.add_argument("--batch-size", default="16", help="one or several, e.g. 8,16,32, or max (default 16)")
+    step.add_argument("--ways", help="such as float32,fast; an unknown one is answered with the list of all")
+    step.add_argument("--against", choices=("torchvision",), help="torchvision's network in a plain loop, too")
+    step.add_argument("--turns", type=AT_LEAST_1, default=5, help="of each way and the plain loop (default 5)")
+    step.add_argument("--steps", type=AT_LEAST_1, default=1, help="in each turn (default 1)")
+    step.add_argument("--output-dir", default=".", help="the run directory is made in <this>/runs")
+    step.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parser().parse_args([with_dashes(argument) for argument in argv])
+    bench = bench_data if options.subject == "data" else bench_step
+    bench(options)
     return 0
 
 
+def bench_data(options: Any) -> None:
+    counts = _counts(options.workers)
+    flags = [f"--data-path={options.data_path}", f"--batch-size={options.batch_size}", f"--decoder={options.decoder}"]
+    flags += [] if options.image_size is None else [f"--image-size={options.image_size}"]
+    config = parse_training(flags)
+    from vgglab.lab.bench.data import as_text, measure
+
+    figures = measure(config, options.seconds, counts, options.card)
+    print(as_text(figures, options.data_path), flush=True)
+    if options.json:
+        print(json.dumps(figures._asdict()))
+
+
+def _counts(text: str | None) -> list[int]:
+    if text is None:
+        return sorted({1, ranks.num_cores()})
+    words = text.split(",")
+    if not all(word.strip().isascii() and word.strip().isdigit() and int(word) > 0 for word in words):
+        raise UserError(f"--workers: {text!r} is not a list of numbers above 0, such as 1,2,4")
+    return [int(word) for word in words]
+
+
+def bench_step(options: Any) -> None:
+    sizes = options.batch_size.split(",")
+    if sizes != ["max"] and not all(size.strip().isascii() and size.strip().isdigit() and int(size) for size in sizes):
+        raise UserError(f"--batch-size: {options.batch_size!r} is not a number above 0, several such as 8,16, or max")
+    flags = [f"--model={options.model}", f"--device={options.device}", f"--image-size={options.image_size}"]
+    parse_training(flags)
+    from vgglab.lab.bench.step import USUAL, as_text, largest, measure, save, way_named
+
+    ways = [name.strip() for name in options.ways.split(",")] if options.ways else list(USUAL)
+    ways += [options.against] if options.against else []
+    for name in ways:
+        way_named(name)
+    results = []
+    for size in sizes:
+        if size == "max":
+            results += [largest(flags, way, options.turns, options.steps) for way in dict.fromkeys(ways)]
+        else:
+            results += measure(flags, ways, int(size), options.turns, options.steps)
+    path = save(results, flags, options.output_dir)
+    print(as_text(results))
+    print(f"run directory: {path}", flush=True)
+    if options.json:
+        best = max(results, key=lambda row: row.images_per_second)
+        print(json.dumps({**best._asdict(), "all": [row._asdict() for row in results]}))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call("bench"))

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
+from vgglab.commands import call
 from vgglab.dist.interrupts import interrupted_by_warnings
 from vgglab.errors import UserError
 from vgglab.settings.flags import OneLineParser
@@ -185,8 +186,8 @@ def fault_of(executed: Path) -> str:
     return ""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = OneLineParser(prog="vgglab.book", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="vgglab book", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="files; without any: notebooks/*.ipynb")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
     parser.add_argument("--out", type=Path, default=Path("build/notebooks"), help="default: %(default)s")
@@ -194,18 +195,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--no-code", action="store_true", help="pages with prose and results only, for a reader of those"
     )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
     try:
-        arguments = parser.parse_args(argv)
-        return _make(arguments)
+        return _make(parser().parse_args(argv))
     except ImportError as error:
-        print(f"vgglab.book: error: {error.name} is not installed; pip install 'vgglab[lab]'", file=sys.stderr)
-        return 2
-    except UserError as error:
-        print(f"vgglab.book: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("vgglab.book: interrupted", file=sys.stderr)
-        return 130
+        raise UserError(f"{error.name} is not installed; pip install 'vgglab[lab]'") from None
 
 
 def _make(arguments: argparse.Namespace) -> int:
@@ -246,4 +243,4 @@ def _repeat_command(sources: Sequence[Path], arguments: argparse.Namespace) -> s
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call("book"))

@@ -11,8 +11,10 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Sequence
 
+from vgglab.commands import call
+from vgglab.settings.flags import OneLineParser
 from vgglab.version import __version__
 from vgglab.view.tables import html_facts, html_text
 
@@ -86,24 +88,22 @@ def examine() -> Diagnosis:
     return Diagnosis(checkup.facts, checkup.problems, checkup.notes)
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        self.exit(2, f"vgglab.doctor: error: {message}; there is only --json\n")
-
-
-def main() -> int:
-    """The shell's door."""
-    parser = _OneLineParser(
-        prog="vgglab.doctor",
+def parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="vgglab doctor",
         description="Look this machine over.",
         epilog="Exit codes: 0 nothing wrong; 1 problems found, each with its fix; 2 bad flag.",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    as_json = parser.parse_args().json
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    as_json = parser().parse_args(argv).json
     diagnosis = examine()
     print(json.dumps(diagnosis.as_dict()) if as_json else diagnosis)
     return 1 if diagnosis.problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call("doctor"))

@@ -15,8 +15,8 @@ from vgglab.errors import UserError
 from vgglab.launch import launch
 from vgglab.runs.run import GOING_ON, Run, is_a_run
 from vgglab.runs.seeds import LaunchedSeeds
-from vgglab.settings.config import build_parser
 from vgglab.settings.flags import AT_LEAST_0, AT_LEAST_1, OneLineParser, with_dashes
+from vgglab.settings.parser import build_parser
 
 HOME = Path("runs")  # where launch puts them, beside the notebook
 MOST_NAMED = 3  # runs in an answer
@@ -67,7 +67,7 @@ class VgglabMagics(Magics):
 
     def _run(self, words: Sequence[str]) -> None:
         if "--help" in words or "-h" in words:
-            print(build_parser().format_help())
+            print(build_parser(shows_all=True).format_help())
             return
         options, flags = launch_parser().parse_known_args([with_dashes(word) for word in words])
         run = launch(flags, watch=False, **vars(options))

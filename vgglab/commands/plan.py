@@ -1,8 +1,77 @@
-"""``python -m vgglab.plan``."""
+"""``vgglab plan``: how long a training will take and what it will write; see ``vgglab/lab/plan.py``."""
 
+from __future__ import annotations
+
+import argparse
+import json
 import sys
+from typing import Any, Sequence
 
-from vgglab.lab.plan import main
+from vgglab.commands import call
+from vgglab.errors import UserError
+from vgglab.runs.run import Run
+from vgglab.settings.config import Config
+from vgglab.settings.flags import AT_LEAST_1, POSITIVE, OneLineParser, number, with_dashes
+from vgglab.settings.parser import flags_given
+from vgglab.settings.parser import parse as parse_training
+
+SPEED = number(float, 1e-6, 1e12, "a number above 0")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="vgglab plan",
+        usage="vgglab plan [--flag value ...]",
+        description="How long a training will take and what it will write. Takes every flag of training, too.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--images-per-second", type=SPEED, help="of one card, in training")
+    parser.add_argument("--run", help="or a run directory that has measured it, on as many cards as it had")
+    parser.add_argument("--ranks", type=AT_LEAST_1, help="cards (default 1, or --world-size)")
+    parser.add_argument("--scaling", type=POSITIVE, default=1.0, help="share of ranks x one card's speed (default 1)")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    options, flags = parser().parse_known_args([with_dashes(argument) for argument in argv])
+    config = parse_training(flags)
+    ranks = config.world_size if options.ranks is None else options.ranks
+    speed = _speed(options)
+    from vgglab.lab.plan import as_text, plan
+
+    planned = plan(config, speed, ranks, options.scaling, flags_given(flags))
+    if options.run is not None:
+        planned.warnings.extend(_other_job(config, Run(options.run)))
+    print(as_text(planned))
+    if options.json:
+        print(json.dumps(planned._asdict()))
+    return 0
+
+
+def _speed(options: Any) -> float:
+    """Of one card. Raises UserError where nobody says it."""
+    if options.images_per_second is not None:
+        if options.run is not None:
+            raise UserError("--run: measures what --images-per-second says; leave out one of the two")
+        return options.images_per_second
+    if options.run is None:
+        raise UserError("--images-per-second: say how fast one card trains, or name a measured run with --run")
+    report = Run(options.run).report()
+    if report["images_per_second"] is None:
+        why = "a simulated card has no speed" if report["simulated"] else "it has no step behind its --skip-steps"
+        raise UserError(f"--run {options.run}: has measured no speed; {why}")
+    return report["images_per_second"] / report["world_size"]
+
+
+def _other_job(config: Config, run: Run) -> list[str]:
+    """What that speed was measured with, where it is not what is planned."""
+    report, wanted = run.report(), config.as_dict()
+    wanted["image_size"] = config.image_size or report["image_size"]
+    names = [name for name in ("model", "image_size", "batch_size") if report[name] != wanted[name]]
+    differing = ", ".join(f"{name.replace('_', ' ')} {report[name]}" for name in names)
+    return [f"--run {run.path.name}: its speed is that of {differing}"] if names else []
+
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(call("plan"))

@@ -1,6 +1,39 @@
-"""``python -m vgglab.report``."""
+"""``vgglab report``: write ``report.json`` anew; see ``vgglab/runs/report.py``."""
 
-from vgglab.runs.report import main
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Sequence
+
+from vgglab.commands import call, say_error
+from vgglab.errors import UserError, printable
+from vgglab.runs.run import Run
+from vgglab.settings.flags import OneLineParser
+from vgglab.storage.files import writing
+from vgglab.storage.schema import write_document
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="vgglab report", description="Write report.json of each run directory anew.")
+    parser.add_argument("run", nargs="+", help="a run directory")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    code = 0
+    for path in parser().parse_args(argv).run:
+        try:
+            run = Run(path)
+            file = run.path / "report.json"
+            with writing(file):
+                write_document(file, run.report())
+            print(printable(str(file)))
+        except UserError as error:  # the others may be whole
+            say_error("report", error)
+            code = 2
+    return code
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(call("report"))

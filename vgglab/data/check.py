@@ -9,25 +9,21 @@ ordinary, is counted with an example. Exit codes: 0 all can be read; 1 some cann
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from vgglab.data.decode import SIXTEEN_BITS, BadImage, open_picture
 from vgglab.data.images import FileImages
 from vgglab.data.sets import open_sets
-from vgglab.dist import ranks
 from vgglab.dist.interrupts import leave_signals_to_parent
 from vgglab.errors import UserError
-from vgglab.settings.config import parse as parse_training
-from vgglab.settings.flags import OneLineParser, with_dashes
+from vgglab.settings.parser import parse as parse_training
 
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = 1
@@ -148,29 +144,3 @@ def as_text(findings: Findings) -> str:
 
 def _readable(file: str) -> str:
     return file if file.isprintable() else repr(file)
-
-
-def _at_least_one(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
-
-
-def main(argv: Sequence[str]) -> int:
-    """The exit code. Raises UserError."""
-    parser = OneLineParser(
-        prog="vgglab.data check",
-        usage="python -m vgglab.data check PATH [--flag value ...]",
-        description="Read every image of a set once and say which cannot be read.",
-        epilog="Exit codes: 0 all can be read; 1 some cannot; 2 bad input.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("path", help="a folder with train/ and val/, or a set by name")
-    parser.add_argument(
-        "-j", "--workers", type=_at_least_one, default=ranks.num_cores(), help="processes; default: one a core"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    options = parser.parse_args([with_dashes(argument) for argument in argv])
-    findings = check(options.path, options.workers)
-    print(json.dumps(findings._asdict()) if options.json else as_text(findings))
-    return 1 if findings.unreadable else 0

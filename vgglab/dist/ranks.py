@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vgglab.errors import UserError
 from vgglab.storage.files import exists, read_bytes
@@ -115,7 +115,7 @@ def end_at_once(keep: Any) -> None:
     _kept = (keep,)
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End this process, the last thing it does; all that it has written is on its way."""
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -13,16 +13,13 @@ Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, said in one line; 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import prod
 from statistics import median
-from typing import Any, Iterator, Sequence, Tuple
+from typing import Any, Iterator, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +30,6 @@ from vgglab.errors import UserError
 from vgglab.lab.ceilings import ceilings, moved, timed
 from vgglab.lab.shapes import output_of, window
 from vgglab.model import build, head_for
-from vgglab.settings.config import parse as parse_training
-from vgglab.settings.flags import OneLineParser, with_dashes
 from vgglab.view.anatomy_table import Anatomy, Ceilings, Layer
 
 KINDS: dict[str, tuple[type, ...]] = {
@@ -232,43 +227,3 @@ def _layer_seconds(layer: Layer, module: nn.Module, learns: bool, device: Device
         pull = partial(torch.autograd.grad, output, wanted, gradient)
         backward.append(timed(pull, device)[0] if wanted else 0.0)
     return median(forward[1:]), median(backward[1:])
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Raises UserError."""
-    about = "What a network is made of and what it costs, layer by layer."
-    parser = OneLineParser(prog="python -m vgglab.anatomy", description=about, allow_abbrev=False)
-    for name, default, text in (
-        ("model", "vgg16", "the network"),
-        ("image-size", 224, "side of the square images, in pixels"),
-        ("batch-size", 1, "images that pass at once"),
-        ("num-classes", 1000, "width of the last layer"),
-        ("device", "cpu", "where --measure measures"),
-    ):
-        parser.add_argument(f"--{name}", default=default, help=f"{text} (default {default})")
-    parser.add_argument("--measure", action="store_true", help="time each layer, and the ceilings of the machine")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = vars(parser.parse_args([with_dashes(argument) for argument in argv]))
-    wishes = {name: options.pop(name) for name in ("measure", "json")}
-    # What is allowed is what training allows.
-    flags = parse_training([f"--{name.replace('_', '-')}={value}" for name, value in options.items()])
-    return argparse.Namespace(**wishes, **{name: getattr(flags, name) for name in options})
-
-
-def main(argv: Sequence[str]) -> int:
-    """The shell's door; the exit code."""
-    try:
-        options = parse(argv)
-        anatomy = of(options.model, options.image_size, options.batch_size, options.num_classes)
-        if options.measure:
-            anatomy = measure(anatomy, options.device)
-        print(anatomy)
-        if options.json:
-            print(json.dumps(anatomy.as_dict()))
-    except UserError as error:
-        print(f"vgglab.anatomy: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("vgglab.anatomy: interrupted", file=sys.stderr)
-        return 130
-    return 0

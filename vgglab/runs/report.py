@@ -5,8 +5,6 @@ Safe to delete: ``python -m vgglab.report RUN`` writes it again.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from typing import Any
 
 from vgglab.errors import UserError, printable
@@ -176,21 +174,3 @@ def _percentile(ordered: list[tuple[float, int]], percent: int) -> float | None:
 def _hours_minutes_seconds(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
-
-
-def main() -> int:
-    """Write ``report.json`` anew for each run directory named on the command line."""
-    parser = argparse.ArgumentParser(prog="vgglab.report", description=main.__doc__)
-    parser.add_argument("run", nargs="+", help="a run directory")
-    code = 0
-    for path in parser.parse_args().run:
-        try:
-            run = Run(path)
-            file = run.path / "report.json"
-            with writing(file):
-                write_document(file, run.report())
-            print(printable(str(file)))
-        except UserError as error:
-            print(f"vgglab.report: error: {error}", file=sys.stderr)
-            code = 2
-    return code

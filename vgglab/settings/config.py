@@ -1,17 +1,12 @@
-"""One dataclass of settings, and the parser that fills it, with a recipe's values where a recipe was named.
-
-The flags are the seed kit's; ``-`` and ``_`` are both accepted in any of them. The dataclass is the only list of
-settings: the parser, ``config.json``, ``vgglab.launch``, what a resumed run inherits and what a comparison shows are
-made from it. Nothing here imports torch.
+"""One dataclass of settings, the only list of them. The parser (``parser.py``), ``config.json``, ``launch``, what a
+resumed run inherits and what a comparison shows are made from it. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import os
-from dataclasses import Field, asdict, dataclass, fields
-from typing import Any, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from vgglab.devices import AMP_DTYPES, DEVICE_CHOICES
 from vgglab.errors import UserError
@@ -24,11 +19,9 @@ from vgglab.settings.flags import (
     SEED,
     SIZE,
     WORKERS,
-    OneLineParser,
     flag,
     steps,
     switch,
-    with_dashes,
 )  # fmt: skip
 from vgglab.settings.recipes import RECIPES
 from vgglab.settings.schedule import SCHEDULES
@@ -42,6 +35,8 @@ INITS = ("kaiming", "xavier", "normal")
 OPTIMIZERS = ("sgd", "rmsprop")
 DECODERS = ("pil", "fast")
 HEADS = ("auto", "imagenet", "small")
+# The headings of --help.
+WHAT, HOW, WHERE, SAVING = "what to train", "how long, and how", "on what", "saving and resuming"
 SEED_OF_FIX_SEED = 1 << 20  # the seed kit's
 SEED_NUM_CLASSES = 1000  # in all four of the seed kit's commands, whatever the folder holds
 
@@ -51,23 +46,30 @@ class Config:
     """Everything that decides what a run does. Defaults are the seed kit's unless the help says more."""
 
     recipe: str | None = flag(
-        "a named set of settings (vgglab/recipes.py); any flag overrides what it says",
+        "a named set of settings (vgglab/settings/recipes.py); any flag overrides what it says",
         choices=tuple(RECIPES),
         affects="others",
+        section=WHAT,
     )
     data_path: str = flag(
         "a folder with train/ and val/ in class folders, or a set by name: digits (bundled), fashion-mnist, cifar10, "
         "cifar100, imagenette (downloaded the first time), fake (generated, to measure computing alone)",
         "digits",
         implies=("num_classes",),
+        section=WHAT,
     )
     num_classes: int | None = flag("classes; default: as many as the folder has", None, AT_LEAST_1)
-    model: str = flag("the network", "vgg16", choices=MODELS)
+    model: str = flag("the network", "vgg16", choices=MODELS, section=WHAT)
     device: str = flag(
-        "where to train; auto takes the best there is", "auto", choices=DEVICE_CHOICES, affects="speed", inherited=False
+        "where to train; auto takes the best there is",
+        "auto",
+        choices=DEVICE_CHOICES,
+        affects="speed",
+        inherited=False,
+        section=WHERE,
     )
-    batch_size: int = flag("images per card and step", 32, AT_LEAST_1, names=["-b"])
-    epochs: int = flag("passes over the training images", 90, AT_LEAST_1)
+    batch_size: int = flag("images per card and step", 32, AT_LEAST_1, names=["-b"], section=HOW)
+    epochs: int = flag("passes over the training images", 90, AT_LEAST_1, section=HOW)
     workers: int | None = flag(
         "loader processes per card; default: 16, but no more than this machine has cores",
         None,
@@ -75,6 +77,7 @@ class Config:
         names=["-j"],
         affects="speed",
         inherited=False,
+        section=WHERE,
     )
     image_size: int | None = flag(
         "side of the square images, in pixels; default 224; 32 for digits, fashion-mnist and cifar", None, SIZE
@@ -91,7 +94,7 @@ class Config:
         choices=("fail", "skip"),
     )
     head: str = flag("classifier: the paper's, a small one, or by image size", "auto", choices=HEADS)
-    dropout_rate: float = flag("both dropouts of the classifier", 0.0, FRACTION)
+    dropout_rate: float = flag("both dropouts of the classifier", 0.0, FRACTION, section=HOW)
     init: str = flag(
         "first weights of the convolutions: kaiming (torchvision's), xavier, or normal (the paper's N(0, 0.01), from "
         "which deep networks without batch norm do not start)",
@@ -99,9 +102,13 @@ class Config:
         choices=INITS,
         affects="start",
     )
-    pretrained: bool = switch("start from torchvision's published ImageNet weights", affects="start", inherited=False)
+    pretrained: bool = switch(
+        "start from torchvision's published ImageNet weights", affects="start", inherited=False, section=WHAT
+    )
 
-    lr: float = flag("learning rate for 256 images; scaled by batch size x ranks / 256", 0.01, NOT_NEGATIVE)
+    lr: float = flag(
+        "learning rate for 256 images; scaled by batch size x ranks / 256", 0.01, NOT_NEGATIVE, section=HOW
+    )
     optimizer: str = flag("the optimizer", "sgd", choices=OPTIMIZERS)
     momentum: float = flag("momentum", 0.9, FRACTION)
     nesterov: bool = switch("Nesterov momentum (sgd)")
@@ -158,6 +165,7 @@ class Config:
         "--channels-last and --fused",
         affects="others",
         implies=("amp_dtype",),
+        section=WHERE,
     )
     channels_last: bool | None = switch(
         "images and weights in memory with the channels of a pixel side by side; default: no, or what --fast says",
@@ -172,7 +180,9 @@ class Config:
     compile: bool = switch("torch.compile the network; the first steps take a minute longer")
     sync_bn: bool = switch("batch norm over all ranks")
     broadcast_buffers: bool = switch("send rank 0's buffers to all ranks before each step")
-    nproc: int = flag("ranks to start on this machine, one a card", 1, AT_LEAST_1, affects="launch", inherited=False)
+    nproc: int = flag(
+        "ranks to start on this machine, one a card", 1, AT_LEAST_1, affects="launch", inherited=False, section=WHERE
+    )
     max_restarts: int = flag(
         "how many times to restart all ranks, from the last checkpoint, after one has died",
         0,
@@ -184,9 +194,12 @@ class Config:
     dist_url: str = flag("how the ranks find each other", "env://", affects="place", inherited=False)
     fix_seed: bool = switch(f"--seed {SEED_OF_FIX_SEED}", affects="others", inherited=False, implies=("seed",))
     seeds: str | None = flag(
-        "train several times: how many seeds, such as 5, or which, such as 3,17,23", affects="place", inherited=False
+        "train several times: how many seeds, such as 5, or which, such as 3,17,23",
+        affects="place",
+        inherited=False,
+        section=HOW,
     )
-    seed: int | None = flag("seed of everything random; default: drawn and recorded", None, SEED)
+    seed: int | None = flag("seed of everything random; default: drawn and recorded", None, SEED, section=HOW)
 
     training_step_per_epoch: int = flag("end each epoch after so many steps; -1: all", -1, steps)
     eval_step_per_epoch: int = flag(
@@ -198,7 +211,9 @@ class Config:
         "epochs between evaluations and checkpoints (the last always has both)", 1, AT_LEAST_1, affects="figures"
     )
     output_dir: str = flag("the run directory is made in <this>/runs", ".", affects="place", inherited=False)
-    run_dir: str | None = flag("use exactly this run directory instead", affects="place", inherited=False)
+    run_dir: str | None = flag(
+        "use exactly this run directory instead", affects="place", inherited=False, section=SAVING
+    )
     timers: bool = switch(
         "measure the parts of each step, and average gradients apart from the backward pass",
         affects="speed",
@@ -211,21 +226,28 @@ class Config:
         affects="speed",
         inherited=False,
     )
-    tensorboard: bool = switch("write TensorBoard scalars into the run directory", affects="record", inherited=False)
+    tensorboard: bool = switch(
+        "write TensorBoard scalars into the run directory", affects="record", inherited=False, section=SAVING
+    )
     resume: str | None = flag(
         "go on from a checkpoint file, a run directory, or auto: the newest intact one of --run-dir (in place) or of "
         "<output-dir>/runs, from the start where there is none; flags not given are as they were there",
         affects="place",
         inherited=False,
+        section=SAVING,
     )
     checkpoint_every: int = flag(
-        "steps between checkpoints, besides those after an evaluation; 0: none", 0, AT_LEAST_0, affects="record"
+        "steps between checkpoints, besides those after an evaluation; 0: none",
+        0,
+        AT_LEAST_0,
+        affects="record",
+        section=SAVING,
     )
     start_epoch: int = flag(
         "first epoch, counted from 0, where no checkpoint says it", 0, AT_LEAST_0, affects="start", inherited=False
     )
     test_only: bool = switch(
-        "only evaluate the weights of --resume or --pretrained", affects="figures", inherited=False
+        "only evaluate the weights of --resume or --pretrained", affects="figures", inherited=False, section=SAVING
     )
     cache_dataset: bool = switch(
         "accepted; listings of large folders are always kept, and checked against the folder",
@@ -247,66 +269,6 @@ class Config:
 def settings_that_affect(*kinds: str) -> set[str]:
     """The names of the settings that affect one of these, of ``flags.AFFECTS``."""
     return {item.name for item in fields(Config) if item.metadata["policy"].affects in kinds}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of ``python -m vgglab.train``."""
-    parser = OneLineParser(
-        prog="vgglab.train",
-        usage="python -m vgglab.train [--flag value ...]",
-        description="Train VGG; write a run directory.",
-        epilog="Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, said in one line; "
-        "75 left at SIGTERM, SIGUSR1 or SIGHUP with a checkpoint to go on from; 130 interrupted.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    for item in fields(Config):
-        options = dict(item.metadata)
-        del options["policy"]
-        names = ["--" + item.name.replace("_", "-"), *options.pop("names", [])]
-        negation = options.pop("negation", None)
-        if negation:
-            parser.add_argument(negation, dest=item.name, action="store_const", const=False, help="not so")
-        parser.add_argument(
-            *names, dest=item.name, type=options.pop("parse"), help=_help(item, options.pop("help")), **options
-        )
-    return parser
-
-
-def _help(item: Field, text: str) -> str:
-    is_worth_saying = item.default is not None and item.default is not False
-    return f"{text} (default {item.default})" if is_worth_saying else text
-
-
-def parse(argv: Sequence[str]) -> Config:
-    """Flags to settings.
-
-    Raises:
-        UserError: an unknown flag, a value out of its range, or two flags that contradict each other.
-    """
-    parser = build_parser()
-    dashed = [with_dashes(argument) for argument in argv]
-    known, unknown = parser.parse_known_args(dashed)
-    if unknown:
-        raise UserError(_unknown_flag(unknown[0], parser))
-    config = Config(**{**RECIPES.get(vars(known).get("recipe"), {}), **vars(known)})
-    check(config)
-    return config
-
-
-def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
-    if not argument.startswith("-"):
-        return f"{argument!r} belongs to no flag; every setting has one, e.g. --data-path {argument}"
-    name = argument.partition("=")[0]
-    close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
-    hint = f"; did you mean {close[0]}?" if close else "; --help lists all flags"
-    return f"{name}: no such flag{hint}"
-
-
-def flags_given(argv: Sequence[str]) -> list[str]:
-    """The settings that a command line names, itself or by a recipe."""
-    known = vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0])
-    return [*RECIPES.get(known.get("recipe"), {}), *known]
 
 
 def check(config: Config) -> None:

@@ -78,11 +78,13 @@ def flag(
     affects: str = "weights",
     inherited: bool = True,
     implies: tuple[str, ...] = (),
+    section: str = "",
     **options: Any,
 ) -> Any:
     """A setting: its help, default, parser and policy; ``names`` adds to ``--the-field's-name``.
 
     Args:
+        section: under which heading ``--help`` shows it; without one only ``--help-all`` does.
         options: of ``ArgumentParser.add_argument``.
 
     Raises:
@@ -90,7 +92,9 @@ def flag(
     """
     AFFECTS[affects]
     policy = Policy(affects, inherited, implies)
-    return field(default=default, metadata={"help": help, "parse": parse, "policy": policy, **options})
+    return field(
+        default=default, metadata={"help": help, "parse": parse, "policy": policy, "section": section, **options}
+    )
 
 
 def switch(help: str, **options: Any) -> Any:

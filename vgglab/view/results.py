@@ -8,7 +8,6 @@ Speeds are of measured steps only. A simulated card has none, so its runs stand 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
@@ -288,34 +287,7 @@ def _tables(results: Sequence[Result]) -> list[tuple[str, list[Result], str]]:
     return tables
 
 
-def _refuse_foreign(file: Path) -> None:
-    """A page of before is written anew; what is anything else stays. Raises UserError, OSError."""
-    if file.exists() and TITLE not in file.read_text(encoding="utf-8", errors="replace")[:500]:
-        raise UserError(f"--html {file}: is there and is no page of results; name another file")
+if __name__ == "__main__":  # as it was called before there was ``vgglab results``
+    from vgglab.commands import call
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables, or write them as a page."""
-    parser = argparse.ArgumentParser(prog="vgglab.view.results", description=main.__doc__)
-    parser.add_argument("folder", nargs="*", type=Path, default=[Path("runs")], help="a run, or a folder of runs")
-    parser.add_argument("--html", type=Path, help="write a page to this file instead")
-    options = parser.parse_args(argv)
-    try:
-        results, series = collect(options.folder), series_of(options.folder)
-        if options.html:
-            _refuse_foreign(options.html)
-            options.html.write_text(as_html(results, series), encoding="utf-8")
-            print(options.html)
-        else:
-            print(as_text(results, series))
-    except OSError as error:
-        print(f"vgglab.view.results: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    except UserError as error:
-        print(f"vgglab.view.results: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call("results"))

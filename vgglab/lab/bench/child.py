@@ -23,7 +23,7 @@ from vgglab.errors import UserError
 from vgglab.lab.ceilings import product_flop_per_second
 from vgglab.model import build, head_for
 from vgglab.optim import set_learning_rate
-from vgglab.settings.config import parse
+from vgglab.settings.parser import parse
 from vgglab.settings.schedule import learning_rate
 from vgglab.trainer import Trainer
 

@@ -10,15 +10,13 @@ process, two, and so on up to the number of cores. Files are read once before th
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import math
 import os
 import time
 from functools import partial
 from statistics import median
-from typing import Any, Callable, Iterator, List, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, List, NamedTuple
 
 import torch
 from PIL import Image
@@ -34,9 +32,7 @@ from vgglab.devices import open_device
 from vgglab.devices.base import Device
 from vgglab.dist import ranks
 from vgglab.errors import UserError
-from vgglab.settings.config import DECODERS, Config
-from vgglab.settings.config import parse as parse_training
-from vgglab.settings.flags import OneLineParser, with_dashes
+from vgglab.settings.config import Config
 
 # What a card computes, in images/s of VGG16's training: Enflame's published figure, and a round one of a fast card.
 CARDS = {"T20, as published": 590.3, "a fast card": 2400.0}
@@ -238,52 +234,3 @@ def as_text(figures: DataFigures, data_path: str) -> str:
         here = f", of which this machine has {figures.num_cores}" if count > figures.num_cores else ""
         lines.append(f"{name}: needs {count} loader processes, each on a core of its own{here}")
     return "\n".join(lines)
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Raises UserError."""
-    parser = OneLineParser(
-        prog="vgglab.bench data",
-        usage="python -m vgglab.bench data [--flag value ...]",
-        description="How fast training images come, beside torchvision's reference pipeline in the same run.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--data-path", default="digits", help="a folder or a set, as for training")
-    parser.add_argument("--image-size", type=int, help="side of the crop; default: the set's")
-    parser.add_argument("--batch-size", type=int, default=32, help="images per batch (default 32)")
-    parser.add_argument("--decoder", choices=("auto", *DECODERS), default="auto", help="as for training")
-    parser.add_argument("--workers", help="numbers of loader processes to try, e.g. 1,2,4; default: 1 and all cores")
-    parser.add_argument("--seconds", type=_positive, default=20.0, help="for each of the two parts, about (default 20)")
-    parser.add_argument("--card", type=_positive, help="images/s that your card computes: how many processes it needs")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    return parser.parse_args([with_dashes(argument) for argument in argv])
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1e12:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
-def main(argv: Sequence[str]) -> None:
-    """Print the figures. Raises UserError."""
-    options = parse(argv)
-    flags = [f"--data-path={options.data_path}", f"--batch-size={options.batch_size}", f"--decoder={options.decoder}"]
-    flags += [] if options.image_size is None else [f"--image-size={options.image_size}"]
-    figures = measure(parse_training(flags), options.seconds, _counts(options.workers), options.card)
-    print(as_text(figures, options.data_path), flush=True)
-    if options.json:
-        print(json.dumps(figures._asdict()))
-
-
-def _counts(text: str | None) -> list[int]:
-    if text is None:
-        return sorted({1, ranks.num_cores()})
-    words = text.split(",")
-    if not all(word.strip().isascii() and word.strip().isdigit() and int(word) > 0 for word in words):
-        raise UserError(f"--workers: {text!r} is not a list of numbers above 0, such as 1,2,4")
-    return [int(word) for word in words]

@@ -13,8 +13,6 @@ process. The result also goes into a run directory, as ``bench.json``.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 from contextlib import nullcontext
 from functools import lru_cache
@@ -24,14 +22,12 @@ from typing import Any, NamedTuple, Sequence
 
 import torch
 
-from vgglab.devices import DEVICE_CHOICES
 from vgglab.errors import UserError
 from vgglab.lab import anatomy
 from vgglab.lab.bench.child import Network, Ready, Refusal, Way, work
 from vgglab.runs.run import run_path
 from vgglab.runs.writer import RunWriter
-from vgglab.settings.config import MODELS, parse
-from vgglab.settings.flags import OneLineParser, with_dashes
+from vgglab.settings.parser import parse
 from vgglab.storage.schema import write_document
 
 PLAIN = Way("plain", is_plain=True, is_prepared=False)
@@ -153,7 +149,7 @@ def _training_flop(network: Network) -> int:
     return anatomy.of(hollow, network.image_size).training_flop
 
 
-def _way(name: str) -> Way:
+def way_named(name: str) -> Way:
     if name not in WAYS:
         raise UserError(f"--ways: no way {name!r}; there are {', '.join(WAYS)}")
     return WAYS[name]
@@ -171,7 +167,7 @@ def measure(flags: Sequence[str], ways: Sequence[str], batch_size: int, turns: i
     Raises:
         UserError: an unknown way, or one that this device does not offer; DoesNotFit: no memory for the batch.
     """
-    chosen = [_way(name) for name in dict.fromkeys(ways)]
+    chosen = [way_named(name) for name in dict.fromkeys(ways)]
     flags = [*flags, *FLAGS, f"--batch-size={batch_size}"]
     plain = Child(PLAIN, flags)
     plain.steps(1)
@@ -222,7 +218,7 @@ def largest(flags: Sequence[str], way: str, turns: int, steps: int) -> StepFigur
 
 
 def _alone(flags: Sequence[str], way: str, batch_size: int) -> Child:
-    child = Child(_way(way), [*flags, *FLAGS, f"--batch-size={batch_size}"])
+    child = Child(way_named(way), [*flags, *FLAGS, f"--batch-size={batch_size}"])
     try:
         child.steps(2)
     except UserError:
@@ -245,53 +241,6 @@ def as_text(results: Sequence[StepFigures]) -> str:
     if any(row.ratio is None for row in results):
         lines.append(f"the largest batch that fits, to {CLOSE_ENOUGH:.0%}; a plain loop beside it would not")
     return "\n".join(lines)
-
-
-def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="vgglab.bench step",
-        usage="python -m vgglab.bench step [--flag value ...]",
-        description="How fast training steps are, each way beside a plain PyTorch loop in the same run.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", choices=MODELS, default="vgg16")
-    parser.add_argument("--device", choices=DEVICE_CHOICES, default="auto")
-    parser.add_argument("--image-size", default="224", help="side of the images (default 224)")
-    parser.add_argument("--batch-size", default="16", help="one or several, e.g. 8,16,32, or max (default 16)")
-    parser.add_argument("--ways", default=",".join(USUAL), help=f"of {', '.join(WAYS)} (default {','.join(USUAL)})")
-    parser.add_argument("--against", choices=("torchvision",), help="torchvision's network in a plain loop, too")
-    parser.add_argument("--turns", type=int, default=5, help="of each way and the plain loop (default 5)")
-    parser.add_argument("--steps", type=int, default=1, help="in each turn (default 1)")
-    parser.add_argument("--output-dir", default=".", help="the run directory is made in <this>/runs")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    return parser.parse_args([with_dashes(argument) for argument in argv])
-
-
-def main(argv: Sequence[str]) -> None:
-    """Measure, print, write. Raises UserError."""
-    options = _options(argv)
-    ways = [name.strip() for name in options.ways.split(",")] + ([options.against] if options.against else [])
-    for name in ways:
-        _way(name)
-    sizes = options.batch_size.split(",")
-    if sizes != ["max"] and not all(size.strip().isascii() and size.strip().isdigit() and int(size) for size in sizes):
-        raise UserError(f"--batch-size: {options.batch_size!r} is not a number above 0, several such as 8,16, or max")
-    if min(options.turns, options.steps) < 1:
-        raise UserError("--turns, --steps: at least 1")
-    flags = [f"--model={options.model}", f"--device={options.device}", f"--image-size={options.image_size}"]
-    parse(flags)
-    results = []
-    for size in sizes:
-        if size == "max":
-            results += [largest(flags, way, options.turns, options.steps) for way in dict.fromkeys(ways)]
-        else:
-            results += measure(flags, ways, int(size), options.turns, options.steps)
-    path = save(results, flags, options.output_dir)
-    print(as_text(results))
-    print(f"run directory: {path}", flush=True)
-    if options.json:
-        best = max(results, key=lambda row: row.images_per_second)
-        print(json.dumps({**best._asdict(), "all": [row._asdict() for row in results]}))
 
 
 def save(results: Sequence[StepFigures], flags: Sequence[str], output_dir: str = ".") -> Path:

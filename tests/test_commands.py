@@ -1,0 +1,116 @@
+"""The command ``vgglab``: what it offers, its help, its completion, and the lines of before it."""
+
+import os
+import re
+import sys
+from dataclasses import fields
+
+import pytest
+from conftest import PROJECT, TINY
+from processes import python
+
+from vgglab.__main__ import NAMES
+from vgglab.settings.config import Config
+
+WIDE = {**os.environ, "COLUMNS": "100"}
+LINES_OF_A_SCREEN = 45
+
+
+def vgglab(*words, **options):
+    return python("-m", "vgglab", *words, env=WIDE, **options)
+
+
+def test_without_a_command_it_says_what_there_is():
+    result = vgglab()
+    assert result.returncode == 0
+    assert re.findall(r"^  ([a-z]+)  +", result.stdout, re.MULTILINE) == NAMES
+    assert vgglab("--help").stdout == result.stdout
+    assert vgglab("--version").stdout.startswith("vgglab ")
+
+
+def test_an_unknown_command_is_answered_in_one_line():
+    result = vgglab("trian")
+    assert (result.returncode, result.stderr) == (2, "vgglab: error: 'trian' is no command; did you mean train?\n")
+    assert "there are notebooks, lab, " in vgglab("dance").stderr
+
+
+@pytest.mark.parametrize("words", [*([name] for name in NAMES), ["bench", "data"], ["bench", "step"]], ids=" ".join)
+def test_help_fits_a_screen(words):
+    result = vgglab(*words, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"usage: vgglab {words[0]}")
+    assert len(result.stdout.splitlines()) <= LINES_OF_A_SCREEN
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("notebooks", "lab")])
+def test_the_modules_of_before_say_the_same(name):
+    module = "vgglab.view.results" if name == "results" else f"vgglab.{name}"
+    assert python("-m", module, "--help", env=WIDE).stdout == vgglab(name, "--help").stdout
+    result = python("-m", module, "--no-such-flag")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert result.stderr.startswith(f"vgglab.{name}: error: ")
+
+
+def test_all_flags_of_training_are_a_flag_away():
+    everything = vgglab("train", "--help-all").stdout
+    missing = [item.name for item in fields(Config) if f"--{item.name.replace('_', '-')}" not in everything]
+    assert missing == []
+    assert "--label-smoothing" not in vgglab("train", "--help").stdout
+
+
+def test_it_trains(images, tmp_path):
+    result = vgglab("train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "report.json").exists()
+    refused = vgglab("train", "--epochs=0")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("vgglab.train: error: --epochs: ")
+
+
+def test_notebooks_are_copied_and_nothing_is_overwritten(tmp_path):
+    result = vgglab("notebooks", tmp_path / "here")
+    assert result.returncode == 0, result.stderr
+    copied = {file.name: file.read_bytes() for file in (tmp_path / "here").iterdir()}
+    assert copied == {file.name: file.read_bytes() for file in PROJECT.glob("notebooks/[0-9]*.ipynb")}
+    assert len(copied) == 9
+    mine = tmp_path / "there" / "05_many_cards.ipynb"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    refused = vgglab("notebooks", tmp_path / "there")
+    assert (refused.returncode, refused.stderr) == (
+        2, f"vgglab.notebooks: error: {mine}: is there already; name another folder\n",
+    )  # fmt: skip
+    assert [file.name for file in mine.parent.iterdir()] == [mine.name]
+
+
+def test_a_wheel_has_all_notebooks():
+    """They are listed one by one: the folder may hold runs, too."""
+    listed = re.findall(r'^"(notebooks/.*)" = "vgglab/\1"$', (PROJECT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert listed == sorted(str(file.relative_to(PROJECT)) for file in PROJECT.glob("notebooks/[0-9]*.ipynb"))
+
+
+def completions(line, tmp_path):
+    pytest.importorskip("argcomplete")
+    answer = tmp_path / "answer"
+    environment = {
+        **os.environ, "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "COMP_LINE": line, "COMP_POINT": str(len(line)),
+    }  # fmt: skip
+    code = "import sys; from vgglab.__main__ import main; sys.argv[:] = ['vgglab']; main()"
+    python("-c", code, env=environment)
+    return [word.strip() for word in answer.read_text().split("\n")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="bash")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("vgglab do", "doctor"),
+        ("vgglab train --label-sm", "--label-smoothing"),
+        ("vgglab train --model vgg19_", "vgg19_bn"),
+        ("vgglab bench st", "step"),
+        ("vgglab plan --images-p", "--images-per-second"),
+    ],
+)
+def test_the_shell_completes(typed, offered, tmp_path):
+    assert completions(typed, tmp_path) == [offered]

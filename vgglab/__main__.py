@@ -1,0 +1,94 @@
+"""The command ``vgglab``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+from vgglab.commands import call
+
+COMMANDS = {
+    "Learn": {
+        "notebooks": "copy the notebooks into a folder",
+        "lab": "open them in JupyterLab",
+        "anatomy": "a network layer by layer: shapes, parameters, operations, time",
+    },
+    "Train": {
+        "plan": "before a long training: hours, steps, disk, learning rates",
+        "train": "train, resume, test",
+        "data": "find the images of a set that cannot be read",
+        "bench": "how fast images come, how fast training steps are",
+        "doctor": "what this machine has, and what is wrong with it",
+    },
+    "Look at runs": {
+        "results": "runs side by side, as text or as a page",
+        "compare": "where two runs first differ",
+        "report": "write the final figures of a run again",
+        "book": "execute all notebooks and make a site of them",
+    },
+}
+NAMES = [name for group in COMMANDS.values() for name in group]
+
+
+def usage() -> str:
+    lines = ["usage: vgglab COMMAND [option ...]", ""]
+    for group, commands in COMMANDS.items():
+        lines += [f"{group}:", *(f"  {name:11s}{about}" for name, about in commands.items()), ""]
+    return "\n".join([*lines, "vgglab COMMAND --help says more. Its completion in bash:",
+                      '  eval "$(register-python-argcomplete vgglab)"'])  # fmt: skip
+
+
+def main() -> NoReturn:
+    """The console script. ``python -m vgglab`` is the same."""
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
+    name, argv = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        sys.exit(0)
+    if name == "--version":
+        from vgglab.version import __version__
+
+        print(f"vgglab {__version__}")
+        sys.exit(0)
+    if name not in NAMES:
+        close = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(NAMES)}"
+        print(f"vgglab: error: {name!r} is no command; {hint}", file=sys.stderr)
+        sys.exit(2)
+    if name == "train":
+        from vgglab.train import run_and_exit
+
+        run_and_exit(argv)
+    sys.exit(call(name, argv))
+
+
+def _complete() -> None:
+    """Answer the shell, with the flags of the one command that is being typed."""
+    import argparse
+
+    try:
+        import argcomplete
+    except ImportError:
+        return
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    typed = os.environ.get("COMP_LINE", "").split()
+    for name in NAMES:
+        if name not in typed[1:2]:
+            commands.add_parser(name)
+        elif name == "train":
+            from vgglab.settings.parser import build_parser
+
+            commands.add_parser(name, parents=[build_parser(shows_all=True)], add_help=False)
+        else:
+            module = importlib.import_module(f"vgglab.commands.{name}")
+            commands.add_parser(name, parents=[module.parser()], add_help=False)
+    argcomplete.autocomplete(parser)
+
+
+if __name__ == "__main__":
+    main()

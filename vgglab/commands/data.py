@@ -1,0 +1,42 @@
+"""``vgglab data check``: which images of a set cannot be read; see ``vgglab/data/check.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Sequence
+
+from vgglab.commands import call
+from vgglab.dist import ranks
+from vgglab.settings.flags import AT_LEAST_1, OneLineParser, with_dashes
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="vgglab data",
+        usage="vgglab data check PATH [--flag value ...]",
+        description="Read every image of a set once and say which cannot be read.",
+        epilog="Exit codes: 0 all can be read; 1 some cannot; 2 bad input.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", choices=["check"], help=argparse.SUPPRESS)
+    parser.add_argument("path", help="a folder with train/ and val/, or a set by name")
+    parser.add_argument(
+        "-j", "--workers", type=AT_LEAST_1, default=ranks.num_cores(), help="processes; default: one a core"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parser().parse_args([with_dashes(argument) for argument in argv])
+    from vgglab.data.check import as_text, check
+
+    findings = check(options.path, options.workers)
+    print(json.dumps(findings._asdict()) if options.json else as_text(findings))
+    return 1 if findings.unreadable else 0
+
+
+if __name__ == "__main__":
+    sys.exit(call("data"))

@@ -1,0 +1,48 @@
+"""``vgglab lab [DIR]``: the notebooks in JupyterLab."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Sequence
+
+from vgglab.commands import call
+from vgglab.commands.notebooks import copy_to
+from vgglab.errors import UserError
+from vgglab.settings.flags import OneLineParser
+
+USUAL_FOLDER = Path("vgglab-notebooks")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="vgglab lab",
+        description="Open the notebooks in JupyterLab. Other flags are JupyterLab's, such as --no-browser.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=USUAL_FOLDER,
+        help="where they are; they are copied there if it is not there yet (default %(default)s)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    options, jupyters = parser().parse_known_args(argv)
+    if find_spec("jupyterlab") is None:
+        raise UserError("JupyterLab is not installed; pip install 'vgglab[lab]'")
+    if not options.folder.exists():
+        copy_to(options.folder)
+    first = min(options.folder.glob("*.ipynb"), default=options.folder)
+    root = ["--allow-root"] if hasattr(os, "getuid") and os.getuid() == 0 else []
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(first), *root, *jupyters])
+
+
+if __name__ == "__main__":
+    sys.exit(call("lab"))

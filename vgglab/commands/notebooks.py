@@ -1,0 +1,57 @@
+"""``vgglab notebooks DIR``: copy the notebooks to where they can be worked in."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Sequence
+
+import vgglab
+from vgglab.commands import call
+from vgglab.errors import UserError
+from vgglab.settings.flags import OneLineParser
+
+PACKAGE = Path(vgglab.__file__).resolve().parent
+
+
+def originals() -> list[Path]:
+    """The notebooks of this installation: a wheel has them in the package, a checkout beside it."""
+    for folder in (PACKAGE / "notebooks", PACKAGE.parent / "notebooks"):
+        found = sorted(folder.glob("[0-9]*.ipynb"))
+        if found:
+            return found
+    raise UserError(f"no notebooks in {PACKAGE}; install vgglab again")
+
+
+def copy_to(folder: Path) -> list[Path]:
+    """The copies. Raises UserError where one is there already: somebody may have worked in it; then none is written."""
+    copies = {folder / original.name: original for original in originals()}
+    for copy in copies:
+        if copy.exists():
+            raise UserError(f"{copy}: is there already; name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for copy, original in copies.items():
+            with copy.open("xb") as file:
+                file.write(original.read_bytes())
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror}") from None
+    return list(copies)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="vgglab notebooks", description="Copy the notebooks; files that are there stay.")
+    parser.add_argument("folder", type=Path, help="where to; made if it is not there")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parser().parse_args(argv)
+    copies = copy_to(options.folder)
+    print(f"{len(copies)} notebooks in {options.folder}; next: vgglab lab {options.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(call("notebooks"))

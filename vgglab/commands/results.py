@@ -1,0 +1,45 @@
+"""``vgglab results``: runs side by side, as text or as a page; see ``vgglab/view/results.py``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Sequence
+
+from vgglab.commands import call
+from vgglab.errors import UserError
+from vgglab.settings.flags import OneLineParser
+from vgglab.view.results import TITLE, as_html, as_text, collect, series_of
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="vgglab results", description="Runs side by side, as tables or as a page.")
+    parser.add_argument("folder", nargs="*", type=Path, default=[Path("runs")], help="a run, or a folder of runs")
+    parser.add_argument("--html", type=Path, help="write a page to this file instead")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parser().parse_args(argv)
+    results, series = collect(options.folder), series_of(options.folder)
+    try:
+        if options.html:
+            _refuse_foreign(options.html)
+            options.html.write_text(as_html(results, series), encoding="utf-8")
+            print(options.html)
+        else:
+            print(as_text(results, series))
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
+    return 0
+
+
+def _refuse_foreign(file: Path) -> None:
+    """A page of before is written anew; what is anything else stays. Raises UserError, OSError."""
+    if file.exists() and TITLE not in file.read_text(encoding="utf-8", errors="replace")[:500]:
+        raise UserError(f"--html {file}: is there and is no page of results; name another file")
+
+
+if __name__ == "__main__":
+    sys.exit(call("results"))

@@ -1,0 +1,105 @@
+"""From a command line to settings, with a recipe's values where a recipe was named. Nothing here imports torch.
+
+The flags are the seed kit's; ``-`` and ``_`` are both accepted in any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from dataclasses import Field, fields
+from typing import Any, Sequence
+
+from vgglab.errors import UserError
+from vgglab.settings.config import HOW, SAVING, WHAT, WHERE, Config, check
+from vgglab.settings.flags import OneLineParser, with_dashes
+from vgglab.settings.recipes import RECIPES
+
+
+class _Brief(argparse.HelpFormatter):
+    """A line for each flag, as far as the terminal is wide enough."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = max(action.option_strings, key=len)
+        return name if action.nargs in (0, "?") else f"{name} {action.dest.rpartition('_')[2].upper()}"
+
+
+class _HelpAll(argparse.Action):
+    """Print the help with all flags, and end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        build_parser(shows_all=True).print_help()
+        parser.exit()
+
+
+def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
+    """The parser of ``vgglab train``; its help has the flags with a section, or all."""
+    parser = OneLineParser(
+        prog="vgglab train",
+        usage="vgglab train [--flag value ...]",
+        description="Train VGG; write a run directory.",
+        epilog="Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, said in one line; "
+        "75 left at SIGTERM, SIGUSR1 or SIGHUP with a checkpoint to go on from; 130 interrupted.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.HelpFormatter if shows_all else _Brief,
+    )
+    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="all flags, and all that is to be said of them")
+    sections = {title: parser.add_argument_group(title) for title in (WHAT, HOW, WHERE, SAVING)}
+    others = parser.add_argument_group("all other flags") if shows_all else parser
+    for item in fields(Config):
+        options = dict(item.metadata)
+        del options["policy"]
+        group = sections.get(options.pop("section"), others)
+        text = options.pop("help")
+        if shows_all:
+            text = _help(item, text)
+        else:
+            text = argparse.SUPPRESS if group is others else _help(item, re.split("[;:] ", text)[0])
+        names = ["--" + item.name.replace("_", "-"), *options.pop("names", [])]
+        negation = options.pop("negation", None)
+        if negation:
+            help_of_negation = "not so" if shows_all else argparse.SUPPRESS
+            group.add_argument(negation, dest=item.name, action="store_const", const=False, help=help_of_negation)
+        group.add_argument(*names, dest=item.name, type=options.pop("parse"), help=text, **options)
+    return parser
+
+
+def _help(item: Field, text: str) -> str:
+    is_worth_saying = item.default is not None and item.default is not False
+    return f"{text} (default {item.default})" if is_worth_saying else text
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Flags to settings.
+
+    Raises:
+        UserError: an unknown flag, a value out of its range, or two flags that contradict each other.
+    """
+    parser = build_parser()
+    dashed = [with_dashes(argument) for argument in argv]
+    known, unknown = parser.parse_known_args(dashed)
+    if unknown:
+        raise UserError(_unknown_flag(unknown[0], parser))
+    config = Config(**{**RECIPES.get(vars(known).get("recipe"), {}), **vars(known)})
+    check(config)
+    return config
+
+
+def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
+    if not argument.startswith("-"):
+        return f"{argument!r} belongs to no flag; every setting has one, e.g. --data-path {argument}"
+    name = argument.partition("=")[0]
+    close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
+    hint = f"; did you mean {close[0]}?" if close else "; --help-all lists all flags"
+    return f"{name}: no such flag{hint}"
+
+
+def flags_given(argv: Sequence[str]) -> list[str]:
+    """The settings that a command line names, itself or by a recipe."""
+    known = vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0])
+    return [*RECIPES.get(known.get("recipe"), {}), *known]
