@@ -141,3 +141,9 @@ def test_nobody_imports_what_rewrites_torch():
 
 def test_text_becomes_html_in_one_place():
     assert [name_of(file) for file in MODULES if "html.escape" in file.read_text()] == ["vgglab.view.tables"]
+
+
+def test_no_module_is_ignored_by_git():
+    """A wheel leaves out what git ignores: an installation once had no vgglab/runs."""
+    ignored = shell("git", "check-ignore", "--no-index", *(str(file.relative_to(PROJECT)) for file in MODULES))
+    assert ignored.stdout == ""

@@ -1,0 +1,1 @@
+"""The run directory: written by a training, read by everything else."""
