@@ -32,7 +32,7 @@ def open_installed(wishes: Wishes) -> Device:
     if is_lazy(torch_gcu):
         from vgglab.devices.gcu_lazy import LazyGcu
 
-        return LazyGcu(wishes, torch_gcu)
+        return LazyGcu(wishes, torch_gcu, wants_tf32(wishes.tf32))
     from vgglab.devices.gcu_eager import EagerGcu
 
     return EagerGcu(wishes, torch_gcu)

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 from vgglab.devices import Wishes
 from vgglab.devices.base import Device
-from vgglab.devices.gcu import wants_tf32
 from vgglab.devices.stock import LOSS_SCALE, SCALE_GROWTH_INTERVAL
 from vgglab.errors import UserError
 
@@ -32,7 +31,7 @@ class LazyGcu(Device):
     pins_memory = False  # on torch 1.10 that works with CUDA only
     can_average = False  # it would have to be part of the step's graph, and its factor a new constant in each
 
-    def __init__(self, wishes: Wishes, torch_gcu: Any) -> None:
+    def __init__(self, wishes: Wishes, torch_gcu: Any, tf32: bool) -> None:
         super().__init__(wishes)
         for module in ("amp", "distributed", "nn.parallel", "utils.data.distributed"):
             importlib.import_module(f"torch_gcu.{module}")
@@ -40,7 +39,7 @@ class LazyGcu(Device):
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._refuse_missing_card(torch_gcu.device_count())
         self.amp_dtype = "float16" if wishes.amp == "auto" else wishes.amp
-        self.tf32 = wants_tf32(wishes.tf32)  # settled before torch_gcu was imported, not to be changed now
+        self.tf32 = tf32  # settled before torch_gcu was imported, not to be changed now
         self._check()
         self.sampler = torch_gcu.utils.data.distributed.DistributedSampler
         # gcu_device, not device: that one is a context manager.

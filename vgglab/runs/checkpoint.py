@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vgglab.devices.compat import NotACheckpoint, damage_of, load_tensors
+from vgglab.dist.interrupts import undisturbed
 from vgglab.errors import UserError
 from vgglab.storage.files import make_folder, without_links
-from vgglab.dist.interrupts import undisturbed
 
 FORMAT = "vgglab-1"
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Sequence
 
-from vgglab.settings.config import settings_that_affect
 from vgglab.errors import UserError
-from vgglab.runs.writer import finite
 from vgglab.runs.run import Run
+from vgglab.settings.config import settings_that_affect
 
 STARTING_POINT = ("num_train_images", "num_eval_images", "num_classes", "num_parameters", "steps_per_epoch", "data")
 FIGURES = {

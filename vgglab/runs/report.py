@@ -5,12 +5,12 @@ Safe to delete: ``python -m vgglab.report RUN`` writes it again.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vgglab.errors import UserError, printable
-from vgglab.storage.files import writing
-from vgglab.runs.run import Event, Run
-from vgglab.storage.schema import write_document
+from vgglab.errors import UserError
+
+if TYPE_CHECKING:
+    from vgglab.runs.run import Event, Run
 
 STEADY = 1.2  # a tenth of the steps slower than this many medians is worth a remark
 FEWEST_STEPS_TO_JUDGE = 20

@@ -26,12 +26,12 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgglab.storage.lock import holder
 from vgglab.dist.processes import ask_where, is_alive, is_running, kill_all, processes_of
+from vgglab.dist.ranks import failures, grace_period_seconds
 from vgglab.errors import UserError, printable
 from vgglab.storage.events import Event, EventFile
 from vgglab.storage.files import exists, make_folder, tail_of, writing
-from vgglab.dist.ranks import failures, grace_period_seconds
+from vgglab.storage.lock import holder
 from vgglab.storage.schema import RANK, SKIPPED, Document, line_in, read_document, readable_document
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Generator, Sequence
 
 from vgglab.dist import ranks
-from vgglab.settings.config import Config
-from vgglab.errors import UserError, printable
 from vgglab.dist.interrupts import passing_on_signals
+from vgglab.errors import UserError, printable
 from vgglab.runs.run import Run, is_a_run, run_path
+from vgglab.settings.config import Config
 
 if TYPE_CHECKING:
     from vgglab.launch import LaunchedRun

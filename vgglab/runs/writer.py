@@ -13,13 +13,13 @@ import traceback
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
-from vgglab.storage import lock
 from vgglab.dist.processes import signature
+from vgglab.dist.ranks import ASK_WHERE
 from vgglab.errors import UserError
+from vgglab.runs.run import LOCK, OURS, Run, claim
+from vgglab.storage import lock
 from vgglab.storage.events import Event, EventFile
 from vgglab.storage.files import without_links, writing
-from vgglab.dist.ranks import ASK_WHERE
-from vgglab.runs.run import LOCK, OURS, Run, claim
 from vgglab.storage.schema import append_line, write_document
 from vgglab.version import __version__
 
