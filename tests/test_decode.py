@@ -13,8 +13,20 @@ from processes import python
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from vgglab.data.decode import BadImage, Box, JpegPicture, as_tensor, best_decoder, cut, open_picture, resize
-from vgglab.data.transform import CHANNEL_MEAN, CHANNEL_STD, CentreCrop, RandomCrop, normalised, random_box
+from vgglab.data.decode import JpegPicture, best_decoder, open_picture
+from vgglab.data.transform import (
+    CHANNEL_MEAN,
+    CHANNEL_STD,
+    Box,
+    CentreCrop,
+    RandomCrop,
+    as_tensor,
+    cut,
+    normalised,
+    random_box,
+    resize,
+)
+from vgglab.errors import BadImage
 
 needs_fast = pytest.mark.skipif(
     best_decoder() != "fast", reason="simplejpeg, or a torch that shrinks bytes, is missing"

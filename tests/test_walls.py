@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,35 @@ def test_no_module_is_ignored_by_git():
     """A wheel leaves out what git ignores: an installation once had no vgglab/runs."""
     ignored = shell("git", "check-ignore", "--no-index", *(str(file.relative_to(PROJECT)) for file in MODULES))
     assert ignored.stdout == ""
+
+
+def lines_of_code(file):
+    """Without blank lines, comments and docstrings."""
+    docstrings = {
+        line
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+    nothing = {getattr(tokenize, name) for name in "COMMENT NL NEWLINE INDENT DEDENT ENCODING ENDMARKER".split()}
+    with file.open("rb") as source:
+        tokens = [token for token in tokenize.tokenize(source.readline) if token.type not in nothing]
+    return len({line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - docstrings)
+
+
+def test_the_training_is_read_in_an_evening():
+    """All that the trainer imports, devices left out, and the settings: ten files, listed for the reader."""
+    files = {name_of(file): file for file in MODULES}
+    path, to_do = {"vgglab.settings.config"}, ["vgglab.trainer"]
+    while to_do:
+        name = to_do.pop()
+        if name in files and name not in path and not name.startswith("vgglab.devices") and files[name].stem[0] != "_":
+            path.add(name)
+            to_do += imported_by(files[name])
+    rows = re.findall(r"^\| `(vgglab/[\w/]+\.py)` \| (\d+) \|", (PROJECT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    listed = {name: int(lines) for name, lines in rows}
+    counted = {str(files[name].relative_to(PROJECT)): lines_of_code(files[name]) for name in path}
+    assert listed.keys() == counted.keys()
+    assert {name: lines for name, lines in counted.items() if abs(lines - listed[name]) > 10} == {}
+    assert len(counted) <= 10
+    assert sum(counted.values()) <= 1300

@@ -20,6 +20,10 @@ def printable(value: Any) -> Any:
     return [printable(item) for item in value] if isinstance(value, list) else value
 
 
+# What to do about a loss or a weight that is not a finite number.
+NOT_FINITE = "the last checkpoint is from before that; lower --lr or lengthen --warmup"
+
+
 class UserError(Exception):
     """Something the reader can put right.
 
@@ -33,6 +37,14 @@ class UserError(Exception):
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a cell: the line, without the way it took through our code."""
         return [f"{type(self).__name__}: {self}"]
+
+
+class BadImage(UserError):
+    """A file that is listed as an image and cannot be used as one; the message names it."""
+
+    def __init__(self, message: str, file: str = "", reason: str = "") -> None:
+        super().__init__(message)  # one argument is enough: workers send exceptions by their message
+        self.file, self.reason = file, reason
 
 
 @contextlib.contextmanager

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import math
 import random
-from typing import Any, Iterable, NamedTuple
+from typing import TYPE_CHECKING, Any, Iterable, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer, RMSprop
 
-from vgglab.devices.base import Device
 from vgglab.devices.compat import without_compiler
-from vgglab.settings.config import Config
+
+if TYPE_CHECKING:
+    from vgglab.devices.base import Device
+    from vgglab.settings.config import Config
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager, nullcontext
-from typing import Any, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from vgglab.devices.base import Device
 from vgglab.devices.hostreads import HostReads
 from vgglab.dist import interrupts
-from vgglab.dist.ranks import STARTED
+
+if TYPE_CHECKING:
+    from vgglab.devices.base import Device
 
 LOOK_SECONDS = 5.0  # several ranks ask one another at least so often whether to leave
 
@@ -27,8 +28,9 @@ class Clock:
     which ``Timed`` reports as they end; and it is counted where the host reads from the device.
     """
 
-    def __init__(self, images_per_step: int, device: Device, has_phases: bool = False) -> None:
+    def __init__(self, images_per_step: int, device: Device, process_started: float, has_phases: bool = False) -> None:
         self.images_per_step, self.has_phases = images_per_step, has_phases
+        self._process_started = process_started  # by time.monotonic
         self._device = device
         self._has_seen_a_step = False
         self._reads = HostReads(device_is_host=device.is_host)
@@ -98,7 +100,8 @@ class Clock:
         }
         if not self._has_seen_a_step:
             self._has_seen_a_step = True
-            interval["first_step_seconds"] = time.monotonic() - STARTED - sum(interval["step_seconds"][1:])
+            later_steps = sum(interval["step_seconds"][1:])
+            interval["first_step_seconds"] = time.monotonic() - self._process_started - later_steps
         if self.has_phases:
             spent = dict.fromkeys(PHASES, 0.0)
             for (_, before), (phase, after) in zip(self._laps, self._laps[1:]):

@@ -45,7 +45,7 @@ if __name__ == "__main__" and not __package__:
         sys.path.insert(0, os.path.dirname(_here))
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Sequence
+from typing import TYPE_CHECKING, NoReturn, Sequence
 
 from vgglab.devices import agreement, import_torch, open_device
 from vgglab.dist import interrupts, ranks, slurm, spawn
@@ -53,13 +53,14 @@ from vgglab.dist.interrupts import Leaving, heeding_warnings, undisturbed
 from vgglab.errors import UserError, blaming
 from vgglab.runs import seeds
 from vgglab.settings import inheritance
-from vgglab.settings.config import Config, warnings_about
-from vgglab.settings.parser import flags_given, parse
+from vgglab.settings.config import Config
+from vgglab.settings.parser import flags_given, parse, warnings_about
 from vgglab.storage.schema import readable_document
 
 if TYPE_CHECKING:
     from vgglab.data.sets import DataSets
     from vgglab.devices.base import Device
+    from vgglab.runs.checkpoint import Checkpoint
     from vgglab.runs.writer import RankWriter
     from vgglab.trainer import Trainer
 
@@ -161,7 +162,7 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
         device.close()
 
 
-def _read_checkpoint(path: str) -> dict[str, Any]:
+def _read_checkpoint(path: str) -> Checkpoint:
     from vgglab.runs import checkpoint
 
     file = checkpoint.locate(path)
@@ -222,13 +223,15 @@ def _resolve(config: Config, device: Device, sets: DataSets) -> None:
 
 
 def _prepare_and_work(
-    config: Config, device: Device, sets: DataSets, saved: dict[str, Any] | None, is_in_place: bool
+    config: Config, device: Device, sets: DataSets, saved: Checkpoint | None, is_in_place: bool
 ) -> None:
     """The trainer lives in here only: on torch 1.10 a wrapped model that outlives its process group hangs at exit."""
     from vgglab.runs.writer import RankWriter
     from vgglab.trainer import Trainer
 
     trainer = Trainer(config, device, sets, saved)
+    if saved is not None and not config.test_only:
+        trainer.warnings += [f"--resume: {change}" for change in inheritance.changed_settings(saved, config.as_dict())]
     path = Path(str(config.run_dir))
     if device.rank == 0:
         _work_and_record(trainer, path, is_in_place)
@@ -259,6 +262,7 @@ def _work(trainer: Trainer, run: RankWriter) -> None:
 
 def _work_and_record(trainer: Trainer, path: Path, is_in_place: bool) -> None:
     """Rank 0: the run directory from its first line to its report, however the run ends."""
+    from vgglab.runs import checkpoint
     from vgglab.runs.report import build_report, measured, remark_on_steadiness
     from vgglab.runs.run import Run, holds_a_run
     from vgglab.runs.writer import RunWriter
@@ -292,6 +296,8 @@ def _work_and_record(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             warnings = [*device.warnings, *trainer.sets.warnings, *trainer.warnings]
             for text in [*warnings, *warnings_about(config)]:
                 run.event("warning", text=text)
+            if config.resume and not config.test_only:
+                checkpoint.carry_best(config.resume, path / "checkpoints")
             _work(trainer, run)
             status = "done"
             remark = "" if device.is_simulated else remark_on_steadiness(measured(Run(path).events()))

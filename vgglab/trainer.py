@@ -8,30 +8,47 @@ from __future__ import annotations
 
 import math
 from contextlib import closing, contextmanager
-from typing import Any, Iterator, NoReturn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Iterator, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from vgglab.data.loader import eval_batches, mix_seeds, train_batches
-from vgglab.data.sets import DataSets
 from vgglab.data.transform import normalised
-from vgglab.devices.base import Device
 from vgglab.devices.tracing import Tracer
 from vgglab.dist import interrupts
 from vgglab.dist.interrupts import Leaving
-from vgglab.dist.ranks import resume_advice
-from vgglab.errors import UserError, blaming
+from vgglab.errors import NOT_FINITE, UserError, blaming
 from vgglab.model import build, load_pretrained
 from vgglab.optim import Average, Objective, build_optimizer, set_learning_rate
 from vgglab.pace import Clock, Timed, Watch
-from vgglab.runs import checkpoint
-from vgglab.runs.checkpoint import TrainingState
-from vgglab.runs.run import SCHEMA
-from vgglab.runs.writer import RankWriter
-from vgglab.settings.config import Config
-from vgglab.settings.inheritance import changed_settings
 from vgglab.settings.schedule import learning_rate
+
+if TYPE_CHECKING:  # what a trainer is given
+    from vgglab.data.sets import DataSets
+    from vgglab.devices.base import Device
+    from vgglab.runs.checkpoint import Checkpoint
+    from vgglab.runs.writer import RankWriter
+    from vgglab.settings.config import Config
+
+
+@dataclass
+class TrainingState:
+    """How far a run has come: ``epoch`` epochs, ``images`` images of the next one, ``step`` steps in all."""
+
+    epoch: int = 0
+    images: int = 0
+    step: int = 0
+    best: dict[str, float] | None = None  # acc1 and acc5 in percent, each the highest so far
+    num_poor: int = 0  # evaluations in a row without a better top-1, since the last drop of the rate
+    num_drops: int = 0  # of the learning rate, by the plateau schedule
+
+    def was_evaluated(self, is_best: bool, patience: int) -> None:
+        """After ``patience`` evaluations without a better top-1 the plateau schedule has one more drop."""
+        self.num_poor = 0 if is_best else self.num_poor + 1
+        if self.num_poor >= patience:
+            self.num_poor, self.num_drops = 0, self.num_drops + 1
 
 
 class Trainer:
@@ -46,7 +63,7 @@ class Trainer:
         warnings: what the run should say about its start, one line each.
     """
 
-    def __init__(self, config: Config, device: Device, sets: DataSets, saved: dict[str, Any] | None = None) -> None:
+    def __init__(self, config: Config, device: Device, sets: DataSets, saved: Checkpoint | None = None) -> None:
         """Build everything, before there is a run directory; take up the checkpoint ``saved``, if there is one.
 
         Raises:
@@ -68,11 +85,10 @@ class Trainer:
         self.state = TrainingState(epoch=config.start_epoch)
         if saved is not None and not config.test_only:
             with blaming(f"--resume {config.resume}"):
-                self.state = checkpoint.restore_training(saved, self.optimizer, config.optimizer)
+                self.state = TrainingState(**saved.restore_training(self.optimizer, config.optimizer))
                 device.load_scaler_state(saved.get("scaler", {}))
-            self.warnings += [f"--resume: {change}" for change in changed_settings(saved, config.as_dict())]
 
-    def _build_network(self, saved: dict[str, Any] | None) -> nn.Module:
+    def _build_network(self, saved: Checkpoint | None) -> nn.Module:
         config = self.config
         network = build(
             config.model,
@@ -89,7 +105,7 @@ class Trainer:
                 )
         if saved is not None:
             with blaming(f"--resume {config.resume}"):
-                checkpoint.restore_model(saved, network, config.model, to_train=not config.test_only)
+                saved.restore_model(network, config.model, to_train=not config.test_only)
         return network
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,8 +142,6 @@ class Trainer:
             Leaving: a signal asked for it; the checkpoint is written.
         """
         config, state = self.config, self.state
-        if config.resume and self.device.rank == 0:
-            checkpoint.carry_best(config.resume, run.path / "checkpoints")
         if state.epoch >= config.epochs:
             text = f"nothing left to train: the checkpoint has {state.epoch} of {config.epochs} epochs"
             run.event("warning", text=text)
@@ -166,26 +180,10 @@ class Trainer:
         """
         if self.device.rank != 0:
             return
-        config, state, folder = self.config, self.state, run.path / "checkpoints"
-        settings = {**config.as_dict(), "simulated": self.device.is_simulated}
+        settings = {**self.config.as_dict(), "simulated": self.device.is_simulated}
         average = None if self.average is None else self.average.network
-        try:
-            checkpoint.save(
-                folder, self.network, self.optimizer, self.device.scaler_state(), state, settings, is_best, average
-            )
-        except checkpoint.NotFinite as error:
-            raise UserError(f"{error} is not finite after step {state.step}; {_ADVICE}") from None
-        except checkpoint.CannotSave as error:
-            left = "the one before is intact" if (folder / "last.pt").exists() else "there is none before it"
-            text = f"the checkpoint of step {state.step} was not written ({error}); {left}"
-            if state.epoch == config.epochs:
-                run.accepted("checkpoints")  # said here
-                lost = f"also not written: {run.losses()}; " if run.lost else ""
-                raise UserError(f"{folder}: {text}; {lost}make room, then {resume_advice(run.path)}") from None
-            run.refused("checkpoints", text)
-        else:
-            run.accepted("checkpoints")  # a later one is as good
-            run.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)
+        scaler = self.device.scaler_state()
+        run.save_checkpoint(self.network, self.optimizer, scaler, self.state, settings, is_best, average)
 
     def save_and_leave(self, run: RankWriter) -> NoReturn:
         """Raises Leaving, with what was saved and how to go on."""
@@ -193,14 +191,13 @@ class Trainer:
         if self.device.rank != 0:
             raise Leaving
         saved = "its checkpoint could not be written" if "checkpoints" in run.lost else "checkpoint saved"
-        raise Leaving(f"after step {self.state.step}, {saved}; {resume_advice(run.path)}")
+        raise Leaving(f"after step {self.state.step}, {saved}; {run.resume_advice}")
 
     def announce(self, run: RankWriter) -> None:
         """The first event: what is about to happen, so that a reader can tell how far it is."""
         config, sets, state = self.config, self.sets, self.state
         run.event(
             "start",
-            schema=SCHEMA,
             data=sets.name,
             is_fake=sets.is_fake,
             num_train_images=len(sets.train) if sets.train else 0,
@@ -274,7 +271,7 @@ class Loop:
         self.trainer, self.run, self.tracer = trainer, run, tracer
         config, device = trainer.config, trainer.device
         self.images_per_step = config.batch_size * device.world_size
-        self.clock, self.watch = Clock(self.images_per_step, device, config.timers), Watch(device)
+        self.clock, self.watch = Clock(self.images_per_step, device, run.process_started, config.timers), Watch(device)
         # A run's first steps are slow, also a resumed one's.
         self.last_skipped_step = trainer.state.step + config.skip_steps
 
@@ -322,7 +319,7 @@ class Loop:
         mean_loss, mean_correct, own_loss = self.watch.look(mine)  # the loop's only host read
         trainer, step = self.trainer, self.trainer.state.step
         if not math.isfinite(mean_loss):
-            raise UserError(f"the loss is not finite ({mean_loss}) at step {step}; {_ADVICE}")
+            raise UserError(f"the loss is not finite ({mean_loss}) at step {step}; {NOT_FINITE}")
         if is_logged:
             self.run.rank_event(step=step, loss=own_loss, **self.clock.own(), **trainer.device.usage())
             self.run.event(
@@ -335,9 +332,6 @@ class Loop:
                 is_measured=step > self.last_skipped_step,
                 **self.clock.read(),
             )
-
-
-_ADVICE = "the last checkpoint is from before that; lower --lr or lengthen --warmup"
 
 
 def _share_buffers(network: nn.Module, device: Device) -> None:

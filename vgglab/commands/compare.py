@@ -12,8 +12,8 @@ from vgglab.commands import call
 from vgglab.errors import UserError
 from vgglab.runs.compare import as_text, compare
 from vgglab.runs.run import Run
-from vgglab.runs.writer import finite
 from vgglab.settings.flags import NOT_NEGATIVE, OneLineParser, with_dashes
+from vgglab.storage.schema import finite
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from vgglab.data.decode import SIXTEEN_BITS, BadImage, open_picture
+from vgglab.data.decode import SIXTEEN_BITS, open_picture
 from vgglab.data.images import FileImages
 from vgglab.data.sets import open_sets
 from vgglab.dist.interrupts import leave_signals_to_parent
-from vgglab.errors import UserError
+from vgglab.errors import BadImage, UserError
 from vgglab.settings.parser import parse as parse_training
 
 ORIENTATION = 0x0112  # the EXIF tag

@@ -14,41 +14,21 @@ import os
 import stat
 import struct
 import warnings
-from typing import Any, Callable, NamedTuple, Union
+from typing import Callable, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vgglab.errors import UserError
+from vgglab.data.transform import Pixels
+from vgglab.errors import BadImage
 
-BILINEAR = getattr(Image, "Resampling", Image).BILINEAR  # Pillow 9.1 moved it
 SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for a grey image of more than 8 bits
 BASELINE = (0xC0, 0xC1)  # start-of-frame markers of sequential JPEGs with Huffman codes
 START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 START_OF_SCAN = 0xDA
 END_OF_IMAGE = b"\xff\xd9"
 TAIL_BYTES = 4096  # some cameras and editors leave a little something behind the image
-
-
-class BadImage(UserError):
-    """A file that is listed as an image and cannot be used as one; the message names it."""
-
-    def __init__(self, message: str, file: str = "", reason: str = "") -> None:
-        super().__init__(message)  # one argument is enough: workers send exceptions by their message
-        self.file, self.reason = file, reason
-
-
-class Box(NamedTuple):
-    """A part of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-Pixels = Union[Tensor, Image.Image]  # (H, W, 3) uint8, or an RGB image of Pillow's
 
 
 def best_decoder() -> str:
@@ -222,30 +202,3 @@ def reason_of(error: Exception) -> str:
     if type(error).__name__ == "UnidentifiedImageError":
         return "not an image"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def resize(pixels: Pixels, height: int, width: int) -> Pixels:
-    """To a new size: bilinear, with antialiasing, as Pillow and torchvision do it."""
-    if isinstance(pixels, Image.Image):
-        return pixels if pixels.size == (width, height) else pixels.resize((width, height), BILINEAR)
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    planes = pixels.permute(2, 0, 1)[None]  # (1, 3, H, W), in memory as it was
-    options: dict[str, Any] = {"mode": "bilinear", "antialias": True}
-    return nn.functional.interpolate(planes, size=(height, width), **options)[0].permute(1, 2, 0)
-
-
-def cut(pixels: Pixels, box: Box) -> Pixels:
-    """The part of an image that ``box`` names."""
-    top, left, height, width = box
-    if isinstance(pixels, Image.Image):
-        return pixels.crop((left, top, left + width, top + height))
-    return pixels[top : top + height, left : left + width]
-
-
-def as_tensor(pixels: Pixels) -> Tensor:
-    """``(H, W, 3)`` uint8."""
-    if isinstance(pixels, Tensor):
-        return pixels
-    flat = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
-    return flat.view(pixels.height, pixels.width, 3)

@@ -12,8 +12,9 @@ from typing import Protocol, Sequence, Union
 import torch
 from torch import Tensor
 
-from vgglab.data.decode import DECODERS, JpegPicture, Picture, Pixels, open_picture
+from vgglab.data.decode import DECODERS, JpegPicture, Picture, open_picture
 from vgglab.data.index import Paths
+from vgglab.data.transform import Pixels
 
 
 class Images(Protocol):

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import Any, Callable, Iterator, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vgglab.data.decode import BadImage
-from vgglab.data.images import Split
-from vgglab.data.sets import DataSets
-from vgglab.devices.base import Device
 from vgglab.dist.interrupts import leave_signals_to_parent, starting_workers
-from vgglab.errors import UserError
-from vgglab.settings.config import Config
+from vgglab.errors import BadImage, UserError
+
+if TYPE_CHECKING:
+    from vgglab.data.images import Split
+    from vgglab.data.sets import DataSets
+    from vgglab.devices.base import Device
+    from vgglab.settings.config import Config
 
 OnSkipped = Callable[[str, str], None]
 STRIDE = 1_000_000_007  # a prime above any number of images or epochs

@@ -10,13 +10,11 @@ from __future__ import annotations
 import functools
 import math
 import random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import torch
 from PIL import Image
-from torch import Tensor
-
-from vgglab.data.decode import Box, as_tensor, cut, resize
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from vgglab.data.images import AnyPicture
@@ -25,6 +23,18 @@ if TYPE_CHECKING:
 CHANNEL_MEAN = (0.485, 0.456, 0.406)
 CHANNEL_STD = (0.229, 0.224, 0.225)
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # width to height of a random crop
+BILINEAR = getattr(Image, "Resampling", Image).BILINEAR  # Pillow 9.1 moved it
+
+Pixels = Union[Tensor, Image.Image]  # (H, W, 3) uint8, or an RGB image of Pillow's
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
 
 
 class Preparation(NamedTuple):
@@ -143,6 +153,33 @@ def random_box(height: int, width: int, scale: tuple[float, float], draw: random
     box_width = min(width, round(height * widest))
     box_height = min(height, round(width / narrowest))
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def resize(pixels: Pixels, height: int, width: int) -> Pixels:
+    """To a new size: bilinear, with antialiasing, as Pillow and torchvision do it."""
+    if isinstance(pixels, Image.Image):
+        return pixels if pixels.size == (width, height) else pixels.resize((width, height), BILINEAR)
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    planes = pixels.permute(2, 0, 1)[None]  # (1, 3, H, W), in memory as it was
+    options: dict[str, Any] = {"mode": "bilinear", "antialias": True}
+    return nn.functional.interpolate(planes, size=(height, width), **options)[0].permute(1, 2, 0)
+
+
+def cut(pixels: Pixels, box: Box) -> Pixels:
+    """The part of an image that ``box`` names."""
+    top, left, height, width = box
+    if isinstance(pixels, Image.Image):
+        return pixels.crop((left, top, left + width, top + height))
+    return pixels[top : top + height, left : left + width]
+
+
+def as_tensor(pixels: Pixels) -> Tensor:
+    """``(H, W, 3)`` uint8."""
+    if isinstance(pixels, Tensor):
+        return pixels
+    flat = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
+    return flat.view(pixels.height, pixels.width, 3)
 
 
 def normalised(images: Tensor, channels_last: bool = False) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from vgglab.data.decode import as_tensor, reason_of, to_rgb
+from vgglab.data.decode import reason_of, to_rgb
+from vgglab.data.transform import as_tensor
 from vgglab.errors import UserError
 
 

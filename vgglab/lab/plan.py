@@ -15,9 +15,10 @@ from contextlib import nullcontext
 from typing import NamedTuple, Sequence
 
 from vgglab.errors import UserError
-from vgglab.settings.config import Config, warnings_about
+from vgglab.settings.config import Config
 from vgglab.settings.flags import number
 from vgglab.settings.parser import parse as parse_training
+from vgglab.settings.parser import warnings_about
 from vgglab.settings.schedule import learning_rate
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}

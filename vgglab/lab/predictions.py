@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vgglab.data.decode import as_tensor
 from vgglab.data.images import Split
 from vgglab.data.loader import eval_batches
 from vgglab.data.sets import open_sets
-from vgglab.data.transform import normalised
+from vgglab.data.transform import as_tensor, normalised
 from vgglab.devices import open_device
 from vgglab.errors import UserError, blaming
 from vgglab.model import VGG, build
@@ -54,7 +53,7 @@ def trained_network(run: Run | str | Path, which: str = "best") -> VGG:
     config = _settings_of(run)
     network = build(config.model, num_classes=config.num_classes, head=config.head)
     with blaming(str(run.path)):
-        checkpoint.restore_model(checkpoint.read(file), network, config.model)
+        checkpoint.read(file).restore_model(network, config.model)
     return network.eval()
 
 

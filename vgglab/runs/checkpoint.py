@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,36 +19,37 @@ from torch.optim import Optimizer
 
 from vgglab.devices.compat import NotACheckpoint, damage_of, load_tensors
 from vgglab.dist.interrupts import undisturbed
-from vgglab.errors import UserError
+from vgglab.errors import NOT_FINITE, UserError
 from vgglab.storage.files import make_folder, without_links
+
+if TYPE_CHECKING:
+    from vgglab.trainer import TrainingState
 
 FORMAT = "vgglab-1"
 
 
-@dataclass
-class TrainingState:
-    """How far a run has come: ``epoch`` epochs, ``images`` images of the next one, ``step`` steps in all."""
+class Checkpoint(Dict[str, Any]):
+    """What a checkpoint file holds. ``format``, ``config`` and the rest are missing where it holds only weights."""
 
-    epoch: int = 0
-    images: int = 0
-    step: int = 0
-    best: dict[str, float] | None = None  # acc1 and acc5 in percent, each the highest so far
-    num_poor: int = 0  # evaluations in a row without a better top-1, since the last drop of the rate
-    num_drops: int = 0  # of the learning rate, by the plateau schedule
+    def restore_model(self, network: nn.Module, name: str, to_train: bool = False) -> None:
+        """Load the weights into ``network``: those that were tested, or those to go on with.
 
-    def was_evaluated(self, is_best: bool, patience: int) -> None:
-        """After ``patience`` evaluations without a better top-1 the plateau schedule has one more drop."""
-        self.num_poor = 0 if is_best else self.num_poor + 1
-        if self.num_poor >= patience:
-            self.num_poor, self.num_drops = 0, self.num_drops + 1
+        Raises:
+            UserError: they are another network's.
+        """
+        _restore_model(self, network, name, to_train)
+
+    def restore_training(self, optimizer: Optimizer, optimizer_name: str) -> dict[str, Any]:
+        """Load the optimizer's state and return the fields of ``TrainingState``.
+
+        Raises:
+            UserError: the file holds weights only, or another optimizer's state.
+        """
+        return _restore_training(self, optimizer, optimizer_name)
 
 
 class CannotSave(Exception):
     """The file system refused; the checkpoints that were there are as they were."""
-
-
-class NotFinite(Exception):
-    """The weights hold nan or infinity, and are not worth keeping."""
 
 
 def save(
@@ -69,7 +69,7 @@ def save(
 
     Raises:
         CannotSave: no space, or no permission.
-        NotFinite: the weights are ruined.
+        UserError: the weights hold nan or infinity, and are not worth keeping.
     """
     content = {
         "format": FORMAT,
@@ -89,7 +89,7 @@ def save(
     content = _on_cpu(content)
     for name, value in content["model"].items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise NotFinite(name)
+            raise UserError(f"{name} is not finite after step {state.step}; {NOT_FINITE}")
     with undisturbed():
         try:
             make_folder(folder)
@@ -173,7 +173,7 @@ def _on_cpu(value: Any) -> Any:
     return value
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path) -> Checkpoint:
     """A checkpoint file, or the ``last.pt`` of a run directory.
 
     Also reads a bare state dict, or one under the key ``model``: other people's weights, good for
@@ -198,7 +198,7 @@ def read(path: str | Path) -> dict[str, Any]:
     if not _are_weights(weights):
         raise UserError("holds no model weights")
     is_ours = content.get("format") == FORMAT and isinstance(content.get("config"), dict)
-    return content if is_ours else {"model": weights}
+    return Checkpoint(content if is_ours else {"model": weights})
 
 
 def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[str]]:
@@ -245,7 +245,7 @@ def carry_best(resumed: str | Path, folder: Path) -> None:
         _share(best, folder / "best.pt")
 
 
-def restore_model(content: dict[str, Any], model: nn.Module, name: str, to_train: bool = False) -> None:
+def _restore_model(content: dict[str, Any], model: nn.Module, name: str, to_train: bool = False) -> None:
     """Load the weights into ``model``: those that were tested, or those to go on with.
 
     Raises:
@@ -289,7 +289,7 @@ def _load(optimizer: Optimizer, saved: dict[str, Any]) -> None:
                 raise ValueError(f"the optimizer's {name}")
 
 
-def restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_name: str) -> TrainingState:
+def _restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_name: str) -> dict[str, Any]:
     """Load the optimizer's state and return how far the run had come; the options stay those of this run's flags.
 
     Raises:
@@ -311,10 +311,9 @@ def restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_na
         are_counts = all(type(value) is int and 0 <= value < 2**53 for value in counts.values())
         if not are_counts or (best and not 0 <= best["acc1"] <= 100):
             raise ValueError("epoch, step, image count or accuracy out of range")
-        state = TrainingState(best=best, **counts)
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)
         for weight in group["params"] if own.get("momentum") else ():
             if optimizer_name == "rmsprop":  # which looks for it only in its first step
                 optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
-    return state
+    return {"best": best, **counts}

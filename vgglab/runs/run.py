@@ -23,19 +23,21 @@ import signal
 import socket
 import time
 import uuid
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgglab.dist.processes import ask_where, is_alive, is_running, kill_all, processes_of
 from vgglab.dist.ranks import failures, grace_period_seconds
 from vgglab.errors import UserError, printable
+from vgglab.settings.config import Config
+from vgglab.storage import schema
 from vgglab.storage.events import Event, EventFile
 from vgglab.storage.files import exists, make_folder, tail_of, writing
 from vgglab.storage.lock import holder
-from vgglab.storage.schema import RANK, SKIPPED, Document, line_in, read_document, readable_document
+from vgglab.storage.schema import RANK, SKIPPED, Document, Test, line_in, read_document, readable_document
 
 if TYPE_CHECKING:
-    from vgglab.settings.config import Config
     from vgglab.view.cards import Report
 
 SCHEMA = 1
@@ -45,6 +47,20 @@ LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
 MOST_OF_A_LOG = 2**26  # bytes
 NUM_RECENT = 8  # lines, enough to tell a slow rank from a slow moment
 GOING_ON = ("starting", "running")  # of a run's status; the others are ends
+_TYPES: dict[str, Test] = {
+    "int": schema.whole, "float": schema.number, "str": schema.text, "bool": schema.switch, "None": schema.nothing
+}  # fmt: skip
+
+
+def _test_of(annotation: str) -> Test:
+    return schema.either(*(_TYPES[name.strip()] for name in annotation.split("|")))
+
+
+schema.DOCUMENTS["config.json"] = {
+    **{item.name: _test_of(str(item.type)) for item in fields(Config)},
+    **dict.fromkeys(("batch_size", "world_size"), schema.count_from_1),
+    **dict.fromkeys(("image_size", "num_classes"), schema.maybe(schema.count_from_1)),
+}
 
 
 def run_path(config: Config) -> Path:

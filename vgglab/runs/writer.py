@@ -1,27 +1,34 @@
-"""Writing a run directory. What is in it: ``run.py``. Standard library only."""
+"""Writing a run directory. What is in it: ``run.py``."""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import math
 import os
 import signal
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
+from vgglab.dist import ranks
 from vgglab.dist.processes import signature
 from vgglab.dist.ranks import ASK_WHERE
 from vgglab.errors import UserError
-from vgglab.runs.run import LOCK, OURS, Run, claim
+from vgglab.runs import checkpoint
+from vgglab.runs.run import LOCK, OURS, SCHEMA, Run, claim
 from vgglab.storage import lock
 from vgglab.storage.events import Event, EventFile
 from vgglab.storage.files import without_links, writing
-from vgglab.storage.schema import append_line, write_document
+from vgglab.storage.schema import append_line, finite, write_document
 from vgglab.version import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from vgglab.trainer import TrainingState
 
 Listener = Callable[[Event], None]
 
@@ -52,6 +59,18 @@ class RankWriter:
     def losses(self) -> str:
         """What could not be written, such as ``12 lines of events.jsonl, report.json``; empty where all was."""
         return ", ".join(f"{number} {name}" if number > 1 else name for name, number in self.lost.items())
+
+    def save_checkpoint(self, *_: Any) -> None:
+        pass
+
+    @property
+    def process_started(self) -> float:
+        """By ``time.monotonic``."""
+        return ranks.STARTED
+
+    @property
+    def resume_advice(self) -> str:
+        return ranks.resume_advice(self.path)
 
     def skipped(self, image: str, reason: str) -> None:
         """Note an image that this rank has left out: once, in ``log/skipped-rank<r>.jsonl``."""
@@ -177,6 +196,8 @@ class RunWriter(RankWriter):
     def event(self, kind: str, **values: Any) -> None:
         """Append one line: ``kind``, seconds since the start, ``values``; null for numbers that are not finite."""
         event: Event = {"event": kind, "seconds": round(time.monotonic() - self._started, 3)}
+        if kind == "start":
+            event["schema"] = SCHEMA
         event.update({key: finite(value) for key, value in values.items()}, **self._mark)
         self._append("events.jsonl", {**event, "line": self._num_lines})
         self._num_lines += 1
@@ -186,6 +207,36 @@ class RunWriter(RankWriter):
             except OSError as error:
                 name = type(listener).__name__.lower()
                 self.refused(name, f"{name} cannot be written ({error.strerror}); training continues without them")
+
+    def save_checkpoint(
+        self,
+        network: nn.Module,
+        optimizer: Optimizer,
+        scaler: dict[str, Any],
+        state: TrainingState,
+        settings: dict[str, Any],
+        is_best: bool,
+        average: nn.Module | None,
+    ) -> None:
+        """Write one (arguments: ``checkpoint.save``). Only the last ends the run if it does not fit on the disk.
+
+        Raises:
+            UserError: a weight that is not finite; no room for the last checkpoint.
+        """
+        folder = self.path / "checkpoints"
+        try:
+            checkpoint.save(folder, network, optimizer, scaler, state, settings, is_best, average)
+        except checkpoint.CannotSave as error:
+            left = "the one before is intact" if (folder / "last.pt").exists() else "there is none before it"
+            text = f"the checkpoint of step {state.step} was not written ({error}); {left}"
+            if state.epoch == settings["epochs"]:
+                self.accepted("checkpoints")  # said here
+                lost = f"also not written: {self.losses()}; " if self.lost else ""
+                raise UserError(f"{folder}: {text}; {lost}make room, then {self.resume_advice}") from None
+            self.refused("checkpoints", text)
+        else:
+            self.accepted("checkpoints")  # a later one is as good
+            self.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)
 
     def close(self) -> None:
         """End the events; listeners that hold files close them. From here on another process may write."""
@@ -216,11 +267,6 @@ class _Tee:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._screen, name)
-
-
-def finite(value: Any) -> Any:
-    """None for a number that JSON does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:

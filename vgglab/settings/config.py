@@ -4,12 +4,10 @@ resumed run inherits and what a comparison shows are made from it. Nothing here 
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from vgglab.devices import AMP_DTYPES, DEVICE_CHOICES
-from vgglab.errors import UserError
 from vgglab.settings.flags import (
     AT_LEAST_0,
     AT_LEAST_1,
@@ -25,8 +23,6 @@ from vgglab.settings.flags import (
 )  # fmt: skip
 from vgglab.settings.recipes import RECIPES
 from vgglab.settings.schedule import SCHEDULES
-from vgglab.storage import schema
-from vgglab.storage.schema import Test
 
 MODELS = tuple(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn"))
 # What these choose needs torch; the tables with the functions are in data/ (crops, decoders), model.py and optim.py.
@@ -269,57 +265,3 @@ class Config:
 def settings_that_affect(*kinds: str) -> set[str]:
     """The names of the settings that affect one of these, of ``flags.AFFECTS``."""
     return {item.name for item in fields(Config) if item.metadata["policy"].affects in kinds}
-
-
-def check(config: Config) -> None:
-    """Raises UserError for settings that contradict each other."""
-    if config.apex or config.apex_opt_level is not None:
-        raise UserError("--apex: not used here; --amp trains in mixed precision")
-    if config.enable_horovod:
-        raise UserError("--enable-horovod: not used here; start several ranks with --nproc N")
-    if config.nesterov and (config.momentum == 0 or config.optimizer != "sgd"):
-        raise UserError("--nesterov: needs --optimizer sgd and a --momentum above 0")
-    if config.bn_weight_decay and config.bias_weight_decay is False:
-        raise UserError("--no-bias-weight-decay: batch norm has biases too, and --bn-weight-decay was asked for")
-    if config.test_only and not (config.resume or config.pretrained):
-        raise UserError("--test-only: nothing to test; name a checkpoint with --resume or take --pretrained")
-    if config.start_epoch >= config.epochs:
-        raise UserError(f"--start-epoch {config.start_epoch}: must be below --epochs {config.epochs}")
-    if config.fix_seed:
-        if config.seed not in (None, SEED_OF_FIX_SEED):
-            raise UserError(f"--fix-seed: means --seed {SEED_OF_FIX_SEED}; leave out one of the two")
-        config.seed = SEED_OF_FIX_SEED
-    if config.pretrained and config.resume:
-        raise UserError("--pretrained: --resume brings its own weights; leave out one of the two")
-
-
-def warnings_about(config: Config) -> list[str]:
-    """What is allowed and probably not meant, one line each."""
-    lines = []
-    if config.epochs < config.warmup and not config.test_only:
-        share = config.epochs / config.warmup
-        lines.append(
-            f"--epochs {config.epochs} ends inside --warmup {config.warmup}: "
-            f"the learning rate reaches {share:.0%} of its base and no more"
-        )
-    if (config.workers or 0) > (os.cpu_count() or 1):
-        lines.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
-    if config.cache_dataset:
-        lines.append("--cache-dataset has no effect: listings of large folders are always kept, and checked each time")
-    return lines
-
-
-_TYPES: dict[str, Test] = {
-    "int": schema.whole, "float": schema.number, "str": schema.text, "bool": schema.switch, "None": schema.nothing
-}  # fmt: skip
-
-
-def _test_of(annotation: str) -> Test:
-    return schema.either(*(_TYPES[name.strip()] for name in annotation.split("|")))
-
-
-schema.DOCUMENTS["config.json"] = {
-    **{item.name: _test_of(str(item.type)) for item in fields(Config)},
-    **dict.fromkeys(("batch_size", "world_size"), schema.count_from_1),
-    **dict.fromkeys(("image_size", "num_classes"), schema.maybe(schema.count_from_1)),
-}

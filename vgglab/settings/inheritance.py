@@ -7,7 +7,8 @@ from dataclasses import Field, fields
 from typing import Any, Sequence
 
 from vgglab.errors import UserError
-from vgglab.settings.config import Config, check, settings_that_affect
+from vgglab.settings.config import Config, settings_that_affect
+from vgglab.settings.parser import check
 from vgglab.settings.schedule import SCHEDULES
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from dataclasses import Field, fields
 from typing import Any, Sequence
 
 from vgglab.errors import UserError
-from vgglab.settings.config import HOW, SAVING, WHAT, WHERE, Config, check
+from vgglab.settings.config import HOW, SAVING, SEED_OF_FIX_SEED, WHAT, WHERE, Config
 from vgglab.settings.flags import OneLineParser, with_dashes
 from vgglab.settings.recipes import RECIPES
 
@@ -103,3 +104,41 @@ def flags_given(argv: Sequence[str]) -> list[str]:
     """The settings that a command line names, itself or by a recipe."""
     known = vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0])
     return [*RECIPES.get(known.get("recipe"), {}), *known]
+
+
+def check(config: Config) -> None:
+    """Raises UserError for settings that contradict each other."""
+    if config.apex or config.apex_opt_level is not None:
+        raise UserError("--apex: not used here; --amp trains in mixed precision")
+    if config.enable_horovod:
+        raise UserError("--enable-horovod: not used here; start several ranks with --nproc N")
+    if config.nesterov and (config.momentum == 0 or config.optimizer != "sgd"):
+        raise UserError("--nesterov: needs --optimizer sgd and a --momentum above 0")
+    if config.bn_weight_decay and config.bias_weight_decay is False:
+        raise UserError("--no-bias-weight-decay: batch norm has biases too, and --bn-weight-decay was asked for")
+    if config.test_only and not (config.resume or config.pretrained):
+        raise UserError("--test-only: nothing to test; name a checkpoint with --resume or take --pretrained")
+    if config.start_epoch >= config.epochs:
+        raise UserError(f"--start-epoch {config.start_epoch}: must be below --epochs {config.epochs}")
+    if config.fix_seed:
+        if config.seed not in (None, SEED_OF_FIX_SEED):
+            raise UserError(f"--fix-seed: means --seed {SEED_OF_FIX_SEED}; leave out one of the two")
+        config.seed = SEED_OF_FIX_SEED
+    if config.pretrained and config.resume:
+        raise UserError("--pretrained: --resume brings its own weights; leave out one of the two")
+
+
+def warnings_about(config: Config) -> list[str]:
+    """What is allowed and probably not meant, one line each."""
+    lines = []
+    if config.epochs < config.warmup and not config.test_only:
+        share = config.epochs / config.warmup
+        lines.append(
+            f"--epochs {config.epochs} ends inside --warmup {config.warmup}: "
+            f"the learning rate reaches {share:.0%} of its base and no more"
+        )
+    if (config.workers or 0) > (os.cpu_count() or 1):
+        lines.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
+    if config.cache_dataset:
+        lines.append("--cache-dataset has no effect: listings of large folders are always kept, and checked each time")
+    return lines

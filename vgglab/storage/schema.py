@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import zlib
 from pathlib import Path
@@ -132,7 +133,7 @@ FAILURE: dict[str, Test] = {"rank": count, "time": seconds, "host": text, "error
 
 PROCESS: dict[str, Test] = {"host": text, "pid": whole, "process": text}
 
-DOCUMENTS: dict[str, dict[str, Test]] = {  # that of config.json: settings/config.py
+DOCUMENTS: dict[str, dict[str, Test]] = {  # that of config.json: runs/run.py
     "env.json": {
         **PROCESS, "simulated": switch, "device": text, "world_size": count_from_1, "hardware": text,
         "versions": table_of(maybe(text)), "commit": maybe(text), "argv": list_of(text), "executable": text,
@@ -269,3 +270,8 @@ def append_line(file: Path, content: Content) -> None:
             line = b"\n" * (lines.read(1) != b"\n") + line
         if lines.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def finite(value: Any) -> Any:
+    """None for a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
