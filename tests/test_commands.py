@@ -10,7 +10,7 @@ from conftest import PROJECT, TINY
 from processes import python
 
 from vgglab.__main__ import NAMES
-from vgglab.settings.config import Config
+from vgglab.settings.config import Request
 
 WIDE = {**os.environ, "COLUMNS": "100"}
 LINES_OF_A_SCREEN = 45
@@ -53,7 +53,7 @@ def test_the_modules_of_before_say_the_same(name):
 
 def test_all_flags_of_training_are_a_flag_away():
     everything = vgglab("train", "--help-all").stdout
-    missing = [item.name for item in fields(Config) if f"--{item.name.replace('_', '-')}" not in everything]
+    missing = [item.name for item in fields(Request) if f"--{item.name.replace('_', '-')}" not in everything]
     assert missing == []
     assert "--label-smoothing" not in vgglab("train", "--help").stdout
 

@@ -1,9 +1,11 @@
 """The parser: the seed kit's flags and defaults, and what a wrong one gets."""
 
+from dataclasses import FrozenInstanceError, replace
+
 import pytest
 
 from vgglab.errors import UserError
-from vgglab.settings.config import Config
+from vgglab.settings.config import Request
 from vgglab.settings.parser import parse
 
 # Flags and defaults of the seed kit. Left open here: the number of classes (the folder's), the workers (16,
@@ -87,7 +89,7 @@ def test_bad_input_names_the_flag_and_what_is_allowed(argv, says):
 
 def test_the_list_of_flags_is_a_promise():
     """A flag that goes or changes its name is a line in the changelog, and a change here."""
-    assert sorted(Config().as_dict()) == sorted(
+    assert sorted(Request().as_dict()) == sorted(
         "amp amp_dtype apex apex_opt_level batch_size bias_weight_decay bn_weight_decay broadcast_buffers "
         "cache_dataset channels_last checkpoint_every compile crops cutmix data_path decoder device dist_url "
         "dropout_rate ema enable_horovod end_lr epochs eval_freq eval_step_per_epoch fast fix_seed fused head "
@@ -113,7 +115,7 @@ def test_a_choice_is_in_its_table_and_what_is_not_in_it_is_an_error(monkeypatch)
     assert set(configuration.HEADS) == {"auto", *model.HEADS}
     assert {recipe["lr_schedule"] for recipe in recipes.RECIPES.values()} <= set(schedule.SCHEDULES)
     settings = parse([])
-    settings.warmup, settings.lr_schedule, settings.optimizer = 0, "exponential", "adam"
+    settings = replace(settings, warmup=0, lr_schedule="exponential", optimizer="adam")
     with pytest.raises(KeyError):
         schedule.learning_rate(settings, 3, 1)
     with pytest.raises(KeyError):
@@ -122,3 +124,8 @@ def test_a_choice_is_in_its_table_and_what_is_not_in_it_is_an_error(monkeypatch)
         model.vgg11(init="zeros")
     with pytest.raises(KeyError):
         decode.open_picture(__file__, "webp")
+
+
+def test_settings_do_not_change_once_they_are_there():
+    with pytest.raises(FrozenInstanceError):
+        parse([]).epochs = 1

@@ -92,7 +92,7 @@ def test_a_cpu_run_is_not_called_simulated(train):
 def test_the_loop_reads_from_the_card_once_a_log_line():
     code = (
         "from vgglab.devices import open_device\n"
-        "from vgglab.settings import parser\n"
+        "from vgglab.settings import parser; from vgglab.settings.config import complete\n"
         "from vgglab.trainer import Trainer\n"
         "from vgglab.data.sets import open_sets\n"
         "class Run:\n"
@@ -104,7 +104,8 @@ def test_the_loop_reads_from_the_card_once_a_log_line():
         "    def save_checkpoint(self, *a): self.event('checkpoint')\n    schema = process_started = 0\n"
         "s = parser.parse('--data-path digits --model vgg11 --epochs 1 --training-step-per-epoch 6 --print-freq 3 "
         "--batch-size 4 --eval-step-per-epoch 3 --skip-steps 0 --workers 0 --seed 1'.split())\n"
-        "d = open_device('gcu-sim'); sets = open_sets(s); s.num_classes, s.image_size, s.head = 10, 32, 'small'\n"
+        "d = open_device('gcu-sim'); sets = open_sets(s)\n"
+        "s = complete(s, num_classes=10, image_size=32, head='small')\n"
         "d.open(); run = Run(); trainer = Trainer(s, d, sets); before = sim.num_host_reads()\n"
         "trainer.fit(run)\n"
         "print([(kind, n - before) for kind, n in run.reads])\n"

@@ -22,7 +22,7 @@ from vgglab import Run
 from vgglab.devices.compat import load_tensors
 from vgglab.errors import UserError
 from vgglab.runs import checkpoint
-from vgglab.settings.config import Config
+from vgglab.settings.config import Request
 
 SEED_REPORT_FIELDS = (
     "model local_rank batch_size epochs training_step_per_epoch eval_step_per_epoch acc1 acc5 device skip_steps "
@@ -222,7 +222,7 @@ def test_a_setting_that_nobody_has_classified_is_reported_and_compared():
     assert Policy().affects == "weights"
     with pytest.raises(KeyError):
         flag("help", affects="nothing we know")
-    assert {item.metadata["policy"].affects for item in fields(Config)} == {*AFFECTS}
+    assert {item.metadata["policy"].affects for item in fields(Request)} == {*AFFECTS}
 
 
 def test_a_resumed_run_keeps_its_seed_and_uses_its_own_flags(train, refused):

@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Generator, Sequence
 
@@ -20,7 +21,7 @@ from vgglab.dist import processes, ranks
 from vgglab.errors import RunFailed, UserError
 from vgglab.runs.run import GOING_ON, LAUNCHED, Run, claim, is_a_run, run_path
 from vgglab.runs.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
-from vgglab.settings.config import Config
+from vgglab.settings.config import Request
 from vgglab.settings.parser import parse
 from vgglab.storage.files import make_folder, without_links, writing
 from vgglab.storage.lock import alone_in
@@ -77,7 +78,7 @@ def launch(
     argv += [_as_flag(name, value) for name, value in settings.items() if value is not None]
     config = parse(argv)
     ranks.grace_period_seconds()  # refused before there is a run directory
-    config.world_size = config.nproc * _checked_count("nnodes", nnodes)
+    config = replace(config, world_size=config.nproc * _checked_count("nnodes", nnodes))
     if config.seeds is not None:
         if nnodes > 1 or detach:
             raise UserError("seeds: this process starts one after the other, on this machine; no nnodes and no detach")
@@ -99,7 +100,7 @@ def launch(
     return run
 
 
-def _launch_each(argv: Sequence[str], config: Config, watch: bool, python: str | None) -> LaunchedSeeds:
+def _launch_each(argv: Sequence[str], config: Request, watch: bool, python: str | None) -> LaunchedSeeds:
     words = without_seeds(argv)
 
     def start(number: int, path: Path) -> LaunchedRun:
@@ -119,7 +120,7 @@ def _checked_count(name: str, value: Any) -> int:
     return value
 
 
-def _torchrun(config: Config, nnodes: int, node_rank: int, rendezvous: str | None) -> list[str]:
+def _torchrun(config: Request, nnodes: int, node_rank: int, rendezvous: str | None) -> list[str]:
     """The module itself: the command ``torchrun`` is not on every kernel's PATH. Spelled as torch 1.10 takes it too."""
     command = ["-m", "torch.distributed.run", f"--nproc_per_node={config.nproc}", "--rdzv_backend=c10d"]
     command += [f"--max_restarts={config.max_restarts}", f"--rdzv_endpoint={rendezvous}", "--rdzv_id=vgglab"]

@@ -16,7 +16,7 @@ from vgglab.devices.compat import without_compiler
 
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
-    from vgglab.settings.config import Config
+    from vgglab.settings.config import Settings
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
@@ -25,7 +25,7 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def build_optimizer(config: Config, model: nn.Module, fused: bool = False) -> Optimizer:
+def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> Optimizer:
     """SGD or RMSprop; weights and biases decay, batch norm does not unless asked for, biases not if asked.
 
     ``fused``: SGD makes its step in one kernel; RMSprop has none.
@@ -46,12 +46,12 @@ def build_optimizer(config: Config, model: nn.Module, fused: bool = False) -> Op
     return OPTIMIZERS[config.optimizer](groups, config, fused, options)
 
 
-def _sgd(groups: list[dict[str, Any]], config: Config, fused: bool, options: dict[str, Any]) -> Optimizer:
+def _sgd(groups: list[dict[str, Any]], config: Settings, fused: bool, options: dict[str, Any]) -> Optimizer:
     fused_options = {"fused": True} if fused else {}  # not a word that old versions of torch know
     return without_compiler(SGD)(groups, nesterov=config.nesterov, **fused_options, **options)
 
 
-def _rmsprop(groups: list[dict[str, Any]], config: Config, fused: bool, options: dict[str, Any]) -> Optimizer:
+def _rmsprop(groups: list[dict[str, Any]], config: Settings, fused: bool, options: dict[str, Any]) -> Optimizer:
     return without_compiler(RMSprop)(groups, alpha=config.rmsprop_alpha, eps=config.rmsprop_eps, **options)
 
 
@@ -82,7 +82,7 @@ class Objective(nn.Module):
     alpha), one for the whole batch; an image's partner is its neighbour in the batch, which is shuffled.
     """
 
-    def __init__(self, config: Config, device: Device) -> None:
+    def __init__(self, config: Settings, device: Device) -> None:
         super().__init__()
         self.mixup, self.cutmix, self._device = config.mixup, config.cutmix, device
         self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)

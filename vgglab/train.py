@@ -32,6 +32,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
 
 if __name__ == "__main__" and not __package__:
     # Run as a file, Python puts this file's folder in front of every import, and names like "data" or
@@ -53,7 +54,7 @@ from vgglab.dist.interrupts import Leaving, heeding_warnings, undisturbed
 from vgglab.errors import UserError, blaming
 from vgglab.runs import seeds
 from vgglab.settings import inheritance
-from vgglab.settings.config import Config
+from vgglab.settings.config import Request, Settings, complete
 from vgglab.settings.parser import flags_given, parse, warnings_about
 from vgglab.storage.schema import readable_document
 
@@ -110,7 +111,7 @@ class _SaidElsewhere(Exception):
     """Rank 0 has refused, and says why; the others only leave."""
 
 
-def run_training(config: Config, given: Sequence[str] = ()) -> None:
+def run_training(request: Request, given: Sequence[str] = ()) -> None:
     """Open the device and the data, make the run directory, train, write the report.
 
     Args:
@@ -120,44 +121,46 @@ def run_training(config: Config, given: Sequence[str] = ()) -> None:
         UserError: for anything that can be seen before the first step, and then no run directory is made;
             later for an image that cannot be read.
     """
-    import_torch(config.device)  # from here on; a wrong flag is answered without it
+    import_torch(request.device)  # from here on; a wrong flag is answered without it
     from vgglab.data.sets import open_sets
 
-    saved, notes, is_in_place = None, [], False
+    saved, is_in_place = None, False
+    notes: list[str] = []
     earlier = ranks.run_of_earlier_attempt()
     if earlier is not None:  # the launcher has started the ranks anew: the same run goes on
-        config.run_dir, config.resume = str(earlier), "auto"
-    if config.resume == "auto":
-        is_in_place = config.run_dir is not None and not config.test_only  # that would void what was trained
-        notes = _find_checkpoint(config)
-    if is_in_place and not config.resume:  # no checkpoint yet, but it may have settings
-        file = Path(str(config.run_dir), "config.json")
+        request = replace(request, run_dir=str(earlier), resume="auto")
+    if request.resume == "auto":
+        is_in_place = request.run_dir is not None and not request.test_only  # that would void what was trained
+        checkpoint, notes = _find_checkpoint(request)
+        request = replace(request, resume=checkpoint)
+    if is_in_place and not request.resume:  # no checkpoint yet, but it may have settings
+        file = Path(str(request.run_dir), "config.json")
         with blaming(f"--resume auto: {file}"):
-            inheritance.inherit(config, given, readable_document(file))
-    if config.resume:
-        saved = _read_checkpoint(config.resume)
-        with blaming(f"--resume {config.resume}"):
-            inheritance.inherit(config, given, saved.get("config", {}))
+            request = inheritance.inherit(request, given, readable_document(file))
+    if request.resume:
+        saved = _read_checkpoint(request.resume)
+        with blaming(f"--resume {request.resume}"):
+            request = inheritance.inherit(request, given, saved.get("config", {}))
     device = open_device(
-        config.device,
-        amp_dtype=config.amp_dtype or ("auto" if config.amp else None),
-        tf32=config.tf32,
-        fast=config.fast,
-        channels_last=config.channels_last,
-        fused=config.fused,
-        compile=config.compile,
-        timers=config.timers,
-        sync_bn=config.sync_bn,
-        broadcast_buffers=config.broadcast_buffers,
-        world_size=config.world_size,
-        init_method=config.dist_url,
+        request.device,
+        amp_dtype=request.amp_dtype or ("auto" if request.amp else None),
+        tf32=request.tf32,
+        fast=request.fast,
+        channels_last=request.channels_last,
+        fused=request.fused,
+        compile=request.compile,
+        timers=request.timers,
+        sync_bn=request.sync_bn,
+        broadcast_buffers=request.broadcast_buffers,
+        world_size=request.world_size,
+        init_method=request.dist_url,
     )
-    sets = open_sets(config)
+    sets = open_sets(request)
     device.open()
     try:
-        _resolve(config, device, sets)
+        settings = _resolve(request, device, sets)
         device.warnings += notes
-        _prepare_and_work(config, device, sets, saved, is_in_place)
+        _prepare_and_work(settings, device, sets, saved, is_in_place)
     finally:
         device.close()
 
@@ -174,8 +177,8 @@ def _read_checkpoint(path: str) -> Checkpoint:
         raise UserError(f"--resume {file}: {error}{advice}") from None
 
 
-def _find_checkpoint(config: Config) -> list[str]:
-    """Put the newest intact checkpoint, if there is one, in the place of ``auto``; say which ones cannot be used.
+def _find_checkpoint(request: Request) -> tuple[str | None, list[str]]:
+    """The newest intact checkpoint, if there is one, for ``auto``; and which ones cannot be used, a line each.
 
     Raises:
         UserError: none in ``run_dir`` can be used; training from the beginning would overwrite them.
@@ -183,47 +186,51 @@ def _find_checkpoint(config: Config) -> list[str]:
     from vgglab.runs import checkpoint
     from vgglab.runs.run import holds_a_run
 
-    runs = Path(config.output_dir, "runs")
-    folders = [Path(config.run_dir)] if config.run_dir else sorted(runs.glob("*"))
+    runs = Path(request.output_dir, "runs")
+    folders = [Path(request.run_dir)] if request.run_dir else sorted(runs.glob("*"))
     file, _, passed_over = checkpoint.newest(folders)
-    config.resume = None if file is None else str(file)
     notes = [f"--resume auto: {text}, so it was not used" for text in passed_over]
-    if file is None and passed_over and config.run_dir:
-        advice = f"to start from the beginning, move {config.run_dir}/checkpoints away"
-        raise UserError(f"--resume auto: no checkpoint in {config.run_dir} can be used: {passed_over[0]}; {advice}")
-    if file is None and (notes or (config.run_dir and holds_a_run(Path(config.run_dir)))):
-        notes.append(f"--resume auto: no intact checkpoint in {config.run_dir or runs}; starting from the beginning")
-    return notes
+    if file is None and passed_over and request.run_dir:
+        advice = f"to start from the beginning, move {request.run_dir}/checkpoints away"
+        raise UserError(f"--resume auto: no checkpoint in {request.run_dir} can be used: {passed_over[0]}; {advice}")
+    if file is None and (notes or (request.run_dir and holds_a_run(Path(request.run_dir)))):
+        notes.append(f"--resume auto: no intact checkpoint in {request.run_dir or runs}; starting from the beginning")
+    return (None if file is None else str(file)), notes
 
 
-def _resolve(config: Config, device: Device, sets: DataSets) -> None:
+def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
     """Fill in what the flags left open, so that config.json says what was really used."""
     from vgglab.model import head_for
     from vgglab.runs.run import run_path
 
-    config.device = device.kind
-    config.amp, config.amp_dtype = device.amp_dtype is not None, device.amp_dtype
-    config.tf32 = device.tf32
-    config.channels_last, config.fused = device.channels_last, device.fuses
-    if Path(config.data_path).is_dir():  # a folder, then, which has to be found from elsewhere too
-        config.data_path = str(Path(config.data_path).absolute())
-    config.world_size = device.world_size
-    config.num_classes = sets.num_classes
-    config.image_size = sets.image_size
-    config.decoder = sets.decoder
-    if config.head == "auto":
-        config.head = head_for(sets.image_size)
-    if config.workers is None:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
-        config.workers = min(MOST_WORKERS, max(1, ranks.num_cores() // ranks_here))
-    if config.seed is None:
-        config.seed = agreement.draw_seed(device)
-    if config.run_dir is None or device.world_size > 1:
-        config.run_dir = agreement.share(str(run_path(config)), device)  # rank 0's clock names it
+    is_folder = Path(request.data_path).is_dir()  # it has to be found from elsewhere, too
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
+    share_of_cores = min(MOST_WORKERS, max(1, ranks.num_cores() // ranks_here))
+    settings = complete(
+        request,
+        device=device.kind,
+        amp=device.amp_dtype is not None,
+        amp_dtype=device.amp_dtype,
+        tf32=device.tf32,
+        channels_last=device.channels_last,
+        fused=device.fuses,
+        data_path=str(Path(request.data_path).absolute()) if is_folder else request.data_path,
+        world_size=device.world_size,
+        num_classes=sets.num_classes,
+        image_size=sets.image_size,
+        decoder=sets.decoder,
+        head=head_for(sets.image_size) if request.head == "auto" else request.head,
+        workers=share_of_cores if request.workers is None else request.workers,
+        seed=agreement.draw_seed(device) if request.seed is None else request.seed,
+    )
+    path = str(run_path(settings))
+    if request.run_dir is None or device.world_size > 1:
+        path = agreement.share(path, device)  # rank 0's clock names it
+    return replace(settings, run_dir=path)
 
 
 def _prepare_and_work(
-    config: Config, device: Device, sets: DataSets, saved: Checkpoint | None, is_in_place: bool
+    config: Settings, device: Device, sets: DataSets, saved: Checkpoint | None, is_in_place: bool
 ) -> None:
     """The trainer lives in here only: on torch 1.10 a wrapped model that outlives its process group hangs at exit."""
     from vgglab.runs.writer import RankWriter
@@ -232,7 +239,7 @@ def _prepare_and_work(
     trainer = Trainer(config, device, sets, saved)
     if saved is not None and not config.test_only:
         trainer.warnings += [f"--resume: {change}" for change in inheritance.changed_settings(saved, config.as_dict())]
-    path = Path(str(config.run_dir))
+    path = Path(config.run_dir)
     if device.rank == 0:
         _work_and_record(trainer, path, is_in_place)
         return

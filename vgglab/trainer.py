@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # what a trainer is given
     from vgglab.devices.base import Device
     from vgglab.runs.checkpoint import Checkpoint
     from vgglab.runs.writer import RankWriter
-    from vgglab.settings.config import Config
+    from vgglab.settings.config import Settings
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Trainer:
         warnings: what the run should say about its start, one line each.
     """
 
-    def __init__(self, config: Config, device: Device, sets: DataSets, saved: Checkpoint | None = None) -> None:
+    def __init__(self, config: Settings, device: Device, sets: DataSets, saved: Checkpoint | None = None) -> None:
         """Build everything, before there is a run directory; take up the checkpoint ``saved``, if there is one.
 
         Raises:
@@ -71,7 +71,7 @@ class Trainer:
         """
         self.config, self.device, self.sets = config, device, sets
         self.warnings: list[str] = []
-        device.seed(int(config.seed or 0))  # the same first weights on every rank
+        device.seed(config.seed)  # the same first weights on every rank
         self.batches = None if sets.train is None else train_batches(sets, config, device)
         self.held_out = eval_batches(sets, config, device)
         self.model, self.network = device.wrap(self._build_network(saved))
@@ -132,7 +132,7 @@ class Trainer:
 
     def step_seed(self) -> int:
         """What dropout and blends draw from in the next step on this rank; 32 bits, which any card takes."""
-        return mix_seeds(int(self.config.seed or 0), self.state.step, self.device.rank) % 2**32
+        return mix_seeds(self.config.seed, self.state.step, self.device.rank) % 2**32
 
     def fit(self, run: RankWriter) -> None:
         """Train, evaluating and saving every ``eval_freq`` epochs and after the last.

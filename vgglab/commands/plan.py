@@ -10,7 +10,7 @@ from typing import Any, Sequence
 from vgglab.commands import call
 from vgglab.errors import UserError
 from vgglab.runs.run import Run
-from vgglab.settings.config import Config
+from vgglab.settings.config import Request
 from vgglab.settings.flags import AT_LEAST_1, POSITIVE, OneLineParser, number, with_dashes
 from vgglab.settings.parser import flags_given
 from vgglab.settings.parser import parse as parse_training
@@ -64,7 +64,7 @@ def _speed(options: Any) -> float:
     return report["images_per_second"] / report["world_size"]
 
 
-def _other_job(config: Config, run: Run) -> list[str]:
+def _other_job(config: Request, run: Run) -> list[str]:
     """What that speed was measured with, where it is not what is planned."""
     report, wanted = run.report(), config.as_dict()
     wanted["image_size"] = config.image_size or report["image_size"]

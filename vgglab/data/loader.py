@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vgglab.data.images import Split
     from vgglab.data.sets import DataSets
     from vgglab.devices.base import Device
-    from vgglab.settings.config import Config
+    from vgglab.settings.config import Settings
 
 OnSkipped = Callable[[str, str], None]
 STRIDE = 1_000_000_007  # a prime above any number of images or epochs
@@ -209,7 +209,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def train_batches(sets: DataSets, config: Config, device: Device) -> Batches:
+def train_batches(sets: DataSets, config: Settings, device: Device) -> Batches:
     """Training batches of this rank.
 
     Raises:
@@ -217,19 +217,19 @@ def train_batches(sets: DataSets, config: Config, device: Device) -> Batches:
     """
     assert sets.train is not None
     num_images, max_batches = len(sets.train), config.training_step_per_epoch
-    picks = TrainPicks(num_images, config.batch_size, device, int(config.seed or 0), max_batches)
+    picks = TrainPicks(num_images, config.batch_size, device, config.seed, max_batches)
     if len(picks) == 0:
         ranks = f" x {device.world_size} ranks" if device.world_size > 1 else ""
         raise UserError(f"--batch-size {config.batch_size}{ranks}: larger than the training set ({num_images} images)")
     reader = _reader(sets.train, sets.train_transform(), sets, config)
-    return Batches(reader, picks, int(config.workers or 0), device)
+    return Batches(reader, picks, config.workers, device)
 
 
-def eval_batches(sets: DataSets, config: Config, device: Device) -> Batches:
+def eval_batches(sets: DataSets, config: Settings, device: Device) -> Batches:
     """Held-out batches of this rank."""
     picks = EvalPicks(len(sets.val), config.batch_size, device, config.eval_step_per_epoch)
-    return Batches(_reader(sets.val, sets.eval_transform(), sets, config), picks, int(config.workers or 0), device)
+    return Batches(_reader(sets.val, sets.eval_transform(), sets, config), picks, config.workers, device)
 
 
-def _reader(split: Split, transform: Any, sets: DataSets, config: Config) -> BatchReader:
+def _reader(split: Split, transform: Any, sets: DataSets, config: Settings) -> BatchReader:
     return BatchReader(split, transform, sets.image_size, sets.decoder, config.on_bad_image == "skip")

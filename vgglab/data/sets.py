@@ -15,7 +15,7 @@ from vgglab.data.lists import ListFile
 from vgglab.data.named import NAMED_SETS, saying_what_to_put_where
 from vgglab.data.transform import AsItIs, CentreCrop, JitteredCrop, Preparation, RandomCrop, Trivially
 from vgglab.errors import UserError
-from vgglab.settings.config import SEED_NUM_CLASSES, Config
+from vgglab.settings.config import SEED_NUM_CLASSES, Request
 
 
 def _standard_crop(size: int, preparation: Preparation) -> RandomCrop:
@@ -59,7 +59,7 @@ class DataSets:
         return AsItIs() if self.is_fake else CentreCrop(self.image_size, self.preparation.resize_ratio)
 
 
-def open_sets(config: Config) -> DataSets:
+def open_sets(config: Request) -> DataSets:
     """Find the images that ``config.data_path`` names and check them against the other flags.
 
     Raises:
@@ -74,7 +74,7 @@ def open_sets(config: Config) -> DataSets:
         ) from None
 
 
-def _open_sets(config: Config) -> DataSets:
+def _open_sets(config: Request) -> DataSets:
     name, preparation = config.data_path, Preparation()
     decoder = _decoder(config)
     warnings: list[str] = []
@@ -91,7 +91,7 @@ def _open_sets(config: Config) -> DataSets:
     return DataSets(name, train, val, num_classes, image_size, preparation, decoder, config.crops, warnings + more)
 
 
-def _decoder(config: Config) -> str:
+def _decoder(config: Request) -> str:
     best = best_decoder()
     if config.decoder == "fast" != best:
         raise UserError(
@@ -101,7 +101,7 @@ def _decoder(config: Config) -> str:
     return best if config.decoder == "auto" else config.decoder
 
 
-def _named_splits(name: str, image_size: int, config: Config) -> tuple[Split | None, Split]:
+def _named_splits(name: str, image_size: int, config: Request) -> tuple[Split | None, Split]:
     read = NAMED_SETS[name].split
     assert read is not None
     with saying_what_to_put_where(name):
@@ -125,7 +125,7 @@ def _folder(data_path: str) -> Path:
     return root
 
 
-def _read_splits(root: Path, config: Config, warnings: list[str]) -> tuple[Split | None, Split]:
+def _read_splits(root: Path, config: Request, warnings: list[str]) -> tuple[Split | None, Split]:
     is_strict = config.on_bad_image == "fail"
     if config.test_only:
         return None, read_split(root, "val", _training_classes(root), is_strict, warnings)
@@ -217,7 +217,7 @@ def _split_of_folders(root: Path, split: str, index: Index, classes: list[str] |
     return Split(FileImages(paths), labels, classes)
 
 
-def _num_classes(config: Config, classes: list[str]) -> tuple[int, list[str]]:
+def _num_classes(config: Request, classes: list[str]) -> tuple[int, list[str]]:
     found, asked = len(classes), config.num_classes
     if asked is None or asked == found:
         return found, []

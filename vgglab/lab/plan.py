@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from typing import NamedTuple, Sequence
 
 from vgglab.errors import UserError
-from vgglab.settings.config import Config
+from vgglab.settings.config import Request
 from vgglab.settings.flags import number
 from vgglab.settings.parser import parse as parse_training
 from vgglab.settings.parser import warnings_about
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    config: Config, images_per_second: float, ranks: int = 1, scaling: float = 1.0, given: Sequence[str] = ()
+    config: Request, images_per_second: float, ranks: int = 1, scaling: float = 1.0, given: Sequence[str] = ()
 ) -> Plan:
     """Count it out.
 
@@ -118,7 +118,7 @@ def plan(
     )
 
 
-def _data(config: Config, given: Sequence[str]) -> tuple[str, int, int, int, int]:
+def _data(config: Request, given: Sequence[str]) -> tuple[str, int, int, int, int]:
     """What it is, training and held-out images, classes, and the side of an image."""
     if "data_path" not in given and config.recipe not in (None, "quick"):
         return "ImageNet", IMAGENET["train"], IMAGENET["val"], IMAGENET["classes"], config.image_size or 224
@@ -129,7 +129,7 @@ def _data(config: Config, given: Sequence[str]) -> tuple[str, int, int, int, int
     return sets.name, len(sets.train), len(sets.val), sets.num_classes, sets.image_size
 
 
-def _checkpoint_bytes(config: Config, num_classes: int, image_size: int) -> int:
+def _checkpoint_bytes(config: Request, num_classes: int, image_size: int) -> int:
     """Weights and statistics in float32, as many again for each thing that the optimizer and --ema keep of them."""
     import torch
 
@@ -146,12 +146,12 @@ def _checkpoint_bytes(config: Config, num_classes: int, image_size: int) -> int:
     return 4 * (network.num_parameters * (copies + num_kept) + statistics * copies)
 
 
-def _rates(config: Config, ranks: int) -> list[tuple[int, float]]:
+def _rates(config: Request, ranks: int) -> list[tuple[int, float]]:
     rates = [(epoch, learning_rate(config, epoch, ranks)) for epoch in range(config.start_epoch, config.epochs)]
     return [now for before, now in zip([(0, None), *rates], rates) if now[1] != before[1]]
 
 
-def _warnings(config: Config, ranks: int) -> list[str]:
+def _warnings(config: Request, ranks: int) -> list[str]:
     lines = warnings_about(config)
     base = config.lr * config.batch_size * ranks / 256
     if config.recipe:

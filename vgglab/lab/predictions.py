@@ -17,7 +17,7 @@ from vgglab.errors import UserError, blaming
 from vgglab.model import VGG, build
 from vgglab.runs import checkpoint
 from vgglab.runs.run import Run
-from vgglab.settings.config import Config
+from vgglab.settings.config import Request, Settings, complete
 from vgglab.settings.inheritance import checked
 
 MOST_CLASSES = 10**6  # of a run that is read; ImageNet-21k has 21,841
@@ -79,13 +79,12 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
     return predictions
 
 
-def _settings_of(run: Run) -> Config:
+def _settings_of(run: Run) -> Settings:
     """The run's own settings, for looking at all held-out images from wherever we are."""
-    known = [item for item in fields(Config) if item.name in run.config]
+    known = [item for item in fields(Request) if item.name in run.config]
     with blaming(f"{run.path}/config.json"):
-        config = Config(**{item.name: checked(item, run.config[item.name]) for item in known})
+        config = Request(**{item.name: checked(item, run.config[item.name]) for item in known})
         if config.num_classes is None or config.num_classes > MOST_CLASSES:
             raise UserError("holds no num_classes that can be used")
-    config.test_only, config.workers, config.eval_step_per_epoch = True, 0, -1
-    config.decoder = "auto"  # here, where simplejpeg may not be
-    return config
+    # The decoder is chosen here, where simplejpeg may not be.
+    return complete(config, test_only=True, workers=0, eval_step_per_epoch=-1, decoder="auto")

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from vgglab.dist.processes import ask_where, is_alive, is_running, kill_all, processes_of
 from vgglab.dist.ranks import failures, grace_period_seconds
 from vgglab.errors import UserError, printable
-from vgglab.settings.config import Config
+from vgglab.settings.config import Request
 from vgglab.storage import schema
 from vgglab.storage.events import Event, EventFile
 from vgglab.storage.files import exists, make_folder, tail_of, writing
@@ -57,13 +57,13 @@ def _test_of(annotation: str) -> Test:
 
 
 schema.DOCUMENTS["config.json"] = {
-    **{item.name: _test_of(str(item.type)) for item in fields(Config)},
+    **{item.name: _test_of(str(item.type)) for item in fields(Request)},
     **dict.fromkeys(("batch_size", "world_size"), schema.count_from_1),
     **dict.fromkeys(("image_size", "num_classes"), schema.maybe(schema.count_from_1)),
 }
 
 
-def run_path(config: Config) -> Path:
+def run_path(config: Request) -> Path:
     """Where this run goes: ``run_dir``, else ``<output_dir>/runs/<time>-<data>-<model>-<device>x<ranks>-<id>``.
 
     A launcher names the folder before anybody has looked at the machine: there ``<device>`` can be ``auto``.

@@ -22,13 +22,13 @@ from vgglab.dist import ranks
 from vgglab.dist.interrupts import passing_on_signals
 from vgglab.errors import UserError, printable
 from vgglab.runs.run import Run, is_a_run, run_path
-from vgglab.settings.config import Config
+from vgglab.settings.config import Request
 
 if TYPE_CHECKING:
     from vgglab.launch import LaunchedRun
 
 
-def seeds_of(config: Config) -> list[int]:
+def seeds_of(config: Request) -> list[int]:
     """The seeds that ``--seeds`` asks for. Raises UserError."""
     if config.resume or config.test_only or config.fix_seed:
         raise UserError("--seeds: trains from the beginning; leave out --resume, --test-only and --fix-seed")
@@ -50,7 +50,7 @@ def seeds_of(config: Config) -> list[int]:
     return list(range(first, first + numbers[0]))
 
 
-def folder_of(config: Config) -> Path:
+def folder_of(config: Request) -> Path:
     """Where the runs of all seeds go: ``run_dir``, or a new folder. Raises UserError where something is there."""
     path = Path(config.run_dir) if config.run_dir else Path(f"{run_path(config)}-seeds")
     others = [file.name for file in path.glob("*") if not file.name.startswith("seed-")]
@@ -77,7 +77,7 @@ def without_seeds(argv: Sequence[str]) -> list[str]:
     return kept
 
 
-def train_each(argv: Sequence[str], config: Config) -> int:
+def train_each(argv: Sequence[str], config: Request) -> int:
     """The shell's door: a process for each seed; the first that fails is the last. Returns its exit code.
 
     Raises:

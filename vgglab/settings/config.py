@@ -1,5 +1,7 @@
-"""One dataclass of settings, the only list of them. The parser (``parser.py``), ``config.json``, ``launch``, what a
-resumed run inherits and what a comparison shows are made from it. Nothing here imports torch.
+"""The settings: ``Request`` is the only list of them, ``Settings`` the same without gaps; neither ever changes.
+
+The parser (``parser.py``), ``config.json``, ``launch``, what a resumed run inherits and what a comparison shows are
+made from the list. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ SEED_OF_FIX_SEED = 1 << 20  # the seed kit's
 SEED_NUM_CLASSES = 1000  # in all four of the seed kit's commands, whatever the folder holds
 
 
-@dataclass
-class Config:
-    """Everything that decides what a run does. Defaults are the seed kit's unless the help says more."""
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a run; None where the run chooses. Defaults are the seed kit's unless the help says more."""
 
     recipe: str | None = flag(
         "a named set of settings (vgglab/settings/recipes.py); any flag overrides what it says",
@@ -262,6 +264,22 @@ class Config:
         return {name: value for name, value in asdict(self).items() if name not in started_by}
 
 
+@dataclass(frozen=True)
+class Settings(Request):
+    """Everything that decides what a run does, without gaps."""
+
+    num_classes: int = 0
+    workers: int = 0
+    image_size: int = 0
+    seed: int = 0
+    run_dir: str = ""
+
+
+def complete(request: Request, **filled_in: Any) -> Settings:
+    """The settings that a request comes to."""
+    return Settings(**{**vars(request), **filled_in})
+
+
 def settings_that_affect(*kinds: str) -> set[str]:
     """The names of the settings that affect one of these, of ``flags.AFFECTS``."""
-    return {item.name for item in fields(Config) if item.metadata["policy"].affects in kinds}
+    return {item.name for item in fields(Request) if item.metadata["policy"].affects in kinds}

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from typing import Any, Sequence
 
 from vgglab.errors import UserError
-from vgglab.settings.config import Config, settings_that_affect
+from vgglab.settings.config import Request, settings_that_affect
 from vgglab.settings.parser import check
 from vgglab.settings.schedule import SCHEDULES
 
 
-def inherit(config: Config, given: Sequence[str], earlier: dict[str, Any]) -> None:
-    """Take over what nobody gave on this command line from the settings of the run that is resumed.
+def inherit(request: Request, given: Sequence[str], earlier: dict[str, Any]) -> Request:
+    """The request with what nobody gave on this command line taken over from the run that is resumed.
 
     Raises:
         UserError: a setting in there is none, or contradicts one that was given.
     """
-    settings = {item.name: item for item in fields(Config)}
+    settings = {item.name: item for item in fields(Request)}
     chosen = {*given, *(other for name in given for other in settings[name].metadata["policy"].implies)}
-    for item in settings.values():
-        if item.name in earlier and item.name not in chosen and item.metadata["policy"].is_inherited:
-            setattr(config, item.name, checked(item, earlier[item.name]))
-    check(config)
+    inherited = {
+        item.name: checked(item, earlier[item.name])
+        for item in settings.values()
+        if item.name in earlier and item.name not in chosen and item.metadata["policy"].is_inherited
+    }
+    request = replace(request, **inherited)
+    check(request)
+    return request
 
 
 def checked(item: Field, value: Any) -> Any:

@@ -9,11 +9,11 @@ import argparse
 import difflib
 import os
 import re
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from typing import Any, Sequence
 
 from vgglab.errors import UserError
-from vgglab.settings.config import HOW, SAVING, SEED_OF_FIX_SEED, WHAT, WHERE, Config
+from vgglab.settings.config import HOW, SAVING, SEED_OF_FIX_SEED, WHAT, WHERE, Request
 from vgglab.settings.flags import OneLineParser, with_dashes
 from vgglab.settings.recipes import RECIPES
 
@@ -52,7 +52,7 @@ def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
     parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="all flags, and all that is to be said of them")
     sections = {title: parser.add_argument_group(title) for title in (WHAT, HOW, WHERE, SAVING)}
     others = parser.add_argument_group("all other flags") if shows_all else parser
-    for item in fields(Config):
+    for item in fields(Request):
         options = dict(item.metadata)
         del options["policy"]
         group = sections.get(options.pop("section"), others)
@@ -75,7 +75,7 @@ def _help(item: Field, text: str) -> str:
     return f"{text} (default {item.default})" if is_worth_saying else text
 
 
-def parse(argv: Sequence[str]) -> Config:
+def parse(argv: Sequence[str]) -> Request:
     """Flags to settings.
 
     Raises:
@@ -86,9 +86,9 @@ def parse(argv: Sequence[str]) -> Config:
     known, unknown = parser.parse_known_args(dashed)
     if unknown:
         raise UserError(_unknown_flag(unknown[0], parser))
-    config = Config(**{**RECIPES.get(vars(known).get("recipe"), {}), **vars(known)})
-    check(config)
-    return config
+    request = Request(**{**RECIPES.get(vars(known).get("recipe"), {}), **vars(known)})
+    check(request)
+    return replace(request, seed=SEED_OF_FIX_SEED) if request.fix_seed else request
 
 
 def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
@@ -106,7 +106,7 @@ def flags_given(argv: Sequence[str]) -> list[str]:
     return [*RECIPES.get(known.get("recipe"), {}), *known]
 
 
-def check(config: Config) -> None:
+def check(config: Request) -> None:
     """Raises UserError for settings that contradict each other."""
     if config.apex or config.apex_opt_level is not None:
         raise UserError("--apex: not used here; --amp trains in mixed precision")
@@ -120,15 +120,13 @@ def check(config: Config) -> None:
         raise UserError("--test-only: nothing to test; name a checkpoint with --resume or take --pretrained")
     if config.start_epoch >= config.epochs:
         raise UserError(f"--start-epoch {config.start_epoch}: must be below --epochs {config.epochs}")
-    if config.fix_seed:
-        if config.seed not in (None, SEED_OF_FIX_SEED):
-            raise UserError(f"--fix-seed: means --seed {SEED_OF_FIX_SEED}; leave out one of the two")
-        config.seed = SEED_OF_FIX_SEED
+    if config.fix_seed and config.seed not in (None, SEED_OF_FIX_SEED):
+        raise UserError(f"--fix-seed: means --seed {SEED_OF_FIX_SEED}; leave out one of the two")
     if config.pretrained and config.resume:
         raise UserError("--pretrained: --resume brings its own weights; leave out one of the two")
 
 
-def warnings_about(config: Config) -> list[str]:
+def warnings_about(config: Request) -> list[str]:
     """What is allowed and probably not meant, one line each."""
     lines = []
     if config.epochs < config.warmup and not config.test_only:

@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
 if TYPE_CHECKING:
-    from vgglab.settings.config import Config
+    from vgglab.settings.config import Request
 
 MILESTONES = (30, 60, 80)
 REFERENCE_BATCH_SIZE = 256  # the global batch size that --lr is meant for
@@ -20,29 +20,29 @@ REFERENCE_BATCH_SIZE = 256  # the global batch size that --lr is meant for
 class Schedule(NamedTuple):
     """How the rate falls after warm-up."""
 
-    rate: Callable[[Config, float, int, int], float]  # of the settings, the base rate, the epoch and the drops so far
+    rate: Callable[[Request, float, int, int], float]  # of the settings, the base rate, the epoch and the drops so far
     depends_on_epochs: bool = False  # on how many there are: more of them change the rate of each
 
 
-def _step(config: Config, base: float, epoch: int, num_drops: int) -> float:
+def _step(config: Request, base: float, epoch: int, num_drops: int) -> float:
     if config.lr_step_size is not None:
         return base * config.lr_gamma ** (epoch // config.lr_step_size)
     return base * config.lr_gamma ** sum(milestone <= epoch for milestone in MILESTONES)
 
 
-def _plateau(config: Config, base: float, epoch: int, num_drops: int) -> float:
+def _plateau(config: Request, base: float, epoch: int, num_drops: int) -> float:
     return base * config.lr_gamma**num_drops
 
 
-def _linear(config: Config, base: float, epoch: int, num_drops: int) -> float:
+def _linear(config: Request, base: float, epoch: int, num_drops: int) -> float:
     return base * (1 - _share_done(config, epoch))
 
 
-def _cosine(config: Config, base: float, epoch: int, num_drops: int) -> float:
+def _cosine(config: Request, base: float, epoch: int, num_drops: int) -> float:
     return config.end_lr + (base - config.end_lr) * 0.5 * (1 + math.cos(math.pi * _share_done(config, epoch)))
 
 
-def _share_done(config: Config, epoch: int) -> float:
+def _share_done(config: Request, epoch: int) -> float:
     return (epoch - config.warmup) / (config.epochs - config.warmup)
 
 
@@ -54,7 +54,7 @@ SCHEDULES = {
 }
 
 
-def learning_rate(config: Config, epoch: int, world_size: int, num_drops: int = 0) -> float:
+def learning_rate(config: Request, epoch: int, world_size: int, num_drops: int = 0) -> float:
     """The rate of ``epoch`` (from 0) with ``world_size`` ranks; ``num_drops`` at plateaus so far.
 
     With ``base = lr x batch_size x world_size / 256``, warm-up rises by ``base / warmup`` an epoch; then

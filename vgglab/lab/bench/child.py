@@ -23,6 +23,7 @@ from vgglab.errors import UserError
 from vgglab.lab.ceilings import product_flop_per_second
 from vgglab.model import build, head_for
 from vgglab.optim import set_learning_rate
+from vgglab.settings.config import complete
 from vgglab.settings.parser import parse
 from vgglab.settings.schedule import learning_rate
 from vgglab.trainer import Trainer
@@ -79,18 +80,20 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
     ``"peak"`` with the operations per second of a matrix product in this way's precision; any of them with ``Refusal``.
     """
     try:
-        config = parse([*flags, *way.flags])
+        request = parse([*flags, *way.flags])
         device = open_device(
-            config.device, amp_dtype=config.amp_dtype or ("auto" if config.amp else None), tf32=config.tf32,
-            fast=config.fast, channels_last=config.channels_last, fused=config.fused, compile=config.compile,
+            request.device, amp_dtype=request.amp_dtype or ("auto" if request.amp else None), tf32=request.tf32,
+            fast=request.fast, channels_last=request.channels_last, fused=request.fused, compile=request.compile,
         )  # fmt: skip
         if way.is_prepared:
             device.open()
         if device.is_host or device.is_simulated:
             limit_to_free_memory()
-        sets = open_sets(config)
-        config.seed, config.num_classes, config.image_size = 0, sets.num_classes, sets.image_size
-        config.head = head_for(sets.image_size) if config.head == "auto" else config.head
+        sets = open_sets(request)
+        head = head_for(sets.image_size) if request.head == "auto" else request.head
+        config = complete(
+            request, seed=0, workers=0, num_classes=sets.num_classes, image_size=sets.image_size, head=head
+        )
         batch = next(iter(train_batches(sets, config, device).epoch(0)))
         network = Network(config.model, config.num_classes, config.image_size, config.head, way.is_torchvisions)
         connection.send(Ready(device.describe(), network))
@@ -108,7 +111,7 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_lack_of_memory(error):
             raise
-        connection.send(Refusal(f"--batch-size {config.batch_size}: no memory for it on {config.device}", True))
+        connection.send(Refusal(f"--batch-size {request.batch_size}: no memory for it on {request.device}", True))
     except (KeyboardInterrupt, EOFError):
         pass
 

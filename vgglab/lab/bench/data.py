@@ -14,6 +14,7 @@ import contextlib
 import math
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any, Callable, Iterator, List, NamedTuple
@@ -32,7 +33,7 @@ from vgglab.devices import open_device
 from vgglab.devices.base import Device
 from vgglab.dist import ranks
 from vgglab.errors import UserError
-from vgglab.settings.config import Config
+from vgglab.settings.config import Request
 
 # What a card computes, in images/s of VGG16's training: Enflame's published figure, and a round one of a fast card.
 CARDS = {"T20, as published": 590.3, "a fast card": 2400.0}
@@ -80,14 +81,13 @@ class ReferenceImages(Dataset):
         return self.transform(self.split.images.open(place, "pil").pixels()), self.split.labels[place]
 
 
-def measure(config: Config, seconds: float, workers: list[int], card: float | None = None) -> DataFigures:
+def measure(config: Request, seconds: float, workers: list[int], card: float | None = None) -> DataFigures:
     """Measure the training images that ``config`` names, for about ``seconds`` each on one core and by processes.
 
     Raises:
         UserError: as ``open_sets``; an image that cannot be read.
     """
-    config.test_only = False
-    sets = open_sets(config)
+    sets = open_sets(replace(config, test_only=False))
     split = sets.train
     assert split is not None
     if sets.is_fake:
@@ -118,7 +118,7 @@ def measure(config: Config, seconds: float, workers: list[int], card: float | No
     )
 
 
-def _chunks(split: Split, sets: DataSets, config: Config, seconds: float) -> Iterator[tuple[float, float, float, int]]:
+def _chunks(split: Split, sets: DataSets, config: Request, seconds: float) -> Iterator[tuple[float, float, float, int]]:
     """Seconds of the kit, of the reference and of decoding alone, and the number of images, chunk by chunk."""
     reader = BatchReader(split, sets.train_transform(), sets.image_size, sets.decoder, skips_bad_images=False)
     reference = ReferenceImages(split, sets.image_size)
@@ -160,7 +160,7 @@ def _seconds_of(run: Callable[[], Any]) -> float:
 
 
 def _by_workers(
-    count: int, sets: DataSets, config: Config, device: Device, core_rate: float, seconds: float
+    count: int, sets: DataSets, config: Request, device: Device, core_rate: float, seconds: float
 ) -> dict[str, float]:
     """Images per second with ``count`` loader processes; this process only takes what they make."""
     assert sets.train is not None

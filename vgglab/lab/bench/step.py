@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import multiprocessing
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -245,14 +246,12 @@ def as_text(results: Sequence[StepFigures]) -> str:
 
 def save(results: Sequence[StepFigures], flags: Sequence[str], output_dir: str = ".") -> Path:
     """Leave the results in a run directory of their own below ``output_dir``, where the results page finds them."""
-    config = parse([*flags, *FLAGS, f"--output-dir={output_dir}"])
     device = dict(results[-1].device)
-    config.device = device["device"]  # what auto came to
-    config.data_path = "bench-step"  # for the name of the directory
-    path = run_path(config)
-    config.data_path = "fake"
+    request = parse([*flags, *FLAGS, f"--output-dir={output_dir}"])
+    request = replace(request, device=device["device"])  # what auto came to
+    path = run_path(replace(request, data_path="bench-step"))
     run = RunWriter(path, is_simulated=device["simulated"])
-    run.write_config(config.as_dict())
+    run.write_config(request.as_dict())
     run.write_env(device, world_size=1)
     run.event("end", status="done", error=None)
     run.close()
