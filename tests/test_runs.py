@@ -218,3 +218,20 @@ def test_the_end_of_a_log_is_read_without_the_rest(tmp_path):
     run = vgglab.Run(tmp_path)
     assert run.last_lines(0, 3) == run.logs().splitlines()[-3:]
     assert run.last_lines("launcher", 3) == []
+
+
+def test_the_runs_in_folders_are_found_in_the_order_in_which_they_began(path, tmp_path):
+    late, seeds = path, tmp_path / "more" / "several-seeds"
+    for number, folder in enumerate((seeds / "seed-1", seeds / "seed-2", tmp_path / "more" / "alone")):
+        shutil.copytree(path, folder)
+        os.utime(folder / "config.json", (number + 1, number + 1))
+    (tmp_path / "more" / "no-run").mkdir()
+    runs = vgglab.Runs(tmp_path / "more", late, late)  # twice is once
+    assert [run.path for run in runs] == [seeds / "seed-1", seeds / "seed-2", tmp_path / "more" / "alone", late]
+    assert runs[-1].path == late
+    assert [line.split()[0] for line in repr(runs).strip().splitlines()[-4:]] == [run.name for run in runs]
+    assert "several-seeds/seed-2" in runs._repr_html_()
+    (seeds / "seed-1" / "events.jsonl").write_text("nonsense")
+    assert "several-seeds/seed-1" in repr(vgglab.Runs(tmp_path / "more"))
+    with pytest.raises(vgglab.UserError, match="nowhere: no such folder"):
+        vgglab.Runs(tmp_path / "nowhere")

@@ -20,12 +20,13 @@ from vgglab.version import __version__
 # `launch` is a module and a function: imported here, the name means the function for good.
 from vgglab.launch import launch  # isort: skip
 from vgglab.runs.run import Run  # isort: skip
+from vgglab.runs.folder import Runs  # isort: skip
 from vgglab.runs.seeds import Seeds  # isort: skip
 
 # ``python -m vgglab.plan`` and its like are found in commands/.
 __path__.append(os.path.join(os.path.dirname(__file__), "commands"))
 
-__all__ = ["Run", "RunFailed", "Seeds", "UserError", "__version__", "anatomy", "launch", "model", "predict"]
+__all__ = ["Run", "RunFailed", "Runs", "Seeds", "UserError", "__version__", "anatomy", "launch", "model", "predict"]
 
 
 def load_ipython_extension(shell: Any) -> None:

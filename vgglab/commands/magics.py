@@ -13,6 +13,7 @@ from IPython.core.magic import Magics, line_magic, magics_class
 
 from vgglab.errors import UserError
 from vgglab.launch import launch
+from vgglab.runs.folder import Runs
 from vgglab.runs.run import GOING_ON, Run, is_a_run
 from vgglab.runs.seeds import LaunchedSeeds
 from vgglab.settings.flags import AT_LEAST_0, AT_LEAST_1, OneLineParser, with_dashes
@@ -80,12 +81,10 @@ class VgglabMagics(Magics):
         run.watch()
 
     def _runs(self, words: Sequence[str]) -> Any:
-        from vgglab.view.cards import runs_table
-
         folder = Path(_at_most_one("runs", words) or HOME)
         if not folder.is_dir():
             raise UserError(f"%vgglab runs: {folder}: no such folder; %vgglab run makes ./{HOME}")
-        return runs_table(_runs_in(folder))
+        return Runs(folder)
 
     def _watch(self, words: Sequence[str]) -> None:
         self.find("watch", words).watch()
@@ -106,8 +105,8 @@ class VgglabMagics(Magics):
         """Those in ./runs and those started here, the newest last."""
         started = [*self.launched, *(run for series in self.series for run in series.runs)]
         there = [run for run in started if is_a_run(run.path)]  # a folder may have been removed
-        found = {run.path: run for run in [*(_runs_in(HOME) if HOME.is_dir() else []), *there]}
-        return sorted(found.values(), key=_begun)
+        found = {run.path: run for run in [*(Runs(HOME) if HOME.is_dir() else []), *there]}
+        return sorted(found.values(), key=lambda run: run.began)
 
     def find(self, subcommand: str, words: Sequence[str]) -> Run:
         """The run that is meant. Raises UserError where there is none, or more than one."""
@@ -192,18 +191,6 @@ def _at_most_one(subcommand: str, words: Sequence[str]) -> str | None:
     if words and not words[0]:
         raise UserError(f"%vgglab {subcommand}: the name is empty")
     return words[0] if words else None
-
-
-def _runs_in(folder: Path) -> list[Run]:
-    """The folder itself, or those that lie in it, also what has only begun; the newest last."""
-    paths = [folder, *folder.glob("*"), *folder.glob("*/seed-*")]
-    return sorted((Run(path) for path in paths if is_a_run(path)), key=_begun)
-
-
-def _begun(run: Run) -> float:
-    """When its first file was written, in seconds since 1970."""
-    times = [file.stat().st_mtime for file in (run.path / "launch.json", run.path / "config.json") if file.exists()]
-    return min(times, default=run.path.stat().st_mtime)
 
 
 def _after(last: str, token: str) -> list[str]:

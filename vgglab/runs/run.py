@@ -111,6 +111,12 @@ class Run:
         is_of_several = self.path.name.startswith("seed-")
         return printable(f"{self.path.parent.name}/{self.path.name}" if is_of_several else self.path.name)
 
+    @property
+    def began(self) -> float:
+        """When its first file was written, in seconds since 1970."""
+        files = [self.path / name for name in (LAUNCHED, "config.json")]
+        return min((file.stat().st_mtime for file in files if file.exists()), default=self.path.stat().st_mtime)
+
     def __repr__(self) -> str:
         from vgglab.view.cards import standing
 

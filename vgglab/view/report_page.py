@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
-from vgglab.errors import UserError
-from vgglab.runs.run import Run, holds_a_run
+from vgglab.runs.folder import Runs
+from vgglab.runs.run import Run
 from vgglab.settings.config import settings_that_affect
 from vgglab.view.tables import html_table, text_table
 
@@ -33,20 +33,12 @@ class Table(NamedTuple):
 
 
 def runs_in(folders: Sequence[str | Path]) -> list[Run]:
-    """The runs that the folders are, or that lie in them, those of several seeds too; without what has only begun.
-
-    The oldest comes first.
+    """The runs that the folders are, or that lie in them, without what has only begun; the oldest comes first.
 
     Raises:
         UserError: a folder that is not there.
     """
-    found = []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder")
-        paths = [folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/seed-*"))]
-        found += [Run(path) for path in paths if holds_a_run(path)]
-    return sorted((run for run in found if run.events("start")), key=started)
+    return sorted((run for run in Runs(*folders) if run.events("start")), key=started)
 
 
 def started(run: Run) -> str:

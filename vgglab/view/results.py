@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
 from vgglab.errors import UserError, printable
-from vgglab.runs.run import GOING_ON, Run, holds_a_run
+from vgglab.runs.folder import run_folders, series_in
+from vgglab.runs.run import GOING_ON, Run
 from vgglab.storage.schema import read_document
 from vgglab.view import seeds_table
 from vgglab.view.tables import POLICY, html_table, html_text, text_table
@@ -117,30 +118,21 @@ def collect(folders: Iterable[Path]) -> list[Result]:
         UserError: a folder that is not there.
     """
     runs, benchmarks = [], []
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder")
-        paths = [folder] if holds_a_run(folder) else sorted(filter(holds_a_run, _below(folder)))
-        for path in paths:
-            bench = path / "bench.json"
-            try:
-                if bench.exists():
-                    rows = read_document(bench)["results"]
-                    benchmarks += [_of_benchmark(row, Run(path)) for row in rows]
-                elif Run(path).events():
-                    runs += _results_of(path)
-                elif Run(path).status not in GOING_ON:  # the others have only just begun
-                    print(f"left out: {printable(path.name)}: has no events that can be read", file=sys.stderr)
-            except UserError as error:  # one must not take the others along
-                print(f"left out: {printable(path.name)}: {error}", file=sys.stderr)
-            except (ValueError, KeyError, TypeError):
-                print(f"left out: {printable(path.name)}: is damaged, or of another version", file=sys.stderr)
+    for path in run_folders(folders):
+        bench = path / "bench.json"
+        try:
+            if bench.exists():
+                rows = read_document(bench)["results"]
+                benchmarks += [_of_benchmark(row, Run(path)) for row in rows]
+            elif Run(path).events():
+                runs += _results_of(path)
+            elif Run(path).status not in GOING_ON:  # the others have only just begun
+                print(f"left out: {printable(path.name)}: has no events that can be read", file=sys.stderr)
+        except UserError as error:  # one must not take the others along
+            print(f"left out: {printable(path.name)}: {error}", file=sys.stderr)
+        except (ValueError, KeyError, TypeError):
+            print(f"left out: {printable(path.name)}: is damaged, or of another version", file=sys.stderr)
     return _with_peak(_with_efficiency(runs), benchmarks) + benchmarks
-
-
-def _below(folder: Path) -> list[Path]:
-    """Its folders, and those of several seeds."""
-    return [*folder.glob("*"), *folder.glob("*/seed-*")]
 
 
 def _results_of(path: Path) -> list[Result]:
@@ -194,10 +186,8 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
 
 
 def series_of(folders: Iterable[Path]) -> dict[str, list[Run]]:
-    """The runs of several seeds in these folders or right below them, by the name of their folder."""
-    found = [place for folder in folders for place in (folder, *sorted(folder.glob("*")))]
-    series = {place: [Run(path) for path in sorted(place.glob("seed-*")) if holds_a_run(path)] for place in found}
-    return {printable(place.name): runs for place, runs in series.items() if len(runs) > 1}
+    """The runs of several seeds in these folders, by the name of the folder that they lie in."""
+    return {printable(folder.name): runs for folder, runs in series_in(folders).items()}
 
 
 def _precision(described: dict[str, Any]) -> str:

@@ -1,0 +1,69 @@
+"""Finding runs: in a folder, and of several seeds a folder deeper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterable, Iterator, Sequence, overload
+
+from vgglab.errors import UserError
+from vgglab.runs.run import Run, is_a_run
+
+
+class Runs(Sequence[Run]):
+    """The runs that folders are, or that lie in them; the oldest comes first. Shows itself as a table.
+
+    >>> vgglab.Runs()[-1].watch()
+    >>> vgglab.Runs("shared/runs", "runs")
+    """
+
+    def __init__(self, *folders: str | Path) -> None:
+        """``runs`` where no folder is named. Raises UserError for one that is not there."""
+        self.folders = [Path(folder) for folder in folders or ("runs",)]
+        self._runs = sorted(map(Run, run_folders(self.folders)), key=lambda run: run.began)
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    @overload
+    def __getitem__(self, place: int) -> Run: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Run]: ...
+
+    def __getitem__(self, place: int | slice) -> Run | list[Run]:
+        return self._runs[place]
+
+    def __repr__(self) -> str:
+        from vgglab.view.cards import runs_table
+
+        return str(runs_table(self))
+
+    def _repr_html_(self) -> str:
+        from vgglab.view.cards import runs_table
+
+        return runs_table(self)._repr_html_()
+
+
+def run_folders(folders: Iterable[Path]) -> Iterator[Path]:
+    """The run directories among these folders and in them, each once; in a folder by their names.
+
+    Raises:
+        UserError: a folder that is not there.
+    """
+    seen = set()
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        for path in (folder, *sorted([*folder.glob("*"), *folder.glob("*/seed-*")])):
+            if is_a_run(path) and path.resolve() not in seen:
+                seen.add(path.resolve())
+                yield path
+
+
+def series_in(folders: Iterable[Path]) -> dict[Path, list[Run]]:
+    """The runs that differ by their seed, by the folder in which they lie; folders with more than one of them."""
+    found: dict[Path, list[Run]] = {}
+    for path in run_folders(folders):
+        if path.name.startswith("seed-"):
+            found.setdefault(path.parent, []).append(Run(path))
+    return {folder: runs for folder, runs in found.items() if len(runs) > 1}
