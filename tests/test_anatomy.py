@@ -337,4 +337,6 @@ def test_bad_input_is_one_line_and_exit_code_2(flag, named, capsys):
 
 def test_the_package_knows_it_by_name():
     assert vgglab.anatomy.of is anatomy.of
+    told = python("-c", "import vgglab.anatomy; from vgglab.anatomy import of; print(of is vgglab.anatomy.of)")
+    assert told.stdout == "True\n"
     assert "anatomy" in vgglab.__all__

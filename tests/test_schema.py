@@ -58,7 +58,7 @@ def outputs(path, other):
         "results": lambda run: results.as_text(results.collect([path]), {"a": [other, run]}),
         "compare": lambda run: as_text(compare(other, run)),
         "compare.html": lambda run: compare(other, run)._repr_html_(),
-        "seeds": lambda run: seeds_table.as_text({"a": [other, run]}),
+        "seeds": lambda run: repr(seeds_table.table({"a": [other, run]})),
         "report page": lambda run: "".join(repr(table([run])) for table in report_page_tables()),
         "report page.html": lambda run: "".join(table([other, run])._repr_html_() for table in report_page_tables()),
         "settings": lambda run: report_page.common_settings([run]),

@@ -48,3 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(call("anatomy"))
+elif __name__ == "vgglab.anatomy":  # ``import vgglab.anatomy`` means what ``vgglab.anatomy`` is
+    from vgglab.lab import anatomy
+
+    sys.modules[__name__] = anatomy

@@ -26,6 +26,7 @@ from vgglab.settings.config import Request
 
 if TYPE_CHECKING:
     from vgglab.launch import LaunchedRun
+    from vgglab.view.tables import Table
 
 
 def seeds_of(config: Request) -> list[int]:
@@ -144,14 +145,16 @@ class Seeds:
         return bands({printable(self.path.name): self.runs})
 
     def __repr__(self) -> str:
-        from vgglab.view.seeds_table import as_text  # who only trains needs no tables
-
-        return as_text({printable(self.path.name): self.runs}) or f"{printable(self.path.name)}: no seed is done yet"
+        return repr(self.table()) if self.table().rows else f"{printable(self.path.name)}: no seed is done yet"
 
     def _repr_html_(self) -> str:
-        from vgglab.view.seeds_table import as_html
+        return self.table()._repr_html_()
 
-        return as_html({printable(self.path.name): self.runs})
+    def table(self) -> Table:
+        """Each figure of the seeds that are done: how many, mean and standard deviation."""
+        from vgglab.view.seeds_table import table
+
+        return table({printable(self.path.name): self.runs})
 
 
 class LaunchedSeeds(Seeds):

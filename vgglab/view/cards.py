@@ -6,8 +6,7 @@ from typing import Any, Mapping, Sequence
 
 from vgglab.errors import UserError, printable
 from vgglab.runs.run import Run
-from vgglab.view.report_page import Table
-from vgglab.view.tables import html_facts, text_table
+from vgglab.view.tables import Table, html_facts, text_table
 
 SETTINGS = ("data_path", "model", "epochs", "batch_size", "lr", "image_size", "device", "world_size", "seed")
 NO_SPEED = "simulated card, no speed"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Sequence
 
 from vgglab.runs.folder import Runs
 from vgglab.runs.run import Run
 from vgglab.settings.config import settings_that_affect
-from vgglab.view.tables import html_table, text_table
+from vgglab.view.tables import Table
 
 # The seed kit's report, by its names and in its order.
 SEED_FIELDS = (
@@ -17,19 +17,6 @@ SEED_FIELDS = (
     "train_fps_mean train_fps_min train_fps_max training_time"
 ).split()
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}[+-]\d{4}")
-
-
-class Table(NamedTuple):
-    """Rows of words; shows itself in a notebook."""
-
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def __repr__(self) -> str:
-        return text_table(self.headings, self.rows) if self.rows else "none"
-
-    def _repr_html_(self) -> str:
-        return html_table(self.headings, self.rows) if self.rows else "<p>none</p>"
 
 
 def runs_in(folders: Sequence[str | Path]) -> list[Run]:

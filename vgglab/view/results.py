@@ -17,7 +17,7 @@ from vgglab.runs.folder import run_folders, series_in
 from vgglab.runs.run import GOING_ON, Run
 from vgglab.storage.schema import read_document
 from vgglab.view import seeds_table
-from vgglab.view.tables import POLICY, html_table, html_text, text_table
+from vgglab.view.tables import POLICY, Table
 
 HEADINGS = (
     "model", "data", "hardware", "precision", "layout", "ranks", "batch a card", "size", "images/s", "steps",
@@ -234,47 +234,36 @@ def _with_peak(runs: list[Result], benchmarks: list[Result]) -> list[Result]:
     ]
 
 
+def tables(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> list[Table]:
+    """What was measured, simulated runs apart; then ``series``, runs that differ by their seed, by name."""
+    real = [row for row in results if not row.is_simulated]
+    simulated = [row for row in results if row.is_simulated]
+    notes = [SCALING] if any(row.efficiency for row in real) else []
+    notes += [OVER_PEAK] if any((row.share_of_peak or 0) > 1 for row in real) else []
+    title = "Measured here, and what Enflame has published (marked so, not measured here)"
+    found = [Table(HEADINGS, [row.cells() for row in real + published()], title, " ".join(notes))]
+    if simulated:
+        title = "On a simulated card: the losses are real, speeds there are none"
+        found.append(Table(HEADINGS, [row.cells() for row in simulated], title))
+    return [*found, seeds_table.table(series)._replace(title=SERIES)] if series else found
+
+
 def as_text(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
-    """The tables in plain text; ``series`` are runs that differ by their seed, by name."""
-    parts = [
-        f"{title}\n{text_table(HEADINGS, [row.cells() for row in rows])}" + f"\n{note}" * bool(note)
-        for title, rows, note in _tables(results)
-    ]
-    return "\n\n".join([*parts, f"{SERIES}\n{seeds_table.as_text(series)}"] if series else parts)
-
-
-def tables_html(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
-    """The tables for a notebook, or for a page of one's own."""
-    parts = [
-        html_text(title, "h2") + html_table(HEADINGS, [row.cells() for row in rows]) + html_text(note)
-        for title, rows, note in _tables(results)
-    ]
-    return "".join([*parts, f"<h2>{SERIES}</h2>{seeds_table.as_html(series)}"] if series else parts)
+    """The tables in plain text."""
+    return "\n\n".join(map(repr, tables(results, series)))
 
 
 def as_html(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
     """A page of its own; it needs nothing from elsewhere."""
+    shown = "".join(table._repr_html_() for table in tables(results, series))
     style = (
         "body{font:16px/1.4 sans-serif;margin:2em;color:#333}table{border-collapse:collapse}"
         "td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left;font-variant-numeric:tabular-nums}"
     )
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-        f"{TITLE}{POLICY}<style>{style}</style><h1>Results</h1>{tables_html(results, series)}</html>\n"
+        f"{TITLE}{POLICY}<style>{style}</style><h1>Results</h1>{shown}</html>\n"
     )
-
-
-def _tables(results: Sequence[Result]) -> list[tuple[str, list[Result], str]]:
-    """Title, rows, and a remark that may be empty."""
-    real = [row for row in results if not row.is_simulated]
-    simulated = [row for row in results if row.is_simulated]
-    notes = [SCALING] if any(row.efficiency for row in real) else []
-    notes += [OVER_PEAK] if any((row.share_of_peak or 0) > 1 for row in real) else []
-    title = "Measured here, and what Enflame has published (marked so, not measured here)"
-    tables = [(title, real + published(), " ".join(notes))]
-    if simulated:
-        tables.append(("On a simulated card: the losses are real, speeds there are none", simulated, ""))
-    return tables
 
 
 if __name__ == "__main__":  # as it was called before there was ``vgglab results``

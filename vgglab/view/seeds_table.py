@@ -7,7 +7,7 @@ from typing import Mapping, NamedTuple, Sequence
 
 from vgglab.runs.run import Run
 from vgglab.view.cards import damage_of, report_of, status_in_words
-from vgglab.view.tables import html_table, html_text, text_table
+from vgglab.view.tables import Table
 
 ENOUGH = 5  # seeds from which on one may be called better than another
 FIGURES = {
@@ -59,16 +59,9 @@ def _damage(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     return [f"{run.name}: {what}" for runs in groups.values() for run in runs for what in damage_of(run)]
 
 
-def as_text(groups: Mapping[str, Sequence[Run]]) -> str:
-    """The table in plain text."""
+def table(groups: Mapping[str, Sequence[Run]]) -> Table:
+    """A row for each group and figure; below it what was left out, and whether there are too few to compare."""
     rows = rows_of(groups)
-    table = text_table(HEADINGS, [row.cells() for row in rows])
-    return "\n".join(filter(None, [table, remark(rows), *_damage(groups)]))
-
-
-def as_html(groups: Mapping[str, Sequence[Run]]) -> str:
-    """The table for a notebook."""
-    rows = rows_of(groups)
-    return html_table(HEADINGS, [row.cells() for row in rows]) + html_text(
-        "; ".join(filter(None, [remark(rows), *_damage(groups)]))
+    return Table(
+        HEADINGS, [row.cells() for row in rows], note="; ".join(filter(None, [remark(rows), *_damage(groups)]))
     )

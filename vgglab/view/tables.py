@@ -6,7 +6,7 @@ A column that is empty throughout is left out of the text.
 from __future__ import annotations
 
 import html
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 # For pages of its own: no script runs in them, and nothing is fetched.
 POLICY = (
@@ -30,6 +30,24 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[str | None]]) ->
         "<tr>" + "".join(f"<td>{html.escape(cell or '')}</td>" for cell in cells) + "</tr>" for cells in rows
     )
     return f"<div style='overflow-x:auto'><table><tr>{head}</tr>{body}</table></div>"
+
+
+class Table(NamedTuple):
+    """Rows of words; shows itself in a notebook."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str | None]]
+    title: str = ""
+    note: str = ""
+
+    def __repr__(self) -> str:
+        table = text_table(self.headings, self.rows) if self.rows else "none"
+        return "\n".join(filter(None, [self.title, table, self.note]))
+
+    def _repr_html_(self) -> str:
+        table = html_table(self.headings, self.rows) if self.rows else html_text("none")
+        title = html_text(self.title, "h2") if self.title else ""
+        return title + table + (html_text(self.note) if self.note else "")
 
 
 def html_facts(rows: Sequence[Sequence[str]]) -> str:
