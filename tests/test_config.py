@@ -1,8 +1,10 @@
 """The parser: the seed kit's flags and defaults, and what a wrong one gets."""
 
-from dataclasses import FrozenInstanceError, replace
+import re
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
+from conftest import PROJECT
 
 from vgglab.errors import UserError
 from vgglab.settings.config import Request
@@ -129,3 +131,13 @@ def test_a_choice_is_in_its_table_and_what_is_not_in_it_is_an_error(monkeypatch)
 def test_settings_do_not_change_once_they_are_there():
     with pytest.raises(FrozenInstanceError):
         parse([]).epochs = 1
+
+
+def test_every_setting_is_used_somewhere():
+    """A flag that is accepted, recorded and read by nobody would do nothing in silence."""
+    ours = [file for file in (PROJECT / "vgglab").rglob("*.py") if file.parent.name != "settings"]
+    code = "\n".join(file.read_text() for file in [*ours, PROJECT / "vgglab" / "settings" / "schedule.py"])
+    # These the parser answers or warns about; a recipe is what its settings are.
+    answered = {"apex", "apex_opt_level", "enable_horovod", "cache_dataset", "recipe", "fix_seed"}
+    names = {item.name for item in fields(Request)} - answered
+    assert [name for name in sorted(names) if not re.search(rf"\b(config|request|settings)\.{name}\b", code)] == []

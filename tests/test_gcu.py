@@ -246,8 +246,8 @@ MUTATIONS = {
     "transfer_to_gcu imported": (
         EAGER,
         "devices/gcu_eager.py",
-        "        super().__init__(wishes)\n",
-        "        super().__init__(wishes)\n        from torch_gcu import transfer_to_gcu\n",
+        "        super().__init__(options)\n",
+        "        super().__init__(options)\n        from torch_gcu import transfer_to_gcu\n",
         "transfer_to_gcu was imported",
     ),
     "int32 labels on eager": (

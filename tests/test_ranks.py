@@ -17,7 +17,7 @@ from test_launch import MARK, processes_with
 import vgglab
 from vgglab import Run
 from vgglab.dist.processes import ask_where
-from vgglab.dist.slurm import first_host, take_up_slurm
+from vgglab.dist.slurm import adopt_slurm_environment, first_host
 from vgglab.errors import UserError
 from vgglab.view import rank_table
 from vgglab.view.live import progress_of, summary
@@ -314,13 +314,15 @@ SLURM = {
 
 def test_row_21_slurm_tasks_become_ranks():
     environment = dict(SLURM)
-    take_up_slurm(environment)
+    adopt_slurm_environment(environment)
     wanted = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu003"}
     assert wanted.items() <= environment.items()
     assert environment["MASTER_PORT"] == "19711"
     for alone in ({**SLURM, "RANK": "0"}, {**SLURM, "SLURM_NTASKS": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}):
         before = dict(alone)
-        take_up_slurm(alone)  # under torchrun, one task, or a plain shell of an allocation: no ranks of srun's
+        adopt_slurm_environment(
+            alone
+        )  # under torchrun, one task, or a plain shell of an allocation: no ranks of srun's
         assert alone == before
 
 

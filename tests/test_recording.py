@@ -15,7 +15,7 @@ from processes import python
 import vgglab
 from vgglab import Run, UserError
 from vgglab.dist.processes import processes_of
-from vgglab.runs.run import GOING_ON, is_a_run
+from vgglab.runs.run import ACTIVE, is_a_run
 
 BLOCK = 4096
 
@@ -66,7 +66,7 @@ def test_a_disk_that_fills_costs_log_lines_and_not_the_training(elsewhere, disk)
     assert result.stdout.count("events.jsonl cannot be written (No space left on device)") == 1
     assert result.stdout.count("scalars cannot be written") == len(scalars)
     assert "epoch 9 of 9" in result.stdout
-    assert Run(disk / "run").status not in GOING_ON
+    assert Run(disk / "run").status not in ACTIVE
     os.remove(disk / "filler")
     assert trained(*elsewhere, "--epochs=10").returncode == 0
     assert (Run(disk / "run").status, Run(disk / "run").events("start")[-1]["first_epoch"]) == ("done", 9)

@@ -85,6 +85,8 @@ def test_however_the_series_is_ended_its_run_ends_too(tiny, tmp_path, number, co
     if number != signal.SIGKILL:
         [run] = vgglab.Seeds(tmp_path / "long").runs
         assert run.status == "interrupted"
+        last_line = process.stderr.read().splitlines()[-1]
+        assert last_line.endswith(f"run the same command with --run-dir {tmp_path / 'long'}")
     if number == signal.SIGTERM:  # the same line goes on with it, and does not do twice what is done
         step = run.events("train")[-1]["step"]
         epochs = f"--epochs={step // 4 + 2}"

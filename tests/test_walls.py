@@ -44,7 +44,7 @@ def code_without_prose(file):
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             node.value.value = ""
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("_flag", "_switch"):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("flag", "switch"):
             node.args = node.args[1:]
     return ast.unparse(tree)
 

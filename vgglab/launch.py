@@ -19,7 +19,7 @@ from typing import IO, Any, Generator, Sequence
 
 from vgglab.dist import processes, ranks
 from vgglab.errors import RunFailed, UserError
-from vgglab.runs.run import GOING_ON, LAUNCHED, Run, claim, is_a_run, run_path
+from vgglab.runs.run import ACTIVE, LAUNCHED, Run, is_a_run, make_run_folder, run_path
 from vgglab.runs.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse
@@ -136,11 +136,11 @@ def _start(
     command: list[str], argv: list[str], path: Path, log: Path, detach: bool, node_rank: int, is_new: bool
 ) -> subprocess.Popen:
     if is_new:
-        claim(path)
+        make_run_folder(path)
     with writing(path):
         make_folder(log.parent)
     with alone_in(log.parent):
-        if node_rank == 0 and is_a_run(path) and Run(path).status in GOING_ON:
+        if node_rank == 0 and is_a_run(path) and Run(path).status in ACTIVE:
             raise UserError(f"run_dir {path}: {Run(path).writer()}")
         return _start_alone(command, argv, path, log, detach)
 

@@ -25,7 +25,7 @@ class Clock:
     """Measures from one log line to the next. Read it only after the device was waited for.
 
     Each step is marked on the device's own clock and costs no waiting. With ``has_phases`` so are the parts of a step,
-    which ``Timed`` reports as they end; and it is counted where the host reads from the device.
+    which ``TimedDevice`` reports as they end; and it is counted where the host reads from the device.
     """
 
     def __init__(self, images_per_step: int, device: Device, process_started: float, has_phases: bool = False) -> None:
@@ -112,7 +112,7 @@ class Clock:
         return interval
 
 
-class Timed:
+class TimedDevice:
     """Wraps a device and reports the phases of each training step to a clock; all other calls are passed through."""
 
     def __init__(self, device: Device, clock: Clock) -> None:
@@ -139,35 +139,35 @@ class Timed:
         self._clock.lap("all_reduce")
 
 
-class Watch:
-    """Where the ranks ask one another whether to leave: at log lines, and every few seconds in between.
+class StopCoordinator:
+    """Has all ranks stop after the same step: they ask one another at log lines, and every few seconds in between.
 
-    A rank that leaves alone would have the others wait for it for ever. Alone, a process looks after every step.
+    A rank that stops alone would have the others wait for it for ever. A single process is asked after every step.
     """
 
-    all_leave = False
+    all_stop = False
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._steps_between = 1  # the first step is looked at, to know how long one takes
+        self._steps_between = 1  # they ask after the first step, to know how long one takes
         self._steps = 0
         self._since = time.perf_counter()
 
     def is_due(self) -> bool:
-        """Whether to look after this step; the same answer on every rank."""
+        """Whether to ask after this step; the same answer on every rank."""
         self._steps += 1
         if self._device.world_size == 1:
             return interrupts.leave_requested()
         return self._steps >= self._steps_between
 
-    def look(self, figures: Tensor) -> list[float]:
-        """``figures (2,)`` averaged over the ranks, then the first of them as this rank has it; sets ``all_leave``."""
+    def sync(self, figures: Tensor) -> list[float]:
+        """``figures (2,)`` averaged over the ranks, then the first of them as this rank has it; sets ``all_stop``."""
         device = self._device
         seconds = (time.perf_counter() - self._since) / max(self._steps, 1)
         state = torch.tensor([float(interrupts.leave_requested()), seconds]).to(figures.device)
         both = torch.cat([device.sum(torch.cat([figures, state])) / device.world_size, figures])
         *means, share_leaving, mean_seconds, own, _ = device.fetch(both)
-        self.all_leave = share_leaving > 0
+        self.all_stop = share_leaving > 0
         self._steps_between = max(1, int(LOOK_SECONDS / max(mean_seconds, 1e-6)))
         self._steps, self._since = 0, time.perf_counter()
         return [*means, own]

@@ -50,7 +50,7 @@ from typing import TYPE_CHECKING, NoReturn, Sequence
 
 from vgglab.devices import agreement, import_torch, open_device
 from vgglab.dist import interrupts, ranks, slurm, spawn
-from vgglab.dist.interrupts import Leaving, heeding_warnings, undisturbed
+from vgglab.dist.interrupts import Leaving, deferring_ctrl_c, deferring_signals
 from vgglab.errors import UserError, blaming
 from vgglab.runs import seeds
 from vgglab.settings import inheritance
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from vgglab.runs.writer import RankWriter
     from vgglab.trainer import Trainer
 
-MOST_WORKERS = 16  # the seed kit's default
+MAX_WORKERS = 16  # the seed kit's default
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         ranks.attach()
         argv = sys.argv[1:] if argv is None else argv
-        slurm.take_up_slurm()
+        slurm.adopt_slurm_environment()
         config = parse(argv)
         if config.seeds is not None:
             return seeds.train_each(argv, config)
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Leaving as leaving:
         ranks.say(f"{ranks.name()}stopped {interrupts.reason()} {leaving}".rstrip())
         return ranks.EXIT_INTERRUPTED if interrupts.was_interrupted() else ranks.EXIT_LEFT
-    except _SaidElsewhere:
+    except _RefusedByRank0:
         return ranks.EXIT_BAD_INPUT
     except Exception as error:
         ranks.report_failure(error, 1)
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _SaidElsewhere(Exception):
+class _RefusedByRank0(Exception):
     """Rank 0 has refused, and says why; the others only leave."""
 
 
@@ -205,7 +205,7 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
 
     is_folder = Path(request.data_path).is_dir()  # it has to be found from elsewhere, too
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
-    share_of_cores = min(MOST_WORKERS, max(1, ranks.num_cores() // ranks_here))
+    share_of_cores = min(MAX_WORKERS, max(1, ranks.num_cores() // ranks_here))
     settings = complete(
         request,
         device=device.kind,
@@ -241,13 +241,13 @@ def _prepare_and_work(
         trainer.warnings += [f"--resume: {change}" for change in inheritance.changed_settings(saved, config.as_dict())]
     path = Path(config.run_dir)
     if device.rank == 0:
-        _work_and_record(trainer, path, is_in_place)
+        _run_rank_0(trainer, path, is_in_place)
         return
     if not agreement.all_ranks(True, device):  # rank 0 makes the run directory first
-        raise _SaidElsewhere
+        raise _RefusedByRank0
     ranks.set_run_dir(path)
     run = RankWriter(path, device.rank, device.is_simulated)
-    with run.recording_output(), heeding_warnings():
+    with run.recording_output(), deferring_signals():
         _work(trainer, run)
 
 
@@ -267,7 +267,7 @@ def _work(trainer: Trainer, run: RankWriter) -> None:
         raise UserError(f"--batch-size {batch_size}: no memory for it on {kind} ({reason})") from error
 
 
-def _work_and_record(trainer: Trainer, path: Path, is_in_place: bool) -> None:
+def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
     """Rank 0: the run directory from its first line to its report, however the run ends."""
     from vgglab.runs import checkpoint
     from vgglab.runs.report import build_report, measured, remark_on_steadiness
@@ -292,7 +292,7 @@ def _work_and_record(trainer: Trainer, path: Path, is_in_place: bool) -> None:
     ranks.set_run_dir(path)
     agreement.all_ranks(True, device)
     status, failure = "failed", None
-    with run.recording_output(), heeding_warnings():
+    with run.recording_output(), deferring_signals():
         try:
             terminal.say(f"run directory: {path}")
             if config.resume and not config.test_only:
@@ -320,14 +320,14 @@ def _work_and_record(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             failure = f"{type(error).__name__}: {error}"
             raise
         finally:
-            with undisturbed():
+            with deferring_ctrl_c():
                 run.event("end", status=status, error=failure, **device.usage())
                 with contextlib.suppress(UserError):  # so little was taken that there is none
                     run.write_report(build_report(Run(path)))
                 run.close()
         if run.lost:
             advice = f"make room, then python -m vgglab.report {path}"
-            raise UserError(f"{path}: trained to the end, but not written: {run.losses()}; {advice}")
+            raise UserError(f"{path}: trained to the end, but not written: {run.unwritten()}; {advice}")
         report = Run(path).report()
         best = "" if report["acc1"] is None else f"best top-1 {report['acc1']:.2f} % "
         terminal.say(f"{best}after {report['training_time']} (h:mm:ss); report: {path / 'report.json'}")

@@ -22,7 +22,7 @@ from vgglab.dist.interrupts import Leaving
 from vgglab.errors import NOT_FINITE, UserError, blaming
 from vgglab.model import build, load_pretrained
 from vgglab.optim import Average, Objective, build_optimizer, set_learning_rate
-from vgglab.pace import Clock, Timed, Watch
+from vgglab.pace import Clock, StopCoordinator, TimedDevice
 from vgglab.settings.schedule import learning_rate
 
 if TYPE_CHECKING:  # what a trainer is given
@@ -44,7 +44,7 @@ class TrainingState:
     num_poor: int = 0  # evaluations in a row without a better top-1, since the last drop of the rate
     num_drops: int = 0  # of the learning rate, by the plateau schedule
 
-    def was_evaluated(self, is_best: bool, patience: int) -> None:
+    def record_evaluation(self, is_best: bool, patience: int) -> None:
         """After ``patience`` evaluations without a better top-1 the plateau schedule has one more drop."""
         self.num_poor = 0 if is_best else self.num_poor + 1
         if self.num_poor >= patience:
@@ -169,7 +169,7 @@ class Trainer:
         state = self.state
         state.epoch, state.images = epoch + 1, 0
         if self.config.lr_schedule == "plateau" and epoch >= self.config.warmup:
-            state.was_evaluated(is_best, self.config.lr_patience)
+            state.record_evaluation(is_best, self.config.lr_patience)
         self.save(run, is_best)
 
     def save(self, run: RankWriter, is_best: bool = False) -> None:
@@ -271,7 +271,8 @@ class Loop:
         self.trainer, self.run, self.tracer = trainer, run, tracer
         config, device = trainer.config, trainer.device
         self.images_per_step = config.batch_size * device.world_size
-        self.clock, self.watch = Clock(self.images_per_step, device, run.process_started, config.timers), Watch(device)
+        self.clock = Clock(self.images_per_step, device, run.process_started, config.timers)
+        self.coordinator = StopCoordinator(device)
         # A run's first steps are slow, also a resumed one's.
         self.last_skipped_step = trainer.state.step + config.skip_steps
 
@@ -294,9 +295,9 @@ class Loop:
                 is_saved = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
                 is_logged = is_saved or batch % config.print_freq == 0 or batch == len(batches)
                 is_logged = is_logged or state.step == self.last_skipped_step  # restarts the clock
-                if is_logged or self.watch.is_due():
-                    self._look(epoch, loss, logits, labels, is_logged)
-                if self.watch.all_leave:
+                if is_logged or self.coordinator.is_due():
+                    self._log_and_sync(epoch, loss, logits, labels, is_logged)
+                if self.coordinator.all_stop:
                     trainer.save_and_leave(self.run)
                 if is_saved:
                     trainer.save(self.run)
@@ -305,18 +306,18 @@ class Loop:
     def _timing_each_part(self) -> Iterator[None]:
         """In the block the clock learns from the device when the parts of a step end."""
         device = self.trainer.device
-        self.trainer.device = Timed(device, self.clock)  # type: ignore[assignment]  # all else is the device's
+        self.trainer.device = TimedDevice(device, self.clock)  # type: ignore[assignment]  # all else is the device's
         try:
             yield
         finally:
             self.trainer.device = device
 
-    def _look(self, epoch: int, loss: Tensor, logits: Tensor, labels: Tensor, is_logged: bool) -> None:
+    def _log_and_sync(self, epoch: int, loss: Tensor, logits: Tensor, labels: Tensor, is_logged: bool) -> None:
         """Read the loss, averaged over the ranks, and whether they are to leave; write a line of the log."""
         dtype = torch.get_default_dtype()  # not the loss's, which mixed precision may have made coarse
         correct = (logits.detach().argmax(1) == labels).to(dtype).mean()
         mine = torch.stack([loss.detach().to(dtype), correct])
-        mean_loss, mean_correct, own_loss = self.watch.look(mine)  # the loop's only host read
+        mean_loss, mean_correct, own_loss = self.coordinator.sync(mine)  # the loop's only host read
         trainer, step = self.trainer, self.trainer.state.step
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss is not finite ({mean_loss}) at step {step}; {NOT_FINITE}")

@@ -14,13 +14,13 @@ from IPython.core.magic import Magics, line_magic, magics_class
 from vgglab.errors import UserError
 from vgglab.launch import launch
 from vgglab.runs.folder import Runs
-from vgglab.runs.run import GOING_ON, Run, is_a_run
+from vgglab.runs.run import ACTIVE, Run, is_a_run
 from vgglab.runs.seeds import LaunchedSeeds
 from vgglab.settings.flags import AT_LEAST_0, AT_LEAST_1, OneLineParser, with_dashes
 from vgglab.settings.parser import build_parser
 
 HOME = Path("runs")  # where launch puts them, beside the notebook
-MOST_NAMED = 3  # runs in an answer
+MAX_NAMED = 3  # runs in an answer
 
 
 @magics_class
@@ -91,7 +91,7 @@ class VgglabMagics(Magics):
 
     def _stop(self, words: Sequence[str]) -> None:
         run = self.find("stop", words)
-        if run.status not in GOING_ON:
+        if run.status not in ACTIVE:
             print(f"{run.name} has ended already: {run.status}")
             return
         if not _can_be_stopped(run):
@@ -123,7 +123,7 @@ class VgglabMagics(Magics):
         if not meant:
             raise UserError(f"%vgglab {subcommand} {name}: no such run; %vgglab runs lists them")
         if len(meant) > 1:
-            some = ", ".join(run.name for run in meant[-MOST_NAMED:])
+            some = ", ".join(run.name for run in meant[-MAX_NAMED:])
             raise UserError(f"%vgglab {subcommand} {name}: that is {len(meant)} runs, such as {some}; say more of it")
         return meant[0]
 
@@ -169,7 +169,7 @@ def launch_parser() -> argparse.ArgumentParser:
 
 def _is_going_on(run: Run) -> bool:
     try:
-        return run.status in GOING_ON
+        return run.status in ACTIVE
     except UserError:  # a file of it is damaged
         return False
 

@@ -33,7 +33,7 @@ AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # torch >= 2.5: unset or "1" lets `i
 
 
 @dataclass(frozen=True)
-class Wishes:
+class DeviceOptions:
     """What the flags ask of a device."""
 
     amp_dtype: str | None = None  # None: full float32; "auto": the device's own choice; or one of AMP_DTYPES
@@ -82,19 +82,19 @@ def import_torch(name: str) -> None:
         gc.enable()
 
 
-def open_device(name: str, **wishes: Any) -> Device:
+def open_device(name: str, **options: Any) -> Device:
     """Take the device for this process; ``open()`` it to join the other ranks.
 
     Args:
         name: one of ``DEVICE_CHOICES``; ``auto`` takes gcu, cuda, mps or cpu, the first that is there.
-        wishes: the fields of ``Wishes``.
+        options: the fields of ``DeviceOptions``.
 
     Raises:
         UserError: no such name, the machine has no such device, or the device cannot do what is asked.
     """
     if name not in DEVICE_CHOICES:
         raise UserError(f"device: {name!r} is not one of {', '.join(DEVICE_CHOICES)}")
-    asked = Wishes(**wishes)
+    asked = DeviceOptions(**options)
     if name == "auto":
         return _open_best(asked)
     kind = {"gpu": "cuda"}.get(name, name)
@@ -106,12 +106,13 @@ def open_device(name: str, **wishes: Any) -> Device:
         from vgglab.devices.gcu_sim import SimulatedGcu
 
         return SimulatedGcu(asked)
-    from vgglab.devices.native import NativeDevice
+    from vgglab.devices.native import KINDS, NativeDevice
 
+    assert kind in KINDS, f"no adapter for {kind}"
     return NativeDevice(kind, asked)
 
 
-def _open_best(asked: Wishes) -> Device:
+def _open_best(asked: DeviceOptions) -> Device:
     """gcu, cuda, mps or cpu: the first that this machine has. Raises UserError for a torch_gcu that does not load."""
     from vgglab.devices import gcu, native
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
 
-MOST_PATH_BYTES = 4096
+MAX_PATH_BYTES = 4096
 MAX_DRAWN_SEED = 2**20  # exact as a float32, in which it travels between ranks
 
 
@@ -25,7 +25,7 @@ def share(text: str, device: Device) -> str:
     import torch
 
     mine = text.encode() if device.rank == 0 else b""
-    codes = torch.tensor([float(code) for code in mine.ljust(MOST_PATH_BYTES, b"\0")])
+    codes = torch.tensor([float(code) for code in mine.ljust(MAX_PATH_BYTES, b"\0")])
     return bytes(int(code) for code in device.fetch(device.sum(codes))).rstrip(b"\0").decode()
 
 

@@ -10,7 +10,7 @@ from typing import Any, ContextManager, Iterable, Iterator, Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vgglab.devices import Wishes
+from vgglab.devices import DeviceOptions
 from vgglab.errors import UserError
 
 
@@ -49,12 +49,12 @@ class Device(ABC):
     is_simulated: bool = False
     _scaler: Any = None  # of the loss, where float16 needs one
 
-    def __init__(self, wishes: Wishes) -> None:
+    def __init__(self, options: DeviceOptions) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
-        self.world_size = int(os.environ.get("WORLD_SIZE", wishes.world_size))
+        self.world_size = int(os.environ.get("WORLD_SIZE", options.world_size))
         self.warnings: list[str] = []
-        self._wishes = wishes
+        self._options = options
         if self.world_size > 1 and "RANK" not in os.environ:
             raise UserError(
                 f"--world-size {self.world_size}: nobody started the other ranks; use --nproc {self.world_size} instead"
@@ -63,9 +63,9 @@ class Device(ABC):
     def _refuse_native_parts(self) -> None:
         """What plain PyTorch's own devices have and a card's library does not promise."""
         for flag, is_wanted in (
-            ("--channels-last", self._wishes.channels_last),
-            ("--fused", self._wishes.fused),
-            ("--compile", self._wishes.compile),
+            ("--channels-last", self._options.channels_last),
+            ("--fused", self._options.fused),
+            ("--compile", self._options.compile),
         ):
             if is_wanted:
                 raise UserError(f"{flag}: not offered on {self.kind}; leave it out")

@@ -39,8 +39,8 @@ facts["mps"] = mps is not None and mps.is_available()
 BOTH = f"import torchvision\n{TORCH}"
 AS_THE_USER = "import torch; facts = {}"
 CARDS = """
-from vgglab.devices import Wishes, gcu
-torch_gcu = gcu.load(Wishes())
+from vgglab.devices import DeviceOptions, gcu
+torch_gcu = gcu.load(DeviceOptions())
 import torch
 is_lazy = gcu.is_lazy(torch_gcu)
 count = gcu.count_cards(torch_gcu)

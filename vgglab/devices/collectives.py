@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-MOST_SECONDS = 1.0
+MAX_SECONDS = 1.0
 
 
 def sum_over_ranks(*tensors: Tensor) -> None:
@@ -25,7 +25,7 @@ def sum_over_ranks(*tensors: Tensor) -> None:
         torch.distributed.all_reduce(alias)
         lent.append(weakref.ref(alias))
         del alias
-    deadline = time.monotonic() + MOST_SECONDS
+    deadline = time.monotonic() + MAX_SECONDS
     while torch.distributed.get_backend() == "gloo" and any(one() is not None for one in lent):
         if time.monotonic() > deadline:
             return

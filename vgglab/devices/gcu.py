@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgglab.devices import AUTOLOAD, Wishes
+from vgglab.devices import AUTOLOAD, DeviceOptions
 from vgglab.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,25 +24,25 @@ VISIBLE_CARDS = "TOPS_VISIBLE_DEVICES"
 ADVICE = "python -m vgglab.doctor says what to mend"
 
 
-def open_installed(wishes: Wishes) -> Device:
+def open_installed(options: DeviceOptions) -> Device:
     """The adapter for the torch_gcu that is installed. Raises UserError where there is none that works."""
-    torch_gcu = load(wishes)
+    torch_gcu = load(options)
     if count_cards(torch_gcu) == 0:
         raise UserError(f"--device gcu: {why_no_cards()}")
     if is_lazy(torch_gcu):
         from vgglab.devices.gcu_lazy import LazyGcu
 
-        return LazyGcu(wishes, torch_gcu, wants_tf32(wishes.tf32))
+        return LazyGcu(options, torch_gcu, wants_tf32(options.tf32))
     from vgglab.devices.gcu_eager import EagerGcu
 
-    return EagerGcu(wishes, torch_gcu)
+    return EagerGcu(options, torch_gcu)
 
 
 def is_installed() -> bool:
     return "torch_gcu" in sys.modules or find_spec("torch_gcu") is not None
 
 
-def load(wishes: Wishes) -> Any:
+def load(options: DeviceOptions) -> Any:
     """Import torch_gcu, in the order that it needs. Raises UserError where that fails."""
     if not is_installed():
         raise UserError(
@@ -50,7 +50,7 @@ def load(wishes: Wishes) -> Any:
             "install Enflame's wheel, or take --device gcu-sim, a simulated card"
         )
     if _is_lazy_on_disk():
-        _settle_tf32(wishes.tf32)
+        _settle_tf32(options.tf32)
     try:
         # Explicitly, although `import torch` may have done it: the lazy generation has no autoload, and a
         # parent that had loaded the eager one leaves autoload off for its children. It comes before anything
@@ -103,9 +103,9 @@ def count_cards(torch_gcu: Any) -> int:
     return api.device_count() if api.is_available() else 0
 
 
-def has_cards(wishes: Wishes) -> bool:
+def has_cards(options: DeviceOptions) -> bool:
     """Whether ``--device auto`` finds a card. Raises UserError where torch_gcu is installed and broken."""
-    return is_installed() and count_cards(load(wishes)) > 0
+    return is_installed() and count_cards(load(options)) > 0
 
 
 def why_no_cards() -> str:

@@ -13,7 +13,7 @@ from typing import Any, ContextManager
 import torch
 import torch.distributed
 
-from vgglab.devices import Wishes
+from vgglab.devices import DeviceOptions
 from vgglab.devices.stock import LOSS_SCALE, SCALE_GROWTH_INTERVAL, StockDevice
 from vgglab.errors import UserError
 
@@ -26,13 +26,13 @@ class EagerGcu(StockDevice):
     pins_memory = True  # without it, non_blocking copies block
     _backend = "eccl"
 
-    def __init__(self, wishes: Wishes, torch_gcu: Any) -> None:
-        super().__init__(wishes)
+    def __init__(self, options: DeviceOptions, torch_gcu: Any) -> None:
+        super().__init__(options)
         self._gcu: Any = torch.gcu  # type: ignore[attr-defined]  # torch_gcu has put it there
         self._version = str(getattr(torch_gcu, "__version__", "unknown"))
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._refuse_missing_card(self._gcu.device_count())
-        self.amp_dtype = "float16" if wishes.amp == "auto" else wishes.amp
+        self.amp_dtype = "float16" if options.amp == "auto" else options.amp
         self._check()
         self._torch_device = torch.device("gcu", self.local_rank)
         if self.amp_dtype == "float16":
@@ -42,7 +42,7 @@ class EagerGcu(StockDevice):
 
     def _check(self) -> None:
         self._refuse_native_parts()
-        if self._wishes.tf32:
+        if self._options.tf32:
             raise UserError(f"--tf32: torch_gcu {self._version} has no switch for it; leave it out")
         if self.amp_dtype == "bfloat16" and not self._gcu.is_bf16_supported():
             raise UserError("--amp-dtype bfloat16: this card has none; choose float16")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vgglab.devices import Wishes
+from vgglab.devices import DeviceOptions
 from vgglab.devices.base import Device
 from vgglab.devices.stock import LOSS_SCALE, SCALE_GROWTH_INTERVAL
 from vgglab.errors import UserError
@@ -31,14 +31,14 @@ class LazyGcu(Device):
     pins_memory = False  # on torch 1.10 that works with CUDA only
     can_average = False  # it would have to be part of the step's graph, and its factor a new constant in each
 
-    def __init__(self, wishes: Wishes, torch_gcu: Any, tf32: bool) -> None:
-        super().__init__(wishes)
+    def __init__(self, options: DeviceOptions, torch_gcu: Any, tf32: bool) -> None:
+        super().__init__(options)
         for module in ("amp", "distributed", "nn.parallel", "utils.data.distributed"):
             importlib.import_module(f"torch_gcu.{module}")
         self._gcu = torch_gcu
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._refuse_missing_card(torch_gcu.device_count())
-        self.amp_dtype = "float16" if wishes.amp == "auto" else wishes.amp
+        self.amp_dtype = "float16" if options.amp == "auto" else options.amp
         self.tf32 = tf32  # settled before torch_gcu was imported, not to be changed now
         self._check()
         self.sampler = torch_gcu.utils.data.distributed.DistributedSampler
@@ -49,7 +49,7 @@ class LazyGcu(Device):
 
     def _check(self) -> None:
         self._refuse_native_parts()
-        if self._wishes.sync_bn and self.world_size > 1:
+        if self._options.sync_bn and self.world_size > 1:
             raise UserError("--sync-bn: torch_gcu has no such layer; leave it out on gcu")
         if self.world_size > 1 and not hasattr(self._gcu.distributed, "init_process_group"):
             # It defines nothing where torch sees CUDA.
@@ -66,7 +66,7 @@ class LazyGcu(Device):
         if self.world_size > 1:
             # Its own, not torch.distributed, which knows no eccl.
             self._gcu.distributed.init_process_group(
-                backend="eccl", init_method=self._wishes.init_method, world_size=self.world_size, rank=self.rank
+                backend="eccl", init_method=self._options.init_method, world_size=self.world_size, rank=self.rank
             )
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class LazyGcu(Device):
             return network, network
         # Its own class. Without device_ids it would take all cards of the machine; views into buckets it refuses.
         parallel = self._gcu.nn.parallel.DistributedDataParallel(
-            network, device_ids=[self.local_rank], broadcast_buffers=self._wishes.broadcast_buffers
+            network, device_ids=[self.local_rank], broadcast_buffers=self._options.broadcast_buffers
         )
         return parallel, network
 

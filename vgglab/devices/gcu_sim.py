@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vgglab.devices import Wishes, sim
+from vgglab.devices import DeviceOptions, sim
 from vgglab.devices.gcu_eager import EagerGcu
 from vgglab.errors import UserError
 
@@ -14,13 +14,13 @@ class SimulatedGcu(EagerGcu):
 
     kind = "gcu-sim"
 
-    def __init__(self, wishes: Wishes) -> None:
+    def __init__(self, options: DeviceOptions) -> None:
         try:
             sim.install()
             sim.card.num_cards()
         except (sim.CannotSimulate, ValueError) as error:
             raise UserError(f"--device gcu-sim: {error}") from None
-        super().__init__(wishes, sim)
+        super().__init__(options, sim)
         self.is_simulated = True
 
     def describe(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, ContextManager, Iterable, Iterator, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vgglab.devices import Wishes
+from vgglab.devices import DeviceOptions
 from vgglab.devices.compat import without_compiler
 from vgglab.devices.memory import keep_freed_memory
 from vgglab.devices.stock import LOSS_SCALE, SCALE_GROWTH_INTERVAL, StockDevice
@@ -24,6 +24,9 @@ from vgglab.errors import UserError
 Item = TypeVar("Item")
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 AMP_DEFAULTS = {"cpu": "bfloat16", "cuda": "float16"}
+
+
+KINDS = ("cuda", "mps", "cpu")
 
 
 def best_kind() -> str:
@@ -43,19 +46,19 @@ class NativeDevice(StockDevice):
 
     worker_start = "fork"  # workers touch CPU tensors only, and a forked one need not import torch again
 
-    def __init__(self, kind: str, wishes: Wishes) -> None:
-        super().__init__(wishes)
+    def __init__(self, kind: str, options: DeviceOptions) -> None:
+        super().__init__(options)
         self.kind = kind
         self.pins_memory = kind == "cuda"
         self.is_host = kind == "cpu"
         self._check()
-        self.amp_dtype = AMP_DEFAULTS[kind] if wishes.amp_dtype == "auto" else wishes.amp_dtype
-        if wishes.fast and wishes.amp_dtype is None:
+        self.amp_dtype = AMP_DEFAULTS[kind] if options.amp_dtype == "auto" else options.amp_dtype
+        if options.fast and options.amp_dtype is None:
             self.amp_dtype = _fast_dtype(kind)
-        self.channels_last = bool(wishes.fast if wishes.channels_last is None else wishes.channels_last)
-        self.fuses = _can_fuse(kind) if wishes.fast and wishes.fused is None else bool(wishes.fused)
-        self.compiles = wishes.compile
-        self.tf32 = bool(wishes.tf32)
+        self.channels_last = bool(options.fast if options.channels_last is None else options.channels_last)
+        self.fuses = _can_fuse(kind) if options.fast and options.fused is None else bool(options.fused)
+        self.compiles = options.compile
+        self.tf32 = bool(options.tf32)
         self._scaler = _loss_scaler() if self.amp_dtype == "float16" else None
         self._backend = BACKENDS.get(kind, "")
         self._torch_device = torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
@@ -63,16 +66,16 @@ class NativeDevice(StockDevice):
             _use_tf32(self.tf32)
 
     def _check(self) -> None:
-        amp_dtype = self._wishes.amp_dtype
+        amp_dtype = self._options.amp_dtype
         if self.kind == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch sees no CUDA card here; choose auto or cpu")
         if self.kind == "mps" and not _has_mps():
             raise UserError("--device mps: this is not a Mac with Metal; choose auto or cpu")
         if self.kind == "cuda":
             self._refuse_missing_card(torch.cuda.device_count())
-        if self._wishes.tf32 and self.kind != "cuda":
+        if self._options.tf32 and self.kind != "cuda":
             raise UserError(f"--tf32: not offered on {self.kind}; leave it out to train in float32")
-        if self._wishes.tf32 and torch.cuda.get_device_capability() < (8, 0):
+        if self._options.tf32 and torch.cuda.get_device_capability() < (8, 0):
             raise UserError(f"--tf32: {torch.cuda.get_device_name()} has none; leave it out to train in float32")
         if amp_dtype is not None and self.kind not in AMP_DEFAULTS:
             raise UserError(f"--amp: not offered on {self.kind}; leave it out to train in float32")
@@ -82,9 +85,9 @@ class NativeDevice(StockDevice):
             raise UserError(f"--amp-dtype bfloat16: {torch.cuda.get_device_name()} has none; choose float16")
         if amp_dtype is not None and self.kind == "cpu" and not _cpu_pools_bfloat16():
             raise UserError(f"--amp: the CPU kernels of torch {torch.__version__} lack bfloat16; leave it out")
-        if self._wishes.fused and not _can_fuse(self.kind):
+        if self._options.fused and not _can_fuse(self.kind):
             raise UserError(f"--fused: torch {torch.__version__} has no such optimizer on {self.kind}; leave it out")
-        if self._wishes.compile and not hasattr(torch, "compile"):
+        if self._options.compile and not hasattr(torch, "compile"):
             raise UserError(f"--compile: torch {torch.__version__} has no compiler; leave it out")
         if self.world_size > 1 and self.kind not in BACKENDS:
             raise UserError(f"--device {self.kind}: one process only")

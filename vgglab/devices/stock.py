@@ -41,7 +41,7 @@ class StockDevice(Device):
             if ranks.MEETING in os.environ:
                 store = torch.distributed.FileStore(os.environ[ranks.MEETING], self.world_size)
             else:
-                store, _, _ = next(rendezvous(self._wishes.init_method, self.rank, self.world_size))
+                store, _, _ = next(rendezvous(self._options.init_method, self.rank, self.world_size))
             # torchrun hands the ranks of a restart the store in which those before them have left their addresses.
             store = torch.distributed.PrefixStore(f"attempt_{ranks.num_restarts()}", store)
             torch.distributed.init_process_group(
@@ -72,10 +72,10 @@ class StockDevice(Device):
         network = model.to(self._torch_device)
         if self.channels_last:
             network = network.to(memory_format=torch.channels_last)
-        self._averages_apart = self.world_size > 1 and self._wishes.timers and not self._wishes.sync_bn
+        self._averages_apart = self.world_size > 1 and self._options.timers and not self._options.sync_bn
         if self.world_size == 1 or self._averages_apart:
             return self._compiled(network), network
-        if self._wishes.sync_bn:
+        if self._options.sync_bn:
             is_cuda = self._torch_device.type == "cuda"  # elsewhere PyTorch's own has no kernels
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if is_cuda else synchronise(network)
         device_ids = None if self._torch_device.index is None else [self._torch_device.index]
@@ -83,7 +83,7 @@ class StockDevice(Device):
         has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
         name = "forward_sync_buffers" if has_new_name else "broadcast_buffers"
         # Gradients live in the buckets that travel: without it VGG16's 553 MB of them are held twice.
-        options: dict[str, Any] = {name: self._wishes.broadcast_buffers, "gradient_as_bucket_view": True}
+        options: dict[str, Any] = {name: self._options.broadcast_buffers, "gradient_as_bucket_view": True}
         wrap = DistributedDataParallel if self.compiles else parallel_without_compiler
         self._parallel = wrap(network, device_ids=device_ids, **options)
         return self._compiled(self._parallel), network

@@ -9,7 +9,7 @@ import sys
 import threading
 from typing import Any, Callable, Iterator, Sequence
 
-WARNINGS = [  # to leave in good order: a scheduler's two, and that of a terminal that is closed
+STOP_SIGNALS = [  # to leave in good order: a scheduler's two, and that of a terminal that is closed
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 ]
 _received: list[int] = []  # the signals by which this process was asked to leave
@@ -30,7 +30,7 @@ class Leaving(BaseException):
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def deferring_ctrl_c() -> Iterator[None]:
     """Ctrl-C waits until the block is done, and is answered then.
 
     Inside ``torch.save`` it would come out as an error of torch's own.
@@ -55,11 +55,11 @@ def starting_workers() -> Iterator[None]:
     Ctrl-C while they are forked would be lost in one of Python's hooks, and the run would go on. The other signals are
     born blocked in them: one that arrives before the initializer has its say would end the worker, and with it the run.
     """
-    with undisturbed():
+    with deferring_ctrl_c():
         if not hasattr(signal, "pthread_sigmask"):
             yield
             return
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             yield
         finally:
@@ -67,8 +67,8 @@ def starting_workers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def heeding_warnings() -> Iterator[None]:
-    """In the block ``WARNINGS`` and Ctrl-C are only noted; the loop asks ``leave_requested`` and ends in good order.
+def deferring_signals() -> Iterator[None]:
+    """In the block ``STOP_SIGNALS`` and Ctrl-C are only noted; the loop asks ``leave_requested`` and ends in order.
 
     A second Ctrl-C is a KeyboardInterrupt. A signal that was switched off from outside stays so: under nohup a closed
     terminal is nothing.
@@ -79,7 +79,7 @@ def heeding_warnings() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with handling([*WARNINGS, signal.SIGINT], _note), _unraisable_interrupts():
+    with handling([*STOP_SIGNALS, signal.SIGINT], _note), _unraisable_interrupts():
         yield
 
 
@@ -107,24 +107,24 @@ def _unraisable_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def passing_on_signals(pid: int) -> Iterator[None]:
-    """In the block ``WARNINGS`` and Ctrl-C go to the process ``pid``, which this one only waits for."""
+    """In the block ``STOP_SIGNALS`` and Ctrl-C go to the process ``pid``, which this one only waits for."""
 
     def pass_on(number: int, _: Any) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    with handling([*WARNINGS, signal.SIGINT], pass_on):
+    with handling([*STOP_SIGNALS, signal.SIGINT], pass_on):
         yield
 
 
 @contextlib.contextmanager
 def interrupted_by_warnings() -> Iterator[None]:
-    """In the block each of ``WARNINGS`` is what Ctrl-C is."""
+    """In the block each of ``STOP_SIGNALS`` is what Ctrl-C is."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with handling(WARNINGS, interrupt):
+    with handling(STOP_SIGNALS, interrupt):
         yield
 
 
@@ -147,7 +147,7 @@ def leave_signals_to_parent(_: int = 0) -> None:
     SIGTERM ends the worker only where its parent sends it, as Python does on its way out; ignored from there too, the
     two would wait for one another for ever.
     """
-    for number in {*WARNINGS, signal.SIGINT} - {signal.SIGTERM}:
+    for number in {*STOP_SIGNALS, signal.SIGINT} - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux: it says who
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # already so after starting_workers()

@@ -8,7 +8,7 @@ from typing import MutableMapping
 from vgglab.errors import UserError
 
 
-def take_up_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
+def adopt_slurm_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Under ``srun`` with one task a card: what torchrun would have set, from what Slurm has.
 
     Only where several tasks were started by srun itself; inside torchrun, or in a plain shell of an allocation,

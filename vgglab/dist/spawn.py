@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Sequence
 
 from vgglab.dist import ranks
-from vgglab.dist.interrupts import WARNINGS, handling
+from vgglab.dist.interrupts import STOP_SIGNALS, handling
 from vgglab.errors import UserError
 
 POLL_SECONDS = 0.05
@@ -76,7 +76,7 @@ class _Attempt:
 
     def run(self) -> int:
         """Returns the exit code for all ranks."""
-        with handling([*WARNINGS, signal.SIGINT], lambda number, _: self.signals.append(number)):
+        with handling([*STOP_SIGNALS, signal.SIGINT], lambda number, _: self.signals.append(number)):
             # Each has a session, so that killing one kills its workers, and a pipe that ends it with this process.
             running = {
                 rank: subprocess.Popen(

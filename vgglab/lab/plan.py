@@ -16,15 +16,13 @@ from typing import NamedTuple, Sequence
 
 from vgglab.errors import UserError
 from vgglab.settings.config import Request
-from vgglab.settings.flags import number
 from vgglab.settings.parser import parse as parse_training
 from vgglab.settings.parser import warnings_about
 from vgglab.settings.schedule import learning_rate
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
 FORWARD_SHARE = 1 / 3  # of a training step's operations: evaluation has no backward pass
-SPEED = number(float, 1e-6, 1e12, "a number above 0")
-FAR, MOST_CARDS = 4.0, 8  # times the recipe's own rate, which the seed kit has scaled up to so many cards
+FAR, MAX_CARDS = 4.0, 8  # times the recipe's own rate, which the seed kit has scaled up to so many cards
 # Rules of thumb: somewhat above the 0.06 of the seed kit's eight cards; and of the paper's initialisation, section 3.1.
 LARGEST_RATE_WITHOUT_NORM, DEEPEST_FROM_NORMAL = 0.1, "vgg11"
 
@@ -156,11 +154,11 @@ def _warnings(config: Request, ranks: int) -> list[str]:
     base = config.lr * config.batch_size * ranks / 256
     if config.recipe:
         own = parse_training([f"--recipe={config.recipe}"])
-        factor = base / (own.lr * own.batch_size * min(ranks, MOST_CARDS) / 256)
+        factor = base / (own.lr * own.batch_size * min(ranks, MAX_CARDS) / 256)
         if not 1 / FAR < factor < FAR:
             lines.append(
                 f"the learning rate is {base:.3g} after scaling by batch size and ranks, {factor:.2g} x that of "
-                f"--recipe {config.recipe} on up to {MOST_CARDS} cards: lower --lr, or lengthen --warmup"
+                f"--recipe {config.recipe} on up to {MAX_CARDS} cards: lower --lr, or lengthen --warmup"
             )
     has_norm = config.model.endswith("_bn")
     if not has_norm and base > LARGEST_RATE_WITHOUT_NORM:

@@ -20,7 +20,7 @@ from vgglab.runs.run import Run
 from vgglab.settings.config import Request, Settings, complete
 from vgglab.settings.inheritance import checked
 
-MOST_CLASSES = 10**6  # of a run that is read; ImageNet-21k has 21,841
+MAX_CLASSES = 10**6  # of a run that is read; ImageNet-21k has 21,841
 
 
 class Prediction(NamedTuple):
@@ -84,7 +84,7 @@ def _settings_of(run: Run) -> Settings:
     known = [item for item in fields(Request) if item.name in run.config]
     with blaming(f"{run.path}/config.json"):
         config = Request(**{item.name: checked(item, run.config[item.name]) for item in known})
-        if config.num_classes is None or config.num_classes > MOST_CLASSES:
+        if config.num_classes is None or config.num_classes > MAX_CLASSES:
             raise UserError("holds no num_classes that can be used")
     # The decoder is chosen here, where simplejpeg may not be.
     return complete(config, test_only=True, workers=0, eval_step_per_epoch=-1, decoder="auto")

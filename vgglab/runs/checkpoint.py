@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vgglab.devices.compat import NotACheckpoint, damage_of, load_tensors
-from vgglab.dist.interrupts import undisturbed
+from vgglab.dist.interrupts import deferring_ctrl_c
 from vgglab.errors import NOT_FINITE, UserError
 from vgglab.storage.files import make_folder, without_links
 
@@ -90,7 +90,7 @@ def save(
     for name, value in content["model"].items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{name} is not finite after step {state.step}; {NOT_FINITE}")
-    with undisturbed():
+    with deferring_ctrl_c():
         try:
             make_folder(folder)
             _write(folder, content, is_best)

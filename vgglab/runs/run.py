@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from vgglab.view.cards import Report
 
 SCHEMA = 1
-OURS = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
+RUN_FILES = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
 LOCK = "lock"  # held by rank 0 as long as it writes
 LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
-MOST_OF_A_LOG = 2**26  # bytes
+MAX_LOG_BYTES = 2**26  # bytes
 NUM_RECENT = 8  # lines, enough to tell a slow rank from a slow moment
-GOING_ON = ("starting", "running")  # of a run's status; the others are ends
+ACTIVE = ("starting", "running")  # of a run's status; the others are ends
 _TYPES: dict[str, Test] = {
     "int": schema.whole, "float": schema.number, "str": schema.text, "bool": schema.switch, "None": schema.nothing
 }  # fmt: skip
@@ -78,7 +78,7 @@ def run_path(config: Request) -> Path:
 
 def holds_a_run(path: Path) -> bool:
     """Whether some run has been writing there."""
-    return any(os.path.lexists(path / name) for name in OURS)
+    return any(os.path.lexists(path / name) for name in RUN_FILES)
 
 
 def is_a_run(path: Path) -> bool:
@@ -86,7 +86,7 @@ def is_a_run(path: Path) -> bool:
     return holds_a_run(path) or exists(path / LAUNCHED)
 
 
-def claim(path: Path) -> None:
+def make_run_folder(path: Path) -> None:
     """Make the folder of a new run. Raises UserError where it cannot be made or holds a run already."""
     if holds_a_run(path):
         raise UserError(f"--run-dir {path}: holds a run already; name another folder")
@@ -138,7 +138,7 @@ class Run:
     def damage(self) -> list[str]:
         """What in the files was left out because it is damaged, or no run of this kit writes it; a phrase each."""
         try:
-            found = self._events.damage(is_over=self.status not in GOING_ON)
+            found = self._events.damage(is_over=self.status not in ACTIVE)
         except UserError as error:
             return [str(error)]
         has_begun = self._events.read() != []
@@ -223,7 +223,7 @@ class Run:
     def logs(self, rank: int | str = 0) -> str:
         """What a rank has printed so far; ``"launcher"``: what their launcher has."""
         file = self._log(rank)
-        return printable(tail_of(file, MOST_OF_A_LOG).decode("utf-8", errors="replace"))
+        return printable(tail_of(file, MAX_LOG_BYTES).decode("utf-8", errors="replace"))
 
     def last_lines(self, rank: int | str, count: int) -> list[str]:
         """The end of ``logs(rank)``, without reading all of it; at most a few kilobytes."""
@@ -261,7 +261,7 @@ class Run:
 
     def _skipped_lines(self) -> list[dict[str, Any] | None]:
         """The lines of all lists of skipped images, None for a damaged one; without a last line that is unfinished."""
-        lists = [tail_of(file, MOST_OF_A_LOG) for file in self._files("skipped-rank*.jsonl")]
+        lists = [tail_of(file, MAX_LOG_BYTES) for file in self._files("skipped-rank*.jsonl")]
         return [line_in(line, SKIPPED) for lines in lists for line in lines.splitlines(True) if line.endswith(b"\n")]
 
     def where(self) -> str:
@@ -286,7 +286,7 @@ class Run:
             UserError: it goes on, and which of the processes here is its own cannot be told.
         """
         deadline, asked = time.monotonic() + grace_period_seconds(grace_seconds), self._leaders()
-        if not asked and self.status in GOING_ON:
+        if not asked and self.status in ACTIVE:
             who = f"process {self.env.get('pid')} on {self.env.get('host')}"
             raise UserError(f"{self.path}: nothing shows that {who} is its own; if it is, end it there with kill")
         for pid in asked:

@@ -95,6 +95,8 @@ def train_each(argv: Sequence[str], config: Request) -> int:
             continue
         words = [*without_seeds(argv), *for_one(number, path)]
         code = _run([sys.executable, "-u", "-m", "vgglab.train", *words])
+        if code in (ranks.EXIT_LEFT, ranks.EXIT_INTERRUPTED):
+            ranks.say(f"to continue with all seeds, run the same command with --run-dir {path}")
         if code:
             return code
     print(Seeds(path))

@@ -17,7 +17,7 @@ from vgglab.dist.processes import signature
 from vgglab.dist.ranks import ASK_WHERE
 from vgglab.errors import UserError
 from vgglab.runs import checkpoint
-from vgglab.runs.run import LOCK, OURS, SCHEMA, Run, claim
+from vgglab.runs.run import LOCK, RUN_FILES, SCHEMA, Run, make_run_folder
 from vgglab.storage import lock
 from vgglab.storage.events import Event, EventFile
 from vgglab.storage.files import without_links, writing
@@ -46,17 +46,17 @@ class RankWriter:
     def event(self, kind: str, **values: Any) -> None:
         pass
 
-    def refused(self, what: str, warning: str) -> None:
+    def write_failed(self, what: str, warning: str) -> None:
         """Count what could not be written, with a warning the first time; the training goes on."""
         self.lost[what] = self.lost.get(what, 0) + 1
         if self.lost[what] == 1:
             self.event("warning", text=warning)
 
-    def accepted(self, what: str) -> None:
+    def write_recovered(self, what: str) -> None:
         """What was lost of this does not matter any more."""
         self.lost.pop(what, None)
 
-    def losses(self) -> str:
+    def unwritten(self) -> str:
         """What could not be written, such as ``12 lines of events.jsonl, report.json``; empty where all was."""
         return ", ".join(f"{number} {name}" if number > 1 else name for name, number in self.lost.items())
 
@@ -93,7 +93,7 @@ class RankWriter:
             append_line(self.path / name, content)
         except OSError as error:
             text = f"{self.path / name} cannot be written ({error.strerror}); what belongs there is lost until it can"
-            self.refused(f"lines of {name}", text)
+            self.write_failed(f"lines of {name}", text)
 
     @contextlib.contextmanager
     def recording_output(self) -> Iterator[None]:
@@ -143,7 +143,7 @@ class RunWriter(RankWriter):
         self._started = time.monotonic()
         self._num_lines = 0  # lines that the disk refused count too, so that a reader sees the gap
         if not is_continued:
-            claim(path)
+            make_run_folder(path)
         with writing(path):
             try:
                 self._lock = lock.Lock(path / LOCK)
@@ -178,7 +178,7 @@ class RunWriter(RankWriter):
 
     def _remove(self) -> None:
         """Take away the files of a run that could not begin, so that the same command works once there is room."""
-        for name in (*OURS, LOCK):
+        for name in (*RUN_FILES, LOCK):
             with contextlib.suppress(OSError):
                 (self.path / name).with_suffix(".tmp").unlink()
             with contextlib.suppress(OSError):
@@ -191,7 +191,7 @@ class RunWriter(RankWriter):
         try:
             write_document(self.path / "report.json", report)
         except OSError as error:
-            self.refused("report.json", f"{self.path / 'report.json'} cannot be written ({error.strerror})")
+            self.write_failed("report.json", f"{self.path / 'report.json'} cannot be written ({error.strerror})")
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one line: ``kind``, seconds since the start, ``values``; null for numbers that are not finite."""
@@ -206,7 +206,7 @@ class RunWriter(RankWriter):
                 listener(event)
             except OSError as error:
                 name = type(listener).__name__.lower()
-                self.refused(name, f"{name} cannot be written ({error.strerror}); training continues without them")
+                self.write_failed(name, f"{name} cannot be written ({error.strerror}); training continues without them")
 
     def save_checkpoint(
         self,
@@ -230,12 +230,12 @@ class RunWriter(RankWriter):
             left = "the one before is intact" if (folder / "last.pt").exists() else "there is none before it"
             text = f"the checkpoint of step {state.step} was not written ({error}); {left}"
             if state.epoch == settings["epochs"]:
-                self.accepted("checkpoints")  # said here
-                lost = f"also not written: {self.losses()}; " if self.lost else ""
+                self.write_recovered("checkpoints")  # said here
+                lost = f"also not written: {self.unwritten()}; " if self.lost else ""
                 raise UserError(f"{folder}: {text}; {lost}make room, then {self.resume_advice}") from None
-            self.refused("checkpoints", text)
+            self.write_failed("checkpoints", text)
         else:
-            self.accepted("checkpoints")  # a later one is as good
+            self.write_recovered("checkpoints")  # a later one is as good
             self.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)
 
     def close(self) -> None:

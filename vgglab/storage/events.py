@@ -7,11 +7,11 @@ import threading
 from pathlib import Path
 
 from vgglab.errors import UserError
-from vgglab.storage.files import MOST_BYTES
+from vgglab.storage.files import MAX_BYTES
 from vgglab.storage.schema import CHECK, Content, event_in
 
 Event = Content  # what a line holds
-MOST_OF_EVENTS = 2**30  # bytes
+MAX_EVENTS_BYTES = 2**30  # bytes
 
 
 class EventFile:
@@ -43,13 +43,13 @@ class EventFile:
                 raise UserError(f"{self.file}: cannot be read ({error.strerror})") from None
             with self._reading, opened as lines:
                 size = os.fstat(lines.fileno()).st_size
-                if size > MOST_OF_EVENTS:
-                    raise UserError(f"{self.file}: has more than {MOST_OF_EVENTS >> 30} GiB, which no run writes")
+                if size > MAX_EVENTS_BYTES:
+                    raise UserError(f"{self.file}: has more than {MAX_EVENTS_BYTES >> 30} GiB, which no run writes")
                 if size < self._num_bytes_seen:  # another run, in a folder made anew
                     self._start_again()
                 lines.seek(self._num_bytes_seen)
-                for line in iter(lambda: lines.readline(MOST_BYTES), b""):
-                    if not line.endswith(b"\n") and len(line) < MOST_BYTES:  # it is being written
+                for line in iter(lambda: lines.readline(MAX_BYTES), b""):
+                    if not line.endswith(b"\n") and len(line) < MAX_BYTES:  # it is being written
                         break
                     self._num_bytes_seen += len(line)
                     self._take(line)

@@ -11,7 +11,7 @@ from typing import Iterator
 
 from vgglab.errors import UserError
 
-MOST_BYTES = 2**24  # of a document, or of a line
+MAX_BYTES = 2**24  # of a document, or of a line
 
 
 def exists(path: Path) -> bool:
@@ -22,7 +22,7 @@ def exists(path: Path) -> bool:
         return False
 
 
-def read_bytes(file: Path, most: int = MOST_BYTES) -> bytes | None:
+def read_bytes(file: Path, most: int = MAX_BYTES) -> bytes | None:
     """The whole file; None if it is larger than ``most``, a link or no regular file.
 
     Raises:

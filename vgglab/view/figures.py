@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart with any colour vision. Lines differ by dash and marker as well.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 INK, GRID = "#333333", "#DDDDDD"
-MOST_TOLD = 10  # panels of a picture, in words
+MAX_TOLD = 10  # panels of a picture, in words
 
 
 class Picture(Figure):
@@ -54,8 +54,8 @@ class Picture(Figure):
             about = ": ".join(filter(None, [panel.get_title(), axes])) + f" ({names})" * bool(names)
             told.append(" ".join(about.split()))
         distinct = [words for words in dict.fromkeys(told) if not words.isdigit() and words]
-        more = f"and {len(distinct) - MOST_TOLD} more"
-        told = [*distinct[:MOST_TOLD], *[more] * (len(distinct) > MOST_TOLD)]
+        more = f"and {len(distinct) - MAX_TOLD} more"
+        told = [*distinct[:MAX_TOLD], *[more] * (len(distinct) > MAX_TOLD)]
         return "; ".join(told) or f"{len(self.axes)} panels without words"
 
     def __repr__(self) -> str:
@@ -106,7 +106,7 @@ def curves(run: Run) -> Picture:
 
 def _curve(panel: Any, train: list[dict], held_out: list[dict], figure: str) -> None:
     if train:
-        steps, values, each = [e["step"] for e in train], _values(train, figure), -(-len(train) // MOST_POINTS)
+        steps, values, each = [e["step"] for e in train], _values(train, figure), -(-len(train) // MAX_POINTS)
         if each > 1:  # a long run; a mean is nan, and so a gap, where one of its values is
             places = range(0, len(train) - each + 1, each)
             steps = [steps[place + each - 1] for place in places]
@@ -133,7 +133,7 @@ def _values(events: list[dict], figure: str) -> list[float]:
     return [float("nan") if event[figure] is None else event[figure] for event in events]
 
 
-MOST_POINTS = 1000  # of a curve: a dashboard draws it every other second
+MAX_POINTS = 1000  # of a curve: a dashboard draws it every other second
 DASHES = ("-", "--", ":", "-.")
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 

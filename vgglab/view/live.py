@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any, Callable
 
-from vgglab.runs.run import GOING_ON, Event, Run
+from vgglab.runs.run import ACTIVE, Event, Run
 from vgglab.view.progress import Progress, duration
 from vgglab.view.rank_table import RankRow, as_html, as_text, rank_rows, silence
 from vgglab.view.tables import html_text
@@ -78,7 +78,7 @@ def _follow(run: Run, block: Any) -> None:
 
 
 def _has_ended(run: Run) -> bool:
-    return run.status not in GOING_ON
+    return run.status not in ACTIVE
 
 
 def _stop(run: Run) -> None:
@@ -246,7 +246,7 @@ class Follower:
             self._progress.add(event)
         self._seen = events
         progress = copy.copy(self._progress)
-        if (progress.status in GOING_ON) != (self.run.status in GOING_ON):  # killed, or launched again in its place
+        if (progress.status in ACTIVE) != (self.run.status in ACTIVE):  # killed, or launched again in its place
             progress.status = progress.doing = self.run.status
             progress.eta_seconds = None
         return progress

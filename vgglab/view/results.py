@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Iterable, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from vgglab.errors import UserError, printable
 from vgglab.runs.folder import run_folders, series_in
-from vgglab.runs.run import GOING_ON, Run
+from vgglab.runs.run import ACTIVE, Run
 from vgglab.storage.schema import read_document
 from vgglab.view import seeds_table
 from vgglab.view.tables import POLICY, Table
 
-HEADINGS = (
-    "model", "data", "hardware", "precision", "layout", "ranks", "batch a card", "size", "images/s", "steps",
-    "slowest tenth", "x plain loop", "share of peak", "scaling", "top-1 %", "torch", "where it is from",
-)  # fmt: skip
 # What Enflame's README says of one T20 and of eight; which of the two 431.6 is per, it does not say.
 PUBLISHED = (
     ("one card, batch 256, its first README", 1, 256, 590.3, None),
@@ -77,29 +73,32 @@ class Result(NamedTuple):
 
     def cells(self) -> tuple[str, ...]:
         """As people read them, one for each heading."""
-        return (
-            self.model,
-            self.data,
-            self.hardware,
-            self.precision,
-            self.layout,
-            "" if self.ranks is None else str(self.ranks),
-            str(self.batch_size),
-            str(self.image_size),
-            _number(self.images_per_second, "{:.1f}"),
-            "" if self.num_steps is None else str(self.num_steps),
-            _number(self.slow_ratio, "{:.2f} x median"),
-            _number(self.plain_ratio, "{:.2f}"),
-            _number(self.share_of_peak, "{:.0%}"),
-            _number(self.efficiency, "{:.0%}"),
-            "fake images" if self.is_fake and self.acc1 is not None else _number(self.acc1, "{:.2f}"),
-            self.torch,
-            self.source,
-        )
+        return tuple(text_of(self) for text_of in COLUMNS.values())
 
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+COLUMNS: dict[str, Callable[[Result], str]] = {
+    "model": lambda row: row.model,
+    "data": lambda row: row.data,
+    "hardware": lambda row: row.hardware,
+    "precision": lambda row: row.precision,
+    "layout": lambda row: row.layout,
+    "ranks": lambda row: _number(row.ranks, "{}"),
+    "batch a card": lambda row: str(row.batch_size),
+    "size": lambda row: str(row.image_size),
+    "images/s": lambda row: _number(row.images_per_second, "{:.1f}"),
+    "steps": lambda row: _number(row.num_steps, "{}"),
+    "slowest tenth": lambda row: _number(row.slow_ratio, "{:.2f} x median"),
+    "x plain loop": lambda row: _number(row.plain_ratio, "{:.2f}"),
+    "share of peak": lambda row: _number(row.share_of_peak, "{:.0%}"),
+    "scaling": lambda row: _number(row.efficiency, "{:.0%}"),
+    "top-1 %": lambda row: "fake images" if row.is_fake and row.acc1 is not None else _number(row.acc1, "{:.2f}"),
+    "torch": lambda row: row.torch,
+    "where it is from": lambda row: row.source,
+}
 
 
 def published() -> list[Result]:
@@ -126,7 +125,7 @@ def collect(folders: Iterable[Path]) -> list[Result]:
                 benchmarks += [_of_benchmark(row, Run(path)) for row in rows]
             elif Run(path).events():
                 runs += _results_of(path)
-            elif Run(path).status not in GOING_ON:  # the others have only just begun
+            elif Run(path).status not in ACTIVE:  # the others have only just begun
                 print(f"left out: {printable(path.name)}: has no events that can be read", file=sys.stderr)
         except UserError as error:  # one must not take the others along
             print(f"left out: {printable(path.name)}: {error}", file=sys.stderr)
@@ -241,10 +240,10 @@ def tables(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None
     notes = [SCALING] if any(row.efficiency for row in real) else []
     notes += [OVER_PEAK] if any((row.share_of_peak or 0) > 1 for row in real) else []
     title = "Measured here, and what Enflame has published (marked so, not measured here)"
-    found = [Table(HEADINGS, [row.cells() for row in real + published()], title, " ".join(notes))]
+    found = [Table([*COLUMNS], [row.cells() for row in real + published()], title, " ".join(notes))]
     if simulated:
         title = "On a simulated card: the losses are real, speeds there are none"
-        found.append(Table(HEADINGS, [row.cells() for row in simulated], title))
+        found.append(Table([*COLUMNS], [row.cells() for row in simulated], title))
     return [*found, seeds_table.table(series)._replace(title=SERIES)] if series else found
 
 
