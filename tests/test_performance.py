@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from test_devices import needs_sim, run_ranks
 
 from vgglab import Run
 from vgglab.commands import call
+from vgglab.commands.bench import parser as bench_parser
 from vgglab.devices.compat import load_tensors
 from vgglab.devices.memory import keep_freed_memory
 from vgglab.lab.bench import step
@@ -276,6 +278,12 @@ def test_a_benchmark_process_that_is_killed_with_a_request_unread_is_out_of_memo
     child = step.Child(step.PLAIN, [])
     with pytest.raises(step.DoesNotFit, match="its process was killed"):
         child.steps(1)
+
+
+def test_the_help_of_bench_step_names_the_usual_ways():
+    [steps] = (action for action in bench_parser()._actions if action.dest == "subject")
+    [ways] = (action for action in steps.choices["step"]._actions if action.dest == "ways")
+    assert re.findall(r"[a-z0-9-]+", ways.help.partition("default: ")[2].replace(" and ", ", ")) == list(step.USUAL)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux")

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--device", choices=DEVICE_CHOICES, default="auto")
     step.add_argument("--image-size", default="224", help="side of the images (default 224)")
     step.add_argument("--batch-size", default="16", help="one or several, e.g. 8,16,32, or max (default 16)")
-    step.add_argument("--ways", help="such as float32,fast; an unknown one is answered with the list of all")
+    step.add_argument("--ways", help="such as float32,fast; default: float32, channels-last, amp and fast")
     step.add_argument("--against", choices=("torchvision",), help="torchvision's network in a plain loop, too")
     step.add_argument("--turns", type=AT_LEAST_1, default=5, help="of each way and the plain loop (default 5)")
     step.add_argument("--steps", type=AT_LEAST_1, default=1, help="in each turn (default 1)")

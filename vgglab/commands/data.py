@@ -20,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 all can be read; 1 some cannot; 2 bad input.",
         allow_abbrev=False,
     )
-    parser.add_argument("what", choices=["check"], help=argparse.SUPPRESS)
-    parser.add_argument("path", help="a folder with train/ and val/, or a set by name")
+    parser.add_argument("what", choices=["check"], metavar="check", help=argparse.SUPPRESS)
+    parser.add_argument("path", metavar="PATH", help="a folder with train/ and val/, or a set by name")
     parser.add_argument(
         "-j", "--workers", type=AT_LEAST_1, default=ranks.num_cores(), help="processes; default: one a core"
     )

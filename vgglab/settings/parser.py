@@ -49,7 +49,7 @@ def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.HelpFormatter if shows_all else _Brief,
     )
-    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="all flags, and all that is to be said of them")
+    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="all flags, each with its full description")
     sections = {title: parser.add_argument_group(title) for title in (WHAT, HOW, WHERE, SAVING)}
     others = parser.add_argument_group("all other flags") if shows_all else parser
     for item in fields(Request):
