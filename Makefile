@@ -11,7 +11,7 @@ AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 # VGG16 with batch norm on the handwritten digits: about two minutes on two cores.
 MAIN_JOB := --data-path digits --model vgg16_bn --epochs 6 --warmup 1 --lr 0.1 --lr-schedule cosine --fix-seed
 # Of the tests, those whose numbers could depend on the processor's kernels.
-NUMBERS := compare expected_losses insight model parity predictions probes schedule
+NUMBERS := compare expected_losses experiments features model parity predictions schedule
 # Of these, what says nothing more about kernels: deeper networks, faults a million times larger than rounding, commands.
 NOT_NUMBERS := vgg13 or vgg16 or vgg19 or fault or door or drawn
 

@@ -29,7 +29,7 @@ TRAIN = "python -m vgglab.train --data-path digits --model vgg11 --epochs 1 --tr
 # calls for: bfloat16 pooling on the CPU and mixed precision with it, torchvision's list of published weights.
 CORE = (
     "config data decode model schedule predictions seed_defects train devices gcu doctor anatomy recipes plan parity "
-    "probes expected_losses spawn schema recording"
+    "experiments expected_losses spawn schema recording"
 ).split()
 NEWER_TORCH = "not rows_14_and_15 and not row_23 and not readmes_resume and not given_with_resume"
 # What the oldest and the newest torch say alike the one between need not say a third time; and no test of these needs

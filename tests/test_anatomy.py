@@ -15,7 +15,8 @@ from vgglab.errors import UserError
 from vgglab.lab import anatomy
 from vgglab.lab.shapes import output_of
 from vgglab.settings.config import MODELS
-from vgglab.view.anatomy_table import Ceilings, Layer, as_html, as_text, roofline
+from vgglab.view.anatomy_table import Ceilings, Layer, as_html, as_text
+from vgglab.view.figures import roofline
 
 # Table 2 of the paper: millions of parameters with 1000 classes.
 PAPER_MILLIONS = {"vgg11": 133, "vgg13": 133, "vgg16": 138, "vgg19": 144}

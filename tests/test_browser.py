@@ -166,12 +166,12 @@ def test_each_control_of_the_explorer_changes_its_figure_by_keyboard_alone(lab):
     notebook.close()
 
 
-CHOOSE = """from vgglab.lab import insight
+CHOOSE = """from vgglab.lab import features
 from vgglab.view.figures import Picture
-from vgglab.view.sights import PhotographChooser
+from vgglab.view.photograph_chooser import PhotographChooser
 
 def look(name, data):
-    pixels = insight.read_photograph(name, data)
+    pixels = features.read_photograph(name, data)
     figure = Picture(2, 2)
     figure.subplots().imshow(pixels)
     return f"{name}: {pixels.shape[1]} x {pixels.shape[0]} pixels", figure

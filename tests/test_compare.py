@@ -7,7 +7,7 @@ import pytest
 from conftest import shell
 
 from vgglab import Run
-from vgglab.runs.compare import as_text, compare
+from vgglab.runs.compare import as_text, compare_runs
 from vgglab.view.figures import bands, curves_beside
 
 
@@ -18,7 +18,7 @@ def runs(train):
 
 
 def test_the_same_run_twice_is_the_same(runs):
-    found = compare(runs(), runs())
+    found = compare_runs(runs(), runs())
     assert found.is_same
     assert (found.settings, found.first, found.num_steps) == ({}, None, 8)
     assert "no difference in 8 steps" in as_text(found)
@@ -36,7 +36,7 @@ def test_the_same_run_twice_is_the_same(runs):
     ],
 )
 def test_one_deliberate_change_is_found_at_its_step(runs, flags, setting, step, figure):
-    found = compare(runs(), runs(*flags))
+    found = compare_runs(runs(), runs(*flags))
     assert list(found.settings) == [setting]
     assert (found.first.step, found.first.event, found.first.figure) == (step, "train", figure)
     assert not found.is_same
@@ -47,7 +47,7 @@ def test_a_setting_that_only_the_later_run_knows_is_seen(runs):
     settings = json.loads((older.path / "config.json").read_text())
     del settings["ema"]
     (older.path / "config.json").write_text(json.dumps(settings))
-    assert compare(older, newer).settings == {"ema": (None, 0.9)}
+    assert compare_runs(older, newer).settings == {"ema": (None, 0.9)}
 
 
 def test_other_data_are_said_before_the_first_step(runs, images, tmp_path):
@@ -55,7 +55,7 @@ def test_other_data_are_said_before_the_first_step(runs, images, tmp_path):
     for file in (images / "train" / "n01").glob("*"):
         file.unlink()
         break
-    found = compare(one, runs())
+    found = compare_runs(one, runs())
     assert found.starting_point == {"num_train_images": (18, 17)}
 
 
@@ -69,9 +69,9 @@ def test_a_tolerance_lets_rounding_pass(runs, tmp_path):
         if "loss" in line:
             line["loss"] *= 1 + 1e-6
     (other.path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert not compare(one, other).is_same
-    assert compare(one, other, tolerance=1e-5).first is None
-    assert compare(one, other, tolerance=1e-7).first.figure == "loss"
+    assert not compare_runs(one, other).is_same
+    assert compare_runs(one, other, tolerance=1e-5).first is None
+    assert compare_runs(one, other, tolerance=1e-7).first.figure == "loss"
 
 
 def test_the_door(runs, tmp_path):
@@ -112,9 +112,9 @@ def test_two_tests_of_the_same_weights_are_the_same(runs, train):
     tests = [
         train("--test-only", f"--resume={trained.path}", *flags).run for flags in ((), (), ("--eval-step-per-epoch=1",))
     ]
-    assert compare(*tests[:2]).is_same
+    assert compare_runs(*tests[:2]).is_same
     assert shell("python", "-m", "vgglab.compare", *(run.path for run in tests[:2])).returncode == 0
-    assert not compare(*tests[1:]).is_same
+    assert not compare_runs(*tests[1:]).is_same
 
 
 def test_names_that_matplotlib_would_take_for_something_else_are_drawn(train):

@@ -8,7 +8,7 @@ from conftest import PROJECT
 
 from vgglab.errors import UserError
 from vgglab.settings.config import Request
-from vgglab.settings.parser import parse
+from vgglab.settings.parser import parse_flags
 
 # Flags and defaults of the seed kit. Left open here: the number of classes (the folder's), the workers (16,
 # at most one a core), the device (auto), the folder (the bundled digits) and the drops (30, 60, 80).
@@ -31,7 +31,7 @@ SEED_FLAGS = """--data-path=x --num_classes=5 --model=vgg16 --device=cpu -b=2 --
 
 
 def test_defaults_are_the_seed_kits():
-    config = parse([]).as_dict()
+    config = parse_flags([]).as_dict()
     assert {name: config[name] for name in SEED_DEFAULTS} == SEED_DEFAULTS
 
 
@@ -41,13 +41,13 @@ def test_every_flag_of_the_seed_kit_is_taken_with_dashes_and_underscores(swap):
         name, equals, value = flag.partition("=")
         return "--" + name[2:].replace(*swap) + equals + value if name.startswith("--") else flag
 
-    assert parse([respelt(flag) for flag in SEED_FLAGS]) == parse(SEED_FLAGS)
-    assert parse(["--pretrained"]).pretrained
+    assert parse_flags([respelt(flag) for flag in SEED_FLAGS]) == parse_flags(SEED_FLAGS)
+    assert parse_flags(["--pretrained"]).pretrained
 
 
 def test_underscores_in_values_are_left_alone():
-    assert parse(["--data-path", "my_data-set", "--output_dir=a_b"]).data_path == "my_data-set"
-    assert parse(["--output_dir=a_b"]).output_dir == "a_b"
+    assert parse_flags(["--data-path", "my_data-set", "--output_dir=a_b"]).data_path == "my_data-set"
+    assert parse_flags(["--output_dir=a_b"]).output_dir == "a_b"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_underscores_in_values_are_left_alone():
 )
 def test_bad_input_names_the_flag_and_what_is_allowed(argv, says):
     with pytest.raises(UserError, match=says) as caught:
-        parse(argv)
+        parse_flags(argv)
     assert "\n" not in str(caught.value)
 
 
@@ -116,7 +116,7 @@ def test_a_choice_is_in_its_table_and_what_is_not_in_it_is_an_error(monkeypatch)
     assert set(configuration.CROPS) == set(sets.CROPS)
     assert set(configuration.HEADS) == {"auto", *model.HEADS}
     assert {recipe["lr_schedule"] for recipe in recipes.RECIPES.values()} <= set(schedule.SCHEDULES)
-    settings = parse([])
+    settings = parse_flags([])
     settings = replace(settings, warmup=0, lr_schedule="exponential", optimizer="adam")
     with pytest.raises(KeyError):
         schedule.learning_rate(settings, 3, 1)
@@ -130,7 +130,7 @@ def test_a_choice_is_in_its_table_and_what_is_not_in_it_is_an_error(monkeypatch)
 
 def test_settings_do_not_change_once_they_are_there():
     with pytest.raises(FrozenInstanceError):
-        parse([]).epochs = 1
+        parse_flags([]).epochs = 1
 
 
 def test_every_setting_is_used_somewhere():

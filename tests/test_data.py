@@ -21,7 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 from vgglab.data import index, loader
 from vgglab.data.digits import digits_folder
 from vgglab.data.sets import open_sets
-from vgglab.settings.parser import parse
+from vgglab.settings.parser import parse_flags
 
 
 def rank(number=0, of=1):
@@ -60,7 +60,7 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_files(images):
     (images / "train" / ".ipynb_checkpoints").mkdir()
     shutil.copy(images / "train/n01/n01_0.JPEG", images / "train/.ipynb_checkpoints/n01_0.JPEG")
     shutil.copy(images / "train/n01/n01_0.JPEG", images / "train/n01/._n01_0.JPEG")
-    sets = open_sets(parse([f"--data-path={images}"]))
+    sets = open_sets(parse_flags([f"--data-path={images}"]))
     assert sets.train.classes == sets.val.classes == list(CLASSES)
     assert list(sets.train.labels) == [label for label in range(3) for _ in range(NUM_TRAIN)]
     assert (len(sets.train), len(sets.val), sets.num_classes) == (3 * NUM_TRAIN, 3 * NUM_VAL, 3)
@@ -68,7 +68,7 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_files(images):
 
 def test_a_class_missing_from_val_keeps_the_labels_of_the_others(images):
     shutil.rmtree(images / "val" / CLASSES[0])
-    sets = open_sets(parse([f"--data-path={images}"]))
+    sets = open_sets(parse_flags([f"--data-path={images}"]))
     assert sorted(set(sets.val.labels)) == [1, 2]
 
 
@@ -103,7 +103,7 @@ def test_held_out_images_count_once_on_any_number_of_ranks(num_ranks):
 
 def test_batches_do_not_depend_on_the_number_of_workers(images):
     def pixels(workers):
-        config = parse(
+        config = parse_flags(
             [f"--data-path={images}", "--batch-size=4", "--image-size=32", f"--workers={workers}", "--seed=5"]
         )
         batches = loader.train_batches(open_sets(config), config, rank())
@@ -266,7 +266,7 @@ def write_lists(images, change=lambda split, lines: lines):
 
 
 def opened(images, *flags):
-    return open_sets(parse([f"--data-path={images}", *flags]))
+    return open_sets(parse_flags([f"--data-path={images}", *flags]))
 
 
 @pytest.mark.parametrize("prefix", ["", "{split}/", "./"])
@@ -405,9 +405,9 @@ def test_fashion_mnist_is_read_without_network(tmp_path, monkeypatch, train, pla
     assert result.code == 0, result.err
     assert result.run.events("eval")[0]["num_images"] == 20
     assert result.run.config["num_classes"] == 10
-    sets = open_sets(parse(["--data-path=fashion-mnist"]))
+    sets = open_sets(parse_flags(["--data-path=fashion-mnist"]))
     assert sets.val.classes[9] == "Ankle boot"
-    [first, *_] = loader.eval_batches(sets, parse(["--batch-size=20", "--workers=0"]), rank()).epoch(0)
+    [first, *_] = loader.eval_batches(sets, parse_flags(["--batch-size=20", "--workers=0"]), rank()).epoch(0)
     assert first.images[:, 0, 0, 0].tolist() == [25 * (number % 10) for number in range(20)]
 
 
@@ -438,10 +438,11 @@ def test_fake_images_cost_nothing_and_are_marked(train):
 
 def test_memory_does_not_grow_with_epochs_and_a_loader_left_alive_ends_with_its_process(images):
     code = (
-        "import sys; from multiprocessing import active_children; from vgglab.settings.parser import parse\n"
+        "import sys; from multiprocessing import active_children; from vgglab.settings.parser import parse_flags\n"
         "from vgglab.data.sets import open_sets; from vgglab.data import loader\n"
         "from vgglab.devices import open_device\n"
-        "c = parse([f'--data-path={sys.argv[1]}', '--batch-size=6', '--workers=1', '--seed=1', '--image-size=224'])\n"
+        "c = parse_flags([f'--data-path={sys.argv[1]}', '--batch-size=6', '--workers=1', '--seed=1', "
+        "'--image-size=224'])\n"
         "b = loader.train_batches(open_sets(c), c, open_device('cpu'))\n"
         "kib = lambda: [int(line.split()[1]) for child in active_children()\n"
         "               for line in open(f'/proc/{child.pid}/status') if line.startswith('VmRSS')]\n"

@@ -150,7 +150,7 @@ def test_a_card_named_twice_and_a_switch_in_capitals(light):
 
 
 def test_the_lazy_generation_is_known_by_its_name(light):
-    code, findings = diagnose(LAZY, light)
+    code, findings = diagnose(LAZY, light, CUDA_VISIBLE_DEVICES="")
     assert (code, findings["problems"]) == (0, [])
     facts = findings["facts"]
     assert (facts["generation"], len(facts["gcu cards"]), facts["eccl"], facts["driver"]) == (

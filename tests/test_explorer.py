@@ -13,8 +13,8 @@ from vgglab.lab import anatomy
 
 pytest.importorskip("matplotlib")
 from vgglab.view import explorer
-from vgglab.view.drawing import architecture
-from vgglab.view.explorer import Explorer, explore, frame_of
+from vgglab.view.explorer import Explorer, explore
+from vgglab.view.figures import architecture
 
 PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -94,7 +94,7 @@ def test_the_frame_holds_every_pixel_that_has_a_gradient(name):
     row, column = maps.shape[2] // 2, maps.shape[3] // 2 + 1
     (gradient,) = torch.autograd.grad(maps[0, :, row, column].sum(), images)
     seen = gradient[0].abs().sum(0) > 0
-    frame = frame_of(layer, row, column)
+    frame = layer.window(row, column)
     rows, columns = (torch.where(seen.any(side))[0] for side in (1, 0))
     for places, start in ((rows, frame.top), (columns, frame.left)):
         assert max(0, start) <= int(places[0])

@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT
 
 from vgglab.errors import UserError
-from vgglab.view.timings import SECONDS
+from vgglab.lab.timings import SECONDS
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 FILES = {file.stem[:2]: file for file in NOTEBOOKS}
@@ -122,7 +123,7 @@ def test_short_cells_and_enough_prose(file):
     code = ["".join(cell["source"]).splitlines() for cell in cells_of(file, "code")]
     assert max(len(lines) for lines in code) <= 15
     num_words = sum(len("".join(cell["source"]).split()) for cell in cells_of(file, "markdown"))
-    assert 5 <= num_words / sum(len(lines) for lines in code) <= 10  # headings included
+    assert 5 <= num_words / sum(len(lines) for lines in code) <= 12  # headings included
 
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
@@ -146,7 +147,7 @@ def test_opening_and_headings_are_in_both_languages(file):
 def test_says_how_large_and_how_long_before_it_starts(file):
     first, second = ["".join(cell["source"]) for cell in cells_of(file, "code")[:2]]
     assert first.startswith('profile = "quick"')
-    assert re.search(rf'Ladder\(\s*"{file.stem}",\s*slowdown\(\),', second)
+    assert re.search(rf'Profiles\(\s*"{file.stem}",', second)
     assert file.stem in SECONDS
 
 
@@ -283,7 +284,7 @@ SENSELESS = [
 
 @pytest.mark.parametrize(("number", "parameters", "begins"), SENSELESS)
 def test_the_second_cell_refuses_what_makes_no_sense(number, parameters, begins, monkeypatch, capsys):
-    monkeypatch.setattr("vgglab.lab.yardstick.slowdown", lambda: 1.0)
+    monkeypatch.setattr("vgglab.lab.profiles.slowdown", lambda: 1.0)
     first, second = ["".join(cell["source"]) for cell in cells_of(FILES[number], "code")[:2]]
     names = {}
     exec(first, names)
@@ -291,6 +292,24 @@ def test_the_second_cell_refuses_what_makes_no_sense(number, parameters, begins,
     names.update(parameters)
     with pytest.raises(UserError, match=f"^{begins}"):
         exec(second, names)
+
+
+@pytest.mark.parametrize(
+    ("device", "num_cards", "taken"), [("auto", 1, "cpu"), ("auto", 2, "auto"), ("cuda", 1, "cuda")]
+)
+def test_several_ranks_share_the_cpu_where_there_are_too_few_cards(device, num_cards, taken, monkeypatch, capsys):
+    """Seen on a machine with one CUDA card: rank 1 found none."""
+    import vgglab
+
+    monkeypatch.setattr("vgglab.lab.profiles.slowdown", lambda: 1.0)
+    monkeypatch.setattr(vgglab, "open_device", lambda name: SimpleNamespace(num_cards=num_cards), raising=False)
+    first, second = ["".join(cell["source"]) for cell in cells_of(FILES["05"], "code")[:2]]
+    names = {}
+    exec(first, names)
+    names["device"] = device
+    exec(second, names)
+    assert (names["device"], names["max_ranks"]) == (taken, 2)
+    assert ("this machine has 1 card for 2 ranks" in capsys.readouterr().out) == (taken == "cpu")
 
 
 def test_a_folder_named_by_a_number_is_a_folder(execute, tmp_path, monkeypatch):
@@ -301,4 +320,4 @@ def test_a_folder_named_by_a_number_is_a_folder(execute, tmp_path, monkeypatch):
 def test_a_run_that_fails_fails_the_cell_and_the_batch(execute, tmp_path):
     execute("00", refused="--model: invalid choice", model="vgg12")
     last = [cell for cell in cells_of(tmp_path / "out.ipynb", "code") if cell["outputs"]][-1]
-    assert "vgglab.launch" in "".join(last["source"])  # the cells behind it did not run
+    assert "vl.launch" in "".join(last["source"])  # the cells behind it did not run

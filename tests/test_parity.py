@@ -12,7 +12,7 @@ from vgglab.data.sets import open_sets
 from vgglab.data.transform import CHANNEL_MEAN, CHANNEL_STD
 from vgglab.devices import open_device
 from vgglab.model import build
-from vgglab.settings.parser import parse
+from vgglab.settings.parser import parse_flags
 
 pytestmark = pytest.mark.paper_widths
 NUM_STEPS, EPOCHS = 50, 13  # 4 steps an epoch
@@ -62,7 +62,7 @@ def losses_of_a_plain_loop(config):
 def test_fifty_steps_are_those_of_a_plain_torchvision_loop(train, images):
     run = train(*FLAGS).run
     ours = [event["loss"] for event in run.events("train")][:NUM_STEPS]
-    config = parse(
+    config = parse_flags(
         [*FLAGS, "--model=vgg11", "--image-size=32", "--batch-size=4", "--workers=0", f"--data-path={images}"]
     )
     config = replace(config, num_classes=3)

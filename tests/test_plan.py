@@ -7,12 +7,12 @@ from processes import python
 
 from vgglab.commands import call
 from vgglab.errors import UserError
-from vgglab.lab.plan import plan
-from vgglab.settings.parser import flags_given, parse
+from vgglab.lab.plan import plan_training
+from vgglab.settings.parser import flags_given, parse_flags
 
 
 def planned(*flags, speed=590.3, **more):
-    return plan(parse(flags), speed, given=flags_given(flags), **more)
+    return plan_training(parse_flags(flags), speed, given=flags_given(flags), **more)
 
 
 def test_the_seeds_90_epochs_on_eight_cards():

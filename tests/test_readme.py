@@ -7,7 +7,7 @@ import pytest
 from conftest import PROJECT, shell
 
 from vgglab import train
-from vgglab.settings.parser import parse
+from vgglab.settings.parser import parse_flags
 
 README = (PROJECT / "README.md").read_text()
 
@@ -28,7 +28,7 @@ def test_every_command_shown_is_understood(text):
     for flags in found:
         words = [re.sub(r"<\w+>", "x", word) for word in shlex.split(flags)]
         if not words or not words[0].startswith("--help"):
-            parse(words)
+            parse_flags(words)
 
 
 def test_the_seed_kits_four_commands_stand_in_the_readme():

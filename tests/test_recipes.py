@@ -12,13 +12,16 @@ from vgglab.devices import open_device
 from vgglab.devices.compat import load_tensors
 from vgglab.model import build
 from vgglab.optim import Objective, build_optimizer
-from vgglab.settings.parser import parse
+from vgglab.settings.parser import parse_flags
 from vgglab.settings.recipes import RECIPES
 
 SEED_COMMAND = (
     "--device=cpu --data-path=imagenet_raw --batch-size=192 --epochs=90 --model=vgg16 --workers=8 "
     "--training_step_per_epoch=-1 --eval_step_per_epoch=-1 --dropout_rate=0.5 --lr=0.01 --print-freq=20 --skip_steps=5"
 ).split()
+
+
+ON_CPU = ("--device=cpu",)  # a resume goes to the best device there is, and the bits of another one differ
 
 
 def rates(run):
@@ -30,16 +33,16 @@ def losses(run):
 
 
 def test_the_seed_recipe_is_the_seeds_command_to_the_letter():
-    by_name = parse(["--recipe=seed", "--device=cpu", "--data-path=imagenet_raw"]).as_dict()
+    by_name = parse_flags(["--recipe=seed", "--device=cpu", "--data-path=imagenet_raw"]).as_dict()
     assert by_name.pop("recipe") == "seed"
-    by_flags = parse(SEED_COMMAND).as_dict()
+    by_flags = parse_flags(SEED_COMMAND).as_dict()
     by_flags.pop("recipe")
     assert by_name == by_flags
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_flag_overrides_a_recipe_wherever_it_stands(order):
-    config = parse(["--recipe=modern", "--lr=0.5"][::order])
+    config = parse_flags(["--recipe=modern", "--lr=0.5"][::order])
     assert (config.lr, config.mixup) == (0.5, 0.2)
 
 
@@ -54,7 +57,7 @@ def test_every_recipe_trains(train, recipe):
 
 
 def blended(**settings):
-    config = parse([f"--{name.replace('_', '-')}={value}" for name, value in settings.items()])
+    config = parse_flags([f"--{name.replace('_', '-')}={value}" for name, value in settings.items()])
     images, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     objective = Objective(config, open_device("cpu"))
     random.seed(3)
@@ -98,7 +101,7 @@ def test_blends_are_drawn_from_the_step_and_go_on_after_a_resume(train):
     whole, again = train(*flags).run, train(*flags).run
     assert losses(whole) == losses(again)
     first = train(*flags, "--epochs=1").run
-    rest = train(f"--resume={first.path}", "--epochs=2", "--print-freq=1", base=()).run
+    rest = train(f"--resume={first.path}", "--epochs=2", "--print-freq=1", base=ON_CPU).run
     assert losses(first) + losses(rest) == losses(whole)
     assert rest.events("eval")[-1]["loss"] == whole.events("eval")[-1]["loss"]
     assert losses(train("--seed=1", "--print-freq=1", "--epochs=2").run) != losses(whole)
@@ -140,7 +143,7 @@ def test_a_plateau_lowers_the_rate_after_its_patience_also_across_a_resume(train
     whole = train(*flags, "--epochs=6").run
     assert rates(whole) == pytest.approx(expected)
     first = train(*flags, "--epochs=2").run
-    rest = train(f"--resume={first.path}", "--epochs=6", base=()).run
+    rest = train(f"--resume={first.path}", "--epochs=6", base=ON_CPU).run
     assert rates(first) + rates(rest) == pytest.approx(expected)
 
 
@@ -155,25 +158,25 @@ def test_other_schedules_and_warm_up_count_no_plateaus(train):
 
 def test_what_another_decay_or_momentum_means_for_a_resume(train):
     earlier = train("--model=vgg11_bn").run
-    refusal = train("--epochs=2", "--no-bias-weight-decay", f"--resume={earlier.path}", base=())
+    refusal = train("--epochs=2", "--no-bias-weight-decay", f"--resume={earlier.path}", base=ON_CPU)
     assert refusal.code == 2
     assert "weight decay on other layers; see --bias-weight-decay" in refusal.err
     still = train("--optimizer=rmsprop", "--momentum=0", "--lr=0.0001").run
-    moved = train("--epochs=2", "--momentum=0.9", f"--resume={still.path}", base=())
+    moved = train("--epochs=2", "--momentum=0.9", f"--resume={still.path}", base=ON_CPU)
     assert moved.code == 0, moved.err
 
 
 def test_what_belongs_to_the_hardware_is_not_inherited(train):
     earlier = train("--channels-last").run
-    again = train("--epochs=2", f"--resume={earlier.path}", base=("--device=cpu",)).run
+    again = train("--epochs=2", f"--resume={earlier.path}", base=ON_CPU).run
     assert again.config["channels_last"] is False
     assert any("--channels-last False, was True" in text for text in again.report()["warnings"])
-    fast = train("--epochs=2", "--fast", f"--resume={train().run.path}", base=("--device=cpu",)).run
+    fast = train("--epochs=2", "--fast", f"--resume={train().run.path}", base=ON_CPU).run
     assert fast.config["channels_last"] is True
 
 
 def test_biases_can_be_spared_from_weight_decay():
-    config = parse(["--no-bias-weight-decay", "--wd=0.01"])
+    config = parse_flags(["--no-bias-weight-decay", "--wd=0.01"])
     network = build("vgg11_bn", num_classes=3, head="small")
     groups = build_optimizer(config, network).param_groups
     decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}

@@ -10,10 +10,10 @@ import pytest
 
 from vgglab import Run, UserError
 from vgglab.dist.processes import signature
-from vgglab.lab.plan import plan
-from vgglab.runs.compare import compare
+from vgglab.lab.plan import plan_training
+from vgglab.runs.compare import compare_runs
 from vgglab.runs.report import build_report
-from vgglab.settings.parser import parse
+from vgglab.settings.parser import parse_flags
 from vgglab.storage.schema import append_line, write_document
 
 ODD = "<b>lab & co</b>"
@@ -81,7 +81,7 @@ def test_a_report_shows_every_figure(run):
 
 
 def test_a_plan_is_a_table():
-    planned = plan(parse(["--recipe=seed"]), images_per_second=590.0, ranks=8)
+    planned = plan_training(parse_flags(["--recipe=seed"]), images_per_second=590.0, ranks=8)
     for shown in (repr(planned), planned._repr_html_()):
         assert f"{planned.steps:,} of {planned.global_batch_size} images" in shown
         assert "on 8 cards at 4,720 images/s" in shown
@@ -94,7 +94,7 @@ def test_a_plan_is_a_table():
 
 def test_a_comparison_is_a_list(run, train):
     other = train("--print-freq=1", "--skip-steps=0", "--lr=0.02").run
-    found = compare(run, other)
+    found = compare_runs(run, other)
     for shown in (repr(found), found._repr_html_()):
         assert "first difference: " in shown
         assert "lr 0.01 and 0.02" in shown

@@ -9,7 +9,8 @@ from conftest import TINY
 from processes import python
 from test_devices import needs_sim, run_ranks
 
-from vgglab.view import results, seeds_table
+from vgglab.view import results
+from vgglab.view.seeds_table import rows_of
 
 
 def test_the_page_has_a_row_per_run_and_the_published_figures_marked(images, tmp_path):
@@ -141,5 +142,5 @@ def test_a_run_that_cannot_be_read_is_named_and_takes_no_other_along(train, caps
     assert f"left out: {bad.name}: " in said
     assert "UserError" not in said
     groups = {"both": [good, bad]}
-    [row, *_] = seeds_table.rows_of(groups)
+    [row, *_] = rows_of(groups)
     assert row.n == (1 if damage == "no setting of that name" else 2)

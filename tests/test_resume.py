@@ -120,7 +120,7 @@ def test_row_5_a_run_resumed_in_the_middle_of_an_epoch_is_the_one_that_never_sto
     job, tmp_path, ranks, workers, device
 ):
     flags, several = [f"--workers={workers}", f"--device={device}"], {"ranks": ranks} if ranks > 1 else {}
-    deferring_ctrl_c = job("deferring_ctrl_c", *flags, **several)
+    uninterrupted = job("uninterrupted", *flags, **several)
     steps_an_epoch = STEPS // ranks
     stop = steps_an_epoch + 1  # the first step of the second epoch
     stopped = job("stopped", *flags, f"--checkpoint-every={stop}", "--epochs=2", **several)
@@ -128,7 +128,7 @@ def test_row_5_a_run_resumed_in_the_middle_of_an_epoch_is_the_one_that_never_sto
     assert torch.load(middle)["images"] == 4 * ranks
     resumed = job("resumed", *flags, f"--resume={middle}", f"--epochs={EPOCHS}", **several)
     assert resumed.events("start")[-1]["first_step"] == stop
-    assert_same(deferring_ctrl_c, resumed, after=stop)
+    assert_same(uninterrupted, resumed, after=stop)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def holding(planted):
 
 @pytest.mark.paper_widths  # new interpreters beside this process
 def test_a_run_that_left_goes_on_in_place_with_the_same_command(job, holding, tmp_path):
-    deferring_ctrl_c = job("deferring_ctrl_c", "--epochs=6")
+    uninterrupted = job("uninterrupted", "--epochs=6")
     process = job.start("same", "--resume=auto", "--epochs=6", **holding(20))
     wait_for_step(tmp_path / "same", 5)
     process.send_signal(signal.SIGTERM)
@@ -192,13 +192,13 @@ def test_a_run_that_left_goes_on_in_place_with_the_same_command(job, holding, tm
     assert resumed.status == "done"
     assert resumed.events("start")[-1]["first_step"] == left_at < 24
     assert [event["step"] for event in resumed.events("train")] == list(range(1, 25))
-    assert_same(deferring_ctrl_c, resumed)
+    assert_same(uninterrupted, resumed)
 
 
 @pytest.mark.paper_widths
 def test_torchrun_brings_a_run_with_killed_ranks_to_the_same_end(job, holding, tmp_path):
     flags = ["--epochs=6", "--checkpoint-every=3"]
-    deferring_ctrl_c = job("deferring_ctrl_c", *flags, ranks=2)
+    uninterrupted = job("uninterrupted", *flags, ranks=2)
     process = job.start("killed", *flags, ranks=2, restarts=2, **holding(5, 10))
     for victim, step in ((1, 3), (0, 7)):  # 0 is the one that writes
         wait_for_step(tmp_path / "killed", step)
@@ -210,14 +210,14 @@ def test_torchrun_brings_a_run_with_killed_ranks_to_the_same_end(job, holding, t
     run = Run(tmp_path / "killed")
     assert run.status == "done"
     assert run.failures() == []
-    assert_same(deferring_ctrl_c, run)
+    assert_same(uninterrupted, run)
 
 
 @pytest.mark.paper_widths
 @pytest.mark.parametrize("kills", [range(2), pytest.param(range(2, 22), marks=pytest.mark.long)], ids=["two", "many"])
 def test_row_3_no_kill_harms_a_checkpoint(job, tmp_path, kills):
     """Half of them while a checkpoint is being written."""
-    deferring_ctrl_c = job("deferring_ctrl_c")
+    uninterrupted = job("uninterrupted")
     draw = random.Random(kills.start)
     for number in kills:
         name = f"killed{number}"
@@ -228,7 +228,7 @@ def test_row_3_no_kill_harms_a_checkpoint(job, tmp_path, kills):
             time.sleep(0.0005)
         process.kill()
         process.communicate()
-        assert_same(deferring_ctrl_c, job(name, "--checkpoint-every=1", "--resume=auto"))
+        assert_same(uninterrupted, job(name, "--checkpoint-every=1", "--resume=auto"))
 
 
 def test_resume_auto_passes_over_what_is_damaged_and_says_so(job, tmp_path):

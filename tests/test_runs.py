@@ -17,7 +17,7 @@ from vgglab.storage.schema import with_checksum
 from vgglab.view.figures import bands
 from vgglab.view.live import _TerminalLines
 from vgglab.view.rank_table import rank_rows
-from vgglab.view.report_page import warnings_table
+from vgglab.view.run_tables import warnings_table
 
 START = {
     "event": "start", "seconds": 0, "epochs": 9, "first_epoch": 0, "first_step": 0, "num_steps": 90, "best": None,

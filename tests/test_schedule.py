@@ -6,7 +6,7 @@ import pytest
 
 from vgglab.model import build
 from vgglab.optim import build_optimizer
-from vgglab.settings.parser import parse
+from vgglab.settings.parser import parse_flags
 from vgglab.settings.schedule import learning_rate
 
 README = ["--batch-size=192", "--lr=0.01", "--epochs=90"]
@@ -27,7 +27,7 @@ def seed_formula(schedule, epoch, base, warmup=5, epochs=90, end=0.0):
 @pytest.mark.parametrize("schedule", ["step", "linear", "cosine"])
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_every_epoch_of_the_readmes_90(schedule, world_size):
-    config = parse([*README, f"--lr-schedule={schedule}"])
+    config = parse_flags([*README, f"--lr-schedule={schedule}"])
     base = 0.01 * 192 * world_size / 256
     for epoch in range(90):
         expected = seed_formula(schedule, epoch, base)
@@ -35,18 +35,18 @@ def test_every_epoch_of_the_readmes_90(schedule, world_size):
 
 
 def test_end_lr_is_what_cosine_falls_towards():
-    config = parse([*README, "--lr-schedule=cosine", "--end-lr=0.001"])
+    config = parse_flags([*README, "--lr-schedule=cosine", "--end-lr=0.001"])
     assert learning_rate(config, 89, 1) == pytest.approx(seed_formula("cosine", 89, 0.0075, end=0.001))
 
 
 def test_without_warmup_the_first_epoch_has_the_base_rate():
-    assert learning_rate(parse([*README, "--warmup=0"]), 0, 1) == pytest.approx(0.0075)
+    assert learning_rate(parse_flags([*README, "--warmup=0"]), 0, 1) == pytest.approx(0.0075)
 
 
 @pytest.mark.parametrize(("decay_norms", "expected"), [(False, 0.0), (True, 0.0005)])
 def test_row_32_batch_norm_decays_only_when_asked(decay_norms, expected):
     """Seed: it looked for "bn" in the names, which no VGG layer carries."""
-    config = parse(["--wd=0.0005", f"--bn-weight-decay={decay_norms}"])
+    config = parse_flags(["--wd=0.0005", f"--bn-weight-decay={decay_norms}"])
     network = build("vgg11_bn", num_classes=3, head="small")
     groups = build_optimizer(config, network).param_groups
     decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}

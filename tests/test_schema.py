@@ -15,9 +15,9 @@ from conftest import shell
 
 import vgglab
 from vgglab import Run, Seeds, UserError
-from vgglab.runs.compare import as_text, compare
+from vgglab.runs.compare import as_text, compare_runs
 from vgglab.storage.schema import append_line, with_checksum, write_document
-from vgglab.view import cards, rank_table, report_page, results, seeds_table
+from vgglab.view import cards, rank_table, results, run_tables
 from vgglab.view.live import _TerminalLines, last_lines, progress_of, summary
 
 HOSTILE = (
@@ -56,12 +56,12 @@ def outputs(path, other):
         "html": lambda run: run._repr_html_() + run.report()._repr_html_(),
         "page.html": lambda run: results.as_html(results.collect([path]), {"a": [other, run]}),
         "results": lambda run: results.as_text(results.collect([path]), {"a": [other, run]}),
-        "compare": lambda run: as_text(compare(other, run)),
-        "compare.html": lambda run: compare(other, run)._repr_html_(),
-        "seeds": lambda run: repr(seeds_table.table({"a": [other, run]})),
-        "report page": lambda run: "".join(repr(table([run])) for table in report_page_tables()),
-        "report page.html": lambda run: "".join(table([other, run])._repr_html_() for table in report_page_tables()),
-        "settings": lambda run: report_page.common_settings([run]),
+        "compare": lambda run: as_text(compare_runs(other, run)),
+        "compare.html": lambda run: compare_runs(other, run)._repr_html_(),
+        "seeds": lambda run: repr(run_tables.seeds_table({"a": [other, run]})),
+        "report page": lambda run: "".join(repr(table([run])) for table in report_tables()),
+        "report page.html": lambda run: "".join(table([other, run])._repr_html_() for table in report_tables()),
+        "settings": lambda run: run_tables.common_settings([run]),
         "runs": lambda run: repr(cards.runs_table([run, other])),
         "ranks.html": lambda run: rank_table.as_html(rank_table.rank_rows(run)),
         "dashboard": lambda run: summary(run, progress_of(run)) + "".join(last_lines(run)) + repr(run.skipped()),
@@ -80,8 +80,8 @@ def outputs(path, other):
     return said
 
 
-def report_page_tables():
-    return report_page.seed_table, report_page.settings_table, report_page.machine_table, report_page.warnings_table
+def report_tables():
+    return run_tables.report_table, run_tables.settings_table, run_tables.machine_table, run_tables.warnings_table
 
 
 def mutated(data, draw):
@@ -196,7 +196,7 @@ def test_a_field_of_a_wrong_type_is_named_and_left_out(run, tmp_path):
     env = json.loads((run.path / "env.json").read_text())
     write_document(run.path / "env.json", {**env, "started": ["now"], "check": None})
     assert "env.json: started is of a wrong type, left out" in run.damage()
-    assert report_page.started(run) == ""
+    assert run.started == ""
     assert "started" not in run.env
     with pytest.raises(UserError, match=r"env\.json: holds no started"):
         run.env["started"]

@@ -18,7 +18,7 @@ from processes import ranks
 
 from vgglab.devices.compat import load_tensors
 from vgglab.model import build
-from vgglab.settings.parser import parse
+from vgglab.settings.parser import parse_flags
 
 
 def rates(run):
@@ -169,8 +169,8 @@ def test_row_20_dead_ends_name_the_way_out(refused, flag, names):
 
 def test_row_20_false_means_false():
     """Seed: --enable-horovod False meant True."""
-    assert parse(["--enable-horovod", "False"]).enable_horovod is False
-    assert parse(["--nesterov", "false", "--amp=no"]).nesterov is False
+    assert parse_flags(["--enable-horovod", "False"]).enable_horovod is False
+    assert parse_flags(["--nesterov", "false", "--amp=no"]).nesterov is False
 
 
 def test_row_23_pretrained_with_other_classes_replaces_the_last_layer(train):
@@ -258,7 +258,7 @@ CONVERGENCE = PERFORMANCE.replace("=300", "=-1").replace("--epochs=1 ", "--epoch
 
 @pytest.mark.parametrize("flags", [PERFORMANCE, CONVERGENCE])
 def test_the_four_commands_are_understood(flags):
-    config = parse(flags.split())
+    config = parse_flags(flags.split())
     assert (config.batch_size, config.num_classes, config.skip_steps, config.workers) == (192, 1000, 5, 8)
     assert config.epochs == (1 if "=300" in flags else 90)
 

@@ -12,7 +12,7 @@ from test_launch import MARK, processes_with
 
 import vgglab
 from vgglab.view import results
-from vgglab.view.seeds_table import rows_of, table
+from vgglab.view.seeds_table import rows_of, seeds_table
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_launched_from_a_script(tiny, tmp_path, capsys):
     assert "last top-1 %" in capsys.readouterr().out
     assert len(seeds.curves().png()) > 5000
     assert "<table>" in seeds._repr_html_()
-    assert repr(vgglab.Seeds(tmp_path / "two")) == repr(table({"two": seeds.runs}))
+    assert repr(vgglab.Seeds(tmp_path / "two")) == repr(seeds_table({"two": seeds.runs}))
 
 
 def test_stop_ends_the_run_and_begins_no_other(tiny, tmp_path, monkeypatch):

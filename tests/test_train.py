@@ -158,7 +158,7 @@ def test_the_readmes_resume_lines_need_no_other_flag(images, tmp_path, capsys):
     assert said == ["--resume: --epochs 2, was 1"]  # cosine falls towards the last of them
     settings = [Run(path).config for path in (first, longer)]
     differing = {name for name in settings[0] if settings[0][name] != settings[1][name]}
-    assert differing <= {"epochs", "resume", "run_dir", "amp"}
+    assert differing <= {"epochs", "resume", "run_dir", "amp", "device"}
     assert Run(longer).events("start")[0]["first_epoch"] == 1
     assert Run(tested).report()["acc1"] == Run(longer).events("eval")[-1]["acc1"]
 

@@ -1,6 +1,6 @@
 """Time the notebooks on this machine: ``python tests/time_notebooks.py "two cores of a <processor>, <month>"``.
 
-Each runs alone in an empty folder. The times go into ``vgglab/view/timings.json``, from which the notebooks announce
+Each runs alone in an empty folder. The times go into ``vgglab/lab/timings.json``, from which the notebooks announce
 them. Do it while nothing else runs: it takes as long as all of them together.
 """
 
@@ -11,13 +11,12 @@ import tempfile
 from pathlib import Path
 
 from vgglab.commands.book import Book, jobs_for
-from vgglab.lab import yardstick
-from vgglab.view import timings
+from vgglab.lab import machine_speed, timings
 
 
 def main(machine: str) -> int:
     notebooks = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
-    before = yardstick.measure()
+    before = machine_speed.measure()
     chapters = []
     for notebook in notebooks:
         with tempfile.TemporaryDirectory() as folder:
@@ -26,7 +25,7 @@ def main(machine: str) -> int:
             os.chdir(os.path.dirname(folder))
     if any(chapter.fault for chapter in chapters):
         return 1
-    step_seconds, compile_seconds = map(min, before, yardstick.measure())  # the quieter moment
+    step_seconds, compile_seconds = map(min, before, machine_speed.measure())  # the quieter moment
     seconds = {chapter.file.stem: round(chapter.seconds) for chapter in chapters}
     content = {"machine": machine, "step_seconds": round(step_seconds, 4), "compile_seconds": round(compile_seconds, 4)}
     file = Path(timings.__file__).with_suffix(".json")

@@ -1,11 +1,12 @@
 """vgglab: a tutorial and lab kit for VGG16, from a laptop to a machine full of cards.
 
-    >>> import vgglab
-    >>> run = vgglab.launch("--data-path digits --model vgg11_bn --epochs 2")
-    >>> vgglab.Run("runs/<name>").watch()
+    >>> import vgglab as vl
+    >>> run = vl.launch("--data-path digits --model vgg11_bn --epochs 2")
+    >>> vl.Run("runs/<name>").watch()
 
-Importing this package imports neither torch nor matplotlib, so that a run can be looked at where only its
-directory has been copied; ``model``, ``anatomy`` and ``predict`` bring torch in when they are first used.
+The names below are what notebooks and scripts import; what lies deeper may move. Each is loaded when it is first used:
+importing this package imports neither torch nor matplotlib, so that a run can be looked at where only its directory has
+been copied.
 """
 
 from __future__ import annotations
@@ -26,7 +27,33 @@ from vgglab.runs.seeds import Seeds  # isort: skip
 # ``python -m vgglab.plan`` and its like are found in commands/.
 __path__.append(os.path.join(os.path.dirname(__file__), "commands"))
 
-__all__ = ["Run", "RunFailed", "Runs", "Seeds", "UserError", "__version__", "anatomy", "launch", "model", "predict"]
+# Where the others are: a function or class as module:name, a module by its own name.
+_ELSEWHERE = {
+    "Profiles": "vgglab.lab.profiles:Profiles",
+    "anatomy": "vgglab.lab.anatomy",
+    "check_machine": "vgglab.commands.doctor:check_machine",
+    "choose_photograph": "vgglab.view.photograph_chooser:choose_photograph",
+    "compare_runs": "vgglab.runs.compare:compare_runs",
+    "data": "vgglab.data",
+    "experiments": "vgglab.lab.experiments",
+    "explore": "vgglab.view.explorer:explore",
+    "features": "vgglab.lab.features",
+    "figures": "vgglab.view.figures",
+    "load_lazy_double": "vgglab.devices.doubles:load_lazy",
+    "load_network": "vgglab.lab.predictions:load_network",
+    "measure_loading": "vgglab.lab.bench.data:measure_loading",
+    "measure_steps": "vgglab.lab.bench.step:measure_steps",
+    "metric": "vgglab.view.metric:metric",
+    "model": "vgglab.model",
+    "open_device": "vgglab.devices:open_device",
+    "parse_flags": "vgglab.settings.parser:parse_flags",
+    "plan_training": "vgglab.lab.plan:plan_training",
+    "predict": "vgglab.lab.predictions:predict",
+    "save_steps": "vgglab.lab.bench.step:save_steps",
+    "sim": "vgglab.devices.sim",
+    "tables": "vgglab.view.run_tables",
+}
+__all__ = ["Run", "RunFailed", "Runs", "Seeds", "UserError", "__version__", "launch", *_ELSEWHERE]
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -35,10 +62,12 @@ def load_ipython_extension(shell: Any) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "anatomy":
-        return importlib.import_module("vgglab.lab.anatomy")
-    if name == "model":
-        return importlib.import_module("vgglab.model")
-    if name == "predict":
-        return importlib.import_module("vgglab.lab.predictions").predict
-    raise AttributeError(f"module 'vgglab' has no attribute {name!r}")
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module 'vgglab' has no attribute {name!r}")
+    module, _, attribute = _ELSEWHERE[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -22,7 +22,7 @@ from vgglab.errors import RunFailed, UserError
 from vgglab.runs.run import ACTIVE, LAUNCHED, Run, is_a_run, make_run_folder, run_path
 from vgglab.runs.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
 from vgglab.settings.config import Request
-from vgglab.settings.parser import parse
+from vgglab.settings.parser import parse_flags
 from vgglab.storage.files import make_folder, without_links, writing
 from vgglab.storage.lock import alone_in
 from vgglab.storage.schema import write_document
@@ -76,7 +76,7 @@ def launch(
     argv = shlex.split(flags) if isinstance(flags, str) else [str(flag) for flag in flags]
     settings.update({name: n for name, n in (("nproc", nproc), ("max_restarts", max_restarts)) if n is not None})
     argv += [_as_flag(name, value) for name, value in settings.items() if value is not None]
-    config = parse(argv)
+    config = parse_flags(argv)
     ranks.grace_period_seconds()  # refused before there is a run directory
     config = replace(config, world_size=config.nproc * _checked_count("nnodes", nnodes))
     if config.seeds is not None:

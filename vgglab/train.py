@@ -55,7 +55,7 @@ from vgglab.errors import UserError, blaming
 from vgglab.runs import seeds
 from vgglab.settings import inheritance
 from vgglab.settings.config import Request, Settings, complete
-from vgglab.settings.parser import flags_given, parse, warnings_about
+from vgglab.settings.parser import flags_given, parse_flags, warnings_about
 from vgglab.storage.schema import readable_document
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks.attach()
         argv = sys.argv[1:] if argv is None else argv
         slurm.adopt_slurm_environment()
-        config = parse(argv)
+        config = parse_flags(argv)
         if config.seeds is not None:
             return seeds.train_each(argv, config)
         if (config.nproc > 1 or config.max_restarts) and "RANK" not in os.environ:

@@ -9,7 +9,7 @@ from typing import Sequence
 
 from vgglab.commands import call
 from vgglab.settings.flags import OneLineParser, with_dashes
-from vgglab.settings.parser import parse as parse_training
+from vgglab.settings.parser import parse_flags
 
 OPTIONS = {  # with defaults; training knows which values they may have
     "model": ("vgg16", "the network"),
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args([with_dashes(argument) for argument in argv])
-    flags = parse_training([f"--{name}={getattr(options, name.replace('-', '_'))}" for name in OPTIONS])
+    flags = parse_flags([f"--{name}={getattr(options, name.replace('-', '_'))}" for name in OPTIONS])
     assert flags.image_size
     assert flags.num_classes
     from vgglab.lab.anatomy import measure, of

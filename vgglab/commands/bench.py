@@ -9,11 +9,10 @@ from typing import Any, Sequence
 
 from vgglab.commands import call
 from vgglab.devices import DEVICE_CHOICES
-from vgglab.dist import ranks
 from vgglab.errors import UserError
 from vgglab.settings.config import DECODERS, MODELS
 from vgglab.settings.flags import AT_LEAST_1, OneLineParser, number, with_dashes
-from vgglab.settings.parser import parse as parse_training
+from vgglab.settings.parser import parse_flags
 
 ABOVE_0 = number(float, 1e-12, 1e12, "a number above 0")
 
@@ -66,18 +65,18 @@ def bench_data(options: Any) -> None:
     counts = _counts(options.workers)
     flags = [f"--data-path={options.data_path}", f"--batch-size={options.batch_size}", f"--decoder={options.decoder}"]
     flags += [] if options.image_size is None else [f"--image-size={options.image_size}"]
-    config = parse_training(flags)
-    from vgglab.lab.bench.data import as_text, measure
+    config = parse_flags(flags)
+    from vgglab.lab.bench.data import as_text, measure_loading
 
-    figures = measure(config, options.seconds, counts, options.card)
+    figures = measure_loading(config, options.seconds, counts, options.card)
     print(as_text(figures, options.data_path), flush=True)
     if options.json:
         print(json.dumps(figures._asdict()))
 
 
-def _counts(text: str | None) -> list[int]:
+def _counts(text: str | None) -> list[int] | None:
     if text is None:
-        return sorted({1, ranks.num_cores()})
+        return None
     words = text.split(",")
     if not all(word.strip().isascii() and word.strip().isdigit() and int(word) > 0 for word in words):
         raise UserError(f"--workers: {text!r} is not a list of numbers above 0, such as 1,2,4")
@@ -89,8 +88,8 @@ def bench_step(options: Any) -> None:
     if sizes != ["max"] and not all(size.strip().isascii() and size.strip().isdigit() and int(size) for size in sizes):
         raise UserError(f"--batch-size: {options.batch_size!r} is not a number above 0, several such as 8,16, or max")
     flags = [f"--model={options.model}", f"--device={options.device}", f"--image-size={options.image_size}"]
-    parse_training(flags)
-    from vgglab.lab.bench.step import USUAL, as_text, largest, measure, save, way_named
+    parse_flags(flags)
+    from vgglab.lab.bench.step import USUAL, as_text, largest, measure_steps, save_steps, way_named
 
     ways = [name.strip() for name in options.ways.split(",")] if options.ways else list(USUAL)
     ways += [options.against] if options.against else []
@@ -101,8 +100,8 @@ def bench_step(options: Any) -> None:
         if size == "max":
             results += [largest(flags, way, options.turns, options.steps) for way in dict.fromkeys(ways)]
         else:
-            results += measure(flags, ways, int(size), options.turns, options.steps)
-    path = save(results, flags, options.output_dir)
+            results += measure_steps(flags, ways, int(size), options.turns, options.steps)
+    path = save_steps(results, flags, options.output_dir)
     print(as_text(results))
     print(f"run directory: {path}", flush=True)
     if options.json:

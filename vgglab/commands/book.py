@@ -27,10 +27,10 @@ from typing import Any, NamedTuple, Sequence
 from vgglab.commands import call
 from vgglab.dist.interrupts import interrupted_by_warnings
 from vgglab.errors import UserError
+from vgglab.lab.timings import SECONDS
 from vgglab.settings.flags import OneLineParser
 from vgglab.view.progress import duration
 from vgglab.view.site import Chapter, refuse_foreign, write_site
-from vgglab.view.timings import SECONDS
 
 PATIENCE_SECONDS = 1000  # with a kernel that starts; papermill would give up after 60
 # The cells that papermill puts in: the reader counts those of the notebook.

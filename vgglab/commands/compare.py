@@ -10,7 +10,7 @@ from typing import Sequence
 
 from vgglab.commands import call
 from vgglab.errors import UserError
-from vgglab.runs.compare import as_text, compare
+from vgglab.runs.compare import as_text, compare_runs
 from vgglab.runs.run import Run
 from vgglab.settings.flags import NOT_NEGATIVE, OneLineParser, with_dashes
 from vgglab.storage.schema import finite
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args([with_dashes(argument) for argument in argv])
     one, other = map(Run, options.runs)
-    found = compare(one, other, options.tolerance)
+    found = compare_runs(one, other, options.tolerance)
     if options.png:
         from vgglab.view.figures import curves_beside
 

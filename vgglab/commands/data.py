@@ -31,10 +31,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args([with_dashes(argument) for argument in argv])
-    from vgglab.data.check import as_text, check
+    from vgglab.data.check import check_images
 
-    findings = check(options.path, options.workers)
-    print(json.dumps(findings._asdict()) if options.json else as_text(findings))
+    findings = check_images(options.path, options.workers)
+    print(json.dumps(findings._asdict()) if options.json else findings)
     return 1 if findings.unreadable else 0
 
 

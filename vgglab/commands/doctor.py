@@ -70,7 +70,7 @@ def _readable(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def examine() -> Diagnosis:
+def check_machine() -> Diagnosis:
     """Look this machine over; takes some seconds, since each library is tried in a process of its own."""
     from vgglab.devices.checkup import Checkup
 
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     as_json = parser().parse_args(argv).json
-    diagnosis = examine()
+    diagnosis = check_machine()
     print(json.dumps(diagnosis.as_dict()) if as_json else diagnosis)
     return 1 if diagnosis.problems else 0
 

@@ -12,8 +12,7 @@ from vgglab.errors import UserError
 from vgglab.runs.run import Run
 from vgglab.settings.config import Request
 from vgglab.settings.flags import AT_LEAST_1, POSITIVE, OneLineParser, number, with_dashes
-from vgglab.settings.parser import flags_given
-from vgglab.settings.parser import parse as parse_training
+from vgglab.settings.parser import flags_given, parse_flags
 
 SPEED = number(float, 1e-6, 1e12, "a number above 0")
 
@@ -35,12 +34,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     options, flags = parser().parse_known_args([with_dashes(argument) for argument in argv])
-    config = parse_training(flags)
+    config = parse_flags(flags)
     ranks = config.world_size if options.ranks is None else options.ranks
     speed = _speed(options)
-    from vgglab.lab.plan import as_text, plan
+    from vgglab.lab.plan import as_text, plan_training
 
-    planned = plan(config, speed, ranks, options.scaling, flags_given(flags))
+    planned = plan_training(config, speed, ranks, options.scaling, flags_given(flags))
     if options.run is not None:
         planned.warnings.extend(_other_job(config, Run(options.run)))
     print(as_text(planned))

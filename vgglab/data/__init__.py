@@ -1,4 +1,31 @@
 """Images and labels: from a name or a folder to batches.
 
-``sets.py`` finds the images, ``digits.py`` writes the bundled set, ``loader.py`` makes batches of them.
+``sets.py`` finds the images, ``digits.py`` writes the bundled set, ``loader.py`` makes batches of them. The names below
+are what notebooks use; each is loaded when it is first used, since most of them need torch.
 """
+
+import importlib
+from typing import Any
+
+_ELSEWHERE = {
+    "ArrayPicture": "images",
+    "BatchReader": "loader",
+    "CHANNEL_MEAN": "transform",
+    "CHANNEL_STD": "transform",
+    "CentreCrop": "transform",
+    "Pick": "loader",
+    "check_images": "check",
+    "digits_folder": "digits",
+    "normalised": "transform",
+    "open_sets": "sets",
+    "random_box": "transform",
+    "read_index": "index",
+    "train_batches": "loader",
+}
+__all__ = [*_ELSEWHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module 'vgglab.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"vgglab.data.{_ELSEWHERE[name]}"), name)

@@ -22,8 +22,9 @@ from vgglab.data.decode import SIXTEEN_BITS, open_picture
 from vgglab.data.images import FileImages
 from vgglab.data.sets import open_sets
 from vgglab.dist.interrupts import leave_signals_to_parent
+from vgglab.dist.ranks import num_cores
 from vgglab.errors import BadImage, UserError
-from vgglab.settings.parser import parse as parse_training
+from vgglab.settings.parser import parse_flags
 
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = 1
@@ -58,6 +59,16 @@ class Findings(NamedTuple):
     kinds: dict[str, list[str]]  # one of KINDS -> files
     disagreements: list[str]  # what lists and folders say of one another
 
+    def __repr__(self) -> str:
+        lines = [f"{self.num_files} files: {len(self.unreadable)} cannot be read"]
+        lines += [f"  {_readable(file)}: {why}" for file, why in self.unreadable.items()]
+        for kind, files in self.kinds.items():
+            lines.append(f"{len(files)} {kind}: {KINDS[kind]}; e.g. {_readable(files[0])}")
+        lines += self.disagreements
+        if self.unreadable:
+            lines.append("repair or remove them, or train with --on-bad-image skip")
+        return "\n".join(lines)
+
 
 def examine(file: str) -> Verdict:
     """Decode one file in full."""
@@ -90,13 +101,17 @@ def _kinds_of(file: str) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if facts[kind])
 
 
-def check(data_path: str, workers: int) -> Findings:
+def check_images(data_path: str, workers: int | None = None) -> Findings:
     """Examine every image file of a set, training and held-out, with a progress bar on stderr.
+
+    Args:
+        data_path: as in training: a folder, or a set by its name.
+        workers: processes that read; None: one for each core.
 
     Raises:
         UserError: as ``open_sets``, but for files that cannot be read.
     """
-    sets = open_sets(parse_training([f"--data-path={data_path}", "--on-bad-image=skip"]))
+    sets = open_sets(parse_flags([f"--data-path={data_path}", "--on-bad-image=skip"]))
     if not isinstance(sets.val.images, FileImages):
         raise UserError(f"{data_path}: no files to check; its images are held in memory")
     files: list[str] = []
@@ -106,7 +121,7 @@ def check(data_path: str, workers: int) -> Findings:
     unreadable: dict[str, str] = {}
     kinds: dict[str, list[str]] = {}
     context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else "spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=leave_signals_to_parent)
+    pool = ProcessPoolExecutor(workers or num_cores(), mp_context=context, initializer=leave_signals_to_parent)
     try:
         for verdict in _with_bar(pool.map(examine, files, chunksize=NUM_AT_A_TIME), len(files)):
             if verdict.trouble:
@@ -128,18 +143,6 @@ def _with_bar(verdicts: Any, total: int) -> Any:
     except ImportError:
         return verdicts
     return tqdm(verdicts, total=total, unit=" files", dynamic_ncols=True, disable=None)
-
-
-def as_text(findings: Findings) -> str:
-    """The findings for people."""
-    lines = [f"{findings.num_files} files: {len(findings.unreadable)} cannot be read"]
-    lines += [f"  {_readable(file)}: {why}" for file, why in findings.unreadable.items()]
-    for kind, files in findings.kinds.items():
-        lines.append(f"{len(files)} {kind}: {KINDS[kind]}; e.g. {_readable(files[0])}")
-    lines += findings.disagreements
-    if findings.unreadable:
-        lines.append("repair or remove them, or train with --on-bad-image skip")
-    return "\n".join(lines)
 
 
 def _readable(file: str) -> str:

@@ -32,6 +32,7 @@ class Device(ABC):
         can_average: weights may be read beside the step, for a moving average of them.
         is_host: it computes on the CPU and in its memory, and a read of its values waits for nothing.
         is_simulated: no card was there, so no speed it shows is a card's.
+        num_cards: that this process can see; None on the CPU, which any number of ranks share.
         warnings: what the run should say about the device, one line each.
     """
 
@@ -47,6 +48,7 @@ class Device(ABC):
     can_average: bool = True
     is_host: bool = False
     is_simulated: bool = False
+    num_cards: int | None = None
     _scaler: Any = None  # of the loss, where float16 needs one
 
     def __init__(self, options: DeviceOptions) -> None:
@@ -70,7 +72,9 @@ class Device(ABC):
             if is_wanted:
                 raise UserError(f"{flag}: not offered on {self.kind}; leave it out")
 
-    def _refuse_missing_card(self, num_cards: int) -> None:
+    def _take_card_of(self, num_cards: int) -> None:
+        """Note how many cards this machine has, and that there is one for this rank. Raises UserError."""
+        self.num_cards = num_cards
         if self.local_rank >= num_cards:
             raise UserError(f"--nproc: rank {self.rank} wants card {self.local_rank}, this machine has {num_cards}")
 

@@ -31,7 +31,7 @@ class EagerGcu(StockDevice):
         self._gcu: Any = torch.gcu  # type: ignore[attr-defined]  # torch_gcu has put it there
         self._version = str(getattr(torch_gcu, "__version__", "unknown"))
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
-        self._refuse_missing_card(self._gcu.device_count())
+        self._take_card_of(self._gcu.device_count())
         self.amp_dtype = "float16" if options.amp == "auto" else options.amp
         self._check()
         self._torch_device = torch.device("gcu", self.local_rank)

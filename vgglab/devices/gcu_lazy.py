@@ -37,7 +37,7 @@ class LazyGcu(Device):
             importlib.import_module(f"torch_gcu.{module}")
         self._gcu = torch_gcu
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
-        self._refuse_missing_card(torch_gcu.device_count())
+        self._take_card_of(torch_gcu.device_count())
         self.amp_dtype = "float16" if options.amp == "auto" else options.amp
         self.tf32 = tf32  # settled before torch_gcu was imported, not to be changed now
         self._check()

@@ -71,8 +71,8 @@ class NativeDevice(StockDevice):
             raise UserError("--device cuda: PyTorch sees no CUDA card here; choose auto or cpu")
         if self.kind == "mps" and not _has_mps():
             raise UserError("--device mps: this is not a Mac with Metal; choose auto or cpu")
-        if self.kind == "cuda":
-            self._refuse_missing_card(torch.cuda.device_count())
+        if self.kind != "cpu":
+            self._take_card_of(torch.cuda.device_count() if self.kind == "cuda" else 1)
         if self._options.tf32 and self.kind != "cuda":
             raise UserError(f"--tf32: not offered on {self.kind}; leave it out to train in float32")
         if self._options.tf32 and torch.cuda.get_device_capability() < (8, 0):

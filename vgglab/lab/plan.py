@@ -16,8 +16,7 @@ from typing import NamedTuple, Sequence
 
 from vgglab.errors import UserError
 from vgglab.settings.config import Request
-from vgglab.settings.parser import parse as parse_training
-from vgglab.settings.parser import warnings_about
+from vgglab.settings.parser import parse_flags, warnings_about
 from vgglab.settings.schedule import learning_rate
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
@@ -57,7 +56,7 @@ class Plan(NamedTuple):
         return html_facts(_facts(self))
 
 
-def plan(
+def plan_training(
     config: Request, images_per_second: float, ranks: int = 1, scaling: float = 1.0, given: Sequence[str] = ()
 ) -> Plan:
     """Count it out.
@@ -153,7 +152,7 @@ def _warnings(config: Request, ranks: int) -> list[str]:
     lines = warnings_about(config)
     base = config.lr * config.batch_size * ranks / 256
     if config.recipe:
-        own = parse_training([f"--recipe={config.recipe}"])
+        own = parse_flags([f"--recipe={config.recipe}"])
         factor = base / (own.lr * own.batch_size * min(ranks, MAX_CARDS) / 256)
         if not 1 / FAR < factor < FAR:
             lines.append(

@@ -42,7 +42,7 @@ class Prediction(NamedTuple):
         return as_tensor(self.split.images.open(self.place, "pil").pixels()).numpy()
 
 
-def trained_network(run: Run | str | Path, which: str = "best") -> VGG:
+def load_network(run: Run | str | Path, which: str = "best") -> VGG:
     """The network of a run with the weights of its ``best`` or ``last`` checkpoint, on the CPU, in evaluation mode.
 
     Raises:
@@ -65,7 +65,7 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
         UserError: the run has no such checkpoint, or its images are gone.
     """
     run = run if isinstance(run, Run) else Run(run)
-    network = trained_network(run, which)
+    network = load_network(run, which)
     config = _settings_of(run)
     sets = open_sets(config)
     names = [*sets.val.classes, *(f"unused {i}" for i in range(len(sets.val.classes), sets.num_classes))]

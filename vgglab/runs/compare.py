@@ -58,7 +58,7 @@ class Comparison(NamedTuple):
         return html_lines(as_text(self).splitlines())
 
 
-def compare(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
+def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
     """Put two runs side by side; ``tolerance`` is relative.
 
     Raises:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import socket
 import time
@@ -46,6 +47,7 @@ LOCK = "lock"  # held by rank 0 as long as it writes
 LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
 MAX_LOG_BYTES = 2**26  # bytes
 NUM_RECENT = 8  # lines, enough to tell a slow rank from a slow moment
+DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}[+-]\d{4}")
 ACTIVE = ("starting", "running")  # of a run's status; the others are ends
 _TYPES: dict[str, Test] = {
     "int": schema.whole, "float": schema.number, "str": schema.text, "bool": schema.switch, "None": schema.nothing
@@ -116,6 +118,12 @@ class Run:
         """When its first file was written, in seconds since 1970."""
         files = [self.path / name for name in (LAUNCHED, "config.json")]
         return min((file.stat().st_mtime for file in files if file.exists()), default=self.path.stat().st_mtime)
+
+    @property
+    def started(self) -> str:
+        """When it was started, as ``2026-11-27T02:05:00+0000``; empty where ``env.json`` holds no date."""
+        text = self.env.get("started")
+        return text if isinstance(text, str) and DATE.fullmatch(text) else ""
 
     def __repr__(self) -> str:
         from vgglab.view.cards import standing

@@ -154,9 +154,9 @@ class Seeds:
 
     def table(self) -> Table:
         """Each figure of the seeds that are done: how many, mean and standard deviation."""
-        from vgglab.view.seeds_table import table
+        from vgglab.view.seeds_table import seeds_table
 
-        return table({printable(self.path.name): self.runs})
+        return seeds_table({printable(self.path.name): self.runs})
 
 
 class LaunchedSeeds(Seeds):

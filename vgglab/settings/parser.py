@@ -75,7 +75,7 @@ def _help(item: Field, text: str) -> str:
     return f"{text} (default {item.default})" if is_worth_saying else text
 
 
-def parse(argv: Sequence[str]) -> Request:
+def parse_flags(argv: Sequence[str]) -> Request:
     """Flags to settings.
 
     Raises:

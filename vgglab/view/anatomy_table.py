@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
-from vgglab.errors import UserError
 from vgglab.view.tables import html_text
-
-if TYPE_CHECKING:
-    from vgglab.view.figures import Picture
 
 # Units stand in the headings. The first columns hold words and stand on the left.
 NUM_WORDS = 3
@@ -21,7 +17,14 @@ HEADINGS = (
     "layer|kind|output|parameters|multiply-\nadds, M|training\nGFLOP|moved\nMB|FLOP\nper byte|receptive\nfield|jump"
 ).split("|")
 MEASURED_HEADINGS = "forward\nms|backward\nms|reached\nGFLOP/s|roof\nGFLOP/s|share".split("|")
-LABEL_GAP = 0.034  # between two labels of the roofline, as a part of its width
+
+
+class Window(NamedTuple):
+    """The square of pixels that one output sees; its corner is negative where the padding begins."""
+
+    left: int
+    top: int
+    side: int
 
 
 class Layer(NamedTuple):
@@ -59,6 +62,11 @@ class Layer(NamedTuple):
     training_multiply_adds: int
     forward_seconds: float | None = None
     backward_seconds: float | None = None
+
+    def window(self, row: int, column: int) -> Window:
+        """The pixels on which the output at ``(row, column)`` can depend; behind a linear layer, the whole image."""
+        top, left = (self.field_start + place * self.jump for place in (row, column))
+        return Window(left, top, self.receptive_field)
 
     @property
     def flop(self) -> int:
@@ -240,57 +248,3 @@ def _scaled(value: float, unit: float, digits: int = 1) -> str:
     if not value:
         return ""
     return f"{value:.2g}" if value < 1 else f"{value:,.{digits}f}"
-
-
-def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> Picture:
-    """Measured layers under the two ceilings, both axes logarithmic: FLOP per byte, and GFLOP/s of the forward pass.
-
-    Only layers with multiply-adds have a place there. A layer far below its ceiling has something to gain.
-
-    Raises:
-        UserError: nothing in ``rows`` was measured.
-    """
-    from vgglab.view.figures import BLUE, GREEN, INK, ORANGE, PURPLE, new_figure
-
-    shown = [row for row in rows if row.flop_per_second is not None]
-    if not shown:
-        raise UserError("nothing to place under the roof: no layer with multiply-adds was measured")
-    figure, (panel,) = new_figure(1, 9.0, 5.0)
-    speeds = [(row.flop_per_second or 0) / 1e9 for row in shown]
-    peak, ridge = ceilings.flop_per_second / 1e9, ceilings.ridge
-    left, right = min(ridge, *(r.intensity for r in shown)) / 2, max(ridge, *(r.intensity for r in shown)) * 2
-    bottom = min(*speeds, ceilings.attainable(left) / 1e9) / 30  # the labels stand below the layers
-    moving = f"moving, {ceilings.bytes_per_second / 1e9:.1f} GB/s"
-    panel.plot([left, ridge], [ceilings.attainable(left) / 1e9, peak], "--", color=GREEN, linewidth=2, label=moving)
-    panel.plot([ridge, right], [peak, peak], "-", color=PURPLE, linewidth=2, label=f"computing, {peak:.1f} GFLOP/s")
-    for kind, marker, color in (("conv", "o", BLUE), ("linear", "s", ORANGE)):
-        of_kind = [(row.intensity, speed) for row, speed in zip(shown, speeds) if row.kind == kind]
-        if of_kind:
-            panel.plot(*zip(*of_kind), marker, color=color, markersize=7, alpha=0.8, label=kind)
-    panel.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * max(peak, *speeds)))
-    panel.set_xlabel("arithmetic intensity in FLOP per byte")
-    panel.set_ylabel("forward pass in GFLOP/s")
-    for label, intensity, speed, place in _labels(shown, speeds, left, right):
-        panel.annotate(
-            label, (intensity, speed), (place, 0.03), textcoords="axes fraction", rotation=90, fontsize=8, color=INK,
-            ha="center", va="bottom", arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.5},
-        )  # fmt: skip
-    panel.legend(fontsize=9, frameon=False, loc="upper left")
-    return figure
-
-
-def _labels(
-    rows: Sequence[Layer], speeds: Sequence[float], left: float, right: float
-) -> list[tuple[str, float, float, float]]:
-    """Names, where their markers are, and places along the axis (0 to 1) far enough from each other to be read."""
-    marks = sorted(zip((row.intensity for row in rows), speeds, (row.name for row in rows)))
-    wanted = [math.log(mark[0] / left) / math.log(right / left) for mark in marks]
-    gap = min(LABEL_GAP, 1 / (len(marks) + 1))
-    places: list[float] = []
-    for place in wanted:  # pushed to the right where it is crowded,
-        places.append(max([place, *(p + gap for p in places[-1:])]))
-    most = 1 - gap / 2
-    for number in reversed(range(len(places))):  # and back from the edge
-        places[number] = min(places[number], most)
-        most = places[number] - gap
-    return [(name, intensity, speed, place) for (intensity, speed, name), place in zip(marks, places)]

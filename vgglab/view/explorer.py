@@ -9,32 +9,18 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 from vgglab.errors import UserError
-from vgglab.view.anatomy_table import Anatomy, Layer
-from vgglab.view.drawing import WIDTH, draw
-from vgglab.view.figures import INK, ORANGE, Picture
+from vgglab.view.anatomy_table import Anatomy, Layer, Window
+from vgglab.view.figures.base import INK, ORANGE, Picture
+from vgglab.view.figures.network import WIDTH, draw
 from vgglab.view.live import front_end
 from vgglab.view.tables import html_table, html_text, text_table
 
 DEPTHS = ("vgg11", "vgg13", "vgg16", "vgg19")
 SMALLEST, LARGEST, STEP = 32, 448, 32  # image sizes on the slider, in pixels: five poolings halve them evenly
 HEIGHT = 6.4  # inches
-
-
-class Frame(NamedTuple):
-    """The square of pixels that one output sees; its corner is negative where the padding begins."""
-
-    left: int
-    top: int
-    side: int
-
-
-def frame_of(layer: Layer, row: int, column: int) -> Frame:
-    """What the output at ``(row, column)`` of a layer's maps can depend on; behind a linear layer, the whole image."""
-    top, left = (layer.field_start + place * layer.jump for place in (row, column))
-    return Frame(left, top, layer.receptive_field)
 
 
 def explore(
@@ -98,10 +84,10 @@ class Explorer:
         self.layer = self.anatomy[names.index(layer or convolutions[-1])]
 
     @property
-    def frame(self) -> Frame:
+    def frame(self) -> Window:
         """Of the output in the middle."""
         sides = self.layer.output_shape[2:] or (1, 1)
-        return frame_of(self.layer, sides[0] // 2, sides[1] // 2)
+        return self.layer.window(sides[0] // 2, sides[1] // 2)
 
     def rows(self) -> list[list[str]]:
         layer, whole = self.layer, self.anatomy

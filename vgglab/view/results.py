@@ -16,7 +16,7 @@ from vgglab.errors import UserError, printable
 from vgglab.runs.folder import run_folders, series_in
 from vgglab.runs.run import ACTIVE, Run
 from vgglab.storage.schema import read_document
-from vgglab.view import seeds_table
+from vgglab.view.seeds_table import seeds_table
 from vgglab.view.tables import POLICY, Table
 
 # What Enflame's README says of one T20 and of eight; which of the two 431.6 is per, it does not say.
@@ -244,7 +244,7 @@ def tables(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None
     if simulated:
         title = "On a simulated card: the losses are real, speeds there are none"
         found.append(Table([*COLUMNS], [row.cells() for row in simulated], title))
-    return [*found, seeds_table.table(series)._replace(title=SERIES)] if series else found
+    return [*found, seeds_table(series)._replace(title=SERIES)] if series else found
 
 
 def as_text(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:

@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 from vgglab.view.live import front_end, keep_fresh, progress_of, summary
-from vgglab.view.seeds_table import table
+from vgglab.view.seeds_table import seeds_table
 from vgglab.view.tables import html_text
 
 
@@ -24,7 +24,7 @@ def watch(seeds: Any) -> None:
 
             display(seeds)
         else:
-            print(table({seeds.path.name: seeds.runs}))
+            print(seeds_table({seeds.path.name: seeds.runs}))
 
 
 class Board:
@@ -54,7 +54,7 @@ class Board:
         if current is not None:
             text = f"{text} · {summary(current, progress_of(current))}"
         self.status.value, self.bar.value = html_text(text, "b"), num_done
-        self.table.value = table({self.seeds.path.name: runs})._repr_html_()
+        self.table.value = seeds_table({self.seeds.path.name: runs})._repr_html_()
 
     def _keep_fresh(self) -> None:
         keep_fresh(self.refresh, lambda: self.seeds.is_over, self.status)

@@ -59,7 +59,7 @@ def _damage(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     return [f"{run.name}: {what}" for runs in groups.values() for run in runs for what in damage_of(run)]
 
 
-def table(groups: Mapping[str, Sequence[Run]]) -> Table:
+def seeds_table(groups: Mapping[str, Sequence[Run]]) -> Table:
     """A row for each group and figure; below it what was left out, and whether there are too few to compare."""
     rows = rows_of(groups)
     return Table(

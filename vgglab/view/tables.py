@@ -6,7 +6,7 @@ A column that is empty throughout is left out of the text.
 from __future__ import annotations
 
 import html
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 # For pages of its own: no script runs in them, and nothing is fetched.
 POLICY = (
@@ -68,3 +68,13 @@ def html_text(text: str, tag: str = "p", style: str = "") -> str:
 def html_lines(lines: Sequence[str]) -> str:
     """Lines of plain text, one below the other."""
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def show(table: Any) -> None:
+    """In a notebook as HTML, elsewhere as text."""
+    try:
+        from IPython.display import display
+    except ImportError:
+        print(table)
+    else:
+        display(table)

@@ -24,7 +24,7 @@ from vgglab.lab.ceilings import product_flop_per_second
 from vgglab.model import build, head_for
 from vgglab.optim import set_learning_rate
 from vgglab.settings.config import complete
-from vgglab.settings.parser import parse
+from vgglab.settings.parser import parse_flags
 from vgglab.settings.schedule import learning_rate
 from vgglab.trainer import Trainer
 
@@ -80,7 +80,7 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
     ``"peak"`` with the operations per second of a matrix product in this way's precision; any of them with ``Refusal``.
     """
     try:
-        request = parse([*flags, *way.flags])
+        request = parse_flags([*flags, *way.flags])
         device = open_device(
             request.device, amp_dtype=request.amp_dtype or ("auto" if request.amp else None), tf32=request.tf32,
             fast=request.fast, channels_last=request.channels_last, fused=request.fused, compile=request.compile,

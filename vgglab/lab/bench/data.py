@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from typing import Any, Callable, Iterator, List, NamedTuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Sequence
 
 import torch
 from PIL import Image
@@ -81,8 +81,16 @@ class ReferenceImages(Dataset):
         return self.transform(self.split.images.open(place, "pil").pixels()), self.split.labels[place]
 
 
-def measure(config: Request, seconds: float, workers: list[int], card: float | None = None) -> DataFigures:
-    """Measure the training images that ``config`` names, for about ``seconds`` each on one core and by processes.
+def measure_loading(
+    config: Request, seconds: float, workers: Sequence[int] | None = None, card: float | None = None
+) -> DataFigures:
+    """How fast the training images that ``config`` names are loaded, beside torchvision's reference.
+
+    Args:
+        config: its data, image size, batch size and decoder.
+        seconds: about as long each, on one core and with each number of loader processes.
+        workers: those numbers; None: one, and one for each core.
+        card: images/s of a card that is to be fed; None: those of the cards that are known.
 
     Raises:
         UserError: as ``open_sets``; an image that cannot be read.
@@ -98,7 +106,8 @@ def measure(config: Request, seconds: float, workers: list[int], card: float | N
         chunks = list(_chunks(split, sets, config, seconds))
     ours, theirs, decoding, num_images = (sum(column) for column in zip(*chunks))
     core_rate = num_images / ours
-    by_workers = {count: _by_workers(count, sets, config, device, core_rate, seconds) for count in workers}
+    counts = sorted({1, ranks.num_cores()}) if workers is None else workers
+    by_workers = {count: _by_workers(count, sets, config, device, core_rate, seconds) for count in counts}
     ratios = sorted(chunk[1] / chunk[0] for chunk in chunks)
     best = max([figures["images_per_second"] / count for count, figures in by_workers.items()] or [core_rate])
     cards = {f"{card:g} images/s": card} if card else CARDS

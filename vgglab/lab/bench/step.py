@@ -28,7 +28,7 @@ from vgglab.lab import anatomy
 from vgglab.lab.bench.child import Network, Ready, Refusal, Way, work
 from vgglab.runs.run import run_path
 from vgglab.runs.writer import RunWriter
-from vgglab.settings.parser import parse
+from vgglab.settings.parser import parse_flags
 from vgglab.storage.schema import write_document
 
 PLAIN = Way("plain", is_plain=True, is_prepared=False)
@@ -156,7 +156,9 @@ def way_named(name: str) -> Way:
     return WAYS[name]
 
 
-def measure(flags: Sequence[str], ways: Sequence[str], batch_size: int, turns: int, steps: int) -> list[StepFigures]:
+def measure_steps(
+    flags: Sequence[str], ways: Sequence[str], batch_size: int, turns: int, steps: int
+) -> list[StepFigures]:
     """Each way in turns with the plain loop; one step of each at first is warm-up.
 
     Args:
@@ -244,10 +246,10 @@ def as_text(results: Sequence[StepFigures]) -> str:
     return "\n".join(lines)
 
 
-def save(results: Sequence[StepFigures], flags: Sequence[str], output_dir: str = ".") -> Path:
+def save_steps(results: Sequence[StepFigures], flags: Sequence[str], output_dir: str = ".") -> Path:
     """Leave the results in a run directory of their own below ``output_dir``, where the results page finds them."""
     device = dict(results[-1].device)
-    request = parse([*flags, *FLAGS, f"--output-dir={output_dir}"])
+    request = parse_flags([*flags, *FLAGS, f"--output-dir={output_dir}"])
     request = replace(request, device=device["device"])  # what auto came to
     path = run_path(replace(request, data_path="bench-step"))
     run = RunWriter(path, is_simulated=device["simulated"])

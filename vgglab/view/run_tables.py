@@ -1,40 +1,44 @@
-"""What a page about some runs says in tables: the seed kit's results, the settings, the machine, what was simulated."""
+"""Tables of some runs: results, settings, machines, warnings."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Sequence
 
-from vgglab.runs.folder import Runs
 from vgglab.runs.run import Run
 from vgglab.settings.config import settings_that_affect
+from vgglab.view import results
+from vgglab.view.seeds_table import seeds_table
 from vgglab.view.tables import Table
+
+__all__ = [
+    "Table",
+    "common_settings",
+    "machine_table",
+    "report_table",
+    "results_tables",
+    "seeds_table",
+    "settings_table",
+    "warnings_table",
+]
 
 # The seed kit's report, by its names and in its order.
 SEED_FIELDS = (
     "model local_rank batch_size epochs training_step_per_epoch eval_step_per_epoch acc1 acc5 device skip_steps "
     "train_fps_mean train_fps_min train_fps_max training_time"
 ).split()
-DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}[+-]\d{4}")
 
 
-def runs_in(folders: Sequence[str | Path]) -> list[Run]:
-    """The runs that the folders are, or that lie in them, without what has only begun; the oldest comes first.
+def results_tables(folders: Sequence[str | Path]) -> list[Table]:
+    """Speed and accuracy of the runs and benchmarks in these folders, beside what Enflame has published.
 
     Raises:
         UserError: a folder that is not there.
     """
-    return sorted((run for run in Runs(*folders) if run.events("start")), key=started)
+    return results.tables(results.collect(map(Path, folders)))
 
 
-def started(run: Run) -> str:
-    """When the run began, as ``2026-11-27T02:05:00+0000``; empty where ``env.json``, perhaps not ours, has no date."""
-    text = run.env.get("started")
-    return text if isinstance(text, str) and DATE.fullmatch(text) else ""
-
-
-def seed_table(runs: Sequence[Run]) -> Table:
+def report_table(runs: Sequence[Run]) -> Table:
     """A row a run: the seed kit's report, and whether the card was simulated, in which case it has no speed."""
     rows = []
     for run in runs:

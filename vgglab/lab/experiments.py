@@ -1,8 +1,9 @@
-"""Looking into a network while it learns to walk: signals layer by layer, the first steps, the range of rates.
+"""Small experiments on a network that has not been trained: signals by layer, its first steps, learning-rate range.
 
 For a notebook on the CPU, with small images: the loops are plain, nothing is recorded.
 
-    >>> probes.signals(vgglab.model.build("vgg16", num_classes=10, head="small", init="normal"), images, labels)
+    >>> network = vl.model.build("vgg16", num_classes=10, head="small", init="normal")
+    >>> vl.experiments.signals(network, images, labels)
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def first_steps(model: nn.Module, batches: Iterable[Batch], lr: float, momentum:
     return list(_losses(model, batches, optimizer))
 
 
-def rate_range(
+def learning_rate_range(
     model: nn.Module, batches: Sequence[Batch], lowest: float, highest: float, momentum: float = 0.9
 ) -> tuple[list[float], list[float]]:
     """Learning rates from ``lowest`` to ``highest``, one a step, each a constant factor above the last; and the losses.
@@ -99,7 +100,7 @@ def _losses(model: nn.Module, batches: Iterable[Batch], optimizer: torch.optim.O
         yield loss.item()
 
 
-def carry_over(shallow: nn.Module, deep: nn.Module, num_convolutions: int = 4) -> list[str]:
+def copy_layers(shallow: nn.Module, deep: nn.Module, num_convolutions: int = 4) -> list[str]:
     """Start ``deep`` as the paper did: with the first convolutions and the linear layers of a shallower network.
 
     A convolution goes to the same place of the same block, which is what lies between two poolings. Returns the names

@@ -1,7 +1,7 @@
-"""How long each notebook takes on its rung ``quick``, each executed alone, all of them on one machine.
+"""How long each notebook takes with the profile ``quick``, each executed alone, all of them on one machine.
 
 ``timings.json`` is written by ``python tests/time_notebooks.py "name of the machine"``; beside the seconds it has the
-two measurements by which ``vgglab/lab/yardstick.py`` compares the machine at hand with that one.
+two measurements by which ``vgglab/lab/machine_speed.py`` compares the machine at hand with that one.
 """
 
 from __future__ import annotations

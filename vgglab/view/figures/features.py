@@ -1,18 +1,16 @@
-"""What a network sees: kernels, maps of features, heat over photographs, neighbours; and a reader's own photograph.
+"""Figures of what a network sees: kernels, feature maps, heat maps over photographs, nearest neighbours.
 
 Images are arrays ``(H, W, 3)`` of bytes, maps are arrays ``(channels, h, w)``, heat is ``(H, W)`` or smaller.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 from matplotlib.colors import to_rgb
 
-from vgglab.errors import UserError
-from vgglab.view.figures import BLUE, GREEN, GRID, INK, ORANGE, Picture
-from vgglab.view.tables import html_text
+from vgglab.view.figures.base import BLUE, GREEN, GRID, INK, ORANGE, Picture
 
 
 def kernel_grid(kernels: Any, num_columns: int = 16) -> Picture:
@@ -91,14 +89,14 @@ def _lay_over(panel: Any, image: Any, heat: Any) -> Any:
 def receptive_fields(image: Any, fields: Mapping[str, Any]) -> Picture:
     """For each layer the pixels that move its middle unit, over the middle of the image; framed, the last that does.
 
-    ``fields``: by layer, ``(H, W)`` with the sum 1 (``insight.effective_receptive_fields``); drawn by its root, so that
-    what is weak is seen too. Axes in pixels of the image.
+    ``fields``: by layer, ``(H, W)`` with the sum 1, from ``features.effective_receptive_fields``; drawn by its root, so
+    that what is weak is seen too. Axes in pixels of the image.
     """
     from matplotlib.patches import Rectangle
 
     height, width = np.asarray(image).shape[:2]
     fields = {name: np.asarray(field) for name, field in fields.items()}
-    boxes = {name: box_of(field) for name, field in fields.items()}
+    boxes = {name: bounding_box(field) for name, field in fields.items()}
     largest = max(boxes.values(), key=lambda box: box[2] - box[0])
     margin = (largest[2] - largest[0]) // 4
     figure = Picture(9.6, 9.6 / len(fields) + 0.5)
@@ -122,7 +120,7 @@ def _grey(image: Any) -> Any:
     return np.asarray(image).mean(axis=2)
 
 
-def box_of(field: Any) -> tuple[int, int, int, int]:
+def bounding_box(field: Any) -> tuple[int, int, int, int]:
     """The smallest box that holds all that is not zero: top, left, and the first row and column behind it."""
     rows, columns = np.nonzero(np.asarray(field).sum(axis=1))[0], np.nonzero(np.asarray(field).sum(axis=0))[0]
     if not len(rows):
@@ -169,46 +167,3 @@ def _without_ticks(panel: Any) -> None:
     panel.set_xticks([])
     panel.set_yticks([])
     panel.spines[:].set(color=GRID)
-
-
-class PhotographChooser:
-    """A button that takes a file of the reader's, and below it what ``look`` makes of it; in a live notebook.
-
-    The button is reached by Tab and pressed by Enter or the space bar. The file's bytes go to ``look`` and nowhere
-    else; what it refuses with a UserError stands as one line in the place of a picture.
-    """
-
-    def __init__(self, look: Callable[[str, bytes], tuple[str, Picture]]) -> None:
-        """``look(name, data)`` gives a line of text and a picture. Raises UserError for a file that is no image."""
-        import ipywidgets as widgets
-
-        self.look = look
-        self.button = widgets.FileUpload(
-            accept="image/*",
-            multiple=False,
-            description="Your photograph",
-            tooltip="A JPEG or PNG; it is read as an image and stays in this kernel",
-            layout=widgets.Layout(width="max-content"),
-        )
-        self.button.observe(self._on_file, names="value")
-        self.line = widgets.HTML()
-        self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", display="none"))
-        self.widget = widgets.VBox([self.button, self.line, self.picture])
-
-    def show(self, name: str, data: bytes) -> None:
-        """What ``look`` says of a file's bytes, or why it cannot."""
-        self.line.value = html_text(f"Looking at {name} ...", "span")
-        try:
-            line, picture = self.look(name, data)
-        except UserError as error:
-            self.line.value, self.picture.layout.display = html_text(str(error), "span"), "none"
-            return
-        self.picture.value, self.picture.layout.display = picture.png(), None
-        self.line.value = html_text(line, "span")
-
-    def _on_file(self, change: Any) -> None:
-        for file in change["new"]:
-            self.show(file["name"], bytes(file["content"]))
-
-    def _repr_mimebundle_(self, **options: Any) -> Any:
-        return self.widget._repr_mimebundle_(**options)

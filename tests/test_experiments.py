@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vgglab.lab import probes
+from vgglab.lab import experiments
 from vgglab.model import build
 
 
@@ -25,7 +25,7 @@ def test_signals_are_those_of_two_layers_worked_out_by_hand():
     logits = first.clamp(min=0) @ network[3].weight.T + network[3].bias
     by_logits = (logits.softmax(1) - nn.functional.one_hot(labels, 3)) / 4
     by_first = (by_logits @ network[3].weight) * (first > 0)
-    one, two = probes.signals(network, images, labels)
+    one, two = experiments.signals(network, images, labels)
     assert (one.layer, two.layer) == ("1", "3")
     assert (one.activation, two.activation) == pytest.approx((first.std().item(), logits.std().item()))
     assert (one.gradient, two.gradient) == pytest.approx((by_first.std().item(), by_logits.std().item()))
@@ -39,7 +39,7 @@ def test_the_papers_own_deviation_starves_a_deep_network_and_kaimings_does_not()
     spread = {}
     for init in ("normal", "xavier", "kaiming"):
         torch.manual_seed(0)
-        found = probes.signals(build("vgg16", num_classes=4, head="small", init=init, dropout_rate=0.0), *batch())
+        found = experiments.signals(build("vgg16", num_classes=4, head="small", init=init, dropout_rate=0.0), *batch())
         spread[init] = found[12].activation / found[0].activation  # the last convolution's over the first's
     assert spread["normal"] < 1e-6 < 1e-3 < spread["xavier"] < spread["kaiming"]
     assert 0.01 < spread["kaiming"] < 100
@@ -48,9 +48,9 @@ def test_the_papers_own_deviation_starves_a_deep_network_and_kaimings_does_not()
 def test_first_steps_learn_and_end_where_the_loss_is_no_number():
     torch.manual_seed(0)
     network = build("vgg11_bn", num_classes=4, head="small", dropout_rate=0.0)
-    losses = probes.first_steps(network, [batch()] * 12, lr=0.01)
+    losses = experiments.first_steps(network, [batch()] * 12, lr=0.01)
     assert losses[-1] < 0.5 * losses[0]
-    ruined = probes.first_steps(network, [batch()] * 12, lr=1e30)
+    ruined = experiments.first_steps(network, [batch()] * 12, lr=1e30)
     assert len(ruined) < 12
     assert all(map(math.isfinite, ruined))
 
@@ -58,7 +58,7 @@ def test_first_steps_learn_and_end_where_the_loss_is_no_number():
 def test_rates_rise_by_one_factor():
     torch.manual_seed(0)
     network = build("vgg11_bn", num_classes=4, head="small", dropout_rate=0.0)
-    rates, losses = probes.rate_range(network, [batch()] * 5, 1e-4, 1e-2)
+    rates, losses = experiments.learning_rate_range(network, [batch()] * 5, 1e-4, 1e-2)
     assert rates == pytest.approx([1e-4 * 10 ** (n / 2) for n in range(5)])
     assert len(losses) == 5
 
@@ -66,7 +66,7 @@ def test_rates_rise_by_one_factor():
 def test_the_papers_pre_training_fills_the_same_places():
     shallow, deep = (build(name, num_classes=4, head="small") for name in ("vgg11", "vgg16"))
     before = {name: value.clone() for name, value in deep.state_dict().items()}
-    filled = probes.carry_over(shallow, deep)
+    filled = experiments.copy_layers(shallow, deep)
     assert filled == [
         "features.0",
         "features.5",

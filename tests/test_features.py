@@ -1,4 +1,4 @@
-"""vgglab.insight against windows worked out by hand, autograd by hand, captum; and what a reader's file does."""
+"""vgglab.features against windows worked out by hand, autograd by hand, captum; and what a reader's file does."""
 
 import io
 import math
@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 import vgglab
-from vgglab.lab import insight
+from vgglab.lab import features
 from vgglab.model import build
 
 
@@ -27,13 +27,13 @@ def images():
 
 def test_layers_are_called_as_in_the_papers_figures(network):
     assert (
-        list(insight.named_layers(network))
+        list(features.named_layers(network))
         == (
             "conv1_1 relu1_1 pool1 conv2_1 relu2_1 pool2 conv3_1 relu3_1 conv3_2 relu3_2 pool3 "
             "conv4_1 relu4_1 conv4_2 relu4_2 pool4 conv5_1 relu5_1 conv5_2 relu5_2 pool5"
         ).split()
     )
-    assert list(insight.named_layers(build("vgg13_bn", head="small")))[3:7] == [
+    assert list(features.named_layers(build("vgg13_bn", head="small")))[3:7] == [
         "conv1_2",
         "norm1_2",
         "relu1_2",
@@ -42,9 +42,9 @@ def test_layers_are_called_as_in_the_papers_figures(network):
 
 
 def test_a_map_is_what_its_layer_gave_and_not_what_a_relu_made_of_it(network, images):
-    layers = insight.named_layers(network)
+    layers = features.named_layers(network)
     with torch.no_grad():
-        maps = insight.feature_maps(network, images, {"one": layers["conv1_1"], "two": layers["relu1_1"]})
+        maps = features.feature_maps(network, images, {"one": layers["conv1_1"], "two": layers["relu1_1"]})
         by_hand = nn.functional.conv2d(images, layers["conv1_1"].weight, layers["conv1_1"].bias, padding=1)
     assert torch.allclose(maps["one"], by_hand, atol=1e-6)
     assert (maps["one"] < 0).any()  # although the ReLU behind it is in place
@@ -55,12 +55,12 @@ def test_a_map_is_what_its_layer_gave_and_not_what_a_relu_made_of_it(network, im
 def test_kept_outputs_change_no_answer(network, images):
     with torch.no_grad():
         before = network.eval()(images)
-        assert torch.equal(insight.keep_outputs(network.train())(images), before)
+        assert torch.equal(features.keep_outputs(network.train())(images), before)
 
 
 def test_the_field_of_a_chain_of_averages_is_what_its_windows_say():
     chain = nn.Sequential(nn.AvgPool2d(3, 1), nn.AvgPool2d(3, 1), nn.AvgPool2d(2, 2))
-    (field,) = insight.effective_receptive_fields(chain, torch.rand(1, 3, 20, 20), {"last": chain[2]})["last"]
+    (field,) = features.effective_receptive_fields(chain, torch.rand(1, 3, 20, 20), {"last": chain[2]})["last"]
     rows = [1 / 18, 3 / 18, 5 / 18, 5 / 18, 3 / 18, 1 / 18]  # 3 and 3 are 5 pixels, 1 2 3 2 1; two of them side by side
     assert torch.allclose(field[8:14, 8:14], torch.outer(torch.tensor(rows), torch.tensor(rows)), atol=1e-6)
     assert field.sum().item() == pytest.approx(1)
@@ -68,9 +68,9 @@ def test_the_field_of_a_chain_of_averages_is_what_its_windows_say():
 
 
 def test_the_field_is_the_gradient_of_the_middle_unit(network, images):
-    insight.keep_outputs(network)
-    layers = insight.named_layers(network)
-    fields = insight.effective_receptive_fields(
+    features.keep_outputs(network)
+    layers = features.named_layers(network)
+    fields = features.effective_receptive_fields(
         network, images, {name: layers[name] for name in ("relu2_1", "relu3_2")}
     )
     pixels = images.clone().requires_grad_()
@@ -91,7 +91,7 @@ def test_the_nearest_are_those_of_the_largest_cosine():
     def cosine(one, other):
         return sum(a * b for a, b in zip(one, other)) / math.hypot(*one) / math.hypot(*other)
 
-    values, places = insight.nearest(torch.tensor(rows[:3]) * 7, torch.tensor(rows), 4)
+    values, places = features.nearest(torch.tensor(rows[:3]) * 7, torch.tensor(rows), 4)
     for query, some_values, some_places in zip(rows, values.tolist(), places.tolist()):
         wanted = sorted(range(12), key=lambda place: -cosine(query, rows[place]))[:4]
         assert some_places == wanted
@@ -100,8 +100,8 @@ def test_the_nearest_are_those_of_the_largest_cosine():
 
 def test_grad_cam_and_occlusion_are_what_their_papers_say(network, images):
     attr = pytest.importorskip("captum.attr")
-    insight.keep_outputs(network)
-    layer, targets = insight.named_layers(network)["relu4_2"], torch.tensor([1, 3])
+    features.keep_outputs(network)
+    layer, targets = features.named_layers(network)["relu4_2"], torch.tensor([1, 3])
     maps = network.features[:15](images).detach().requires_grad_()
     assert network.features[14] is layer
     logits = network.classifier(network.avgpool(network.features[15:](maps)).flatten(1))
@@ -132,11 +132,11 @@ def test_a_photograph_comes_upright_and_small_from_a_path_or_from_bytes(tmp_path
     exif[0x0112] = 6  # the camera was held on its side
     data = saved(image, "JPEG", exif=exif)
     (tmp_path / "mine.jpg").write_bytes(data)
-    pixels = insight.read_photograph(str(tmp_path / "mine.jpg"), longest=100)
+    pixels = features.read_photograph(str(tmp_path / "mine.jpg"), longest=100)
     assert tuple(pixels.shape) == (100, 50, 3)
     assert (pixels[10, 25, 2] > 200) & (pixels[90, 25, 0] > 200)  # blue was left, and is on top
-    assert torch.equal(insight.read_photograph("any name", data, longest=100), pixels)
-    assert tuple(insight.read_photograph("small", saved(Image.new("L", (30, 20)), "PNG")).shape) == (20, 30, 3)
+    assert torch.equal(features.read_photograph("any name", data, longest=100), pixels)
+    assert tuple(features.read_photograph("small", saved(Image.new("L", (30, 20)), "PNG")).shape) == (20, 30, 3)
 
 
 @pytest.mark.parametrize("data", [b"", b"import os\nos.remove('x')\n", b"<svg onload='alert(1)'/>", None])
@@ -144,22 +144,23 @@ def test_a_file_that_is_no_image_is_one_line(tmp_path, data):
     with pytest.raises(
         vgglab.UserError, match=r"photograph: '.*odd.py' cannot be read as an image \(.*\); take"
     ) as refused:
-        insight.read_photograph(str(tmp_path / "odd.py"), data)
+        features.read_photograph(str(tmp_path / "odd.py"), data)
     assert "\n" not in str(refused.value)
 
 
 def test_a_cut_photograph_is_refused():
     data = saved(Image.effect_noise((200, 200), 50), "JPEG")
     with pytest.raises(vgglab.UserError, match="cannot be read as an image"):
-        insight.read_photograph("cut.jpg", data[: len(data) // 2])
+        features.read_photograph("cut.jpg", data[: len(data) // 2])
 
 
 def test_the_chooser_shows_what_is_made_of_a_file_and_one_line_for_a_bad_one():
     pytest.importorskip("ipywidgets")
-    from vgglab.view.sights import PhotographChooser, map_rows
+    from vgglab.view.figures import map_rows
+    from vgglab.view.photograph_chooser import PhotographChooser
 
     def look(name, data):
-        pixels = insight.read_photograph(name, data)
+        pixels = features.read_photograph(name, data)
         return f"{name}, {pixels.shape[1]} pixels wide", map_rows({"colours": pixels.permute(2, 0, 1)}, pixels)
 
     def file(name, data):
@@ -177,7 +178,7 @@ def test_the_chooser_shows_what_is_made_of_a_file_and_one_line_for_a_bad_one():
 
 def test_heat_that_is_the_same_everywhere_has_no_bar_with_a_made_up_range():
     pytest.importorskip("matplotlib")
-    from vgglab.view.sights import heat_over
+    from vgglab.view.figures import heat_over
 
     images = [torch.full((32, 32, 3), 90, dtype=torch.uint8)] * 2
     figure = heat_over(images, {"Grad-CAM": [torch.zeros(4, 4), torch.arange(16.0).reshape(4, 4)]}, ["none", "some"])

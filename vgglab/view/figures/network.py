@@ -1,14 +1,15 @@
-"""A network drawn from its rows: a box for each layer that changes the shape, as high and as wide as what it writes."""
+"""Figures of a network: its architecture, each layer a box of the size of its output, and its roofline."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Sequence
 
 from matplotlib.patches import Rectangle
 
 from vgglab.errors import UserError
-from vgglab.view.anatomy_table import Anatomy, Layer
-from vgglab.view.figures import BLUE, GREEN, INK, ORANGE, PURPLE, Picture
+from vgglab.view.anatomy_table import Anatomy, Ceilings, Layer
+from vgglab.view.figures.base import BLUE, GREEN, INK, ORANGE, PURPLE, Picture, new_figure
 
 WIDTH, HEIGHT = 5.2, 3.6  # inches; a telephone shows it at three quarters of its size, with letters still to be read
 LOOKS = {
@@ -17,6 +18,7 @@ LOOKS = {
     "linear": (ORANGE, "..", "linear (height on its own scale)"),
     "batch norm": (PURPLE, "", "batch norm, before the ReLU"),
 }
+LABEL_GAP = 0.034  # between two labels of the roofline, as a part of its width
 # Parts of the width that all maps take together, 1.
 GAP, POOL, LINEAR, LEAST, LETTER = 0.007, 0.014, 0.05, 0.002, 0.02
 
@@ -159,3 +161,55 @@ def _finish(panel: Any, anatomy: Anatomy, boxes: Sequence[tuple[Layer, float, fl
     panel.spines["left"].set_bounds(0, size)
     panel.tick_params(colors=INK, labelsize=9)
     panel.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+
+
+def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> Picture:
+    """Measured layers under the two ceilings, both axes logarithmic: FLOP per byte, and GFLOP/s of the forward pass.
+
+    Only layers with multiply-adds have a place there. A layer far below its ceiling has something to gain.
+
+    Raises:
+        UserError: nothing in ``rows`` was measured.
+    """
+    shown = [row for row in rows if row.flop_per_second is not None]
+    if not shown:
+        raise UserError("nothing to place under the roof: no layer with multiply-adds was measured")
+    figure, (panel,) = new_figure(1, 9.0, 5.0)
+    speeds = [(row.flop_per_second or 0) / 1e9 for row in shown]
+    peak, ridge = ceilings.flop_per_second / 1e9, ceilings.ridge
+    left, right = min(ridge, *(r.intensity for r in shown)) / 2, max(ridge, *(r.intensity for r in shown)) * 2
+    bottom = min(*speeds, ceilings.attainable(left) / 1e9) / 30  # the labels stand below the layers
+    moving = f"moving, {ceilings.bytes_per_second / 1e9:.1f} GB/s"
+    panel.plot([left, ridge], [ceilings.attainable(left) / 1e9, peak], "--", color=GREEN, linewidth=2, label=moving)
+    panel.plot([ridge, right], [peak, peak], "-", color=PURPLE, linewidth=2, label=f"computing, {peak:.1f} GFLOP/s")
+    for kind, marker, color in (("conv", "o", BLUE), ("linear", "s", ORANGE)):
+        of_kind = [(row.intensity, speed) for row, speed in zip(shown, speeds) if row.kind == kind]
+        if of_kind:
+            panel.plot(*zip(*of_kind), marker, color=color, markersize=7, alpha=0.8, label=kind)
+    panel.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * max(peak, *speeds)))
+    panel.set_xlabel("arithmetic intensity in FLOP per byte")
+    panel.set_ylabel("forward pass in GFLOP/s")
+    for label, intensity, speed, place in _labels(shown, speeds, left, right):
+        panel.annotate(
+            label, (intensity, speed), (place, 0.03), textcoords="axes fraction", rotation=90, fontsize=8, color=INK,
+            ha="center", va="bottom", arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.5},
+        )  # fmt: skip
+    panel.legend(fontsize=9, frameon=False, loc="upper left")
+    return figure
+
+
+def _labels(
+    rows: Sequence[Layer], speeds: Sequence[float], left: float, right: float
+) -> list[tuple[str, float, float, float]]:
+    """Names, where their markers are, and places along the axis (0 to 1) far enough from each other to be read."""
+    marks = sorted(zip((row.intensity for row in rows), speeds, (row.name for row in rows)))
+    wanted = [math.log(mark[0] / left) / math.log(right / left) for mark in marks]
+    gap = min(LABEL_GAP, 1 / (len(marks) + 1))
+    places: list[float] = []
+    for place in wanted:  # pushed to the right where it is crowded,
+        places.append(max([place, *(p + gap for p in places[-1:])]))
+    most = 1 - gap / 2
+    for number in reversed(range(len(places))):  # and back from the edge
+        places[number] = min(places[number], most)
+        most = places[number] - gap
+    return [(name, intensity, speed, place) for (intensity, speed, name), place in zip(marks, places)]

@@ -1,6 +1,7 @@
 """How this machine compares with the one on which the notebooks were timed, from about two seconds of measuring.
 
-    >>> Ladder("00_start_here", slowdown(), epochs=(2, 6, 30))
+    >>> slowdown()
+    1.0
 
 A notebook spends its time partly in training steps and partly in Python, which starts processes and imports torch. A
 processor may be slow at only one of them, so both are measured: a training step of VGG11, and compiling a module of the
@@ -19,7 +20,7 @@ from statistics import median
 from typing import Any, Callable
 
 from vgglab.data.cache import cache_folder
-from vgglab.view.timings import COMPILE_SECONDS, STEP_SECONDS
+from vgglab.lab.timings import COMPILE_SECONDS, STEP_SECONDS
 
 STEPS_FOR_SECONDS, COMPILING_FOR_SECONDS = 1.2, 0.5
 FRESH_SECONDS = 600.0  # for so long a measurement counts for all kernels of this machine
@@ -29,13 +30,13 @@ FRESH_SECONDS = 600.0  # for so long a measurement counts for all kernels of thi
 def slowdown() -> float:
     """How many times as long things take here as on the reference machine: 3.0 where all is a third as fast."""
     with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError):  # no HOME, no file, an odd one
-        file = cache_folder() / "yardstick.json"
+        file = cache_folder() / "machine_speed.json"
         if 0 <= time.time() - file.stat().st_mtime < FRESH_SECONDS:
             return _ratio(*json.loads(file.read_text(encoding="utf-8")))
     seconds = measure()
     with contextlib.suppress(OSError, RuntimeError):
         cache_folder().mkdir(parents=True, exist_ok=True)
-        (cache_folder() / "yardstick.json").write_text(json.dumps(seconds), encoding="utf-8")
+        (cache_folder() / "machine_speed.json").write_text(json.dumps(seconds), encoding="utf-8")
     return _ratio(*seconds)
 
 

@@ -1,0 +1,56 @@
+"""The public names: what ``import vgglab as vl`` offers, and that the notebooks use nothing deeper."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from processes import PROJECT
+
+import vgglab
+
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+DEEPER = re.compile(r"from vgglab|import vgglab(?! as vl\b)|(?<!`)\bvgglab\.\w+\(")
+USED = re.compile(r"\bvl\.(\w+)(?:\.(\w+))?")
+
+
+def test_there_are_about_25():
+    assert len(vgglab.__all__) <= 32
+
+
+@pytest.mark.parametrize("name", sorted({*vgglab.__all__} - {"__version__"}))
+def test_each_is_there_and_says_what_it_is(name):
+    assert name in dir(vgglab)
+    assert inspect.getdoc(getattr(vgglab, name))
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem[:2])
+def test_a_notebook_uses_nothing_deeper(file):
+    pytest.importorskip("captum")
+    for cell in json.loads(file.read_text())["cells"]:
+        text = "".join(cell["source"])
+        assert not DEEPER.search(text), text
+        for name, inner in USED.findall(text) if cell["cell_type"] == "code" else ():
+            assert name in vgglab.__all__, text
+            found = getattr(vgglab, name)
+            if inspect.ismodule(found) and inner:
+                assert hasattr(found, inner), text
+                assert inner in getattr(found, "__all__", [inner]), text
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    for module in (vgglab, vgglab.data):
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            _ = module.nothing
+
+
+def test_names_do_not_depend_on_what_was_imported_before():
+    code = (
+        "import vgglab.plan, vgglab.compare, vgglab.anatomy, vgglab.data, vgglab.doctor, vgglab.launch\n"
+        "import vgglab as vl\n"
+        "print(*(callable(getattr(vl, n)) for n in ('plan_training', 'compare_runs', 'launch')), vl.anatomy.__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
+    assert result.stdout.split() == ["True", "True", "True", "vgglab.lab.anatomy"]

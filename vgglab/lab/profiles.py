@@ -1,0 +1,121 @@
+"""How large a notebook runs: ``quick``, ``small`` or ``full``, shown with the expected time before it starts.
+
+Values that a person or a batch run has set are checked here, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Mapping, Sequence
+
+from vgglab.errors import UserError
+from vgglab.lab.machine_speed import slowdown
+from vgglab.lab.timings import MACHINE, SECONDS
+from vgglab.view.progress import duration
+from vgglab.view.tables import html_table, html_text, show, text_table
+
+NAMES = ("quick", "small", "full")
+ALL = -1  # of steps: no limit
+
+
+class Profiles:
+    """What each profile sets, by the name of the notebook's parameter.
+
+    >>> profiles = Profiles("00_start_here", model=("vgg11_bn", "vgg16_bn", "vgg16"), epochs=(2, 6, 90))
+    >>> model, epochs = profiles.choose("small", model=None, epochs=3)  # "vgg16_bn", 3
+    """
+
+    def __init__(
+        self,
+        notebook: str,
+        at_least: Mapping[str, int] | None = None,
+        one_of: Mapping[str, Sequence[str]] | None = None,
+        **settings: tuple[Any, ...],
+    ) -> None:
+        """
+        Args:
+            notebook: its name without ``.ipynb``, by which its time is known.
+            at_least: the smallest value of a whole number, by parameter; 1 for the others.
+            one_of: the values that a text may have, by parameter.
+            settings: a value for each profile, by parameter.
+        """
+        self.settings, self.at_least, self.one_of = settings, at_least or {}, one_of or {}
+        self.seconds: float | None = SECONDS.get(notebook)
+
+    def choose(self, profile: str, **given: Any) -> list[Any]:
+        """The profile's settings in the order of ``given``, where a value that is not None wins; shows them as a table.
+
+        A value has to be of the kind that the profiles have: text, a whole number (or -1 for all, where a profile has
+        that), or a number above 0 where they have fractions.
+
+        Raises:
+            UserError: no profile of that name; a value that makes no sense, by the parameter's name.
+        """
+        if profile not in NAMES:
+            raise UserError(f"profile: {profile!r} is not one of {', '.join(NAMES)}")
+        place = NAMES.index(profile)
+        by_hand = {name: self._checked(name, own) for name, own in given.items() if own is not None}
+        chosen = {name: by_hand.get(name, self.settings[name][place]) for name in given}
+        show(ProfileTable(self, place, chosen, set(by_hand)))
+        return list(chosen.values())
+
+    def _checked(self, name: str, value: Any) -> Any:
+        values = self.settings[name]
+        if all(isinstance(one, str) for one in values):
+            value = str(value)  # papermill reads -p data_path 2026 as a number
+            if value not in self.one_of.get(name, [value]):
+                raise UserError(f"{name}: {value!r} is not one of {', '.join(self.one_of[name])}")
+            return value
+        if any(isinstance(one, float) for one in values):
+            return _number(name, value)
+        return _whole(name, value, self.at_least.get(name, 1), or_all=ALL in values)
+
+
+def _whole(name: str, value: Any, least: int, or_all: bool) -> int:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole and (value >= least or (or_all and value == ALL)):
+        return value
+    raise UserError(f"{name}: {value!r} is not a whole number of at least {least}" + ", or -1 for all" * or_all)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf:
+        return value
+    raise UserError(f"{name}: {value!r} is not a number above 0")
+
+
+class ProfileTable:
+    """The profiles side by side, the chosen one marked, what was set by hand in its place, and the expected time."""
+
+    def __init__(self, profiles: Profiles, place: int, chosen: Mapping[str, Any], by_hand: set[str]) -> None:
+        self.headings = ["", *(f"{name} (selected)" if n == place else name for n, name in enumerate(NAMES))]
+        self.rows = []
+        for name, values in profiles.settings.items():
+            cells = [str(value) for value in values]
+            if name in by_hand:
+                cells[place] = f"{chosen[name]} (set by hand)"
+            self.rows.append([name, *cells])
+        self.remark = ""
+        expected = "not timed"
+        if profiles.seconds is not None:
+            times_as_long = slowdown()
+            expected = f"about {duration(_rounded(profiles.seconds * times_as_long))}"
+            self.remark = (
+                f"The expected time is an estimate for this machine: {duration(profiles.seconds)} on {MACHINE}, and a "
+                f"short measurement took {times_as_long:.1f} times as long here."
+            )
+        self.rows.append(["expected time", expected, *["not timed"] * (len(NAMES) - 1)])
+        if by_hand:
+            self.remark += " Values set by hand change the time."
+
+    def __repr__(self) -> str:
+        return f"{text_table(self.headings, self.rows)}\n{self.remark}".rstrip()
+
+    def _repr_html_(self) -> str:
+        return f"{html_table(self.headings, self.rows)}{html_text(self.remark.strip())}"
+
+
+def _rounded(seconds: float) -> float:
+    """An estimate is not good to the second: to 5 s below a minute, to 10 s below five, else to half a minute."""
+    step = 5 if seconds < 60 else 10 if seconds < 300 else 30
+    return step * max(1, round(seconds / step))

@@ -1,0 +1,77 @@
+"""What all figures share: the colours, panels side by side, and how a notebook shows them.
+
+Drawn on ``matplotlib.figure.Figure`` and never through pyplot, which is not safe in the dashboard's thread.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+# Okabe and Ito's palette: told apart with any colour vision. Lines differ by dash and marker as well.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+INK, GRID = "#333333", "#DDDDDD"
+DASHES = ("-", "--", ":", "-.")
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+MAX_TOLD = 10  # panels of a picture, in words
+
+
+class Picture(Figure):
+    """A figure that a notebook shows as it is, without pyplot."""
+
+    def __init__(self, width: float, height: float) -> None:
+        """Sizes in inches."""
+        super().__init__(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(self)
+
+    def draw(self, renderer: Any) -> None:
+        """As any figure; but a name with a ``$`` in it, of a run or a class, is no formula."""
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        super().draw(renderer)
+
+    def png(self, dpi: int = 96) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=dpi)
+        return file.getvalue()
+
+    def in_words(self) -> str:
+        """For those who hear a picture: of each panel its title, its axes and its legend, as far as it has them."""
+        told = []
+        for panel in self.axes:
+            axes = " over ".join(filter(None, [panel.get_ylabel(), panel.get_xlabel()]))
+            names = ", ".join(dict.fromkeys(panel.get_legend_handles_labels()[1]))
+            about = ": ".join(filter(None, [panel.get_title(), axes])) + f" ({names})" * bool(names)
+            told.append(" ".join(about.split()))
+        distinct = [words for words in dict.fromkeys(told) if not words.isdigit() and words]
+        more = f"and {len(distinct) - MAX_TOLD} more"
+        told = [*distinct[:MAX_TOLD], *[more] * (len(distinct) > MAX_TOLD)]
+        return "; ".join(told) or f"{len(self.axes)} panels without words"
+
+    def __repr__(self) -> str:
+        return f"Picture({self.in_words()})"
+
+    def bundle(self, text: str = "") -> dict[str, Any]:
+        """What IPython's ``display`` takes: the picture, and in words for a screen reader and where none is shown."""
+        words = {"image/png": {"alt": self.in_words()}}
+        return {"data": {"image/png": self.png(), "text/plain": text or repr(self)}, "metadata": words, "raw": True}
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
+        return self.png(), {"alt": self.in_words()}
+
+
+def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tuple[Picture, list[Any]]:
+    """A figure and its panels, side by side; sizes in inches."""
+    figure = Picture(width, height)
+    panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
+    for panel in panels:
+        panel.grid(True, color=GRID, linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.set_prop_cycle(color=[BLUE, ORANGE, GREEN, PURPLE])
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(colors=INK, labelsize=9)
+    return figure, panels

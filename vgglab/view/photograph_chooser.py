@@ -1,0 +1,61 @@
+"""A button in a live notebook that takes a photograph of the reader's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+from vgglab.errors import UserError
+from vgglab.view.figures import Picture
+from vgglab.view.live import front_end
+from vgglab.view.tables import html_text
+
+
+def choose_photograph(look: Callable[[str, bytes], tuple[str, Picture]], example: str | Path) -> Any:
+    """Print what ``look(name, data)`` says of the file ``example``; then the button, or the picture without widgets."""
+    line, picture = look(Path(example).name, Path(example).read_bytes())
+    print(line)
+    return PhotographChooser(look) if front_end() == "live" else picture
+
+
+class PhotographChooser:
+    """A button that takes a file of the reader's, and below it what ``look`` makes of it; in a live notebook.
+
+    The button is reached by Tab and pressed by Enter or the space bar. The file's bytes go to ``look`` and nowhere
+    else; what it refuses with a UserError stands as one line in the place of a picture.
+    """
+
+    def __init__(self, look: Callable[[str, bytes], tuple[str, Picture]]) -> None:
+        """``look(name, data)`` gives a line of text and a picture. Raises UserError for a file that is no image."""
+        import ipywidgets as widgets
+
+        self.look = look
+        self.button = widgets.FileUpload(
+            accept="image/*",
+            multiple=False,
+            description="Your photograph",
+            tooltip="A JPEG or PNG; it is read as an image and stays in this kernel",
+            layout=widgets.Layout(width="max-content"),
+        )
+        self.button.observe(self._on_file, names="value")
+        self.line = widgets.HTML()
+        self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", display="none"))
+        self.widget = widgets.VBox([self.button, self.line, self.picture])
+
+    def show(self, name: str, data: bytes) -> None:
+        """What ``look`` says of a file's bytes, or why it cannot."""
+        self.line.value = html_text(f"Looking at {name} ...", "span")
+        try:
+            line, picture = self.look(name, data)
+        except UserError as error:
+            self.line.value, self.picture.layout.display = html_text(str(error), "span"), "none"
+            return
+        self.picture.value, self.picture.layout.display = picture.png(), None
+        self.line.value = html_text(line, "span")
+
+    def _on_file(self, change: Any) -> None:
+        for file in change["new"]:
+            self.show(file["name"], bytes(file["content"]))
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        return self.widget._repr_mimebundle_(**options)
