@@ -266,7 +266,7 @@ def test_bench_step_refuses_in_one_line(tmp_path, capsys, wrong):
 
 
 def _die_with_a_request_unread(connection, way, flags):
-    connection.send(step.Ready({}, step.Network("vgg11", 10, 32, "small", False)))
+    connection.send(step.Ready({}, step.Network("vgg11", 10, 32, "small", False), 1))
     connection.poll(PATIENCE_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -28,7 +28,6 @@ def test_each_is_there_and_says_what_it_is(name):
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem[:2])
 def test_a_notebook_uses_nothing_deeper(file):
-    pytest.importorskip("captum")
     for cell in json.loads(file.read_text())["cells"]:
         text = "".join(cell["source"])
         assert not DEEPER.search(text), text

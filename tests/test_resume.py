@@ -271,12 +271,15 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_in_one_line(job, ref
 
 
 def test_resume_auto_does_not_overwrite_checkpoints_none_of_which_can_be_used(job, refused):
-    run = job("run", "--epochs=1")
-    for file in (run.path / "checkpoints").glob("*.pt"):
+    run = job("run", "--epochs=2")
+    files = sorted((run.path / "checkpoints").glob("*.pt"))
+    assert len(files) > 1
+    for file in files:
         file.unlink()
         file.write_bytes(b"damaged")
     line = refused("--resume=auto", f"--run-dir={run.path}")
     assert f"no checkpoint in {run.path} can be used: " in line
+    assert all(f"{file} not a checkpoint" in line for file in files)
     assert f"move {run.path}/checkpoints away" in line
     assert (run.path / "checkpoints" / "last.pt").read_bytes() == b"damaged"
     assert Run(run.path).status == "done"
@@ -358,4 +361,5 @@ def test_an_image_after_a_resume_with_other_ranks_comes_once(job):
     flags = ["--epochs=1", "--checkpoint-every=2"]
     middle = job("one", *flags, "--training-step-per-epoch=3").path / "checkpoints" / "previous.pt"
     resumed = job("two", *flags, "--training-step-per-epoch=2", f"--resume={middle}", ranks=2)
+    assert "--resume: --nproc 2, was 1" in [event["text"] for event in resumed.events("warning")]
     assert [event["step"] for event in resumed.events("train")] == [3]  # 8 of 16 images were done, and 8 are a step now

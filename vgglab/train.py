@@ -192,7 +192,8 @@ def _find_checkpoint(request: Request) -> tuple[str | None, list[str]]:
     notes = [f"--resume auto: {text}, so it was not used" for text in passed_over]
     if file is None and passed_over and request.run_dir:
         advice = f"to start from the beginning, move {request.run_dir}/checkpoints away"
-        raise UserError(f"--resume auto: no checkpoint in {request.run_dir} can be used: {passed_over[0]}; {advice}")
+        reasons = "; ".join(passed_over)
+        raise UserError(f"--resume auto: no checkpoint in {request.run_dir} can be used: {reasons}; {advice}")
     if file is None and (notes or (request.run_dir and holds_a_run(Path(request.run_dir)))):
         notes.append(f"--resume auto: no intact checkpoint in {request.run_dir or runs}; starting from the beginning")
     return (None if file is None else str(file)), notes

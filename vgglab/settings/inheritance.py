@@ -43,13 +43,16 @@ def checked(item: Field, value: Any) -> Any:
     return parsed
 
 
+ASKED_BY = {"world_size": "nproc"}  # how people set it
+
+
 def changed_settings(content: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """``--lr 0.01, was 0.1`` for each setting that affects the weights and differs from the checkpoint's."""
     before, affecting = content.get("config", {}), settings_that_affect("weights")
     if not SCHEDULES[config["lr_schedule"]].depends_on_epochs:
         affecting.remove("epochs")  # more of them change nothing in those before
     return [
-        f"--{name.replace('_', '-')} {config[name]}, was {before[name]}"
+        f"--{ASKED_BY.get(name, name).replace('_', '-')} {config[name]}, was {before[name]}"
         for name in config
         if name in affecting and name in before and before[name] != config[name]
     ]

@@ -61,6 +61,7 @@ class Ready(NamedTuple):
 
     device: dict[str, Any]  # what the device says of itself
     network: Network
+    num_warm_up_steps: int
 
 
 class Refusal(NamedTuple):
@@ -70,6 +71,8 @@ class Refusal(NamedTuple):
     does_not_fit: bool = False
 
 
+# The first step takes memory and makes what the optimizer keeps; on a card the next ones still load kernels.
+WARM_UP_ON_HOST, WARM_UP_ON_CARD = 1, 5
 PEAK_REPEATS = 2  # of the largest matrix product, each time it is asked for
 
 
@@ -87,7 +90,8 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
         )  # fmt: skip
         if way.is_prepared:
             device.open()
-        if device.is_host or device.is_simulated:
+        is_like_host = device.is_host or device.is_simulated
+        if is_like_host:
             limit_to_free_memory()
         sets = open_sets(request)
         head = head_for(sets.image_size) if request.head == "auto" else request.head
@@ -96,7 +100,8 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
         )
         batch = next(iter(train_batches(sets, config, device).epoch(0)))
         network = Network(config.model, config.num_classes, config.image_size, config.head, way.is_torchvisions)
-        connection.send(Ready(device.describe(), network))
+        warm_up = WARM_UP_ON_HOST if is_like_host else WARM_UP_ON_CARD
+        connection.send(Ready(device.describe(), network, warm_up))
         if way.is_plain:
             _plain_loop(connection, network.build(config.dropout_rate), device, batch)
         else:

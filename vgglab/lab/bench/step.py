@@ -93,6 +93,10 @@ class Child:
         self.connection.send(number)
         return self._answer()
 
+    def warm_up(self) -> None:
+        """The steps that are slower than those that follow."""
+        self.steps(self.ready.num_warm_up_steps)
+
     def look_for_peak(self) -> None:
         """Measure a matrix product; the best of all counts, since a busy machine shows a lower one."""
         if not self.ready.device["simulated"]:
@@ -159,7 +163,7 @@ def way_named(name: str) -> Way:
 def measure_steps(
     flags: Sequence[str], ways: Sequence[str], batch_size: int, turns: int, steps: int
 ) -> list[StepFigures]:
-    """Each way in turns with the plain loop; one step of each at first is warm-up.
+    """Each way in turns with the plain loop, after a warm-up: one step, on a card five.
 
     Args:
         flags: of training, such as ``--model=vgg11``; what belongs to the measuring, such as made-up images, is set.
@@ -173,11 +177,11 @@ def measure_steps(
     chosen = [way_named(name) for name in dict.fromkeys(ways)]
     flags = [*flags, *FLAGS, f"--batch-size={batch_size}"]
     plain = Child(PLAIN, flags)
-    plain.steps(1)
+    plain.warm_up()
     results = []
     for way in chosen:
         child = Child(way, flags)
-        child.steps(1)
+        child.warm_up()
         own: list[float] = []
         theirs: list[float] = []
         for turn in range(turns):
