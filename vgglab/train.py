@@ -271,7 +271,7 @@ def _work(trainer: Trainer, run: RankWriter) -> None:
 def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
     """Rank 0: the run directory from its first line to its report, however the run ends."""
     from vgglab.runs import checkpoint
-    from vgglab.runs.report import build_report, measured, remark_on_steadiness
+    from vgglab.runs.report import build_report, remark_on_steadiness
     from vgglab.runs.run import Run, holds_a_run
     from vgglab.runs.writer import RunWriter
     from vgglab.view.scalars import Scalars
@@ -308,7 +308,7 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
                 checkpoint.carry_best(config.resume, path / "checkpoints")
             _work(trainer, run)
             status = "done"
-            remark = "" if device.is_simulated else remark_on_steadiness(measured(Run(path).events()))
+            remark = "" if device.is_simulated else remark_on_steadiness(build_report(Run(path)))
             if remark:
                 run.event("warning", text=remark)
         except (KeyboardInterrupt, Leaving):

@@ -9,17 +9,19 @@ Exit codes: 0 the same; 1 they differ; 2 bad input, said in one line.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 from vgglab.errors import UserError
 from vgglab.runs.run import Run
 from vgglab.settings.config import settings_that_affect
+from vgglab.storage.events import Event
 
 STARTING_POINT = ("num_train_images", "num_eval_images", "num_classes", "num_parameters", "steps_per_epoch", "data")
 FIGURES = {
     "train": ("lr", "loss", "acc1"),
     "eval": ("loss", "acc1", "acc5", "num_images"),
 }  # the cause before its effect
+ORDER = tuple(FIGURES)
 
 
 class Difference(NamedTuple):
@@ -69,33 +71,58 @@ def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
             raise UserError(f"{run.path}: nothing to compare yet")
         if not run.config:
             raise UserError(f"{run.path}: config.json is missing; its settings cannot be compared")
-    rows, others = _figures(one), _figures(other)
-    common = sorted(set(rows) & set(others))
-    first, largest = None, 0.0
-    for step, event in common:
-        for figure in FIGURES[event]:
-            values = rows[step, event].get(figure), others[step, event].get(figure)
+    first, largest, num_steps, last_common = None, 0.0, 0, None
+    for row, other_row in _in_step(one, other):
+        num_steps, last_common = num_steps + (row["step"] != last_common), row["step"]
+        for figure in FIGURES[row["event"]]:
+            values = row.get(figure), other_row.get(figure)
             relative = _relative(*values)
             if figure == "loss":
                 largest = max(largest, relative)
             if relative > tolerance and first is None:
-                first = Difference(step, event, figure, values, relative)
+                first = Difference(row["step"], row["event"], figure, values, relative)
     start, other_start = (run.events("start")[0] for run in (one, other))
     return Comparison(
         settings=_differing(one.config, other.config, _compared({**one.config, **other.config})),
         starting_point=_differing(start, other_start, STARTING_POINT),
         first=first,
         largest_relative=largest,
-        num_steps=len({step for step, _ in common}),
-        last_steps=(max(step for step, _ in rows) if rows else 0, max(step for step, _ in others) if others else 0),
+        num_steps=num_steps,
+        last_steps=(_last_step(one), _last_step(other)),
         acc1=(_last_acc1(one), _last_acc1(other)),
         damage=[f"{run.name}: {what}" for run in (one, other) for what in run.damage()],
     )
 
 
-def _figures(run: Run) -> dict[tuple[int, str], dict[str, Any]]:
-    """By step and event, in the order of a run: a step's evaluation follows it."""
-    return {(event["step"], event["event"]): event for event in run.events() if event["event"] in FIGURES}
+def _in_step(one: Run, other: Run) -> Iterator[tuple[Event, Event]]:
+    """The events that both have, a pair each: the same kind at the same step. Neither run is held in memory."""
+    rows, others = _figures(one), _figures(other)
+    row, other_row = next(rows, None), next(others, None)
+    while row is not None and other_row is not None:
+        place, other_place = _place(row), _place(other_row)
+        if place == other_place:
+            yield row, other_row
+        if place <= other_place:
+            row = next(rows, None)
+        if other_place <= place:
+            other_row = next(others, None)
+
+
+def _figures(run: Run) -> Iterator[Event]:
+    """In the order of a run: a step's evaluation follows it."""
+    latest = (-1, -1)
+    for event in run.events():
+        if event["event"] in FIGURES and _place(event) > latest:
+            latest = _place(event)
+            yield event
+
+
+def _place(event: Event) -> tuple[int, int]:
+    return event["step"], ORDER.index(event["event"])
+
+
+def _last_step(run: Run) -> int:
+    return max((events[-1]["step"] for events in map(run.events, FIGURES) if events), default=0)
 
 
 def _relative(one: Any, other: Any) -> float:

@@ -5,6 +5,9 @@ Safe to delete: ``python -m vgglab.report RUN`` writes it again.
 
 from __future__ import annotations
 
+from array import array
+from heapq import merge
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from vgglab.errors import UserError
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 
 STEADY = 1.2  # a tenth of the steps slower than this many medians is worth a remark
 FEWEST_STEPS_TO_JUDGE = 20
+TIMED = ("phase_seconds", "host_reads")  # fields of events with --timers, by name and for all steps of an interval
 
 
 def read_report(run: Run) -> dict[str, Any]:
@@ -42,9 +46,14 @@ def build_report(run: Run) -> dict[str, Any]:
         )
     # In place a run may go on on other hardware: a simulated card's time, or that of fewer ranks, is not this speed.
     per_step = config["batch_size"] * env["world_size"]
-    real = [] if env["simulated"] else [event for event in measured(events) if not event.get("simulated")]
-    intervals = [event for event in real if event["interval_images"] == event["interval_steps"] * per_step]
-    speed = _speed(intervals)
+    speed, others, first_step = Speed(), [], None
+    for event in events:
+        if event["event"] != "train":
+            others.append(event)
+        elif not env["simulated"]:
+            first_step = event.get("first_step_seconds") if first_step is None else first_step
+            if not event.get("simulated") and event["interval_images"] == event["interval_steps"] * per_step:
+                speed.add(event)
     return {
         "model": config.get("model"),
         "local_rank": 0,
@@ -52,13 +61,13 @@ def build_report(run: Run) -> dict[str, Any]:
         "epochs": config.get("epochs"),
         "training_step_per_epoch": config.get("training_step_per_epoch"),
         "eval_step_per_epoch": config.get("eval_step_per_epoch"),
-        "acc1": _best(events, "acc1"),
-        "acc5": _best(events, "acc5"),
+        "acc1": _best(others, "acc1"),
+        "acc5": _best(others, "acc5"),
         "device": config.get("device"),
         "skip_steps": config.get("skip_steps"),
-        "train_fps_mean": speed["mean"],
-        "train_fps_min": speed["min"],
-        "train_fps_max": speed["max"],
+        "train_fps_mean": speed.mean,
+        "train_fps_min": speed.lowest,
+        "train_fps_max": speed.highest,
         "training_time": _hours_minutes_seconds(events[-1]["seconds"]),
         # So far the seed kit's fields, in its order; from here on ours.
         "status": run.status,
@@ -67,14 +76,14 @@ def build_report(run: Run) -> dict[str, Any]:
         "recipe": config.get("recipe"),
         "world_size": env["world_size"],
         "data_path": config.get("data_path"),
-        "data_is_fake": any(event.get("is_fake") for event in events if event["event"] == "start"),
+        "data_is_fake": any(event.get("is_fake") for event in others if event["event"] == "start"),
         "num_skipped_images": len(run.skipped()),
         "decoder": config.get("decoder"),
         "image_size": config.get("image_size"),
         "lr": config.get("lr"),
         "global_batch_size": config["batch_size"] * env["world_size"],
-        "images_per_second": speed["mean"],
-        **_step_times(intervals),
+        "images_per_second": speed.mean,
+        **speed.of_steps(),
         "seed": config.get("seed"),
         "amp_dtype": env.get("amp_dtype"),
         "tf32": env.get("tf32"),
@@ -82,24 +91,13 @@ def build_report(run: Run) -> dict[str, Any]:
         "fused": env.get("fused", False),
         "compiled": env.get("compiled", False),
         "timers": config.get("timers", False),
-        "first_step_seconds": None if env["simulated"] else _first_step(events),
-        "peak_bytes": next((event.get("peak_bytes") for event in events if event["event"] == "end"), None),
+        "first_step_seconds": first_step,
+        "peak_bytes": next((event.get("peak_bytes") for event in others if event["event"] == "end"), None),
         "hardware": env.get("hardware"),
         "simulated": env["simulated"],
         "versions": env.get("versions", {}),
-        "warnings": list(dict.fromkeys(event["text"] for event in events if event["event"] == "warning")),
+        "warnings": list(dict.fromkeys(event["text"] for event in others if event["event"] == "warning")),
     }
-
-
-def _first_step(events: list[Event]) -> float | None:
-    """From the start of the process to the end of its first step."""
-    return next((event["first_step_seconds"] for event in events if "first_step_seconds" in event), None)
-
-
-def measured(events: list[Event]) -> list[Event]:
-    """The training events whose speed counts: behind the skipped steps."""
-    train = (event for event in events if event["event"] == "train" and event["is_measured"])
-    return [event for event in train if event.keys() >= {"images_per_second", "data_seconds"}]
 
 
 def _best(events: list[Event], figure: str) -> float | None:
@@ -109,50 +107,66 @@ def _best(events: list[Event], figure: str) -> float | None:
     return max(seen, default=None)
 
 
-def _speed(intervals: list[Event]) -> dict[str, float | None]:
-    """Images per second of the whole job; the mean is over time, not over intervals."""
-    if not intervals:
-        return {"mean": None, "min": None, "max": None}
-    rates = [event["images_per_second"] for event in intervals]
-    num_images = sum(event["interval_images"] for event in intervals)
-    seconds = sum(event["interval_seconds"] for event in intervals)
-    return {"mean": num_images / seconds, "min": min(rates), "max": max(rates)}
+class Speed:
+    """Measured intervals between log lines, added up one by one: a long run has a million of them."""
+
+    def __init__(self) -> None:
+        self.num_intervals = self._num_images = self._num_timed_steps = 0
+        self._seconds = self._data_seconds = 0.0
+        self.lowest: float | None = None  # images per second of an interval
+        self.highest: float | None = None
+        self._step_seconds = array("d")
+        self._mean_step_seconds: list[tuple[float, int]] = []  # and of how many steps: where they were not timed singly
+        self._timed: dict[str, dict[str, float]] = {}  # what --timers have added up, by field and name
+
+    def add(self, event: Event) -> None:
+        """Take in a training event, unless its steps are skipped ones."""
+        if not event["is_measured"] or not event.keys() >= {"images_per_second", "data_seconds"}:
+            return
+        rate, seconds, num_steps = event["images_per_second"], event["interval_seconds"], event["interval_steps"]
+        self.num_intervals += 1
+        self._num_images += event["interval_images"]
+        self._seconds += seconds
+        self._data_seconds += event["data_seconds"]
+        self.lowest = rate if self.lowest is None else min(self.lowest, rate)
+        self.highest = rate if self.highest is None else max(self.highest, rate)
+        if event.get("step_seconds"):
+            self._step_seconds.extend(event["step_seconds"])
+        else:
+            self._mean_step_seconds.append((seconds / num_steps, num_steps))
+        self._num_timed_steps += num_steps * ("phase_seconds" in event)
+        for field in TIMED:
+            for name, value in dict(event.get(field, ())).items():
+                sums = self._timed.setdefault(field, {})
+                sums[name] = sums.get(name, 0) + value
+
+    @property
+    def mean(self) -> float | None:
+        """Images per second of the whole job; the mean is over time, not over intervals."""
+        return self._num_images / self._seconds if self.num_intervals else None
+
+    def _of_a_step(self, field: str) -> dict[str, float] | None:
+        """None without --timers."""
+        sums = self._timed.get(field)
+        return {name: value / self._num_timed_steps for name, value in sums.items()} if sums else None
+
+    def of_steps(self) -> dict[str, Any]:
+        """Percentiles of single steps, the share of time spent waiting for data, and the parts of a mean step."""
+        ordered = [*merge(zip(sorted(self._step_seconds), repeat(1)), sorted(self._mean_step_seconds))]
+        return {
+            "step_seconds_p50": _percentile(ordered, 50),
+            "step_seconds_p90": _percentile(ordered, 90),
+            "step_seconds_p99": _percentile(ordered, 99),
+            "num_measured_steps": sum(number for _, number in ordered),
+            "data_wait_share": self._data_seconds / self._seconds if self.num_intervals else None,
+            "num_intervals": self.num_intervals,
+            **{field: self._of_a_step(field) for field in TIMED},
+        }
 
 
-def _step_times(intervals: list[Event]) -> dict[str, Any]:
-    """Of single steps where they were marked; a run of before that has the mean of each interval."""
-    step_seconds: list[tuple[float, int]] = []  # and of how many steps
-    for event in intervals:
-        mean, steps = event["interval_seconds"] / event["interval_steps"], event["interval_steps"]
-        step_seconds += [(one, 1) for one in event.get("step_seconds", ())] or [(mean, steps)]
-    step_seconds.sort()
-    seconds = sum(event["interval_seconds"] for event in intervals)
-    return {
-        "step_seconds_p50": _percentile(step_seconds, 50),
-        "step_seconds_p90": _percentile(step_seconds, 90),
-        "step_seconds_p99": _percentile(step_seconds, 99),
-        "num_measured_steps": sum(number for _, number in step_seconds),
-        "data_wait_share": sum(event["data_seconds"] for event in intervals) / seconds if intervals else None,
-        "num_intervals": len(intervals),
-        "phase_seconds": _a_step(intervals, "phase_seconds"),
-        "host_reads": _a_step(intervals, "host_reads"),
-    }
-
-
-def _a_step(intervals: list[Event], figures: str) -> dict[str, float] | None:
-    """The mean over all steps of what --timers have added up by name; None without them."""
-    timed = [event for event in intervals if figures in event]
-    num_steps = sum(event["interval_steps"] for event in timed)
-    if not num_steps:
-        return None
-    names = dict.fromkeys(name for event in timed for name in event[figures])
-    return {name: sum(event[figures].get(name, 0) for event in timed) / num_steps for name in names}
-
-
-def remark_on_steadiness(intervals: list[Event]) -> str:
+def remark_on_steadiness(report: dict[str, Any]) -> str:
     """A line where the figures are not those of a machine at rest; else empty."""
-    times = _step_times(intervals)
-    num_steps, median, slow = (times[name] for name in ("num_measured_steps", "step_seconds_p50", "step_seconds_p90"))
+    num_steps, median, slow = (report[name] for name in ("num_measured_steps", "step_seconds_p50", "step_seconds_p90"))
     if num_steps < FEWEST_STEPS_TO_JUDGE or slow <= STEADY * median:
         return ""
     return (

@@ -26,14 +26,14 @@ import time
 import uuid
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Sequence
 
 from vgglab.dist.processes import ask_where, is_alive, is_running, kill_all, processes_of
 from vgglab.dist.ranks import failures, grace_period_seconds
 from vgglab.errors import UserError, printable
 from vgglab.settings.config import Request
 from vgglab.storage import schema
-from vgglab.storage.events import Event, EventFile
+from vgglab.storage.events import Event, EventFile, LongEvents
 from vgglab.storage.files import exists, make_folder, tail_of, writing
 from vgglab.storage.lock import holder
 from vgglab.storage.schema import RANK, SKIPPED, Document, Test, line_in, read_document, readable_document
@@ -170,12 +170,14 @@ class Run:
         """How many lines of events were written, those that are damaged or missing now included."""
         return self._events.next_number()
 
-    def events(self, kind: str | None = None) -> list[Event]:
+    def events(self, kind: str | None = None) -> Sequence[Event]:
         """All events so far, or those of one kind; a line that is still being written is left out.
+
+        A list, but where there are more than 20,000: then the training events are read when they are asked for.
 
         Where a run went on from a checkpoint, what came after that checkpoint the first time is left out too.
         """
-        return [event for event in self._events.read() if kind in (None, event["event"])]
+        return self._events.read(kind)
 
     @property
     def status(self) -> str:
@@ -222,10 +224,18 @@ class Run:
         return is_newer and is_running(read_document(launched))
 
     def report(self) -> Report:
-        """The figures of ``report.json``, made anew from the events."""
+        """The figures of ``report.json``, computed from the events.
+
+        Of a long run that has ended, what was computed then, if ``report.json`` and all events are intact.
+        """
         from vgglab.runs.report import read_report
         from vgglab.view.cards import Report
 
+        if isinstance(self.events("train"), LongEvents):
+            saved = readable_document(self.path / "report.json")
+            is_whole = saved.has_checksum and saved.get("num_lines") == self.num_lines()
+            if is_whole and saved.get("status") == self.status and not self.damage():
+                return Report(saved)
         return Report(read_report(self))
 
     def logs(self, rank: int | str = 0) -> str:

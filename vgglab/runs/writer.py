@@ -152,7 +152,7 @@ class RunWriter(RankWriter):
             os.close(without_links(str(path / "events.jsonl"), os.O_CREAT | os.O_WRONLY))  # from here on it is a run
         if is_continued:  # read under the lock: an earlier writer may just have been writing its last lines
             events = EventFile(path / "events.jsonl")
-            self._started -= max((event["seconds"] for event in events.read()), default=0.0)
+            self._started -= max((event["seconds"] for event in events.read()[-1:]), default=0.0)
             self._num_lines = events.next_number()
 
     @property

@@ -3,15 +3,66 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from pathlib import Path
+from typing import BinaryIO, Iterator, Sequence, cast, overload
 
 from vgglab.errors import UserError
 from vgglab.storage.files import MAX_BYTES
-from vgglab.storage.schema import CHECK, Content, event_in
+from vgglab.storage.schema import CHECK, Content, event_in, is_intact
 
 Event = Content  # what a line holds
 MAX_EVENTS_BYTES = 2**30  # bytes
+MAX_PARSED = 20_000  # lines; of a longer file a training line is kept as its place, and parsed when it is asked for
+TRAINING_LINE = re.compile(rb'\{"event": "train", "seconds": [^,]*, "epoch": \d+, "step": \d+, ')
+NUMBER = re.compile(rb'"line": (\d+), "check": "\w{8}"\}\n$')
+
+
+class LongEvents(Sequence[Event]):
+    """Events of which the training lines of a long file are read when they are asked for."""
+
+    def __init__(self, file: Path, entries: list[Event | int]) -> None:
+        """``entries``: events, and places in the file, in bytes, of those that are still to be read."""
+        self._file, self._entries = file, entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Event]:
+        with self._file.open("rb") as lines:
+            for entry in self._entries:
+                yield _event_at(lines, entry) if isinstance(entry, int) else entry
+
+    @overload
+    def __getitem__(self, place: int) -> Event: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> LongEvents: ...
+
+    def __getitem__(self, place: int | slice) -> Event | LongEvents:
+        chosen = self._entries[place]
+        if isinstance(chosen, list):
+            return LongEvents(self._file, chosen)
+        return next(iter(LongEvents(self._file, [chosen])))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LongEvents) and self._entries == other._entries
+
+    def turning_points(self) -> LongEvents:
+        """All of them, but of unread training events in a row the last one alone."""
+        following = [*self._entries[1:], None]
+        pairs = zip(self._entries, following)
+        return LongEvents(self._file, [e for e, after in pairs if not (isinstance(e, int) and isinstance(after, int))])
+
+
+def _event_at(lines: BinaryIO, place: int) -> Event:
+    lines.seek(place)
+    event = event_in(lines.readline(MAX_BYTES))
+    if event is None:
+        raise UserError(f"{lines.name}: was changed while it was read")
+    event.pop("line", None)
+    return event
 
 
 class EventFile:
@@ -23,13 +74,15 @@ class EventFile:
         self._start_again()
 
     def _start_again(self) -> None:
-        self._seen: list[Event] = []
+        self._seen: list[Event | int] = []
         self._num_bytes_seen = self._num_damaged = self._num_missing = 0
         self._next_line = 0
         self._has_checksums = False  # from the first line with one on, all must have one
 
-    def read(self) -> list[Event]:
+    def read(self, kind: str | None = None) -> Sequence[Event]:
         """All events that still stand: where a run went on from a checkpoint, without what came after that before.
+
+        ``kind``: only these. A list, but for long files.
 
         Raises:
             UserError: there is a file, and it cannot be read.
@@ -51,13 +104,21 @@ class EventFile:
                 for line in iter(lambda: lines.readline(MAX_BYTES), b""):
                     if not line.endswith(b"\n") and len(line) < MAX_BYTES:  # it is being written
                         break
-                    self._num_bytes_seen += len(line)
                     self._take(line)
-        return self._seen
+                    self._num_bytes_seen += len(line)
+        unread_kinds = (None, "train")
+        chosen = [e for e in self._seen if kind in (unread_kinds if isinstance(e, int) else (None, e["event"]))]
+        return LongEvents(self.file, chosen) if any(isinstance(e, int) for e in chosen) else cast("list[Event]", chosen)
 
     def _take(self, line: bytes) -> None:
         if line.isspace():  # written by a run that goes on, to end a line that was cut short
             return
+        if len(self._seen) >= MAX_PARSED and TRAINING_LINE.match(line) and is_intact(line):
+            number = NUMBER.search(line)
+            if number and int(number[1]) == self._next_line:
+                self._seen.append(self._num_bytes_seen)
+                self._next_line += 1
+                return
         event = event_in(line, self._has_checksums)
         number = event.pop("line", None) if event else None  # None, too, in runs of earlier versions
         if event is None or (number is not None and number < self._next_line):  # damaged, or once more
@@ -68,8 +129,19 @@ class EventFile:
             self._next_line = number + 1
         self._has_checksums = self._has_checksums or f'"{CHECK}": '.encode() in line
         if event["event"] == "start":
-            self._seen = [earlier for earlier in self._seen if _is_before(earlier, event)]
+            self._leave_out_after(event)
         self._seen.append(event)
+
+    def _leave_out_after(self, start: Event) -> None:
+        """What a run that starts (again) at ``start`` does again."""
+        redone = set()
+        with self.file.open("rb") as lines:
+            for entry in reversed(self._seen):
+                if isinstance(entry, int):
+                    if _is_before(_event_at(lines, entry), start):
+                        break  # training lines are in the order of their steps
+                    redone.add(entry)
+        self._seen = [e for e in self._seen if (e not in redone if isinstance(e, int) else _is_before(e, start))]
 
     @property
     def has_checksums(self) -> bool:

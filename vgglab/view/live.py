@@ -11,9 +11,10 @@ import os
 import sys
 import threading
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 from vgglab.runs.run import ACTIVE, Event, Run
+from vgglab.storage.events import LongEvents
 from vgglab.view.progress import Progress, duration
 from vgglab.view.rank_table import RankRow, as_html, as_text, rank_rows, silence
 from vgglab.view.tables import html_text
@@ -91,7 +92,7 @@ class _TerminalLines:
         from vgglab.view.terminal import Terminal
 
         self.run, self.terminal = run, Terminal()
-        self.seen: list[Event] = []
+        self.seen: Sequence[Event] = []
 
     def update(self) -> None:
         events = self.run.events()
@@ -221,7 +222,7 @@ def last_lines(run: Run) -> list[str]:
     return run.last_lines(0, NUM_LOG_LINES) or run.last_lines("launcher", NUM_LOG_LINES)
 
 
-def is_continued(seen: list[Event], events: list[Event]) -> bool:
+def is_continued(seen: Sequence[Event], events: Sequence[Event]) -> bool:
     """Whether all that was seen still stands; where a run went on from a checkpoint, what came after that is void."""
     return events[: len(seen)][-1:] == seen[-1:]
 
@@ -231,7 +232,7 @@ class Follower:
 
     def __init__(self, run: Run) -> None:
         self.run, self._progress = run, Progress()
-        self._seen: list[Event] = []
+        self._seen: Sequence[Event] = []
 
     @property
     def num_events(self) -> int:
@@ -242,7 +243,8 @@ class Follower:
         events = self.run.events()
         if not is_continued(self._seen, events):
             self._progress, self._seen = Progress(), []
-        for event in events[len(self._seen) :]:
+        new = events[len(self._seen) :]
+        for event in new.turning_points() if isinstance(new, LongEvents) else new:
             self._progress.add(event)
         self._seen = events
         progress = copy.copy(self._progress)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 from matplotlib.ticker import MaxNLocator
 
 from vgglab.errors import UserError
-from vgglab.runs.run import Run
+from vgglab.runs.run import Event, Run
 from vgglab.view.figures.base import BLUE, COLOURS, DASHES, GREEN, GRID, INK, ORANGE, PURPLE, Picture, new_figure
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def curves(run: Run) -> Picture:
     """Loss and top-1 accuracy over the optimizer steps, on training batches and on the held-out images."""
-    train, held_out = run.events("train"), run.events("eval")
+    train, held_out = _drawn(run, "train"), _drawn(run, "eval")
     figure, (loss, accuracy) = new_figure(2)
     for start in run.events("start"):
         classes = start["num_classes"]
@@ -56,6 +56,12 @@ def _curve(panel: Any, train: list[dict], held_out: list[dict], figure: str) -> 
         )
 
 
+def _drawn(run: Run, kind: str) -> list[Event]:
+    """The events of a curve; of a very long run a part of them, as far apart from each other."""
+    events = run.events(kind)
+    return list(events[:: -(-len(events) // MAX_READ) or 1])
+
+
 def _in_legend(name: str) -> str:
     """Matplotlib leaves out what begins with an underscore."""
     return f" {name}" if name.startswith("_") else name
@@ -65,6 +71,7 @@ def _values(events: list[dict], figure: str) -> list[float]:
     return [float("nan") if event[figure] is None else event[figure] for event in events]
 
 
+MAX_READ = 20_000  # events
 MAX_POINTS = 1000  # of a curve: a dashboard draws it every other second
 
 
@@ -75,7 +82,7 @@ def curves_beside(runs: Sequence[Run], names: Sequence[str] = (), first_differen
         name = _in_legend(names[number] if names else run.name)
         look = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "label": name}
         for panel, kind, value in ((loss, "train", "loss"), (accuracy, "eval", "acc1")):
-            events = run.events(kind)
+            events = _drawn(run, kind)
             if not events:  # a name without a line would only hide others'
                 continue
             marker = "o" if kind == "eval" or len(events) == 1 else None
@@ -110,7 +117,8 @@ def bands(groups: Mapping[str, Sequence[Run]]) -> Picture:
 
 def _in_step(runs: Sequence[Run], kind: str, value: str) -> tuple[list[int], list[list[float]]]:
     """The steps about which all runs have written, and their values at each."""
-    by_run = [dict(zip([e["step"] for e in run.events(kind)], _values(run.events(kind), value))) for run in runs]
+    events = [_drawn(run, kind) for run in runs]
+    by_run = [dict(zip([e["step"] for e in of_run], _values(of_run, value))) for of_run in events]
     by_run = [values for values in by_run if values]  # one has only begun
     steps = sorted(set.intersection(*[set(values) for values in by_run])) if by_run else []
     return steps, [[values[step] for values in by_run] for step in steps]
