@@ -206,6 +206,7 @@ def test_who_is_named_in_a_foreign_run_directory_is_not_asked_where_it_is(run, s
 def test_a_line_that_is_no_event_changes_nothing(run, line):
     report = run.report()
     assert report.pop("damage") == []
+    checksum = report.pop("events_checksum")
     before = (report, run.status, run.events(), run.ranks(), run.skipped())
     for file in [run.path / "events.jsonl", *run.path.glob("log/*.jsonl")]:
         file.write_text(f"{line}\n{file.read_text()}{line}\n")
@@ -213,4 +214,5 @@ def test_a_line_that_is_no_event_changes_nothing(run, line):
     report = again.report()
     damaged = [f"{name}: 2 damaged lines, left out" for name in ("events.jsonl", "log/rank*.jsonl")]
     assert report.pop("damage") == damaged
+    assert report.pop("events_checksum") != checksum
     assert (report, again.status, again.events(), again.ranks(), again.skipped()) == before

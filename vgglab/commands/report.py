@@ -1,4 +1,4 @@
-"""``vgglab report``: write ``report.json`` anew; see ``vgglab/runs/report.py``."""
+"""``vgglab report``: compute ``report.json`` from the events; see ``vgglab/runs/report.py``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Sequence
 
 from vgglab.commands import call, say_error
 from vgglab.errors import UserError, printable
+from vgglab.runs.report import read_report
 from vgglab.runs.run import Run
 from vgglab.settings.flags import OneLineParser
 from vgglab.storage.files import writing
@@ -15,7 +16,7 @@ from vgglab.storage.schema import write_document
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="vgglab report", description="Write report.json of each run directory anew.")
+    parser = OneLineParser(prog="vgglab report", description="Compute report.json of each run from its events.")
     parser.add_argument("run", nargs="+", help="a run directory")
     return parser
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
             run = Run(path)
             file = run.path / "report.json"
             with writing(file):
-                write_document(file, run.report())
+                write_document(file, read_report(run, recompute=True))
             print(printable(str(file)))
         except UserError as error:  # the others may be whole
             say_error("report", error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from heapq import merge
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Mapping
 
 from vgglab.errors import UserError
 
@@ -17,18 +17,27 @@ if TYPE_CHECKING:
 
 STEADY = 1.2  # a tenth of the steps slower than this many medians is worth a remark
 FEWEST_STEPS_TO_JUDGE = 20
+OF_STEPS = (
+    "step_seconds_p50", "step_seconds_p90", "step_seconds_p99", "num_measured_steps", "data_wait_share",
+    "num_intervals", "phase_seconds", "host_reads",
+)  # fmt: skip
 TIMED = ("phase_seconds", "host_reads")  # fields of events with --timers, by name and for all steps of an interval
 
 
-def read_report(run: Run) -> dict[str, Any]:
-    """The same of files that anybody may have written. Raises UserError also where something is not in them."""
+def read_report(run: Run, recompute: bool = False) -> dict[str, Any]:
+    """The report of files that anybody may have written; what is still valid in ``report.json`` is taken from there
+    unless ``recompute``.
+
+    Raises:
+        UserError: as ``build_report``; something is not in the files.
+    """
     try:
-        return build_report(run)
+        return build_report(run, None if recompute else run.valid_report())
     except (KeyError, TypeError) as error:
         raise UserError(f"{run.path}: is damaged, or of another version ({error!r})") from error
 
 
-def build_report(run: Run) -> dict[str, Any]:
+def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The seed kit's fields by its names, and what a reader needs to trust them.
 
     ``acc1`` and ``acc5`` are the best of all evaluations, in percent, each for itself, as in the seed kit.
@@ -36,24 +45,22 @@ def build_report(run: Run) -> dict[str, Any]:
     lines is one measurement, and those within the first ``skip_steps`` steps do not count. Where no
     interval is left the figures are null, and so they are for a simulated card, whose speed is nobody's.
     ``training_time`` is h:mm:ss from the first event to the last, evaluation and checkpoints included.
+
+    Args:
+        figures: those that come from the events; None: they are computed.
+
+    Raises:
+        UserError: nothing to report yet; no settings or no description of the machine.
     """
-    config, env, events = run.config, run.env, run.events()
-    if not events:
+    config, env = run.config, run.env
+    if not run.has_begun:
         raise UserError(f"{run.path}: nothing to report yet")
     if not config or not env:
         raise UserError(
             f"{run.path}: {'env.json' if config else 'config.json'} is missing; there is no report without it"
         )
-    # In place a run may go on on other hardware: a simulated card's time, or that of fewer ranks, is not this speed.
-    per_step = config["batch_size"] * env["world_size"]
-    speed, others, first_step = Speed(), [], None
-    for event in events:
-        if event["event"] != "train":
-            others.append(event)
-        elif not env["simulated"]:
-            first_step = event.get("first_step_seconds") if first_step is None else first_step
-            if not event.get("simulated") and event["interval_images"] == event["interval_steps"] * per_step:
-                speed.add(event)
+    if figures is None:
+        figures = _figures(run, config["batch_size"] * env["world_size"])
     return {
         "model": config.get("model"),
         "local_rank": 0,
@@ -61,29 +68,30 @@ def build_report(run: Run) -> dict[str, Any]:
         "epochs": config.get("epochs"),
         "training_step_per_epoch": config.get("training_step_per_epoch"),
         "eval_step_per_epoch": config.get("eval_step_per_epoch"),
-        "acc1": _best(others, "acc1"),
-        "acc5": _best(others, "acc5"),
+        "acc1": figures["acc1"],
+        "acc5": figures["acc5"],
         "device": config.get("device"),
         "skip_steps": config.get("skip_steps"),
-        "train_fps_mean": speed.mean,
-        "train_fps_min": speed.lowest,
-        "train_fps_max": speed.highest,
-        "training_time": _hours_minutes_seconds(events[-1]["seconds"]),
+        "train_fps_mean": figures["images_per_second"],
+        "train_fps_min": figures["train_fps_min"],
+        "train_fps_max": figures["train_fps_max"],
+        "training_time": figures["training_time"],
         # So far the seed kit's fields, in its order; from here on ours.
         "status": run.status,
         "damage": run.damage(),
-        "num_lines": run.num_lines(),
+        "num_lines": figures["num_lines"],
+        "events_checksum": figures["events_checksum"],
         "recipe": config.get("recipe"),
         "world_size": env["world_size"],
         "data_path": config.get("data_path"),
-        "data_is_fake": any(event.get("is_fake") for event in others if event["event"] == "start"),
+        "data_is_fake": figures["data_is_fake"],
         "num_skipped_images": len(run.skipped()),
         "decoder": config.get("decoder"),
         "image_size": config.get("image_size"),
         "lr": config.get("lr"),
         "global_batch_size": config["batch_size"] * env["world_size"],
-        "images_per_second": speed.mean,
-        **speed.of_steps(),
+        "images_per_second": figures["images_per_second"],
+        **{name: figures[name] for name in OF_STEPS},
         "seed": config.get("seed"),
         "amp_dtype": env.get("amp_dtype"),
         "tf32": env.get("tf32"),
@@ -91,11 +99,41 @@ def build_report(run: Run) -> dict[str, Any]:
         "fused": env.get("fused", False),
         "compiled": env.get("compiled", False),
         "timers": config.get("timers", False),
-        "first_step_seconds": first_step,
-        "peak_bytes": next((event.get("peak_bytes") for event in others if event["event"] == "end"), None),
+        "first_step_seconds": figures["first_step_seconds"],
+        "peak_bytes": figures["peak_bytes"],
         "hardware": env.get("hardware"),
         "simulated": env["simulated"],
         "versions": env.get("versions", {}),
+        "warnings": figures["warnings"],
+    }
+
+
+def _figures(run: Run, images_per_step: int) -> dict[str, Any]:
+    """What the events say, by the names of ``storage/schema.py``."""
+    events, is_simulated = run.events(), run.env["simulated"]
+    checksum = run.events_checksum()  # of what is read now, or of less
+    speed, others, first_step = Speed(), [], None
+    for event in events:
+        if event["event"] != "train":
+            others.append(event)
+        elif not is_simulated:
+            first_step = event.get("first_step_seconds") if first_step is None else first_step
+            # In place a run may go on on other hardware: the speed of a simulated card, or of fewer ranks, is not this.
+            if not event.get("simulated") and event["interval_images"] == event["interval_steps"] * images_per_step:
+                speed.add(event)
+    return {
+        "num_lines": run.num_lines(),
+        "events_checksum": checksum,
+        "acc1": _best(others, "acc1"),
+        "acc5": _best(others, "acc5"),
+        "images_per_second": speed.mean,
+        "train_fps_min": speed.lowest,
+        "train_fps_max": speed.highest,
+        "training_time": _hours_minutes_seconds(events[-1]["seconds"]),
+        "data_is_fake": any(event.get("is_fake") for event in others if event["event"] == "start"),
+        **speed.of_steps(),
+        "first_step_seconds": first_step,
+        "peak_bytes": next((event.get("peak_bytes") for event in others if event["event"] == "end"), None),
         "warnings": list(dict.fromkeys(event["text"] for event in others if event["event"] == "warning")),
     }
 

@@ -33,7 +33,7 @@ from vgglab.dist.ranks import failures, grace_period_seconds
 from vgglab.errors import UserError, printable
 from vgglab.settings.config import Request
 from vgglab.storage import schema
-from vgglab.storage.events import Event, EventFile, LongEvents
+from vgglab.storage.events import Event, EventFile
 from vgglab.storage.files import exists, make_folder, tail_of, writing
 from vgglab.storage.lock import holder
 from vgglab.storage.schema import RANK, SKIPPED, Document, Test, line_in, read_document, readable_document
@@ -48,6 +48,7 @@ LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
 MAX_LOG_BYTES = 2**26  # bytes
 NUM_RECENT = 8  # lines, enough to tell a slow rank from a slow moment
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}[+-]\d{4}")
+ENDS = ("done", "interrupted", "failed")
 ACTIVE = ("starting", "running")  # of a run's status; the others are ends
 _TYPES: dict[str, Test] = {
     "int": schema.whole, "float": schema.number, "str": schema.text, "bool": schema.switch, "None": schema.nothing
@@ -145,26 +146,43 @@ class Run:
 
     def damage(self) -> list[str]:
         """What in the files was left out because it is damaged, or no run of this kit writes it; a phrase each."""
-        try:
-            found = self._events.damage(is_over=self.status not in ACTIVE)
-        except UserError as error:
-            return [str(error)]
-        has_begun = self._events.read() != []
-        for name in ("config.json", "env.json", "report.json"):
-            document = readable_document(self.path / name)
-            found += document.damage
-            if not document and not document.damage and has_begun and name != "report.json":
-                found.append(f"{name}: is missing")
-            elif document and self._events.has_checksums and not document.has_checksum:
-                found.append(f"{name}: has no checksum; it was changed after it was written")
-        num_missing = readable_document(self.path / "report.json").get("num_lines", 0) - self._events.next_number()
-        if num_missing > 0:
-            found.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing at its end")
+        found: list[str] = []
+        if self.valid_report() is None:
+            try:
+                found += self._events.damage(is_over=self.status not in ACTIVE)
+            except UserError as error:
+                return [str(error)]
+            if self._events.read():
+                found += self._damaged_documents(self._events.has_checksums)
+            num_missing = readable_document(self.path / "report.json").get("num_lines", 0) - self._events.next_number()
+            if num_missing > 0:
+                found.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing at its end")
         for pattern, lines in (("skipped-rank", self._skipped_lines()), ("rank", self._recent_lines())):
             num_damaged = sum(line is None for line in lines)
             if num_damaged:
                 found.append(f"log/{pattern}*.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
         return found
+
+    def _damaged_documents(self, has_checksums: bool) -> list[str]:
+        """``has_checksums``: whether the kit that wrote this run has given them some."""
+        found = []
+        for name in ("config.json", "env.json", "report.json"):
+            document = readable_document(self.path / name)
+            found += document.damage
+            if not document and not document.damage and name != "report.json":
+                found.append(f"{name}: is missing")
+            elif document and has_checksums and not document.has_checksum:
+                found.append(f"{name}: has no checksum; it was changed after it was written")
+        return found
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is an event of it."""
+        return self.valid_report() is not None or bool(self._events.read())
+
+    def events_checksum(self) -> str:
+        """Of ``events.jsonl`` as a whole."""
+        return self._events.checksum()
 
     def num_lines(self) -> int:
         """How many lines of events were written, those that are damaged or missing now included."""
@@ -182,10 +200,11 @@ class Run:
     @property
     def status(self) -> str:
         """``starting``, ``running``, or how it ended: ``done``, ``interrupted``, ``failed``."""
-        seen = self._events.read()
+        report = self.valid_report()
+        seen = self._events.read() if report is None else []
         latest = seen[-1] if seen else None
-        if latest is not None and latest["event"] == "end":
-            return "starting" if self._is_launched_anew() else latest["status"]
+        if report is not None or (latest is not None and latest["event"] == "end"):
+            return "starting" if self._is_launched_anew() else (report or latest or {})["status"]
         if self._is_dead() or not is_a_run(self.path):
             return "failed"  # killed before it could say so, or removed
         return "starting" if latest is None else "running"
@@ -224,19 +243,20 @@ class Run:
         return is_newer and is_running(read_document(launched))
 
     def report(self) -> Report:
-        """The figures of ``report.json``, computed from the events.
-
-        Of a long run that has ended, what was computed then, if ``report.json`` and all events are intact.
-        """
+        """The figures of ``report.json``: computed from the events, unless it was computed from these very events."""
         from vgglab.runs.report import read_report
         from vgglab.view.cards import Report
 
-        if isinstance(self.events("train"), LongEvents):
-            saved = readable_document(self.path / "report.json")
-            is_whole = saved.has_checksum and saved.get("num_lines") == self.num_lines()
-            if is_whole and saved.get("status") == self.status and not self.damage():
-                return Report(saved)
         return Report(read_report(self))
+
+    def valid_report(self) -> Document | None:
+        """``report.json``, if it is of these very events and the run had ended: then they need not be read again."""
+        saved = readable_document(self.path / "report.json")
+        is_whole = saved.has_checksum and saved.keys() >= schema.DOCUMENTS["report.json"].keys() and not saved.damage
+        is_of_an_end = saved.get("damage") == [] and saved.get("status") in ENDS
+        if not is_whole or not is_of_an_end or self._damaged_documents(has_checksums=True):
+            return None
+        return saved if saved["events_checksum"] == self._events.checksum() else None
 
     def logs(self, rank: int | str = 0) -> str:
         """What a rank has printed so far; ``"launcher"``: what their launcher has."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 import threading
+import zlib
 from pathlib import Path
 from typing import BinaryIO, Iterator, Sequence, cast, overload
 
 from vgglab.errors import UserError
-from vgglab.storage.files import MAX_BYTES
+from vgglab.storage.files import MAX_BYTES, without_links
 from vgglab.storage.schema import CHECK, Content, event_in, is_intact
 
 Event = Content  # what a line holds
 MAX_EVENTS_BYTES = 2**30  # bytes
+CHUNK = 2**20  # bytes
 MAX_PARSED = 20_000  # lines; of a longer file a training line is kept as its place, and parsed when it is asked for
 TRAINING_LINE = re.compile(rb'\{"event": "train", "seconds": [^,]*, "epoch": \d+, "step": \d+, ')
 NUMBER = re.compile(rb'"line": (\d+), "check": "\w{8}"\}\n$')
@@ -142,6 +144,17 @@ class EventFile:
                         break  # training lines are in the order of their steps
                     redone.add(entry)
         self._seen = [e for e in self._seen if (e not in redone if isinstance(e, int) else _is_before(e, start))]
+
+    def checksum(self) -> str:
+        """Of the whole file as it is; empty where there is none that can be read."""
+        value = 0
+        try:
+            with open(self.file, "rb", opener=without_links) as content:
+                for part in iter(lambda: content.read(CHUNK), b""):
+                    value = zlib.crc32(part, value)
+        except OSError:
+            return ""
+        return f"{value:08x}"
 
     @property
     def has_checksums(self) -> bool:

@@ -140,7 +140,15 @@ DOCUMENTS: dict[str, dict[str, Test]] = {  # that of config.json: runs/run.py
         "cwd": text, "started": text, "amp_dtype": maybe(text), "tf32": maybe(switch), "channels_last": switch,
         "fused": switch, "compiled": switch, "num_cpus": count, "num_threads": count,
     },
-    "report.json": {"num_lines": count},  # it is made again from the others; of its figures nothing is read
+    "report.json": {  # what was computed from the events; the other figures are read where they come from
+        "num_lines": count, "events_checksum": text, "acc1": maybe(number), "acc5": maybe(number),
+        "images_per_second": maybe(positive), "train_fps_min": maybe(positive), "train_fps_max": maybe(positive),
+        "training_time": text, "data_is_fake": switch, "step_seconds_p50": maybe(seconds),
+        "step_seconds_p90": maybe(seconds), "step_seconds_p99": maybe(seconds), "num_measured_steps": count,
+        "data_wait_share": maybe(number), "num_intervals": count, "phase_seconds": maybe(table_of(number)),
+        "host_reads": maybe(table_of(number)), "first_step_seconds": maybe(seconds), "peak_bytes": maybe(count),
+        "warnings": list_of(text),
+    },
     "launch.json": {**PROCESS, "argv": list_of(text), "command": list_of(text)},
     "bench.json": {"results": list_of(record(
         {"way": text, "batch_size": count_from_1, "num_turns": count, "images_per_second": maybe(number),

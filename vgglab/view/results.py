@@ -123,7 +123,7 @@ def collect(folders: Iterable[Path]) -> list[Result]:
             if bench.exists():
                 rows = read_document(bench)["results"]
                 benchmarks += [_of_benchmark(row, Run(path)) for row in rows]
-            elif Run(path).events():
+            elif Run(path).has_begun:
                 runs += _results_of(path)
             elif Run(path).status not in ACTIVE:  # the others have only just begun
                 print(f"left out: {printable(path.name)}: has no events that can be read", file=sys.stderr)
