@@ -14,10 +14,16 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import NamedTuple, Sequence
 
+import torch
+
+from vgglab.data.sets import open_sets
 from vgglab.errors import UserError
+from vgglab.lab import anatomy
+from vgglab.model import build, head_for
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags, warnings_about
 from vgglab.settings.schedule import learning_rate
+from vgglab.view.tables import html_facts
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
 FORWARD_SHARE = 1 / 3  # of a training step's operations: evaluation has no backward pass
@@ -51,8 +57,6 @@ class Plan(NamedTuple):
         return as_text(self)
 
     def _repr_html_(self) -> str:
-        from vgglab.view.tables import html_facts
-
         return html_facts(_facts(self))
 
 
@@ -119,8 +123,6 @@ def _data(config: Request, given: Sequence[str]) -> tuple[str, int, int, int, in
     """What it is, training and held-out images, classes, and the side of an image."""
     if "data_path" not in given and config.recipe not in (None, "quick"):
         return "ImageNet", IMAGENET["train"], IMAGENET["val"], IMAGENET["classes"], config.image_size or 224
-    from vgglab.data.sets import open_sets
-
     sets = open_sets(config)
     assert sets.train is not None
     return sets.name, len(sets.train), len(sets.val), sets.num_classes, sets.image_size
@@ -128,11 +130,6 @@ def _data(config: Request, given: Sequence[str]) -> tuple[str, int, int, int, in
 
 def _checkpoint_bytes(config: Request, num_classes: int, image_size: int) -> int:
     """Weights and statistics in float32, as many again for each thing that the optimizer and --ema keep of them."""
-    import torch
-
-    from vgglab.lab import anatomy
-    from vgglab.model import build, head_for
-
     head = head_for(image_size) if config.head == "auto" else config.head
     with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes are enough
         built = build(config.model, num_classes=num_classes, head=head, init_weights=False)

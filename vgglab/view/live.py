@@ -18,6 +18,7 @@ from vgglab.storage.events import LongEvents
 from vgglab.view.progress import Progress, duration
 from vgglab.view.rank_table import RankRow, as_html, as_text, rank_rows, silence
 from vgglab.view.tables import html_text
+from vgglab.view.terminal import Terminal
 
 REFRESH_SECONDS = 0.5
 PICTURE_SECONDS = 2.0  # drawing takes the kernel's time, from whatever cell runs there
@@ -89,8 +90,6 @@ def _stop(run: Run) -> None:
 
 class _TerminalLines:
     def __init__(self, run: Run) -> None:
-        from vgglab.view.terminal import Terminal
-
         self.run, self.terminal = run, Terminal()
         self.seen: Sequence[Event] = []
 
