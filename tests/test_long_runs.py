@@ -1,6 +1,9 @@
 """A run of a million events: read without holding it in memory, and with the same outcome as a short one."""
 
+import contextlib
 import json
+import os
+import shutil
 
 import pytest
 from test_runs import START, path, trained  # noqa: F401  # path is a fixture
@@ -10,7 +13,7 @@ from vgglab.commands import call
 from vgglab.runs.compare import compare_runs
 from vgglab.storage import events
 from vgglab.storage.schema import with_checksum
-from vgglab.view.live import progress_of, summary
+from vgglab.view.live import _TerminalLines, progress_of, summary
 
 NUM_PARSED = 5
 EVALUATED = {
@@ -128,3 +131,102 @@ def test_a_report_that_was_changed_is_not_believed(path, monkeypatch):  # noqa: 
     assert json.loads((path / "report.json").read_text())["acc1"] == 50.0
     write(path, *training(61, 62), first=len(HISTORIES["to its end"]))
     assert acc1(with_checksum(saved)) == 50.0
+
+
+def test_a_file_that_is_replaced_between_two_looks_is_another_run(path, monkeypatch):  # noqa: F811
+    """Its lines were taken for those of the first: figures of both, and no damage."""
+    write(path, *HISTORIES["to its end"])
+    run = read(path, monkeypatch, is_long=True)
+    train = run.events("train")
+    (path / "events.jsonl").rename(path / "before.jsonl")
+    write(path, START, *training(1, 31, acc1=77.0), EVALUATED, *training(31, 61, acc1=77.0), END)
+    with pytest.raises(vgglab.UserError, match=r"events\.jsonl: was replaced while it was read"):
+        list(train)
+    assert {event["acc1"] for event in run.events("train")} == {77.0}
+    shutil.rmtree(path)
+    with pytest.raises(vgglab.UserError, match="cannot be read"):
+        list(train)
+    assert run.status == "failed"
+
+
+def test_a_run_that_ends_while_its_report_is_made_has_no_valid_one(path, monkeypatch):  # noqa: F811
+    """The checksum was of more than had been read, and such a report was believed."""
+    write(path, START, *training(1, 31))
+    checksum = vgglab.Run.events_checksum
+
+    def with_an_end(run):
+        found = checksum(run)
+        monkeypatch.undo()
+        write(path, EVALUATED, *training(31, 41), END, first=31)
+        return found
+
+    monkeypatch.setattr(vgglab.Run, "events_checksum", with_an_end)
+    assert call("report", [str(path)]) == 0
+    assert vgglab.Run(path).valid_report() is None
+    assert vgglab.Run(path).report()["acc1"] == 50.0
+
+
+@pytest.mark.parametrize(("name", "change"), [("env.json", {"simulated": True}), ("config.json", {"batch_size": 64})])
+def test_a_report_is_not_that_of_other_settings_or_another_machine(name, change, path):  # noqa: F811
+    write(path, *HISTORIES["to its end"])
+    assert call("report", [str(path)]) == 0
+    assert vgglab.Run(path).report()["images_per_second"] is not None
+    content = json.loads((path / name).read_text())
+    content.pop("check")
+    (path / name).write_text(json.dumps(with_checksum({**content, **change})))
+    assert vgglab.Run(path).report()["images_per_second"] is None
+
+
+def test_a_file_of_another_size_is_not_read_to_compare_it(path):  # noqa: F811
+    write(path, *HISTORIES["to its end"])
+    assert call("report", [str(path)]) == 0
+    os.truncate(path / "events.jsonl", 2**40)  # a hole, which takes no room
+    assert "has more than 1 GiB" in " ".join(vgglab.Run(path).damage())
+
+
+def test_a_report_without_events_is_no_report(path):  # noqa: F811
+    write(path, *HISTORIES["to its end"])
+    saved = {**vgglab.Run(path).report(), "events_checksum": ""}
+    (path / "report.json").write_text(json.dumps(with_checksum(saved)))
+    (path / "events.jsonl").unlink()
+    (path / "launch.json").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    with pytest.raises(vgglab.UserError, match="nothing to report yet"):
+        vgglab.Run(path).report()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"loss": "x"}, {"interval_seconds": -1}, {"epoch": 10**20}, {"host_reads": {"a": 2}}, {"host_reads": 3},
+        {"interval_seconds": 5e-324}, {"step": 50}, {"event": "end", "status": "done", "error": None},
+    ],
+)  # fmt: skip
+def test_a_line_that_no_trainer_writes_is_one_line_and_no_traceback(changed, path, monkeypatch):  # noqa: F811
+    rows = [START, *training(1, 41), END]
+    write(path, *rows[:20], {**rows[20], **changed}, *rows[21:])
+    for is_long in (False, True):
+        monkeypatch.setattr(events, "MAX_PARSED", NUM_PARSED if is_long else 20_000)
+        run = vgglab.Run(path)
+        for look in (repr, vgglab.Run.report, lambda run: summary(run, progress_of(run)), lambda run: [*run.events()]):
+            with contextlib.suppress(vgglab.UserError):
+                look(run)
+        assert run.status == "done"
+
+
+def test_a_run_that_starts_very_often_makes_nobody_wait(path):  # noqa: F811
+    write(path, *[START] * 3000)
+    assert "starts more than 1000 times" in " ".join(vgglab.Run(path).damage())
+
+
+def test_a_terminal_is_not_told_again_what_it_has_shown(path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(events, "MAX_PARSED", NUM_PARSED)
+    write(path, START, *training(1, 4))
+    run = vgglab.Run(path)
+    lines = _TerminalLines(run)
+    lines.update()
+    write(path, *training(4, 9), first=4)
+    capsys.readouterr()
+    shown = []
+    monkeypatch.setattr(lines, "terminal", shown.append)
+    lines.update()
+    assert [event["step"] for event in shown] == [4, 5, 6, 7, 8]

@@ -33,7 +33,7 @@ def read_report(run: Run, recompute: bool = False) -> dict[str, Any]:
     """
     try:
         return build_report(run, None if recompute else run.valid_report())
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"{run.path}: is damaged, or of another version ({error!r})") from error
 
 
@@ -110,8 +110,10 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
 
 def _figures(run: Run, images_per_step: int) -> dict[str, Any]:
     """What the events say, by the names of ``storage/schema.py``."""
+    checksum = run.events_checksum()  # first: a run that goes on meanwhile makes it that of fewer events, and invalid
     events, is_simulated = run.events(), run.env["simulated"]
-    checksum = run.events_checksum()  # of what is read now, or of less
+    if not events:
+        raise UserError(f"{run.path}: nothing to report yet")
     speed, others, first_step = Speed(), [], None
     for event in events:
         if event["event"] != "train":
@@ -149,12 +151,13 @@ class Speed:
     """Measured intervals between log lines, added up one by one: a long run has a million of them."""
 
     def __init__(self) -> None:
-        self.num_intervals = self._num_images = self._num_timed_steps = 0
+        self.num_intervals = self._num_images = 0
         self._seconds = self._data_seconds = 0.0
         self.lowest: float | None = None  # images per second of an interval
         self.highest: float | None = None
         self._step_seconds = array("d")
         self._mean_step_seconds: list[tuple[float, int]] = []  # and of how many steps: where they were not timed singly
+        self._num_timed_steps: dict[str, int] = {}
         self._timed: dict[str, dict[str, float]] = {}  # what --timers have added up, by field and name
 
     def add(self, event: Event) -> None:
@@ -172,11 +175,13 @@ class Speed:
             self._step_seconds.extend(event["step_seconds"])
         else:
             self._mean_step_seconds.append((seconds / num_steps, num_steps))
-        self._num_timed_steps += num_steps * ("phase_seconds" in event)
         for field in TIMED:
-            for name, value in dict(event.get(field, ())).items():
+            values = event.get(field)
+            if isinstance(values, dict):
+                self._num_timed_steps[field] = self._num_timed_steps.get(field, 0) + num_steps
                 sums = self._timed.setdefault(field, {})
-                sums[name] = sums.get(name, 0) + value
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0) + value
 
     @property
     def mean(self) -> float | None:
@@ -186,7 +191,7 @@ class Speed:
     def _of_a_step(self, field: str) -> dict[str, float] | None:
         """None without --timers."""
         sums = self._timed.get(field)
-        return {name: value / self._num_timed_steps for name, value in sums.items()} if sums else None
+        return {name: value / self._num_timed_steps[field] for name, value in sums.items()} if sums else None
 
     def of_steps(self) -> dict[str, Any]:
         """Percentiles of single steps, the share of time spent waiting for data, and the parts of a mean step."""

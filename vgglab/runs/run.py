@@ -239,7 +239,7 @@ class Run:
     def _is_launched_anew(self) -> bool:
         """Whether the end that was written last is that of an earlier launch in the same folder."""
         launched, events = self.path / LAUNCHED, self.path / "events.jsonl"
-        is_newer = launched.exists() and launched.stat().st_mtime > events.stat().st_mtime
+        is_newer = launched.exists() and events.exists() and launched.stat().st_mtime > events.stat().st_mtime
         return is_newer and is_running(read_document(launched))
 
     def report(self) -> Report:
@@ -256,7 +256,9 @@ class Run:
         is_of_an_end = saved.get("damage") == [] and saved.get("status") in ENDS
         if not is_whole or not is_of_an_end or self._damaged_documents(has_checksums=True):
             return None
-        return saved if saved["events_checksum"] == self._events.checksum() else None
+        sources = {**readable_document(self.path / "config.json"), **readable_document(self.path / "env.json")}
+        is_of_these = all(saved.get(name) == sources.get(name) for name in ("batch_size", "world_size", "simulated"))
+        return saved if is_of_these and self._events.has_checksum(saved["events_checksum"]) else None
 
     def logs(self, rank: int | str = 0) -> str:
         """What a rank has printed so far; ``"launcher"``: what their launcher has."""

@@ -7,7 +7,7 @@ import re
 import threading
 import zlib
 from pathlib import Path
-from typing import BinaryIO, Iterator, Sequence, cast, overload
+from typing import BinaryIO, Iterator, Sequence, Tuple, cast, overload
 
 from vgglab.errors import UserError
 from vgglab.storage.files import MAX_BYTES, without_links
@@ -17,22 +17,25 @@ Event = Content  # what a line holds
 MAX_EVENTS_BYTES = 2**30  # bytes
 CHUNK = 2**20  # bytes
 MAX_PARSED = 20_000  # lines; of a longer file a training line is kept as its place, and parsed when it is asked for
-TRAINING_LINE = re.compile(rb'\{"event": "train", "seconds": [^,]*, "epoch": \d+, "step": \d+, ')
-NUMBER = re.compile(rb'"line": (\d+), "check": "\w{8}"\}\n$')
+TRAINING_LINE = re.compile(rb'\{"event": "train", "seconds": [^,]*, "epoch": \d+, "step": (\d{1,15}), ')
+NUMBER = re.compile(rb'"line": (\d{1,15}), "check": "\w{8}"\}\n$')
+MAX_STARTS = 1000  # of a run that was continued; each is a look at all events before it
 
 
 class LongEvents(Sequence[Event]):
     """Events of which the training lines of a long file are read when they are asked for."""
 
-    def __init__(self, file: Path, entries: list[Event | int]) -> None:
+    def __init__(self, file: Path, identity: Identity, entries: list[Event | int]) -> None:
         """``entries``: events, and places in the file, in bytes, of those that are still to be read."""
-        self._file, self._entries = file, entries
+        self._file, self._identity, self._entries = file, identity, entries
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Event]:
-        with self._file.open("rb") as lines:
+        with _opened(self._file) as lines:
+            if _identity_of(lines) != self._identity:
+                raise UserError(f"{self._file}: was replaced while it was read")
             for entry in self._entries:
                 yield _event_at(lines, entry) if isinstance(entry, int) else entry
 
@@ -45,24 +48,38 @@ class LongEvents(Sequence[Event]):
     def __getitem__(self, place: int | slice) -> Event | LongEvents:
         chosen = self._entries[place]
         if isinstance(chosen, list):
-            return LongEvents(self._file, chosen)
-        return next(iter(LongEvents(self._file, [chosen])))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LongEvents) and self._entries == other._entries
+            return LongEvents(self._file, self._identity, chosen)
+        return next(iter(LongEvents(self._file, self._identity, [chosen])))
 
     def turning_points(self) -> LongEvents:
         """All of them, but of unread training events in a row the last one alone."""
         following = [*self._entries[1:], None]
         pairs = zip(self._entries, following)
-        return LongEvents(self._file, [e for e, after in pairs if not (isinstance(e, int) and isinstance(after, int))])
+        kept = [e for e, after in pairs if not (isinstance(e, int) and isinstance(after, int))]
+        return LongEvents(self._file, self._identity, kept)
+
+
+Identity = Tuple[int, int]
+
+
+def _identity_of(file: BinaryIO) -> Identity:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino
+
+
+def _opened(file: Path) -> BinaryIO:
+    """Raises UserError, also for a link."""
+    try:
+        return open(file, "rb", opener=without_links)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def _event_at(lines: BinaryIO, place: int) -> Event:
     lines.seek(place)
     event = event_in(lines.readline(MAX_BYTES))
-    if event is None:
-        raise UserError(f"{lines.name}: was changed while it was read")
+    if event is None or event["event"] != "train":
+        raise UserError(f"{lines.name}: was changed while it was read, or holds a training event that cannot be used")
     event.pop("line", None)
     return event
 
@@ -79,6 +96,8 @@ class EventFile:
         self._seen: list[Event | int] = []
         self._num_bytes_seen = self._num_damaged = self._num_missing = 0
         self._next_line = 0
+        self._num_starts = self._last_step = 0
+        self._identity: Identity = (0, 0)
         self._has_checksums = False  # from the first line with one on, all must have one
 
     def read(self, kind: str | None = None) -> Sequence[Event]:
@@ -92,35 +111,34 @@ class EventFile:
         if self.file.is_symlink():
             raise UserError(f"{self.file}: is a link, which is not followed")
         if self.file.is_file():
-            try:
-                opened = self.file.open("rb")
-            except OSError as error:
-                raise UserError(f"{self.file}: cannot be read ({error.strerror})") from None
-            with self._reading, opened as lines:
+            with self._reading, _opened(self.file) as lines:
                 size = os.fstat(lines.fileno()).st_size
                 if size > MAX_EVENTS_BYTES:
                     raise UserError(f"{self.file}: has more than {MAX_EVENTS_BYTES >> 30} GiB, which no run writes")
-                if size < self._num_bytes_seen:  # another run, in a folder made anew
+                identity = _identity_of(lines)
+                if size < self._num_bytes_seen or identity != self._identity:  # the first look, or another run
                     self._start_again()
+                    self._identity = identity
                 lines.seek(self._num_bytes_seen)
                 for line in iter(lambda: lines.readline(MAX_BYTES), b""):
                     if not line.endswith(b"\n") and len(line) < MAX_BYTES:  # it is being written
                         break
                     self._take(line)
                     self._num_bytes_seen += len(line)
-        unread_kinds = (None, "train")
-        chosen = [e for e in self._seen if kind in (unread_kinds if isinstance(e, int) else (None, e["event"]))]
-        return LongEvents(self.file, chosen) if any(isinstance(e, int) for e in chosen) else cast("list[Event]", chosen)
+        elif any(isinstance(e, int) for e in self._seen):  # removed: what was not read yet is gone
+            self._start_again()
+        chosen = [e for e in self._seen if kind in (None, "train" if isinstance(e, int) else e["event"])]
+        if any(isinstance(e, int) for e in chosen):
+            return LongEvents(self.file, self._identity, chosen)
+        return cast("list[Event]", chosen)
 
     def _take(self, line: bytes) -> None:
         if line.isspace():  # written by a run that goes on, to end a line that was cut short
             return
-        if len(self._seen) >= MAX_PARSED and TRAINING_LINE.match(line) and is_intact(line):
-            number = NUMBER.search(line)
-            if number and int(number[1]) == self._next_line:
-                self._seen.append(self._num_bytes_seen)
-                self._next_line += 1
-                return
+        if len(self._seen) >= MAX_PARSED and self._is_the_next_training_line(line):
+            self._seen.append(self._num_bytes_seen)
+            self._next_line += 1
+            return
         event = event_in(line, self._has_checksums)
         number = event.pop("line", None) if event else None  # None, too, in runs of earlier versions
         if event is None or (number is not None and number < self._next_line):  # damaged, or once more
@@ -131,13 +149,28 @@ class EventFile:
             self._next_line = number + 1
         self._has_checksums = self._has_checksums or f'"{CHECK}": '.encode() in line
         if event["event"] == "start":
+            self._num_starts += 1
+            if self._num_starts > MAX_STARTS:
+                raise UserError(f"{self.file}: starts more than {MAX_STARTS} times, which no run does")
             self._leave_out_after(event)
+            self._last_step = event["first_step"]
+        self._last_step = max(self._last_step, event.get("step", 0))
         self._seen.append(event)
+
+    def _is_the_next_training_line(self, line: bytes) -> bool:
+        """Whether it is one as the trainer writes them, intact, in its place: such a line need not be parsed yet."""
+        found = TRAINING_LINE.match(line)
+        is_plain = found is not None and b"\\" not in line and line.count(b'"event": ') == 1 and is_intact(line)
+        number = NUMBER.search(line) if is_plain else None
+        if found is None or number is None or int(number[1]) != self._next_line or int(found[1]) <= self._last_step:
+            return False
+        self._last_step = int(found[1])
+        return True
 
     def _leave_out_after(self, start: Event) -> None:
         """What a run that starts (again) at ``start`` does again."""
         redone = set()
-        with self.file.open("rb") as lines:
+        with _opened(self.file) as lines:
             for entry in reversed(self._seen):
                 if isinstance(entry, int):
                     if _is_before(_event_at(lines, entry), start):
@@ -146,15 +179,27 @@ class EventFile:
         self._seen = [e for e in self._seen if (e not in redone if isinstance(e, int) else _is_before(e, start))]
 
     def checksum(self) -> str:
-        """Of the whole file as it is; empty where there is none that can be read."""
-        value = 0
+        """Of the whole file as it is, after its size in bytes; empty where there is none that can be read."""
+        value, size = 0, self._size()
+        if not 0 < size <= MAX_EVENTS_BYTES:
+            return ""
         try:
-            with open(self.file, "rb", opener=without_links) as content:
+            with _opened(self.file) as content:
                 for part in iter(lambda: content.read(CHUNK), b""):
                     value = zlib.crc32(part, value)
-        except OSError:
+        except (OSError, UserError):
             return ""
-        return f"{value:08x}"
+        return f"{size}-{value:08x}"
+
+    def has_checksum(self, expected: str) -> bool:
+        """Whether ``checksum()`` is ``expected``; of a file of another size nothing is read."""
+        return expected.startswith(f"{self._size()}-") and expected == self.checksum()
+
+    def _size(self) -> int:
+        try:
+            return os.stat(self.file, follow_symlinks=False).st_size if self.file.is_file() else 0
+        except OSError:
+            return 0
 
     @property
     def has_checksums(self) -> bool:

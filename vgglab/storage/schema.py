@@ -23,6 +23,7 @@ Test = Callable[[Any], bool]
 CHECK = "check"
 # Beyond these, arithmetic and the axes of figures overflow.
 LONGEST = 1e12  # seconds; or images a second
+SHORTEST = 1e-12  # of those that something is divided by
 LARGEST = 10**15
 HIGHEST = 1e40  # float32 ends at 3.4e38
 DEEPEST = 8  # objects and lists inside one another
@@ -45,7 +46,7 @@ def seconds(value: Any) -> bool:
 
 
 def positive(value: Any) -> bool:
-    return number(value) and 0 < value < LONGEST
+    return number(value) and SHORTEST < value < LONGEST
 
 
 def whole(value: Any) -> bool:

@@ -13,6 +13,7 @@ import threading
 import time
 from typing import Any, Callable, Sequence
 
+from vgglab.errors import UserError
 from vgglab.runs.run import ACTIVE, Event, Run
 from vgglab.storage.events import LongEvents
 from vgglab.view.progress import Progress, duration
@@ -223,7 +224,10 @@ def last_lines(run: Run) -> list[str]:
 
 def is_continued(seen: Sequence[Event], events: Sequence[Event]) -> bool:
     """Whether all that was seen still stands; where a run went on from a checkpoint, what came after that is void."""
-    return events[: len(seen)][-1:] == seen[-1:]
+    try:
+        return [*events[: len(seen)][-1:]] == [*seen[-1:]]
+    except UserError:  # the file was replaced
+        return False
 
 
 class Follower:
@@ -266,8 +270,9 @@ def summary(run: Run, progress: Progress) -> str:
     if progress.train:
         loss = progress.train["loss"]
         parts.append("loss not finite" if loss is None else f"loss {loss:.4f}")
-        is_simulated = progress.train.get("simulated")
-        parts.append("simulated card" if is_simulated else f"{progress.train['images_per_second']:.1f} images/s")
+        is_simulated, rate = progress.train.get("simulated"), progress.train.get("images_per_second")
+        speed = "no speed" if rate is None else f"{rate:.1f} images/s"
+        parts.append("simulated card" if is_simulated else speed)
     if progress.eval:
         of_what = " of made-up images" * (run.config.get("data_path") == "fake")
         parts.append(f"held-out top-1 {progress.eval['acc1']:.2f} %{of_what}")
