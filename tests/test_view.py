@@ -1,6 +1,7 @@
 """What people see: the bar on a terminal, the dashboard, the block in a report."""
 
 import fcntl
+import io
 import os
 import pty
 import struct
@@ -9,6 +10,7 @@ import sys
 import termios
 import threading
 
+import matplotlib
 import pytest
 from conftest import PATIENCE_SECONDS, TINY, shell, wait_until
 from test_runs import START, add, trained
@@ -208,3 +210,14 @@ def test_what_goes_wrong_in_a_dashboard_is_shown_and_tried_again(monkeypatch):
     live.keep_fresh(refresh, is_over, status)
     assert len(calls) == 4  # the last one sees the end
     assert "this dashboard cannot read its run: OSError(&#x27;the disk &lt;is&gt; away&#x27;)" in calls[2]
+
+
+def test_the_powers_of_a_logarithmic_axis_are_drawn_as_powers():
+    """They stood there as $\\mathdefault{10^{2}}$."""
+    figure, (panel,) = vgglab.figures.new_figure(1)
+    panel.set(xscale="log", yscale="log", xlim=(1, 1e3), ylim=(1, 1e3), title="costs $5 and $_{")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        page = io.StringIO()
+        figure.savefig(page, format="svg")
+    assert "mathdefault" not in page.getvalue().replace("<!-- $\\mathdefault", "")
+    assert "costs $5 and $_{" in page.getvalue()

@@ -29,9 +29,14 @@ class Picture(Figure):
         FigureCanvasAgg(self)
 
     def draw(self, renderer: Any) -> None:
-        """As any figure; but a name with a ``$`` in it, of a run or a class, is no formula."""
+        """As any figure; but a name with a ``$`` in it, of a run or a class, is no formula.
+
+        The numbers of a logarithmic axis are: matplotlib writes powers of ten so.
+        """
+        axes = [axis for panel in self.axes for axis in (panel.xaxis, panel.yaxis) if axis.get_scale() == "log"]
+        powers = {text for axis in axes for text in (*axis.get_majorticklabels(), *axis.get_minorticklabels())}
         for text in self.findobj(Text):
-            text.set_parse_math(False)
+            text.set_parse_math(text in powers)
         super().draw(renderer)
 
     def png(self, dpi: int = 96) -> bytes:
