@@ -16,7 +16,6 @@ from vgglab.lab import anatomy
 from vgglab.lab.shapes import output_of
 from vgglab.settings.config import MODELS
 from vgglab.view.anatomy_table import Ceilings, Layer, as_html, as_text
-from vgglab.view.figures import roofline
 
 # Table 2 of the paper: millions of parameters with 1000 classes.
 PAPER_MILLIONS = {"vgg11": 133, "vgg13": 133, "vgg16": 138, "vgg19": 144}
@@ -283,6 +282,8 @@ def test_measured_rows_show_times_and_their_place_under_the_roof(measured):
 
 def test_the_roofline_is_drawn(measured):
     pytest.importorskip("matplotlib")
+    from vgglab.view.figures import roofline
+
     picture = roofline(measured, measured.ceilings)
     assert len(picture.png()) > 1000
     (panel,) = picture.axes
@@ -295,6 +296,8 @@ def test_the_roofline_is_drawn(measured):
 
 def test_labels_of_like_layers_keep_their_distance():
     pytest.importorskip("matplotlib")
+    from vgglab.view.figures import roofline
+
     rows = [layer._replace(forward_seconds=0.01) for layer in anatomy.of("vgg19")]
     panel = roofline(rows, Ceilings(100e9, 20e9)).axes[0]
     places = sorted(text.get_position()[0] for text in panel.texts)

@@ -23,7 +23,7 @@ from vgglab.devices.compat import load_tensors
 from vgglab.devices.memory import keep_freed_memory
 from vgglab.lab.bench import step
 from vgglab.pace import PHASES
-from vgglab.runs.report import remark_on_steadiness
+from vgglab.runs.report import Speed, remark_on_steadiness
 from vgglab.runs.run import holds_a_run
 from vgglab.view import results
 
@@ -105,16 +105,19 @@ def test_each_step_is_timed_and_the_first_since_the_start_of_the_process(images,
 
 
 def test_uneven_steps_are_remarked_upon():
-    def interval(step_seconds):
-        return {
-            "step_seconds": step_seconds, "interval_seconds": sum(step_seconds), "data_seconds": 0.0,
-            "interval_steps": len(step_seconds),
-        }  # fmt: skip
+    def remark(*intervals):
+        speed = Speed()
+        for step_seconds in intervals:
+            figures = {"interval_steps": len(step_seconds), "interval_images": 1, "interval_seconds": sum(step_seconds)}
+            more = {"is_measured": True, "images_per_second": 1.0, "data_seconds": 0.0, "step_seconds": step_seconds}
+            speed.add({**figures, **more})
+        return remark_on_steadiness(speed.of_steps())
 
-    assert remark_on_steadiness([interval([0.1] * 10), interval([0.11] * 10)]) == ""
-    remark = remark_on_steadiness([interval([0.1] * 17), interval([0.3] * 3)])
-    assert remark.startswith("not steady: a tenth of the 20 measured steps took 3.00 x the median")
-    assert remark_on_steadiness([interval([0.1] * 5 + [9.0])]) == ""  # too few to say
+    assert remark([0.1] * 10, [0.11] * 10) == ""
+    assert remark([0.1] * 17, [0.3] * 3).startswith(
+        "not steady: a tenth of the 20 measured steps took 3.00 x the median"
+    )
+    assert remark([0.1] * 5 + [9.0]) == ""  # too few to say
 
 
 def test_timers_show_a_slow_loader(train, monkeypatch):
