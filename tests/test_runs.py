@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import TINY
@@ -37,13 +38,18 @@ def add(path, *events):
         file.writelines(f"{json.dumps(event)}\n" for event in events)
 
 
+TRAINED = []  # trained once in each process of the tests
+
+
 @pytest.fixture
-def path(train):
+def path(request, tmp_path, tmp_path_factory):
     """A run that has ended, with its settings and machine, and no events yet."""
-    run = train().run
-    for name in ("events.jsonl", "report.json"):
-        (run.path / name).unlink()
-    return run.path
+    if not TRAINED:
+        run = request.getfixturevalue("train")().run
+        TRAINED.append(Path(shutil.move(run.path, tmp_path_factory.mktemp("trained"))))
+        for name in ("events.jsonl", "report.json"):
+            (TRAINED[0] / name).unlink()
+    return Path(shutil.copytree(TRAINED[0], tmp_path / "runs" / TRAINED[0].name))
 
 
 @pytest.fixture
