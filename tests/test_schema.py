@@ -146,6 +146,7 @@ def test_whatever_a_file_holds_nothing_but_one_line_is_said(run, tmp_path, name,
 def test_one_flipped_bit_is_noticed_or_changes_no_figure(run, name, times):
     def figures():
         report = dict(run_again.report())
+        report.pop("events_checksum")  # no figure: a digit that float64 has no room for moves it, and nothing else
         return report.pop("damage"), (report, run_again.status, dict(run_again.config), dict(run_again.env))
 
     run_again = run
