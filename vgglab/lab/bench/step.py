@@ -163,7 +163,7 @@ def way_named(name: str) -> Way:
 def measure_steps(
     flags: Sequence[str], ways: Sequence[str], batch_size: int, turns: int, steps: int
 ) -> list[StepFigures]:
-    """Each way in turns with the plain loop, after a warm-up: one step, on a card five.
+    """Time each mode in alternation with the plain loop, after a warm-up of one step, or of five on a card.
 
     Args:
         flags: of training, such as ``--model=vgg11``; what belongs to the measuring, such as made-up images, is set.
