@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE_SECONDS, TINY, shell, wait_until
+from processes import Child, python
 
 import vgglab
+from vgglab.runs.run import is_a_run
 
 MARK = f"VGGLAB_TEST_MARK_{os.getpid()}"  # another suite on this machine has other ones
 
@@ -161,10 +164,12 @@ time.sleep(600)
 def start_launcher(tiny, mark, code=LAUNCHER):
     environment = {**os.environ, MARK: mark}
     command = [sys.executable, "-c", code, *tiny]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, preexec_fn=no_core_dump, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_a_launcher_that_dies_takes_its_run_along(tiny, number):
     mark = f"dies-{number}"
     launcher = start_launcher(tiny, mark)
@@ -174,6 +179,33 @@ def test_a_launcher_that_dies_takes_its_run_along(tiny, number):
     launcher.communicate(timeout=PATIENCE_SECONDS)
     wait_until(lambda: not processes_with(mark))
     assert run.status == "interrupted"
+
+
+def no_core_dump():
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def has_group(number):
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_ctrl_backslash_ends_a_run_with_its_workers_and_the_run_can_go_on(images, tmp_path):
+    """SIGQUIT reaches all processes of the terminal's foreground group, and nobody cleans up."""
+    flags = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--resume=auto", "--workers=2"]
+    process = Child(["-m", "vgglab.train", *flags, "--epochs=100000"], preexec_fn=no_core_dump)
+    wait_until(lambda: is_a_run(tmp_path / "run") and vgglab.Run(tmp_path / "run").events("checkpoint"))
+    os.killpg(process.pid, signal.SIGQUIT)
+    assert process.wait() == -signal.SIGQUIT
+    wait_until(lambda: not has_group(process.pid))
+    run = vgglab.Run(tmp_path / "run")
+    assert run.status == "failed"
+    saved = run.events("checkpoint")[-1]
+    assert python("-m", "vgglab.train", *flags, f"--epochs={saved['epoch'] + 1}").returncode == 0
+    assert run.events("start")[-1]["first_step"] == saved["step"]
 
 
 def test_a_launcher_that_dies_early_leaves_nothing_either(tiny):

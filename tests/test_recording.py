@@ -9,8 +9,8 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from conftest import TINY
-from processes import python
+from conftest import PROJECT, TINY, wait_until
+from processes import Child, python
 
 import vgglab
 from vgglab import Run, UserError
@@ -70,6 +70,57 @@ def test_a_disk_that_fills_costs_log_lines_and_not_the_training(elsewhere, disk)
     os.remove(disk / "filler")
     assert trained(*elsewhere, "--epochs=10").returncode == 0
     assert (Run(disk / "run").status, Run(disk / "run").events("start")[-1]["first_epoch"]) == ("done", 9)
+
+
+@pytest.fixture
+def aborted_disk(tmp_path):
+    """A separate disk, and what makes it read-only while files on it are open, as the kernel does after an error."""
+    folder, image = tmp_path / "disk", tmp_path / "disk.img"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(800 * 2**20)
+    mount = ["mount", "-o", "loop,errors=remount-ro", image, folder]
+    if shutil.which("mkfs.ext4") is None or subprocess.run(["mkfs.ext4", "-q", image]).returncode:
+        pytest.skip("needs mkfs.ext4")
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a disk")
+    yield folder, lambda: subprocess.run(["mount", "-o", "remount,abort", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+WAITS = """
+import os, time
+import vgglab.runs.writer as writer
+original = writer.RunWriter.event
+def event(run, kind, **values):
+    original(run, kind, **values)
+    while kind == "checkpoint" and not os.path.exists({file!r}):
+        time.sleep(0.01)
+writer.RunWriter.event = event
+"""
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_disk_that_becomes_read_only_costs_one_line_that_names_all_that_is_missing(images, aborted_disk, tmp_path):
+    disk, abort = aborted_disk
+    (tmp_path / "sitecustomize.py").write_text(WAITS.format(file=str(tmp_path / "aborted")))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
+    words = ["-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={disk / 'run'}", "--epochs=3"]
+    process = Child([*words, "--print-freq=1"], env=environment)
+    wait_until(lambda: is_a_run(disk / "run") and Run(disk / "run").events("checkpoint"))
+    abort()
+    (tmp_path / "aborted").touch()
+    process.wait()
+    ended = process.completed()
+    assert (ended.returncode, "Traceback" in ended.stdout + ended.stderr) == (2, False)
+    assert ended.stdout.count("events.jsonl cannot be written (Read-only file system)") == 1
+    assert "epoch 3 of 3" in ended.stdout
+    [error] = [line for line in ended.stderr.splitlines() if "error: " in line]
+    assert re.search(
+        r"checkpoint of step [0-9]+ was not written .*; the one before is intact; also not written: ", error
+    )
+    assert re.search(r"lines of events.jsonl.*report.json; make room .* continue with --run-dir", error)
+    assert Run(disk / "run").status == "failed"
 
 
 def test_a_disk_that_is_full_at_the_start_refuses_the_run_and_nothing_waits(images, disk):

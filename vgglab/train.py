@@ -147,7 +147,7 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
         tf32=request.tf32,
         fast=request.fast,
         channels_last=request.channels_last,
-        fused=request.fused,
+        fused=_fused(request),
         compile=request.compile,
         timers=request.timers,
         sync_bn=request.sync_bn,
@@ -163,6 +163,21 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
         _prepare_and_work(settings, device, sets, saved, is_in_place)
     finally:
         device.close()
+
+
+def _fused(request: Request) -> bool | None:
+    """``--fused``, for an optimizer that has such a step; of another neither this flag nor --fast asks for it.
+
+    Raises:
+        UserError: it was asked for by name.
+    """
+    from vgglab.optim import OPTIMIZERS
+
+    if OPTIMIZERS[request.optimizer].can_fuse:
+        return request.fused
+    if request.fused:
+        raise UserError(f"--fused: --optimizer {request.optimizer} has no fused step; leave --fused out")
+    return False
 
 
 def _read_checkpoint(path: str) -> Checkpoint:
@@ -307,7 +322,8 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             if config.resume and not config.test_only:
                 checkpoint.carry_best(config.resume, path / "checkpoints")
             _work(trainer, run)
-            status = "done"
+            failure = run.lost_last_checkpoint or None
+            status = "failed" if failure else "done"
             remark = "" if device.is_simulated else remark_on_steadiness(build_report(Run(path)))
             if remark:
                 run.event("warning", text=remark)
@@ -326,9 +342,8 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
                 with contextlib.suppress(UserError):  # so little was taken that there is none
                     run.write_report(build_report(Run(path)))
                 run.close()
-        if run.lost:
-            advice = f"make room, then python -m vgglab.report {path}"
-            raise UserError(f"{path}: trained to the end, but not written: {run.unwritten()}; {advice}")
+        if run.what_is_missing():
+            raise UserError(run.what_is_missing())
         report = Run(path).report()
         best = "" if report["acc1"] is None else f"best top-1 {report['acc1']:.2f} % "
         terminal.say(f"{best}after {report['training_time']} (h:mm:ss); report: {path / 'report.json'}")

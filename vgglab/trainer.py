@@ -173,10 +173,10 @@ class Trainer:
         self.save(run, is_best)
 
     def save(self, run: RankWriter, is_best: bool = False) -> None:
-        """Rank 0 writes the checkpoint. One that does not fit on the disk ends the run only if it is the last.
+        """Rank 0 writes the checkpoint. One that does not fit on the disk is a warning; the last fails the run.
 
         Raises:
-            UserError: a weight that is not finite; no room for the last checkpoint.
+            UserError: a weight that is not finite.
         """
         if self.device.rank != 0:
             return
@@ -190,7 +190,7 @@ class Trainer:
         self.save(run)
         if self.device.rank != 0:
             raise Leaving
-        saved = "its checkpoint could not be written" if "checkpoints" in run.lost else "checkpoint saved"
+        saved = "its checkpoint could not be written" if run.has_lost_checkpoints else "checkpoint saved"
         raise Leaving(f"after step {self.state.step}, {saved}; {run.resume_advice}")
 
     def announce(self, run: RankWriter) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vgglab.trainer import TrainingState
 
 Listener = Callable[[Event], None]
+MAKE_ROOM = "make room (or remount the disk as writable)"
 
 
 class RankWriter:
@@ -42,6 +43,7 @@ class RankWriter:
         self._skipped: set[str] = set()
         self._mark = {"simulated": True} if is_simulated else {}  # on all that a simulated card has part in
         self.lost: dict[str, int] = {}  # what could not be written: how often, by name
+        self.lost_last_checkpoint = ""  # why that of the last step could not be written; empty where it was
 
     def event(self, kind: str, **values: Any) -> None:
         pass
@@ -56,9 +58,21 @@ class RankWriter:
         """What was lost of this does not matter any more."""
         self.lost.pop(what, None)
 
-    def unwritten(self) -> str:
-        """What could not be written, such as ``12 lines of events.jsonl, report.json``; empty where all was."""
-        return ", ".join(f"{number} {name}" if number > 1 else name for name, number in self.lost.items())
+    @property
+    def has_lost_checkpoints(self) -> bool:
+        """Whether the newest state is in no checkpoint."""
+        return bool(self.lost_last_checkpoint or "checkpoints" in self.lost)
+
+    def what_is_missing(self) -> str:
+        """For the last line of a run: what could not be written, and how to continue; empty where everything was."""
+        unwritten = ", ".join(f"{number} {name}" if number > 1 else name for name, number in self.lost.items())
+        if self.lost_last_checkpoint:
+            also = f"; also not written: {unwritten}" if unwritten else ""
+            return f"{self.lost_last_checkpoint}{also}; {MAKE_ROOM}, then {self.resume_advice}"
+        if unwritten:
+            advice = f"{MAKE_ROOM}, then python -m vgglab.report {self.path}"
+            return f"{self.path}: trained to the end, but not written: {unwritten}; {advice}"
+        return ""
 
     def save_checkpoint(self, *_: Any) -> None:
         pass
@@ -218,10 +232,10 @@ class RunWriter(RankWriter):
         is_best: bool,
         average: nn.Module | None,
     ) -> None:
-        """Write one (arguments: ``checkpoint.save``). Only the last ends the run if it does not fit on the disk.
+        """Write one (arguments: ``checkpoint.save``). One that the disk refuses costs a warning; the last, the run.
 
         Raises:
-            UserError: a weight that is not finite; no room for the last checkpoint.
+            UserError: a weight that is not finite.
         """
         folder = self.path / "checkpoints"
         try:
@@ -230,10 +244,10 @@ class RunWriter(RankWriter):
             left = "the one before is intact" if (folder / "last.pt").exists() else "there is none before it"
             text = f"the checkpoint of step {state.step} was not written ({error}); {left}"
             if state.epoch == settings["epochs"]:
-                self.write_recovered("checkpoints")  # said here
-                lost = f"also not written: {self.unwritten()}; " if self.lost else ""
-                raise UserError(f"{folder}: {text}; {lost}make room, then {self.resume_advice}") from None
-            self.write_failed("checkpoints", text)
+                self.write_recovered("checkpoints")  # the last line says it
+                self.lost_last_checkpoint = f"{folder}: {text}"
+            else:
+                self.write_failed("checkpoints", text)
         else:
             self.write_recovered("checkpoints")  # a later one is as good
             self.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)
