@@ -105,13 +105,14 @@ def test_the_list_of_flags_is_a_promise():
 def test_a_choice_is_in_its_table_and_what_is_not_in_it_is_an_error(monkeypatch):
     """An unknown schedule silently became cosine, an unknown decoder Pillow."""
     from vgglab import model, optim
-    from vgglab.data import decode, sets
+    from vgglab.data import decode, named, sets
     from vgglab.settings import config as configuration
     from vgglab.settings import recipes, schedule
 
     assert tuple(model.model_names()) == configuration.MODELS
     assert set(configuration.INITS) == set(model.INITS)
     assert set(configuration.OPTIMIZERS) == set(optim.OPTIMIZERS)
+    assert tuple(named.NAMED_SETS) == configuration.DATA_SETS
     assert set(configuration.DECODERS) == set(decode.DECODERS)
     assert set(configuration.CROPS) == set(sets.CROPS)
     assert set(configuration.HEADS) == {"auto", *model.HEADS}

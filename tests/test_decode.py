@@ -3,6 +3,7 @@
 import io
 import os
 import random
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from processes import python
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from vgglab.data.decode import JpegPicture, best_decoder, open_picture
+from vgglab.data.decode import DECODERS, JpegPicture, best_decoder, open_picture
 from vgglab.data.transform import (
     CHANNEL_MEAN,
     CHANNEL_STD,
@@ -29,11 +30,13 @@ from vgglab.data.transform import (
 from vgglab.errors import BadImage
 
 needs_fast = pytest.mark.skipif(
-    best_decoder() != "fast", reason="simplejpeg, or a torch that shrinks bytes, is missing"
+    find_spec("simplejpeg") is None or best_decoder() == "pil",
+    reason="simplejpeg, or a torch that shrinks bytes, is missing",
 )
 
-
-each_decoder = pytest.mark.parametrize("decoder", ["pil", pytest.param("fast", marks=needs_fast)])
+each_decoder = pytest.mark.parametrize(
+    "decoder", [pytest.param(name, marks=[needs_fast] if name == "fast" else []) for name in DECODERS]
+)
 
 
 def photograph(width=500, height=375, mode="RGB"):

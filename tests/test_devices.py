@@ -79,6 +79,16 @@ def test_all_that_a_simulated_card_writes_says_so_and_shows_no_speed(images, tmp
     assert run.events("end")[0]["host_reads"] > 0
 
 
+def test_each_backend_is_one_whose_errors_are_known():
+    """A rank that only lost the others was named as the cause where they met over eccl."""
+    from vgglab.devices.gcu_eager import EagerGcu
+    from vgglab.devices.native import BACKENDS
+    from vgglab.dist.ranks import has_lost_peers
+
+    for backend in (*BACKENDS.values(), EagerGcu._backend):
+        assert has_lost_peers(RuntimeError(f"{backend} error: remote process exited"))
+
+
 @needs_sim
 def test_a_cpu_run_is_not_called_simulated(train):
     run = train("--skip-steps=0").run
@@ -274,7 +284,7 @@ def test_auto_takes_the_best_there_is_and_records_it(train):
 
 
 def test_a_name_that_is_no_device_is_refused_with_those_that_are():
-    with pytest.raises(UserError, match=r"^device: 'CPU' is not one of auto, cpu, cuda"):
+    with pytest.raises(UserError, match=r"^device: 'CPU' is not one of auto, gcu, cuda, mps, cpu"):
         open_device("CPU")
 
 

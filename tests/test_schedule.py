@@ -3,11 +3,12 @@
 import math
 
 import pytest
+import torch
 
 from vgglab.model import build
-from vgglab.optim import build_optimizer
+from vgglab.optim import OPTIMIZERS, build_optimizer
 from vgglab.settings.parser import parse_flags
-from vgglab.settings.schedule import learning_rate
+from vgglab.settings.schedule import SCHEDULES, learning_rate
 
 README = ["--batch-size=192", "--lr=0.01", "--epochs=90"]
 
@@ -24,7 +25,7 @@ def seed_formula(schedule, epoch, base, warmup=5, epochs=90, end=0.0):
     return end + (base - end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-@pytest.mark.parametrize("schedule", ["step", "linear", "cosine"])
+@pytest.mark.parametrize("schedule", sorted({*SCHEDULES} - {"plateau"}))  # which depends on the accuracy
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_every_epoch_of_the_readmes_90(schedule, world_size):
     config = parse_flags([*README, f"--lr-schedule={schedule}"])
@@ -32,6 +33,30 @@ def test_every_epoch_of_the_readmes_90(schedule, world_size):
     for epoch in range(90):
         expected = seed_formula(schedule, epoch, base)
         assert learning_rate(config, epoch, world_size) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES])
+def test_a_schedule_says_whether_more_epochs_change_the_rates_of_the_first(schedule):
+    """On that a resumed run relies that warns of changes."""
+    rates = [
+        [learning_rate(parse_flags([*README, f"--lr-schedule={schedule}", f"--epochs={epochs}"]), epoch, 1)
+         for epoch in range(90)]
+        for epochs in (90, 120)
+    ]  # fmt: skip
+    assert (rates[0] != rates[1]) == SCHEDULES[schedule].depends_on_epochs
+
+
+@pytest.mark.parametrize(("name", "num_kept"), [("sgd", 1), ("rmsprop", 2)])
+def test_an_optimizer_keeps_as_many_tensors_as_the_plan_counts(name, num_kept):
+    config = parse_flags([f"--optimizer={name}"])
+    network = build("vgg11", num_classes=3, head="small")
+    optimizer = build_optimizer(config, network)
+    network(torch.zeros(1, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    for parameter in network.parameters():
+        kept = [value for value in optimizer.state[parameter].values() if torch.is_tensor(value) and value.dim()]
+        assert len(kept) == num_kept == OPTIMIZERS[name].num_kept(config)
+    assert sorted(OPTIMIZERS) == ["rmsprop", "sgd"]  # each has a row here
 
 
 def test_end_lr_is_what_cosine_falls_towards():

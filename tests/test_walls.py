@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, shell
 
+from vgglab.devices import KINDS
+
 PACKAGE = PROJECT / "vgglab"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-HARDWARE = re.compile(r"(?<![a-z])(cuda|mps|xla|gcu)(?![a-z])", re.IGNORECASE)
+WORDS = "|".join(sorted({"xla", *KINDS} - {"cpu"}))  # any computer has one
+HARDWARE = re.compile(rf"(?<![a-z])({WORDS})(?![a-z])", re.IGNORECASE)
 
 
 def name_of(file):

@@ -16,7 +16,7 @@ from vgglab.devices.compat import without_compiler
 
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
-    from vgglab.settings.config import Settings
+    from vgglab.settings.config import Request, Settings
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
@@ -25,10 +25,29 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> Optimizer:
-    """SGD or RMSprop; weights and biases decay, batch norm does not unless asked for, biases not if asked.
+class OptimizerKind(NamedTuple):
+    """An optimizer that can be chosen."""
 
-    ``fused``: SGD makes its step in one kernel; RMSprop has none.
+    optimizer: type[Optimizer]
+    options: dict[str, str]  # its own arguments, beside learning rate and weight decay, and the settings they come from
+    num_averages: int = 0  # that it keeps of each weight, beside momentum
+    can_fuse: bool = False  # make its step in one kernel
+
+    def num_kept(self, config: Request) -> int:
+        """Tensors as large as the weights that it keeps, and a checkpoint with it."""
+        return self.num_averages + int("momentum" in self.options and config.momentum > 0)
+
+
+OPTIMIZERS = {
+    "sgd": OptimizerKind(SGD, {"momentum": "momentum", "nesterov": "nesterov"}, can_fuse=True),
+    "rmsprop": OptimizerKind(RMSprop, {"momentum": "momentum", "alpha": "rmsprop_alpha", "eps": "rmsprop_eps"}, 1),
+}
+
+
+def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> Optimizer:
+    """Weights and biases decay, batch norm does not unless asked for, biases not if asked.
+
+    ``fused``: the step is one kernel, for an optimizer that ``can_fuse``.
 
     The seed kit looks for "bn" in the parameters' names, which no VGG layer carries; here the layer's type decides.
 
@@ -41,21 +60,11 @@ def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> 
             spared += [] if config.bn_weight_decay else module.parameters(recurse=False)
         elif config.bias_weight_decay is False and isinstance(getattr(module, "bias", None), nn.Parameter):
             spared.append(module.bias)  # type: ignore[arg-type]
+    chosen = OPTIMIZERS[config.optimizer]
+    options = {name: getattr(config, setting) for name, setting in chosen.options.items()}
+    options.update({"fused": True} if fused else {})  # not a word that old versions of torch know
     groups = _groups(model.parameters(), spared)
-    options = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-    return OPTIMIZERS[config.optimizer](groups, config, fused, options)
-
-
-def _sgd(groups: list[dict[str, Any]], config: Settings, fused: bool, options: dict[str, Any]) -> Optimizer:
-    fused_options = {"fused": True} if fused else {}  # not a word that old versions of torch know
-    return without_compiler(SGD)(groups, nesterov=config.nesterov, **fused_options, **options)
-
-
-def _rmsprop(groups: list[dict[str, Any]], config: Settings, fused: bool, options: dict[str, Any]) -> Optimizer:
-    return without_compiler(RMSprop)(groups, alpha=config.rmsprop_alpha, eps=config.rmsprop_eps, **options)
-
-
-OPTIMIZERS = {"sgd": _sgd, "rmsprop": _rmsprop}
+    return without_compiler(chosen.optimizer)(groups, lr=config.lr, weight_decay=config.weight_decay, **options)
 
 
 def _groups(parameters: Iterable[nn.Parameter], spared: list[nn.Parameter]) -> list[dict[str, Any]]:

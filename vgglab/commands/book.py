@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
 from vgglab.commands import call
-from vgglab.dist.interrupts import interrupted_by_warnings
+from vgglab.dist.interrupts import STOP_SIGNALS, handling
 from vgglab.errors import UserError
 from vgglab.lab.timings import SECONDS
 from vgglab.settings.flags import OneLineParser
@@ -220,7 +221,7 @@ def _make(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"--out {arguments.out}: {error.strerror}; name a folder") from None
     start = time.monotonic()
-    with interrupted_by_warnings():
+    with handling(STOP_SIGNALS, signal.default_int_handler):  # each is what Ctrl-C is
         chapters = Book(arguments.at_once).execute(jobs)
     write_site(chapters, arguments.out, dict(arguments.p), with_code=not arguments.no_code)
     failed = {chapter.file.name for chapter in chapters if chapter.fault}

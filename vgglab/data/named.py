@@ -33,9 +33,9 @@ class NamedSet(NamedTuple):
     """``folder`` gives a root with train/ and val/ in it, ``splits`` the images of one; a set has one of the two."""
 
     preparation: Preparation
+    archives: str  # what to put where by hand; empty for a set that is never fetched
     folder: Callable[[], Path] | None = None
     split: Callable[[str, int], Split] | None = None  # of "train" or "val", in images of this size
-    archives: str = ""  # what to put where by hand
 
 
 def _fashion_mnist(split: str, size: int) -> Split:
@@ -87,15 +87,18 @@ def _fake(split: str, size: int) -> Split:
     return Split(FakeImages(num_images, size), labels[:num_images], [f"fake {n}" for n in range(NUM_FAKE_CLASSES)])
 
 
-# A mirrored 2 is no digit, and a crop of a twelfth of a small picture cannot be told from another.
-SMALL = Preparation(32, crop_scale=(0.7, 1.0), resize_ratio=1.0)
+def _small(flip: bool) -> Preparation:
+    """For images of about 32 pixels, whose crops must not be tiny. ``flip``: not for digits, a mirrored 2 is none."""
+    return Preparation(32, crop_scale=(0.7, 1.0), resize_ratio=1.0, flip=flip)
+
+
 NAMED_SETS = {
-    "digits": NamedSet(SMALL._replace(flip=False), folder=digits_folder),
-    "fashion-mnist": NamedSet(SMALL, split=_fashion_mnist, archives="its four .gz files in FashionMNIST/raw"),
-    "cifar10": NamedSet(SMALL, split=partial(_cifar, "CIFAR10"), archives="cifar-10-python.tar.gz"),
-    "cifar100": NamedSet(SMALL, split=partial(_cifar, "CIFAR100"), archives="cifar-100-python.tar.gz"),
-    "imagenette": NamedSet(Preparation(), folder=_imagenette, archives="imagenette2-320.tgz"),
-    "fake": NamedSet(Preparation(), split=_fake),
+    "digits": NamedSet(_small(flip=False), "", folder=digits_folder),
+    "fashion-mnist": NamedSet(_small(flip=True), "its four .gz files in FashionMNIST/raw", split=_fashion_mnist),
+    "cifar10": NamedSet(_small(flip=True), "cifar-10-python.tar.gz", split=partial(_cifar, "CIFAR10")),
+    "cifar100": NamedSet(_small(flip=True), "cifar-100-python.tar.gz", split=partial(_cifar, "CIFAR100")),
+    "imagenette": NamedSet(Preparation(), "imagenette2-320.tgz", folder=_imagenette),
+    "fake": NamedSet(Preparation(), "", split=_fake),
 }
 
 

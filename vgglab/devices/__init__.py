@@ -16,6 +16,7 @@ parser and the views can ask for the choices without it.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from vgglab.errors import UserError
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
 
-# "gpu" is the word in the seed kit's second README.
-DEVICE_CHOICES = ("auto", "cpu", "cuda", "mps", "gcu", "gcu-sim", "gpu")
+# The module with the adapter of each kind. ``auto`` takes the first that is there, so never what follows the CPU.
+KINDS = {"gcu": "gcu", "cuda": "native", "mps": "native", "cpu": "native", "gcu-sim": "gcu_sim"}
+ALIASES = {"gpu": "cuda"}  # the word in the seed kit's second README
+DEVICE_CHOICES = ("auto", *KINDS, *ALIASES)
 AMP_DTYPES = ("float16", "bfloat16")
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # torch >= 2.5: unset or "1" lets `import torch` load torch_gcu
 
@@ -95,30 +98,23 @@ def open_device(name: str, **options: Any) -> Device:
     if name not in DEVICE_CHOICES:
         raise UserError(f"device: {name!r} is not one of {', '.join(DEVICE_CHOICES)}")
     asked = DeviceOptions(**options)
-    if name == "auto":
-        return _open_best(asked)
-    kind = {"gpu": "cuda"}.get(name, name)
-    if kind == "gcu":
-        from vgglab.devices import gcu
-
-        return gcu.open_installed(asked)
-    if kind == "gcu-sim":
-        from vgglab.devices.gcu_sim import SimulatedGcu
-
-        return SimulatedGcu(asked)
-    from vgglab.devices.native import KINDS, NativeDevice
-
-    assert kind in KINDS, f"no adapter for {kind}"
-    return NativeDevice(kind, asked)
-
-
-def _open_best(asked: DeviceOptions) -> Device:
-    """gcu, cuda, mps or cpu: the first that this machine has. Raises UserError for a torch_gcu that does not load."""
-    from vgglab.devices import gcu, native
-
-    if gcu.has_cards(asked):
-        return gcu.open_installed(asked)
-    device = native.NativeDevice(native.best_kind(), asked)
-    if gcu.is_installed():
-        device.warnings.append(f"--device auto took {device.kind}: {gcu.why_no_cards()}")
+    if name != "auto":
+        kind = ALIASES.get(name, name)
+        return _adapters(kind).open_adapter(kind, asked)
+    notes: list[str] = []
+    for kind in KINDS:
+        reason = _adapters(kind).why_unavailable(kind, asked)
+        if reason is None:
+            break
+        notes += filter(None, [reason])
+    device = _adapters(kind).open_adapter(kind, asked)
+    device.warnings += [f"--device auto took {device.kind}: {note}" for note in notes]
     return device
+
+
+def _adapters(kind: str) -> Any:
+    """The module of a kind. It has ``open_adapter(kind, options)``, which raises UserError for what cannot be had, and
+    ``why_unavailable(kind, options)``: None where this machine has such a device, else the reason in one line, or ""
+    where nobody would ask; UserError for a library that is installed and does not load.
+    """
+    return importlib.import_module(f"vgglab.devices.{KINDS[kind]}")

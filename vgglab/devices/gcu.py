@@ -24,7 +24,14 @@ VISIBLE_CARDS = "TOPS_VISIBLE_DEVICES"
 ADVICE = "python -m vgglab.doctor says what to mend"
 
 
-def open_installed(options: DeviceOptions) -> Device:
+def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
+    """Why ``--device auto`` does not take a card. Raises UserError where torch_gcu is installed and broken."""
+    if not is_installed():
+        return ""
+    return None if count_cards(load(options)) else why_no_cards()
+
+
+def open_adapter(kind: str, options: DeviceOptions) -> Device:
     """The adapter for the torch_gcu that is installed. Raises UserError where there is none that works."""
     torch_gcu = load(options)
     if count_cards(torch_gcu) == 0:
@@ -101,11 +108,6 @@ def count_cards(torch_gcu: Any) -> int:
 
     api = torch_gcu if is_lazy(torch_gcu) else torch.gcu  # type: ignore[attr-defined]
     return api.device_count() if api.is_available() else 0
-
-
-def has_cards(options: DeviceOptions) -> bool:
-    """Whether ``--device auto`` finds a card. Raises UserError where torch_gcu is installed and broken."""
-    return is_installed() and count_cards(load(options)) > 0
 
 
 def why_no_cards() -> str:

@@ -9,6 +9,11 @@ from vgglab.devices.gcu_eager import EagerGcu
 from vgglab.errors import UserError
 
 
+def open_adapter(kind: str, options: DeviceOptions) -> SimulatedGcu:
+    """The simulated card. Raises UserError where it cannot be simulated."""
+    return SimulatedGcu(options)
+
+
 class SimulatedGcu(EagerGcu):
     """A card that is computed on the CPU and says so wherever it is written down."""
 

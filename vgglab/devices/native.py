@@ -26,14 +26,15 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 AMP_DEFAULTS = {"cpu": "bfloat16", "cuda": "float16"}
 
 
-KINDS = ("cuda", "mps", "cpu")
+def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
+    """None where this machine has a device of this kind."""
+    is_there = {"cuda": torch.cuda.is_available, "mps": _has_mps, "cpu": lambda: True}[kind]
+    return None if is_there() else ""
 
 
-def best_kind() -> str:
-    """cuda, mps or cpu: the first that this machine has."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if _has_mps() else "cpu"
+def open_adapter(kind: str, options: DeviceOptions) -> NativeDevice:
+    """The device. Raises UserError where it is not there, or cannot do what is asked."""
+    return NativeDevice(kind, options)
 
 
 def _has_mps() -> bool:

@@ -106,29 +106,6 @@ def _unraisable_interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def passing_on_signals(pid: int) -> Iterator[None]:
-    """In the block ``STOP_SIGNALS`` and Ctrl-C go to the process ``pid``, which this one only waits for."""
-
-    def pass_on(number: int, _: Any) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-    with handling([*STOP_SIGNALS, signal.SIGINT], pass_on):
-        yield
-
-
-@contextlib.contextmanager
-def interrupted_by_warnings() -> Iterator[None]:
-    """In the block each of ``STOP_SIGNALS`` is what Ctrl-C is."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with handling(STOP_SIGNALS, interrupt):
-        yield
-
-
-@contextlib.contextmanager
 def handling(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
     """In the block these signals call ``handler``; one that was switched off from outside stays so."""
     heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]

@@ -34,7 +34,8 @@ FATAL = "Fatal Python error: "  # as faulthandler begins a stack, at one of thes
 FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL, signal.SIGBUS)
 RUN_NOTE = "vgglab_run"  # in the folder of a launch: the run directory that its ranks work in
 
-LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "nccl", "socket")
+COLLECTIVES = ("gloo", "nccl", "eccl")  # the libraries that sum over the ranks, by the name of torch's backend
+LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "socket", *COLLECTIVES)
 
 STARTED = time.monotonic()  # when this process began; this module is among the first to be imported
 _kept: tuple[Any, ...] = ()  # never to be taken apart

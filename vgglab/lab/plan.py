@@ -20,6 +20,7 @@ from vgglab.data.sets import open_sets
 from vgglab.errors import UserError
 from vgglab.lab import anatomy
 from vgglab.model import build, head_for
+from vgglab.optim import OPTIMIZERS
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags, warnings_about
 from vgglab.settings.schedule import learning_rate
@@ -29,7 +30,7 @@ IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
 FORWARD_SHARE = 1 / 3  # of a training step's operations: evaluation has no backward pass
 FAR, MAX_CARDS = 4.0, 8  # times the recipe's own rate, which the seed kit has scaled up to so many cards
 # Rules of thumb: somewhat above the 0.06 of the seed kit's eight cards; and of the paper's initialisation, section 3.1.
-LARGEST_RATE_WITHOUT_NORM, DEEPEST_FROM_NORMAL = 0.1, "vgg11"
+LARGEST_RATE_WITHOUT_NORM, DEEPEST_FROM_NORMAL = 0.1, 11
 
 
 class Plan(NamedTuple):
@@ -135,7 +136,7 @@ def _checkpoint_bytes(config: Request, num_classes: int, image_size: int) -> int
         built = build(config.model, num_classes=num_classes, head=head, init_weights=False)
     network = anatomy.of(built, image_size)
     statistics = sum(2 * layer.output_shape[1] for layer in network if layer.kind == "batch norm")
-    num_kept = (config.momentum > 0) + (config.optimizer == "rmsprop")
+    num_kept = OPTIMIZERS[config.optimizer].num_kept(config)
     copies = 2 if config.ema else 1
     return 4 * (network.num_parameters * (copies + num_kept) + statistics * copies)
 
@@ -156,12 +157,12 @@ def _warnings(config: Request, ranks: int) -> list[str]:
                 f"the learning rate is {base:.3g} after scaling by batch size and ranks, {factor:.2g} x that of "
                 f"--recipe {config.recipe} on up to {MAX_CARDS} cards: lower --lr, or lengthen --warmup"
             )
-    has_norm = config.model.endswith("_bn")
+    depth, has_norm = int(config.model[3:].partition("_")[0]), config.model.endswith("_bn")
     if not has_norm and base > LARGEST_RATE_WITHOUT_NORM:
         lines.append(
             f"--model {config.model} has no batch norm and is not likely to start at a learning rate of {base:.3g}"
         )
-    if not has_norm and config.init == "normal" and config.model != DEEPEST_FROM_NORMAL:
+    if not has_norm and config.init == "normal" and depth > DEEPEST_FROM_NORMAL:
         lines.append(
             f"--init normal: {config.model} has no batch norm and does not start from it; take kaiming or xavier"
         )

@@ -10,7 +10,9 @@ one folder, ``<output-dir>/runs/<time>-...-seeds/seed-<n>/``; ``vgglab.Seeds(fol
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Generator, Sequence
 
 from vgglab.dist import ranks
-from vgglab.dist.interrupts import passing_on_signals
+from vgglab.dist.interrupts import STOP_SIGNALS, handling
 from vgglab.errors import UserError, printable
 from vgglab.runs.run import Run, is_a_run, run_path
 from vgglab.settings.config import Request
@@ -116,7 +118,12 @@ def _run(command: list[str]) -> int:
     """
     environment = {**os.environ, ranks.LEASH: "1"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
-    with passing_on_signals(process.pid):
+
+    def pass_on(number: int, _: Any) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+
+    with handling([*STOP_SIGNALS, signal.SIGINT], pass_on):
         return process.wait()
 
 

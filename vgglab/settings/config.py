@@ -27,7 +27,8 @@ from vgglab.settings.recipes import RECIPES
 from vgglab.settings.schedule import SCHEDULES
 
 MODELS = tuple(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn"))
-# What these choose needs torch; the tables with the functions are in data/ (crops, decoders), model.py and optim.py.
+# What these choose needs torch; the tables with the functions are in data/ (sets, crops, decoders), model.py, optim.py.
+DATA_SETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagenette", "fake")
 CROPS = ("standard", "scale-jitter", "trivial")
 INITS = ("kaiming", "xavier", "normal")
 OPTIMIZERS = ("sgd", "rmsprop")
@@ -50,8 +51,8 @@ class Request:
         section=WHAT,
     )
     data_path: str = flag(
-        "a folder with train/ and val/ in class folders, or a set by name: digits (bundled), fashion-mnist, cifar10, "
-        "cifar100, imagenette (downloaded the first time), fake (generated, to measure computing alone)",
+        f"a folder with train/ and val/ in class folders, or a data set by name: {', '.join(DATA_SETS)} (digits is "
+        "bundled, fake is generated to measure computing alone, the others are downloaded the first time)",
         "digits",
         implies=("num_classes",),
         section=WHAT,
@@ -78,7 +79,7 @@ class Request:
         section=WHERE,
     )
     image_size: int | None = flag(
-        "side of the square images, in pixels; default 224; 32 for digits, fashion-mnist and cifar", None, SIZE
+        "side of the square images, in pixels; default: 224, or 32 for the named sets of small images", None, SIZE
     )
     decoder: str = flag(
         "how images are read: pil (as torchvision's reference, to the last bit) or fast (simplejpeg, and no more rows "

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Callable
 
 from vgglab.errors import UserError
+from vgglab.settings.config import MODELS
 from vgglab.view.anatomy_table import Anatomy, Layer, Window
 from vgglab.view.figures.base import INK, ORANGE, Picture
 from vgglab.view.figures.network import WIDTH, draw
 from vgglab.view.live import front_end
 from vgglab.view.tables import html_table, html_text, text_table
 
-DEPTHS = ("vgg11", "vgg13", "vgg16", "vgg19")
+DEPTHS = tuple(name for name in MODELS if not name.endswith("_bn"))
 SMALLEST, LARGEST, STEP = 32, 448, 32  # image sizes on the slider, in pixels: five poolings halve them evenly
 HEIGHT = 6.4  # inches
 
@@ -31,7 +32,7 @@ def explore(
     Args:
         anatomy_of: ``vgglab.anatomy.of``, or what takes a name and a size as it does.
         photograph: a path, or pixels ``(height, width, 3)`` of bytes; the square in its middle is shown.
-        model: ``vgg11``, ``vgg13``, ``vgg16`` or ``vgg19``, with or without ``_bn``.
+        model: one of ``settings.config.MODELS``, e.g. ``vgg16`` or ``vgg16_bn``.
         image_size: side of the images in pixels.
         layer: where it begins; "" is the last convolution.
 
