@@ -33,7 +33,7 @@ def repeat_command(failed: Iterable[str], marker: str = "", keyword: str = "") -
     return shlex.join([*kernels, str(interpreter), "-m", "pytest", *chosen, *ids])
 
 
-@pytest.hookimpl(optionalhook=True)
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: tests wait for processes, disks and signals a third of their time."""
     return num_cores() + 1

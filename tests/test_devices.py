@@ -11,6 +11,8 @@ from processes import python, ranks
 from vgglab import Run
 from vgglab.devices import open_device
 from vgglab.errors import UserError
+from vgglab.runs.report import _figures, build_report
+from vgglab.storage.schema import DOCUMENTS
 from vgglab.train import main
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -87,6 +89,24 @@ def test_each_backend_is_one_whose_errors_are_known():
 
     for backend in (*BACKENDS.values(), EagerGcu._backend):
         assert has_lost_peers(RuntimeError(f"{backend} error: remote process exited"))
+
+
+NO_SPEED = {  # numbers of the report that say nothing about how fast a card is
+    "acc1", "acc5", "batch_size", "epochs", "eval_step_per_epoch", "global_batch_size", "image_size", "local_rank",
+    "lr", "num_intervals", "num_lines", "num_measured_steps", "num_skipped_images", "peak_bytes", "seed", "skip_steps",
+    "training_step_per_epoch", "world_size",
+}  # fmt: skip
+
+
+@needs_sim
+def test_each_figure_of_the_report_is_known_to_its_reader_and_a_simulated_card_has_no_speed(images, tmp_path):
+    """For whoever adds one: its type belongs into the schema, and its simulated value has to be null."""
+    run = run_ranks(tmp_path, images, "gcu-sim", 1, "--skip-steps=0", "--timers")
+    report = build_report(run)
+    assert _figures(run, report["global_batch_size"]).keys() == DOCUMENTS["report.json"].keys()
+    numbers = {name for name, value in report.items() if isinstance(value, (int, float)) and type(value) is not bool}
+    assert numbers <= NO_SPEED
+    assert [report[name] for name in ("phase_seconds", "host_reads", "first_step_seconds")] == [None] * 3
 
 
 @needs_sim

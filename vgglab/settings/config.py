@@ -122,7 +122,7 @@ class Request:
     )
     lr_schedule: str = flag("how the rate falls after warm-up", "step", choices=tuple(SCHEDULES))
     warmup: int = flag("epochs over which the rate rises to its base", 5, AT_LEAST_0)
-    end_lr: float = flag("what cosine falls towards; it would get there one epoch after the last", 0.0, NOT_NEGATIVE)
+    end_lr: float = flag("final learning rate (cosine), reached one epoch after the last", 0.0, NOT_NEGATIVE)
     lr_step_size: int | None = flag("step: epochs between two drops; default: drops at 30, 60 and 80", None, AT_LEAST_1)
     lr_gamma: float = flag("step and plateau: what each drop multiplies the rate by", 0.1, POSITIVE)
     lr_patience: int = flag("plateau: evaluations without a better top-1 before a drop", 5, AT_LEAST_1)
