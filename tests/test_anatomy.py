@@ -209,9 +209,9 @@ def test_the_output_shape_of_a_layer_is_torchs(layer):
         ("vgg12", 224, r"no network 'vgg12'"),
         ("vgg16", 16, r"vgg16, 16 x 16 pixels: "),
         ("vgg16", 0, r"image_size.*1 or more"),
-        (nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU()), 8, r"1 is a GELU; anatomy knows conv, linear"),
+        (nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU()), 8, r"1 is a GELU; anatomy supports conv, linear"),
         (nn.Sequential(nn.Flatten(), nn.Linear(5, 5)), 8, r"Sequential, 8 x 8 pixels: "),
-        (Branching(), 8, r"second does not take what the layer before it wrote"),
+        (Branching(), 8, r"second does not fit the output of the layer before it"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(model, image_size, line):

@@ -30,8 +30,8 @@ def test_without_a_command_it_says_what_there_is():
 
 def test_an_unknown_command_is_answered_in_one_line():
     result = vgglab("trian")
-    assert (result.returncode, result.stderr) == (2, "vgglab: error: 'trian' is no command; did you mean train?\n")
-    assert "there are notebooks, lab, " in vgglab("dance").stderr
+    assert (result.returncode, result.stderr) == (2, "vgglab: error: 'trian' is not a command; did you mean train?\n")
+    assert "choose from notebooks, lab, " in vgglab("dance").stderr
 
 
 @pytest.mark.parametrize("words", [*([name] for name in NAMES), ["bench", "data"], ["bench", "step"]], ids=" ".join)
@@ -78,7 +78,7 @@ def test_notebooks_are_copied_and_nothing_is_overwritten(tmp_path):
     mine.write_text("mine")
     refused = vgglab("notebooks", tmp_path / "there")
     assert (refused.returncode, refused.stderr) == (
-        2, f"vgglab.notebooks: error: {mine}: is there already; name another folder\n",
+        2, f"vgglab.notebooks: error: {mine}: already exists; choose another folder\n",
     )  # fmt: skip
     assert [file.name for file in mine.parent.iterdir()] == [mine.name]
 

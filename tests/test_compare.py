@@ -21,7 +21,7 @@ def test_the_same_run_twice_is_the_same(runs):
     found = compare_runs(runs(), runs())
     assert found.is_same
     assert (found.settings, found.first, found.num_steps) == ({}, None, 8)
-    assert "no difference in 8 steps" in as_text(found)
+    assert "no difference in the 8 steps" in as_text(found)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,16 @@ def test_the_door(runs, tmp_path):
     for wrong in ([one.path], [one.path, tmp_path / "nowhere"], [one.path, other.path, "--tolerance=-1"]):
         result = shell(*words, *wrong)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+
+
+def test_a_run_is_compared_with_each_of_several(runs, tmp_path):
+    one, other, same = runs(), runs("--lr=0.02"), runs()
+    words = [one.path, other.path, same.path]
+    result = shell("python", "-m", "vgglab.compare", *words, "--json", f"--png={tmp_path / 'all.png'}")
+    assert result.returncode == 1
+    assert [found["is_same"] for found in json.loads(result.stdout.splitlines()[-1])] == [False, True]
+    assert f"{one.name} and {other.name}\n" in result.stdout
+    assert (tmp_path / "all.png").stat().st_size > 5000
 
 
 def test_bands_and_curves_are_drawn(runs):

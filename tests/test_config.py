@@ -1,4 +1,4 @@
-"""The parser: the seed kit's flags and defaults, and what a wrong one gets."""
+"""The parser: the original example's flags and defaults, and what a wrong one gets."""
 
 import re
 from dataclasses import FrozenInstanceError, fields, replace
@@ -10,7 +10,7 @@ from vgglab.errors import UserError
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags
 
-# Flags and defaults of the seed kit. Left open here: the number of classes (the folder's), the workers (16,
+# Flags and defaults of the original example. Left open here: the number of classes (the folder's), the workers (16,
 # at most one a core), the device (auto), the folder (the bundled digits) and the drops (30, 60, 80).
 SEED_DEFAULTS = {
     "model": "vgg16", "batch_size": 32, "epochs": 90, "lr": 0.01, "optimizer": "sgd", "momentum": 0.9,
@@ -75,10 +75,10 @@ def test_underscores_in_values_are_left_alone():
         (["--image-size=1000000"], "--image-size: "),
         (["--epoch=3"], "--epoch: no such flag; did you mean --epochs?"),
         (["--epochs"], "--epochs: expected one argument"),
-        (["--test-only"], "--test-only: nothing to test"),
-        (["--seed=5", "--fix-seed"], "--fix-seed: means --seed 1048576"),
+        (["--test-only"], "--test-only: nothing to evaluate"),
+        (["--seed=5", "--fix-seed"], "--fix-seed: is the same as --seed 1048576"),
         (["--seed=-1"], "--seed: '-1' is not"),
-        (["--pretrained", "--resume=x"], "--pretrained: --resume brings its own weights"),
+        (["--pretrained", "--resume=x"], "--pretrained: contradicts --resume"),
         (["--start-epoch=90"], "--start-epoch 90: must be below --epochs 90"),
         (["--nesterov", "--momentum=0"], "--nesterov: needs"),
     ],

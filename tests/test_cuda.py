@@ -114,7 +114,7 @@ def test_more_ranks_than_cards_are_refused(images, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     result = shell(*words, "--batch-size=2", f"--run-dir={tmp_path / 'run'}", env=environment, cwd=tmp_path)
     assert result.returncode != 0
-    line = f"rank {num_ranks - 1} wants card {num_ranks - 1}, this machine has {num_ranks - 1}"
+    line = f"rank {num_ranks - 1} needs card {num_ranks - 1} (counted from 0), this machine has {num_ranks - 1}"
     assert line in result.stdout + result.stderr
     assert "Traceback (most recent call last):\n  File" not in result.stdout
 
@@ -122,7 +122,7 @@ def test_more_ranks_than_cards_are_refused(images, tmp_path):
 def test_a_batch_too_large_for_the_card_is_said_in_one_line(refused):
     flags = (CARD, "--model=vgg16", "--image-size=224", "--batch-size=4096")  # 192 took 19 GiB of an H200
     line = refused(*flags, data="fake", in_the_middle=True)
-    assert line.startswith("--batch-size 4096: no memory for it on cuda (")
+    assert line.startswith("--batch-size 4096: out of memory on cuda (")
 
 
 def test_the_doctor_knows_the_card():

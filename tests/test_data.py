@@ -115,7 +115,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(images):
     assert pixels(2) == alone
 
 
-# Row 9, 10 and 22 of the seed kit's defects: listings, classes and list files.
+# Row 9, 10 and 22 of the original example's defects: listings, classes and list files.
 
 
 @pytest.fixture
@@ -286,7 +286,7 @@ def test_row_22_list_files_say_what_is_in_the_set(images, prefix):
         assert [f"{file} {label}" for file, label in zip(files, found.labels)] == kept[split]
     assert sets.train.classes == list(CLASSES)
     left_out = 3 * NUM_TRAIN - len(kept["train"])
-    assert any(f"train_list.txt: leaves out {left_out} image files" in text for text in sets.warnings)
+    assert any(f"train_list.txt: does not list {left_out} image files" in text for text in sets.warnings)
 
 
 def test_row_22_a_list_may_name_held_out_images_that_lie_in_no_class_folder(images, train):
@@ -316,10 +316,10 @@ def test_row_22_listed_files_that_are_missing_are_counted(images, refused, train
 
 def test_row_22_labels_that_contradict_the_folders_are_counted(images):
     write_lists(images, lambda split, lines: [lines[0][:-1] + "2", *lines[1:]] if split == "train" else lines)
-    assert any("1 of 18 images have another label than most of their folder" in t for t in opened(images).warnings)
+    assert any("1 of 18 images have a different label from most of their folder" in t for t in opened(images).warnings)
     write_lists(images, lambda split, lines: [line[:-1] + str(2 - int(line[-1])) for line in lines])
     sets = opened(images)
-    assert any("numbers 2 of 3 class folders otherwise" in text for text in sets.warnings)
+    assert any("numbers 2 of 3 class folders differently" in text for text in sets.warnings)
     assert sets.train.classes == list(CLASSES)[::-1]
     assert list(sets.val.labels) == [2] * NUM_VAL + [1] * NUM_VAL + [0] * NUM_VAL
 
@@ -329,9 +329,9 @@ def test_row_10_lists_that_number_the_classes_differently_are_refused(images, re
     write_lists(
         images, lambda split, lines: [line[:-1] + str((int(line[-1]) + (split == "val")) % 3) for line in lines]
     )
-    assert "val_list.txt: 9 of 9 labels contradict the training images" in refused()
+    assert "val_list.txt: 9 of 9 labels disagree with the training images" in refused()
     (images / "train_list.txt").unlink()
-    assert "val_list.txt: 9 of 9 labels contradict the training images" in refused()
+    assert "val_list.txt: 9 of 9 labels disagree with the training images" in refused()
 
 
 def test_row_10_classes_of_the_two_splits_are_compared(images, refused, train):
@@ -347,8 +347,8 @@ def test_what_lies_where_nobody_looks_is_counted(images):
     shutil.copy(images / "train/n01/n01_0.JPEG", images / "train/loose.JPEG")
     shutil.rmtree(images / "val/n03")
     said = "\n".join(opened(images).warnings)
-    assert "train/: 1 images lie in no class folder and are left out, e.g. loose.JPEG" in said
-    assert "train/: folders inside 1 class folders are not looked into, e.g. in train/n01/" in said
+    assert "train/: 1 images outside class folders are ignored, e.g. loose.JPEG" in said
+    assert "train/: nested folders in 1 class folders are ignored, e.g. in train/n01/" in said
     assert "val/: has no images of 1 of 3 classes, e.g. n03" in said
 
 
@@ -380,7 +380,7 @@ def test_lines_that_are_none_are_named(images, refused, line, says):
 
 def test_labels_that_count_from_one_are_refused(images, refused):
     write_lists(images, lambda split, lines: [line[:-1] + str(int(line[-1]) + 1) for line in lines])
-    assert "labels from 1 to 3, but none is 0; they count from 0" in refused()
+    assert "labels from 1 to 3, but 0 does not occur; labels count from 0" in refused()
 
 
 @pytest.mark.parametrize("place", ["cache", "package"])
@@ -422,9 +422,9 @@ def test_a_set_that_cannot_be_fetched_says_what_to_put_where(tmp_path, monkeypat
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     line = refused("--image-size=32", data=name)
     if name == "imagenette" and not hasattr(torchvision.datasets, "Imagenette"):
-        assert "this torchvision has no Imagenette" in line
+        assert "this version of torchvision has no Imagenette" in line
         return
-    assert f"--data-path {name}: cannot be had" in line
+    assert f"--data-path {name}: cannot be downloaded" in line
     assert str(tmp_path / "cache") in line
     assert f"put {NAMED_SETS[name].archives} into" in line
     assert NAMED_SETS[name].archives
@@ -462,16 +462,16 @@ def test_memory_does_not_grow_with_epochs_and_a_loader_left_alive_ends_with_its_
 
 
 def test_the_next_batch_is_asked_for_before_one_is_handed_out():
-    from vgglab.devices.native import one_ahead
+    from vgglab.devices.native import prefetch
 
     asked = []
     source = (asked.append(number) or number for number in range(4))
     handed = []
-    for number in one_ahead(source):
+    for number in prefetch(source):
         handed.append((number, len(asked)))
     assert handed == [(0, 2), (1, 3), (2, 4), (3, 4)]
-    assert list(one_ahead([])) == []
-    assert list(one_ahead([7])) == [7]
+    assert list(prefetch([])) == []
+    assert list(prefetch([7])) == [7]
 
 
 def test_the_benchmark_prints_ratios_and_ends_with_one_line_of_json(images):

@@ -265,7 +265,7 @@ def test_without_the_policy_the_first_bad_image_ends_the_run_by_name(refused, im
 def test_a_batch_of_nothing_but_bad_images_is_not_passed_over(refused, images):
     for file in (images / "train").glob("*/*"):
         file.write_bytes(b"")
-    assert "a whole batch cannot be read" in refused("--on-bad-image=skip", in_the_middle=True)
+    assert "no image of a batch can be read" in refused("--on-bad-image=skip", in_the_middle=True)
 
 
 def test_check_names_what_cannot_be_read_and_counts_what_is_unusual(images):

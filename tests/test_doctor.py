@@ -76,7 +76,7 @@ def test_a_machine_without_cards_is_healthy():
 def test_text_for_a_terminal_and_one_line_for_a_bad_flag(light):
     text = shell("python", "-m", "vgglab.doctor", env=environment(light, ENFLAME_LOG_DEBUG_LEVEL="DEBUG")).stdout
     assert "--device auto" in text
-    assert text.strip().endswith("nothing wrong")
+    assert text.strip().endswith("no problems found")
     assert "debugging makes every step slow" in text
     bad = shell("python", "-m", "vgglab.doctor", "--nonsense")
     assert (bad.returncode, len(bad.stderr.strip().splitlines())) == (2, 1)
@@ -121,7 +121,7 @@ def test_a_library_that_raises_when_torch_loads_it(tmp_path, light):
 def test_a_library_that_kills_its_process(tmp_path, light):
     code, findings = diagnose(fake_torch_gcu(tmp_path, "import os; os.abort()"), light)
     assert code == 1
-    assert "the process died (signal 6)" in all_text(findings)
+    assert "the process exited abnormally (signal 6)" in all_text(findings)
 
 
 def test_a_library_of_no_known_generation(tmp_path, light):

@@ -96,7 +96,7 @@ def test_lazy_each_step_is_the_vendors(on_gcu):
 
 def test_lazy_averages_of_weights_are_refused_and_blends_are_within_the_contract(on_gcu):
     refused = on_gcu(LAZY, "--ema=0.9")
-    assert (refused.code, "--ema: not offered on gcu" in refused.err) == (2, True)
+    assert (refused.code, "--ema: not supported on gcu" in refused.err) == (2, True)
     assert on_gcu(LAZY, "--mixup=0.2", "--cutmix=1", "--label-smoothing=0.1").code == 0
 
 

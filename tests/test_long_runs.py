@@ -215,7 +215,7 @@ def test_a_line_that_no_trainer_writes_is_one_line_and_no_traceback(changed, pat
 
 def test_a_run_that_starts_very_often_makes_nobody_wait(path):  # noqa: F811
     write(path, *[START] * 3000)
-    assert "starts more than 1000 times" in " ".join(vgglab.Run(path).damage())
+    assert "has more than 1000 start events" in " ".join(vgglab.Run(path).damage())
 
 
 def test_a_terminal_is_not_told_again_what_it_has_shown(path, monkeypatch, capsys):  # noqa: F811

@@ -96,7 +96,7 @@ def test_stop_ends_the_newest_that_is_running(shell, flags):
         for run in (older, newer):
             wait_until(lambda run=run: run.events("checkpoint"))
         assert {"older", "newer"} <= set(typed(shell, "%vgglab stop "))
-        assert "that is 2 runs, such as older, newer" in said(shell, "%vgglab stop er")
+        assert "matches 2 runs, such as older, newer" in said(shell, "%vgglab stop er")
         with capture.capture_output() as output:
             assert shell.run_cell("%vgglab stop").success
         assert output.stdout.strip() == "newer: interrupted"
@@ -111,7 +111,7 @@ def test_stop_ends_the_newest_that_is_running(shell, flags):
     finally:
         older.stop()
         newer.stop()
-    assert said(shell, "%vgglab stop").strip().endswith("nothing is running; name a run (%vgglab runs lists them)")
+    assert said(shell, "%vgglab stop").strip().endswith("no run is active; name one (%vgglab runs lists them)")
 
 
 def test_stop_ends_a_series_of_seeds(shell, flags, monkeypatch):

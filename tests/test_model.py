@@ -104,6 +104,7 @@ def test_without_network_pretrained_says_what_to_put_where(monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", unplugged)
     with pytest.raises(
-        UserError, match=r"--pretrained: cannot get vgg13's.*put the file vgg13-\w+\.pth into .*checkpoints"
+        UserError,
+        match=r"--pretrained: cannot download the weights of vgg13.*put the file vgg13-\w+\.pth into .*checkpoints",
     ):
         models.load_pretrained(models.vgg13(init_weights=False), "vgg13")

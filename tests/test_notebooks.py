@@ -247,7 +247,11 @@ ABSENT = [
         "04", {"profile": "full", "data": None, "model": None}, "imagenet: no such folder", id="04-full", marks=long
     ),
     pytest.param(
-        "07", {"weights": "imagenet"}, "^--pretrained: cannot get vgg16's weights", id="07-imagenet", marks=long
+        "07",
+        {"weights": "imagenet"},
+        "^--pretrained: cannot download the weights of vgg16",
+        id="07-imagenet",
+        marks=long,
     ),
     pytest.param("07", {"photograph": "none.jpg"}, "^photograph: ", id="07-photograph", marks=long),
 ]

@@ -74,7 +74,7 @@ def test_the_weights_of_a_channels_last_run_are_read_like_any_other(train):
 @needs_sim
 @pytest.mark.parametrize("flag", ["--channels-last", "--fused", "--compile"])
 def test_a_card_that_promises_none_of_it_says_so(refused, flag):
-    assert f"{flag}: not offered on gcu-sim" in refused("--device=gcu-sim", flag)
+    assert f"{flag}: not supported on gcu-sim" in refused("--device=gcu-sim", flag)
 
 
 @needs_sim

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from api_page import PAGE, page
 from processes import PROJECT
 
 import vgglab
@@ -25,6 +26,12 @@ def test_there_are_about_25():
 def test_each_is_there_and_says_what_it_is(name):
     assert name in dir(vgglab)
     assert inspect.getdoc(getattr(vgglab, name))
+
+
+def test_the_page_of_the_api_has_each_and_is_up_to_date():
+    text = PAGE.read_text(encoding="utf-8")
+    assert text == page(), "write it again: python tests/api_page.py"
+    assert set(re.findall(r"^## (\w+)$", text, re.MULTILINE)) == {*vgglab.__all__} - {"__version__"}
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem[:2])

@@ -1,5 +1,6 @@
 """What the documents say is there, is there; the commands they show are understood."""
 
+import importlib
 import re
 import shlex
 
@@ -7,9 +8,13 @@ import pytest
 from conftest import PROJECT, shell
 
 from vgglab import train
+from vgglab.__main__ import NAMES
+from vgglab.commands import plan as plan_command
 from vgglab.settings.parser import parse_flags
 
 README = (PROJECT / "README.md").read_text()
+PAGES = [PROJECT / "README.md", *sorted(file for file in (PROJECT / "docs").glob("*.md") if "zh-CN" not in file.name)]
+TRAINING = (PROJECT / "docs" / "training.md").read_text()
 
 
 def commands(text):
@@ -21,8 +26,8 @@ def commands(text):
             yield match.group(1).split("#")[0]
 
 
-@pytest.mark.parametrize("text", [README, train.__doc__], ids=["README.md", "train.py"])
-def test_every_command_shown_is_understood(text):
+@pytest.mark.parametrize("text", [TRAINING, train.__doc__], ids=["training.md", "train.py"])
+def test_every_training_command_shown_is_understood(text):
     found = list(commands(text))
     assert len(found) >= 7
     for flags in found:
@@ -31,10 +36,38 @@ def test_every_command_shown_is_understood(text):
             parse_flags(words)
 
 
-def test_the_seed_kits_four_commands_stand_in_the_readme():
+def commands_of(file):
+    """The ``vgglab`` commands in a page's code blocks for the shell, each as a list of words."""
+    for block in re.findall(r"^```sh\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            if line.startswith("vgglab "):
+                yield shlex.split(line.split("  #")[0])[1:]
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
+def test_every_command_shown_is_understood(file):
+    """Each by the parser of its command; what they do has tests of its own."""
+    for name, *words in commands_of(file):
+        if "--help" in words:
+            continue
+        if name == "train":
+            parse_flags(words)
+        elif name == "plan":
+            plan_command.parser().parse_known_args(words)
+        else:
+            importlib.import_module(f"vgglab.commands.{name}").parser().parse_args(words)
+
+
+def test_pages_show_each_command():
+    shown = {words[0] for file in PAGES for words in commands_of(file)}
+    inline = set(re.findall(r"`vgglab (\w+)", "".join(file.read_text() for file in PAGES)))
+    assert set(NAMES) <= shown | inline
+
+
+def test_the_original_examples_four_commands_are_in_the_documentation():
     from test_seed_defects import CONVERGENCE, EIGHT_CARDS, ONE_CARD, PERFORMANCE
 
-    joined = " ".join(re.sub(r"\\\s*\n", " ", README).split())
+    joined = " ".join(re.sub(r"\\\s*\n", " ", TRAINING).split())
     for door in (ONE_CARD, EIGHT_CARDS):
         for flags in (PERFORMANCE, CONVERGENCE):
             assert f"{door} {flags.replace('DATA', 'imagenet_raw')}" in joined
@@ -44,21 +77,26 @@ def test_make_targets_named_in_the_documents_exist():
     makefile = (PROJECT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     assert {"install", "run", "test", "test-long", "test-kernels", "lab", "check", "notebooks", "help"} <= targets
-    for document in ("README.md", "CONTRIBUTING.md", ".ci/run"):
-        named = set(re.findall(r"(?:^|`)make ([a-z-]+)", (PROJECT / document).read_text(), re.MULTILINE))
-        assert named
+    for document in (*PAGES, PROJECT / "CONTRIBUTING.md", PROJECT / ".ci/run"):
+        named = set(re.findall(r"(?:^|`)make ([a-z-]+)", document.read_text(), re.MULTILINE))
         assert named <= targets, document
     listed = shell("make", "help").stdout
     assert all(re.search(rf"^{target} ", listed, re.MULTILINE) for target in ("run", "test", "lab", "check"))
 
 
 def test_files_named_in_the_documents_exist():
-    for document in ("README.md", "CONTRIBUTING.md"):
-        text = (PROJECT / document).read_text()
+    for document in (*PAGES, PROJECT / "CONTRIBUTING.md"):
+        text = document.read_text()
         named = set(re.findall(r"`((?:vgglab|tests|notebooks)/[\w./]*)`|\b(\w+\.(?:ya?ml|toml|ipynb))\b", text))
         for path, name in named:
             found = (PROJECT / path).exists() if path else list(PROJECT.glob(f"**/{name}"))
             assert found, (document, path or name)
+
+
+@pytest.mark.parametrize("file", [*PAGES, *PROJECT.glob("docs/*.zh-CN.md")], ids=lambda file: file.name)
+def test_links_lead_to_a_page(file):
+    for link in re.findall(r"\]\(([^)#]+)", file.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (file.parent / link).exists(), link
 
 
 def test_conda_gets_what_make_installs():

@@ -125,7 +125,7 @@ def test_the_accuracy_of_made_up_images_says_so(train):
     run = train("--eval-step-per-epoch=1", "--training-step-per-epoch=2", data="fake").run
     assert "of made-up images" in run._repr_html_()
     assert "of made-up images" in repr(runs_table([run]))
-    assert "% of made-up images" in summary(run, progress_of(run))
+    assert "% of generated images" in summary(run, progress_of(run))
 
 
 @pytest.mark.parametrize("age_seconds", [3600, 0], ids=["left behind", "copied just now"])
@@ -175,7 +175,7 @@ def test_who_is_named_in_a_foreign_run_directory_is_not_stopped(run, stranger):
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
     (run.path / "events.jsonl").write_text("".join(events[:-1]))
     write_document(run.path / "env.json", {**run.env, **signature(stranger.pid)})
-    with pytest.raises(UserError, match=f"nothing shows that process {stranger.pid} on .* is its own"):
+    with pytest.raises(UserError, match=f"cannot confirm that process {stranger.pid} on .* belongs to this run"):
         Run(run.path).stop()
     for name in ("launch.json", "env.json"):
         write_document(run.path / name, {**run.env, **signature(stranger.pid), "command": [], "argv": []})

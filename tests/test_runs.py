@@ -124,7 +124,9 @@ def test_damage_is_listed_whatever_is_damaged(train):
         assert damage(name, None) == [f"{name}: is missing"]
     assert damage("report.json", b"{") == ["report.json: cannot be read"]
     report = with_checksum({**json.loads(kept["report.json"]), "num_lines": "many"})
-    assert "report.json: num_lines is of a wrong type, left out" in damage("report.json", json.dumps(report).encode())
+    assert "report.json: num_lines has the wrong type and is ignored" in damage(
+        "report.json", json.dumps(report).encode()
+    )
     lines = kept["events.jsonl"].splitlines(keepends=True)
     assert damage("events.jsonl", None) == [f"events.jsonl: {len(lines)} lines missing at its end"]
     assert damage("events.jsonl", b"".join(lines[:-2])) == ["events.jsonl: 2 lines missing at its end"]
@@ -164,8 +166,8 @@ def test_on_a_terminal_what_came_after_a_checkpoint_is_told_again_and_nothing_is
     add(path, {**START, "first_step": 10}, trained(12), trained(14))
     lines.update()
     told = capsys.readouterr().out
-    assert "10 to learn from" not in told
-    assert "digits: 9 images to learn from" in told
+    assert "10 training images" not in told
+    assert "digits: 9 training images" in told
     assert [line.split(":")[0] for line in told.splitlines()[1:]] == [f"epoch 1 of 9, step {n} of 90" for n in (12, 14)]
 
 

@@ -1,4 +1,4 @@
-"""Learning rate and parameter groups, against the seed kit's formulas computed here on their own."""
+"""Learning rate and parameter groups, against the original example's formulas computed here on their own."""
 
 import math
 

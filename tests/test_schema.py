@@ -196,19 +196,19 @@ def test_a_field_of_a_wrong_type_is_named_and_left_out(run, tmp_path):
     other = shutil.copytree(run.path, tmp_path / "other")
     env = json.loads((run.path / "env.json").read_text())
     write_document(run.path / "env.json", {**env, "started": ["now"], "check": None})
-    assert "env.json: started is of a wrong type, left out" in run.damage()
+    assert "env.json: started has the wrong type and is ignored" in run.damage()
     assert run.started == ""
     assert "started" not in run.env
-    with pytest.raises(UserError, match=r"env\.json: holds no started"):
+    with pytest.raises(UserError, match=r"env\.json: has no valid started"):
         run.env["started"]
     config = json.loads((run.path / "config.json").read_text())
     write_document(run.path / "config.json", {**config, "model": {"vgg": 16}, "lr": "fast", "check": None})
     assert run.report()["model"] is run.report()["lr"] is None
-    assert "model is of a wrong type" in outputs(run.path, Run(other))["page.html"]
+    assert "model has the wrong type" in outputs(run.path, Run(other))["page.html"]
     for name in ("model", "lr"):
-        assert f"config.json: {name} is of a wrong type, left out" in run.report()["damage"]
+        assert f"config.json: {name} has the wrong type and is ignored" in run.report()["damage"]
     write_document(run.path / "config.json", {**config, "batch_size": "many", "check": None})
-    with pytest.raises(UserError, match=r"config\.json: holds no batch_size"):
+    with pytest.raises(UserError, match=r"config\.json: has no valid batch_size"):
         run.report()
 
 
@@ -237,7 +237,7 @@ def test_a_link_in_the_place_of_a_file_is_not_followed(run, tmp_path):
         (tmp_path / "secret").rename(run.path / name)
     (run.path / "events.jsonl").rename(tmp_path / "events.jsonl")
     (run.path / "events.jsonl").symlink_to(tmp_path / "events.jsonl")
-    with pytest.raises(UserError, match="is a link, which is not followed"):
+    with pytest.raises(UserError, match="is a symbolic link and was not read"):
         Run(run.path).events()
 
 

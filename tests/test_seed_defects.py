@@ -1,4 +1,4 @@
-"""Each defect found by running the seed kit, by its number, and that the same thing works here.
+"""Each defect found by running the original example, by its number, and that the same thing works here.
 
 The numbers are those of the list of 32 that this kit started from; CONTRIBUTING.md has it in short. Rows 3 to 5, 8, 12,
 19, 21 and 30 (many cards) are in test_ranks.py and test_resume.py, rows 9, 10, 22 and 28 (data) in test_data.py and
@@ -224,13 +224,13 @@ def test_row_29_hidden_folders_are_no_classes_and_empty_ones_are_named(train, re
     run = train().run
     assert run.config["num_classes"] == 3
     (images / "train" / "n09_empty").mkdir()
-    assert "train/n09_empty holds no images" in refused()
+    assert "train/n09_empty contains no images" in refused()
 
 
 def test_row_31_a_run_shorter_than_its_warmup_says_so(train):
     """Seed: its performance command never reached the base rate, silently."""
     result = train("--warmup=5")
-    assert "--epochs 1 ends inside --warmup 5: the learning rate reaches 20% of its base" in result.out
+    assert "--epochs 1 ends inside --warmup 5: the learning rate only reaches 20% of its base" in result.out
     assert any("--warmup 5" in text for text in result.run.report()["warnings"])
 
 
@@ -242,7 +242,7 @@ def test_row_32_wrong_values_are_refused_before_the_data_is_looked_at(refused, t
     assert not [line for line in lines if line.strip().isdigit()], lines
 
 
-# The four commands of the seed kit's README, word for word but for the script's path and the folder.
+# The four commands of the original example's README, word for word but for the script's path and the folder.
 ONE_CARD = "python -u vgglab/train.py"
 EIGHT_CARDS = (
     "python -u -m torch.distributed.launch --nproc_per_node=8 --master_addr=127.0.0.1 --master_port=34568 "

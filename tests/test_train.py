@@ -216,6 +216,17 @@ def test_a_resumed_run_says_which_settings_that_affect_the_weights_it_changes(tr
     assert changes == ([] if said is None else [f"--resume: {said}"])
 
 
+def test_the_best_accuracy_of_other_held_out_images_is_not_carried_over(train):
+    """An accuracy of 100 % over one image stayed the best of the run that was tested on all."""
+    first = train("--epochs=1", "--eval-step-per-epoch=1", "--batch-size=1").run
+    run = train("--epochs=2", f"--resume={first.path}").run
+    assert run.events("start")[0]["best"] is None
+    assert run.report()["acc1"] == run.report()["acc1_last"] == run.events("eval")[-1]["acc1"]
+    assert any("is not carried over" in text for text in run.report()["warnings"])
+    again = train("--epochs=3", f"--resume={run.path}").run
+    assert again.events("start")[0]["best"]["acc1"] == run.report()["acc1"]
+
+
 def test_a_setting_that_nobody_has_classified_is_reported_and_compared():
     from vgglab.settings.flags import AFFECTS, Policy, flag
 
@@ -270,7 +281,7 @@ def test_missing_and_empty_folders(refused, images, tmp_path):
     (tmp_path / "bare").mkdir()
     assert "has no train/ folder" in refused(data=tmp_path / "bare")
     (images / "train" / "n04").mkdir()
-    assert "class folder train/n04 holds no images" in refused()
+    assert "class folder train/n04 contains no images" in refused()
     (images / "train" / "n04").rmdir()
     (images / "val").rename(images / "elsewhere")
     assert "has no val/ folder" in refused()
@@ -294,7 +305,7 @@ def test_classes_that_disagree(refused, train, images):
     assert "--num-classes 2: " in (line := refused("--num-classes=2"))
     assert "has 3 classes" in line
     assert "--num-classes 4: " in refused("--num-classes=4")
-    # The seed kit's four commands all say 1000, whatever the folder: that trains, and says so.
+    # The original example's four commands all say 1000, whatever the folder: that trains, and says so.
     result = train("--num_classes=1000", "--training-step-per-epoch=1")
     assert result.code == 0
     assert "the folder has 3 classes" in result.out
@@ -334,16 +345,18 @@ def test_an_output_directory_that_cannot_be_written(refused, tmp_path):
 
 def test_a_run_directory_is_not_written_twice(refused, train, tmp_path):
     (tmp_path / "old/checkpoints").mkdir(parents=True)
-    assert "holds a run already" in refused(f"--run-dir={tmp_path}/old")
+    assert "already contains a run" in refused(f"--run-dir={tmp_path}/old")
     assert train(f"--run-dir={tmp_path}/mine").code == 0
     config = (tmp_path / "mine/config.json").read_bytes()
-    assert "holds a run already" in refused(f"--run-dir={tmp_path}/mine", "--epochs=3")
+    assert "already contains a run" in refused(f"--run-dir={tmp_path}/mine", "--epochs=3")
     assert (tmp_path / "mine/config.json").read_bytes() == config
 
 
 def test_checkpoints_that_do_not_fit(refused, train, tmp_path):
     run = train().run
-    assert "is a checkpoint of vgg11, this run is --model vgg13" in refused(f"--resume={run.path}", "--model=vgg13")
+    assert "is a checkpoint of vgg11, but this run uses --model vgg13" in refused(
+        f"--resume={run.path}", "--model=vgg13"
+    )
     assert "check --num-classes, --head" in refused(f"--resume={run.path}", "--head=imagenet")
     assert "cannot be read" in refused("--resume=/nowhere.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
@@ -355,11 +368,11 @@ def test_checkpoints_that_do_not_fit(refused, train, tmp_path):
     torch.save({"model": weights, "config": "a string"}, tmp_path / "foreign.pt")
     assert train(f"--resume={tmp_path}/foreign.pt", "--test-only").code == 0
     torch.save({"model": {1: weights["features.0.weight"]}}, tmp_path / "keys.pt")
-    assert "holds no model weights" in refused(f"--resume={tmp_path}/keys.pt")
+    assert "contains no model weights" in refused(f"--resume={tmp_path}/keys.pt")
     torch.save({"epoch": 3}, tmp_path / "numbers.pt")
-    assert "holds no model weights" in refused(f"--resume={tmp_path}/numbers.pt")
+    assert "contains no model weights" in refused(f"--resume={tmp_path}/numbers.pt")
     torch.save(weights, tmp_path / "weights.pt")
-    assert "holds weights only" in refused(f"--resume={tmp_path}/weights.pt", "--epochs=2")
+    assert "contains weights only" in refused(f"--resume={tmp_path}/weights.pt", "--epochs=2")
     assert train(f"--resume={tmp_path}/weights.pt", "--test-only").code == 0
 
 
@@ -379,7 +392,7 @@ def test_a_checkpoint_never_runs_code(refused, tmp_path):
     torch.save({"model": Trap(str(sprung))}, tmp_path / "zip.pt")
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"model": Trap(str(sprung))}))
     for name in ("zip", "pickle"):
-        assert "not a checkpoint that can be read safely" in refused(f"--resume={tmp_path}/{name}.pt")
+        assert "not a checkpoint that can be loaded safely" in refused(f"--resume={tmp_path}/{name}.pt")
     assert not sprung.exists()
 
 
@@ -501,7 +514,7 @@ def test_a_batch_that_does_not_fit_is_said_in_one_line_and_the_run_says_failed(t
     limit_memory = partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))
     result = python("-m", "vgglab.train", *flags, preexec_fn=limit_memory)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-    assert result.stderr.startswith("vgglab.train: error: --batch-size 2048: no memory for it on cpu (")
+    assert result.stderr.startswith("vgglab.train: error: --batch-size 2048: out of memory on cpu (")
     assert Run(tmp_path / "run").status == "failed"
 
 

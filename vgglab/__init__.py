@@ -57,7 +57,7 @@ __all__ = ["Run", "RunFailed", "Runs", "Seeds", "UserError", "__version__", "lau
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """``%load_ext vgglab``: from then on there is ``%vgglab`` (``%vgglab?`` tells more)."""
+    """``%load_ext vgglab`` defines ``%vgglab`` (see ``%vgglab?``)."""
     importlib.import_module("vgglab.commands.magics").load(shell)
 
 

@@ -17,17 +17,17 @@ COMMANDS = {
         "anatomy": "a network layer by layer: shapes, parameters, operations, time",
     },
     "Train": {
-        "plan": "before a long training: hours, steps, disk, learning rates",
-        "train": "train, resume, test",
-        "data": "find the images of a set that cannot be read",
-        "bench": "how fast images come, how fast training steps are",
-        "doctor": "what this machine has, and what is wrong with it",
+        "plan": "before a long run: hours, steps, disk space, learning rates",
+        "train": "train, resume, evaluate",
+        "data": "find images that cannot be read",
+        "bench": "measure the speed of data loading and of training steps",
+        "doctor": "check this machine: devices, versions, problems",
     },
     "Look at runs": {
-        "results": "runs side by side, as text or as a page",
-        "compare": "where two runs first differ",
-        "report": "write the final figures of a run again",
-        "book": "execute all notebooks and make a site of them",
+        "results": "compare many runs in tables or on a web page",
+        "compare": "find the first difference between two runs",
+        "report": "compute report.json of a run again",
+        "book": "run all notebooks and build a web site from them",
     },
 }
 NAMES = [name for group in COMMANDS.values() for name in group]
@@ -37,7 +37,7 @@ def usage() -> str:
     lines = ["usage: vgglab COMMAND [option ...]", ""]
     for group, commands in COMMANDS.items():
         lines += [f"{group}:", *(f"  {name:11s}{about}" for name, about in commands.items()), ""]
-    return "\n".join([*lines, "vgglab COMMAND --help says more. Its completion in bash:",
+    return "\n".join([*lines, "vgglab COMMAND --help shows the options. To complete commands in bash:",
                       '  eval "$(register-python-argcomplete vgglab)"'])  # fmt: skip
 
 
@@ -56,8 +56,8 @@ def main() -> NoReturn:
         sys.exit(0)
     if name not in NAMES:
         close = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(NAMES)}"
-        print(f"vgglab: error: {name!r} is no command; {hint}", file=sys.stderr)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(NAMES)}"
+        print(f"vgglab: error: {name!r} is not a command; {hint}", file=sys.stderr)
         sys.exit(2)
     if name == "train":
         from vgglab.train import run_and_exit

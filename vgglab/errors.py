@@ -1,4 +1,4 @@
-"""The exceptions that are meant for the person at the keyboard."""
+"""Exceptions whose message is written for the user."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def printable(value: Any) -> Any:
 
 
 # What to do about a loss or a weight that is not a finite number.
-NOT_FINITE = "the last checkpoint is from before that; lower --lr or lengthen --warmup"
+NOT_FINITE = "the last checkpoint was saved before that; lower --lr or lengthen --warmup"
 
 
 class UserError(Exception):
-    """Something the reader can put right.
+    """An error that the user can fix.
 
-    The message is one line that names the flag or the file and says what to do. The shell door
-    prints it on stderr and leaves with exit code 2; everything else is a bug and keeps its traceback.
+    The message is one line that names the flag or the file and what to do about it. The commands
+    print it on stderr and exit with code 2; everything else is a bug and keeps its traceback.
     """
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class BadImage(UserError):
 
 
 @contextlib.contextmanager
-def blaming(culprit: str) -> Iterator[None]:
+def error_context(culprit: str) -> Iterator[None]:
     """Put the flag or the file in front of what is refused in the block: ``--resume x.pt: holds no weights``."""
     try:
         yield

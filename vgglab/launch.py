@@ -1,4 +1,4 @@
-"""Start a run from a notebook or a script: a process of its own, followed through its run directory.
+"""Start a run from a notebook or a script, in a separate process that is followed through its run directory.
 
 The training never runs inside the kernel, so a cell that fails cannot hurt it; and it does not outlive
 the kernel: its processes hold the reading end of a pipe, and end when the kernel that holds the other end does. Every
@@ -28,7 +28,7 @@ from vgglab.storage.lock import alone_in
 from vgglab.storage.schema import write_document
 
 NUM_LOG_LINES_SHOWN = 30
-_leashes: set[IO[bytes]] = set()  # of the runs that go on: the ends that this process holds
+_leashes: set[IO[bytes]] = set()  # of active runs: the ends of the pipes that this process holds
 
 
 def _let_go() -> None:
@@ -60,7 +60,7 @@ def launch(
 
     Args:
         flags: as on the command line, e.g. ``"--data-path digits --epochs 2"``, or a list of them.
-        watch: show the run while it goes on; without it this always returns at once.
+        watch: show the run while it is active; without it this always returns at once.
         nproc, max_restarts: as the flags ``--nproc`` and ``--max-restarts``.
         nnodes, node_rank, rendezvous: several machines: how many, which this is, and ``host:port`` of the first;
             torchrun starts the ranks there.
@@ -81,7 +81,9 @@ def launch(
     config = replace(config, world_size=config.nproc * _checked_count("nnodes", nnodes))
     if config.seeds is not None:
         if nnodes > 1 or detach:
-            raise UserError("seeds: this process starts one after the other, on this machine; no nnodes and no detach")
+            raise UserError(
+                "seeds: this process starts the runs one after the other, on this machine; leave out nnodes and detach"
+            )
         return _launch_each(argv, config, watch, python)
     if nnodes > 1 and (not rendezvous or config.run_dir is None):
         raise UserError("nnodes: several machines need rendezvous='<first machine>:<port>' and a run_dir they share")
@@ -116,7 +118,7 @@ def _launch_each(argv: Sequence[str], config: Request, watch: bool, python: str 
 
 def _checked_count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name}: {value!r} is not a number of at least 1")
+        raise UserError(f"{name}: {value!r} is not a whole number of at least 1")
     return value
 
 
@@ -124,7 +126,7 @@ def _torchrun(config: Request, nnodes: int, node_rank: int, rendezvous: str | No
     """The module itself: the command ``torchrun`` is not on every kernel's PATH. Spelled as torch 1.10 takes it too."""
     command = ["-m", "torch.distributed.run", f"--nproc_per_node={config.nproc}", "--rdzv_backend=c10d"]
     command += [f"--max_restarts={config.max_restarts}", f"--rdzv_endpoint={rendezvous}", "--rdzv_id=vgglab"]
-    # c10d: the machines agree on their order themselves, so node_rank only says who makes the run directory.
+    # With c10d the machines agree on their order, so node_rank only decides who creates the run directory.
     return [*command, f"--nnodes={nnodes}", f"--node_rank={node_rank}"]
 
 
@@ -189,7 +191,7 @@ class LaunchedRun(Run):
     def __init__(self, path: Path, process: subprocess.Popen, is_multiple: bool = False) -> None:
         super().__init__(path)
         self.process = process
-        self.is_multiple = is_multiple  # a launcher stands between
+        self.is_multiple = is_multiple  # there is a launcher in between
         self._was_stopped = False
         self._ends_before = self.events("end")  # of an earlier launch in the same folder
 
@@ -204,11 +206,11 @@ class LaunchedRun(Run):
     @property
     def status(self) -> str:
         has_ended = self._has_ended()  # asked first: it may end while its events are read
-        if has_ended and self.events("end") in ([], self._ends_before):  # it could not say how it ended
+        if has_ended and self.events("end") in ([], self._ends_before):  # it could not record how it ended
             return "interrupted" if self._was_stopped else "failed"
         status = super().status
         if not has_ended and status in ("failed", "interrupted", "done"):
-            return "running"  # the launcher is about to start its ranks anew, or to end
+            return "running"  # the launcher is about to restart its ranks, or to end
         return status
 
     def wait(self, timeout_seconds: float | None = None) -> LaunchedRun:
@@ -217,12 +219,12 @@ class LaunchedRun(Run):
         Raises:
             UserError: the run refused its flags or its data.
             RunFailed: it ended in an error.
-            TimeoutError: it is still going on.
+            TimeoutError: it is still running.
         """
         try:
             self.process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
-            raise TimeoutError(f"{self.path} is still going on after {timeout_seconds} s") from None
+            raise TimeoutError(f"{self.path} is still running after {timeout_seconds} s") from None
         except KeyboardInterrupt:
             self.stop()
             raise
@@ -249,7 +251,7 @@ class LaunchedRun(Run):
         try:
             self.process.wait(grace_seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)  # a session of its own: this reaches its workers too
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own session, so this reaches its workers too
             self.process.wait()
         processes.kill_all(self.path)
         return f"{self.name}: process {self.process.pid} was asked to save and leave; {self.status}"

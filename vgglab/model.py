@@ -63,9 +63,9 @@ class VGG(nn.Module):
     ) -> None:
         super().__init__()
         if head not in HEADS:
-            raise UserError(f"no head {head!r}; there are {', '.join(HEADS)}")
+            raise UserError(f"no head {head!r}; choose from {', '.join(HEADS)}")
         if init not in INITS:
-            raise UserError(f"no init {init!r}; there are {', '.join(INITS)}")
+            raise UserError(f"no init {init!r}; choose from {', '.join(INITS)}")
         side, width = HEADS[head]
         self.features = _features(layers, batch_norm)
         self.avgpool = nn.AdaptiveAvgPool2d((side, side))
@@ -157,7 +157,7 @@ def build(name: str, **options: Any) -> VGG:
     """
     depth = name[: -len("_bn")] if name.endswith("_bn") else name
     if depth not in CONFIGURATIONS:
-        raise UserError(f"no network {name!r}; there are {', '.join(model_names())}")
+        raise UserError(f"no network {name!r}; choose from {', '.join(model_names())}")
     return VGG(CONFIGURATIONS[depth], batch_norm=name.endswith("_bn"), **options)
 
 
@@ -246,6 +246,6 @@ def _published_weights(name: str) -> dict[str, Tensor]:
         return load_tensors(file)
     except (OSError, ValueError, RuntimeError) as error:  # urllib's errors are OSErrors
         raise UserError(
-            f"--pretrained: cannot get {name}'s weights ({str(error).splitlines()[0]}); "
-            f"put the file {file.name} into {file.parent} and start again"
+            f"--pretrained: cannot download the weights of {name} ({str(error).splitlines()[0]}); "
+            f"put the file {file.name} into {file.parent} and try again"
         ) from None

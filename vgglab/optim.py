@@ -1,4 +1,4 @@
-"""What training minimises and how: the optimizer, the loss with its blends of images, averaged weights."""
+"""The optimizer, the loss with mixup and cutmix, and averaged weights."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class OptimizerKind(NamedTuple):
     """An optimizer that can be chosen."""
 
     optimizer: type[Optimizer]
-    options: dict[str, str]  # its own arguments, beside learning rate and weight decay, and the settings they come from
-    num_averages: int = 0  # that it keeps of each weight, beside momentum
+    options: dict[str, str]  # arguments besides learning rate and weight decay: the settings they come from
+    num_averages: int = 0  # kept for each weight, besides momentum
     can_fuse: bool = False  # make its step in one kernel
 
     def num_kept(self, config: Request) -> int:
@@ -49,7 +49,7 @@ def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> 
 
     ``fused``: the step is one kernel, for an optimizer that ``can_fuse``.
 
-    The seed kit looks for "bn" in the parameters' names, which no VGG layer carries; here the layer's type decides.
+    The original example looks for "bn" in the parameters' names, which no VGG layer has; here the layer's type decides.
 
     Raises:
         KeyError: no optimizer of that name.
@@ -76,7 +76,7 @@ def _groups(parameters: Iterable[nn.Parameter], spared: list[nn.Parameter]) -> l
 
 
 class Targets(NamedTuple):
-    """What the network should say of each image of a batch."""
+    """The targets of a batch."""
 
     labels: Tensor  # (N,)
     others: Tensor | None = None  # (N,), of the images that were blended in

@@ -4,7 +4,7 @@
     python -m vgglab.train --data-path imagenet --batch-size 192  # a folder with train/ and val/
     python -m vgglab.train --help                                 # every flag
 
-One card for 90 epochs, eight cards, and the same started as the seed kit starts it:
+One card for 90 epochs, eight cards, and the same started as the original example starts it:
 
     python -u vgglab/train.py --data-path=imagenet --batch-size=192 --num_classes=1000 --epochs=90 --dropout_rate=0.5
     python -m vgglab.train --nproc 8 --data-path imagenet --batch-size 192 --dropout-rate 0.5
@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING, NoReturn, Sequence
 from vgglab.devices import agreement, import_torch, open_device
 from vgglab.dist import interrupts, ranks, slurm, spawn
 from vgglab.dist.interrupts import Leaving, deferring_ctrl_c, deferring_signals
-from vgglab.errors import UserError, blaming
+from vgglab.errors import UserError, error_context
 from vgglab.runs import seeds
 from vgglab.settings import inheritance
 from vgglab.settings.config import Request, Settings, complete
@@ -65,11 +65,11 @@ if TYPE_CHECKING:
     from vgglab.runs.writer import RankWriter
     from vgglab.trainer import Trainer
 
-MAX_WORKERS = 16  # the seed kit's default
+MAX_WORKERS = 16  # the original example's default
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The shell's door: flags in, exit code out."""
+    """Command-line entry point: flags in, exit code out."""
     try:
         ranks.attach()
         argv = sys.argv[1:] if argv is None else argv
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks.report_failure(error, 1)
         if ranks.has_lost_peers(error) and ranks.name():
             # Its own traceback would bury that of the rank that failed.
-            ranks.say(f"{ranks.name()}another rank has gone ({str(error).splitlines()[0]})")
+            ranks.say(f"{ranks.name()}lost connection to another rank ({str(error).splitlines()[0]})")
             return 1
         if ranks.name():
             ranks.say(f"{ranks.name()}failed:")
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _RefusedByRank0(Exception):
-    """Rank 0 has refused, and says why; the others only leave."""
+    """Rank 0 has refused and reports why; the other ranks only exit."""
 
 
 def run_training(request: Request, given: Sequence[str] = ()) -> None:
@@ -127,7 +127,7 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
     saved, is_in_place = None, False
     notes: list[str] = []
     earlier = ranks.run_of_earlier_attempt()
-    if earlier is not None:  # the launcher has started the ranks anew: the same run goes on
+    if earlier is not None:  # the launcher has restarted the ranks: the same run continues
         request = replace(request, run_dir=str(earlier), resume="auto")
     if request.resume == "auto":
         is_in_place = request.run_dir is not None and not request.test_only  # that would void what was trained
@@ -135,11 +135,11 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
         request = replace(request, resume=checkpoint)
     if is_in_place and not request.resume:  # no checkpoint yet, but it may have settings
         file = Path(str(request.run_dir), "config.json")
-        with blaming(f"--resume auto: {file}"):
+        with error_context(f"--resume auto: {file}"):
             request = inheritance.inherit(request, given, readable_document(file))
     if request.resume:
         saved = _read_checkpoint(request.resume)
-        with blaming(f"--resume {request.resume}"):
+        with error_context(f"--resume {request.resume}"):
             request = inheritance.inherit(request, given, saved.get("config", {}))
     device = open_device(
         request.device,
@@ -188,7 +188,9 @@ def _read_checkpoint(path: str) -> Checkpoint:
         return checkpoint.read(file)
     except UserError as error:
         earlier = file.with_name("previous.pt")
-        advice = f"; the one before it: --resume {earlier}" if file.name == "last.pt" and earlier.exists() else ""
+        advice = (
+            f"; the checkpoint before it: --resume {earlier}" if file.name == "last.pt" and earlier.exists() else ""
+        )
         raise UserError(f"--resume {file}: {error}{advice}") from None
 
 
@@ -210,12 +212,12 @@ def _find_checkpoint(request: Request) -> tuple[str | None, list[str]]:
         reasons = "; ".join(passed_over)
         raise UserError(f"--resume auto: no checkpoint in {request.run_dir} can be used: {reasons}; {advice}")
     if file is None and (notes or (request.run_dir and holds_a_run(Path(request.run_dir)))):
-        notes.append(f"--resume auto: no intact checkpoint in {request.run_dir or runs}; starting from the beginning")
+        notes.append(f"--resume auto: no valid checkpoint in {request.run_dir or runs}; starting from the beginning")
     return (None if file is None else str(file)), notes
 
 
 def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
-    """Fill in what the flags left open, so that config.json says what was really used."""
+    """Fill in what the flags left open, so that config.json records what was used."""
     from vgglab.model import head_for
     from vgglab.runs.run import run_path
 
@@ -255,6 +257,13 @@ def _prepare_and_work(
     trainer = Trainer(config, device, sets, saved)
     if saved is not None and not config.test_only:
         trainer.warnings += [f"--resume: {change}" for change in inheritance.changed_settings(saved, config.as_dict())]
+        before = saved.get("config", {}).get("eval_step_per_epoch", config.eval_step_per_epoch)
+        if before != config.eval_step_per_epoch and trainer.state.best is not None:
+            trainer.state.best = None
+            trainer.warnings.append(
+                f"--resume: --eval-step-per-epoch {config.eval_step_per_epoch}, was {before}; the best accuracy so far "
+                "was measured on other images and is not carried over"
+            )
     path = Path(config.run_dir)
     if device.rank == 0:
         _run_rank_0(trainer, path, is_in_place)
@@ -268,7 +277,7 @@ def _prepare_and_work(
 
 
 def _work(trainer: Trainer, run: RankWriter) -> None:
-    from vgglab.devices.memory import is_lack_of_memory
+    from vgglab.devices.memory import is_out_of_memory
 
     try:
         if trainer.config.test_only:
@@ -276,11 +285,11 @@ def _work(trainer: Trainer, run: RankWriter) -> None:
         else:
             trainer.fit(run)
     except (RuntimeError, MemoryError) as error:
-        if not is_lack_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["no memory"])[0]
         batch_size, kind = trainer.config.batch_size, trainer.device.kind
-        raise UserError(f"--batch-size {batch_size}: no memory for it on {kind} ({reason})") from error
+        raise UserError(f"--batch-size {batch_size}: out of memory on {kind} ({reason})") from error
 
 
 def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
@@ -314,7 +323,10 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             if config.resume and not config.test_only:
                 terminal.say(f"resuming from {config.resume}")
             if not run.has_lock:
-                run.event("warning", text=f"{path}: this file system cannot lock; start no second run in there")
+                run.event(
+                    "warning",
+                    text=f"{path}: this file system does not support locks; do not start a second run in it",
+                )
             trainer.announce(run)
             warnings = [*device.warnings, *trainer.sets.warnings, *trainer.warnings]
             for text in [*warnings, *warnings_about(config)]:

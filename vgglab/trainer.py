@@ -1,4 +1,4 @@
-"""Training: ``Trainer.step`` is one optimizer step, ``Trainer.fit`` all of them with what goes on around.
+"""Training: ``Trainer.step`` is one optimizer step, ``Trainer.fit`` the loop around it.
 
 What differs between devices is in the device's methods, what differs between experiments in the settings; all that is
 to be reported goes as events into the run directory.
@@ -19,7 +19,7 @@ from vgglab.data.transform import normalised
 from vgglab.devices.tracing import Tracer
 from vgglab.dist import interrupts
 from vgglab.dist.interrupts import Leaving
-from vgglab.errors import NOT_FINITE, UserError, blaming
+from vgglab.errors import NOT_FINITE, UserError, error_context
 from vgglab.model import build, load_pretrained
 from vgglab.optim import Average, Objective, build_optimizer, set_learning_rate
 from vgglab.pace import Clock, StopCoordinator, TimedDevice
@@ -60,7 +60,7 @@ class Trainer:
         average: a moving average of the weights, which is tested in their place; or None.
         batches: None with ``test_only``.
         state: how far the training has come.
-        warnings: what the run should say about its start, one line each.
+        warnings: about the start of the run, one line each.
     """
 
     def __init__(self, config: Settings, device: Device, sets: DataSets, saved: Checkpoint | None = None) -> None:
@@ -76,7 +76,7 @@ class Trainer:
         self.held_out = eval_batches(sets, config, device)
         self.model, self.network = device.wrap(self._build_network(saved))
         if config.ema and not device.can_average:
-            raise UserError(f"--ema: not offered on {device.kind}; leave it out")
+            raise UserError(f"--ema: not supported on {device.kind}; leave it out")
         self.average = Average(self.network, config.ema) if config.ema and not config.test_only else None
         if self.average is not None and saved is not None:
             self.average.network.load_state_dict(saved["model"])
@@ -84,7 +84,7 @@ class Trainer:
         self.objective = Objective(config, device)
         self.state = TrainingState(epoch=config.start_epoch)
         if saved is not None and not config.test_only:
-            with blaming(f"--resume {config.resume}"):
+            with error_context(f"--resume {config.resume}"):
                 self.state = TrainingState(**saved.restore_training(self.optimizer, config.optimizer))
                 device.load_scaler_state(saved.get("scaler", {}))
 
@@ -101,10 +101,10 @@ class Trainer:
             fresh = load_pretrained(network, config.model)
             if fresh:
                 self.warnings.append(
-                    f"--pretrained: {', '.join(fresh)} start fresh, their shape differs from ImageNet's"
+                    f"--pretrained: {', '.join(fresh)} are newly initialised, their shape differs from ImageNet's"
                 )
         if saved is not None:
-            with blaming(f"--resume {config.resume}"):
+            with error_context(f"--resume {config.resume}"):
                 saved.restore_model(network, config.model, to_train=not config.test_only)
         return network
 
@@ -159,7 +159,9 @@ class Trainer:
                 state.epoch, state.images = epoch + 1, 0
         num_steps = state.step - first_step
         if 0 < num_steps <= config.skip_steps:
-            run.event("warning", text=f"no images/s: {num_steps} steps, all within --skip-steps {config.skip_steps}")
+            run.event(
+                "warning", text=f"no images/s: all {num_steps} steps fell within --skip-steps {config.skip_steps}"
+            )
 
     def _evaluate_and_save(self, run: RankWriter, epoch: int) -> None:
         try:
@@ -186,7 +188,7 @@ class Trainer:
         run.save_checkpoint(self.network, self.optimizer, scaler, self.state, settings, is_best, average)
 
     def save_and_leave(self, run: RankWriter) -> NoReturn:
-        """Raises Leaving, with what was saved and how to go on."""
+        """Raises Leaving, with what was saved and how to continue."""
         self.save(run)
         if self.device.rank != 0:
             raise Leaving
@@ -249,7 +251,7 @@ class Trainer:
             raise Leaving
         loss_sum, hits1, hits5, num_images = figures
         if num_images == 0:
-            raise UserError("--on-bad-image skip: none of the held-out images can be read; python -m vgglab.data check")
+            raise UserError("--on-bad-image skip: none of the held-out images can be read; run vgglab data check")
         result = {"acc1": 100 * hits1 / num_images, "acc5": 100 * hits5 / num_images}
         is_best = state.best is None or result["acc1"] > state.best["acc1"]
         state.best = {name: max(value, (state.best or result)[name]) for name, value in result.items()}

@@ -22,7 +22,7 @@ def call(name: str, argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         say_error(name, error)
         return 2
-    except BrokenPipeError:  # whoever reads the output has read enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

@@ -11,22 +11,24 @@ from vgglab.commands import call
 from vgglab.settings.flags import OneLineParser, with_dashes
 from vgglab.settings.parser import parse_flags
 
-OPTIONS = {  # with defaults; training knows which values they may have
+OPTIONS = {  # with defaults; the parser of training checks their values
     "model": ("vgg16", "the network"),
     "image-size": (224, "side of the square images, in pixels"),
-    "batch-size": (1, "images that pass at once"),
-    "num-classes": (1000, "width of the last layer"),
-    "device": ("cpu", "where --measure measures"),
+    "batch-size": (1, "images per batch"),
+    "num-classes": (1000, "number of classes"),
+    "device": ("cpu", "device for --measure"),
 }
 
 
 def parser() -> argparse.ArgumentParser:
-    about = "What a network is made of and what it costs, layer by layer."
+    about = "Show a network layer by layer: shapes, parameters, operations, memory."
     parser = OneLineParser(prog="vgglab anatomy", description=about, allow_abbrev=False)
     for name, (default, text) in OPTIONS.items():
         parser.add_argument(f"--{name}", default=default, help=f"{text} (default {default})")
-    parser.add_argument("--measure", action="store_true", help="time each layer, and the ceilings of the machine")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure the time of each layer and the limits of the machine"
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
     return parser
 
 

@@ -18,27 +18,31 @@ ABOVE_0 = number(float, 1e-12, 1e12, "a number above 0")
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="vgglab bench", description="Measure the kit beside a reference in the same run.")
+    parser = OneLineParser(prog="vgglab bench", description="Measure speed against a reference, both in the same run.")
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="data|step", parser_class=OneLineParser)
     data = subjects.add_parser(
         "data",
         usage="vgglab bench data [--flag value ...]",
-        description="How fast training images come, beside torchvision's reference pipeline in the same run.",
+        description="Measure the speed of data loading against torchvision's reference pipeline.",
         allow_abbrev=False,
     )
-    data.add_argument("--data-path", default="digits", help="a folder or a set, as for training")
-    data.add_argument("--image-size", type=int, help="side of the crop; default: the set's")
+    data.add_argument("--data-path", default="digits", help="a folder or a data set, as for training")
+    data.add_argument("--image-size", type=int, help="side of the crop in pixels; default: that of the data set")
     data.add_argument("--batch-size", type=int, default=32, help="images per batch (default 32)")
     data.add_argument("--decoder", choices=("auto", *DECODERS), default="auto", help="as for training")
     data.add_argument("--workers", help="numbers of loader processes to try, e.g. 1,2,4; default: 1 and all cores")
-    data.add_argument("--seconds", type=ABOVE_0, default=20.0, help="for each of the two parts, about (default 20)")
-    data.add_argument("--card", type=ABOVE_0, help="images/s that your card computes: how many processes it needs")
+    data.add_argument(
+        "--seconds", type=ABOVE_0, default=20.0, help="approximate duration of each of the two parts (default 20)"
+    )
+    data.add_argument(
+        "--card", type=ABOVE_0, help="speed of your card in images/s: computes how many loader processes it needs"
+    )
     data.add_argument("--json", action="store_true", help="end with one line of JSON")
 
     step = subjects.add_parser(
         "step",
         usage="vgglab bench step [--flag value ...]",
-        description="How fast training steps are, each way beside a plain PyTorch loop in the same run.",
+        description="Measure the speed of training steps in each mode against a plain PyTorch loop.",
         allow_abbrev=False,
     )
     step.add_argument("--model", choices=MODELS, default="vgg16")
@@ -46,10 +50,12 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--image-size", default="224", help="side of the images (default 224)")
     step.add_argument("--batch-size", default="16", help="one or several, e.g. 8,16,32, or max (default 16)")
     step.add_argument("--ways", help="such as float32,fast; default: float32, channels-last, amp and fast")
-    step.add_argument("--against", choices=("torchvision",), help="torchvision's network in a plain loop, too")
-    step.add_argument("--turns", type=AT_LEAST_1, default=5, help="of each way and the plain loop (default 5)")
+    step.add_argument("--against", choices=("torchvision",), help="also measure torchvision's network in a plain loop")
+    step.add_argument(
+        "--turns", type=AT_LEAST_1, default=5, help="repetitions of each mode and of the plain loop (default 5)"
+    )
     step.add_argument("--steps", type=AT_LEAST_1, default=1, help="in each turn (default 1)")
-    step.add_argument("--output-dir", default=".", help="the run directory is made in <this>/runs")
+    step.add_argument("--output-dir", default=".", help="the run directory is created in DIR/runs")
     step.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser
 
@@ -79,14 +85,14 @@ def _counts(text: str | None) -> list[int] | None:
         return None
     words = text.split(",")
     if not all(word.strip().isascii() and word.strip().isdigit() and int(word) > 0 for word in words):
-        raise UserError(f"--workers: {text!r} is not a list of numbers above 0, such as 1,2,4")
+        raise UserError(f"--workers: {text!r} is not a list of positive numbers such as 1,2,4")
     return [int(word) for word in words]
 
 
 def bench_step(options: Any) -> None:
     sizes = options.batch_size.split(",")
     if sizes != ["max"] and not all(size.strip().isascii() and size.strip().isdigit() and int(size) for size in sizes):
-        raise UserError(f"--batch-size: {options.batch_size!r} is not a number above 0, several such as 8,16, or max")
+        raise UserError(f"--batch-size: {options.batch_size!r} is not a positive number, a list such as 8,16, or max")
     flags = [f"--model={options.model}", f"--device={options.device}", f"--image-size={options.image_size}"]
     parse_flags(flags)
     from vgglab.lab.bench.step import USUAL, as_text, largest, measure_steps, save_steps, way_named

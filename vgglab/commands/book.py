@@ -4,10 +4,10 @@
     python -m vgglab.book -p profile full -p device auto    # the same notebooks as reports of a card
     python -m vgglab.book notebooks/08_report.ipynb -p folders /shared/runs --no-code --out /shared/report
 
-Notebooks run side by side where there are cores; one whose metadata says ``"vgglab": {"alone": true}`` measures speeds
-and has the machine for itself. All run in the folder one stands in, so that is where a path of ``-p`` begins. A
-parameter that no chosen notebook has is refused, which papermill alone would not do.
-Exit codes: 0 done; 1 a notebook failed, its cell is named; 2 bad input, said in one line; 130 interrupted.
+Notebooks run in parallel if there are enough cores. One whose metadata has ``"vgglab": {"alone": true}`` measures
+speeds and runs alone. All run in the current folder, so paths of ``-p`` are relative to it. A parameter that no chosen
+notebook has is refused, which papermill alone would not do.
+Exit codes: 0 done; 1 a notebook failed, its cell is named; 2 bad input, explained in one line; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
     for name in parameters:
         if not any(name in names for names in known.values()):
             raise UserError(
-                f"-p {name}: no such parameter; there are {', '.join(sorted(set().union(*known.values())))}"
+                f"-p {name}: no such parameter; choose from {', '.join(sorted(set().union(*known.values())))}"
             )
     jobs: list[Job] = []
     own_files = {source.resolve() for source in known}
@@ -67,9 +67,11 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
         is_alone = _metadata_of(source).get("vgglab") == {"alone": True}
         target = out / source.name
         if source.stem == "index" or source.name in [job.target.name for job in jobs]:
-            raise UserError(f"{source}: another page would have the name {source.stem}.html; rename it")
+            raise UserError(f"{source}: another notebook would become {source.stem}.html too; rename one of them")
         if target.resolve() in own_files or not _was_made_here(target):
-            raise UserError(f"--out {out}: {source.name} is there and was not made here; name another folder")
+            raise UserError(
+                f"--out {out}: {source.name} already exists and was not written by this command; choose another folder"
+            )
         texts = {name for name in own if names[name]}
         jobs.append(Job(source, target, own, texts, is_alone))
     return sorted(jobs, key=lambda job: (not job.is_alone, -SECONDS.get(job.source.stem, 0)))
@@ -102,7 +104,7 @@ def _metadata_of(file: Path) -> dict[str, Any]:
 
 
 def _was_made_here(target: Path) -> bool:
-    """Whether it may be written anew: an executed notebook, what is left of one, or nothing yet."""
+    """Whether it may be overwritten: an executed notebook, an incomplete one, or nothing yet."""
     if target.is_symlink() or target.is_dir():
         return False
     if not target.exists() or "papermill" in _metadata_of(target):
@@ -144,7 +146,7 @@ class Book:
         if code and not _has_begun(job.target):
             code, said = self._run(words, environment)
         seconds = time.monotonic() - start
-        fault = "" if code == 0 else fault_of(job.target) or said.strip()[-500:] or "ended without a word"
+        fault = "" if code == 0 else fault_of(job.target) or said.strip()[-500:] or "exited without output"
         print(f"{job.source.stem:20s}{'FAILED' if fault else 'done'} in {duration(seconds)}", flush=True)
         if fault:
             print(fault, file=sys.stderr, flush=True)
@@ -189,13 +191,16 @@ def fault_of(executed: Path) -> str:
 
 def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="vgglab book", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="files; without any: notebooks/*.ipynb")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="notebook files (default: notebooks/*.ipynb)")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
     parser.add_argument("--out", type=Path, default=Path("build/notebooks"), help="default: %(default)s")
-    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="notebooks side by side, %(default)s")
     parser.add_argument(
-        "--no-code", action="store_true", help="pages with prose and results only, for a reader of those"
+        "--at-once",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="notebooks to run at the same time (default %(default)s)",
     )
+    parser.add_argument("--no-code", action="store_true", help="leave the code cells out of the pages")
     return parser
 
 
@@ -209,9 +214,9 @@ def main(argv: Sequence[str]) -> int:
 def _make(arguments: argparse.Namespace) -> int:
     sources = arguments.notebooks or sorted(Path("notebooks").glob("*.ipynb"))
     if not sources:
-        raise UserError("no notebooks here: name some, or stand in the folder that has notebooks/ in it")
+        raise UserError("no notebooks found: name some, or change to the folder that contains notebooks/")
     if arguments.at_once < 1:
-        raise UserError("--at-once: a whole number, 1 or more")
+        raise UserError("--at-once: must be a whole number, at least 1")
     import nbconvert  # noqa: F401  # before an hour is spent that could not be shown
 
     jobs = jobs_for(sources, arguments.out, dict(arguments.p))
@@ -219,7 +224,7 @@ def _make(arguments: argparse.Namespace) -> int:
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {arguments.out}: {error.strerror}; name a folder") from None
+        raise UserError(f"--out {arguments.out}: {error.strerror}; choose another folder") from None
     start = time.monotonic()
     with handling(STOP_SIGNALS, signal.default_int_handler):  # each is what Ctrl-C is
         chapters = Book(arguments.at_once).execute(jobs)
@@ -228,7 +233,7 @@ def _make(arguments: argparse.Namespace) -> int:
     took = duration(time.monotonic() - start)
     if failed:
         again = _repeat_command([job.source for job in jobs if job.target.name in failed], arguments)
-        print(f"{len(failed)} of {len(chapters)} notebooks failed after {took}; to repeat just that: {again}")
+        print(f"{len(failed)} of {len(chapters)} notebooks failed after {took}; to run only those again: {again}")
         return 1
     noun = "notebook" if len(chapters) == 1 else "notebooks"
     print(f"{len(chapters)} {noun} done after {took}; open {arguments.out / 'index.html'} in a browser")

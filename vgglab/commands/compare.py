@@ -6,11 +6,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
 from vgglab.commands import call
 from vgglab.errors import UserError
-from vgglab.runs.compare import as_text, compare_runs
+from vgglab.runs.compare import Comparison, as_text, compare_runs
 from vgglab.runs.run import Run
 from vgglab.settings.flags import NOT_NEGATIVE, OneLineParser, with_dashes
 from vgglab.storage.schema import finite
@@ -19,45 +19,51 @@ from vgglab.storage.schema import finite
 def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="vgglab compare",
-        description="Where two runs first differ.",
+        description="Find the first difference between a run and each of the others.",
         epilog="Exit codes: 0 the same; 1 they differ; 2 bad input.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs=2, metavar="RUN", help="a run directory")
-    parser.add_argument(
-        "--tolerance", type=NOT_NEGATIVE, default=0.0, help="relative difference that is none (default 0)"
-    )
-    parser.add_argument("--png", type=Path, help="draw both runs into this file")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, at least two")
+    parser.add_argument("--tolerance", type=NOT_NEGATIVE, default=0.0, help="relative difference to ignore (default 0)")
+    parser.add_argument("--png", type=Path, help="draw the curves of all runs into this PNG file")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args([with_dashes(argument) for argument in argv])
-    one, other = map(Run, options.runs)
-    found = compare_runs(one, other, options.tolerance)
+    one, *others = map(Run, options.runs)
+    if not others:
+        raise UserError("RUN: give at least two run directories")
+    comparisons = [compare_runs(one, other, options.tolerance) for other in others]
     if options.png:
         from vgglab.view.figures import curves_beside
 
-        step = None if found.first is None else found.first.step
-        _write_new(options.png, curves_beside([one, other], first_difference=step).png())
-    print(as_text(found))
+        first = comparisons[0].first if len(others) == 1 else None
+        _write_new(options.png, curves_beside([one, *others], first_difference=first and first.step).png())
+    for other, found in zip(others, comparisons):
+        print(as_text(found) if len(others) == 1 else f"{one.name} and {other.name}\n{as_text(found)}\n")
     if options.json:
-        figures = {name: finite(value) for name, value in found._asdict().items()}
-        first = found.first and {name: finite(value) for name, value in found.first._asdict().items()}
-        print(json.dumps({**figures, "first": first, "is_same": found.is_same}))
-    return 0 if found.is_same else 1
+        objects = [_as_json(found) for found in comparisons]
+        print(json.dumps(objects[0] if len(others) == 1 else objects))
+    return 0 if all(found.is_same for found in comparisons) else 1
+
+
+def _as_json(found: Comparison) -> dict[str, Any]:
+    figures = {name: finite(value) for name, value in found._asdict().items()}
+    first = found.first and {name: finite(value) for name, value in found.first._asdict().items()}
+    return {**figures, "first": first, "is_same": found.is_same}
 
 
 def _write_new(file: Path, content: bytes) -> None:
     """Raises UserError where the file is there already, cannot be written, or is called something else."""
     if file.suffix.lower() != ".png":
-        raise UserError(f"--png {file}: a picture is written as PNG; let the name end in .png")
+        raise UserError(f"--png {file}: the figure is written as PNG; the file name must end in .png")
     try:
         with file.open("xb") as target:
             target.write(content)
     except OSError as error:
-        raise UserError(f"--png {file}: {error.strerror}; name a new file") from None
+        raise UserError(f"--png {file}: {error.strerror}; choose a new file name") from None
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ class Diagnosis:
         return "\n".join([*lines, "", self.verdict()])
 
     def verdict(self) -> str:
-        return "nothing wrong" if not self.problems else f"{len(self.problems)} to mend"
+        number = len(self.problems)
+        return "no problems found" if not number else f"{number} problem{'s' * (number > 1)} found"
 
     __repr__ = __str__
 
@@ -71,7 +72,7 @@ def _readable(value: Any) -> str:
 
 
 def check_machine() -> Diagnosis:
-    """Look this machine over; takes some seconds, since each library is tried in a process of its own."""
+    """Check this machine; takes some seconds, because each library is tried in a separate process."""
     from vgglab.devices.checkup import Checkup
 
     checkup = Checkup()
@@ -80,8 +81,8 @@ def check_machine() -> Diagnosis:
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
             "python": f"{platform.python_version()} ({sys.executable})",
             "vgglab": __version__,
-            "several ranks": "--nproc N listens on loopback only; torchrun listens on every network interface without "
-            "a password and unpickles what it is sent: only where all users and machines that reach it are trusted",
+            "several ranks": "--nproc N listens on the loopback interface only; torchrun listens on all network "
+            "interfaces without a password and unpickles what it receives: use it only on a trusted network",
         }
     )
     checkup.run()
@@ -91,7 +92,7 @@ def check_machine() -> Diagnosis:
 def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="vgglab doctor",
-        description="Look this machine over.",
+        description="Check this machine.",
         epilog="Exit codes: 0 nothing wrong; 1 problems found, each with its fix; 2 bad flag.",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         type=Path,
         default=USUAL_FOLDER,
-        help="where they are; they are copied there if it is not there yet (default %(default)s)",
+        help="folder with the notebooks; they are copied there if it does not exist (default %(default)s)",
     )
     return parser
 

@@ -19,7 +19,7 @@ from vgglab.runs.seeds import LaunchedSeeds
 from vgglab.settings.flags import AT_LEAST_0, AT_LEAST_1, OneLineParser, with_dashes
 from vgglab.settings.parser import build_parser
 
-HOME = Path("runs")  # where launch puts them, beside the notebook
+HOME = Path("runs")  # where launch creates them, next to the notebook
 MAX_NAMED = 3  # runs in an answer
 
 
@@ -37,9 +37,9 @@ class VgglabMagics(Magics):
     def vgglab(self, line: str) -> Any:
         """Train VGG, and look after runs.
 
-        %vgglab run [--flag value ...]   train in a process of its own; the run is left in the variable `run`
+        %vgglab run [--flag value ...]   train in a separate process; the run is in the variable `run`
         %vgglab runs [folder]            a table of the runs in ./runs, or in another folder; the newest is last
-        %vgglab watch [run]              show a run while it goes on
+        %vgglab watch [run]              show a run while it is active
         %vgglab stop [run]               have a run save and leave
 
         `run` takes every flag of `python -m vgglab.train` (%vgglab run --help lists them), and of vgglab.launch:
@@ -47,7 +47,7 @@ class VgglabMagics(Magics):
         returns at once and leaves a dashboard; elsewhere it returns when the run has ended. IPython puts Python values
         in: --epochs {epochs}.
 
-        `watch` and `stop` take the newest run that is going on, or the one that is named: its folder, its name, or a
+        `watch` and `stop` take the newest active run, or the one that is named: its folder, its name, or a
         part of the name that no other has. TAB completes subcommands, flags, their choices and the names of runs.
 
         Example: %vgglab run --data-path digits --model vgg11_bn --epochs 3 --warmup 1 --lr 0.1
@@ -63,7 +63,7 @@ class VgglabMagics(Magics):
             "stop": self._stop,
         }
         if words[0] not in actions:
-            raise UserError(f"%vgglab {words[0]}: no such subcommand; there are {', '.join(actions)}")
+            raise UserError(f"%vgglab {words[0]}: no such subcommand; choose from {', '.join(actions)}")
         return actions[words[0]](words[1:])
 
     def _run(self, words: Sequence[str]) -> None:
@@ -92,11 +92,11 @@ class VgglabMagics(Magics):
     def _stop(self, words: Sequence[str]) -> None:
         run = self.find("stop", words)
         if run.status not in ACTIVE:
-            print(f"{run.name} has ended already: {run.status}")
+            print(f"{run.name} has already ended: {run.status}")
             return
         if not _can_be_stopped(run):
             raise UserError(f"%vgglab stop {run.name}: it runs on {run.env.get('host')}; stop it there")
-        # Of one of several seeds: the series would go on with the next.
+        # One of several seeds: the series would continue with the next.
         series = next((s for s in self.series if s.path == run.path.parent), None)
         (series or run).stop()
         print(f"{run.name}: {run.status}")
@@ -114,7 +114,7 @@ class VgglabMagics(Magics):
         if name is None:
             going_on = [run for run in runs if _can_be_stopped(run) or (subcommand == "watch" and _is_going_on(run))]
             if not going_on:
-                raise UserError(f"%vgglab {subcommand}: nothing is running; name a run (%vgglab runs lists them)")
+                raise UserError(f"%vgglab {subcommand}: no run is active; name one (%vgglab runs lists them)")
             return going_on[-1]
         meant = [run for run in runs if name == run.name or Path(name).absolute() == run.path]
         if not meant and is_a_run(Path(name)):
@@ -124,11 +124,13 @@ class VgglabMagics(Magics):
             raise UserError(f"%vgglab {subcommand} {name}: no such run; %vgglab runs lists them")
         if len(meant) > 1:
             some = ", ".join(run.name for run in meant[-MAX_NAMED:])
-            raise UserError(f"%vgglab {subcommand} {name}: that is {len(meant)} runs, such as {some}; say more of it")
+            raise UserError(
+                f"%vgglab {subcommand} {name}: matches {len(meant)} runs, such as {some}; type more of the name"
+            )
         return meant[0]
 
     def complete(self, token: str, line: str) -> list[str]:
-        """What can stand in place of ``token``, the word at the end of ``line`` as far as it has been typed."""
+        """Completions of ``token``, the last word of ``line`` so far."""
         words = line[: len(line) - len(token)].split()[1:]
         if not words:
             found = ["run", "runs", "watch", "stop", "help"]
@@ -155,7 +157,7 @@ def load(shell: Any) -> None:
 
 
 def launch_parser() -> argparse.ArgumentParser:
-    """What ``vgglab.launch`` takes beside the flags of training."""
+    """Arguments of ``vgglab.launch`` besides the flags of training."""
     parser = OneLineParser(prog="%vgglab run", allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
     for name in ("--nproc", "--nnodes"):
         parser.add_argument(name, type=AT_LEAST_1)
@@ -182,7 +184,7 @@ def _words(line: str) -> list[str]:
     try:
         return shlex.split(line)
     except ValueError as error:
-        raise UserError(f"%vgglab: {str(error).lower()}; a quotation mark has no other beside it") from None
+        raise UserError(f"%vgglab: unbalanced quotes ({str(error).lower()})") from None
 
 
 def _at_most_one(subcommand: str, words: Sequence[str]) -> str | None:

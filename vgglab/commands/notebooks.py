@@ -16,7 +16,7 @@ PACKAGE = Path(vgglab.__file__).resolve().parent
 
 
 def originals() -> list[Path]:
-    """The notebooks of this installation: a wheel has them in the package, a checkout beside it."""
+    """The notebooks of this installation: in the package (wheel), or next to it (checkout)."""
     for folder in (PACKAGE / "notebooks", PACKAGE.parent / "notebooks"):
         found = sorted(folder.glob("[0-9]*.ipynb"))
         if found:
@@ -29,7 +29,7 @@ def copy_to(folder: Path) -> list[Path]:
     copies = {folder / original.name: original for original in originals()}
     for copy in copies:
         if copy.exists():
-            raise UserError(f"{copy}: is there already; name another folder")
+            raise UserError(f"{copy}: already exists; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for copy, original in copies.items():
@@ -41,8 +41,10 @@ def copy_to(folder: Path) -> list[Path]:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="vgglab notebooks", description="Copy the notebooks; files that are there stay.")
-    parser.add_argument("folder", type=Path, help="where to; made if it is not there")
+    parser = OneLineParser(
+        prog="vgglab notebooks", description="Copy the notebooks into a folder; existing files are kept."
+    )
+    parser.add_argument("folder", type=Path, help="folder; created if it does not exist")
     return parser
 
 

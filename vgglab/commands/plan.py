@@ -21,13 +21,15 @@ def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="vgglab plan",
         usage="vgglab plan [--flag value ...]",
-        description="How long a training will take and what it will write. Takes every flag of training, too.",
+        description="Compute how long training will take and what it will write. Accepts all flags of vgglab train.",
         allow_abbrev=False,
     )
-    parser.add_argument("--images-per-second", type=SPEED, help="of one card, in training")
-    parser.add_argument("--run", help="or a run directory that has measured it, on as many cards as it had")
+    parser.add_argument("--images-per-second", type=SPEED, help="training speed of one card")
+    parser.add_argument("--run", help="take the speed from this run directory")
     parser.add_argument("--ranks", type=AT_LEAST_1, help="cards (default 1, or --world-size)")
-    parser.add_argument("--scaling", type=POSITIVE, default=1.0, help="share of ranks x one card's speed (default 1)")
+    parser.add_argument(
+        "--scaling", type=POSITIVE, default=1.0, help="speed of all ranks, as a share of ranks x one card (default 1)"
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser
 
@@ -49,17 +51,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _speed(options: Any) -> float:
-    """Of one card. Raises UserError where nobody says it."""
+    """Of one card. Raises UserError if it is not given."""
     if options.images_per_second is not None:
         if options.run is not None:
-            raise UserError("--run: measures what --images-per-second says; leave out one of the two")
+            raise UserError("--run and --images-per-second both give the speed; use one of them")
         return options.images_per_second
     if options.run is None:
-        raise UserError("--images-per-second: say how fast one card trains, or name a measured run with --run")
+        raise UserError("--images-per-second: give the training speed of one card, or name a measured run with --run")
     report = Run(options.run).report()
     if report["images_per_second"] is None:
-        why = "a simulated card has no speed" if report["simulated"] else "it has no step behind its --skip-steps"
-        raise UserError(f"--run {options.run}: has measured no speed; {why}")
+        why = "a simulated card has no speed" if report["simulated"] else "all its steps fell within --skip-steps"
+        raise UserError(f"--run {options.run}: contains no measured speed; {why}")
     return report["images_per_second"] / report["world_size"]
 
 

@@ -14,9 +14,9 @@ from vgglab.view.results import TITLE, as_html, as_text, collect, series_of
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="vgglab results", description="Runs side by side, as tables or as a page.")
+    parser = OneLineParser(prog="vgglab results", description="Compare many runs in tables or on a web page.")
     parser.add_argument("folder", nargs="*", type=Path, default=[Path("runs")], help="a run, or a folder of runs")
-    parser.add_argument("--html", type=Path, help="write a page to this file instead")
+    parser.add_argument("--html", type=Path, help="write a web page to this file instead")
     return parser
 
 
@@ -36,9 +36,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _refuse_foreign(file: Path) -> None:
-    """A page of before is written anew; what is anything else stays. Raises UserError, OSError."""
+    """An existing results page is overwritten; any other file is kept. Raises UserError, OSError."""
     if file.exists() and TITLE not in file.read_text(encoding="utf-8", errors="replace")[:500]:
-        raise UserError(f"--html {file}: is there and is no page of results; name another file")
+        raise UserError(f"--html {file}: already exists and is not a results page; choose another file name")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def cache_folder() -> Path:
 def one_at_a_time(file: Path) -> Iterator[None]:
     """Of several processes of a machine only one is in the block; the others wait for it.
 
-    Best effort: where the file cannot be written or the file system knows no locks, nobody waits. What is done in the
+    Best effort: if the file cannot be written or the file system has no locks, there is no waiting. What is done in the
     block must be safe without it.
     """
     with contextlib.ExitStack() as stack:

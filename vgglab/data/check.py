@@ -30,15 +30,15 @@ ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = 1
 # What is noted of a file that can be read, and what training does with it.
 KINDS = {
-    "grey": "its one channel is used three times",
+    "grey": "greyscale; the channel is used three times",
     "cmyk": "converted to RGB by Pillow",
     "palette": "converted to RGB; transparency is dropped",
     "transparent": "transparency is dropped",
     "16-bit": "the upper 8 bits are used",
-    "animated": "the first picture is used",
-    "turned": "EXIF says it should be turned; the pixels are taken as they lie, as torchvision's reference does",
-    "misnamed": "its name says another format than it has",
-    "odd": "its pixels can be read, what is written beside them (EXIF and the like) cannot",
+    "animated": "the first image is used",
+    "turned": "EXIF orientation is ignored, as in torchvision's reference",
+    "misnamed": "the file extension does not match the format",
+    "odd": "the pixels can be read, but not the metadata (EXIF)",
 }
 NUM_AT_A_TIME = 64
 
@@ -57,7 +57,7 @@ class Findings(NamedTuple):
     num_files: int
     unreadable: dict[str, str]  # file -> why
     kinds: dict[str, list[str]]  # one of KINDS -> files
-    disagreements: list[str]  # what lists and folders say of one another
+    disagreements: list[str]  # differences between lists and folders
 
     def __repr__(self) -> str:
         lines = [f"{self.num_files} files: {len(self.unreadable)} cannot be read"]
@@ -79,7 +79,7 @@ def examine(file: str) -> Verdict:
             return Verdict(file, "", _kinds_of(file))
     except BadImage as error:
         return Verdict(file, error.reason, ())
-    except Exception:  # its pixels can be read, what is written beside them cannot
+    except Exception:  # the pixels can be read, the metadata cannot
         return Verdict(file, "", ("odd",))
 
 
@@ -129,7 +129,9 @@ def check_images(data_path: str, workers: int | None = None) -> Findings:
             for kind in verdict.kinds:
                 kinds.setdefault(kind, []).append(verdict.file)
     except BrokenProcessPool:
-        raise UserError("a process that was reading images was killed; is there memory for so many -j?") from None
+        raise UserError(
+            "a process that was reading images was killed, probably for lack of memory; use fewer with -j"
+        ) from None
     finally:
         for process in list(pool._processes.values()):  # each heeds its parent alone
             process.terminate()

@@ -1,6 +1,6 @@
 """From a file to pixels, and no more of them than are needed.
 
-Two decoders. ``pil`` is what torchvision's reference script does, to the last bit. ``fast`` reads ordinary JPEGs with
+Two decoders. ``pil`` gives bit for bit the pixels of torchvision's reference script. ``fast`` reads ordinary JPEGs with
 libjpeg-turbo through simplejpeg and leaves out the rows below the crop: a JPEG says how many rows it has in two
 bytes of its header, and a decoder that reads a smaller number there stops early. The pixels are the same; shrinking
 them on a tensor instead of in Pillow changes a value by one step in 255, here and there by two
@@ -98,14 +98,14 @@ class JpegPicture:
         try:
             # Not strict, as Pillow is not: what remains of the data after the last row would be an error.
             return torch.from_numpy(simplejpeg.decode_jpeg(self._data, strict=False))
-        except ValueError:  # an unusual kind of colour; Pillow knows more of them
+        except ValueError:  # an unusual colour space; Pillow supports more of them
             return Picture(self.file).pixels()
 
 
 def open_picture(file: str, decoder: str) -> Picture | JpegPicture:
     """Read as much of ``file`` as it takes to know its size. Raises BadImage; KeyError for an unknown decoder."""
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):  # to open a pipe would be to wait for whoever writes into it
+        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would block
             raise bad_image(file, "not a regular file")
     except OSError as error:
         raise bad_image(file, reason_of(error)) from None
@@ -139,11 +139,11 @@ DECODERS = {
 
 
 class _Frame(NamedTuple):
-    """What a JPEG's start-of-frame segment says."""
+    """The fields of a JPEG's start-of-frame segment."""
 
     height: int
     width: int
-    height_at: int  # where in the file the height stands, 2 bytes
+    height_at: int  # position of the height in the file, 2 bytes
     block_height: int  # rows that are coded together: 8, or 16 and more where colours are stored at a lower resolution
 
 
@@ -154,7 +154,7 @@ def _frame_of(data: bytearray) -> _Frame | None:
     try:
         marker, at = _next_segment(data, 2, START_OF_FRAME)
         _, scan_at = _next_segment(data, at, {START_OF_SCAN})
-        # Only from here on: a thumbnail in the header has an end of its own.
+        # Only from here on: a thumbnail in the header has its own end marker.
         if data.rfind(END_OF_IMAGE, max(scan_at, len(data) - TAIL_BYTES)) < 0:
             return None
         precision, height, width, num_components = struct.unpack_from(">BHHB", data, at + 4)
@@ -168,10 +168,10 @@ def _frame_of(data: bytearray) -> _Frame | None:
 
 
 def _next_segment(data: bytearray, at: int, wanted: set[int]) -> tuple[int, int]:
-    """The first segment from ``at`` on whose marker is wanted: the marker, and where it stands. Raises ValueError."""
+    """The first segment from ``at`` on with a marker in ``wanted``: the marker and its position. Raises ValueError."""
     while True:
         if data[at] != 0xFF:
-            raise ValueError("no marker where one must be")
+            raise ValueError("a marker is missing")
         marker = data[at + 1]
         if marker in wanted:
             return marker, at
@@ -183,13 +183,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in SIXTEEN_BITS:
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     elif image.mode == "F":
-        raise ValueError("its pixels are real numbers, on a scale that it does not give")
+        raise ValueError("floating-point pixels on an unknown scale")
     return image.convert("RGB")
 
 
 def bad_image(file: str, reason: str) -> BadImage:
     """The exception for a file, with what the reader can do about it."""
-    advice = "repair or remove it, or leave such files out with --on-bad-image skip"
+    advice = "repair or remove it, or skip such files with --on-bad-image skip"
     return BadImage(f"{file!r} cannot be read as an image ({reason}); {advice}", file, reason)
 
 
@@ -198,7 +198,7 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-        return f"more than {Image.MAX_IMAGE_PIXELS or 0} pixels, as a decompression bomb has"
+        return f"more than {Image.MAX_IMAGE_PIXELS or 0} pixels, possibly a decompression bomb"
     if type(error).__name__ == "UnidentifiedImageError":
         return "not an image"
     return " ".join(str(error).split()) or type(error).__name__

@@ -33,7 +33,7 @@ def digits_folder() -> Path:
         unfinished = Path(tempfile.mkdtemp(prefix=f"{NAME}-", dir=folder.parent))
     except OSError as error:
         raise UserError(
-            f"--data-path digits: cannot write {folder} ({error.strerror}); set VGGLAB_CACHE to a folder that can be"
+            f"--data-path digits: cannot write {folder} ({error.strerror}); set VGGLAB_CACHE to a writable folder"
         ) from None
     try:
         _write(unfinished)
@@ -51,7 +51,7 @@ def _write(folder: Path) -> None:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("--data-path digits: the digits come with scikit-learn; pip install scikit-learn") from None
+        raise UserError("--data-path digits: needs scikit-learn; pip install scikit-learn") from None
     from PIL import Image
 
     bicubic = getattr(Image, "Resampling", Image).BICUBIC  # Pillow 9.1 moved it

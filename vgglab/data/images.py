@@ -1,6 +1,6 @@
 """Where the pixels of a split come from: image files, arrays in memory, or nowhere (``fake``).
 
-Each kind knows how many images it has, what to call one in a message, and how to open one for a transform.
+Each kind has a number of images, a name for each in messages, and a way to open one for a transform.
 """
 
 from __future__ import annotations

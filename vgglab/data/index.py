@@ -32,7 +32,7 @@ class Listing(NamedTuple):
     """A folder's image names in sorted order, and what the folder was when they were read."""
 
     inode: int  # another folder under the same name has another
-    changed: int  # ns; the later of its two times of change, of which nobody can set back the second
+    changed: int  # ns; the later of its two times of change, the second of which cannot be set back
     listed: int  # when it was read, ns
     names: str  # joined by "/", which no name contains: a million small strings would cost 100 MB
     num_folders: int = 0  # that lie in it, and are not looked into
@@ -41,7 +41,7 @@ class Listing(NamedTuple):
         return self.names.split("/") if self.names else []
 
 
-Index = Dict[str, Listing]  # class folder -> its images, in sorted order; "" for those that lie beside the folders
+Index = Dict[str, Listing]  # class folder -> its images, in sorted order; "" for those outside the folders
 
 
 class Paths(Sequence[str]):
@@ -94,7 +94,7 @@ def _refresh(folder: Path, kept: Index) -> Index:
     index, own = {}, []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.is_symlink() and not os.path.exists(entry.path) and not _is_image(entry.name):
-            raise UserError(f"--data-path: {entry.path} is a link to nowhere; repair or remove it")
+            raise UserError(f"--data-path: {entry.path} is a broken symbolic link; repair or remove it")
         if entry.is_dir():
             if not entry.name.startswith("."):
                 index[entry.name] = _listing(entry, kept.get(entry.name), now)

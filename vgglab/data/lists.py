@@ -1,7 +1,7 @@
-"""``train_list.txt`` and ``val_list.txt``: lines ``path label`` that say what is in a set, and where they lie.
+"""``train_list.txt`` and ``val_list.txt``: lines ``path label`` that define a data set.
 
 The path is relative to the root or to the split's folder and may hold spaces; labels count from 0. Where such a file
-is there, it decides; where the folders tell another story, that is counted and said.
+exists, it is used; differences from the folders are counted and reported.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MAX_LABEL = 100_000
 
 
 class ListFile(NamedTuple):
-    """What a list file says, line by line; paths are relative to the split's folder."""
+    """The lines of a list file; paths are relative to the split's folder."""
 
     name: str
     paths: list[str]
     labels: array
 
     def folders(self) -> list[str]:
-        """The first folder of each path; empty for an image that lies in none."""
+        """The first folder of each path; empty for an image outside any folder."""
         return [path.partition("/")[0] if "/" in path else "" for path in self.paths]
 
 
@@ -41,7 +41,7 @@ def read_list(root: Path, split: str) -> ListFile | None:
     if not os.path.lexists(file):
         return None
     if not file.is_file():
-        raise UserError(f"{file}: not a file; mend or remove it, and the folders say what is in the set")
+        raise UserError(f"{file}: not a regular file; fix it, or remove it to take the labels from the folders")
     result = ListFile(file.name, [], array("i"))
     prefix = "" if (root / split / split).is_dir() else f"{split}/"
     with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
@@ -54,7 +54,7 @@ def read_list(root: Path, split: str) -> ListFile | None:
             result.paths.append(path)
             result.labels.append(label)
     if not result.paths:
-        raise UserError(f"{file}: empty; remove it, and the folders say what is in the set")
+        raise UserError(f"{file}: is empty; remove it to take the labels from the folders")
     return result
 
 
@@ -63,9 +63,9 @@ def _parse(line: str, where: str) -> tuple[str, int]:
     path = path.strip()
     is_number = label.isascii() and label.isdigit() and len(label) <= len(str(MAX_LABEL))
     if not path or not is_number or int(label) > MAX_LABEL:
-        raise UserError(f"{where}: {line.strip()[:80]!r} is not a path and a label from 0 on")
+        raise UserError(f"{where}: {line.strip()[:80]!r} is not a path and a label (0 or larger)")
     if path.startswith("/") or ".." in path.split("/"):
-        raise UserError(f"{where}: {path!r} leads out of the set; paths are relative to it")
+        raise UserError(f"{where}: {path!r} points outside the data set; paths are relative to its root")
     return posixpath.normpath(path), int(label)
 
 
@@ -78,7 +78,10 @@ def classes_of(listed: ListFile) -> list[str]:
     used = sorted(set(listed.labels))
     if used[-1] + 1 != len(used):
         missing = next(number for number, label in enumerate([*used, -1]) if number != label)
-        raise UserError(f"{listed.name}: labels from {used[0]} to {used[-1]}, but none is {missing}; they count from 0")
+        raise UserError(
+            f"{listed.name}: labels from {used[0]} to {used[-1]}, but {missing} does not occur; "
+            "labels count from 0 without gaps"
+        )
     names: dict[int, set[str]] = {label: set() for label in used}
     labels: dict[str, set[int]] = {}
     for folder, label in zip(listed.folders(), listed.labels):
@@ -114,7 +117,7 @@ def _is_no_folder(path: Path) -> bool:
 
 
 def disagreements(listed: ListFile, index: Index) -> list[str]:
-    """What the folders say otherwise, a line each, with counts."""
+    """Differences from the folders, a line each, with counts."""
     lines = []
     num_twice = len(listed.paths) - len(set(listed.paths))
     if num_twice:
@@ -125,7 +128,7 @@ def disagreements(listed: ListFile, index: Index) -> list[str]:
     num_unlisted = sum(count for count in unlisted.values() if count > 0)
     if num_unlisted:
         first = next(name for name, count in unlisted.items() if count > 0)
-        lines.append(f"{listed.name}: leaves out {num_unlisted} image files of the folders, e.g. in {first or '.'}/")
+        lines.append(f"{listed.name}: does not list {num_unlisted} image files of the folders, e.g. in {first or '.'}/")
     usual: dict[str, Counter] = {}
     for folder, label in zip(listed.folders(), listed.labels):
         if folder:
@@ -134,15 +137,15 @@ def disagreements(listed: ListFile, index: Index) -> list[str]:
     if num_odd:
         first = next(folder for folder, counts in usual.items() if len(counts) > 1)
         lines.append(
-            f"{listed.name}: {num_odd} of {len(listed.paths)} images have another label than most of their folder, "
-            f"e.g. in {first}/; the list decides"
+            f"{listed.name}: {num_odd} of {len(listed.paths)} images have a different label from most of their folder, "
+            f"e.g. in {first}/; the list is used"
         )
     in_order = {folder: number for number, folder in enumerate(sorted(folder for folder in index if folder))}
     others = [f for f, counts in usual.items() if f in in_order and counts.most_common(1)[0][0] != in_order[f]]
     if others and not num_odd:
         lines.append(
-            f"{listed.name}: numbers {len(others)} of {len(usual)} class folders otherwise than their sorted order, "
-            f"e.g. {others[0]}/; the list decides"
+            f"{listed.name}: numbers {len(others)} of {len(usual)} class folders differently from their sorted order, "
+            f"e.g. {others[0]}/; the list is used"
         )
     return lines
 
@@ -166,12 +169,12 @@ def refuse_other_labels(listed: ListFile, classes: list[str], other: str) -> Non
     if wrong:
         path, label, right = wrong[0]
         raise UserError(
-            f"{listed.name}: {len(wrong)} of {len(listed.paths)} labels contradict {other}, "
-            f"e.g. {path} is {label}, there {right}; make them agree"
+            f"{listed.name}: {len(wrong)} of {len(listed.paths)} labels disagree with {other}, "
+            f"e.g. {path} is {label} here and {right} there; make them agree"
         )
     too_high = [label for label in listed.labels if label >= len(classes)]
     if too_high:
         raise UserError(
-            f"{listed.name}: {len(too_high)} of {len(listed.paths)} labels are beyond the {len(classes)} classes of "
+            f"{listed.name}: {len(too_high)} of {len(listed.paths)} labels exceed the {len(classes)} classes of "
             f"{other}, e.g. {too_high[0]}"
         )

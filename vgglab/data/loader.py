@@ -158,7 +158,7 @@ class Batches:
 
     def __init__(self, reader: BatchReader, picks: Picks, workers: int, device: Device) -> None:
         self._picks = picks
-        # A generator of its own: drawing the workers' seeds must not move the one that dropout draws from.
+        # A separate generator: drawing the workers' seeds must not change the random numbers of dropout.
         options: dict[str, Any] = {"generator": torch.Generator(), "pin_memory": device.pins_memory}
         if workers:
             # The held-out images' workers end with each pass: idle, they would double the processes.
@@ -196,8 +196,8 @@ class Batches:
                     yield batch
                 elif isinstance(self._picks, TrainPicks):  # the other ranks count on a step here
                     raise UserError(
-                        f"--on-bad-image skip: a whole batch cannot be read, e.g. {batch.skipped[0][0]!r}; raise "
-                        "--batch-size, or see how many there are with python -m vgglab.data check"
+                        f"--on-bad-image skip: no image of a batch can be read, e.g. {batch.skipped[0][0]!r}; raise "
+                        "--batch-size, or count the unreadable images with vgglab data check"
                     )
         except UserError as error:
             # From a worker process it arrives with that process's traceback around it.

@@ -1,4 +1,4 @@
-"""Sets that have a name: found in the cache folder, or fetched into it by torchvision the first time.
+"""Named data sets: in the cache folder, or downloaded into it by torchvision on first use.
 
 torchvision shows the progress, checks the checksums, and asks for nothing that is there already.
 """
@@ -41,7 +41,7 @@ class NamedSet(NamedTuple):
 def _fashion_mnist(split: str, size: int) -> Split:
     raw = cache_folder() / "FashionMNIST" / "raw"
     for packed in PACKAGED_FASHION_MNIST.glob("*.gz"):
-        _unpack(packed, raw / packed.stem)  # not as they are: Debian packs them anew, with other checksums
+        _unpack(packed, raw / packed.stem)  # unpacked here, because Debian's archives have other checksums
     found = _torchvision("FashionMNIST", train=split == "train")
     return Split(ArrayImages(found.data, f"fashion-mnist/{split}"), found.targets.tolist(), list(found.classes))
 
@@ -75,7 +75,7 @@ def _torchvision(name: str, **options: Any) -> Any:
     from torchvision import datasets
 
     if not hasattr(datasets, name):
-        raise UserError(f"this torchvision has no {name}; a newer one has")
+        raise UserError(f"this version of torchvision has no {name}; upgrade torchvision")
     cache_folder().mkdir(parents=True, exist_ok=True)
     with one_at_a_time(cache_folder() / f"{name}.lock"):
         return getattr(datasets, name)(str(cache_folder()), download=True, **options)
@@ -103,8 +103,8 @@ NAMED_SETS = {
 
 
 @contextlib.contextmanager
-def saying_what_to_put_where(name: str) -> Iterator[None]:
-    """A set that cannot be fetched is answered with one line that says what to put where."""
+def explain_failed_download(name: str) -> Iterator[None]:
+    """A data set that cannot be downloaded is reported in one line, with the file to provide."""
     try:
         yield
     except UserError:
@@ -113,5 +113,6 @@ def saying_what_to_put_where(name: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         archives = NAMED_SETS[name].archives
         raise UserError(
-            f"--data-path {name}: cannot be had ({reason}); without network put {archives} into {cache_folder()}"
+            f"--data-path {name}: cannot be downloaded ({reason}); "
+            f"without a network connection put {archives} into {cache_folder()}"
         ) from None

@@ -12,7 +12,7 @@ from vgglab.data.decode import best_decoder
 from vgglab.data.images import FakeImages, FileImages, Split
 from vgglab.data.index import Index, Paths, read_index
 from vgglab.data.lists import ListFile
-from vgglab.data.named import NAMED_SETS, saying_what_to_put_where
+from vgglab.data.named import NAMED_SETS, explain_failed_download
 from vgglab.data.transform import AsItIs, CentreCrop, JitteredCrop, Preparation, RandomCrop, Trivially
 from vgglab.errors import UserError
 from vgglab.settings.config import SEED_NUM_CLASSES, Request
@@ -45,7 +45,7 @@ class DataSets:
 
     @property
     def is_fake(self) -> bool:
-        """The images are generated: whatever is learnt from them, and how fast they come, says nothing."""
+        """The images are generated: neither accuracy nor loading speed means anything."""
         return isinstance(self.val.images, FakeImages)
 
     def train_transform(self) -> Any:
@@ -96,7 +96,7 @@ def _decoder(config: Request) -> str:
     if config.decoder == "fast" != best:
         raise UserError(
             "--decoder fast: needs the package simplejpeg and torch 2.1 or newer; pip install simplejpeg, or "
-            "leave the flag out to read images with Pillow"
+            "leave the flag out to decode with Pillow"
         )
     return best if config.decoder == "auto" else config.decoder
 
@@ -104,14 +104,14 @@ def _decoder(config: Request) -> str:
 def _named_splits(name: str, image_size: int, config: Request) -> tuple[Split | None, Split]:
     read = NAMED_SETS[name].split
     assert read is not None
-    with saying_what_to_put_where(name):
+    with explain_failed_download(name):
         return None if config.test_only else read("train", image_size), read("val", image_size)
 
 
 def _named_folder(name: str) -> Path:
     find = NAMED_SETS[name].folder
     assert find is not None
-    with saying_what_to_put_where(name):
+    with explain_failed_download(name):
         return find()
 
 
@@ -120,7 +120,7 @@ def _folder(data_path: str) -> Path:
     if not root.is_dir():
         names = ", ".join(NAMED_SETS)
         raise UserError(
-            f"--data-path {data_path}: no such folder; name one with train/ and val/ in it, or a set: {names}"
+            f"--data-path {data_path}: no such folder; give one that contains train/ and val/, or a data set: {names}"
         )
     return root
 
@@ -134,7 +134,7 @@ def _read_splits(root: Path, config: Request, warnings: list[str]) -> tuple[Spli
 
 
 def _training_classes(root: Path) -> list[str] | None:
-    """They decide which label a class has, also where nobody trains; None where they are not there."""
+    """They define the label of each class, also for evaluation only; None if they do not exist."""
     listed = lists.read_list(root, "train")
     if listed is not None:
         return lists.classes_of(listed)
@@ -153,7 +153,9 @@ def read_split(root: Path, split: str, classes: list[str] | None, is_strict: boo
     """
     folder = root / split
     if not folder.is_dir():
-        raise UserError(f"--data-path {root}: has no {split}/ folder; it needs train/ and val/ with a folder per class")
+        raise UserError(
+            f"--data-path {root}: has no {split}/ folder; it needs train/ and val/ with one folder per class"
+        )
     index = read_index(folder)
     listed = lists.read_list(root, split)
     if listed is not None:
@@ -172,23 +174,23 @@ def _listed_split(
     missing = lists.missing_from(listed, folder, index)
     if missing:
         first = listed.paths[min(missing)]
-        text = f"{listed.name}: {len(missing)} of {len(listed.paths)} files are not there, e.g. {folder / first}"
+        text = f"{listed.name}: {len(missing)} of {len(listed.paths)} files are missing, e.g. {folder / first}"
         if is_strict or len(missing) == len(listed.paths):
-            raise UserError(f"{text}; mend the list, or leave them out with --on-bad-image skip")
+            raise UserError(f"{text}; fix the list, or skip them with --on-bad-image skip")
         warnings.append(f"{text}; they are skipped")
     warnings += lists.disagreements(listed, index)
     return Split(FileImages(Paths(f"{folder}/{path}" for path in listed.paths)), listed.labels, classes)
 
 
 def _left_out(split: str, index: Index, classes: list[str] | None) -> list[str]:
-    """What lies where nobody looks, a line each, with counts."""
+    """Files that are ignored because of their place, a line each, with counts."""
     lines, loose = [], index[""].split()
     if loose:
-        lines.append(f"{split}/: {len(loose)} images lie in no class folder and are left out, e.g. {loose[0]}")
+        lines.append(f"{split}/: {len(loose)} images outside class folders are ignored, e.g. {loose[0]}")
     nested = [name for name, listing in index.items() if listing.num_folders]
     if nested:
         lines.append(
-            f"{split}/: folders inside {len(nested)} class folders are not looked into, e.g. in {split}/{nested[0]}/"
+            f"{split}/: nested folders in {len(nested)} class folders are ignored, e.g. in {split}/{nested[0]}/"
         )
     missing = [name for name in classes or () if name not in index]
     if missing:
@@ -205,13 +207,15 @@ def _split_of_folders(root: Path, split: str, index: Index, classes: list[str] |
     strangers = [name for name in found if name not in label_of]
     if strangers:
         raise UserError(
-            f"--data-path {root}: {split}/{strangers[0]} is not a class of train/; use the same names in both"
+            f"--data-path {root}: {split}/{strangers[0]} is not a class of train/; use the same class folders in both"
         )
     labels, folder = array("i"), root / split
     for name in found:
         num_images = len(index[name].split())
         if not num_images:
-            raise UserError(f"--data-path {root}: class folder {split}/{name} holds no images; fill it or remove it")
+            raise UserError(
+                f"--data-path {root}: class folder {split}/{name} contains no images; add some or remove it"
+            )
         labels.extend([label_of[name]] * num_images)
     paths = Paths(f"{folder}/{name}/{image}" for name in found for image in index[name].split())
     return Split(FileImages(paths), labels, classes)
@@ -222,7 +226,9 @@ def _num_classes(config: Request, classes: list[str]) -> tuple[int, list[str]]:
     if asked is None or asked == found:
         return found, []
     if asked == SEED_NUM_CLASSES and asked > found:
-        # The seed kit's commands all say 1000. That trains; it wastes outputs, and weights for
-        # ImageNet's 1000 classes number them otherwise.
+        # The original commands all set 1000. That trains; it wastes outputs, and weights for
+        # ImageNet's 1000 classes are numbered differently.
         return asked, [f"--num-classes {asked}: the folder has {found} classes; the other outputs stay unused"]
-    raise UserError(f"--num-classes {asked}: {config.data_path} has {found} classes; leave the flag out or say {found}")
+    raise UserError(
+        f"--num-classes {asked}: {config.data_path} has {found} classes; leave the flag out or set it to {found}"
+    )

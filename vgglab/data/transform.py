@@ -1,6 +1,6 @@
 """What is done to an image between its file and the network.
 
-On the way into a batch: a crop of the wanted size, perhaps mirrored, ``(S, S, 3)`` bytes. On the card, for the whole
+On the way into a batch: a crop of the final size, possibly mirrored, ``(S, S, 3)`` bytes. On the card, for the whole
 batch at once: to float32, normalised. The crops are those of torchvision's reference script (``RandomResizedCrop``;
 ``Resize``, then ``CenterCrop``), drawn from a seed of the image's own.
 """

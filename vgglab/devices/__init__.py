@@ -1,6 +1,6 @@
-"""The one seam between vgglab and the hardware.
+"""The interface between vgglab and the hardware.
 
-A device object is opened once, at the door, and passed into the trainer; no other module tests for a
+A device object is opened once, by the command, and passed into the trainer; no other module tests for a
 kind of hardware or names one. This module imports torch only when a device is opened, so that the
 parser and the views can ask for the choices without it.
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # The module with the adapter of each kind. ``auto`` takes the first that is there, so never what follows the CPU.
 KINDS = {"gcu": "gcu", "cuda": "native", "mps": "native", "cpu": "native", "gcu-sim": "gcu_sim"}
-ALIASES = {"gpu": "cuda"}  # the word in the seed kit's second README
+ALIASES = {"gpu": "cuda"}  # the word in the original example's second README
 DEVICE_CHOICES = ("auto", *KINDS, *ALIASES)
 AMP_DTYPES = ("float16", "bfloat16")
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # torch >= 2.5: unset or "1" lets `import torch` load torch_gcu
@@ -40,8 +40,8 @@ class DeviceOptions:
     """What the flags ask of a device."""
 
     amp_dtype: str | None = None  # None: full float32; "auto": the device's own choice; or one of AMP_DTYPES
-    tf32: bool | None = None  # None: what the device's environment says, and float32 where it says nothing
-    fast: bool = False  # the fastest path, where the flags below say nothing
+    tf32: bool | None = None  # None: as set in the environment, else float32
+    fast: bool = False  # the fastest mode, unless the flags below are set
     channels_last: bool | None = None
     fused: bool | None = None  # the optimizer's step in one kernel
     compile: bool = False

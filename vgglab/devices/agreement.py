@@ -1,4 +1,4 @@
-"""What all ranks must know alike: rank 0 says it, and it travels as numbers over the cards."""
+"""Values that all ranks must share: sent by rank 0, as numbers, over the cards."""
 
 from __future__ import annotations
 

@@ -23,17 +23,17 @@ class Device(ABC):
         worker_start: how loader workers are started (``fork`` or ``spawn``).
         pins_memory: whether copies from page-locked memory overlap with computing.
         sampler: the class that deals the places of an epoch out to the ranks; made with
-            ``(places, num_replicas=, rank=, shuffle=False)``, told ``set_epoch`` once an epoch.
+            ``(places, num_replicas=, rank=, shuffle=False)``, which gets ``set_epoch`` once an epoch.
         amp_dtype: the type of mixed precision in use; ``None`` for full float32.
         tf32: matrix products of float32 may be computed in TF32.
         channels_last: activations and weights have the channels of a pixel side by side.
         fuses: the optimizer should make its step in one kernel.
         compiles: the network is compiled.
-        can_average: weights may be read beside the step, for a moving average of them.
+        can_average: weights may be read outside the step, for a moving average of them.
         is_host: it computes on the CPU and in its memory, and a read of its values waits for nothing.
         is_simulated: no card was there, so no speed it shows is a card's.
         num_cards: that this process can see; None on the CPU, which any number of ranks share.
-        warnings: what the run should say about the device, one line each.
+        warnings: about the device, one line each.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Device(ABC):
         self._options = options
         if self.world_size > 1 and "RANK" not in os.environ:
             raise UserError(
-                f"--world-size {self.world_size}: nobody started the other ranks; use --nproc {self.world_size} instead"
+                f"--world-size {self.world_size}: no other ranks were started; --nproc {self.world_size} starts them"
             )
 
     def _refuse_native_parts(self) -> None:
@@ -70,13 +70,15 @@ class Device(ABC):
             ("--compile", self._options.compile),
         ):
             if is_wanted:
-                raise UserError(f"{flag}: not offered on {self.kind}; leave it out")
+                raise UserError(f"{flag}: not supported on {self.kind}; leave it out")
 
     def _take_card_of(self, num_cards: int) -> None:
         """Note how many cards this machine has, and that there is one for this rank. Raises UserError."""
         self.num_cards = num_cards
         if self.local_rank >= num_cards:
-            raise UserError(f"--nproc: rank {self.rank} wants card {self.local_rank}, this machine has {num_cards}")
+            raise UserError(
+                f"--nproc: rank {self.rank} needs card {self.local_rank} (counted from 0), this machine has {num_cards}"
+            )
 
     @abstractmethod
     def open(self) -> None:
@@ -88,7 +90,7 @@ class Device(ABC):
 
     @abstractmethod
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch, on the card, in the types it wants; ``images`` are bytes, ``(N, S, S, 3)``."""
+        """The batch, on the card, in the types it needs; ``images`` are bytes, ``(N, S, S, 3)``."""
 
     def feed(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """The images and labels of each batch, on the card; where it can, the next travels while one is computed."""
@@ -116,7 +118,7 @@ class Device(ABC):
         """Gradients of ``loss``, scaled if the precision needs it."""
 
     def average_gradients(self, model: nn.Module) -> None:  # noqa: B027  # most have nothing to do here
-        """With --timers, over the ranks and apart from the backward pass, in which it is hidden otherwise."""
+        """With --timers, average over the ranks separately from the backward pass, which otherwise hides it."""
 
     @abstractmethod
     def step(self, optimizer: Optimizer, model: nn.Module, outputs: Sequence[Tensor]) -> None:
@@ -133,7 +135,7 @@ class Device(ABC):
         kept: dict[str, Any] = state if isinstance(state, dict) else {}
         found: list[Any] = [kept.get(name) for name in self._scaler.state_dict()]
         if not all(type(value) in (int, float) and 0 <= value < 2**53 for value in found) or not state["scale"]:
-            raise UserError("is damaged (its loss scale)")
+            raise UserError("is damaged (loss scale)")
         self._scaler.load_state_dict(state)
 
     @abstractmethod

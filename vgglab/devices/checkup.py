@@ -72,7 +72,7 @@ def ask(code: str, **environment: str) -> dict[str, Any]:
     )
     home = str(Path(__file__).resolve().parent.parent.parent)
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), home]))
-    # Without a launcher's variables: the child is alone, and joins nobody.
+    # Without a launcher's variables: the child is a single process.
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     try:
         child = subprocess.run(
@@ -88,7 +88,7 @@ def ask(code: str, **environment: str) -> dict[str, Any]:
         return {"error": f"hangs: no answer after {TIMEOUT_SECONDS} s"}
     except (OSError, IndexError, ValueError):
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-        return {"error": f"the process died ({how})"}
+        return {"error": f"the process exited abnormally ({how})"}
 
 
 def installed(package: str) -> str | None:
@@ -115,7 +115,7 @@ class Checkup:
 
         has_torch = find_spec("torch") is not None
         if not has_torch:
-            self.problem("PyTorch is not installed", "pip install torch torchvision, in this interpreter")
+            self.problem("PyTorch is not installed", "pip install torch torchvision, with this interpreter")
         self._torch(has_torch)
         has_gcu = find_spec("torch_gcu") is not None
         cards = self._torch_gcu(has_gcu and has_torch)
@@ -123,7 +123,7 @@ class Checkup:
         auto = ask(AUTO) if has_torch else NOT_PROBED
         self.facts["--device auto"] = auto.get("kind") or f"refused: {auto['error']}"
         if not has_gcu:
-            self.notes.append("no torch_gcu here: --device gcu-sim is a simulated card to try things on")
+            self.notes.append("no torch_gcu here: --device gcu-sim is a simulated card")
 
     def _torch(self, has_torch: bool) -> None:
         self.facts["torch"], self.facts["torchvision"] = installed("torch"), installed("torchvision")
@@ -132,7 +132,9 @@ class Checkup:
         both = ask(BOTH, **{AUTOLOAD: "0"})
         alone = ask(TORCH, **{AUTOLOAD: "0"}) if "error" in both else both
         if "error" in alone:
-            self.problem(f"torch cannot be imported: {alone['error']}", "pip install torch torchvision, anew")
+            self.problem(
+                f"torch cannot be imported: {alone['error']}", "pip install --force-reinstall torch torchvision"
+            )
             return
         self.facts.update(alone)
         self.facts["gcu-sim can run"] = _release(self.facts["torch"]) >= (2, 10)
@@ -143,7 +145,7 @@ class Checkup:
         if "error" in as_user:
             self.problem(
                 f"`import torch` fails on the card's library: {as_user['error']}",
-                f"LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to go without the card",
+                f"LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to do without the card",
             )
 
     def _torch_gcu(self, is_here: bool) -> dict[str, Any]:
@@ -158,8 +160,11 @@ class Checkup:
         self.facts["/opt/tops/lib"] = Path("/opt/tops/lib").is_dir()
         if "error" in cards:
             # gcu.load's own line ends with the advice to come here.
-            reason = cards["error"].replace("; python -m vgglab.doctor says what to mend", "")
-            self.problem(reason, "LD_LIBRARY_PATH=/opt/tops/lib; else install the driver and torch_gcu of one release")
+            reason = cards["error"].replace("; python -m vgglab.doctor shows what to fix", "")
+            self.problem(
+                reason,
+                "set LD_LIBRARY_PATH=/opt/tops/lib; if that does not help, install driver and torch_gcu of one release",
+            )
         elif cards:
             self._generation(cards)
         return cards
@@ -167,11 +172,11 @@ class Checkup:
     def _generation(self, cards: dict[str, Any]) -> None:
         if cards["why_none"]:
             fix = f"check the driver, LD_LIBRARY_PATH=/opt/tops/lib and {VISIBLE_CARDS}"
-            self.problem(cards["why_none"].replace("; python -m vgglab.doctor says what to mend", ""), fix)
+            self.problem(cards["why_none"].replace("; python -m vgglab.doctor shows what to fix", ""), fix)
         if cards["num_cards"] > 1 and not cards["eccl"]:
-            self.problem("several cards and no eccl to join them", "install tops-eccl of the same release")
+            self.problem("several cards but no eccl to connect them", "install tops-eccl of the same release")
         if cards.get("is_beside_cuda"):
-            self.problem("torch_gcu.distributed is empty where torch sees CUDA", "CUDA_VISIBLE_DEVICES=''")
+            self.problem("torch_gcu.distributed is empty because torch sees a CUDA device", "CUDA_VISIBLE_DEVICES=''")
         if cards["is_double"]:
             self.notes.append("this torch_gcu is a contract double: it computes on the CPU")
         else:
@@ -179,7 +184,7 @@ class Checkup:
         if cards["major"] == 3:
             self.notes.append("S60 with torch_gcu 2.10: much of VGG's backward pass runs on the host, so it is slow")
         if cards["generation"] == "eager":
-            self.notes.append("one warning for each 64-bit type is expected: the card keeps them as 32 bits")
+            self.notes.append("one warning for each 64-bit type is expected: the card stores them in 32 bits")
 
     def _versions(self, cards: dict[str, Any]) -> None:
         torch_release = _release(self.facts["torch"])
@@ -193,9 +198,7 @@ class Checkup:
         self.facts["variables"] = variables
         for name in BOOLEANS:
             if name in variables and not re.fullmatch(r"true|false|-?\d+", variables[name]):
-                self.problem(
-                    f"{name}={variables[name]} is read as false", f"{name}: say true or false, in small letters"
-                )
+                self.problem(f"{name}={variables[name]} is read as false", f"{name}: use true or false, in lower case")
         for entry in filter(None, variables.get("PYTORCH_GCU_ALLOC_CONF", "").split(",")):
             if entry.partition(":")[0].strip() not in ALLOC_KEYS:
                 self.problem(f"PYTORCH_GCU_ALLOC_CONF: {entry} is not supported", f"leave out {entry}")
@@ -208,7 +211,7 @@ class Checkup:
             text = "`import torch` alone does not load torch_gcu; vgglab imports it"
             self.notes.append(f"{AUTOLOAD}={variables[AUTOLOAD]}: {text}")
         if TF32_SWITCH in variables and cards.get("generation") == "eager":
-            self.notes.append(f"{TF32_SWITCH} is read by nobody in this generation")
+            self.notes.append(f"{TF32_SWITCH} has no effect in this generation")
         if "PYTORCH_NO_GCU_MEMORY_CACHING" in variables:
             self.notes.append("PYTORCH_NO_GCU_MEMORY_CACHING switches the cache off whatever its value; unset it")
         for name in ("ENFLAME_LOG_DEBUG_LEVEL", "ENFLAME_PT_OP_DEBUG_CONFIG"):
@@ -224,6 +227,6 @@ def _what_torch_loads() -> list[Any]:
 
 
 def _release(text: str | None) -> tuple[int, ...]:
-    """``(2, 10)`` of ``2.10.0+cpu``; ``()`` where it says nothing."""
+    """``(2, 10)`` of ``2.10.0+cpu``; ``()`` if there is none."""
     found = re.match(r"(\d+)\.(\d+)", text or "")
     return tuple(int(part) for part in found.groups()) if found else ()

@@ -17,7 +17,7 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
     Returns only after gloo's threads have let go of them, for which they make themselves known to Python. A loader
     worker that is forked at that very moment hangs for ever on Python 3.8 to 3.11 (python/cpython issue 112275), and
-    all ranks with it. So gloo gets tensor objects of its own, on the same memory, and this waits until they are gone
+    all ranks with it. So gloo gets separate tensor objects on the same memory, and this waits until they are gone
     (a second at most: another library may keep them).
     """
     lent = []

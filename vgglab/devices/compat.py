@@ -70,13 +70,13 @@ DOS_FOLDER = 0x10  # in the attributes of a file in an archive
 def damage_of(file: Path) -> str:
     """What is wrong with an archive that ``torch.save`` has written; empty where nothing is. torch does not look."""
     try:
-        if not zipfile.is_zipfile(file):  # another format, or cut short: torch says which
+        if not zipfile.is_zipfile(file):  # another format, or incomplete: torch reports which
             return ""
         with zipfile.ZipFile(file) as archive:
             part = archive.testzip()
             # Of what calls itself a folder torch reads nothing: the weights are then what happened to be in memory.
             folders = [entry.filename for entry in archive.infolist() if entry.external_attr & DOS_FOLDER]
-    # RuntimeError: a bit says that it is encrypted.
+    # RuntimeError: a bit marks it as encrypted.
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         return str(error)
     if folders:
@@ -97,7 +97,7 @@ def load_tensors(path: str | Path) -> Any:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch comments on foreign files; the caller says what matters
+            warnings.simplefilter("ignore")  # torch warns about foreign files; the caller reports what matters
             if "weights_only" in inspect.signature(torch.load).parameters:  # torch >= 1.13
                 return torch.load(path, map_location="cpu", weights_only=True)
             _refuse_torchscript(path)
@@ -116,7 +116,7 @@ def _refuse_torchscript(path: str | Path) -> None:
     with zipfile.ZipFile(path) as archive:
         parts = {part for name in archive.namelist() for part in name.split("/")}
     if parts & {"constants.pkl", "code"}:
-        raise NotACheckpoint("a TorchScript archive, which holds code")
+        raise NotACheckpoint("a TorchScript archive, which contains code")
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -1,6 +1,6 @@
 """Finding torch_gcu: is it installed, does it load, which generation is it, has it cards.
 
-Two libraries of that name exist. The older (T20 cards, torch 1.10) is lazy and knows no ``torch.gcu``; the newer
+Two libraries of that name exist. The older (T20 cards, torch 1.10) is lazy and has no ``torch.gcu``; the newer
 (S60, torch 2.10) is eager. Contracts: Enflame's ``torch_gcu`` packages of both generations.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TF32_SWITCH = "ENFLAME_ENABLE_TF32"  # read by the lazy generation only
 VISIBLE_CARDS = "TOPS_VISIBLE_DEVICES"
-ADVICE = "python -m vgglab.doctor says what to mend"
+ADVICE = "python -m vgglab.doctor shows what to fix"
 
 
 def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
@@ -54,7 +54,7 @@ def load(options: DeviceOptions) -> Any:
     if not is_installed():
         raise UserError(
             f"--device gcu: torch_gcu is not installed for {sys.executable}; "
-            "install Enflame's wheel, or take --device gcu-sim, a simulated card"
+            "install Enflame's wheel, or use --device gcu-sim, a simulated card"
         )
     if _is_lazy_on_disk():
         _settle_tf32(options.tf32)
@@ -82,12 +82,12 @@ def _settle_tf32(wanted: bool | None) -> None:
     """The switch is an environment variable, to be set before the import and left alone from then on."""
     value = wants_tf32(wanted)
     if "torch_gcu" in sys.modules and os.environ.get(TF32_SWITCH) != str(value).lower():
-        raise UserError(f"--tf32: torch_gcu is loaded already; set {TF32_SWITCH}={str(value).lower()} before")
+        raise UserError(f"--tf32: torch_gcu is already loaded; set {TF32_SWITCH}={str(value).lower()} before starting")
     os.environ[TF32_SWITCH] = str(value).lower()  # "False" would not be understood
 
 
 def wants_tf32(wanted: bool | None) -> bool:
-    """The flag, else what the environment says; FP32 where neither says anything, as in the seed kit's README."""
+    """The flag, else the environment; FP32 if neither is set, as in the original README."""
     return os.environ.get(TF32_SWITCH, "false").lower() in ("true", "1") if wanted is None else wanted
 
 
@@ -99,7 +99,7 @@ def is_lazy(torch_gcu: Any) -> bool:
         return True
     if hasattr(torch, "gcu"):
         return False
-    raise UserError(f"--device gcu: this torch_gcu is of no generation known here; {ADVICE}")
+    raise UserError(f"--device gcu: this is an unknown generation of torch_gcu; {ADVICE}")
 
 
 def count_cards(torch_gcu: Any) -> int:
@@ -115,7 +115,7 @@ def why_no_cards() -> str:
     visible = os.environ.get(VISIBLE_CARDS)
     cards = [card.strip() for card in (visible or "").split(",")]
     if visible is not None and len(set(cards)) < len(cards):
-        return f"{VISIBLE_CARDS}={visible} names a card twice, and then torch_gcu sees none; name each once"
+        return f"{VISIBLE_CARDS}={visible} names a card twice, so torch_gcu finds none; name each card once"
     if visible is not None and (visible.strip() == "" or cards[0].startswith("-")):
-        return f"{VISIBLE_CARDS}={visible} hides every card; unset it or name some"
-    return f"torch_gcu sees no card: check the driver and LD_LIBRARY_PATH=/opt/tops/lib; {ADVICE}"
+        return f"{VISIBLE_CARDS}={visible} hides every card; unset it or name some cards"
+    return f"torch_gcu finds no card: check the driver and LD_LIBRARY_PATH=/opt/tops/lib; {ADVICE}"

@@ -43,12 +43,12 @@ class EagerGcu(StockDevice):
     def _check(self) -> None:
         self._refuse_native_parts()
         if self._options.tf32:
-            raise UserError(f"--tf32: torch_gcu {self._version} has no switch for it; leave it out")
+            raise UserError(f"--tf32: torch_gcu {self._version} has no TF32 switch; leave it out")
         if self.amp_dtype == "bfloat16" and not self._gcu.is_bf16_supported():
-            raise UserError("--amp-dtype bfloat16: this card has none; choose float16")
+            raise UserError("--amp-dtype bfloat16: not supported on this card; use float16")
         is_there = getattr(torch.distributed, "is_eccl_available", lambda: False)
         if self.world_size > 1 and not is_there():
-            raise UserError("--device gcu: several ranks need eccl, which is not here; install tops-eccl")
+            raise UserError("--device gcu: several ranks need eccl, which is not installed; install tops-eccl")
 
     def open(self) -> None:
         self._gcu.set_device(self.local_rank)  # before joining: eccl takes the current card

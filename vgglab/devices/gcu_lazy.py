@@ -50,10 +50,12 @@ class LazyGcu(Device):
     def _check(self) -> None:
         self._refuse_native_parts()
         if self._options.sync_bn and self.world_size > 1:
-            raise UserError("--sync-bn: torch_gcu has no such layer; leave it out on gcu")
+            raise UserError("--sync-bn: not supported by this torch_gcu; leave it out")
         if self.world_size > 1 and not hasattr(self._gcu.distributed, "init_process_group"):
             # It defines nothing where torch sees CUDA.
-            raise UserError("--device gcu: torch_gcu.distributed is empty beside CUDA; set CUDA_VISIBLE_DEVICES=''")
+            raise UserError(
+                "--device gcu: torch_gcu.distributed is empty if torch sees a CUDA device; set CUDA_VISIBLE_DEVICES=''"
+            )
 
     def _loss_scaler(self) -> Any:
         # use_zero_grad: on overflow the gradients are zeroed on the card. The other path reads from the card in
@@ -64,7 +66,7 @@ class LazyGcu(Device):
 
     def open(self) -> None:
         if self.world_size > 1:
-            # Its own, not torch.distributed, which knows no eccl.
+            # torch_gcu's own module: torch.distributed has no eccl.
             self._gcu.distributed.init_process_group(
                 backend="eccl", init_method=self._options.init_method, world_size=self.world_size, rank=self.rank
             )
@@ -76,7 +78,7 @@ class LazyGcu(Device):
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         # int32, as the vendor's script has it. Batches of one shape only: a new shape is a new graph to compile;
         # so training leaves out the last batch if it is not full, and evaluation pays for one more graph.
-        # The vendor's scripts send float32 and nothing says that a T20 takes bytes, so it is spared them.
+        # The vendor's scripts send float32, and whether a T20 accepts bytes is not documented.
         return images.float().to(self._torch_device), labels.int().to(self._torch_device)
 
     def autocast(self) -> ContextManager[Any]:

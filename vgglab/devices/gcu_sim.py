@@ -15,7 +15,7 @@ def open_adapter(kind: str, options: DeviceOptions) -> SimulatedGcu:
 
 
 class SimulatedGcu(EagerGcu):
-    """A card that is computed on the CPU and says so wherever it is written down."""
+    """A card that is simulated on the CPU, and marked as such in everything it writes."""
 
     kind = "gcu-sim"
 

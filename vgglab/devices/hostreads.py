@@ -16,12 +16,12 @@ from torch import Tensor
 
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
 PACKAGE = Path(__file__).parent.parent
-# A read by these is one by whoever has called them. What the loader reads is on the host already.
+# A read by these counts for their caller. What the loader reads is on the host already.
 LOOKED_THROUGH, AT_HOME = (str(PACKAGE / "devices"), "/torch/", "\\torch\\"), str(PACKAGE / "data")
 
 
 class HostReads:
-    """In a ``with`` block, counts the reads by where they stand: ``{"trainer.py:115": 3}``."""
+    """In a ``with`` block, counts the reads by line of code: ``{"trainer.py:115": 3}``."""
 
     def __init__(self, device_is_host: bool) -> None:
         self.counts: Counter[str] = Counter()
@@ -60,7 +60,7 @@ class HostReads:
 
 
 def _place(frame: FrameType | None) -> str:
-    """``file.py:line`` of who wants the value; empty for the loader."""
+    """``file.py:line`` of the code that reads the value; empty for the loader."""
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(AT_HOME):

@@ -1,7 +1,7 @@
 """Memory: its lack, known by torch's words; and on the CPU freed memory that stays, and a limit before it is too late.
 
 The C library hands large freed blocks back to the system and asks for them again every step. VGG's activations are
-freed and allocated anew in each; the system has to clear those pages. Kept, they cost nothing, and no number changes.
+freed and allocated again in each; the system has to clear those pages. Kept, they cost nothing, and no number changes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import resource
 import sys
 from pathlib import Path
 
-# What torch and oneDNN say where something does not fit; oneDNN says the last where its own buffers do not.
+# Messages of torch and oneDNN when memory is lacking; the last is for oneDNN's own buffers.
 NO_MEMORY = (
     "out of memory", "can't allocate memory", "could not create a memory", "bad_alloc", "could not create a primitive",
 )  # fmt: skip
@@ -23,7 +23,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 NEVER, TOP_PAD_BYTES = 2**31 - 1, 64 * 2**20
 
 
-def is_lack_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether that is what an exception is about, on this machine's memory or a card's."""
     is_torchs = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
     return is_torchs or isinstance(error, MemoryError)
@@ -41,7 +41,7 @@ def keep_freed_memory() -> bool:
 
 
 def limit_to_free_memory(share: float = 0.95) -> int | None:
-    """Have what no longer fits fail here, where it can be said, and not the kernel kill whom it likes.
+    """Raise an error here, before the kernel's OOM killer acts.
 
     Returns the bytes that this process may still take, that share of what is free in the machine and in its
     container; None where the system does not tell (Linux does).

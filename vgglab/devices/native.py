@@ -43,7 +43,7 @@ def _has_mps() -> bool:
 
 
 class NativeDevice(StockDevice):
-    """A device that PyTorch itself knows."""
+    """A device that PyTorch supports itself."""
 
     worker_start = "fork"  # workers touch CPU tensors only, and a forked one need not import torch again
 
@@ -63,35 +63,37 @@ class NativeDevice(StockDevice):
         self._scaler = _loss_scaler() if self.amp_dtype == "float16" else None
         self._backend = BACKENDS.get(kind, "")
         self._torch_device = torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
-        if kind == "cuda":  # here and not in open(): a plain loop beside the kit's computes in the same precision
+        if kind == "cuda":  # here and not in open(): so a plain loop in the benchmark computes in the same precision
             _use_tf32(self.tf32)
 
     def _check(self) -> None:
         amp_dtype = self._options.amp_dtype
         if self.kind == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch sees no CUDA card here; choose auto or cpu")
+            raise UserError("--device cuda: PyTorch finds no CUDA device; use auto or cpu")
         if self.kind == "mps" and not _has_mps():
-            raise UserError("--device mps: this is not a Mac with Metal; choose auto or cpu")
+            raise UserError("--device mps: PyTorch finds no Metal device; use auto or cpu")
         if self.kind != "cpu":
             self._take_card_of(torch.cuda.device_count() if self.kind == "cuda" else 1)
         if self._options.tf32 and self.kind != "cuda":
-            raise UserError(f"--tf32: not offered on {self.kind}; leave it out to train in float32")
+            raise UserError(f"--tf32: not supported on {self.kind}; leave it out to train in float32")
         if self._options.tf32 and torch.cuda.get_device_capability() < (8, 0):
-            raise UserError(f"--tf32: {torch.cuda.get_device_name()} has none; leave it out to train in float32")
+            raise UserError(
+                f"--tf32: not supported by {torch.cuda.get_device_name()}; leave it out to train in float32"
+            )
         if amp_dtype is not None and self.kind not in AMP_DEFAULTS:
-            raise UserError(f"--amp: not offered on {self.kind}; leave it out to train in float32")
+            raise UserError(f"--amp: not supported on {self.kind}; leave it out to train in float32")
         if amp_dtype == "float16" and self.kind == "cpu":
-            raise UserError("--amp-dtype float16: a CPU trains in bfloat16; choose bfloat16")
+            raise UserError("--amp-dtype float16: a CPU supports bfloat16 only; use bfloat16")
         if amp_dtype == "bfloat16" and self.kind == "cuda" and not torch.cuda.is_bf16_supported():
-            raise UserError(f"--amp-dtype bfloat16: {torch.cuda.get_device_name()} has none; choose float16")
+            raise UserError(f"--amp-dtype bfloat16: not supported by {torch.cuda.get_device_name()}; use float16")
         if amp_dtype is not None and self.kind == "cpu" and not _cpu_pools_bfloat16():
-            raise UserError(f"--amp: the CPU kernels of torch {torch.__version__} lack bfloat16; leave it out")
+            raise UserError(f"--amp: torch {torch.__version__} has no bfloat16 kernels for the CPU; leave it out")
         if self._options.fused and not _can_fuse(self.kind):
-            raise UserError(f"--fused: torch {torch.__version__} has no such optimizer on {self.kind}; leave it out")
+            raise UserError(f"--fused: torch {torch.__version__} has no fused optimizer on {self.kind}; leave it out")
         if self._options.compile and not hasattr(torch, "compile"):
             raise UserError(f"--compile: torch {torch.__version__} has no compiler; leave it out")
         if self.world_size > 1 and self.kind not in BACKENDS:
-            raise UserError(f"--device {self.kind}: one process only")
+            raise UserError(f"--device {self.kind}: supports one process only")
 
     def open(self) -> None:
         if self.kind == "cuda":
@@ -110,7 +112,7 @@ class NativeDevice(StockDevice):
             with torch.cuda.stream(copying):
                 return self.move(batch.images, batch.labels)
 
-        for images, labels in one_ahead(map(send, batches)):
+        for images, labels in prefetch(map(send, batches)):
             torch.cuda.current_stream().wait_stream(copying)
             for tensor in (images, labels):
                 tensor.record_stream(torch.cuda.current_stream())  # its memory is not for others before it is used
@@ -154,7 +156,7 @@ class NativeDevice(StockDevice):
         return {"peak_bytes": most if sys.platform == "darwin" else most * 1024} if self.kind == "cpu" else {}
 
 
-def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+def prefetch(items: Iterable[Item]) -> Iterator[Item]:
     """The same items; the next has been asked for by the time one is handed out."""
     waiting: deque[Item] = deque()
     for item in items:
@@ -167,8 +169,8 @@ def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
 def _use_tf32(is_wanted: bool) -> None:
     """For matrix products and convolutions alike: torch's own defaults differ between the two.
 
-    By the older names: since torch 2.9 there are newer ones, but whoever reads an older one after a newer one
-    was set, as torch.compile does, gets an error.
+    By the older names: torch 2.9 has newer ones, but reading an older one after a newer one was set, as
+    torch.compile does, is an error.
     """
     torch.backends.cuda.matmul.allow_tf32 = is_wanted
     torch.backends.cudnn.allow_tf32 = is_wanted

@@ -22,7 +22,7 @@ from vgglab.devices.compat import parallel_without_compiler
 from vgglab.devices.sync_bn import synchronise
 from vgglab.dist import ranks
 
-# The seed kit's static scale: float16 gradients are multiplied by it and it never grows.
+# The original example's static scale: float16 gradients are multiplied by it and it never grows.
 LOSS_SCALE, SCALE_GROWTH_INTERVAL = 128.0, 1_000_000_000
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and a scheduler's warning, each at a moment when it can do no harm."""
+"""Ctrl-C and termination signals, handled at a safe point."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import sys
 import threading
 from typing import Any, Callable, Iterator, Sequence
 
-STOP_SIGNALS = [  # to leave in good order: a scheduler's two, and that of a terminal that is closed
+STOP_SIGNALS = [  # save and stop: sent by schedulers (the first two), or by a closed terminal
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 ]
-_received: list[int] = []  # the signals by which this process was asked to leave
+_received: list[int] = []  # the signals that this process received
 _is_leaving = False  # the run is ending: further Ctrl-C is ignored
 ends_with_run = False  # set where the process exits after the run: Ctrl-C is then ignored until it does
 
@@ -52,8 +52,8 @@ def deferring_ctrl_c() -> Iterator[None]:
 def starting_workers() -> Iterator[None]:
     """In the block processes can be started that have ``leave_signals_to_parent`` as their initializer.
 
-    Ctrl-C while they are forked would be lost in one of Python's hooks, and the run would go on. The other signals are
-    born blocked in them: one that arrives before the initializer has its say would end the worker, and with it the run.
+    Ctrl-C during the fork would be lost in one of Python's hooks. The other signals are blocked in the new processes
+    from the start: one that arrives before the initializer has run would end the worker, and with it the run.
     """
     with deferring_ctrl_c():
         if not hasattr(signal, "pthread_sigmask"):
@@ -87,7 +87,7 @@ def deferring_signals() -> Iterator[None]:
 def _unraisable_interrupts() -> Iterator[None]:
     """In the block a KeyboardInterrupt that was raised in a finalizer is not printed, and the next Ctrl-C raises again.
 
-    Python can only print it and go on. The run still leaves after its step.
+    Python can only print it. The run still stops after its step.
     """
     previous = sys.unraisablehook
 
@@ -126,7 +126,7 @@ def leave_signals_to_parent(_: int = 0) -> None:
     """
     for number in {*STOP_SIGNALS, signal.SIGINT} - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux: it says who
+    if hasattr(signal, "sigwaitinfo"):  # Linux: it names the sender
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # already so after starting_workers()
         threading.Thread(target=_end_at_parents_word, args=(os.getppid(),), daemon=True).start()
     else:
@@ -154,7 +154,7 @@ def _note(number: int, _: Any) -> None:
 
 
 def leave_requested() -> bool:
-    """Whether somebody has asked this process to save and leave."""
+    """Whether this process was asked to save and stop."""
     return bool(_received)
 
 
@@ -164,7 +164,7 @@ def was_interrupted() -> bool:
 
 
 def reason() -> str:
-    """What asked this process to leave, such as ``by SIGTERM``."""
+    """Why this process stops, such as ``by SIGTERM``."""
     if was_interrupted():
         return "by Ctrl-C"
     return f"by {signal.Signals(_received[0]).name}" if _received else "with the other ranks"

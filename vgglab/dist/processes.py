@@ -1,4 +1,4 @@
-"""The processes of a run, on this machine: which they are, what they are doing, and the end of what is left of them."""
+"""The processes of a run on this machine: find them, ask what they are doing, kill what is left."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_alive(pid: int) -> bool:
 
 
 def signature(pid: int) -> dict[str, Any]:
-    """What a run directory says of a process, so that it is found again and no other is taken for it.
+    """What a run directory records of a process, so that no other process is mistaken for it.
 
     ``process`` is the boot of the machine and the moment in it when the process began, which no clock can change; empty
     without ``/proc``.

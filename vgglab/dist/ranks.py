@@ -1,4 +1,4 @@
-"""This process among the others of its job: who started it, when to end with them, what it leaves when it fails.
+"""This rank: which launcher started it, when to end with it, and what to record if it fails.
 
 Standard library only, and cheap: a rank whose launcher dies before torch is imported must notice it, too.
 """
@@ -63,7 +63,7 @@ def attach() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Thread(target=_end_with_launcher, daemon=True, name="leash").start()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # A torchrun that is killed leaves its ranks training: each is a session of its own.
+        # A torchrun that is killed leaves its ranks training, because each has its own session.
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True, name="guard").start()
 
 
@@ -121,7 +121,7 @@ def leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # a full disk: Python would try once more, and change the exit code
+        except OSError:  # a full disk: Python would try again and change the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if not _kept:
         sys.exit(code)
@@ -140,7 +140,7 @@ def num_cores() -> int:
 
 
 def num_restarts() -> int:
-    """How often the launcher has started this job's ranks anew."""
+    """How often the launcher has restarted this job's ranks."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -175,7 +175,7 @@ def run_of_earlier_attempt() -> Path | None:
     if num_restarts() == 0:
         return None
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-        raise UserError("--max-restarts on several machines needs a --run-dir on a folder that all of them share")
+        raise UserError("--max-restarts on several machines needs a --run-dir that all of them can see")
     folder = _launch_folder()
     return remembered_run(folder) if folder else None
 
@@ -197,7 +197,7 @@ def resume_advice(path: Path) -> str:
 
 
 def name() -> str:
-    """``rank 1 of 8: `` in front of what this process says; nothing where it is alone."""
+    """The prefix ``rank 1 of 8: `` of this process's messages; empty for a single process."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     return f"rank {os.environ.get('RANK', 0)} of {world_size}: " if world_size > 1 else ""
 
@@ -228,7 +228,7 @@ def report_killed(rank: int, number: int, folder: Path) -> str:
         folder: of the launch, as in ``remembered_run``.
     """
     signal_name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
-    hint = "; if nobody did it, the machine had no memory left" if number == signal.SIGKILL else ""
+    hint = "; if nobody killed it, the machine ran out of memory" if number == signal.SIGKILL else ""
     line = f"was killed ({signal_name}){hint}"
     launched_for = os.environ.get(MARK)
     path = remembered_run(folder) or (Path(launched_for) if launched_for else None)
@@ -270,7 +270,7 @@ def failures(path: Path) -> list[dict[str, Any]]:
 
 
 def forget_failures(path: Path) -> None:
-    """A run that goes on has survived them."""
+    """Called when a run continues: it has survived them."""
     for file in (path / "log").glob("failure-rank*.json"):
         with contextlib.suppress(OSError):  # a folder of that name
             file.unlink()

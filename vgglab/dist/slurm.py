@@ -33,7 +33,7 @@ def adopt_slurm_environment(environment: MutableMapping[str, str] = os.environ) 
 def first_host(nodes: str) -> str:
     """The first name of Slurm's short form: ``gpu[003-007,9],cpu1`` gives ``gpu003``. Raises UserError."""
     if not nodes:
-        raise UserError("SLURM_STEP_NODELIST is not set; say export MASTER_ADDR=<the first node's name>")
+        raise UserError("SLURM_STEP_NODELIST is not set; set MASTER_ADDR to the name of the first node")
     prefix, bracket, rest = nodes.partition("[")
     if not bracket or "," in prefix:
         return prefix.split(",")[0]

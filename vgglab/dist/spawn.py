@@ -1,9 +1,9 @@
-"""Start the ranks of one machine and look after them: ``python -m vgglab.train --nproc 8``.
+"""Start and supervise the ranks of one machine: ``python -m vgglab.train --nproc 8``.
 
 On one machine this replaces torchrun. Its store listens on every network interface, and anyone who can reach the
 machine can write data there that the launcher then unpickles. Here the ranks meet in a file that only their owner can
-read, and gloo and NCCL are told to use the loopback interface. (First-generation ``torch_gcu`` meets at
-``MASTER_PORT`` only; where its store listens is up to the vendor.)
+read, and gloo and NCCL are restricted to the loopback interface. (First-generation ``torch_gcu`` uses
+``MASTER_PORT`` only; the vendor decides where its store listens.)
 
 Standard library only: the launcher does not import torch.
 """
@@ -45,7 +45,7 @@ def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> in
     try:
         folder = tempfile.TemporaryDirectory(prefix="vgglab-")  # of mode 0700, with a random name
     except OSError as error:
-        raise UserError(f"TMPDIR: no folder can be made in {tempfile.gettempdir()} ({error.strerror})") from None
+        raise UserError(f"TMPDIR: cannot create a folder in {tempfile.gettempdir()} ({error.strerror})") from None
     with folder as path:
         for attempt in range(max_restarts + 1):
             code = _Attempt(argv, num_ranks, Path(path), attempt).run()
@@ -126,7 +126,7 @@ class _Attempt:
 
 
 def _defaults(num_ranks: int) -> dict[str, str]:
-    """What the environment may say otherwise: threads that share the cores, and no connection beyond this machine."""
+    """Defaults that the environment can override: threads share the cores, and nothing connects beyond this machine."""
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # of Linux, of macOS
     return {
         "OMP_NUM_THREADS": str(max(1, ranks.num_cores() // num_ranks)),

@@ -8,7 +8,7 @@
     >>> vgglab.anatomy.of(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()), image_size=8)
 
 It reads chains, such as VGG: each layer takes what the one before it wrote.
-Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, said in one line; 130 interrupted.
+Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, explained in one line; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def of(
         network = _hollow(model)
     for path, module in _leaves(network):
         if not _kind(module):
-            raise UserError(f"{path or name} is a {type(module).__name__}; anatomy knows {', '.join(KINDS)}")
+            raise UserError(f"{path or name} is a {type(module).__name__}; anatomy supports {', '.join(KINDS)}")
     channels = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), 3)
     shape = (batch_size, channels, image_size, image_size)
     try:
@@ -124,8 +124,8 @@ def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
     learns = False  # something before this layer
     for name, module, input_shape, output_shape in calls:
         if prod(input_shape) != prod(shape):
-            why = "anatomy reads chains, in which all that changes shapes is a layer (nn.MaxPool2d, not F.max_pool2d)"
-            raise UserError(f"{name} does not take what the layer before it wrote; {why}")
+            why = "anatomy supports chains in which every change of shape is a layer (nn.MaxPool2d, not F.max_pool2d)"
+            raise UserError(f"{name} does not fit the output of the layer before it; {why}")
         shape = output_shape
         weights = list(module.parameters())
         states = [buffer for buffer in module.buffers() if buffer.is_floating_point()]  # batch norm's mean and variance

@@ -103,7 +103,7 @@ def _losses(model: nn.Module, batches: Iterable[Batch], optimizer: torch.optim.O
 def copy_layers(shallow: nn.Module, deep: nn.Module, num_convolutions: int = 4) -> list[str]:
     """Start ``deep`` as the paper did: with the first convolutions and the linear layers of a shallower network.
 
-    A convolution goes to the same place of the same block, which is what lies between two poolings. Returns the names
+    A convolution is copied to the same position in the same block (the layers between two poolings). Returns the names
     of the layers that were filled. Source: Simonyan and Zisserman 2014, section 3.1: four convolutions of net A and its
     three linear layers.
     """

@@ -20,7 +20,7 @@ def read_photograph(file: str, data: bytes | None = None, longest: int = 384) ->
 
     Args:
         file: its path; only its name if ``data`` is given.
-        data: the file's bytes. They are decoded as an image, whatever the name says.
+        data: the file's bytes. They are decoded as an image, whatever the file name.
 
     Raises:
         UserError: no image, a broken one, or one with so many pixels that it must be a decompression bomb.
@@ -29,11 +29,11 @@ def read_photograph(file: str, data: bytes | None = None, longest: int = 384) ->
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file if data is None else io.BytesIO(data)) as image:
-                upright = to_rgb(ImageOps.exif_transpose(image))  # a camera held on its side says so in its EXIF data
+                upright = to_rgb(ImageOps.exif_transpose(image))  # orientation from the EXIF data
         upright.thumbnail((longest, longest))
         return as_tensor(upright)
     except Exception as error:  # decoders raise nearly anything for a broken file
-        advice = "take a JPEG or PNG that an image viewer opens"
+        advice = "use a JPEG or PNG file that an image viewer can open"
         raise UserError(f"photograph: {file!r} cannot be read as an image ({reason_of(error)}); {advice}") from None
 
 

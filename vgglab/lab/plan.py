@@ -1,4 +1,4 @@
-"""Before 90 epochs are spent: how long, how many steps and checkpoints, how much disk, where the rate falls.
+"""Plan a run before it starts: time, steps, checkpoints, disk space, learning rates.
 
     python -m vgglab.plan --recipe seed --images-per-second 590 --ranks 8
     python -m vgglab.plan --recipe modern --data-path imagenet --run runs/<a short measured run>
@@ -28,8 +28,8 @@ from vgglab.view.tables import html_facts
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
 FORWARD_SHARE = 1 / 3  # of a training step's operations: evaluation has no backward pass
-FAR, MAX_CARDS = 4.0, 8  # times the recipe's own rate, which the seed kit has scaled up to so many cards
-# Rules of thumb: somewhat above the 0.06 of the seed kit's eight cards; and of the paper's initialisation, section 3.1.
+FAR, MAX_CARDS = 4.0, 8  # times the recipe's own rate, which the original example has scaled up to so many cards
+# Rules of thumb: somewhat above the original example's 0.06 on eight cards; and from the paper, section 3.1.
 LARGEST_RATE_WITHOUT_NORM, DEEPEST_FROM_NORMAL = 0.1, 11
 
 
@@ -64,21 +64,21 @@ class Plan(NamedTuple):
 def plan_training(
     config: Request, images_per_second: float, ranks: int = 1, scaling: float = 1.0, given: Sequence[str] = ()
 ) -> Plan:
-    """Count it out.
+    """Compute the plan.
 
     Args:
         config: the settings of the run.
         images_per_second: of one card, in training.
         ranks: cards.
         scaling: the share of ``ranks`` times one card's speed that they reach together, above 0.
-        given: the settings that somebody chose beside the recipe.
+        given: the settings that were given besides the recipe.
 
     Raises:
         UserError: the data are not there, or do not fill a batch.
     """
     if config.test_only or config.resume or config.seeds:
         raise UserError(
-            "--test-only, --resume and --seeds: a plan is of one training from its beginning; leave them out"
+            "--test-only, --resume and --seeds: a plan covers one training run from its beginning; leave them out"
         )
     data, num_train, num_eval, num_classes, image_size = _data(config, given)
     global_batch = config.batch_size * ranks
@@ -160,14 +160,14 @@ def _warnings(config: Request, ranks: int) -> list[str]:
     depth, has_norm = int(config.model[3:].partition("_")[0]), config.model.endswith("_bn")
     if not has_norm and base > LARGEST_RATE_WITHOUT_NORM:
         lines.append(
-            f"--model {config.model} has no batch norm and is not likely to start at a learning rate of {base:.3g}"
+            f"--model {config.model} has no batch norm and is unlikely to learn at a learning rate of {base:.3g}"
         )
     if not has_norm and config.init == "normal" and depth > DEEPEST_FROM_NORMAL:
         lines.append(
-            f"--init normal: {config.model} has no batch norm and does not start from it; take kaiming or xavier"
+            f"--init normal: {config.model} has no batch norm and does not learn from it; use kaiming or xavier"
         )
     if config.lr_schedule == "plateau":
-        lines.append("--lr-schedule plateau: the rate falls when the accuracy says so, which no plan can know")
+        lines.append("--lr-schedule plateau: drops depend on validation accuracy, so they cannot be planned")
     return lines
 
 
@@ -188,13 +188,13 @@ def _facts(planned: Plan) -> list[tuple[str, str]]:
         ),
         (
             "time",
-            f"{_long(planned.total_seconds)} on {cards} at {planned.images_per_second:,.0f} images/s in all, "
+            f"{_long(planned.total_seconds)} on {cards} at {planned.images_per_second:,.0f} images/s in total, "
             f"{evaluation} of it for evaluation",
         ),
         (
             "checkpoints",
-            f"{planned.num_checkpoints} of {planned.checkpoint_bytes / 1e9:.2f} GB are written; at most three stay, "
-            f"beside one in the making: up to {planned.disk_bytes / 1e9:.2f} GB on disk",
+            f"{planned.num_checkpoints} of {planned.checkpoint_bytes / 1e9:.2f} GB are written, at most three kept, "
+            f"plus one being written: up to {planned.disk_bytes / 1e9:.2f} GB on disk",
         ),
         ("rate", ", ".join(f"{rate:.3g} from epoch {epoch + 1}" for epoch, rate in rates)),
         *(("warning", text) for text in planned.warnings),

@@ -1,4 +1,4 @@
-"""What a trained network says about the held-out images."""
+"""Predictions of a trained network for the held-out images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vgglab.data.loader import eval_batches
 from vgglab.data.sets import open_sets
 from vgglab.data.transform import as_tensor, normalised
 from vgglab.devices import open_device
-from vgglab.errors import UserError, blaming
+from vgglab.errors import UserError, error_context
 from vgglab.model import VGG, build
 from vgglab.runs import checkpoint
 from vgglab.runs.run import Run
@@ -24,7 +24,7 @@ MAX_CLASSES = 10**6  # of a run that is read; ImageNet-21k has 21,841
 
 
 class Prediction(NamedTuple):
-    """One image: what it is, what the network says, and how sure it is (softmax, 0 to 1)."""
+    """One image: its class, the predicted class, and its probability (softmax, 0 to 1)."""
 
     file: str  # or its place in a set that is no files
     actual: str
@@ -52,7 +52,7 @@ def load_network(run: Run | str | Path, which: str = "best") -> VGG:
     file = run.checkpoint(which)
     config = _settings_of(run)
     network = build(config.model, num_classes=config.num_classes, head=config.head)
-    with blaming(str(run.path)):
+    with error_context(str(run.path)):
         checkpoint.read(file).restore_model(network, config.model)
     return network.eval()
 
@@ -82,9 +82,9 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
 def _settings_of(run: Run) -> Settings:
     """The run's own settings, for looking at all held-out images from wherever we are."""
     known = [item for item in fields(Request) if item.name in run.config]
-    with blaming(f"{run.path}/config.json"):
+    with error_context(f"{run.path}/config.json"):
         config = Request(**{item.name: checked(item, run.config[item.name]) for item in known})
         if config.num_classes is None or config.num_classes > MAX_CLASSES:
-            raise UserError("holds no num_classes that can be used")
+            raise UserError("has no valid num_classes")
     # The decoder is chosen here, where simplejpeg may not be.
     return complete(config, test_only=True, workers=0, eval_step_per_epoch=-1, decoder="auto")

@@ -1,6 +1,6 @@
 """How long each notebook takes with the profile ``quick``, each executed alone, all of them on one machine.
 
-``timings.json`` is written by ``python tests/time_notebooks.py "name of the machine"``; beside the seconds it has the
+``timings.json`` is written by ``python tests/time_notebooks.py "name of the machine"``; besides the seconds it has the
 two measurements by which ``vgglab/lab/machine_speed.py`` compares the machine at hand with that one.
 """
 

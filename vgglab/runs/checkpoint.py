@@ -1,6 +1,6 @@
 """Checkpoints: ``last.pt``, ``previous.pt`` and ``best.pt``, on the CPU, whole or not there at all.
 
-All that a run needs to go on as if it had never stopped is in one: weights, optimizer, loss scale, and how far it
+A checkpoint holds all that a run needs to continue as if never stopped: weights, optimizer, loss scale, and how far it
 was. There is no random state to keep, on any rank: each step, image and epoch draws from a seed that is made of the
 run's seed and its own place. The file is a zip archive whose parts carry their checksums (CRC-32).
 """
@@ -32,7 +32,7 @@ class Checkpoint(Dict[str, Any]):
     """What a checkpoint file holds. ``format``, ``config`` and the rest are missing where it holds only weights."""
 
     def restore_model(self, network: nn.Module, name: str, to_train: bool = False) -> None:
-        """Load the weights into ``network``: those that were tested, or those to go on with.
+        """Load the weights into ``network``: those that were evaluated, or those to continue with.
 
         Raises:
             UserError: they are another network's.
@@ -64,8 +64,8 @@ def save(
 ) -> None:
     """Write ``last.pt``, and keep the one before as ``previous.pt``; if ``is_best``, make it ``best.pt`` too.
 
-    The weights that were tested stand under ``model``; where they are an ``average``, those that training goes on with
-    stand under ``trained``.
+    The weights that were evaluated are under ``model``; if they are an ``average``, the weights to continue training
+    with are under ``trained``.
 
     Raises:
         CannotSave: no space, or no permission.
@@ -122,7 +122,7 @@ def _write(folder: Path, content: Any, is_best: bool) -> None:
 class _PatientFile:
     """Takes all that is written and keeps the first error for later.
 
-    torch's archive writer, told of a full disk in the middle of a file, ends the process.
+    torch's archive writer ends the process if the disk fills in the middle of a file.
     """
 
     def __init__(self, file: Any) -> None:
@@ -190,13 +190,13 @@ def read(path: str | Path) -> Checkpoint:
         content = load_tensors(file)
     except OSError as error:
         raise UserError(
-            f"cannot be read ({error.strerror}); name a checkpoint or a run directory that has one"
+            f"cannot be read ({error.strerror}); give a checkpoint or a run directory that has one"
         ) from None
     except NotACheckpoint as error:
-        raise UserError(f"not a checkpoint that can be read safely ({error})") from None
+        raise UserError(f"not a checkpoint that can be loaded safely ({error})") from None
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not _are_weights(weights):
-        raise UserError("holds no model weights")
+        raise UserError("contains no model weights")
     is_ours = content.get("format") == FORMAT and isinstance(content.get("config"), dict)
     return Checkpoint(content if is_ours else {"model": weights})
 
@@ -213,7 +213,7 @@ def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[s
             content = read(file)
             if content.get("format") == FORMAT:
                 return file, content, passed_over
-            passed_over.append(f"{file} holds weights only")
+            passed_over.append(f"{file} contains weights only")
         except UserError as error:
             passed_over.append(f"{file} {error}")
     return None, {}, passed_over
@@ -228,7 +228,7 @@ def _age(file: Path) -> tuple[float, int]:
 
 
 def locate(path: str | Path) -> Path:
-    """The checkpoint file that a run directory or a file's own name stands for."""
+    """The checkpoint file for a run directory or a file name."""
     return Path(path, "checkpoints", "last.pt") if Path(path).is_dir() else Path(path)
 
 
@@ -238,7 +238,7 @@ def _are_weights(found: Any) -> bool:
 
 
 def carry_best(resumed: str | Path, folder: Path) -> None:
-    """Give a resumed run the ``best.pt`` that lies beside the checkpoint it goes on from, until it has a better one."""
+    """Give a resumed run the ``best.pt`` next to its checkpoint, until it has a better one."""
     best = locate(resumed).with_name("best.pt")
     if best.exists() and best.parent.absolute() != folder.absolute():
         folder.mkdir(parents=True, exist_ok=True)
@@ -246,14 +246,14 @@ def carry_best(resumed: str | Path, folder: Path) -> None:
 
 
 def _restore_model(content: dict[str, Any], model: nn.Module, name: str, to_train: bool = False) -> None:
-    """Load the weights into ``model``: those that were tested, or those to go on with.
+    """Load the weights into ``model``: those that were evaluated, or those to continue with.
 
     Raises:
         UserError: they are another network's.
     """
     written_by = content.get("config", {}).get("model", name)
     if written_by != name:
-        raise UserError(f"is a checkpoint of {written_by}, this run is --model {name}")
+        raise UserError(f"is a checkpoint of {written_by}, but this run uses --model {name}")
     own, saved = model.state_dict(), content["model"]
     if to_train and "trained" in content:
         saved = content["trained"]
@@ -296,15 +296,17 @@ def _restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_n
         UserError: the file holds weights only, or another optimizer's state.
     """
     if content.get("format") != FORMAT:
-        raise UserError("holds weights only; use it with --test-only")
+        raise UserError("contains weights only; use it with --test-only")
     written_by = content["config"].get("optimizer")
     if written_by != optimizer_name:
-        raise UserError(f"was written with --optimizer {written_by}, this run is --optimizer {optimizer_name}")
+        raise UserError(f"was written with --optimizer {written_by}, but this run uses --optimizer {optimizer_name}")
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     with _refusing_damage():
         there = [len(group["params"]) for group in content["optimizer"]["param_groups"]]
         if there != [len(group["params"]) for group in optimizer.param_groups]:
-            raise UserError("was trained with weight decay on other layers; see --bias-weight-decay, --bn-weight-decay")
+            raise UserError(
+                "was trained with weight decay on other layers; check --bias-weight-decay, --bn-weight-decay"
+            )
         _load(optimizer, content["optimizer"])
         best = None if content["best"] is None else {name: float(content["best"][name]) for name in ("acc1", "acc5")}
         counts = {name: content.get(name, 0) for name in ("epoch", "images", "step", "num_poor", "num_drops")}

@@ -1,10 +1,11 @@
 """Where two runs first differ: in their settings, in what they trained on, and step by step.
 
-    python -m vgglab.compare runs/A runs/B                    # to the last bit
+    python -m vgglab.compare runs/A runs/B                    # bit for bit
     python -m vgglab.compare runs/A runs/B --tolerance 3e-4   # relative, e.g. between two kinds of hardware
     python -m vgglab.compare runs/A runs/B --png both.png     # both, drawn; --json ends with one JSON object
+    python -m vgglab.compare runs/A runs/B runs/C --png all.png  # A with each of the others; one JSON list
 
-Exit codes: 0 the same; 1 they differ; 2 bad input, said in one line.
+Exit codes: 0 the same; 1 they differ; 2 bad input, explained in one line.
 """
 
 from __future__ import annotations
@@ -155,13 +156,13 @@ def as_text(found: Comparison) -> str:
         step, event, figure, (one, other), relative = found.first
         where = "evaluation at" if event == "eval" else "training,"
         lines.append(f"first difference: {where} step {step}, {figure} {one} and {other} (relative {relative:.1e})")
-        lines.append(f"largest difference of a loss, relative: {found.largest_relative:.1e}")
+        lines.append(f"largest relative difference of the loss: {found.largest_relative:.1e}")
     elif found.num_steps:
-        lines.append(f"no difference in {found.num_steps} steps that both have written about")
+        lines.append(f"no difference in the {found.num_steps} steps that both runs logged")
     else:
-        lines.append("no step that both have written about; with the same --print-freq there would be")
+        lines.append("no logged step in common; run both with the same --print-freq")
     if found.last_steps[0] != found.last_steps[1]:
-        lines.append(f"one has come further: step {found.last_steps[0]} and step {found.last_steps[1]}")
+        lines.append(f"one run is longer: step {found.last_steps[0]} and step {found.last_steps[1]}")
     known = ["none" if acc1 is None else f"{acc1:.2f} %" for acc1 in found.acc1]
     lines.append(f"top-1 at the last evaluation: {known[0]} and {known[1]}")
     lines += found.damage

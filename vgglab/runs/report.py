@@ -34,16 +34,17 @@ def read_report(run: Run, recompute: bool = False) -> dict[str, Any]:
     try:
         return build_report(run, None if recompute else run.valid_report())
     except (KeyError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{run.path}: is damaged, or of another version ({error!r})") from error
+        raise UserError(f"{run.path}: is damaged or was written by another version ({error!r})") from error
 
 
 def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The seed kit's fields by its names, and what a reader needs to trust them.
+    """The original example's fields, and what a reader needs to trust them.
 
-    ``acc1`` and ``acc5`` are the best of all evaluations, in percent, each for itself, as in the seed kit.
+    ``acc1`` and ``acc5`` are the best of all evaluations, in percent, each on its own, as in the original example;
+    ``acc1_last`` and ``acc5_last`` are those of the last evaluation.
     ``train_fps_*`` are images per second of the whole job, loading included; an interval between two log
     lines is one measurement, and those within the first ``skip_steps`` steps do not count. Where no
-    interval is left the figures are null, and so they are for a simulated card, whose speed is nobody's.
+    interval is left the figures are null, and so they are for a simulated card, whose speed means nothing.
     ``training_time`` is h:mm:ss from the first event to the last, evaluation and checkpoints included.
 
     Args:
@@ -76,7 +77,9 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
         "train_fps_min": figures["train_fps_min"],
         "train_fps_max": figures["train_fps_max"],
         "training_time": figures["training_time"],
-        # So far the seed kit's fields, in its order; from here on ours.
+        # Up to here the original example's fields in their order; from here on ours.
+        "acc1_last": figures["acc1_last"],
+        "acc5_last": figures["acc5_last"],
         "status": run.status,
         "damage": run.damage(),
         "num_lines": figures["num_lines"],
@@ -109,8 +112,10 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
 
 
 def _figures(run: Run, images_per_step: int) -> dict[str, Any]:
-    """What the events say, by the names of ``storage/schema.py``."""
-    checksum = run.events_checksum()  # first: a run that goes on meanwhile makes it that of fewer events, and invalid
+    """The figures computed from the events, by the names in ``storage/schema.py``."""
+    checksum = (
+        run.events_checksum()
+    )  # first: if the run writes more meanwhile, the checksum is of fewer events and so invalid
     events, is_simulated = run.events(), run.env["simulated"]
     if not events:
         raise UserError(f"{run.path}: nothing to report yet")
@@ -120,14 +125,17 @@ def _figures(run: Run, images_per_step: int) -> dict[str, Any]:
             others.append(event)
         elif not is_simulated:
             first_step = event.get("first_step_seconds") if first_step is None else first_step
-            # In place a run may go on on other hardware: the speed of a simulated card, or of fewer ranks, is not this.
+            # A run may continue on other hardware: the speed of a simulated card or of fewer ranks does not count.
             if not event.get("simulated") and event["interval_images"] == event["interval_steps"] * images_per_step:
                 speed.add(event)
+    last = next((event for event in reversed(others) if event["event"] == "eval"), None)
     return {
         "num_lines": run.num_lines(),
         "events_checksum": checksum,
         "acc1": _best(others, "acc1"),
         "acc5": _best(others, "acc5"),
+        "acc1_last": last["acc1"] if last else None,
+        "acc5_last": last["acc5"] if last else None,
         "images_per_second": speed.mean,
         "train_fps_min": speed.lowest,
         "train_fps_max": speed.highest,

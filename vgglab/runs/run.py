@@ -92,21 +92,21 @@ def is_a_run(path: Path) -> bool:
 def make_run_folder(path: Path) -> None:
     """Make the folder of a new run. Raises UserError where it cannot be made or holds a run already."""
     if holds_a_run(path):
-        raise UserError(f"--run-dir {path}: holds a run already; name another folder")
+        raise UserError(f"--run-dir {path}: already contains a run; choose another folder")
     with writing(path):
         make_folder(path)
         make_folder(path / "log")
 
 
 class Run:
-    """A run directory, read. Works while the run is going on, and after it is gone."""
+    """Read a run directory; works while the run is active and after it has ended."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises UserError where there is no such folder, or no run in it."""
         self.path = Path(path).absolute()  # to be found after a change of folder, too
         self._events = EventFile(self.path / "events.jsonl")
         if not is_a_run(self.path):
-            raise UserError(f"no run directory: {self.path}")
+            raise UserError(f"{self.path} is not a run directory")
 
     @property
     def name(self) -> str:
@@ -206,7 +206,7 @@ class Run:
         if report is not None or (latest is not None and latest["event"] == "end"):
             return "starting" if self._is_launched_anew() else (report or latest or {})["status"]
         if self._is_dead() or not is_a_run(self.path):
-            return "failed"  # killed before it could say so, or removed
+            return "failed"  # killed before it could record that, or removed
         return "starting" if latest is None else "running"
 
     @property
@@ -219,7 +219,7 @@ class Run:
         return [known for name in ("env.json", LAUNCHED) if (known := readable_document(self.path / name))]
 
     def writer(self) -> str:
-        """Who is writing here, and what one may do about it, for those who wanted to."""
+        """Who is writing here, and what can be done about it."""
         owners = self._owners()
         owner: dict[str, Any] = next(filter(is_running, owners), owners[0] if owners else {})
         if not is_running(owner) and holder(self.path / LOCK) == 0:
@@ -230,7 +230,7 @@ class Run:
     def _is_dead(self) -> bool:
         """Neither rank 0 nor who was launched is there any more, as far as can be seen from here.
 
-        Either may outlive the other: a launcher starts ranks anew, and a run that is launched again in place has the
+        Either may outlive the other: a launcher restarts ranks, and a run that is launched again in place has the
         former rank 0 in ``env.json`` until it is ready. Where neither could be written, the lock tells.
         """
         known = self._owners()
@@ -281,7 +281,7 @@ class Run:
         return [events[-1] for events in self.recent_figures()]
 
     def recent_figures(self) -> list[list[dict[str, Any]]]:
-        """For each rank the last few lines of its own figures, the latest last."""
+        """The last few lines of each rank's figures, the latest last."""
         recent = []
         for file in self._files("rank*.jsonl"):
             events = [event for event in _lines_at_the_end(file) if event]
@@ -309,8 +309,8 @@ class Run:
         answers = []
         for figures in self.ranks():
             stack = ask_where(figures["pid"], self.path / "log" / f"rank{figures['rank']}.txt")
-            answers.append(f"rank {figures['rank']}:\n{stack or '  not there'}")
-        return "\n".join(answers) or "no rank has said anything yet"
+            answers.append(f"rank {figures['rank']}:\n{stack or '  not running'}")
+        return "\n".join(answers) or "no rank has logged anything yet"
 
     def failures(self) -> list[dict[str, Any]]:
         """What ranks died of (``rank``, ``error``, ``traceback``, ...), the cause first."""
@@ -323,25 +323,27 @@ class Run:
             What was done, in one line.
 
         Raises:
-            UserError: it goes on, and which of the processes here is its own cannot be told.
+            UserError: it is active, and its process cannot be identified.
         """
         deadline, asked = time.monotonic() + grace_period_seconds(grace_seconds), self._leaders()
         if not asked and self.status in ACTIVE:
             who = f"process {self.env.get('pid')} on {self.env.get('host')}"
-            raise UserError(f"{self.path}: nothing shows that {who} is its own; if it is, end it there with kill")
+            raise UserError(
+                f"{self.path}: cannot confirm that {who} belongs to this run; if it does, end it there with kill"
+            )
         for pid in asked:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         while any(map(is_alive, asked)) and time.monotonic() < deadline:
             time.sleep(0.1)
         kill_all(self.path)
-        done = f"process {asked[0]} was asked to save and leave" if asked else "it had ended already"
+        done = f"process {asked[0]} was asked to save and leave" if asked else "it had already ended"
         return f"{self.name}: {done}; {self.status}"
 
     def _leaders(self) -> list[int]:
         """The processes to ask, never process 1: those that carry the run's mark, or the one that holds its lock.
 
-        What the files say is no proof: they can be anybody's.
+        The files alone are no proof: anybody can write them.
         """
         marked, env, launched = processes_of(self.path), self.env, read_document(self.path / LAUNCHED)
         if is_running(launched) and launched["pid"] in marked:

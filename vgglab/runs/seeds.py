@@ -1,11 +1,11 @@
-"""The same training with several seeds, one after the other: without them nobody knows what a difference is worth.
+"""Train with several seeds, one after the other, to know what a difference between runs is worth.
 
     python -m vgglab.train --recipe quick --seeds 5          # seeds 1 to 5, or from --seed on
     python -m vgglab.train --recipe quick --seeds 3,17,23
     vgglab.launch("--recipe quick", seeds=5)                 # in a cell; with nproc= on several cards
 
-Where a series was stopped, the same line goes on with it, if it names its folder with ``--run-dir``. The runs lie in
-one folder, ``<output-dir>/runs/<time>-...-seeds/seed-<n>/``; ``vgglab.Seeds(folder)`` reads it.
+If a series was stopped, the same command with ``--run-dir`` continues it. The runs are in one folder,
+``<output-dir>/runs/<time>-...-seeds/seed-<n>/``; ``vgglab.Seeds(folder)`` reads it.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ def seeds_of(config: Request) -> list[int]:
         raise UserError("--seeds: trains from the beginning; leave out --resume, --test-only and --fix-seed")
     words = (config.seeds or "").split(",")
     if not all(word.strip().isascii() and word.strip().isdigit() for word in words):
-        raise UserError(f"--seeds: {config.seeds!r} is neither how many, such as 5, nor a list, such as 3,17,23")
+        raise UserError(f"--seeds: {config.seeds!r} is neither a number of seeds such as 5 nor a list such as 3,17,23")
     numbers = [int(word) for word in words]
     if len(numbers) > 1:
         if config.seed is not None:
-            raise UserError("--seeds: a list says them all; leave out --seed")
+            raise UserError("--seeds: a list names all seeds; leave out --seed")
         if len(set(numbers)) < len(numbers) or max(numbers) >= 2**32:
             raise UserError(f"--seeds: {config.seeds!r} has a seed twice, or one above 4294967295")
         return numbers
     if numbers[0] < 1:
-        raise UserError("--seeds: at least 1")
+        raise UserError("--seeds: must be at least 1")
     first = 1 if config.seed is None else config.seed
     if first + numbers[0] > 2**32:
-        raise UserError(f"--seeds {numbers[0]}: from --seed {first} on there are not so many")
+        raise UserError(f"--seeds {numbers[0]}: there are not that many seeds from --seed {first} on")
     return list(range(first, first + numbers[0]))
 
 
@@ -58,17 +58,17 @@ def folder_of(config: Request) -> Path:
     path = Path(config.run_dir) if config.run_dir else Path(f"{run_path(config)}-seeds")
     others = [file.name for file in path.glob("*") if not file.name.startswith("seed-")]
     if others:
-        raise UserError(f"--run-dir {path}: holds {others[0]} beside runs of several seeds; name another folder")
+        raise UserError(f"--run-dir {path}: contains {others[0]} besides runs of several seeds; choose another folder")
     return path
 
 
 def is_done(path: Path) -> bool:
-    """Whether this seed has been trained before, in a series that goes on."""
+    """Whether this seed was already trained, in a series that is continued."""
     return is_a_run(path) and Run(path).status == "done"
 
 
 def without_seeds(argv: Sequence[str]) -> list[str]:
-    """The command line for one seed. Later flags win, so what is said anew need not be taken out."""
+    """The command line for one seed. Later flags override earlier ones, so nothing has to be removed."""
     kept, skips_value = [], False
     for word in argv:
         if skips_value:
@@ -81,19 +81,19 @@ def without_seeds(argv: Sequence[str]) -> list[str]:
 
 
 def train_each(argv: Sequence[str], config: Request) -> int:
-    """The shell's door: a process for each seed; the first that fails is the last. Returns its exit code.
+    """Command-line entry point: a process for each seed, until one fails. Returns its exit code.
 
     Raises:
         UserError: seeds that are none, or several ranks.
     """
     numbers = seeds_of(config)
     if "RANK" in os.environ or config.world_size > 1:
-        raise UserError("--seeds: on several cards say vgglab.launch(..., nproc=N, seeds=...), or one --seed at a time")
+        raise UserError("--seeds: on several cards use vgglab.launch(..., nproc=N, seeds=...), or one --seed at a time")
     path = folder_of(config)
     for number in numbers:
         print(f"vgglab.train: seed {number}, {numbers.index(number) + 1} of {len(numbers)}", flush=True)
         if is_done(path / f"seed-{number}"):
-            print("vgglab.train: is done already", flush=True)
+            print("vgglab.train: is already done", flush=True)
             continue
         words = [*without_seeds(argv), *for_one(number, path)]
         code = _run([sys.executable, "-u", "-m", "vgglab.train", *words])
@@ -135,7 +135,7 @@ class Seeds:
         self.path = Path(path).absolute()
         self._runs: dict[str, Run] = {}
         if not self.runs:
-            raise UserError(f"no runs of several seeds: {self.path}")
+            raise UserError(f"{self.path} contains no runs of several seeds")
 
     @property
     def runs(self) -> list[Run]:
@@ -167,7 +167,7 @@ class Seeds:
 
 
 class LaunchedSeeds(Seeds):
-    """Runs that this process has started, one after the other; each is processes of its own (``launch``)."""
+    """Runs that this process has started, one after the other, each in separate processes (``launch``)."""
 
     def __init__(self, path: Path, numbers: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
         self.path = path.absolute()
@@ -232,7 +232,7 @@ class LaunchedSeeds(Seeds):
         return self
 
     def stop(self) -> None:
-        """End the run that is going on, and start no other."""
+        """Stop the active run, and start no further one."""
         self._is_stopped.set()
         with self._lock:
             current = self.current

@@ -49,7 +49,7 @@ class RankWriter:
         pass
 
     def write_failed(self, what: str, warning: str) -> None:
-        """Count what could not be written, with a warning the first time; the training goes on."""
+        """Count what could not be written, with a warning the first time; training continues."""
         self.lost[what] = self.lost.get(what, 0) + 1
         if self.lost[what] == 1:
             self.event("warning", text=warning)
@@ -106,7 +106,9 @@ class RankWriter:
         try:
             append_line(self.path / name, content)
         except OSError as error:
-            text = f"{self.path / name} cannot be written ({error.strerror}); what belongs there is lost until it can"
+            text = (
+                f"{self.path / name} cannot be written ({error.strerror}); lines are lost until it can be written again"
+            )
             self.write_failed(f"lines of {name}", text)
 
     @contextlib.contextmanager
@@ -144,8 +146,7 @@ class RankWriter:
 class RunWriter(RankWriter):
     """Writes one run directory, on rank 0; ``listeners`` are called with each event after it is on disk.
 
-    With ``is_continued`` it goes on writing one that is there: later lines of events supersede those of steps that
-    are done again.
+    With ``is_continued`` it appends to an existing run: later events supersede those of steps that are repeated.
     """
 
     def __init__(
@@ -244,7 +245,7 @@ class RunWriter(RankWriter):
             left = "the one before is intact" if (folder / "last.pt").exists() else "there is none before it"
             text = f"the checkpoint of step {state.step} was not written ({error}); {left}"
             if state.epoch == settings["epochs"]:
-                self.write_recovered("checkpoints")  # the last line says it
+                self.write_recovered("checkpoints")  # it is reported in the last line
                 self.lost_last_checkpoint = f"{folder}: {text}"
             else:
                 self.write_failed("checkpoints", text)
@@ -309,7 +310,7 @@ def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file lies in, with ``-dirty`` where it was changed."""
+    """The commit of the checkout that contains this file, with ``-dirty`` if it was changed."""
     import subprocess
 
     here = Path(__file__).resolve().parent.parent

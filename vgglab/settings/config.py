@@ -36,16 +36,16 @@ DECODERS = ("pil", "fast")
 HEADS = ("auto", "imagenet", "small")
 # The headings of --help.
 WHAT, HOW, WHERE, SAVING = "what to train", "how long, and how", "on what", "saving and resuming"
-SEED_OF_FIX_SEED = 1 << 20  # the seed kit's
-SEED_NUM_CLASSES = 1000  # in all four of the seed kit's commands, whatever the folder holds
+SEED_OF_FIX_SEED = 1 << 20  # the original example's
+SEED_NUM_CLASSES = 1000  # in all four of the original example's commands, whatever the folder holds
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a run; None where the run chooses. Defaults are the seed kit's unless the help says more."""
+    """The settings as requested; None where the run decides. Most defaults are the original example's."""
 
     recipe: str | None = flag(
-        "a named set of settings (vgglab/settings/recipes.py); any flag overrides what it says",
+        "a named set of settings (vgglab/settings/recipes.py); other flags override it",
         choices=tuple(RECIPES),
         affects="others",
         section=WHAT,
@@ -57,10 +57,10 @@ class Request:
         implies=("num_classes",),
         section=WHAT,
     )
-    num_classes: int | None = flag("classes; default: as many as the folder has", None, AT_LEAST_1)
+    num_classes: int | None = flag("number of classes; default: as many as the folder has", None, AT_LEAST_1)
     model: str = flag("the network", "vgg16", choices=MODELS, section=WHAT)
     device: str = flag(
-        "where to train; auto takes the best there is",
+        "where to train; auto takes the first available",
         "auto",
         choices=DEVICE_CHOICES,
         affects="speed",
@@ -82,21 +82,21 @@ class Request:
         "side of the square images, in pixels; default: 224, or 32 for the named sets of small images", None, SIZE
     )
     decoder: str = flag(
-        "how images are read: pil (as torchvision's reference, to the last bit) or fast (simplejpeg, and no more rows "
-        "than the crop needs); auto: fast where it can be",
+        "image decoder: pil (bit for bit as in torchvision's reference) or fast (simplejpeg, decoding only the rows "
+        "that the crop needs); auto: fast where available",
         "auto",
         choices=("auto", *DECODERS),
     )
     on_bad_image: str = flag(
-        "a file that cannot be read ends the run, or is left out, counted and listed in the run's log/",
+        "what to do with an image that cannot be read: fail, or skip (counted, and listed in the run's log/)",
         "fail",
         choices=("fail", "skip"),
     )
-    head: str = flag("classifier: the paper's, a small one, or by image size", "auto", choices=HEADS)
-    dropout_rate: float = flag("both dropouts of the classifier", 0.0, FRACTION, section=HOW)
+    head: str = flag("classifier: imagenet (the paper's), small, or auto (by image size)", "auto", choices=HEADS)
+    dropout_rate: float = flag("dropout rate of the two hidden layers of the classifier", 0.0, FRACTION, section=HOW)
     init: str = flag(
-        "first weights of the convolutions: kaiming (torchvision's), xavier, or normal (the paper's N(0, 0.01), from "
-        "which deep networks without batch norm do not start)",
+        "initial weights of the convolutions: kaiming (torchvision's), xavier, or normal (N(0, 0.01), from "
+        "which deep networks without batch norm do not learn)",
         "kaiming",
         choices=INITS,
         affects="start",
@@ -106,42 +106,45 @@ class Request:
     )
 
     lr: float = flag(
-        "learning rate for 256 images; scaled by batch size x ranks / 256", 0.01, NOT_NEGATIVE, section=HOW
+        "learning rate for a global batch of 256 images; scaled in proportion to the batch",
+        0.01,
+        NOT_NEGATIVE,
+        section=HOW,
     )
     optimizer: str = flag("the optimizer", "sgd", choices=OPTIMIZERS)
     momentum: float = flag("momentum", 0.9, FRACTION)
     nesterov: bool = switch("Nesterov momentum (sgd)")
     rmsprop_alpha: float = flag(
-        "smoothing of squared gradients (rmsprop); torchvision's reference has the same", 0.9, FRACTION
+        "decay of the squared gradients (rmsprop), as in torchvision's reference", 0.9, FRACTION
     )
-    rmsprop_eps: float = flag("added to the root (rmsprop)", 0.0316, POSITIVE)
+    rmsprop_eps: float = flag("epsilon in the denominator (rmsprop)", 0.0316, POSITIVE)
     weight_decay: float = flag("weight decay", 1e-4, NOT_NEGATIVE, names=["--wd"])
     bn_weight_decay: bool = switch("apply weight decay to batch norm too")
     bias_weight_decay: bool | None = switch(
-        "apply weight decay to biases; default: yes, as the seed kit", negation="--no-bias-weight-decay"
+        "apply weight decay to biases; default: yes, as in the original example", negation="--no-bias-weight-decay"
     )
-    lr_schedule: str = flag("how the rate falls after warm-up", "step", choices=tuple(SCHEDULES))
-    warmup: int = flag("epochs over which the rate rises to its base", 5, AT_LEAST_0)
+    lr_schedule: str = flag("how the learning rate decreases after warm-up", "step", choices=tuple(SCHEDULES))
+    warmup: int = flag("epochs of linear warm-up of the learning rate", 5, AT_LEAST_0)
     end_lr: float = flag("final learning rate (cosine), reached one epoch after the last", 0.0, NOT_NEGATIVE)
     lr_step_size: int | None = flag("step: epochs between two drops; default: drops at 30, 60 and 80", None, AT_LEAST_1)
-    lr_gamma: float = flag("step and plateau: what each drop multiplies the rate by", 0.1, POSITIVE)
+    lr_gamma: float = flag("step and plateau: factor of each drop", 0.1, POSITIVE)
     lr_patience: int = flag("plateau: evaluations without a better top-1 before a drop", 5, AT_LEAST_1)
 
     crops: str = flag(
-        "training images: standard (a random part, mirrored or not), scale-jitter (the paper's: the shorter side "
-        "drawn from 256 to 512, for crops of 224), trivial (standard, then one of TrivialAugment's operations)",
+        "augmentation of training images: standard (random crop and flip), scale-jitter (the paper's: the shorter side "
+        "random from 256 to 512, for crops of 224), trivial (standard, then one operation of TrivialAugment)",
         "standard",
         choices=CROPS,
     )
-    label_smoothing: float = flag("share of the target that is spread over all classes", 0.0, FRACTION)
-    mixup: float = flag("blend pairs of images, by Beta(this, this); 0: no", 0.0, NOT_NEGATIVE)
+    label_smoothing: float = flag("label smoothing: share of the target spread over all classes", 0.0, FRACTION)
+    mixup: float = flag("mixup strength: lambda ~ Beta(alpha, alpha); 0 disables it", 0.0, NOT_NEGATIVE)
     cutmix: float = flag(
-        "paste a part of another image, its area by Beta(this, this); 0: no; with --mixup one of the two, by lot",
+        "cutmix strength: area ~ Beta(alpha, alpha); 0 disables it; with --mixup, each batch gets one of the two",
         0.0,
         NOT_NEGATIVE,
     )
     ema: float = flag(
-        "test a moving average of the weights, this much of it kept at each step (less in the first steps); 0: no",
+        "evaluate a moving average of the weights with this decay per step (smaller in the first steps); 0 disables it",
         0.0,
         FRACTION,
     )
@@ -153,73 +156,69 @@ class Request:
         inherited=False,
         implies=("amp_dtype",),
     )
-    amp_dtype: str | None = flag("mixed precision in this type (implies --amp)", None, choices=AMP_DTYPES)
+    amp_dtype: str | None = flag("type of mixed precision (implies --amp)", None, choices=AMP_DTYPES)
     tf32: bool | None = switch(
-        "float32 matrix products in TF32 on cards that have it; default: no, or what ENFLAME_ENABLE_TF32 says (T20)",
+        "float32 matrix products in TF32, on cards that have it; default: off, or as ENFLAME_ENABLE_TF32 sets it (T20)",
         negation="--no-tf32",
         inherited=False,
     )
     fast: bool = switch(
-        "the fastest honest path of the device, which rounds otherwise: mixed precision where the hardware has it, "
+        "fastest supported mode of the device; results differ by rounding: mixed precision where the hardware has it, "
         "--channels-last and --fused",
         affects="others",
         implies=("amp_dtype",),
         section=WHERE,
     )
     channels_last: bool | None = switch(
-        "images and weights in memory with the channels of a pixel side by side; default: no, or what --fast says",
+        "channels-last (NHWC) memory layout; default: off, or as --fast sets it",
         negation="--no-channels-last",
         inherited=False,
     )
     fused: bool | None = switch(
-        "the optimizer's step in one kernel for all weights; default: no, or what --fast says",
+        "update all weights in one kernel; default: off, or as --fast sets it",
         negation="--no-fused",
         inherited=False,
     )
     compile: bool = switch("torch.compile the network; the first steps take a minute longer")
-    sync_bn: bool = switch("batch norm over all ranks")
-    broadcast_buffers: bool = switch("send rank 0's buffers to all ranks before each step")
+    sync_bn: bool = switch("synchronise batch norm over all ranks")
+    broadcast_buffers: bool = switch("broadcast rank 0's buffers to all ranks before each step")
     nproc: int = flag(
-        "ranks to start on this machine, one a card", 1, AT_LEAST_1, affects="launch", inherited=False, section=WHERE
+        "ranks to start on this machine, one per card", 1, AT_LEAST_1, affects="launch", inherited=False, section=WHERE
     )
     max_restarts: int = flag(
-        "how many times to restart all ranks, from the last checkpoint, after one has died",
+        "how many times to restart all ranks from the last checkpoint if one exits abnormally",
         0,
         AT_LEAST_0,
         affects="launch",
         inherited=False,
     )
-    world_size: int = flag("ranks; a launcher's WORLD_SIZE has precedence", 1, AT_LEAST_1, inherited=False)
-    dist_url: str = flag("how the ranks find each other", "env://", affects="place", inherited=False)
+    world_size: int = flag("number of ranks; a launcher's WORLD_SIZE takes precedence", 1, AT_LEAST_1, inherited=False)
+    dist_url: str = flag("init method for the process group", "env://", affects="place", inherited=False)
     fix_seed: bool = switch(f"--seed {SEED_OF_FIX_SEED}", affects="others", inherited=False, implies=("seed",))
     seeds: str | None = flag(
-        "train several times: how many seeds, such as 5, or which, such as 3,17,23",
+        "train once for each seed: a number of seeds such as 5, or a list such as 3,17,23",
         affects="place",
         inherited=False,
         section=HOW,
     )
-    seed: int | None = flag("seed of everything random; default: drawn and recorded", None, SEED, section=HOW)
+    seed: int | None = flag("random seed; default: drawn and recorded", None, SEED, section=HOW)
 
-    training_step_per_epoch: int = flag("end each epoch after so many steps; -1: all", -1, steps)
-    eval_step_per_epoch: int = flag(
-        "end each evaluation after so many batches; -1: all", -1, steps, affects="figures", inherited=False
-    )
-    skip_steps: int = flag("first steps left out of the images/s figures", 10, AT_LEAST_0, affects="record")
+    training_step_per_epoch: int = flag("steps per epoch; -1: all", -1, steps)
+    eval_step_per_epoch: int = flag("batches per evaluation; -1: all", -1, steps, affects="figures", inherited=False)
+    skip_steps: int = flag("number of first steps not counted in images/s", 10, AT_LEAST_0, affects="record")
     print_freq: int = flag("steps between log lines", 10, AT_LEAST_1, affects="record")
     eval_freq: int = flag(
         "epochs between evaluations and checkpoints (the last always has both)", 1, AT_LEAST_1, affects="figures"
     )
-    output_dir: str = flag("the run directory is made in <this>/runs", ".", affects="place", inherited=False)
-    run_dir: str | None = flag(
-        "use exactly this run directory instead", affects="place", inherited=False, section=SAVING
-    )
+    output_dir: str = flag("the run directory is created in DIR/runs", ".", affects="place", inherited=False)
+    run_dir: str | None = flag("use exactly this run directory", affects="place", inherited=False, section=SAVING)
     timers: bool = switch(
-        "measure the parts of each step, and average gradients apart from the backward pass",
+        "measure the parts of each step; gradients are averaged after the backward pass",
         affects="speed",
         inherited=False,
     )
     trace: int = flag(
-        "write a profiler's trace of so many steps, after --skip-steps, into the run directory",
+        "write a profiler trace of this many steps, after --skip-steps, into the run directory",
         0,
         AT_LEAST_0,
         affects="speed",
@@ -229,35 +228,35 @@ class Request:
         "write TensorBoard scalars into the run directory", affects="record", inherited=False, section=SAVING
     )
     resume: str | None = flag(
-        "go on from a checkpoint file, a run directory, or auto: the newest intact one of --run-dir (in place) or of "
-        "<output-dir>/runs, from the start where there is none; flags not given are as they were there",
+        "continue from a checkpoint file, a run directory, or auto: the newest valid one of --run-dir (in place) or of "
+        "<output-dir>/runs, from the beginning if there is none; other settings as in the checkpoint",
         affects="place",
         inherited=False,
         section=SAVING,
     )
     checkpoint_every: int = flag(
-        "steps between checkpoints, besides those after an evaluation; 0: none",
+        "steps between additional checkpoints; 0: only after evaluations",
         0,
         AT_LEAST_0,
         affects="record",
         section=SAVING,
     )
     start_epoch: int = flag(
-        "first epoch, counted from 0, where no checkpoint says it", 0, AT_LEAST_0, affects="start", inherited=False
+        "first epoch, counted from 0, without a checkpoint", 0, AT_LEAST_0, affects="start", inherited=False
     )
     test_only: bool = switch(
         "only evaluate the weights of --resume or --pretrained", affects="figures", inherited=False, section=SAVING
     )
     cache_dataset: bool = switch(
-        "accepted; listings of large folders are always kept, and checked against the folder",
+        "accepted and ignored; lists of large folders are always cached",
         affects="others",
         inherited=False,
     )
 
-    # The seed kit's dead ends: accepted so that an old command line gets an answer.
-    apex: bool = switch("not here: use --amp", affects="others", inherited=False)
-    apex_opt_level: str | None = flag("not here: use --amp", affects="others", inherited=False)
-    enable_horovod: bool = switch("not here: use --nproc", affects="others", inherited=False)
+    # The original example's dead ends: accepted so that an old command line gets an answer.
+    apex: bool = switch("not supported: use --amp", affects="others", inherited=False)
+    apex_opt_level: str | None = flag("not supported: use --amp", affects="others", inherited=False)
+    enable_horovod: bool = switch("not supported: use --nproc", affects="others", inherited=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as ``config.json`` holds them."""
@@ -267,7 +266,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Settings(Request):
-    """Everything that decides what a run does, without gaps."""
+    """All settings of a run, complete."""
 
     num_classes: int = 0
     workers: int = 0

@@ -1,4 +1,4 @@
-"""How a flag is spelled, what it takes and what is said when it is wrong: what every door's parser is made of."""
+"""How flags are declared and parsed, and the error for a wrong value; used by the parsers of all commands."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ AFFECTS = {
     "figures": "what is measured of the network, and when",
     "speed": "how fast it goes, and on what",
     "record": "what is written down",
-    "place": "where the run lies and how it is reached",
+    "place": "where the run directory is",
     "launch": "how the ranks are started; not recorded",
     "others": "nothing by itself: other settings follow from it",
 }
@@ -98,13 +98,13 @@ def flag(
 
 
 def switch(help: str, **options: Any) -> Any:
-    """Off by default; ``--flag``, ``--flag true`` and ``--flag false`` all mean what they say."""
+    """Off by default; accepts ``--flag``, ``--flag true`` and ``--flag false``."""
     default = None if "negation" in options else False  # with a --no- form, saying nothing is a third answer
     return flag(help, default=default, parse=boolean, nargs="?", const=True, metavar="true|false", **options)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as a UserError."""
+    """Reports an error in one line, as a UserError."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.replace("argument ", "", 1) if message.startswith("argument ") else message)

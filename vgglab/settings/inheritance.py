@@ -1,4 +1,4 @@
-"""What a resumed run takes over from the one it goes on from, and what it does otherwise."""
+"""What a resumed run takes over from its checkpoint, and what it changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vgglab.settings.schedule import SCHEDULES
 
 
 def inherit(request: Request, given: Sequence[str], earlier: dict[str, Any]) -> Request:
-    """The request with what nobody gave on this command line taken over from the run that is resumed.
+    """The request, with settings that are not on this command line taken from the run that is resumed.
 
     Raises:
         UserError: a setting in there is none, or contradicts one that was given.

@@ -1,6 +1,6 @@
 """From a command line to settings, with a recipe's values where a recipe was named. Nothing here imports torch.
 
-The flags are the seed kit's; ``-`` and ``_`` are both accepted in any of them.
+The flags are the original example's; ``-`` and ``_`` are both accepted in any of them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
         prog="vgglab train",
         usage="vgglab train [--flag value ...]",
         description="Train VGG; write a run directory.",
-        epilog="Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, said in one line; "
-        "75 left at SIGTERM, SIGUSR1 or SIGHUP with a checkpoint to go on from; 130 interrupted.",
+        epilog="Exit codes: 0 done; 1 a bug, with a traceback; 2 bad input, explained in one line; "
+        "75 stopped by SIGTERM, SIGUSR1 or SIGHUP after saving a checkpoint; 130 interrupted.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.HelpFormatter if shows_all else _Brief,
@@ -64,7 +64,7 @@ def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
         names = ["--" + item.name.replace("_", "-"), *options.pop("names", [])]
         negation = options.pop("negation", None)
         if negation:
-            help_of_negation = "not so" if shows_all else argparse.SUPPRESS
+            help_of_negation = "turn it off" if shows_all else argparse.SUPPRESS
             group.add_argument(negation, dest=item.name, action="store_const", const=False, help=help_of_negation)
         group.add_argument(*names, dest=item.name, type=options.pop("parse"), help=text, **options)
     return parser
@@ -93,7 +93,7 @@ def parse_flags(argv: Sequence[str]) -> Request:
 
 def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
     if not argument.startswith("-"):
-        return f"{argument!r} belongs to no flag; every setting has one, e.g. --data-path {argument}"
+        return f"{argument!r} is not expected here; did you mean --data-path {argument}?"
     name = argument.partition("=")[0]
     close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
     hint = f"; did you mean {close[0]}?" if close else "; --help-all lists all flags"
@@ -109,21 +109,21 @@ def flags_given(argv: Sequence[str]) -> list[str]:
 def check(config: Request) -> None:
     """Raises UserError for settings that contradict each other."""
     if config.apex or config.apex_opt_level is not None:
-        raise UserError("--apex: not used here; --amp trains in mixed precision")
+        raise UserError("--apex: not supported; use --amp for mixed precision")
     if config.enable_horovod:
-        raise UserError("--enable-horovod: not used here; start several ranks with --nproc N")
+        raise UserError("--enable-horovod: not supported; start several ranks with --nproc N")
     if config.nesterov and (config.momentum == 0 or config.optimizer != "sgd"):
         raise UserError("--nesterov: needs --optimizer sgd and a --momentum above 0")
     if config.bn_weight_decay and config.bias_weight_decay is False:
-        raise UserError("--no-bias-weight-decay: batch norm has biases too, and --bn-weight-decay was asked for")
+        raise UserError("--no-bias-weight-decay: contradicts --bn-weight-decay, because batch norm has biases too")
     if config.test_only and not (config.resume or config.pretrained):
-        raise UserError("--test-only: nothing to test; name a checkpoint with --resume or take --pretrained")
+        raise UserError("--test-only: nothing to evaluate; give a checkpoint with --resume, or use --pretrained")
     if config.start_epoch >= config.epochs:
         raise UserError(f"--start-epoch {config.start_epoch}: must be below --epochs {config.epochs}")
     if config.fix_seed and config.seed not in (None, SEED_OF_FIX_SEED):
-        raise UserError(f"--fix-seed: means --seed {SEED_OF_FIX_SEED}; leave out one of the two")
+        raise UserError(f"--fix-seed: is the same as --seed {SEED_OF_FIX_SEED}; leave out one of the two")
     if config.pretrained and config.resume:
-        raise UserError("--pretrained: --resume brings its own weights; leave out one of the two")
+        raise UserError("--pretrained: contradicts --resume, which brings weights of its own; leave out one of the two")
 
 
 def warnings_about(config: Request) -> list[str]:
@@ -133,10 +133,10 @@ def warnings_about(config: Request) -> list[str]:
         share = config.epochs / config.warmup
         lines.append(
             f"--epochs {config.epochs} ends inside --warmup {config.warmup}: "
-            f"the learning rate reaches {share:.0%} of its base and no more"
+            f"the learning rate only reaches {share:.0%} of its base value"
         )
     if (config.workers or 0) > (os.cpu_count() or 1):
         lines.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
     if config.cache_dataset:
-        lines.append("--cache-dataset has no effect: listings of large folders are always kept, and checked each time")
+        lines.append("--cache-dataset has no effect: lists of large folders are always cached")
     return lines

@@ -1,4 +1,4 @@
-"""Named sets of settings: ``--recipe seed``. Plain values; a flag beside the name overrides what it says.
+"""Named sets of settings: ``--recipe seed``. Plain values; other flags override them.
 
 What a recipe costs is counted in images: epochs x training images, each 92.65 GFLOP for VGG16 at 224 pixels
 (``python -m vgglab.anatomy``). ``python -m vgglab.plan --recipe NAME`` turns that into hours.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 RECIPES: dict[Any, dict[str, Any]] = {
-    # The seed kit's 90-epoch command, for each card. Its --num-classes=1000 is ImageNet's and follows from the folder.
+    # The original example's 90-epoch command, per card. Its --num-classes=1000 is ImageNet's and follows from the data.
     # Cost: 115 million images on ImageNet. Result, published by Enflame for a T20 in FP32: 71.3 % top-1. Not run here
     # on ImageNet; on Fashion-MNIST with --fast, 90 epochs of 7,680 images, 5 seeds on an H200 (recorded/): VGG16
     # 89.29 % (standard deviation 0.17), VGG16-BN 91.21 % (0.11).

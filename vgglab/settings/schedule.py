@@ -1,6 +1,6 @@
-"""The learning rate: the seed kit's formulas, and the paper's plateaus. Nothing here imports torch.
+"""The learning rate: the original example's formulas, and the paper's plateaus. Nothing here imports torch.
 
-The rate is constant within an epoch. The seed kit applies it after each step, so that the first step of
+The rate is constant within an epoch. The original example applies it after each step, so that the first step of
 a run uses the unscaled ``--lr`` and the first step of every epoch the rate of the epoch before; here it is
 applied before the step, as the formula means it.
 """

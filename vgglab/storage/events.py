@@ -1,4 +1,4 @@
-"""``events.jsonl``, read while it grows: what still stands of it, and what of it is damaged. Standard library only."""
+"""Read ``events.jsonl`` while it grows: the valid events, and what is damaged. Standard library only."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def _event_at(lines: BinaryIO, place: int) -> Event:
     lines.seek(place)
     event = event_in(lines.readline(MAX_BYTES))
     if event is None or event["event"] != "train":
-        raise UserError(f"{lines.name}: was changed while it was read, or holds a training event that cannot be used")
+        raise UserError(
+            f"{lines.name}: was changed while it was read, or contains a training event that cannot be used"
+        )
     event.pop("line", None)
     return event
 
@@ -101,7 +103,7 @@ class EventFile:
         self._has_checksums = False  # from the first line with one on, all must have one
 
     def read(self, kind: str | None = None) -> Sequence[Event]:
-        """All events that still stand: where a run went on from a checkpoint, without what came after that before.
+        """All valid events. If a run continued from a checkpoint, without the events after that checkpoint from before.
 
         ``kind``: only these. A list, but for long files.
 
@@ -109,12 +111,14 @@ class EventFile:
             UserError: there is a file, and it cannot be read.
         """
         if self.file.is_symlink():
-            raise UserError(f"{self.file}: is a link, which is not followed")
+            raise UserError(f"{self.file}: is a symbolic link and was not read")
         if self.file.is_file():
             with self._reading, _opened(self.file) as lines:
                 size = os.fstat(lines.fileno()).st_size
                 if size > MAX_EVENTS_BYTES:
-                    raise UserError(f"{self.file}: has more than {MAX_EVENTS_BYTES >> 30} GiB, which no run writes")
+                    raise UserError(
+                        f"{self.file}: has more than {MAX_EVENTS_BYTES >> 30} GiB and was not written by vgglab"
+                    )
                 identity = _identity_of(lines)
                 if size < self._num_bytes_seen or identity != self._identity:  # the first look, or another run
                     self._start_again()
@@ -133,7 +137,7 @@ class EventFile:
         return cast("list[Event]", chosen)
 
     def _take(self, line: bytes) -> None:
-        if line.isspace():  # written by a run that goes on, to end a line that was cut short
+        if line.isspace():  # written by a run that continues, to end an incomplete line
             return
         if len(self._seen) >= MAX_PARSED and self._is_the_next_training_line(line):
             self._seen.append(self._num_bytes_seen)
@@ -141,7 +145,7 @@ class EventFile:
             return
         event = event_in(line, self._has_checksums)
         number = event.pop("line", None) if event else None  # None, too, in runs of earlier versions
-        if event is None or (number is not None and number < self._next_line):  # damaged, or once more
+        if event is None or (number is not None and number < self._next_line):  # damaged, or a duplicate
             self._num_damaged += 1
             return
         if number is not None:
@@ -151,7 +155,7 @@ class EventFile:
         if event["event"] == "start":
             self._num_starts += 1
             if self._num_starts > MAX_STARTS:
-                raise UserError(f"{self.file}: starts more than {MAX_STARTS} times, which no run does")
+                raise UserError(f"{self.file}: has more than {MAX_STARTS} start events and was not written by vgglab")
             self._leave_out_after(event)
             self._last_step = event["first_step"]
         self._last_step = max(self._last_step, event.get("step", 0))
@@ -212,7 +216,7 @@ class EventFile:
         return self._next_line
 
     def damage(self, is_over: bool) -> list[str]:
-        """How many lines were left out, in words; of a run that ``is_over`` nobody is still writing the last one."""
+        """How many lines were left out, in words. If the run ``is_over``, an incomplete last line counts as damaged."""
         self.read()
         num_damaged, found = self._num_damaged, []
         if is_over and self.file.is_file() and self.file.stat().st_size > self._num_bytes_seen:

@@ -55,7 +55,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "name another folder with --output-dir or --run-dir"
+        advice = "choose another folder with --output-dir or --run-dir"
         raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
 
 
@@ -72,7 +72,7 @@ def without_links(file: str, flags: int) -> int:
         raise
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise OSError(errno.EINVAL, f"{file} is no regular file")
+        raise OSError(errno.EINVAL, f"{file} is not a regular file")
     return number
 
 

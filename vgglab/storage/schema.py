@@ -143,11 +143,12 @@ DOCUMENTS: dict[str, dict[str, Test]] = {  # that of config.json: runs/run.py
     },
     "report.json": {  # what was computed from the events; the other figures are read where they come from
         "num_lines": count, "events_checksum": text, "acc1": maybe(number), "acc5": maybe(number),
-        "images_per_second": maybe(positive), "train_fps_min": maybe(positive), "train_fps_max": maybe(positive),
-        "training_time": text, "data_is_fake": switch, "step_seconds_p50": maybe(seconds),
-        "step_seconds_p90": maybe(seconds), "step_seconds_p99": maybe(seconds), "num_measured_steps": count,
-        "data_wait_share": maybe(number), "num_intervals": count, "phase_seconds": maybe(table_of(number)),
-        "host_reads": maybe(table_of(number)), "first_step_seconds": maybe(seconds), "peak_bytes": maybe(count),
+        "acc1_last": maybe(number), "acc5_last": maybe(number), "images_per_second": maybe(positive),
+        "train_fps_min": maybe(positive), "train_fps_max": maybe(positive), "training_time": text,
+        "data_is_fake": switch, "step_seconds_p50": maybe(seconds), "step_seconds_p90": maybe(seconds),
+        "step_seconds_p99": maybe(seconds), "num_measured_steps": count, "data_wait_share": maybe(number),
+        "num_intervals": count, "phase_seconds": maybe(table_of(number)), "host_reads": maybe(table_of(number)),
+        "first_step_seconds": maybe(seconds), "peak_bytes": maybe(count),
         "warnings": list_of(text),
     },
     "launch.json": {**PROCESS, "argv": list_of(text), "command": list_of(text)},
@@ -187,7 +188,7 @@ def _is_shallow(value: Any, levels: int) -> bool:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def is_intact(line: bytes) -> bool:
@@ -245,7 +246,7 @@ class Document(Content):
         self.has_checksum = False
 
     def __missing__(self, name: str) -> None:
-        raise UserError(f"{self.file}: holds no {name} that can be used; the run directory is damaged")
+        raise UserError(f"{self.file}: has no valid {name}; the run directory is damaged")
 
 
 def read_document(file: Path) -> Document:
@@ -260,7 +261,7 @@ def read_document(file: Path) -> Document:
     damage = [f"{file.name}: was changed after it was written"] if has_changed(content) else []
     tests = DOCUMENTS.get(file.name, {})
     left_out = [name for name, value in content.items() if name in tests and not tests[name](value)]
-    damage += [f"{file.name}: {printable(name)} is of a wrong type, left out" for name in left_out]
+    damage += [f"{file.name}: {printable(name)} has the wrong type and is ignored" for name in left_out]
     document = Document(file, printable({name: v for name, v in content.items() if name not in left_out}), damage)
     document.has_checksum = has_checksum
     return document

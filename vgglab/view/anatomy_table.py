@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Sequence
 
 from vgglab.view.tables import html_text
 
-# Units stand in the headings. The first columns hold words and stand on the left.
+# Units are in the headings. The first columns are text and left-aligned.
 NUM_WORDS = 3
 HEADINGS = (
     "layer|kind|output|parameters|multiply-\nadds, M|training\nGFLOP|moved\nMB|FLOP\nper byte|receptive\nfield|jump"
@@ -137,7 +137,7 @@ class Anatomy(Sequence[Layer]):
 
     @property
     def multiply_adds(self) -> int:
-        """Of the forward pass, for one image; a FLOP counter says twice as much."""
+        """Of the forward pass for one image; in FLOP it is twice as much."""
         return sum(layer.multiply_adds for layer in self)
 
     @property

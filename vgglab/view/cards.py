@@ -24,7 +24,7 @@ class Report(dict):
 
 
 def run_as_html(run: Run) -> str:
-    """The card of a run: how it stands, its main settings, how well, how fast, and where it is."""
+    """Summary of a run: status, main settings, accuracy, speed and location."""
     facts = [("status", standing(run))]
     report = report_of(run)
     if report is not None:
@@ -45,7 +45,7 @@ def status_in_words(run: Run) -> str:
 
 
 def damage_of(run: Run) -> list[str]:
-    """``run.damage()``; nothing where that cannot be read, which ``status_in_words`` says."""
+    """``run.damage()``; empty if it cannot be read, which ``status_in_words`` reports."""
     try:
         return run.damage()
     except UserError:
@@ -53,7 +53,7 @@ def damage_of(run: Run) -> list[str]:
 
 
 def standing(run: Run) -> str:
-    """How a run stands, and what of its files was left out."""
+    """The status of a run, and what was left out of its files."""
     return "; ".join([status_in_words(run), *damage_of(run)])
 
 
@@ -102,14 +102,14 @@ def _settings(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _best(report: Mapping[str, Any]) -> str:
     if report["acc1"] is None:
         return ""
-    return f"{report['acc1']:.2f}" + " of made-up images" * bool(report["data_is_fake"])
+    return f"{report['acc1']:.2f}" + " of generated images" * bool(report["data_is_fake"])
 
 
 def _speed(report: Mapping[str, Any]) -> str:
     if report["simulated"]:
         return NO_SPEED
     speed = report["images_per_second"]
-    return "not measured: no step behind --skip-steps" if speed is None else f"{speed:,.1f} images/s"
+    return "not measured: all steps fell within --skip-steps" if speed is None else f"{speed:,.1f} images/s"
 
 
 def _figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:

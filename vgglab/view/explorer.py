@@ -1,8 +1,8 @@
-"""Layer by layer through a network: what each costs, where it stands, and what it sees of a photograph.
+"""Explore a network layer by layer: cost, position, and receptive field on a photograph.
 
     >>> explore(vgglab.anatomy.of, photograph)
 
-Widgets where somebody watches, one picture and its text where nobody does.
+Widgets in a live notebook; one figure with its text in a headless one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def explore(
 
 
 class Explorer:
-    """What is chosen, and how it is told: as a picture, as a table and as text."""
+    """The current choice, shown as a figure, as a table and as text."""
 
     def __init__(
         self, anatomy_of: Callable[..., Anatomy], photograph: Any, model: str, image_size: int, layer: str = ""
@@ -73,7 +73,9 @@ class Explorer:
             UserError: as ``vgglab.anatomy.of``; no such layer, when one is named.
         """
         if not isinstance(model, str) or isinstance(image_size, bool) or not isinstance(image_size, int):
-            raise UserError(f"explore: a network's name and a whole number of pixels, not {model!r} and {image_size!r}")
+            raise UserError(
+                f"explore: expects the name of a network and a whole number of pixels, not {model!r} and {image_size!r}"
+            )
         key = (model, image_size)
         if key not in self._known:
             self._known[key] = self._anatomy_of(model, image_size)
@@ -97,15 +99,15 @@ class Explorer:
         if layer.receptive_field > whole.image_size:
             field += ", more than the image: the rest is padding"
         is_vector = len(layer.output_shape) == 2
-        step = "none: each sees the whole" if is_vector else f"{layer.jump} pixel{'s' * (layer.jump > 1)}"
+        step = "none: each output sees the whole image" if is_vector else f"{layer.jump} pixel{'s' * (layer.jump > 1)}"
         return [
             ["layer", f"{layer.name}, {layer.kind}"],
             ["shape", " to ".join("x".join(map(str, shape[1:])) for shape in (layer.input_shape, layer.output_shape))],
             ["parameters", f"{weights:,}, {weights / whole.num_parameters:.1%} of all"],
             ["multiply-adds", f"{work / 1e6:,.1f} million, {work / whole.multiply_adds:.1%} of all"],
-            ["activation memory", f"{layer.activation_bytes / 1e6:,.3f} MB an image, in float32"],
+            ["activation memory", f"{layer.activation_bytes / 1e6:,.3f} MB per image, in float32"],
             ["receptive field", field],
-            ["step to the next output", step],
+            ["stride to the next output", step],
         ]
 
     def text(self) -> str:

@@ -28,7 +28,7 @@ NUM_LOG_LINES = 6
 
 
 def front_end() -> str:
-    """``live`` (widgets), ``static`` (a notebook that nobody watches), or ``terminal`` (no notebook)."""
+    """``live`` (widgets), ``static`` (a headless notebook), or ``terminal`` (no notebook)."""
     try:
         from IPython import get_ipython
     except ImportError:
@@ -52,7 +52,7 @@ def _has_widgets() -> bool:
         import ipywidgets  # noqa: F401
     except ImportError:
         return False
-    return not ipykernel.__version__.startswith("7.0.")  # loses what a thread sets: a dashboard would stand still
+    return not ipykernel.__version__.startswith("7.0.")  # loses updates from threads: a dashboard would not move
 
 
 def watch(run: Run) -> None:
@@ -149,7 +149,7 @@ class Dashboard:
         self.ranks = widgets.HTML()
         self.log = widgets.HTML()
         self.stop_button = widgets.Button(
-            description="Stop", icon="stop", tooltip="End this run; the epochs finished so far are kept"
+            description="Stop", icon="stop", tooltip="Stop this run after the current step and save a checkpoint"
         )
         self.stop_button.on_click(self._on_stop)
         self.stop_button.disabled = not run.is_here
@@ -196,7 +196,7 @@ class Dashboard:
 
 
 def keep_fresh(refresh: Callable[[], None], is_over: Callable[[], bool], status: Any) -> None:
-    """Call ``refresh`` until it is over, and once more then; what goes wrong is shown in ``status`` and tried again.
+    """Call ``refresh`` until it is over, and one last time; errors are shown in ``status`` and retried.
 
     A thread that died in silence would leave figures that look alive.
     """
@@ -218,12 +218,12 @@ def ranks_of(run: Run) -> list[RankRow]:
 
 
 def last_lines(run: Run) -> list[str]:
-    """The end of rank 0's log; before it has one, of what its launcher said."""
+    """The end of rank 0's log; before it exists, of the launcher's."""
     return run.last_lines(0, NUM_LOG_LINES) or run.last_lines("launcher", NUM_LOG_LINES)
 
 
 def is_continued(seen: Sequence[Event], events: Sequence[Event]) -> bool:
-    """Whether all that was seen still stands; where a run went on from a checkpoint, what came after that is void."""
+    """Whether all events seen are still valid: if a run continued from a checkpoint, later events are void."""
     try:
         return [*events[: len(seen)][-1:]] == [*seen[-1:]]
     except UserError:  # the file was replaced

@@ -12,7 +12,7 @@ from vgglab.view.tables import html_text
 
 
 def choose_photograph(look: Callable[[str, bytes], tuple[str, Picture]], example: str | Path) -> Any:
-    """Print what ``look(name, data)`` says of the file ``example``; then the button, or the picture without widgets."""
+    """Print ``look(name, data)`` for the file ``example``, then show the button, or only the figure without widgets."""
     line, picture = look(Path(example).name, Path(example).read_bytes())
     print(line)
     return PhotographChooser(look) if front_end() == "live" else picture
@@ -34,7 +34,7 @@ class PhotographChooser:
             accept="image/*",
             multiple=False,
             description="Your photograph",
-            tooltip="A JPEG or PNG; it is read as an image and stays in this kernel",
+            tooltip="A JPEG or PNG file; it is decoded in this kernel and not stored",
             layout=widgets.Layout(width="max-content"),
         )
         self.button.observe(self._on_file, names="value")
@@ -43,7 +43,7 @@ class PhotographChooser:
         self.widget = widgets.VBox([self.button, self.line, self.picture])
 
     def show(self, name: str, data: bytes) -> None:
-        """What ``look`` says of a file's bytes, or why it cannot."""
+        """The result of ``look`` for a file's bytes, or the reason why there is none."""
         self.line.value = html_text(f"Looking at {name} ...", "span")
         try:
             line, picture = self.look(name, data)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from vgglab.runs.run import Run
 from vgglab.view.tables import html_text
 
-HEADINGS = ("rank", "step", "images/s", "loss", "peak memory", "own time a step", "")
+HEADINGS = ("rank", "step", "images/s", "loss", "peak memory", "own time per step", "")
 # A straggler's own part of a step is this much longer than the others', and they lose this share of a step by it.
 SLOWER, SHARE_LOST = 1.25, 0.10
 NO_NEWS_SECONDS = 30.0  # and ten times the usual
@@ -71,7 +71,7 @@ def _own_seconds(events: list[dict[str, Any]]) -> float:
 
 
 def silence(run: Run) -> str:
-    """A line where a run has said nothing for much longer than it used to between two log lines; else empty.
+    """A warning if a run has not logged anything for much longer than usual; else empty.
 
     Only between training steps: an evaluation or a first step may take its time.
     """
@@ -82,7 +82,7 @@ def silence(run: Run) -> str:
     usual = max(figures["interval_seconds"] for figures in latest)
     if seconds < max(NO_NEWS_SECONDS, 10 * usual):
         return ""
-    return f"no news for {seconds:.0f} s, usually {usual:.0f} s; run.where() shows what each rank is doing"
+    return f"no log line for {seconds:.0f} s, usually every {usual:.0f} s; run.where() shows what each rank is doing"
 
 
 def as_text(rows: list[RankRow]) -> str:

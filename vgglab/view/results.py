@@ -1,9 +1,9 @@
-"""One page from run directories: what ran where, how fast and how well, beside what others have published.
+"""Speed and accuracy of many runs, with Enflame's published figures, from their run directories.
 
     python -m vgglab.view.results                      # every run below runs/, as text
     python -m vgglab.view.results runs --html page.html
 
-Speeds are of measured steps only. A simulated card has none, so its runs stand in a list of their own.
+Speeds are of measured steps only. A simulated card has none, so its runs have a separate table.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from vgglab.storage.schema import read_document
 from vgglab.view.seeds_table import seeds_table
 from vgglab.view.tables import POLICY, Table
 
-# What Enflame's README says of one T20 and of eight; which of the two 431.6 is per, it does not say.
+# From Enflame's README, for one T20 and for eight; it does not say which of the two 431.6 refers to.
 PUBLISHED = (
     ("one card, batch 256, its first README", 1, 256, 590.3, None),
-    ("eight cards, its first README; per card or in all, it does not say", 8, 192, 431.6, None),
+    ("eight cards, its first README, which does not say whether per card or in total", 8, 192, 431.6, None),
     ("90 epochs, its first README", None, 192, None, 71.6),
     ("90 epochs, its later README", None, 192, None, 71.3),
 )
 
 
 TITLE = "<title>vgglab: results</title>"
-SERIES = "Several seeds, over the runs that are done"
+SERIES = "Several seeds, completed runs only"
 SCALING = (
-    "Scaling: the images/s of several ranks over as many times those of one, of the run of the same kind whose name "
-    "stands nearest (names begin with the time); a machine may have been busier then."
+    "Scaling: images/s of several ranks, divided by their number times the images/s of one rank, in the run of the "
+    "same kind whose name is nearest (names begin with the time). The machine may have been busier then."
 )
 OVER_PEAK = (
-    "More than 100 % of the peak: operations are counted from the shapes; a convolution can be computed with fewer "
-    "(Winograd's way), the matrix product that the peak is measured on cannot."
+    "More than 100 % of the peak: operations are counted from the shapes. A convolution can be computed with fewer "
+    "(Winograd's algorithm), but the matrix product that measures the peak cannot."
 )
 
 
@@ -87,7 +87,7 @@ COLUMNS: dict[str, Callable[[Result], str]] = {
     "precision": lambda row: row.precision,
     "layout": lambda row: row.layout,
     "ranks": lambda row: _number(row.ranks, "{}"),
-    "batch a card": lambda row: str(row.batch_size),
+    "batch per card": lambda row: str(row.batch_size),
     "size": lambda row: str(row.image_size),
     "images/s": lambda row: _number(row.images_per_second, "{:.1f}"),
     "steps": lambda row: _number(row.num_steps, "{}"),
@@ -97,12 +97,12 @@ COLUMNS: dict[str, Callable[[Result], str]] = {
     "scaling": lambda row: _number(row.efficiency, "{:.0%}"),
     "top-1 %": lambda row: "fake images" if row.is_fake and row.acc1 is not None else _number(row.acc1, "{:.2f}"),
     "torch": lambda row: row.torch,
-    "where it is from": lambda row: row.source,
+    "source": lambda row: row.source,
 }
 
 
 def published() -> list[Result]:
-    """The seed kit's own figures."""
+    """The original example's own figures."""
     return [
         Result("vgg16", "ImageNet", "Enflame T20", "float32", "", ranks, batch, 224, speed, None, None, None, acc1,
                "1.10", f"published: {where}")
@@ -126,11 +126,11 @@ def collect(folders: Iterable[Path]) -> list[Result]:
             elif Run(path).has_begun:
                 runs += _results_of(path)
             elif Run(path).status not in ACTIVE:  # the others have only just begun
-                print(f"left out: {printable(path.name)}: has no events that can be read", file=sys.stderr)
+                print(f"left out: {printable(path.name)}: has no readable events", file=sys.stderr)
         except UserError as error:  # one must not take the others along
             print(f"left out: {printable(path.name)}: {error}", file=sys.stderr)
         except (ValueError, KeyError, TypeError):
-            print(f"left out: {printable(path.name)}: is damaged, or of another version", file=sys.stderr)
+            print(f"left out: {printable(path.name)}: is damaged or was written by another version", file=sys.stderr)
     return _with_peak(_with_efficiency(runs), benchmarks) + benchmarks
 
 
@@ -199,7 +199,7 @@ def _layout(described: dict[str, Any]) -> str:
 
 
 def _with_efficiency(results: list[Result]) -> list[Result]:
-    """Several ranks beside one of the same kind, where there is one with a speed: the nearest in the order of names."""
+    """Efficiency of runs with several ranks, relative to the nearest run (by name) of the same kind with one rank."""
 
     def kind(row: Result) -> tuple:
         return (*row[:5], row.batch_size, row.image_size, row.torch)
@@ -219,7 +219,7 @@ def _with_efficiency(results: list[Result]) -> list[Result]:
 
 
 def _with_peak(runs: list[Result], benchmarks: list[Result]) -> list[Result]:
-    """Runs beside a benchmark of the same network on the same hardware: its count and its peak are theirs, too."""
+    """Give runs the operation count and the peak of a benchmark of the same network on the same hardware."""
 
     def kind(row: Result) -> tuple:
         return (row.model, row.hardware, row.precision, row.image_size)
@@ -239,10 +239,10 @@ def tables(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None
     simulated = [row for row in results if row.is_simulated]
     notes = [SCALING] if any(row.efficiency for row in real) else []
     notes += [OVER_PEAK] if any((row.share_of_peak or 0) > 1 for row in real) else []
-    title = "Measured here, and what Enflame has published (marked so, not measured here)"
+    title = "Measured here; rows marked as published are Enflame's and were not measured here"
     found = [Table([*COLUMNS], [row.cells() for row in real + published()], title, " ".join(notes))]
     if simulated:
-        title = "On a simulated card: the losses are real, speeds there are none"
+        title = "On a simulated card: the losses are real, but there is no speed"
         found.append(Table([*COLUMNS], [row.cells() for row in simulated], title))
     return [*found, seeds_table(series)._replace(title=SERIES)] if series else found
 
@@ -253,7 +253,7 @@ def as_text(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | Non
 
 
 def as_html(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
-    """A page of its own; it needs nothing from elsewhere."""
+    """A complete page that loads nothing from elsewhere."""
     shown = "".join(table._repr_html_() for table in tables(results, series))
     style = (
         "body{font:16px/1.4 sans-serif;margin:2em;color:#333}table{border-collapse:collapse}"

@@ -22,7 +22,7 @@ __all__ = [
     "warnings_table",
 ]
 
-# The seed kit's report, by its names and in its order.
+# The original example's report, by its names and in its order.
 SEED_FIELDS = (
     "model local_rank batch_size epochs training_step_per_epoch eval_step_per_epoch acc1 acc5 device skip_steps "
     "train_fps_mean train_fps_min train_fps_max training_time"
@@ -30,7 +30,7 @@ SEED_FIELDS = (
 
 
 def results_tables(folders: Sequence[str | Path]) -> list[Table]:
-    """Speed and accuracy of the runs and benchmarks in these folders, beside what Enflame has published.
+    """Speed and accuracy of the runs and benchmarks in these folders, with Enflame's published figures.
 
     Raises:
         UserError: a folder that is not there.
@@ -39,7 +39,7 @@ def results_tables(folders: Sequence[str | Path]) -> list[Table]:
 
 
 def report_table(runs: Sequence[Run]) -> Table:
-    """A row a run: the seed kit's report, and whether the card was simulated, in which case it has no speed."""
+    """A row a run: the original example's report, and whether the card was simulated, in which case it has no speed."""
     rows = []
     for run in runs:
         report = run.report()

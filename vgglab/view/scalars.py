@@ -1,4 +1,4 @@
-"""TensorBoard scalars by the seed kit's names, written while the run goes on."""
+"""TensorBoard scalars by the original example's names, written while the run is active."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scalars:
         self._folder = folder
         self._open = lambda: SummaryWriter(str(folder), purge_step=self._purge_step)
         self._writer: Any = None
-        self._purge_step: int | None = None  # of a run that goes on in place: what follows was void
+        self._purge_step: int | None = None  # of a run that continues in place: later scalars are void
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["event"] == "start" and event["first_step"]:
@@ -45,7 +45,7 @@ class Scalars:
             values = {"eval_accuracy_epoch": event["acc1"]}
         else:
             return
-        # Its thread, which writes later, would end in a traceback of its own.
+        # Its thread, which writes later, would end with a separate traceback.
         if shutil.disk_usage(self._folder.parent).free < SPARE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._writer is None:

@@ -36,7 +36,9 @@ class Board:
         self.seeds = seeds
         self.status, self.table = widgets.HTML(), widgets.HTML()
         self.bar = widgets.IntProgress(max=len(seeds.numbers), layout=widgets.Layout(width="100%"))
-        self.stop_button = widgets.Button(description="Stop", icon="stop", tooltip="End this run, and start no other")
+        self.stop_button = widgets.Button(
+            description="Stop", icon="stop", tooltip="Stop this run and start no further one"
+        )
         self.stop_button.on_click(self._on_stop)
         self.widget = widgets.VBox([self.status, self.bar, self.table, self.stop_button])
 

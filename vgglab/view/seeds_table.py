@@ -52,7 +52,7 @@ def remark(rows: Sequence[Row]) -> str:
     """A line where there are too few to compare with; else empty."""
     if all(row.n >= ENOUGH for row in rows):
         return ""
-    return f"fewer than {ENOUGH} seeds: this says how much they scatter, and not which group is better"
+    return f"fewer than {ENOUGH} seeds: they show the spread, not which group is better"
 
 
 def _damage(groups: Mapping[str, Sequence[Run]]) -> list[str]:

@@ -69,7 +69,7 @@ class Chapter(NamedTuple):
 
 
 def refuse_foreign(folder: Path, stems: Sequence[str]) -> None:
-    """Pages of before are made anew; what was not made here stays.
+    """Existing pages of ours are overwritten; other files are kept.
 
     Raises:
         UserError: there is something of the name of a page, and it is none of ours.
@@ -80,7 +80,9 @@ def refuse_foreign(folder: Path, stems: Sequence[str]) -> None:
         else:
             is_ours = not page.exists() or GENERATOR in page.read_text(encoding="utf-8", errors="replace")
         if not is_ours:
-            raise UserError(f"--out {folder}: has a {page.name} that was not made here; name another folder")
+            raise UserError(
+                f"--out {folder}: has a {page.name} that was not written by this command; choose another folder"
+            )
 
 
 def write_site(
@@ -109,12 +111,12 @@ def write_site(
                 f"<li>{html_text(chapter.file.stem, 'span')}{html_text(f'failed: {chapter.fault}', 'div', FAILED)}</li>"
             )
     said = " ".join(f"-p {name} {value}" for name, value in parameters.items())
-    how = f"with {html_text(said, 'code')}" if said else "as they are"
+    how = f"with {html_text(said, 'code')}" if said else "with their own settings"
     (folder / "index.html").write_text(
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'>{GENERATOR}{POLICY}"
         "<meta name='viewport' content='width=device-width, initial-scale=1'><title>vgglab: the notebooks</title>"
-        f"<style>{INDEX_STYLE}</style></head><body><h1>vgglab: the notebooks, executed</h1><p>Run from top to bottom "
-        f"without a hand on the keyboard, {how}.</p><ul>{''.join(items)}</ul></body></html>\n",
+        f"<style>{INDEX_STYLE}</style></head><body><h1>vgglab: the notebooks with results</h1><p>Run from top to "
+        f"bottom without interaction, {how}.</p><ul>{''.join(items)}</ul></body></html>\n",
         encoding="utf-8",
     )
 

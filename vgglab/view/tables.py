@@ -1,4 +1,4 @@
-"""Plain text as tables and paragraphs, in text and in HTML. Nothing else here makes HTML of what a run says.
+"""Plain text as tables and paragraphs, in text and in HTML. No other code turns text from a run into HTML.
 
 A column that is empty throughout is left out of the text.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from typing import Any, NamedTuple, Sequence
 
-# For pages of its own: no script runs in them, and nothing is fetched.
+# For complete pages: no script runs in them, and nothing is fetched.
 POLICY = (
     "<meta http-equiv='Content-Security-Policy' "
     "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:\">"

@@ -42,11 +42,11 @@ class Terminal:
 
     def _on_start(self, event: dict[str, Any]) -> None:
         self.top = min(5, event["num_classes"])
-        to_learn_from = f"{event['num_train_images']} images to learn from, " if event["num_train_images"] else ""
+        to_learn_from = f"{event['num_train_images']} training images, " if event["num_train_images"] else ""
         size = f"{event['num_parameters'] / 1e6:.1f} million parameters"
-        self.say(f"{event['data']}: {to_learn_from}{event['num_eval_images']} held out; {size}")
+        self.say(f"{event['data']}: {to_learn_from}{event['num_eval_images']} held-out images; {size}")
         if event.get("simulated"):
-            self.say("simulated card: the losses are real, the time it takes says nothing about a card's")
+            self.say("simulated card: the losses are real, the time says nothing about a card")
         if tqdm is not None and sys.stderr.isatty() and self.progress.num_steps > self.progress.step:
             layout = "{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix}"
             self.bar = tqdm(

@@ -7,7 +7,7 @@
 What it takes over from the card's contract: tensors of different devices do not mix, 64-bit types lose their
 upper half, every host read is counted, forked children may not touch it, ``eccl`` serves nothing else. What it
 cannot show: speed, the card's rounding (its results are the CPU's), its missing kernels, its memory's limit.
-``VGGLAB_SIM_CARDS`` says how many cards the machine pretends to have (8, as the machine of the seed kit's commands).
+``VGGLAB_SIM_CARDS`` is the number of simulated cards (8, as in the original example's commands).
 
 It is PyTorch's experimental Python backend for the PrivateUse1 key (torch >= 2.10), once per process and for good.
 

@@ -1,1 +1,1 @@
-"""Measuring, always beside a reference in the same run: machines are noisy, ratios are not."""
+"""Benchmarks, always against a reference in the same run: times are noisy, ratios much less."""

@@ -1,7 +1,7 @@
-"""One way of training, in a process of its own that makes steps when it is told to.
+"""One mode of training, in a separate process that makes steps on request.
 
-Two of these, told in turns, see the same weather on a noisy machine; and settings that belong to a process, such as
-what its C library does with freed memory, do not reach the other.
+Two of these with interleaved steps are disturbed alike on a noisy machine; and settings of a process, such as what its
+C library does with freed memory, do not affect the other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vgglab.data.sets import open_sets
 from vgglab.data.transform import normalised
 from vgglab.devices import open_device
 from vgglab.devices.base import Device
-from vgglab.devices.memory import is_lack_of_memory, limit_to_free_memory
+from vgglab.devices.memory import is_out_of_memory, limit_to_free_memory
 from vgglab.errors import UserError
 from vgglab.lab.ceilings import product_flop_per_second
 from vgglab.model import build, head_for
@@ -59,7 +59,7 @@ class Network(NamedTuple):
 class Ready(NamedTuple):
     """The first answer of such a process."""
 
-    device: dict[str, Any]  # what the device says of itself
+    device: dict[str, Any]  # the device's own description
     network: Network
     num_warm_up_steps: int
 
@@ -114,9 +114,9 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
     except UserError as error:
         connection.send(Refusal(str(error)))
     except (RuntimeError, MemoryError) as error:
-        if not is_lack_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        connection.send(Refusal(f"--batch-size {request.batch_size}: no memory for it on {request.device}", True))
+        connection.send(Refusal(f"--batch-size {request.batch_size}: out of memory on {request.device}", True))
     except (KeyboardInterrupt, EOFError):
         pass
 

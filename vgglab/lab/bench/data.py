@@ -1,9 +1,9 @@
-"""How fast training images come, beside torchvision's reference pipeline in the same run.
+"""Measure the speed of data loading against torchvision's reference pipeline in the same run.
 
     python -m vgglab.bench data --data-path imagenet
     python -m vgglab.bench data --data-path imagenet --json   # the last line of stdout is one JSON object
 
-First one core: the same images, a few at a time, once by the kit and once by the reference, in turns; from the file
+First one core: the same images, a few at a time, by vgglab and by the reference, interleaved; from the file
 to a normalised float32 batch. The ratio is the median of the pairs. Then the loader as training uses it, with one
 process, two, and so on up to the number of cores. Files are read once before they are timed, so the disk is not.
 """
@@ -84,7 +84,7 @@ class ReferenceImages(Dataset):
 def measure_loading(
     config: Request, seconds: float, workers: Sequence[int] | None = None, card: float | None = None
 ) -> DataFigures:
-    """How fast the training images that ``config`` names are loaded, beside torchvision's reference.
+    """Measure how fast the training images of ``config`` are loaded, against torchvision's reference.
 
     Args:
         config: its data, image size, batch size and decoder.
@@ -99,7 +99,7 @@ def measure_loading(
     split = sets.train
     assert split is not None
     if sets.is_fake:
-        raise UserError("--data-path fake: nothing is read there; name a folder, or another set")
+        raise UserError("--data-path fake: has no files to read; give a folder or another data set")
     device = open_device("cpu")
     device.open()
     with _on_one_core():
@@ -224,16 +224,15 @@ def as_text(figures: DataFigures, data_path: str) -> str:
     """The figures for people."""
     low, high = figures.ratio_range
     lines = [
-        f"{data_path}: {figures.num_images} training images to {figures.image_size}x{figures.image_size}, "
+        f"{data_path}: {figures.num_images} training images, cropped to {figures.image_size}x{figures.image_size}, "
         f"decoder {figures.decoder}",
         "",
-        "one core, images/s          the kit   torchvision's reference   decoding alone",
+        "one core, images/s           vgglab   torchvision's reference   decoding alone",
         f"{'':22s}{figures.images_per_second:13.0f}{figures.reference_images_per_second:26.0f}"
         f"{figures.decode_images_per_second:17.0f}",
-        f"the kit is {figures.ratio:.2f} x the reference (median of {figures.num_pairs} pairs, "
-        f"{low:.2f} to {high:.2f})",
+        f"vgglab is {figures.ratio:.2f} x the reference (median of {figures.num_pairs} pairs, {low:.2f} to {high:.2f})",
         "",
-        "loader processes, images/s  the kit   torchvision's reference",
+        "loader processes, images/s   vgglab   torchvision's reference",
     ]
     for count, rates in figures.by_workers.items():
         ours, theirs = rates["images_per_second"], rates["reference_images_per_second"]
@@ -241,5 +240,5 @@ def as_text(figures: DataFigures, data_path: str) -> str:
     lines.append("")
     for name, count in figures.workers_needed.items():
         here = f", of which this machine has {figures.num_cores}" if count > figures.num_cores else ""
-        lines.append(f"{name}: needs {count} loader processes, each on a core of its own{here}")
+        lines.append(f"{name}: needs {count} loader processes, each on a separate core{here}")
     return "\n".join(lines)

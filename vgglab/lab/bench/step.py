@@ -1,14 +1,14 @@
-"""How fast training steps are, each way beside a plain PyTorch loop in the same run.
+"""Measure the speed of training steps in each mode against a plain PyTorch loop in the same run.
 
     python -m vgglab.bench step                                      # VGG16, 224x224, the best device there is
     python -m vgglab.bench step --batch-size 8,16 --ways fast        # some batch sizes, one way
     python -m vgglab.bench step --batch-size max --ways fast         # the largest that fits
     python -m vgglab.bench step --against torchvision --json         # the last line of stdout is one JSON object
 
-Images are made up once and lie ready, so loading is left out (``python -m vgglab.bench data`` measures that). Each way
-and the plain loop are processes of their own that make steps in turns; a ratio is the median of the turns. The share
-of the peak is what was computed per second over what a matrix product of the same precision reaches in the same
-process. The result also goes into a run directory, as ``bench.json``.
+The images are generated once and kept in memory, so loading is not included (``python -m vgglab.bench data`` measures
+it). Each mode and the plain loop are separate processes whose steps are interleaved; a ratio is the median over the
+repetitions. The share of the peak is the number of operations per second, divided by that of a matrix product of the
+same precision in the same process. The result is also written to a run directory, as ``bench.json``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class DoesNotFit(UserError):
 
 
 class StepFigures(NamedTuple):
-    """One way, beside the plain loop where both fit; images per second."""
+    """One mode, with the plain loop if both fit; images per second."""
 
     way: str
     batch_size: int
@@ -74,11 +74,11 @@ class StepFigures(NamedTuple):
     peak_flop_per_second: float | None  # of a matrix product in this precision; None for a simulated card
     share_of_peak: float | None
     peak_bytes: int | None  # of memory
-    device: dict[str, Any]  # what the device says of itself
+    device: dict[str, Any]  # the device's own description
 
 
 class Child:
-    """A process that steps when told to. Raises UserError where its way cannot be gone here, DoesNotFit for memory."""
+    """A process that makes steps on request. Raises UserError for a mode that is not available, or DoesNotFit."""
 
     def __init__(self, way: Way, flags: Sequence[str]) -> None:
         self.connection, other = CONTEXT.Pipe()
@@ -138,8 +138,8 @@ class Child:
             self.process.join()
             code = self.process.exitcode or 0
             if code < 0:  # by the system, most likely
-                raise DoesNotFit(f"{self.way.name}: its process was killed; is there memory for this batch?") from None
-            raise RuntimeError(f"{self.way.name}: its process has failed, see above") from None
+                raise DoesNotFit(f"{self.way.name}: its process was killed, probably for lack of memory") from None
+            raise RuntimeError(f"{self.way.name}: its process failed, see above") from None
         if isinstance(answer, Refusal):
             self.process.join()
             raise (DoesNotFit if answer.does_not_fit else UserError)(answer.reason)
@@ -156,7 +156,7 @@ def _training_flop(network: Network) -> int:
 
 def way_named(name: str) -> Way:
     if name not in WAYS:
-        raise UserError(f"--ways: no way {name!r}; there are {', '.join(WAYS)}")
+        raise UserError(f"--ways: no mode {name!r}; choose from {', '.join(WAYS)}")
     return WAYS[name]
 
 
@@ -196,10 +196,10 @@ def measure_steps(
 def largest(flags: Sequence[str], way: str, turns: int, steps: int) -> StepFigures:
     """The largest batch that fits, to a sixteenth, and its speed; the way is alone on the device.
 
-    Each try is a process of its own that makes two steps: what the optimizer keeps is there only after the first.
+    Each attempt is a separate process that makes two steps, because the optimizer's state exists only after the first.
 
     Raises:
-        UserError: an unknown way, one that this device does not offer, or no memory for a single image.
+        UserError: an unknown way, one that this device does not offer, or out of memory even for a single image.
     """
     fits, too_large = 0, LARGEST_SIZE + 1
     while too_large - fits > max(1, fits * CLOSE_ENOUGH):
@@ -211,7 +211,7 @@ def largest(flags: Sequence[str], way: str, turns: int, steps: int) -> StepFigur
         except DoesNotFit:
             too_large = size
     if fits == 0:
-        raise UserError(f"{way}: no memory for a single image")
+        raise UserError(f"{way}: out of memory even for a single image")
     while True:
         try:
             child = _alone(flags, way, fits)
@@ -246,7 +246,7 @@ def as_text(results: Sequence[StepFigures]) -> str:
         share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
         lines.append(f"{row.way:15s}{row.batch_size:6d}{row.images_per_second:11.2f}{beside}{memory:>14s}{share:>20s}")
     if any(row.ratio is None for row in results):
-        lines.append(f"the largest batch that fits, to {CLOSE_ENOUGH:.0%}; a plain loop beside it would not")
+        lines.append(f"the largest batch that fits, to {CLOSE_ENOUGH:.0%}; a plain loop next to it would not fit")
     return "\n".join(lines)
 
 

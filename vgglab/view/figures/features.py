@@ -30,7 +30,7 @@ def kernel_grid(kernels: Any, num_columns: int = 16) -> Picture:
 
 
 def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> Picture:
-    """A row for each layer: the ``num_maps`` channels that vary most over the image, which stands at the first's left.
+    """A row for each layer: the ``num_maps`` channels that vary most over the image, which is shown on the left.
 
     Axes count the map's own pixels; each map is drawn from black, 0, to its own brightest.
     """
@@ -57,7 +57,7 @@ def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> Picture:
 def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles: Sequence[str]) -> Picture:
     """The images in the first row; below, a row for each kind of heat, laid over them and named at its left.
 
-    Heat is stretched over the image and drawn from its own least to its own greatest, which the bar beside it tells.
+    The heat map is resized to the image and drawn from its minimum to its maximum; the colour bar shows the scale.
     """
     num_columns = len(images)
     figure = Picture(min(9.6, 2.1 * num_columns + 0.8), 1.62 * (1 + len(heats)))

@@ -77,7 +77,7 @@ def _boxes(anatomy: Anatomy) -> list[tuple[Layer, float, float, float]]:
         boxes.append((layer, left, width, float(layer.output_shape[2])))
         left += width + gap
     most = max((layer.output_shape[-1] for layer in linear), default=1)
-    # The first linear box stands beyond the end of the last number that is written above a map.
+    # The first linear box is right of the last number written above a map.
     numbers_end = [at + 1.3 * LETTER * len(_side(layer)) for layer, at, *_ in boxes[-2:]]
     left = max([left + 4 * GAP, *numbers_end])
     for layer in linear:
@@ -106,7 +106,7 @@ def _write_sizes(panel: Any, boxes: Sequence[tuple[Layer, float, float, float]],
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # an arrow may pass
     look: dict[str, Any] = {"fontsize": 9, "color": INK, "zorder": 5, "bbox": behind}
     maps = [box for box in boxes if box[0].kind in ("conv", "pool")]
-    before, taken = 0.0, (0.0, 0.0)  # height of the box before; where the last numbers end, and how high they stand
+    before, taken = 0.0, (0.0, 0.0)  # height of the box before; where the last numbers end, and their height
     for layer, left, _, height in maps:
         if height != before:
             side = _side(layer)
@@ -173,12 +173,12 @@ def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> Picture:
     """
     shown = [row for row in rows if row.flop_per_second is not None]
     if not shown:
-        raise UserError("nothing to place under the roof: no layer with multiply-adds was measured")
+        raise UserError("nothing to draw under the roofline: no layer with multiply-adds was measured")
     figure, (panel,) = new_figure(1, 9.0, 5.0)
     speeds = [(row.flop_per_second or 0) / 1e9 for row in shown]
     peak, ridge = ceilings.flop_per_second / 1e9, ceilings.ridge
     left, right = min(ridge, *(r.intensity for r in shown)) / 2, max(ridge, *(r.intensity for r in shown)) * 2
-    bottom = min(*speeds, ceilings.attainable(left) / 1e9) / 30  # the labels stand below the layers
+    bottom = min(*speeds, ceilings.attainable(left) / 1e9) / 30  # the labels are below the layers
     moving = f"moving, {ceilings.bytes_per_second / 1e9:.1f} GB/s"
     panel.plot([left, ridge], [ceilings.attainable(left) / 1e9, peak], "--", color=GREEN, linewidth=2, label=moving)
     panel.plot([ridge, right], [peak, peak], "-", color=PURPLE, linewidth=2, label=f"computing, {peak:.1f} GFLOP/s")

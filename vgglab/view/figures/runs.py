@@ -133,7 +133,7 @@ def _finish(panel: Any, label: str, **legend: Any) -> None:
 
 
 def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> Picture:
-    """The images with what the network says of them; a wrong answer is framed, crossed and says what was right."""
+    """The images with their predictions; a wrong one is framed and crossed, with the true class."""
     num_rows = max(1, -(-len(predictions) // num_columns))
     figure = Picture(1.5 * num_columns, 1.85 * num_rows)
     for panel in figure.subplots(num_rows, num_columns, squeeze=False).flat:
@@ -169,10 +169,10 @@ def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> Picture:
     """One stacked bar a run: the parts of a mean step, in milliseconds; of runs with --timers.
 
     Without ``names`` a bar is called by its batch, precision and layout. Where the host reads a value from the device
-    more often than in every other step, the place in the code stands below the bar.
+    more often than in every other step, the line of code is given below the bar.
     """
     if not runs:
-        raise UserError("where_time_goes: no runs; name some that were trained with --timers")
+        raise UserError("where_time_goes: needs runs that were trained with --timers")
     figure = Picture(9.0, 1.4 + 0.7 * len(runs))
     panel = figure.subplots()
     for place, run in enumerate(runs):
