@@ -45,9 +45,9 @@ def _no_trace_outside(tmp_path_factory):
     """Caches of the tests' own, and no variables of a launcher or a notebook around them."""
     os.environ["VGGLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
-    # A script in the background ignores Ctrl-C, nohup a closed terminal, and our children would inherit it.
-    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL, signal.SIGQUIT: signal.SIG_DFL}
-    for number, handler in defaults.items():
+    # A script in the background ignores Ctrl-C and Ctrl-\\, nohup a closed terminal, and our children would inherit it.
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, handler)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "VGGLAB_UI", "JPY_SESSION_NAME"):
