@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import PATIENCE_SECONDS, PROJECT, shell, torchrun
 from expected_losses import measure, read_reference, share_of_tolerance
-from test_resume import LEFT, job, wait_for_step  # noqa: F401  # job is a fixture
+from test_resume import STOPPED, job, wait_for_step  # noqa: F401  # job is a fixture
 
 from vgglab import Run
 from vgglab.devices.compat import load_tensors
@@ -94,7 +94,7 @@ def test_it_is_left_and_gone_on_with(job, tmp_path):  # noqa: F811
     wait_for_step(tmp_path / "left", 5)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == LEFT
+    assert process.returncode == STOPPED
     left_at = Run(tmp_path / "left").events("train")[-1]["step"]
     run = job("left", *flags, "--resume=auto")
     assert run.status == "done"

@@ -286,7 +286,7 @@ def test_no_clock_decides_whether_a_run_goes_on(tiny, monkeypatch):
         monkeypatch.setattr(time, "time", lambda hours=hours: now() + 3600 * hours)
         assert run.status == "running"
     said = run.stop()
-    assert said == f"{run.name}: process {launched.process.pid} was asked to save and leave; interrupted"
+    assert said == f"{run.name}: process {launched.process.pid} was asked to save and stop; interrupted"
     assert "had ended already" in run.stop()
     launched.process.wait(1)  # at most its threads have still to go
     assert run.status == "interrupted"

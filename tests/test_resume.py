@@ -20,7 +20,7 @@ from vgglab.train import main
 
 pytestmark = pytest.mark.usefixtures("narrow")
 EPOCHS, STEPS = 3, 4  # of TINY on 18 images: 4 steps an epoch with 1 rank, 2 with 2
-LEFT = 75
+STOPPED = 75
 JOB = [*TINY[:-1], "--model=vgg11_bn", "--dropout-rate=0.5", f"--epochs={EPOCHS}", "--seed=7", "--print-freq=1"]
 
 
@@ -146,7 +146,7 @@ def test_row_4_a_warning_is_answered_with_a_checkpoint_and_an_exit_code(job, tmp
     assert f"stopped by {name}" in output
     assert f"checkpoint saved; continue with --run-dir {tmp_path / 'warned'} --resume auto" in output
     if ranks == 1:
-        assert process.returncode == LEFT
+        assert process.returncode == STOPPED
     run = Run(tmp_path / "warned")
     assert run.status == "interrupted"
     content = torch.load(run.checkpoint("last"))
@@ -167,7 +167,7 @@ original = recording.RunWriter.event
 def event(run, kind, **values):
     original(run, kind, **values)
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    while kind == "train" and {steps}[attempt : attempt + 1] == [values["step"]] and not interrupts.leave_requested():
+    while kind == "train" and {steps}[attempt : attempt + 1] == [values["step"]] and not interrupts.stop_requested():
         time.sleep(0.01)
 recording.RunWriter.event = event
 """
@@ -186,7 +186,7 @@ def test_a_run_that_left_goes_on_in_place_with_the_same_command(job, holding, tm
     wait_for_step(tmp_path / "same", 5)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == LEFT
+    assert process.returncode == STOPPED
     left_at = Run(tmp_path / "same").events("train")[-1]["step"]
     resumed = job("same", "--resume=auto", "--epochs=6")
     assert resumed.status == "done"

@@ -103,7 +103,7 @@ def test_row_13_broadcast_buffers_reaches_the_wrapper(images, tmp_path):
         "    [value] = [v for n, v in k.items() if 'buffers' in n]\n"
         "    open(f'broadcast-{value}-{os.environ[\"RANK\"]}', 'w').close(); real(self, *a, **k)\n"
         "d.DistributedDataParallel.__init__ = init\n"
-        "from vgglab.dist import ranks; from vgglab import train; ranks.leave(train.main(sys.argv[1:]))\n"
+        "from vgglab.dist import ranks; from vgglab import train; ranks.exit_process(train.main(sys.argv[1:]))\n"
     )
     (tmp_path / "spy.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}

@@ -1,12 +1,12 @@
-"""vgglab: a tutorial and lab kit for VGG16, from a laptop to a machine full of cards.
+"""vgglab: a tutorial and lab kit for VGG16, on a laptop or on many cards.
 
     >>> import vgglab as vl
     >>> run = vl.launch("--data-path digits --model vgg11_bn --epochs 2")
     >>> vl.Run("runs/<name>").watch()
 
-The names below are what notebooks and scripts import; what lies deeper may move. Each is loaded when it is first used:
-importing this package imports neither torch nor matplotlib, so that a run can be looked at where only its directory has
-been copied.
+The names below are what notebooks and scripts import; anything else may move. Each is loaded when it is first used:
+importing this package imports neither torch nor matplotlib, so that run directories can be read on a machine
+without them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The training never runs inside the kernel, so a cell that fails cannot hurt it; and it does not outlive
 the kernel: its processes hold the reading end of a pipe, and end when the kernel that holds the other end does. Every
-one of them carries the run directory in its environment, so that what should be left over all the same is found.
+one of them carries the run directory in its environment, so that leftover processes can be found.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from vgglab.runs.run import ACTIVE, LAUNCHED, Run, is_a_run, make_run_folder, ru
 from vgglab.runs.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags
-from vgglab.storage.files import make_folder, without_links, writing
-from vgglab.storage.lock import alone_in
+from vgglab.storage.files import make_folder, refusing_links, writing
+from vgglab.storage.lock import exclusive_access
 from vgglab.storage.schema import write_document
 
 NUM_LOG_LINES_SHOWN = 30
-_leashes: set[IO[bytes]] = set()  # of active runs: the ends of the pipes that this process holds
+_pipes: set[IO[bytes]] = set()  # of active runs: the ends of the pipes that this process holds
 
 
-def _let_go() -> None:
-    """What this process forks may outlive it, and must not hold the leashes then."""
-    for leash in _leashes:
-        leash.close()
+def _close_pipes() -> None:
+    """In a forked child, which may outlive this process and would keep its runs alive."""
+    for pipe in _pipes:
+        pipe.close()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_close_pipes)
 
 
 def launch(
@@ -141,7 +141,7 @@ def _start(
         make_run_folder(path)
     with writing(path):
         make_folder(log.parent)
-    with alone_in(log.parent):
+    with exclusive_access(log.parent):
         if node_rank == 0 and is_a_run(path) and Run(path).status in ACTIVE:
             raise UserError(f"run_dir {path}: {Run(path).writer()}")
         return _start_alone(command, argv, path, log, detach)
@@ -149,7 +149,7 @@ def _start(
 
 def _start_alone(command: list[str], argv: list[str], path: Path, log: Path, detach: bool) -> subprocess.Popen:
     with writing(path):
-        output = open(log, "ab", opener=without_links)  # noqa: SIM115
+        output = open(log, "ab", opener=refusing_links)  # noqa: SIM115
     try:
         with output:
             process = subprocess.Popen(
@@ -163,7 +163,7 @@ def _start_alone(command: list[str], argv: list[str], path: Path, log: Path, det
     except OSError as error:
         raise UserError(f"python: {command[0]!r} cannot be started ({error.strerror})") from None
     if process.stdin is not None:
-        _leashes.add(process.stdin)
+        _pipes.add(process.stdin)
     try:
         with writing(path):
             write_document(path / LAUNCHED, {**processes.signature(process.pid), "argv": argv, "command": command})
@@ -175,10 +175,10 @@ def _start_alone(command: list[str], argv: list[str], path: Path, log: Path, det
 
 
 def _environment(path: Path, detach: bool) -> dict[str, str]:
-    """This process's, with the mark and the leash on; the package is found also where it is not installed."""
+    """This process's environment, plus the run's mark; the package is found even if it is not installed."""
     environment = {**os.environ, ranks.MARK: str(path.resolve())}
     if not detach:
-        environment[ranks.LEASH] = "1"
+        environment[ranks.TIED_TO_LAUNCHER] = "1"
     home = Path(__file__).resolve().parent.parent
     if home.name not in ("site-packages", "dist-packages"):
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(home)]))
@@ -199,7 +199,7 @@ class LaunchedRun(Run):
         if self.process.poll() is None:
             return False
         if self.process.stdin is not None:
-            _leashes.discard(self.process.stdin)
+            _pipes.discard(self.process.stdin)
             self.process.stdin.close()
         return True
 
@@ -242,7 +242,7 @@ class LaunchedRun(Run):
         return self
 
     def stop(self, grace_seconds: float | None = None) -> str:
-        """Ask the run to save and leave; what is left after the grace is killed. Returns what was done, in one line."""
+        """Ask the run to save and stop; what is left after the grace is killed. Returns what was done, in one line."""
         if self._has_ended():
             return f"{self.name}: it had ended already; {self.status}"
         grace_seconds = ranks.grace_period_seconds(grace_seconds)
@@ -254,7 +254,7 @@ class LaunchedRun(Run):
             os.killpg(self.process.pid, signal.SIGKILL)  # its own session, so this reaches its workers too
             self.process.wait()
         processes.kill_all(self.path)
-        return f"{self.name}: process {self.process.pid} was asked to save and leave; {self.status}"
+        return f"{self.name}: process {self.process.pid} was asked to save and stop; {self.status}"
 
     def _raise_if_failed(self) -> None:
         self._has_ended()

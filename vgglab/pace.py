@@ -1,4 +1,4 @@
-"""What the loop keeps an eye on: the time its steps take, and whether the ranks have been asked to leave."""
+"""Timing of the training loop, and coordination of a stop between the ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vgglab.dist import interrupts
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
 
-LOOK_SECONDS = 5.0  # several ranks ask one another at least so often whether to leave
+LOOK_SECONDS = 5.0  # several ranks ask one another at least so often whether to stop
 
 
 PHASES = ("data", "copy", "forward", "backward", "all_reduce", "optimizer", "host")
@@ -157,17 +157,17 @@ class StopCoordinator:
         """Whether to ask after this step; the same answer on every rank."""
         self._steps += 1
         if self._device.world_size == 1:
-            return interrupts.leave_requested()
+            return interrupts.stop_requested()
         return self._steps >= self._steps_between
 
     def sync(self, figures: Tensor) -> list[float]:
         """``figures (2,)`` averaged over the ranks, then the first of them as this rank has it; sets ``all_stop``."""
         device = self._device
         seconds = (time.perf_counter() - self._since) / max(self._steps, 1)
-        state = torch.tensor([float(interrupts.leave_requested()), seconds]).to(figures.device)
+        state = torch.tensor([float(interrupts.stop_requested()), seconds]).to(figures.device)
         both = torch.cat([device.sum(torch.cat([figures, state])) / device.world_size, figures])
-        *means, share_leaving, mean_seconds, own, _ = device.fetch(both)
-        self.all_stop = share_leaving > 0
+        *means, share_stopping, mean_seconds, own, _ = device.fetch(both)
+        self.all_stop = share_stopping > 0
         self._steps_between = max(1, int(LOOK_SECONDS / max(mean_seconds, 1e-6)))
         self._steps, self._since = 0, time.perf_counter()
         return [*means, own]

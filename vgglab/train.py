@@ -1,4 +1,4 @@
-"""Train VGG. The launch manual:
+"""Train VGG. Examples:
 
     python -m vgglab.train                                        # the bundled digits, VGG16
     python -m vgglab.train --data-path imagenet --batch-size 192  # a folder with train/ and val/
@@ -12,7 +12,7 @@ One card for 90 epochs, eight cards, and the same started as the original exampl
     python -u -m torch.distributed.launch --nproc_per_node=8 --master_addr=127.0.0.1 --master_port=34568 \\
         --use_env vgglab/train.py --data-path=imagenet --batch-size=192 --dropout_rate=0.5
 
-Going on after a stop, and testing without training:
+Continuing after a stop, and evaluating only:
 
     python -m vgglab.train --resume runs/<run> --epochs 90
     python -m vgglab.train --run-dir runs/<run> --resume auto  # the same line every time, from a scheduler
@@ -50,7 +50,7 @@ from typing import TYPE_CHECKING, NoReturn, Sequence
 
 from vgglab.devices import agreement, import_torch, open_device
 from vgglab.dist import interrupts, ranks, slurm, spawn
-from vgglab.dist.interrupts import Leaving, deferring_ctrl_c, deferring_signals
+from vgglab.dist.interrupts import StopRequested, deferring_ctrl_c, deferring_signals
 from vgglab.errors import UserError, error_context
 from vgglab.runs import seeds
 from vgglab.settings import inheritance
@@ -90,9 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = f"; {ranks.resume_advice(path)}" if path else ""
         ranks.say(f"{ranks.name()}interrupted{advice}")
         return ranks.EXIT_INTERRUPTED
-    except Leaving as leaving:
-        ranks.say(f"{ranks.name()}stopped {interrupts.reason()} {leaving}".rstrip())
-        return ranks.EXIT_INTERRUPTED if interrupts.was_interrupted() else ranks.EXIT_LEFT
+    except StopRequested as stopped:
+        ranks.say(f"{ranks.name()}stopped {interrupts.reason()} {stopped}".rstrip())
+        return ranks.EXIT_INTERRUPTED if interrupts.was_interrupted() else ranks.EXIT_STOPPED
     except _RefusedByRank0:
         return ranks.EXIT_BAD_INPUT
     except Exception as error:
@@ -339,7 +339,7 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             remark = "" if device.is_simulated else remark_on_steadiness(build_report(Run(path)))
             if remark:
                 run.event("warning", text=remark)
-        except (KeyboardInterrupt, Leaving):
+        except (KeyboardInterrupt, StopRequested):
             status = "interrupted"
             raise
         except BaseException as error:
@@ -376,7 +376,7 @@ def run_and_exit(argv: Sequence[str] | None = None) -> NoReturn:
         code = 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
     gc.collect()  # what the batches have started ends with the last reference to them
-    ranks.leave(code)
+    ranks.exit_process(code)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from vgglab.data.loader import eval_batches, mix_seeds, train_batches
 from vgglab.data.transform import normalised
 from vgglab.devices.tracing import Tracer
 from vgglab.dist import interrupts
-from vgglab.dist.interrupts import Leaving
+from vgglab.dist.interrupts import StopRequested
 from vgglab.errors import NOT_FINITE, UserError, error_context
 from vgglab.model import build, load_pretrained
 from vgglab.optim import Average, Objective, build_optimizer, set_learning_rate
@@ -139,7 +139,7 @@ class Trainer:
 
         Raises:
             UserError: an image that cannot be read; a loss that is not finite; no room for the last checkpoint.
-            Leaving: a signal asked for it; the checkpoint is written.
+            StopRequested: a signal asked for it; the checkpoint is written.
         """
         config, state = self.config, self.state
         if state.epoch >= config.epochs:
@@ -166,8 +166,8 @@ class Trainer:
     def _evaluate_and_save(self, run: RankWriter, epoch: int) -> None:
         try:
             is_best = self.evaluate(run, epoch)
-        except Leaving:
-            self.save_and_leave(run)  # all its images seen, its evaluation still to come
+        except StopRequested:
+            self.save_and_stop(run)  # all its images seen, its evaluation still to come
         state = self.state
         state.epoch, state.images = epoch + 1, 0
         if self.config.lr_schedule == "plateau" and epoch >= self.config.warmup:
@@ -187,13 +187,13 @@ class Trainer:
         scaler = self.device.scaler_state()
         run.save_checkpoint(self.network, self.optimizer, scaler, self.state, settings, is_best, average)
 
-    def save_and_leave(self, run: RankWriter) -> NoReturn:
-        """Raises Leaving, with what was saved and how to continue."""
+    def save_and_stop(self, run: RankWriter) -> NoReturn:
+        """Raises StopRequested, with what was saved and how to continue."""
         self.save(run)
         if self.device.rank != 0:
-            raise Leaving
+            raise StopRequested
         saved = "its checkpoint could not be written" if run.has_lost_checkpoints else "checkpoint saved"
-        raise Leaving(f"after step {self.state.step}, {saved}; {run.resume_advice}")
+        raise StopRequested(f"after step {self.state.step}, {saved}; {run.resume_advice}")
 
     def announce(self, run: RankWriter) -> None:
         """The first event: what is about to happen, so that a reader can tell how far it is."""
@@ -230,7 +230,7 @@ class Trainer:
         ``last_epoch`` is the last that was trained, counted from 0. With fewer than five classes, top-5 is top-n.
 
         Raises:
-            Leaving: a rank was asked to leave, so all stop here together.
+            StopRequested: a rank was asked to stop, so all stop here together.
         """
         device, batches, state = self.device, self.held_out, self.state
         network = self.network if self.average is None else self.average.network
@@ -239,16 +239,16 @@ class Trainer:
         network.eval()
         totals = torch.zeros(4)  # [loss, top-1 hits, top-5 hits, images], summed on the card
         for images, labels in device.feed(batches.epoch(0, on_skipped=run.skipped)):
-            if interrupts.leave_requested():
+            if interrupts.stop_requested():
                 break
             with device.autocast():
                 logits = network(normalised(images, device.channels_last))
             totals = totals.to(logits.device) + _count(logits.to(totals.dtype), labels)
             device.flush([totals])
-        asked_to_leave = torch.tensor([float(interrupts.leave_requested())]).to(totals.device)
-        *figures, num_leaving = device.fetch(device.sum(torch.cat([totals, asked_to_leave])))
-        if num_leaving:
-            raise Leaving
+        asked_to_stop = torch.tensor([float(interrupts.stop_requested())]).to(totals.device)
+        *figures, num_stopping = device.fetch(device.sum(torch.cat([totals, asked_to_stop])))
+        if num_stopping:
+            raise StopRequested
         loss_sum, hits1, hits5, num_images = figures
         if num_images == 0:
             raise UserError("--on-bad-image skip: none of the held-out images can be read; run vgglab data check")
@@ -267,7 +267,7 @@ class Trainer:
 
 
 class Loop:
-    """The training epochs of one run: steps, and between them the log, the checkpoints and the wish to leave."""
+    """The training epochs of one run: steps, and between them the log, the checkpoints and requests to stop."""
 
     def __init__(self, trainer: Trainer, run: RankWriter, tracer: Tracer) -> None:
         self.trainer, self.run, self.tracer = trainer, run, tracer
@@ -300,7 +300,7 @@ class Loop:
                 if is_logged or self.coordinator.is_due():
                     self._log_and_sync(epoch, loss, logits, labels, is_logged)
                 if self.coordinator.all_stop:
-                    trainer.save_and_leave(self.run)
+                    trainer.save_and_stop(self.run)
                 if is_saved:
                     trainer.save(self.run)
 
@@ -315,7 +315,7 @@ class Loop:
             self.trainer.device = device
 
     def _log_and_sync(self, epoch: int, loss: Tensor, logits: Tensor, labels: Tensor, is_logged: bool) -> None:
-        """Read the loss, averaged over the ranks, and whether they are to leave; write a line of the log."""
+        """Read the loss, averaged over the ranks, and whether they should stop; write a line of the log."""
         dtype = torch.get_default_dtype()  # not the loss's, which mixed precision may have made coarse
         correct = (logits.detach().argmax(1) == labels).to(dtype).mean()
         mine = torch.stack([loss.detach().to(dtype), correct])

@@ -1,4 +1,4 @@
-"""Every notebook without a hand on the keyboard: executed by papermill, then a small site that needs no network.
+"""Run notebooks headless with papermill, then build a small web site that works offline.
 
     python -m vgglab.book                                   # all of notebooks/, into build/notebooks
     python -m vgglab.book -p profile full -p device auto    # the same notebooks as reports of a card
@@ -91,7 +91,7 @@ def _parameters_of(source: Path) -> dict[str, bool]:
 
 
 def _content_of(file: Path) -> dict[str, Any]:
-    """Of a notebook; empty where there is none, or one that was only half written."""
+    """Of a notebook; empty if there is none, or one that was only half written."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -56,7 +56,7 @@ def _as_json(found: Comparison) -> dict[str, Any]:
 
 
 def _write_new(file: Path, content: bytes) -> None:
-    """Raises UserError where the file is there already, cannot be written, or is called something else."""
+    """Raises UserError if the file is there already, cannot be written, or is called something else."""
     if file.suffix.lower() != ".png":
         raise UserError(f"--png {file}: the figure is written as PNG; the file name must end in .png")
     try:

@@ -1,6 +1,6 @@
-"""What is this machine, what would a run take, and what is wrong with it: ``python -m vgglab.doctor [--json]``.
+"""Check this machine, its devices and its installation: ``python -m vgglab.doctor [--json]``.
 
-It answers on a broken install too. Exit codes: 0 nothing wrong, 1 problems found, 2 a flag that does not exist.
+It also works on a broken installation. Exit codes: 0 nothing wrong, 1 problems found, 2 a flag that does not exist.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vgglab.view.tables import html_facts, html_text
 
 @dataclass
 class Diagnosis:
-    """``facts`` by name, ``problems`` each with its ``fix``, and ``notes`` on what is harmless and good to know."""
+    """``facts`` by name, ``problems`` each with its ``fix``, and ``notes`` on harmless findings."""
 
     facts: dict[str, Any]
     problems: list[dict[str, str]]

@@ -35,12 +35,12 @@ class VgglabMagics(Magics):
 
     @line_magic
     def vgglab(self, line: str) -> Any:
-        """Train VGG, and look after runs.
+        """Train VGG and manage runs.
 
         %vgglab run [--flag value ...]   train in a separate process; the run is in the variable `run`
         %vgglab runs [folder]            a table of the runs in ./runs, or in another folder; the newest is last
         %vgglab watch [run]              show a run while it is active
-        %vgglab stop [run]               have a run save and leave
+        %vgglab stop [run]               have a run save and stop
 
         `run` takes every flag of `python -m vgglab.train` (%vgglab run --help lists them), and of vgglab.launch:
         --nproc, --nnodes, --node-rank, --rendezvous, --max-restarts, --python and --detach. In a live notebook it
@@ -109,7 +109,7 @@ class VgglabMagics(Magics):
         return sorted(found.values(), key=lambda run: run.began)
 
     def find(self, subcommand: str, words: Sequence[str]) -> Run:
-        """The run that is meant. Raises UserError where there is none, or more than one."""
+        """The run that is meant. Raises UserError if there is none, or more than one."""
         name, runs = _at_most_one(subcommand, words), self.known()
         if name is None:
             going_on = [run for run in runs if _can_be_stopped(run) or (subcommand == "watch" and _is_going_on(run))]
@@ -142,7 +142,7 @@ class VgglabMagics(Magics):
 
 
 def load(shell: Any) -> None:
-    """Make the magic and its TAB known to this shell."""
+    """Register the magic and its completion in this shell."""
     magics = VgglabMagics(shell)
     shell.register_magics(magics)
 

@@ -1,4 +1,4 @@
-"""``vgglab notebooks DIR``: copy the notebooks to where they can be worked in."""
+"""``vgglab notebooks DIR``: copy the notebooks into a folder to work in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def originals() -> list[Path]:
 
 
 def copy_to(folder: Path) -> list[Path]:
-    """The copies. Raises UserError where one is there already: somebody may have worked in it; then none is written."""
+    """The copies. Raises UserError if one is there already: somebody may have worked in it; then none is written."""
     copies = {folder / original.name: original for original in originals()}
     for copy in copies:
         if copy.exists():

@@ -1,4 +1,4 @@
-"""``vgglab plan``: how long a training will take and what it will write; see ``vgglab/lab/plan.py``."""
+"""``vgglab plan``: how long training will take and what it will write; see ``vgglab/lab/plan.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``vgglab results``: runs side by side, as text or as a page; see ``vgglab/view/results.py``."""
+"""``vgglab results``: compare runs in tables or on a web page; see ``vgglab/view/results.py``."""
 
 from __future__ import annotations
 

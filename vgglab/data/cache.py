@@ -1,4 +1,4 @@
-"""Where things are kept that take long to make: written images, downloads, indices of large folders."""
+"""The cache: generated images, downloads, and lists of large folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def one_at_a_time(file: Path) -> Iterator[None]:
-    """Of several processes of a machine only one is in the block; the others wait for it.
+    """Only one process of this machine at a time is in the block; the others wait.
 
     Best effort: if the file cannot be written or the file system has no locks, there is no waiting. What is done in the
     block must be safe without it.

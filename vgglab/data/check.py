@@ -1,10 +1,10 @@
-"""Walk a set once, before 90 epochs do: which files cannot be read, and which are not what they seem.
+"""Check a data set before training: files that cannot be read, and files that are unusual.
 
     python -m vgglab.data check imagenet
     python -m vgglab.data check imagenet --json
 
-Every file is decoded in full, by several processes. What cannot be read is listed by name; what can, but is out of the
-ordinary, is counted with an example. Exit codes: 0 all can be read; 1 some cannot; 2 bad input.
+Every file is decoded in full, by several processes. Unreadable files are listed by name, unusual ones
+are counted, with an example. Exit codes: 0 all can be read; 1 some cannot; 2 bad input.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NUM_AT_A_TIME = 64
 
 
 class Verdict(NamedTuple):
-    """On one file: why it cannot be read (empty where it can), and which of ``KINDS`` it is."""
+    """On one file: why it cannot be read (empty if it can), and which of ``KINDS`` it is."""
 
     file: str
     trouble: str

@@ -1,10 +1,10 @@
-"""From a file to pixels, and no more of them than are needed.
+"""Decode image files, and only the rows that are needed.
 
 Two decoders. ``pil`` gives bit for bit the pixels of torchvision's reference script. ``fast`` reads ordinary JPEGs with
 libjpeg-turbo through simplejpeg and leaves out the rows below the crop: a JPEG says how many rows it has in two
 bytes of its header, and a decoder that reads a smaller number there stops early. The pixels are the same; shrinking
-them on a tensor instead of in Pillow changes a value by one step in 255, here and there by two
-(``tests/test_decode.py``). Every other file goes the way of ``pil``.
+them on a tensor instead of in Pillow changes a value by one step in 255, occasionally by two
+(``tests/test_decode.py``). All other files are decoded as by ``pil``.
 """
 
 from __future__ import annotations

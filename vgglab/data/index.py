@@ -1,6 +1,6 @@
-"""Which image files a split has: ``<split>/<class>/<image>``, and how to know it of a million files in a second.
+"""Which image files a split has: ``<split>/<class>/<image>``, and a cached list for large folders.
 
-Listing ImageNet's 1.28 million names takes minutes on a disk that is far away, each time, on every rank. So a large
+Listing ImageNet's 1.28 million names takes minutes on a remote disk, each time, on every rank. So a large
 listing is kept in the cache folder, one line a class folder, with the folder's times of change. They move when
 a name in it comes or goes; such folders are listed again and the others are not. The listing is found by the
 absolute path, and of several ranks one makes it while the others wait.
@@ -140,7 +140,7 @@ def _file_of(folder: Path) -> Path:
 
 
 def _load(folder: Path) -> Index:
-    """Empty where there is none, or none that can be read."""
+    """Empty if there is none, or none that can be read."""
     try:
         with open(_file_of(folder), encoding="ascii") as lines:
             head, *listings = map(json.loads, lines)

@@ -32,7 +32,7 @@ class ListFile(NamedTuple):
 
 
 def read_list(root: Path, split: str) -> ListFile | None:
-    """The list file of a split, or None where there is none.
+    """The list file of a split, or None if there is none.
 
     Raises:
         UserError: a line that is not a path and a label, or leads out of the set; nothing in it at all.

@@ -1,4 +1,4 @@
-"""Batches: which image comes when, and what is done to it.
+"""Batches: the order of images, and their transforms.
 
 Both depend on the seed, the epoch and the image's place in the set, and on nothing else: not on the
 number of workers, and not on how many ranks share a global batch.

@@ -1,4 +1,4 @@
-"""What is done to an image between its file and the network.
+"""Transforms between an image file and the network.
 
 On the way into a batch: a crop of the final size, possibly mirrored, ``(S, S, 3)`` bytes. On the card, for the whole
 batch at once: to float32, normalised. The crops are those of torchvision's reference script (``RandomResizedCrop``;
@@ -183,9 +183,9 @@ def as_tensor(pixels: Pixels) -> Tensor:
 
 
 def normalised(images: Tensor, channels_last: bool = False) -> Tensor:
-    """``(N, S, S, 3)`` uint8 to ``(N, 3, S, S)`` floats with mean 0 and deviation 1 over ImageNet, on the same device.
+    """``(N, S, S, 3)`` uint8 to ``(N, 3, S, S)`` floats, standardised by ImageNet's mean and deviation, on the same device.
 
-    Floats are of PyTorch's default type, float32 unless somebody has set another.
+    Floats are of PyTorch's default type, normally float32.
     ``channels_last`` leaves a pixel's channels side by side in memory, as they come. Each step is rounded as
     torchvision's ``ToTensor`` and ``Normalize`` round it.
     """

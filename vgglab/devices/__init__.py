@@ -114,7 +114,7 @@ def open_device(name: str, **options: Any) -> Device:
 
 def _adapters(kind: str) -> Any:
     """The module of a kind. It has ``open_adapter(kind, options)``, which raises UserError for what cannot be had, and
-    ``why_unavailable(kind, options)``: None where this machine has such a device, else the reason in one line, or ""
+    ``why_unavailable(kind, options)``: None if this machine has such a device, else the reason in one line, or ""
     where nobody would ask; UserError for a library that is installed and does not load.
     """
     return importlib.import_module(f"vgglab.devices.{KINDS[kind]}")

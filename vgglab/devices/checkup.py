@@ -1,4 +1,4 @@
-"""What can be seen of this machine's hardware and its libraries from outside, and what is wrong with it.
+"""Examine this machine's hardware and libraries from outside, and report problems.
 
 Nothing here imports torch in the asking process: a broken install may raise, abort or hang when it is imported, so
 each question is put to a child process (``ask``). The table of failures is that of the two torch_gcu contracts.

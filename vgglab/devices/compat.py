@@ -68,7 +68,7 @@ DOS_FOLDER = 0x10  # in the attributes of a file in an archive
 
 
 def damage_of(file: Path) -> str:
-    """What is wrong with an archive that ``torch.save`` has written; empty where nothing is. torch does not look."""
+    """What is wrong with an archive that ``torch.save`` has written; empty if nothing is. torch does not look."""
     try:
         if not zipfile.is_zipfile(file):  # another format, or incomplete: torch reports which
             return ""

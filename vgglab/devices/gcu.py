@@ -1,4 +1,4 @@
-"""Finding torch_gcu: is it installed, does it load, which generation is it, has it cards.
+"""Find torch_gcu: whether it is installed, loads and has cards, and its generation.
 
 Two libraries of that name exist. The older (T20 cards, torch 1.10) is lazy and has no ``torch.gcu``; the newer
 (S60, torch 2.10) is eager. Contracts: Enflame's ``torch_gcu`` packages of both generations.
@@ -25,14 +25,14 @@ ADVICE = "python -m vgglab.doctor shows what to fix"
 
 
 def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
-    """Why ``--device auto`` does not take a card. Raises UserError where torch_gcu is installed and broken."""
+    """Why ``--device auto`` does not take a card. Raises UserError if torch_gcu is installed and broken."""
     if not is_installed():
         return ""
     return None if count_cards(load(options)) else why_no_cards()
 
 
 def open_adapter(kind: str, options: DeviceOptions) -> Device:
-    """The adapter for the torch_gcu that is installed. Raises UserError where there is none that works."""
+    """The adapter for the torch_gcu that is installed. Raises UserError if there is none that works."""
     torch_gcu = load(options)
     if count_cards(torch_gcu) == 0:
         raise UserError(f"--device gcu: {why_no_cards()}")
@@ -50,7 +50,7 @@ def is_installed() -> bool:
 
 
 def load(options: DeviceOptions) -> Any:
-    """Import torch_gcu, in the order that it needs. Raises UserError where that fails."""
+    """Import torch_gcu, in the order that it needs. Raises UserError if that fails."""
     if not is_installed():
         raise UserError(
             f"--device gcu: torch_gcu is not installed for {sys.executable}; "

@@ -1,7 +1,7 @@
 """Today's torch_gcu (S60: torch 2.10, device ``gcu``, backend ``eccl``), and the simulated card.
 
 Eager: the loop is plain PyTorch. What differs from CUDA is written at its line. Never imported:
-``torch_gcu.transfer_to_gcu``, which rewrites ``torch.cuda`` under everybody's feet.
+``torch_gcu.transfer_to_gcu``, which rewrites ``torch.cuda`` globally.
 """
 
 from __future__ import annotations

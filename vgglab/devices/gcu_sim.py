@@ -10,7 +10,7 @@ from vgglab.errors import UserError
 
 
 def open_adapter(kind: str, options: DeviceOptions) -> SimulatedGcu:
-    """The simulated card. Raises UserError where it cannot be simulated."""
+    """The simulated card. Raises UserError if it cannot be simulated."""
     return SimulatedGcu(options)
 
 

@@ -1,6 +1,6 @@
 """Where in the code the host reads a value from the device: there it waits until all work so far is done.
 
-One such read in the loop, a forgotten ``.item()``, and the device runs dry while the host prepares the next step.
+One such read in the loop, a forgotten ``.item()``, and the device is idle while the host prepares the next step.
 """
 
 from __future__ import annotations

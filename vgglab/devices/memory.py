@@ -30,7 +30,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Have this process and those it forks keep what they free. False where the C library is not glibc."""
+    """Have this process and those it forks keep what they free. False if the C library is not glibc."""
     if not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
@@ -44,7 +44,7 @@ def limit_to_free_memory(share: float = 0.95) -> int | None:
     """Raise an error here, before the kernel's OOM killer acts.
 
     Returns the bytes that this process may still take, that share of what is free in the machine and in its
-    container; None where the system does not tell (Linux does).
+    container; None if the system does not tell (Linux does).
     """
     with contextlib.suppress(OSError, ValueError, AttributeError):
         free = int(share * _free_bytes())

@@ -27,13 +27,13 @@ AMP_DEFAULTS = {"cpu": "bfloat16", "cuda": "float16"}
 
 
 def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
-    """None where this machine has a device of this kind."""
+    """None if this machine has a device of this kind."""
     is_there = {"cuda": torch.cuda.is_available, "mps": _has_mps, "cpu": lambda: True}[kind]
     return None if is_there() else ""
 
 
 def open_adapter(kind: str, options: DeviceOptions) -> NativeDevice:
-    """The device. Raises UserError where it is not there, or cannot do what is asked."""
+    """The device. Raises UserError if it is not there, or cannot do what is asked."""
     return NativeDevice(kind, options)
 
 
@@ -177,7 +177,7 @@ def _use_tf32(is_wanted: bool) -> None:
 
 
 def _fast_dtype(kind: str) -> str | None:
-    """The mixed precision that is fastest; None where it would only be emulated."""
+    """The mixed precision that is fastest; None if it would only be emulated."""
     if kind == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     return "bfloat16" if kind == "cpu" and _cpu_computes_bfloat16() and _cpu_pools_bfloat16() else None

@@ -38,8 +38,8 @@ class StockDevice(Device):
     def open(self) -> None:
         if self.world_size > 1:
             store: torch.distributed.Store
-            if ranks.MEETING in os.environ:
-                store = torch.distributed.FileStore(os.environ[ranks.MEETING], self.world_size)
+            if ranks.RENDEZVOUS in os.environ:
+                store = torch.distributed.FileStore(os.environ[ranks.RENDEZVOUS], self.world_size)
             else:
                 store, _, _ = next(rendezvous(self._options.init_method, self.rank, self.world_size))
             # torchrun hands the ranks of a restart the store in which those before them have left their addresses.
@@ -59,7 +59,7 @@ class StockDevice(Device):
                 # DistributedDataParallel keeps the group and its gloo threads for good (seen on torch 2.15), and one
                 # of them that lets go of a tensor while Python takes itself apart aborts the process. On torch 1.10
                 # letting go of the wrapped network waits for such a thread, which waits for Python's lock.
-                ranks.end_at_once(keep=self._parallel)
+                ranks.skip_cleanup_at_exit(keep=self._parallel)
 
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         # Labels stay int64: the loss's kernels on the CPU and on eager cards refuse int32.

@@ -13,20 +13,20 @@ STOP_SIGNALS = [  # save and stop: sent by schedulers (the first two), or by a c
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 ]
 _received: list[int] = []  # the signals that this process received
-_is_leaving = False  # the run is ending: further Ctrl-C is ignored
+_is_stopping = False  # the run is ending: further Ctrl-C is ignored
 ends_with_run = False  # set where the process exits after the run: Ctrl-C is then ignored until it does
 
 
-class Leaving(BaseException):
+class StopRequested(BaseException):
     """The run ends because it was asked to; not an error, so no ``except Exception`` may hold it.
 
-    Its message says what was saved and how to resume; empty where nothing had to be saved.
+    Its message says what was saved and how to resume; empty if nothing had to be saved.
     """
 
     def __init__(self, *message: str) -> None:
         super().__init__(*message)
-        global _is_leaving
-        _is_leaving = True
+        global _is_stopping
+        _is_stopping = True
 
 
 @contextlib.contextmanager
@@ -68,14 +68,14 @@ def starting_workers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferring_signals() -> Iterator[None]:
-    """In the block ``STOP_SIGNALS`` and Ctrl-C are only noted; the loop asks ``leave_requested`` and ends in order.
+    """In the block ``STOP_SIGNALS`` and Ctrl-C are only recorded; the loop checks ``stop_requested`` and stops.
 
     A second Ctrl-C is a KeyboardInterrupt. A signal that was switched off from outside stays so: under nohup a closed
     terminal is nothing.
     """
-    global _is_leaving
+    global _is_stopping
     _received.clear()
-    _is_leaving = False
+    _is_stopping = False
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -92,9 +92,9 @@ def _unraisable_interrupts() -> Iterator[None]:
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        global _is_leaving
+        global _is_stopping
         if was_interrupted() and issubclass(unraisable.exc_type, KeyboardInterrupt):
-            _is_leaving = False
+            _is_stopping = False
         else:
             previous(unraisable)
 
@@ -140,10 +140,10 @@ def _end_at_parents_word(parent: int) -> None:
 
 
 def _note(number: int, _: Any) -> None:
-    global _is_leaving
+    global _is_stopping
     if number == signal.SIGINT and was_interrupted():
-        if not _is_leaving:  # there it could only disturb how the loader's workers are ended
-            _is_leaving = True
+        if not _is_stopping:  # there it could only disturb how the loader's workers are ended
+            _is_stopping = True
             raise KeyboardInterrupt
     elif number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
@@ -153,7 +153,7 @@ def _note(number: int, _: Any) -> None:
     _received.append(number)
 
 
-def leave_requested() -> bool:
+def stop_requested() -> bool:
     """Whether this process was asked to save and stop."""
     return bool(_received)
 

@@ -67,7 +67,7 @@ def processes_of(path: Path) -> list[int]:
 
 
 def ask_where(pid: int, log: Path, seconds: float = 2.0) -> str:
-    """The Python stack of a rank's main thread, newest call first; empty where ``pid`` is not the writer of ``log``.
+    """The Python stack of a rank's main thread, newest call first; empty if ``pid`` is not the writer of ``log``.
 
     On Linux and this machine only. The stack stays in the log.
     """

@@ -22,12 +22,14 @@ from vgglab.errors import UserError
 from vgglab.storage.files import exists, read_bytes
 from vgglab.storage.schema import FAILURE, line_in, write_document
 
-LEASH = "VGGLAB_LEASH"  # set for a launched process: stdin is its leash
+TIED_TO_LAUNCHER = "VGGLAB_TIED_TO_LAUNCHER"  # set for a launched process: it ends when the pipe at its stdin does
 MARK = "VGGLAB_RUN"  # set for a launched process and all below it: the run directory they work for
 ASK_WHERE = signal.SIGUSR2  # a rank answers by writing its stack into its log
-MEETING = "VGGLAB_MEETING"  # set for the ranks that dist/spawn.py has started: a file in which they find each other
+RENDEZVOUS = (
+    "VGGLAB_RENDEZVOUS"  # set for the ranks that dist/spawn.py has started: a file in which they find each other
+)
 EXIT_BAD_INPUT = 2
-EXIT_LEFT = 75  # sysexits.h: a temporary failure, try again
+EXIT_STOPPED = 75  # sysexits.h: a temporary failure, try again
 EXIT_INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 GUARD_SECONDS = 0.5
 FATAL = "Fatal Python error: "  # as faulthandler begins a stack, at one of these signals
@@ -43,7 +45,7 @@ _run_dir: Path | None = None  # where this process's failure is written down
 
 
 def grace_period_seconds(chosen: float | None = None) -> float:
-    """From asking a run to save and leave to killing it; raises UserError if the environment's is no number."""
+    """From asking a run to save and stop to killing it; raises UserError if the environment's is no number."""
     if chosen is not None:
         return chosen
     given = os.environ.get("VGGLAB_GRACE_SECONDS", "10")  # a slow disk, or a busy machine, may need longer
@@ -53,15 +55,15 @@ def grace_period_seconds(chosen: float | None = None) -> float:
 
 
 def attach() -> None:
-    """Tie this process to what started it: it ends when that does, however that ends. Call it before slow imports."""
+    """Tie this process to its launcher: it ends when the launcher does. Call this before slow imports."""
     _open_closed_streams()
     if sys.__stderr__ is not None and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # a stack, where a vendor's library breaks off
     grace_period_seconds()  # refused now, not when it is needed
-    if os.environ.pop(LEASH, None) is not None:
+    if os.environ.pop(TIED_TO_LAUNCHER, None) is not None:
         # A kernel may have Ctrl-C switched off at the moment it starts us, and that is inherited.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        threading.Thread(target=_end_with_launcher, daemon=True, name="leash").start()
+        threading.Thread(target=_end_with_launcher, daemon=True, name="launcher").start()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # A torchrun that is killed leaves its ranks training, because each has its own session.
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True, name="guard").start()
@@ -103,20 +105,20 @@ def _is_torchrun(pid: int) -> bool:
 
 
 def _end() -> None:
-    """Ask this process to save and leave; what is left of it and its workers after the grace is killed."""
+    """Ask this process to save and stop; what is left of it and its workers after the grace is killed."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace_period_seconds())
     with contextlib.suppress(OSError):
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-def end_at_once(keep: Any) -> None:
-    """Have ``leave`` end this process without taking Python apart, nor ``keep``: see ``devices/stock.py`` for why."""
+def skip_cleanup_at_exit(keep: Any) -> None:
+    """Have ``exit_process`` skip Python's shutdown and the destructor of ``keep`` (why: ``devices/stock.py``)."""
     global _kept
     _kept = (keep,)
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End this process, the last thing it does; all that it has written is on its way."""
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -146,8 +148,8 @@ def num_restarts() -> int:
 
 def _launch_folder() -> Path | None:
     """One that all attempts of this launch share, and no other launch; its owner's alone."""
-    if MEETING in os.environ:
-        return Path(os.environ[MEETING]).parent
+    if RENDEZVOUS in os.environ:
+        return Path(os.environ[RENDEZVOUS]).parent
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's: <folder>/attempt_<n>/<rank>/error.json
     return Path(error_file).parents[2] if error_file else None
 
@@ -161,7 +163,7 @@ def remember_run(path: Path) -> None:
 
 
 def remembered_run(folder: Path) -> Path | None:
-    """The run directory of the ranks of this launch, or of those before them; None where there is none yet."""
+    """The run directory of the ranks of this launch, or of those before them; None if there is none yet."""
     note = folder / RUN_NOTE
     return Path(note.read_text(encoding="utf-8")) if note.exists() else None
 
@@ -203,7 +205,7 @@ def name() -> str:
 
 
 def report_failure(error: BaseException, exit_code: int) -> None:
-    """Write down what this rank died of, in the run directory and where torchrun looks for it.
+    """Record why this rank failed, in the run directory and where torchrun looks for it.
 
     ``log/failure-rank<r>.json``: rank, time, error in one line, traceback, exit code. The earliest is the cause.
     """
@@ -261,7 +263,7 @@ def has_lost_peers(error: BaseException) -> bool:
 
 
 def failures(path: Path) -> list[dict[str, Any]]:
-    """What the ranks of a run died of, the cause first: those that only lost the others come last."""
+    """The failures of a run's ranks, the cause first; ranks that only lost the others come last."""
     found = []
     for file in sorted((path / "log").glob("failure-rank*.json")):
         with contextlib.suppress(UserError):

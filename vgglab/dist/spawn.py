@@ -26,15 +26,15 @@ from vgglab.dist.interrupts import STOP_SIGNALS, handling
 from vgglab.errors import UserError
 
 POLL_SECONDS = 0.05
-FINAL = (0, ranks.EXIT_BAD_INPUT, ranks.EXIT_LEFT, ranks.EXIT_INTERRUPTED)  # another attempt would end no better
+FINAL = (0, ranks.EXIT_BAD_INPUT, ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED)  # another attempt would end no better
 
 
 def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> int:
     """Run the training command once per rank; restart all of them after one has died.
 
-    A signal that asks to leave is passed on to every rank, and so is Ctrl-C: at the first they save and leave, at the
-    second they leave at once; what is left of them after the grace period, or at the third, is killed. When a rank
-    fails, the others are asked to leave, and killed after the grace period.
+    A signal that asks to stop is passed on to every rank, and so is Ctrl-C: at the first they save and stop, at the
+    second they stop at once; what is left of them after the grace period, or at the third, is killed. When a rank
+    fails, the others are asked to stop, and killed after the grace period.
 
     Returns:
         The exit code of the rank that failed first (1 where it was killed); 75 or 130 where a signal ended them.
@@ -67,8 +67,8 @@ class _Attempt:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
             "TORCHELASTIC_RESTART_COUNT": str(number),  # by the name that torchrun has given it
-            ranks.MEETING: str(folder / f"attempt{number}"),
-            ranks.LEASH: "1",
+            ranks.RENDEZVOUS: str(folder / f"attempt{number}"),
+            ranks.TIED_TO_LAUNCHER: "1",
         }
         self.num_ranks, self.folder = num_ranks, folder
         self.signals: list[int] = []  # that this process got
@@ -99,7 +99,7 @@ class _Attempt:
                     num_sent += 1
                 for rank in [rank for rank, process in running.items() if process.poll() is not None]:
                     code = running.pop(rank).returncode
-                    if code not in (0, ranks.EXIT_LEFT, ranks.EXIT_INTERRUPTED) and self.failure is None:
+                    if code not in (0, ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED) and self.failure is None:
                         self._note(rank, code)
                         _send(signal.SIGTERM, running.values())
                         deadline = time.monotonic() + ranks.grace_period_seconds()
@@ -111,14 +111,14 @@ class _Attempt:
             return ranks.EXIT_INTERRUPTED
         if self.failure is not None:
             return self.failure
-        return ranks.EXIT_LEFT if any(process.returncode for process in processes) else 0
+        return ranks.EXIT_STOPPED if any(process.returncode for process in processes) else 0
 
     def _note(self, rank: int, code: int) -> None:
         """Keep the first failure; a rank that was killed could not write it down itself."""
         if code >= 0:
             self.failure = code
-        elif self.signals:  # it was asked to leave before it had anything to save, or killed at the second Ctrl-C
-            self.failure = ranks.EXIT_LEFT
+        elif self.signals:  # it was asked to stop before it had anything to save, or killed at the second Ctrl-C
+            self.failure = ranks.EXIT_STOPPED
         else:
             self.failure = 1
             error = ranks.report_killed(rank, -code, self.folder)

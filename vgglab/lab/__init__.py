@@ -1,1 +1,1 @@
-"""Experiments with networks: their cost layer by layer, benchmarks, what they see, what a training will cost."""
+"""Layer-by-layer analysis, benchmarks, small experiments, features, and plans of runs."""

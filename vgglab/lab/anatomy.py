@@ -1,4 +1,4 @@
-"""What a network is made of and what it costs, layer by layer: counted from its shapes, then measured on this machine.
+"""A network layer by layer: cost counted from its shapes, then measured on this machine.
 
     python -m vgglab.anatomy --model vgg16 --image-size 224
     python -m vgglab.anatomy --batch-size 8 --measure  # with times, and the two ceilings of the machine
@@ -7,7 +7,7 @@
     >>> vgglab.anatomy.of("vgg16")
     >>> vgglab.anatomy.of(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()), image_size=8)
 
-It reads chains, such as VGG: each layer takes what the one before it wrote.
+It supports chains such as VGG: each layer takes the output of the one before it.
 Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, explained in one line; 130 interrupted.
 """
 
@@ -57,8 +57,8 @@ def of(
         model: a name (``vgg16``, ``vgg16_bn``, ...; below 224 pixels with the small classifier, as in training), or a
             network made of the layers in ``KINDS``, which is left as it is.
         image_size: side of the square images, in pixels; with as many channels as the first convolution takes.
-        batch_size: images that pass at once; the weights are read once for all of them.
-        num_classes: width of the last layer, for a name.
+        batch_size: images per batch; the weights are read once for all of them.
+        num_classes: number of classes, if ``model`` is a name.
 
     Raises:
         UserError: no network of that name; a layer that is not in ``KINDS``; images that do not fit; not a chain.

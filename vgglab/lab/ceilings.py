@@ -1,4 +1,4 @@
-"""What a machine can do at best, measured on it: how fast it multiplies and how fast it moves."""
+"""The limits of a machine, measured: arithmetic and memory bandwidth."""
 
 from __future__ import annotations
 

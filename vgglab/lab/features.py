@@ -1,4 +1,4 @@
-"""Looking inside a network: its layers by name, what they answer, and which pixels an answer hangs on."""
+"""Look inside a network: its layers by name, feature maps, and the pixels that they depend on."""
 
 from __future__ import annotations
 

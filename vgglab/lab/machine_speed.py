@@ -1,4 +1,4 @@
-"""How this machine compares with the one on which the notebooks were timed, from about two seconds of measuring.
+"""Compare the speed of this machine with the one on which the notebooks were timed, in about two seconds.
 
     >>> slowdown()
     1.0

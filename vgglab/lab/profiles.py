@@ -1,6 +1,6 @@
 """How large a notebook runs: ``quick``, ``small`` or ``full``, shown with the expected time before it starts.
 
-Values that a person or a batch run has set are checked here, before anything is trained.
+Values set by hand or by a batch run are checked here before training.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _number(name: str, value: Any) -> float:
 
 
 class ProfileTable:
-    """The profiles side by side, the chosen one marked, what was set by hand in its place, and the expected time."""
+    """The profiles as a table: the selected one is marked, with values set by hand and the expected time."""
 
     def __init__(self, profiles: Profiles, place: int, chosen: Mapping[str, Any], by_hand: set[str]) -> None:
         self.headings = ["", *(f"{name} (selected)" if n == place else name for n, name in enumerate(NAMES))]

@@ -1,1 +1,1 @@
-"""The run directory: written by a training, read by everything else."""
+"""The run directory: written by training, read by everything else."""

@@ -1,4 +1,4 @@
-"""Checkpoints: ``last.pt``, ``previous.pt`` and ``best.pt``, on the CPU, whole or not there at all.
+"""Checkpoints: ``last.pt``, ``previous.pt`` and ``best.pt``, on the CPU; each is complete or absent.
 
 A checkpoint holds all that a run needs to continue as if never stopped: weights, optimizer, loss scale, and how far it
 was. There is no random state to keep, on any rank: each step, image and epoch draws from a seed that is made of the
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from vgglab.devices.compat import NotACheckpoint, damage_of, load_tensors
 from vgglab.dist.interrupts import deferring_ctrl_c
 from vgglab.errors import NOT_FINITE, UserError
-from vgglab.storage.files import make_folder, without_links
+from vgglab.storage.files import make_folder, refusing_links
 
 if TYPE_CHECKING:
     from vgglab.trainer import TrainingState
@@ -102,7 +102,7 @@ def save(
 
 def _write(folder: Path, content: Any, is_best: bool) -> None:
     last, unfinished = folder / "last.pt", folder / "unfinished.tmp"
-    with open(unfinished, "wb", opener=without_links) as file:
+    with open(unfinished, "wb", opener=refusing_links) as file:
         patient = _PatientFile(file)
         torch.save(content, patient)  # type: ignore[arg-type]  # all it asks for is write and flush
         if patient.error:

@@ -1,4 +1,4 @@
-"""Where two runs first differ: in their settings, in what they trained on, and step by step.
+"""Find the first difference between runs: settings, data, and step by step.
 
     python -m vgglab.compare runs/A runs/B                    # bit for bit
     python -m vgglab.compare runs/A runs/B --tolerance 3e-4   # relative, e.g. between two kinds of hardware
@@ -36,7 +36,7 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Of two runs, ``first`` of all steps that both have written about; None where those are all the same."""
+    """Of two runs, ``first`` of all steps that both have written about; None if those are all the same."""
 
     settings: dict[str, tuple[Any, Any]]  # by name, where they differ
     starting_point: dict[str, tuple[Any, Any]]  # likewise
@@ -62,7 +62,7 @@ class Comparison(NamedTuple):
 
 
 def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
-    """Put two runs side by side; ``tolerance`` is relative.
+    """Compare two runs; ``tolerance`` is relative.
 
     Raises:
         UserError: a run that has not begun.

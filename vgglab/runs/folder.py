@@ -1,4 +1,4 @@
-"""Finding runs: in a folder, and of several seeds a folder deeper."""
+"""Find runs in folders; runs of several seeds are one folder deeper."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vgglab.runs.run import Run, is_a_run
 
 
 class Runs(Sequence[Run]):
-    """The runs that folders are, or that lie in them; the oldest comes first. Shows itself as a table.
+    """The runs in folders, the oldest first. Shows itself as a table.
 
     >>> vgglab.Runs()[-1].watch()
     >>> vgglab.Runs("shared/runs", "runs")

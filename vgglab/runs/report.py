@@ -216,7 +216,7 @@ class Speed:
 
 
 def remark_on_steadiness(report: dict[str, Any]) -> str:
-    """A line where the figures are not those of a machine at rest; else empty."""
+    """A warning if step times varied too much; else empty."""
     num_steps, median, slow = (report[name] for name in ("num_measured_steps", "step_seconds_p50", "step_seconds_p90"))
     if num_steps < FEWEST_STEPS_TO_JUDGE or slow <= STEADY * median:
         return ""

@@ -1,4 +1,4 @@
-"""The run directory: the only thing that passes between doing and looking.
+"""The run directory: the only interface between training and display.
 
     config.json    the resolved settings, written before the first step
     env.json       versions, commit, command line, hardware, simulated or not
@@ -90,7 +90,7 @@ def is_a_run(path: Path) -> bool:
 
 
 def make_run_folder(path: Path) -> None:
-    """Make the folder of a new run. Raises UserError where it cannot be made or holds a run already."""
+    """Make the folder of a new run. Raises UserError if it cannot be made or holds a run already."""
     if holds_a_run(path):
         raise UserError(f"--run-dir {path}: already contains a run; choose another folder")
     with writing(path):
@@ -102,7 +102,7 @@ class Run:
     """Read a run directory; works while the run is active and after it has ended."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises UserError where there is no such folder, or no run in it."""
+        """Raises UserError if there is no such folder, or no run in it."""
         self.path = Path(path).absolute()  # to be found after a change of folder, too
         self._events = EventFile(self.path / "events.jsonl")
         if not is_a_run(self.path):
@@ -122,7 +122,7 @@ class Run:
 
     @property
     def started(self) -> str:
-        """When it was started, as ``2026-11-27T02:05:00+0000``; empty where ``env.json`` holds no date."""
+        """When it was started, as ``2026-11-27T02:05:00+0000``; empty if ``env.json`` holds no date."""
         text = self.env.get("started")
         return text if isinstance(text, str) and DATE.fullmatch(text) else ""
 
@@ -193,7 +193,7 @@ class Run:
 
         A list, but where there are more than 20,000: then the training events are read when they are asked for.
 
-        Where a run went on from a checkpoint, what came after that checkpoint the first time is left out too.
+        If a run continued from a checkpoint, the events after it from the first time are left out too.
         """
         return self._events.read(kind)
 
@@ -317,7 +317,7 @@ class Run:
         return failures(self.path)
 
     def stop(self, grace_seconds: float | None = None) -> str:
-        """Ask a run on this machine to save and leave; what is left of a launched one after the grace is killed.
+        """Ask a run on this machine to save and stop; what is left of a launched one after the grace is killed.
 
         Returns:
             What was done, in one line.
@@ -337,7 +337,7 @@ class Run:
         while any(map(is_alive, asked)) and time.monotonic() < deadline:
             time.sleep(0.1)
         kill_all(self.path)
-        done = f"process {asked[0]} was asked to save and leave" if asked else "it had already ended"
+        done = f"process {asked[0]} was asked to save and stop" if asked else "it had already ended"
         return f"{self.name}: {done}; {self.status}"
 
     def _leaders(self) -> list[int]:
@@ -352,7 +352,7 @@ class Run:
         return marked or ([env["pid"]] if is_writer else [])
 
     def checkpoint(self, which: str = "best") -> Path:
-        """``best`` or ``last``. Raises UserError where none was written."""
+        """``best`` or ``last``. Raises UserError if none was written."""
         file = self.path / "checkpoints" / f"{which}.pt"
         if not file.exists():
             raise UserError(f"{self.path} has no {which} checkpoint")

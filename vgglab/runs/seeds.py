@@ -54,7 +54,7 @@ def seeds_of(config: Request) -> list[int]:
 
 
 def folder_of(config: Request) -> Path:
-    """Where the runs of all seeds go: ``run_dir``, or a new folder. Raises UserError where something is there."""
+    """Where the runs of all seeds go: ``run_dir``, or a new folder. Raises UserError if something is there."""
     path = Path(config.run_dir) if config.run_dir else Path(f"{run_path(config)}-seeds")
     others = [file.name for file in path.glob("*") if not file.name.startswith("seed-")]
     if others:
@@ -97,7 +97,7 @@ def train_each(argv: Sequence[str], config: Request) -> int:
             continue
         words = [*without_seeds(argv), *for_one(number, path)]
         code = _run([sys.executable, "-u", "-m", "vgglab.train", *words])
-        if code in (ranks.EXIT_LEFT, ranks.EXIT_INTERRUPTED):
+        if code in (ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED):
             ranks.say(f"to continue with all seeds, run the same command with --run-dir {path}")
         if code:
             return code
@@ -112,11 +112,11 @@ def for_one(number: int, folder: Path) -> list[str]:
 
 
 def _run(command: list[str]) -> int:
-    """On the leash: however this process ends, so does that one. A signal to leave is passed on.
+    """Run it tied to this process: it ends when this one does. Termination signals are passed on.
 
     It runs in its own session, so that Ctrl-C in a terminal reaches it only through this process.
     """
-    environment = {**os.environ, ranks.LEASH: "1"}
+    environment = {**os.environ, ranks.TIED_TO_LAUNCHER: "1"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
 
     def pass_on(number: int, _: Any) -> None:
@@ -131,7 +131,7 @@ class Seeds:
     """A folder of runs that differ by their seed; shows itself as a table."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises UserError where there is no such folder, or no run in it."""
+        """Raises UserError if there is no such folder, or no run in it."""
         self.path = Path(path).absolute()
         self._runs: dict[str, Run] = {}
         if not self.runs:

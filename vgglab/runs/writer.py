@@ -20,7 +20,7 @@ from vgglab.runs import checkpoint
 from vgglab.runs.run import LOCK, RUN_FILES, SCHEMA, Run, make_run_folder
 from vgglab.storage import lock
 from vgglab.storage.events import Event, EventFile
-from vgglab.storage.files import without_links, writing
+from vgglab.storage.files import refusing_links, writing
 from vgglab.storage.schema import append_line, finite, write_document
 from vgglab.version import __version__
 
@@ -43,7 +43,7 @@ class RankWriter:
         self._skipped: set[str] = set()
         self._mark = {"simulated": True} if is_simulated else {}  # on all that a simulated card has part in
         self.lost: dict[str, int] = {}  # what could not be written: how often, by name
-        self.lost_last_checkpoint = ""  # why that of the last step could not be written; empty where it was
+        self.lost_last_checkpoint = ""  # why that of the last step could not be written; empty if it was
 
     def event(self, kind: str, **values: Any) -> None:
         pass
@@ -64,7 +64,7 @@ class RankWriter:
         return bool(self.lost_last_checkpoint or "checkpoints" in self.lost)
 
     def what_is_missing(self) -> str:
-        """For the last line of a run: what could not be written, and how to continue; empty where everything was."""
+        """For the last line of a run: what could not be written, and how to continue; empty if everything was."""
         unwritten = ", ".join(f"{number} {name}" if number > 1 else name for name, number in self.lost.items())
         if self.lost_last_checkpoint:
             also = f"; also not written: {unwritten}" if unwritten else ""
@@ -117,7 +117,7 @@ class RankWriter:
         file = self.path / "log" / f"rank{self.rank}.txt"
         is_written_there = file.exists() and os.path.samestat(os.fstat(1), file.stat())
         with writing(file):
-            opener = None if is_written_there else without_links
+            opener = None if is_written_there else refusing_links
             log = open(os.devnull if is_written_there else file, "ab", buffering=0, opener=opener)  # noqa: SIM115
         with log:
             # Written from C, so it also works deep inside a collective that hangs, where Python's handlers wait.
@@ -164,7 +164,7 @@ class RunWriter(RankWriter):
                 self._lock = lock.Lock(path / LOCK)
             except lock.Held:
                 raise UserError(f"--run-dir {path}: {Run(path).writer()}") from None
-            os.close(without_links(str(path / "events.jsonl"), os.O_CREAT | os.O_WRONLY))  # from here on it is a run
+            os.close(refusing_links(str(path / "events.jsonl"), os.O_CREAT | os.O_WRONLY))  # from here on it is a run
         if is_continued:  # read under the lock: an earlier writer may just have been writing its last lines
             events = EventFile(path / "events.jsonl")
             self._started -= max((event["seconds"] for event in events.read()[-1:]), default=0.0)

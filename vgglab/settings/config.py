@@ -42,7 +42,7 @@ SEED_NUM_CLASSES = 1000  # in all four of the original example's commands, whate
 
 @dataclass(frozen=True)
 class Request:
-    """The settings as requested; None where the run decides. Most defaults are the original example's."""
+    """The settings as requested; None if the run decides. Most defaults are the original example's."""
 
     recipe: str | None = flag(
         "a named set of settings (vgglab/settings/recipes.py); other flags override it",

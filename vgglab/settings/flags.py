@@ -53,7 +53,7 @@ def boolean(text: str) -> bool:
 # What a setting decides, and with it whether a resumed run reports a change and a comparison shows a difference.
 AFFECTS = {
     "weights": "what is learned; a resumed run that changes it is another experiment from then on",
-    "start": "the weights before the first step; nothing after a resume",
+    "start": "the initial weights; nothing after a resume",
     "figures": "what is measured of the network, and when",
     "speed": "how fast it goes, and on what",
     "record": "what is written down",

@@ -17,8 +17,24 @@ from vgglab.settings.config import HOW, SAVING, SEED_OF_FIX_SEED, WHAT, WHERE, R
 from vgglab.settings.flags import OneLineParser, with_dashes
 from vgglab.settings.recipes import RECIPES
 
+EPILOG = """examples:
+  vgglab train --recipe quick                                     a first run, on the bundled digits
+  vgglab train --data-path imagenet --batch-size 192 --nproc 8    ImageNet on eight cards
+  vgglab train --run-dir runs/my_run --resume auto                start, or continue after an interruption
+  vgglab train --resume runs/my_run --test-only                   evaluate a trained network
+exit codes: 0 done; 1 a bug, with a traceback; 2 bad input, explained in one line; 75 stopped by SIGTERM, SIGUSR1 or \
+SIGHUP after saving a checkpoint; 130 interrupted"""
 
-class _Brief(argparse.HelpFormatter):
+
+class _Full(argparse.HelpFormatter):
+    """Keeps the lines of the epilog."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n".join(line if line.startswith("  ") else fill(line, width, indent) for line in text.splitlines())
+
+
+class _Brief(_Full):
     """A line for each flag, as far as the terminal is wide enough."""
 
     def __init__(self, prog: str) -> None:
@@ -43,11 +59,10 @@ def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
         prog="vgglab train",
         usage="vgglab train [--flag value ...]",
         description="Train VGG; write a run directory.",
-        epilog="Exit codes: 0 done; 1 a bug, with a traceback; 2 bad input, explained in one line; "
-        "75 stopped by SIGTERM, SIGUSR1 or SIGHUP after saving a checkpoint; 130 interrupted.",
+        epilog=EPILOG,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.HelpFormatter if shows_all else _Brief,
+        formatter_class=_Full if shows_all else _Brief,
     )
     parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="all flags, each with its full description")
     sections = {title: parser.add_argument_group(title) for title in (WHAT, HOW, WHERE, SAVING)}

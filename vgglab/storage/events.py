@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Iterator, Sequence, Tuple, cast, overload
 
 from vgglab.errors import UserError
-from vgglab.storage.files import MAX_BYTES, without_links
+from vgglab.storage.files import MAX_BYTES, refusing_links
 from vgglab.storage.schema import CHECK, Content, event_in, is_intact
 
 Event = Content  # what a line holds
@@ -70,7 +70,7 @@ def _identity_of(file: BinaryIO) -> Identity:
 def _opened(file: Path) -> BinaryIO:
     """Raises UserError, also for a link."""
     try:
-        return open(file, "rb", opener=without_links)
+        return open(file, "rb", opener=refusing_links)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
@@ -183,7 +183,7 @@ class EventFile:
         self._seen = [e for e in self._seen if (e not in redone if isinstance(e, int) else _is_before(e, start))]
 
     def checksum(self) -> str:
-        """Of the whole file as it is, after its size in bytes; empty where there is none that can be read."""
+        """Of the whole file as it is, after its size in bytes; empty if there is none that can be read."""
         value, size = 0, self._size()
         if not 0 < size <= MAX_EVENTS_BYTES:
             return ""

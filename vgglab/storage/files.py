@@ -59,7 +59,7 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
 
 
-def without_links(file: str, flags: int) -> int:
+def refusing_links(file: str, flags: int) -> int:
     """An ``opener`` for ``open`` that refuses links, which lead to other files, and pipes, which wait for a reader."""
     safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Iterator
 
-from vgglab.storage.files import without_links
+from vgglab.storage.files import refusing_links
 
 try:
     import fcntl
@@ -26,7 +26,7 @@ class Lock:
     """Held from here on by this process, until it ends or closes it.
 
     Attributes:
-        is_held: False where the file system cannot lock.
+        is_held: False if the file system cannot lock.
 
     Raises:
         Held: another process has it.
@@ -37,7 +37,7 @@ class Lock:
         self.is_held = False
         if fcntl is None:
             return
-        self._file = open(file, "ab", opener=without_links)  # noqa: SIM115
+        self._file = open(file, "ab", opener=refusing_links)  # noqa: SIM115
         self._identity = _identity(file)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,7 +73,7 @@ def holder(file: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def exclusive_access(folder: Path) -> Iterator[None]:
     """Only one at a time is in the block, of all processes and threads, as far as the file system can lock a folder."""
     number = os.open(folder, os.O_RDONLY)
     try:

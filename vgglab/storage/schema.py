@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from vgglab.errors import UserError, printable
-from vgglab.storage.files import exists, read_bytes, without_links
+from vgglab.storage.files import exists, read_bytes, refusing_links
 
 Content = dict  # of a line or a document
 Test = Callable[[Any], bool]
@@ -250,7 +250,7 @@ class Document(Content):
 
 
 def read_document(file: Path) -> Document:
-    """Empty where there is none; fields of a wrong type are left out. Raises UserError where it is no JSON object."""
+    """Empty if there is none; fields of a wrong type are left out. Raises UserError if it is no JSON object."""
     if not exists(file):
         return Document(file, {}, [])
     data = read_bytes(file)
@@ -278,7 +278,7 @@ def readable_document(file: Path) -> Document:
 def write_document(file: Path, content: Content) -> None:
     """Whole, or not at all. Raises OSError."""
     beside = file.with_suffix(".tmp")
-    with open(beside, "wb", opener=without_links) as target:
+    with open(beside, "wb", opener=refusing_links) as target:
         target.write(json.dumps(with_checksum(content), indent=2).encode() + b"\n")
     beside.replace(file)
 
@@ -286,7 +286,7 @@ def write_document(file: Path, content: Content) -> None:
 def append_line(file: Path, content: Content) -> None:
     """Add a line, below one that was cut short too. Raises OSError where the disk refuses; the next may fit again."""
     line = json.dumps(with_checksum(content)).encode() + b"\n"
-    with open(file, "a+b", buffering=0, opener=without_links) as lines:
+    with open(file, "a+b", buffering=0, opener=refusing_links) as lines:
         if lines.seek(0, os.SEEK_END):
             lines.seek(-1, os.SEEK_END)
             line = b"\n" * (lines.read(1) != b"\n") + line

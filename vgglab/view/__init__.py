@@ -1,4 +1,4 @@
-"""Everything people look at. Views read run directories; they import neither the trainer nor torch.
+"""Everything that is displayed. Views read run directories; they import neither the trainer nor torch.
 
 ``terminal`` and ``scalars`` can also be listeners of a ``RunWriter``, which hands them each event as it is written.
 """

@@ -90,7 +90,7 @@ class Layer(NamedTuple):
 
     @property
     def flop_per_second(self) -> float | None:
-        """What the forward pass reached; None where it was not measured or has no FLOP."""
+        """What the forward pass reached; None if it was not measured or has no FLOP."""
         return self.output_shape[0] * self.flop / self.forward_seconds if self.flop and self.forward_seconds else None
 
 

@@ -263,7 +263,7 @@ def progress_of(run: Run) -> Progress:
 
 
 def summary(run: Run, progress: Progress) -> str:
-    """One line: what the run is doing, how well, how fast and for how long still."""
+    """One line: progress, accuracy, speed and time left."""
     parts = [f"{run.name}: {progress.doing}"]
     if progress.num_steps:
         parts.append(f"step {progress.step} of {progress.num_steps}")

@@ -1,4 +1,4 @@
-"""A figure of a report in words, also where there is none: a table or a line must never end in a traceback."""
+"""A metric of a report as text, also if it was not measured."""
 
 from __future__ import annotations
 

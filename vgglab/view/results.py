@@ -41,7 +41,7 @@ OVER_PEAK = (
 
 
 class Result(NamedTuple):
-    """A row: what ran, and what came out; None where that was not measured."""
+    """A row: what ran, and what came out; None if that was not measured."""
 
     model: str
     data: str  # the set's name, or the folder's
@@ -66,7 +66,7 @@ class Result(NamedTuple):
 
     @property
     def share_of_peak(self) -> float | None:
-        """What is computed over what could be; None where one of the two was not measured."""
+        """What is computed over what could be; None if one of the two was not measured."""
         if not (self.images_per_second and self.flop_per_image and self.peak_flop_per_second):
             return None
         return self.images_per_second * self.flop_per_image / (self.peak_flop_per_second * (self.ranks or 1))

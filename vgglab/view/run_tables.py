@@ -82,7 +82,7 @@ def machine_table(runs: Sequence[Run]) -> Table:
 
 
 def warnings_table(runs: Sequence[Run]) -> Table:
-    """What the runs remarked upon, each once."""
+    """The warnings of the runs, each once."""
     said: dict[str, list[str]] = {}
     for run in runs:
         for text in dict.fromkeys(event["text"] for event in run.events("warning")):

@@ -49,7 +49,7 @@ def rows_of(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
 
 
 def remark(rows: Sequence[Row]) -> str:
-    """A line where there are too few to compare with; else empty."""
+    """A warning if there are too few to compare; else empty."""
     if all(row.n >= ENOUGH for row in rows):
         return ""
     return f"fewer than {ENOUGH} seeds: they show the spread, not which group is better"

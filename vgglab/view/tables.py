@@ -16,7 +16,7 @@ POLICY = (
 
 
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[str | None]]) -> str:
-    """Columns as wide as their widest cell; a cell is empty where a damaged run does not say."""
+    """Columns as wide as their widest cell; a cell is empty if a damaged run does not say."""
     table = [[" ".join((cell or "").split("\n")) for cell in cells] for cells in (headings, *rows)]
     columns = [c for c in range(len(headings)) if any(cells[c] for cells in table[1:])]
     widths = {c: max(len(cells[c]) for cells in table) for c in columns}

@@ -1,4 +1,4 @@
-"""A run on a terminal: a progress bar where there is a screen, a line now and then where there is none."""
+"""A run on a terminal: a progress bar, or occasional lines if the output is not a terminal."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class StepFigures(NamedTuple):
     way: str
     batch_size: int
     images_per_second: float  # at the median step
-    reference_images_per_second: float | None  # the plain loop, likewise; None where this way went alone
+    reference_images_per_second: float | None  # the plain loop, likewise; None if this way went alone
     ratio: float | None  # median over the turns
     ratio_range: tuple[float, float] | None
     num_turns: int

@@ -1,4 +1,4 @@
-"""Figures of what a network sees: kernels, feature maps, heat maps over photographs, nearest neighbours.
+"""Figures of what a network responds to: kernels, feature maps, heat maps over photographs, nearest neighbours.
 
 Images are arrays ``(H, W, 3)`` of bytes, maps are arrays ``(channels, h, w)``, heat is ``(H, W)`` or smaller.
 """
