@@ -183,7 +183,7 @@ def as_tensor(pixels: Pixels) -> Tensor:
 
 
 def normalised(images: Tensor, channels_last: bool = False) -> Tensor:
-    """``(N, S, S, 3)`` uint8 to ``(N, 3, S, S)`` floats, standardised by ImageNet's mean and deviation, on the same device.
+    """``(N, S, S, 3)`` uint8 to ``(N, 3, S, S)`` floats, normalised with ImageNet's mean and standard deviation.
 
     Floats are of PyTorch's default type, normally float32.
     ``channels_last`` leaves a pixel's channels side by side in memory, as they come. Each step is rounded as
