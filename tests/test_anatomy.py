@@ -290,7 +290,7 @@ def test_the_roofline_is_drawn(measured):
     assert "FLOP per byte" in panel.get_xlabel()
     assert "GFLOP/s" in panel.get_ylabel()
     assert {text.get_text() for text in panel.texts} == {"0", "3", "8"}
-    with pytest.raises(UserError, match="nothing to place"):
+    with pytest.raises(UserError, match="nothing to draw"):
         roofline(anatomy.of(by_hand(), 30), measured.ceilings)
 
 

@@ -86,7 +86,7 @@ def test_a_parameter_that_no_notebook_has_is_refused_before_anything_runs(book, 
     notebook(tmp_path / "notebooks/00_one.ipynb", "steps = 1", "open('ran', 'w')")
     result = book("-p", "step", "5")
     assert result.returncode == 2
-    assert result.stderr == "vgglab.book: error: -p step: no such parameter; there are steps\n"
+    assert result.stderr == "vgglab.book: error: -p step: no such parameter; choose from steps\n"
     assert not (tmp_path / "ran").exists()
 
 

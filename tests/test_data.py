@@ -307,11 +307,11 @@ def test_row_22_listed_files_that_are_missing_are_counted(images, refused, train
     (images / "train/n02/n02_1.JPEG").unlink()
     (images / "train/n03/n03_2.JPEG").unlink()
     line = refused()
-    assert "train_list.txt: 2 of 18 files are not there" in line
+    assert "train_list.txt: 2 of 18 files are missing" in line
     assert "n02/n02_1.JPEG" in line
     result = train("--on-bad-image=skip", "--batch-size=6")
     assert result.run.report()["num_skipped_images"] == 2
-    assert any("2 of 18 files are not there" in text for text in result.run.report()["warnings"])
+    assert any("2 of 18 files are missing" in text for text in result.run.report()["warnings"])
 
 
 def test_row_22_labels_that_contradict_the_folders_are_counted(images):
@@ -366,9 +366,9 @@ def test_a_list_may_begin_with_a_byte_order_mark_and_have_doubled_slashes(images
         ("n01/n01_0.JPEG one", "is not a path and a label"),
         ("n01/n01_0.JPEG -1", "is not a path and a label"),
         ("n01/n01_0.JPEG " + "9" * 5000, "is not a path and a label"),
-        ("n01 0", "1 of 1 files are not there"),
-        ("/etc/passwd 0", "leads out of the set"),
-        ("../../secret.JPEG 0", "leads out of the set"),
+        ("n01 0", "1 of 1 files are missing"),
+        ("/etc/passwd 0", "points outside the data set"),
+        ("../../secret.JPEG 0", "points outside the data set"),
         ("", "empty; remove it"),
     ],
 )

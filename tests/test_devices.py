@@ -35,7 +35,7 @@ def run_ranks(tmp_path, images, device, num_ranks, *flags, in_process=True, befo
     start = ["-m", "vgglab.train"]
     if before:
         before += "\nimport sys; from vgglab import train; from vgglab.dist import ranks"
-        start = ["-c", f"{before}\nranks.leave(train.main(sys.argv[1:]))"]
+        start = ["-c", f"{before}\nranks.exit_process(train.main(sys.argv[1:]))"]
     words = [*start, *job, f"--run-dir={path}", *flags]
     if not in_process:
         result = shell("python", *words, env=environment, cwd=tmp_path)

@@ -128,8 +128,8 @@ def test_a_library_of_no_known_generation(tmp_path, light):
     folder = fake_torch_gcu(tmp_path, "__version__ = '9'")
     code, findings = diagnose(folder, light)
     assert code == 1
-    assert "no generation known here" in all_text(findings)
-    assert "no generation known here" in train_on_gcu(tmp_path, folder).stderr
+    assert "unknown generation of torch_gcu" in all_text(findings)
+    assert "unknown generation of torch_gcu" in train_on_gcu(tmp_path, folder).stderr
 
 
 @needs_sim
@@ -137,7 +137,7 @@ def test_a_driver_that_does_not_answer(light):
     code, findings = diagnose(EAGER, light, VGGLAB_SIM_CARDS="0")
     assert code == 1
     assert findings["facts"]["driver"] == "does not answer"
-    assert "sees no card" in all_text(findings)
+    assert "finds no card" in all_text(findings)
     assert findings["auto"] != "gcu"
 
 

@@ -115,7 +115,7 @@ def test_every_control_changes_the_picture_and_the_words():
         (shown.image_size, 96, ("64x48x48 to 128x48x48", "vgg16", "96 pixels")),
         (shown.depth, "vgg19", ("vgg19",)),
         (shown.batch_norm, True, ("vgg19_bn", "features.7, conv", "10 x 10 pixels")),
-        (shown.layers, "classifier.6", ("1000", "each sees the whole")),
+        (shown.layers, "classifier.6", ("1000", "each output sees the whole image")),
     ):
         control.value = value
         seen.append((bytes(shown.image.value), shown.about.value))
@@ -246,5 +246,5 @@ def test_photographs_of_any_kind_are_seen_in_colour(tmp_path):
     for photograph in (tmp_path / "turned.jpg", grey, clear):
         picture = Explorer(anatomy.of, photograph, "vgg11", 64).picture()
         assert picture.axes[0].images[0].get_array().shape[2] == 3
-    with pytest.raises(UserError, match="explore: a network's name and a whole number"):
+    with pytest.raises(UserError, match="explore: expects the name of a network and a whole number"):
         Explorer(anatomy.of, grey, "vgg11", "64")

@@ -142,7 +142,7 @@ def test_a_photograph_comes_upright_and_small_from_a_path_or_from_bytes(tmp_path
 @pytest.mark.parametrize("data", [b"", b"import os\nos.remove('x')\n", b"<svg onload='alert(1)'/>", None])
 def test_a_file_that_is_no_image_is_one_line(tmp_path, data):
     with pytest.raises(
-        vgglab.UserError, match=r"photograph: '.*odd.py' cannot be read as an image \(.*\); take"
+        vgglab.UserError, match=r"photograph: '.*odd.py' cannot be read as an image \(.*\); use"
     ) as refused:
         features.read_photograph(str(tmp_path / "odd.py"), data)
     assert "\n" not in str(refused.value)

@@ -128,7 +128,7 @@ def test_lazy_tf32_is_settled_before_the_library_is_imported(on_gcu, flags, vari
 def test_eager_has_no_tf32_and_sets_no_variable(on_gcu):
     outcome = on_gcu(EAGER, "--tf32")
     assert outcome.code == 2
-    assert "--tf32: torch_gcu 2.10.0 has no switch for it" in outcome.err
+    assert "--tf32: torch_gcu 2.10.0 has no TF32 switch" in outcome.err
     assert "ENFLAME" not in (PROJECT / "vgglab/devices/gcu_eager.py").read_text()
 
 
@@ -161,8 +161,8 @@ def test_checkpoints_come_and_go_between_card_and_cpu(on_gcu):
 @pytest.mark.parametrize(
     ("double", "variables", "words"),
     [
-        pytest.param(LAZY, {"VGGLAB_DOUBLE_CARDS": "0"}, ["sees no card", "driver"], id="lazy-no-cards"),
-        pytest.param(EAGER, {"VGGLAB_SIM_CARDS": "0"}, ["sees no card", "driver"], id="no-driver", marks=needs_sim),
+        pytest.param(LAZY, {"VGGLAB_DOUBLE_CARDS": "0"}, ["finds no card", "driver"], id="lazy-no-cards"),
+        pytest.param(EAGER, {"VGGLAB_SIM_CARDS": "0"}, ["finds no card", "driver"], id="no-driver", marks=needs_sim),
         pytest.param(EAGER, {"TOPS_VISIBLE_DEVICES": "0,0"}, ["a card twice"], id="duplicates", marks=needs_sim),
         pytest.param(EAGER, {"TOPS_VISIBLE_DEVICES": "-1"}, ["hides every card"], id="hidden", marks=needs_sim),
     ],

@@ -66,7 +66,7 @@ def test_settings_are_passed_on_as_they_are_meant(tiny, tmp_path):
         PATIENCE_SECONDS
     )
     assert (run.config["epochs"], run.config["resume"]) == (2, None)
-    with pytest.raises(vgglab.UserError, match=r"--run-dir .*with space: holds a run already"):
+    with pytest.raises(vgglab.UserError, match=r"--run-dir .*with space: already contains a run"):
         vgglab.launch(tiny, run_dir=tmp_path / "with space")
 
 
@@ -287,6 +287,6 @@ def test_no_clock_decides_whether_a_run_goes_on(tiny, monkeypatch):
         assert run.status == "running"
     said = run.stop()
     assert said == f"{run.name}: process {launched.process.pid} was asked to save and stop; interrupted"
-    assert "had ended already" in run.stop()
+    assert "had already ended" in run.stop()
     launched.process.wait(1)  # at most its threads have still to go
     assert run.status == "interrupted"

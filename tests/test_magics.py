@@ -144,7 +144,7 @@ def test_tab(shell):
     [
         ("%vgglab run --modle vgg11", "UserError: --modle: no such flag; did you mean --model?"),
         ("%vgglab run --nproc 0", "UserError: --nproc: '0' is not a whole number, 1 or more"),
-        ("%vgglab rnu", "UserError: %vgglab rnu: no such subcommand; there are run, runs, watch, stop"),
+        ("%vgglab rnu", "UserError: %vgglab rnu: no such subcommand; choose from run, runs, watch, stop"),
         ("%vgglab runs", "UserError: %vgglab runs: runs: no such folder; %vgglab run makes ./runs"),
         ("%vgglab watch it", "UserError: %vgglab watch it: no such run; %vgglab runs lists them"),
     ],

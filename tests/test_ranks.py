@@ -144,7 +144,7 @@ def test_a_launched_rank_that_is_killed_is_named(tiny, planted, monkeypatch, ran
     for name, value in planted(KILLED, rank).items():
         monkeypatch.setenv(name, value)
     run = vgglab.launch(tiny, nproc=2, watch=False)
-    with pytest.raises(vgglab.RunFailed, match=rf"rank {rank} was killed \(SIGKILL\); if nobody did it.*left$"):
+    with pytest.raises(vgglab.RunFailed, match=rf"rank {rank} was killed \(SIGKILL\); if nobody killed it, .*memory$"):
         run.wait(PATIENCE_SECONDS)
 
 
@@ -180,7 +180,7 @@ def test_the_rank_that_the_others_wait_for_is_marked(tiny, planted, monkeypatch)
     assert "wait for it" in as_text([rank0, rank1]).splitlines()[2]
     assert "wait for it" in as_html([rank0, rank1])
     assert "no rank" not in run.where()  # both have gone; nobody else is sent a signal
-    assert run.where().count("not there") == 2
+    assert run.where().count("not running") == 2
 
 
 def test_what_all_ranks_refuse_reaches_the_caller_in_one_line(tiny):

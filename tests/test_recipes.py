@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vgglab.data.images import ArrayPicture
-from vgglab.data.transform import JitteredCrop, RandomCrop, Trivially
+from vgglab.data.transform import JitteredCrop, RandomCrop, TrivialAugmentCrop
 from vgglab.devices import open_device
 from vgglab.devices.compat import load_tensors
 from vgglab.model import build
@@ -160,7 +160,7 @@ def test_what_another_decay_or_momentum_means_for_a_resume(train):
     earlier = train("--model=vgg11_bn").run
     refusal = train("--epochs=2", "--no-bias-weight-decay", f"--resume={earlier.path}", base=ON_CPU)
     assert refusal.code == 2
-    assert "weight decay on other layers; see --bias-weight-decay" in refusal.err
+    assert "weight decay on other layers; check --bias-weight-decay" in refusal.err
     still = train("--optimizer=rmsprop", "--momentum=0", "--lr=0.0001").run
     moved = train("--epochs=2", "--momentum=0.9", f"--resume={still.path}", base=ON_CPU)
     assert moved.code == 0, moved.err
@@ -213,7 +213,7 @@ def test_scale_jitter_takes_what_the_papers_two_sizes_leave():
 
 
 def test_trivial_augment_is_drawn_from_the_images_own_seed():
-    crop = Trivially(RandomCrop(32, (0.5, 1.0), True))
+    crop = TrivialAugmentCrop(RandomCrop(32, (0.5, 1.0), True))
     picture = ArrayPicture(ramp(40, 48), "pil")
     state = torch.random.get_rng_state()
     first = [crop(picture, seed) for seed in range(8)]

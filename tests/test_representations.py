@@ -123,8 +123,8 @@ def test_the_accuracy_of_made_up_images_says_so(train):
     from vgglab.view.live import progress_of, summary
 
     run = train("--eval-step-per-epoch=1", "--training-step-per-epoch=2", data="fake").run
-    assert "of made-up images" in run._repr_html_()
-    assert "of made-up images" in repr(runs_table([run]))
+    assert "of generated images" in run._repr_html_()
+    assert "of generated images" in repr(runs_table([run]))
     assert "% of generated images" in summary(run, progress_of(run))
 
 
@@ -179,7 +179,7 @@ def test_who_is_named_in_a_foreign_run_directory_is_not_stopped(run, stranger):
         Run(run.path).stop()
     for name in ("launch.json", "env.json"):
         write_document(run.path / name, {**run.env, **signature(stranger.pid), "command": [], "argv": []})
-    with pytest.raises(UserError, match="is its own"):
+    with pytest.raises(UserError, match="cannot confirm"):
         Run(run.path).stop()
     assert stranger.poll() is None
 
@@ -198,7 +198,7 @@ def test_who_is_named_in_a_foreign_run_directory_is_not_asked_where_it_is(run, s
     (run.path / "log" / "rank0.jsonl").unlink()
     figures = {"rank": 0, "pid": stranger.pid, "time": 1, "step": 1, "loss": 1.0, "interval_steps": 1}
     append_line(run.path / "log" / "rank0.jsonl", {**figures, "own_seconds": 1, "interval_seconds": 1})
-    assert "not there" in Run(run.path).where()
+    assert "not running" in Run(run.path).where()
     assert stranger.poll() is None
 
 

@@ -267,7 +267,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_in_one_line(job, ref
     line = refused(f"--resume={last.parent.parent}")
     assert f"--resume {last}: is damaged (the checksum of" in line
     (last.with_name("previous.pt")).write_bytes(b"")
-    assert f"the one before it: --resume {last.with_name('previous.pt')}" in refused(f"--resume={last}")
+    assert f"the checkpoint before it: --resume {last.with_name('previous.pt')}" in refused(f"--resume={last}")
 
 
 def test_resume_auto_does_not_overwrite_checkpoints_none_of_which_can_be_used(job, refused):

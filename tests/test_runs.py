@@ -71,7 +71,7 @@ def test_only_testing_in_place_is_refused_and_voids_nothing(train):
     before = run.events()
     result = train(f"--run-dir={run.path}", "--resume=auto", "--test-only")
     assert result.code == 2
-    assert "holds a run already" in result.err
+    assert "already contains a run" in result.err
     assert vgglab.Run(run.path).events() == before
 
 

@@ -34,7 +34,7 @@ def test_row_1_test_only_evaluates_the_held_out_images_the_same_each_time(train,
     assert figures[0]["num_images"] == 3 * NUM_VAL
     assert figures[0]["acc1"] == trained.events("eval")[0]["acc1"]
     assert json.loads((twice[0].path / "report.json").read_text())["acc1"] == figures[0]["acc1"]
-    assert "nothing to test" in refused("--test-only")
+    assert "nothing to evaluate" in refused("--test-only")
 
 
 def test_row_2_the_first_step_of_an_epoch_has_that_epochs_rate(train):
@@ -64,7 +64,7 @@ def test_row_7_too_few_steps_to_measure_cost_nothing_but_the_figure(train, flags
     result = train(*flags)
     assert result.code == 0
     assert result.run.report()["train_fps_mean"] is None
-    assert "no images/s: 4 steps" in result.out
+    assert "no images/s: all 4 steps" in result.out
     assert result.run.checkpoint("last").exists()
 
 
@@ -151,7 +151,7 @@ def test_row_18_gpu_is_another_word_for_a_card(train, refused):
     if torch.cuda.is_available():
         assert train("--device=gpu").run.report()["device"] == "cuda"
     else:
-        assert "PyTorch sees no CUDA card here" in refused("--device=gpu")
+        assert "PyTorch finds no CUDA device" in refused("--device=gpu")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_row_23_pretrained_with_other_classes_replaces_the_last_layer(train):
     shorter = ("--training-step-per-epoch=1", "--eval-step-per-epoch=1")
     result = train("--pretrained", "--image-size=224", "--lr=0", *shorter)
     assert result.code == 0
-    assert "--pretrained: classifier.6 start fresh" in result.out
+    assert "--pretrained: classifier.6 are newly initialised" in result.out
     trained = load_tensors(result.run.checkpoint("last"))["model"]
     assert torch.equal(trained["features.0.weight"], published["features.0.weight"])
     assert torch.equal(trained["classifier.3.weight"], published["classifier.3.weight"])

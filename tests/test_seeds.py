@@ -132,5 +132,5 @@ def test_a_failure_reaches_who_waits(tiny, tmp_path):
         vgglab.launch(tiny, seeds=2, num_classes=7, run_dir=tmp_path / "failed")
     with pytest.raises(vgglab.UserError, match="no runs of several seeds"):
         vgglab.Seeds(tmp_path / "nowhere")
-    with pytest.raises(vgglab.UserError, match="no nnodes and no detach"):
+    with pytest.raises(vgglab.UserError, match="leave out nnodes and detach"):
         vgglab.launch(tiny, seeds=2, detach=True)

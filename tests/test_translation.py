@@ -26,6 +26,8 @@ def sections(text):
 
 def numbers(text):
     text = re.sub(r"(\d{4})\s*年\s*\d+\s*月", r"\1", text)  # November 2026
+    for unit, millions in (("亿", 100), ("万", 0.01)):
+        text = re.sub(rf"(\d+(?:\.\d+)?) ?{unit}", lambda m, f=millions: f"{float(m.group(1)) * f:g}", text)
     return Counter(re.findall(r"\d+(?:[.,]\d+)*", CODE.sub("", text)))
 
 

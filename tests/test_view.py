@@ -143,7 +143,7 @@ def test_the_curve_of_a_long_run_is_drawn_with_few_points_and_keeps_what_is_not_
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(vgglab.UserError, match="no run directory"):
+    with pytest.raises(vgglab.UserError, match="is not a run directory"):
         vgglab.Run(tmp_path)
 
 

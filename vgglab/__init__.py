@@ -4,9 +4,9 @@
     >>> run = vl.launch("--data-path digits --model vgg11_bn --epochs 2")
     >>> vl.Run("runs/<name>").watch()
 
-The names below are what notebooks and scripts import; anything else may move. Each is loaded when it is first used:
-importing this package imports neither torch nor matplotlib, so that run directories can be read on a machine
-without them.
+The names below are what notebooks and scripts import; anything else is internal and may change. Each is loaded when it
+is first used: importing this package imports neither torch nor matplotlib, so that run directories can be read on a
+machine without them.
 """
 
 from __future__ import annotations

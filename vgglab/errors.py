@@ -49,7 +49,7 @@ class BadImage(UserError):
 
 @contextlib.contextmanager
 def error_context(culprit: str) -> Iterator[None]:
-    """Put the flag or the file in front of what is refused in the block: ``--resume x.pt: holds no weights``."""
+    """Prefix each UserError raised in the block with the flag or file: ``--resume x.pt: holds no weights``."""
     try:
         yield
     except UserError as error:

@@ -244,7 +244,7 @@ class LaunchedRun(Run):
     def stop(self, grace_seconds: float | None = None) -> str:
         """Ask the run to save and stop; what is left after the grace is killed. Returns what was done, in one line."""
         if self._has_ended():
-            return f"{self.name}: it had ended already; {self.status}"
+            return f"{self.name}: it had already ended; {self.status}"
         grace_seconds = ranks.grace_period_seconds(grace_seconds)
         self._was_stopped = True
         self.process.send_signal(signal.SIGTERM)

@@ -145,7 +145,7 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def head_for(image_size: int) -> str:
-    """The head that suits square images of ``image_size`` pixels: 7x7 needs at least 7 x 32 = 224."""
+    """The head for square images of ``image_size`` pixels: 7x7 pooling needs at least 7 x 32 = 224."""
     return "imagenet" if image_size >= HEADS["imagenet"][0] * FEATURE_STRIDE else "small"
 
 

@@ -161,7 +161,7 @@ class StopCoordinator:
         return self._steps >= self._steps_between
 
     def sync(self, figures: Tensor) -> list[float]:
-        """``figures (2,)`` averaged over the ranks, then the first of them as this rank has it; sets ``all_stop``."""
+        """Average ``figures (2,)`` over the ranks; returns the means, then this rank's first; sets ``all_stop``."""
         device = self._device
         seconds = (time.perf_counter() - self._since) / max(self._steps, 1)
         state = torch.tensor([float(interrupts.stop_requested()), seconds]).to(figures.device)

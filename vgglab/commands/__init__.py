@@ -13,7 +13,7 @@ from typing import Sequence
 
 
 def call(name: str, argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code: that of ``main``, 2 for bad input, 130 after Ctrl-C."""
+    """Run a command and return its exit code: that of ``main``, 2 for bad input, 130 after Ctrl-C."""
     from vgglab.errors import UserError
 
     try:

@@ -18,7 +18,7 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def one_at_a_time(file: Path) -> Iterator[None]:
-    """Only one process of this machine at a time is in the block; the others wait.
+    """Let one process on this machine at a time into the block.
 
     Best effort: if the file cannot be written or the file system has no locks, there is no waiting. What is done in the
     block must be safe without it.

@@ -70,7 +70,7 @@ class Picture:
         self.width, self.height = self._image.size
 
     def pixels(self, rows: int | None = None) -> Pixels:
-        """The image in RGB, at least its first ``rows`` rows; to be asked for once. Raises BadImage."""
+        """The image in RGB, at least its first ``rows`` rows; call it only once. Raises BadImage."""
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="PIL", category=UserWarning)

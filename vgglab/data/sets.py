@@ -13,7 +13,7 @@ from vgglab.data.images import FakeImages, FileImages, Split
 from vgglab.data.index import Index, Paths, read_index
 from vgglab.data.lists import ListFile
 from vgglab.data.named import NAMED_SETS, explain_failed_download
-from vgglab.data.transform import AsItIs, CentreCrop, JitteredCrop, Preparation, RandomCrop, Trivially
+from vgglab.data.transform import CentreCrop, JitteredCrop, NoCrop, Preparation, RandomCrop, TrivialAugmentCrop
 from vgglab.errors import UserError
 from vgglab.settings.config import SEED_NUM_CLASSES, Request
 
@@ -25,7 +25,7 @@ def _standard_crop(size: int, preparation: Preparation) -> RandomCrop:
 CROPS: dict[str, Callable[[int, Preparation], Any]] = {
     "standard": _standard_crop,
     "scale-jitter": lambda size, preparation: JitteredCrop(size, preparation.flip),
-    "trivial": lambda size, preparation: Trivially(_standard_crop(size, preparation)),
+    "trivial": lambda size, preparation: TrivialAugmentCrop(_standard_crop(size, preparation)),
 }
 
 
@@ -51,12 +51,12 @@ class DataSets:
     def train_transform(self) -> Any:
         """What is done to a training image: ``(picture, seed)`` to ``(image_size, image_size, 3)`` bytes."""
         if self.is_fake:
-            return AsItIs()
+            return NoCrop()
         return CROPS[self.crops](self.image_size, self.preparation)
 
     def eval_transform(self) -> Any:
         """What is done to a held-out image: likewise, and nothing random in it."""
-        return AsItIs() if self.is_fake else CentreCrop(self.image_size, self.preparation.resize_ratio)
+        return NoCrop() if self.is_fake else CentreCrop(self.image_size, self.preparation.resize_ratio)
 
 
 def open_sets(config: Request) -> DataSets:
@@ -144,12 +144,12 @@ def _training_classes(root: Path) -> list[str] | None:
 
 
 def read_split(root: Path, split: str, classes: list[str] | None, is_strict: bool, warnings: list[str]) -> Split:
-    """The images of ``<root>/<split>/``: those of ``<split>_list.txt`` where it is there, else of the class folders.
+    """The images of ``<root>/<split>/``: from ``<split>_list.txt`` if it exists, otherwise from the class folders.
 
     Args:
         classes: the training classes, whose place is the label; None: the split has its own.
         is_strict: refuse a list with files that are not there.
-        warnings: takes a line for each disagreement between list and folders.
+        warnings: one line is appended for each difference between list and folders.
     """
     folder = root / split
     if not folder.is_dir():

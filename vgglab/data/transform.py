@@ -83,7 +83,7 @@ class JitteredCrop(NamedTuple):
         return pixels.flip(1) if is_mirrored else pixels
 
 
-class Trivially(NamedTuple):
+class TrivialAugmentCrop(NamedTuple):
     """One operation of TrivialAugment on what ``crop`` gives, its strength drawn evenly.
 
     Source: Müller and Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation", 2021. The code is
@@ -123,7 +123,7 @@ class CentreCrop(NamedTuple):
         return as_tensor(cut(resize(picture.pixels(), height, width), centre))
 
 
-class AsItIs(NamedTuple):
+class NoCrop(NamedTuple):
     """For images that already have the right size."""
 
     def __call__(self, picture: AnyPicture, seed: int = 0) -> Tensor:
@@ -156,7 +156,7 @@ def random_box(height: int, width: int, scale: tuple[float, float], draw: random
 
 
 def resize(pixels: Pixels, height: int, width: int) -> Pixels:
-    """To a new size: bilinear, with antialiasing, as Pillow and torchvision do it."""
+    """Resize bilinearly with antialiasing, as Pillow and torchvision do."""
     if isinstance(pixels, Image.Image):
         return pixels if pixels.size == (width, height) else pixels.resize((width, height), BILINEAR)
     if pixels.shape[:2] == (height, width):

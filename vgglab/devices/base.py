@@ -90,7 +90,7 @@ class Device(ABC):
 
     @abstractmethod
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch, on the card, in the types it needs; ``images`` are bytes, ``(N, S, S, 3)``."""
+        """Move the batch to the device and convert its types; ``images`` are uint8, ``(N, S, S, 3)``."""
 
     def feed(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """The images and labels of each batch, on the card; where it can, the next travels while one is computed."""
@@ -98,11 +98,11 @@ class Device(ABC):
             yield self.move(batch.images, batch.labels)
 
     def mark(self) -> Any:
-        """This moment, on the clock of the device, without waiting for it."""
+        """A timestamp on the device's clock, without synchronising."""
         return time.perf_counter()
 
     def seconds_between(self, earlier: Any, later: Any) -> float:
-        """From one mark to another; to be asked once the device was waited for."""
+        """Seconds between two marks; call it after the device was synchronised."""
         return later - earlier
 
     @abstractmethod

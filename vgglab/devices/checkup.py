@@ -139,7 +139,7 @@ class Checkup:
         self.facts.update(alone)
         self.facts["gcu-sim can run"] = _release(self.facts["torch"]) >= (2, 10)
         if "error" in both:
-            fix = f"install the torchvision that belongs to torch {self.facts['torch']}"
+            fix = f"install the torchvision that matches torch {self.facts['torch']}"
             self.problem(f"torchvision cannot be imported: {both['error']}", fix)
         as_user = ask(AS_THE_USER) if _what_torch_loads() else {}
         if "error" in as_user:
@@ -191,7 +191,7 @@ class Checkup:
         wanted = (1, 10) if cards["generation"] == "lazy" else _release(cards["version"])
         if torch_release != wanted:
             text = f"torch {self.facts['torch']} with a torch_gcu made for torch {wanted[0]}.{wanted[1]}"
-            self.problem(text, f"pip install torch=={wanted[0]}.{wanted[1]}.0 and the torchvision that belongs to it")
+            self.problem(text, f"pip install torch=={wanted[0]}.{wanted[1]}.0 and the matching torchvision")
 
     def _environment(self, cards: dict[str, Any]) -> None:
         variables = {name: value for name, value in sorted(os.environ.items()) if WATCHED.search(name)}

@@ -1,4 +1,4 @@
-"""``gcu-sim``: a card for people without one: ``gcu_eager.py``, line by line, on the simulated card of ``sim/``."""
+"""``gcu-sim``: the adapter ``gcu_eager.py`` on the simulated card of ``sim/``, for machines without a GCU card."""
 
 from __future__ import annotations
 

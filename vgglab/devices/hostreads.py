@@ -41,7 +41,7 @@ class HostReads:
             setattr(Tensor, name, method)
 
     def take(self) -> dict[str, int]:
-        """What was counted since this was last asked."""
+        """The counts since the last call, which resets them."""
         taken = dict(self.counts)
         self.counts.clear()
         return taken

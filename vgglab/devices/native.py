@@ -33,7 +33,7 @@ def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
 
 
 def open_adapter(kind: str, options: DeviceOptions) -> NativeDevice:
-    """The device. Raises UserError if it is not there, or cannot do what is asked."""
+    """Open the device. Raises UserError if it is unavailable or an option is not supported."""
     return NativeDevice(kind, options)
 
 

@@ -1,1 +1,1 @@
-"""Who starts the ranks of a job: this kit (``spawn``), Slurm (``slurm``), or torchrun, which needs nothing here."""
+"""Starting the ranks of a job: built in (``spawn``), Slurm (``slurm``), or torchrun, which needs no code here."""

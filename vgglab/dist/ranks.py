@@ -155,7 +155,7 @@ def _launch_folder() -> Path | None:
 
 
 def remember_run(path: Path) -> None:
-    """For the next attempt, if this one's ranks should be killed."""
+    """Record the run directory so that a restart finds it."""
     folder = _launch_folder()
     if folder is not None and folder.is_dir():
         with contextlib.suppress(OSError):
@@ -263,7 +263,7 @@ def has_lost_peers(error: BaseException) -> bool:
 
 
 def failures(path: Path) -> list[dict[str, Any]]:
-    """The failures of a run's ranks, the cause first; ranks that only lost the others come last."""
+    """The failures of a run's ranks, root cause first; ranks that only lost a connection come last."""
     found = []
     for file in sorted((path / "log").glob("failure-rank*.json")):
         with contextlib.suppress(UserError):

@@ -70,11 +70,11 @@ def plan_training(
         config: the settings of the run.
         images_per_second: of one card, in training.
         ranks: cards.
-        scaling: the share of ``ranks`` times one card's speed that they reach together, above 0.
+        scaling: parallel efficiency, above 0: speed of all ranks over ``ranks`` times one card's.
         given: the settings that were given besides the recipe.
 
     Raises:
-        UserError: the data are not there, or do not fill a batch.
+        UserError: data set not found, or smaller than one batch.
     """
     if config.test_only or config.resume or config.seeds:
         raise UserError(

@@ -35,7 +35,7 @@ class Checkpoint(Dict[str, Any]):
         """Load the weights into ``network``: those that were evaluated, or those to continue with.
 
         Raises:
-            UserError: they are another network's.
+            UserError: the weights belong to a different network.
         """
         _restore_model(self, network, name, to_train)
 
@@ -184,7 +184,7 @@ def read(path: str | Path) -> Checkpoint:
     """
     try:
         file = locate(path)
-        damage = damage_of(file) if file.is_file() or not file.exists() else "a pipe or a device"
+        damage = damage_of(file) if file.is_file() or not file.exists() else "not a regular file"
         if damage:
             raise UserError(f"is damaged ({damage})")
         content = load_tensors(file)
@@ -249,7 +249,7 @@ def _restore_model(content: dict[str, Any], model: nn.Module, name: str, to_trai
     """Load the weights into ``model``: those that were evaluated, or those to continue with.
 
     Raises:
-        UserError: they are another network's.
+        UserError: the weights belong to a different network.
     """
     written_by = content.get("config", {}).get("model", name)
     if written_by != name:

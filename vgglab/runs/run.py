@@ -80,7 +80,7 @@ def run_path(config: Request) -> Path:
 
 
 def holds_a_run(path: Path) -> bool:
-    """Whether some run has been writing there."""
+    """Whether the folder contains files of a run."""
     return any(os.path.lexists(path / name) for name in RUN_FILES)
 
 
@@ -313,7 +313,7 @@ class Run:
         return "\n".join(answers) or "no rank has logged anything yet"
 
     def failures(self) -> list[dict[str, Any]]:
-        """What ranks died of (``rank``, ``error``, ``traceback``, ...), the cause first."""
+        """Why ranks failed (``rank``, ``error``, ``traceback``, ...), root cause first."""
         return failures(self.path)
 
     def stop(self, grace_seconds: float | None = None) -> str:

@@ -81,10 +81,10 @@ def without_seeds(argv: Sequence[str]) -> list[str]:
 
 
 def train_each(argv: Sequence[str], config: Request) -> int:
-    """Command-line entry point: a process for each seed, until one fails. Returns its exit code.
+    """Command-line entry point: run each seed in a process, until one fails. Returns the exit code.
 
     Raises:
-        UserError: seeds that are none, or several ranks.
+        UserError: invalid seeds, or more than one rank.
     """
     numbers = seeds_of(config)
     if "RANK" in os.environ or config.world_size > 1:
@@ -128,7 +128,7 @@ def _run(command: list[str]) -> int:
 
 
 class Seeds:
-    """A folder of runs that differ by their seed; shows itself as a table."""
+    """A folder of runs that differ only in their seed; displays itself as a table."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises UserError if there is no such folder, or no run in it."""
@@ -241,7 +241,7 @@ class LaunchedSeeds(Seeds):
         self._thread.join()
 
     def watch(self) -> None:
-        """A live board that returns at once; elsewhere this waits and leaves the table."""
+        """Show a live board and return at once; outside a live notebook, wait and show the table."""
         from vgglab.view.seeds_board import watch
 
         watch(self)

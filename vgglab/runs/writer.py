@@ -60,7 +60,7 @@ class RankWriter:
 
     @property
     def has_lost_checkpoints(self) -> bool:
-        """Whether the newest state is in no checkpoint."""
+        """Whether the latest state could not be saved."""
         return bool(self.lost_last_checkpoint or "checkpoints" in self.lost)
 
     def what_is_missing(self) -> str:
@@ -192,7 +192,7 @@ class RunWriter(RankWriter):
             raise
 
     def _remove(self) -> None:
-        """Take away the files of a run that could not begin, so that the same command works once there is room."""
+        """Delete the files of a run that could not start, so that the same command works once there is room."""
         for name in (*RUN_FILES, LOCK):
             with contextlib.suppress(OSError):
                 (self.path / name).with_suffix(".tmp").unlink()

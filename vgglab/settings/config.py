@@ -276,7 +276,7 @@ class Settings(Request):
 
 
 def complete(request: Request, **filled_in: Any) -> Settings:
-    """The settings that a request comes to."""
+    """Resolve a request into final settings."""
     return Settings(**{**vars(request), **filled_in})
 
 

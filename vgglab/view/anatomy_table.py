@@ -80,7 +80,7 @@ class Layer(NamedTuple):
 
     @property
     def activation_bytes(self) -> int:
-        """What it writes for one image, in float32: ``C x H x W`` or ``features`` values of 4 bytes."""
+        """Size of the output for one image, in float32: ``C x H x W`` or ``features`` values of 4 bytes."""
         return 4 * math.prod(self.output_shape[1:])
 
     @property
@@ -142,7 +142,7 @@ class Anatomy(Sequence[Layer]):
 
     @property
     def training_flop(self) -> int:
-        """Of the forward and the backward pass, for one image: 92.65e9 for VGG16 at 224 pixels."""
+        """FLOP of the forward and backward pass for one image: 92.65e9 for VGG16 at 224 pixels."""
         return sum(layer.training_flop for layer in self)
 
     @property

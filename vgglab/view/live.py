@@ -274,7 +274,7 @@ def summary(run: Run, progress: Progress) -> str:
         speed = "no speed" if rate is None else f"{rate:.1f} images/s"
         parts.append("simulated card" if is_simulated else speed)
     if progress.eval:
-        of_what = " of made-up images" * (run.config.get("data_path") == "fake")
+        of_what = " of generated images" * (run.config.get("data_path") == "fake")
         parts.append(f"held-out top-1 {progress.eval['acc1']:.2f} %{of_what}")
     if progress.eta_seconds is not None:
         parts.append(f"{duration(progress.eta_seconds)} left")

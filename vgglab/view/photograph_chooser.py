@@ -43,7 +43,7 @@ class PhotographChooser:
         self.widget = widgets.VBox([self.button, self.line, self.picture])
 
     def show(self, name: str, data: bytes) -> None:
-        """The result of ``look`` for a file's bytes, or the reason why there is none."""
+        """Show the result of ``look`` for this file, or why it failed."""
         self.line.value = html_text(f"Looking at {name} ...", "span")
         try:
             line, picture = self.look(name, data)

@@ -27,7 +27,7 @@ class Progress:
         self._start: dict[str, Any] = {}
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take one event into account; unknown kinds are ignored."""
+        """Update from one event; unknown kinds are ignored."""
         handler = getattr(self, f"_on_{event['event']}", None)
         if handler is not None:
             handler(event)
@@ -60,7 +60,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """A duration for people: ``8 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """Human-readable duration: ``8 s``, ``3 min 20 s``, ``2 h 05 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

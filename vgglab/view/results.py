@@ -111,10 +111,10 @@ def published() -> list[Result]:
 
 
 def collect(folders: Iterable[Path]) -> list[Result]:
-    """A row for each run in the folders, or below them, and for each way that a benchmark has measured.
+    """A row for each run in the folders, or below them, and for each mode that a benchmark has measured.
 
     Raises:
-        UserError: a folder that is not there.
+        UserError: a folder that does not exist.
     """
     runs, benchmarks = [], []
     for path in run_folders(folders):
@@ -185,7 +185,7 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
 
 
 def series_of(folders: Iterable[Path]) -> dict[str, list[Run]]:
-    """The runs of several seeds in these folders, by the name of the folder that they lie in."""
+    """The runs of several seeds in these folders, by the name of their folder."""
     return {printable(folder.name): runs for folder, runs in series_in(folders).items()}
 
 

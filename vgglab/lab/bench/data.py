@@ -5,7 +5,7 @@
 
 First one core: the same images, a few at a time, by vgglab and by the reference, interleaved; from the file
 to a normalised float32 batch. The ratio is the median of the pairs. Then the loader as training uses it, with one
-process, two, and so on up to the number of cores. Files are read once before they are timed, so the disk is not.
+process, two, and so on up to the number of cores. Files are read once beforehand, so disk reads are not timed.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def measure_loading(
 
     Args:
         config: its data, image size, batch size and decoder.
-        seconds: about as long each, on one core and with each number of loader processes.
+        seconds: approximate duration of each part, on one core and with each number of loader processes.
         workers: those numbers; None: one, and one for each core.
-        card: images/s of a card that is to be fed; None: those of the cards that are known.
+        card: training speed in images/s to keep up with; None: those of all known cards.
 
     Raises:
         UserError: as ``open_sets``; an image that cannot be read.

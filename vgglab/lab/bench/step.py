@@ -166,7 +166,7 @@ def measure_steps(
     """Time each mode in alternation with the plain loop, after a warm-up of one step, or of five on a card.
 
     Args:
-        flags: of training, such as ``--model=vgg11``; what belongs to the measuring, such as made-up images, is set.
+        flags: of training, such as ``--model=vgg11``; settings of the benchmark, such as generated images, are added.
         ways: names of ``WAYS``.
         turns: of each way and the plain loop.
         steps: in each turn, of which the median counts.

@@ -32,7 +32,7 @@ def kernel_grid(kernels: Any, num_columns: int = 16) -> Picture:
 def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> Picture:
     """A row for each layer: the ``num_maps`` channels that vary most over the image, which is shown on the left.
 
-    Axes count the map's own pixels; each map is drawn from black, 0, to its own brightest.
+    Axes count the map's own pixels; each map is scaled from 0 (black) to its own maximum.
     """
     height, width = np.asarray(image).shape[:2]
     figure = Picture(9.6, len(maps) * (8.4 / (num_maps + 1) * height / width + 0.42))

@@ -192,7 +192,7 @@ def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> Picture:
             panel.annotate(text, (0, place + 0.42), (3, 0), textcoords="offset points", **WARNING_LOOK)
     panel.set_yticks(range(len(runs)), list(names) or [_how(run) for run in runs], fontsize=9)
     panel.set_ylim(len(runs) - 0.4, -0.5)
-    panel.set_xlabel("milliseconds of a mean step")
+    panel.set_xlabel("mean time per step (ms)")
     panel.margins(x=0.12)
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
