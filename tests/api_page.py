@@ -80,7 +80,7 @@ def _members_of(module: griffe.Object) -> list[griffe.Object]:
         if member.name.startswith("_"):
             continue
         if member.is_alias:
-            if not module.is_package or "vgglab" not in member.target_path:
+            if not (module.is_package or module.is_subpackage) or "vgglab" not in member.target_path:
                 continue
             member = member.final_target
         if member.docstring and (member.is_function or member.is_class):

@@ -1,11 +1,13 @@
 """What the documents say is there, is there; the commands they show are understood."""
 
 import importlib
+import os
 import re
 import shlex
+import shutil
 
 import pytest
-from conftest import PROJECT, shell
+from conftest import PROJECT, TINY, shell
 
 from vgglab import train
 from vgglab.__main__ import NAMES
@@ -56,6 +58,32 @@ def test_every_command_shown_is_understood(file):
             plan_command.parser().parse_known_args(words)
         else:
             importlib.import_module(f"vgglab.commands.{name}").parser().parse_args(words)
+
+
+SHORTER = {  # after the page's own flags, of which these replace some
+    "train": [*TINY, "--training-step-per-epoch=2", "--eval-step-per-epoch=1", "--batch-size=2", "--skip-steps=0"],
+    "bench data": ["--image-size=32", "--seconds=0.1", "--workers=1"],
+    "bench step": ["--model=vgg11", "--image-size=32", "--turns=1", "--batch-size=2"],
+    "anatomy": ["--image-size=32"],
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
+def test_every_command_shown_runs(file, images, train, tmp_path):
+    """In a folder with the data sets and runs that the pages name."""
+    (tmp_path / "imagenet").symlink_to(images)
+    (tmp_path / "recorded").symlink_to(PROJECT / "recorded")
+    for name in ("my_run", "A", "B"):
+        shutil.copytree(train().run.path, tmp_path / "runs" / name)
+    for words in commands_of(file):
+        command = " ".join(words[:2]) if words[0] in ("bench", "data") else words[0]
+        several = ["--nproc=2"] * ("--nproc" in words) + ["--seeds=2"] * ("--seeds" in words)
+        extra = [] if "--help" in words else SHORTER.get(command, []) + several * (command == "train")
+        result = shell(
+            "python", "-m", "vgglab", *words, *extra, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(PROJECT)}
+        )
+        assert result.returncode in ((0, 1) if command == "compare" else (0,)), (words, result.stderr[-2000:])
 
 
 def test_pages_show_each_command():
