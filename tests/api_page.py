@@ -82,7 +82,10 @@ def _members_of(module: griffe.Object) -> list[griffe.Object]:
         if member.is_alias:
             if not (module.is_package or module.is_subpackage) or "vgglab" not in member.target_path:
                 continue
-            member = member.final_target
+            try:
+                member = member.final_target
+            except griffe.AliasResolutionError:  # one of several names that are assigned at once
+                continue
         if member.docstring and (member.is_function or member.is_class):
             found.append(member)
     return found
