@@ -25,7 +25,6 @@ os.environ["UV_PYTHON_DOWNLOADS"] = "never"  # a missing interpreter means a ski
 
 TESTS = ["pytest>=7.3", "pytest-timeout>=2.2", "pytest-xdist>=3"]
 TRAIN = "python -m vgglab.train --data-path digits --model vgg11 --epochs 1 --training-step-per-epoch 20".split()
-WORKERS = f"-n{(os.cpu_count() or 1) + 1}"  # tests wait for processes, disks and signals a third of their time
 # The tests that need nothing but torch, torchvision and scikit-learn; of these, what torch 1.10 has no kernels or no
 # calls for: bfloat16 pooling on the CPU and mixed precision with it, torchvision's list of published weights.
 CORE = (
@@ -63,7 +62,7 @@ def t20(session: nox.Session) -> None:
     # This torch imports setuptools' pkg_resources, which uv's environments lack, and needs numpy 1.
     session.install("torch==1.10.0", "torchvision==0.11.1", "numpy<2", "setuptools<60")
     install(session, ".[digits]", *TESTS)
-    session.run("pytest", WORKERS, "-k", NEWER_TORCH, *[f"tests/test_{name}.py" for name in CORE])
+    session.run("pytest", "-n2", "-k", NEWER_TORCH, *[f"tests/test_{name}.py" for name in CORE])
     session.run(*TRAIN, f"--run-dir={session.create_tmp()}/run-{os.getpid()}")
 
 
@@ -73,7 +72,7 @@ def s60(session: nox.Session) -> None:
     session.install("torch==2.10.0", "torchvision==0.25.0")
     install(session, ".[digits,jpeg,tensorboard]", "matplotlib", "ipython", *TESTS)
     chosen = TRAINING if session.python == "3.10" else CARDS
-    session.run("pytest", WORKERS, *[f"tests/test_{name}.py" for name in chosen])
+    session.run("pytest", "-n2", *[f"tests/test_{name}.py" for name in chosen])
     session.run(*TRAIN, "--device=gcu-sim", f"--run-dir={session.create_tmp()}/run-{os.getpid()}")
 
 

@@ -14,8 +14,6 @@ from typing import Iterable
 
 import pytest
 
-from vgglab.dist.ranks import num_cores
-
 AT_MOST_BY_NAME = 5  # failures; of more, the files that they are in
 KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
@@ -31,12 +29,6 @@ def repeat_command(failed: Iterable[str], marker: str = "", keyword: str = "") -
     kernels = [f"{name}={os.environ[name]}" for name in KERNELS if name in os.environ]
     chosen = [*(["-m", marker] if marker == "long" else []), *(["-k", keyword] if keyword else [])]
     return shlex.join([*kernels, str(interpreter), "-m", "pytest", *chosen, *ids])
-
-
-@pytest.hookimpl(optionalhook=True, tryfirst=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: tests wait for processes, disks and signals a third of their time."""
-    return num_cores() + 1
 
 
 class LastLine:

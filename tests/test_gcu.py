@@ -84,6 +84,22 @@ def test_two_ranks_over_eccl(on_gcu, double):
     assert len(losses(outcome.run)) == STEPS + 1
 
 
+TAKEN_APART = """
+import atexit, os, sys
+if "RANK" in os.environ:
+    atexit.register(print, "taken apart", file=sys.stderr)
+"""
+
+
+def test_lazy_ranks_of_a_double_end_without_taking_python_apart(on_gcu, tmp_path):
+    """The double's gloo left a thread behind, which now and then aborted a rank at its end."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(TAKEN_APART)
+    path = os.pathsep.join(map(str, (tmp_path / "site", PROJECT, LAZY)))
+    outcome = on_gcu(LAZY, "--batch-size=2", num_ranks=2, forks=False, PYTHONPATH=path)
+    assert (outcome.code, "taken apart" in outcome.err) == (0, False), outcome.err
+
+
 def test_lazy_each_step_is_the_vendors(on_gcu):
     calls = on_gcu(LAZY, "--print-freq=100", "--epochs=2").calls
     steps = [call for call in calls if call in ("zero_grad", "backward", "optimizer_step")]

@@ -13,7 +13,7 @@ from vgglab.devices.compat import load_tensors
 from vgglab.model import build
 from vgglab.optim import Objective, build_optimizer
 from vgglab.settings.parser import parse_flags
-from vgglab.settings.recipes import RECIPES
+from vgglab.settings.recipes import MADE_FOR, RECIPES
 
 SEED_COMMAND = (
     "--device=cpu --data-path=imagenet_raw --batch-size=192 --epochs=90 --model=vgg16 --workers=8 "
@@ -44,6 +44,11 @@ def test_the_seed_recipe_is_the_seeds_command_to_the_letter():
 def test_a_flag_overrides_a_recipe_wherever_it_stands(order):
     config = parse_flags(["--recipe=modern", "--lr=0.5"][::order])
     assert (config.lr, config.mixup) == (0.5, 0.2)
+
+
+def test_a_plan_knows_which_data_each_recipe_is_for():
+    assert MADE_FOR.keys() == RECIPES.keys()
+    assert {*MADE_FOR.values()} <= {"imagenet", "digits"}
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name])

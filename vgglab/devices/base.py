@@ -33,6 +33,7 @@ class Device(ABC):
         is_host: it computes on the CPU and in its memory, and a read of its values waits for nothing.
         is_simulated: no card was there, so no speed it shows is a card's.
         num_cards: that this process can see; None on the CPU, which any number of ranks share.
+        supports: which of ``channels_last``, ``fused`` and ``compile`` can be asked for; the others are refused.
         warnings: about the device, one line each.
     """
 
@@ -49,6 +50,7 @@ class Device(ABC):
     is_host: bool = False
     is_simulated: bool = False
     num_cards: int | None = None
+    supports: frozenset[str] = frozenset()
     _scaler: Any = None  # of the loss, where float16 needs one
 
     def __init__(self, options: DeviceOptions) -> None:
@@ -57,20 +59,13 @@ class Device(ABC):
         self.world_size = int(os.environ.get("WORLD_SIZE", options.world_size))
         self.warnings: list[str] = []
         self._options = options
+        for name in ("channels_last", "fused", "compile"):
+            if getattr(options, name) and name not in self.supports:
+                raise UserError(f"--{name.replace('_', '-')}: not supported on {self.kind}; leave it out")
         if self.world_size > 1 and "RANK" not in os.environ:
             raise UserError(
                 f"--world-size {self.world_size}: no other ranks were started; --nproc {self.world_size} starts them"
             )
-
-    def _refuse_native_parts(self) -> None:
-        """What plain PyTorch's own devices have and a card's library does not promise."""
-        for flag, is_wanted in (
-            ("--channels-last", self._options.channels_last),
-            ("--fused", self._options.fused),
-            ("--compile", self._options.compile),
-        ):
-            if is_wanted:
-                raise UserError(f"{flag}: not supported on {self.kind}; leave it out")
 
     def _take_card_of(self, num_cards: int) -> None:
         """Note how many cards this machine has, and that there is one for this rank. Raises UserError."""

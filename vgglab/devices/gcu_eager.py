@@ -41,7 +41,6 @@ class EagerGcu(StockDevice):
             self._scaler = self._gcu.amp.GradScaler(init_scale=LOSS_SCALE, growth_interval=SCALE_GROWTH_INTERVAL)
 
     def _check(self) -> None:
-        self._refuse_native_parts()
         if self._options.tf32:
             raise UserError(f"--tf32: torch_gcu {self._version} has no TF32 switch; leave it out")
         if self.amp_dtype == "bfloat16" and not self._gcu.is_bf16_supported():

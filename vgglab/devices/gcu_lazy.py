@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from vgglab.devices import DeviceOptions
 from vgglab.devices.base import Device
 from vgglab.devices.stock import LOSS_SCALE, SCALE_GROWTH_INTERVAL
+from vgglab.dist import ranks
 from vgglab.errors import UserError
 
 
@@ -29,6 +30,7 @@ class LazyGcu(Device):
     kind = "gcu"
     worker_start = "spawn"  # as in the vendor's script
     pins_memory = False  # on torch 1.10 that works with CUDA only
+    _parallel: nn.Module | None = None  # the network as wrapped for several ranks
     can_average = False  # it would have to be part of the step's graph, and its factor a new constant in each
 
     def __init__(self, options: DeviceOptions, torch_gcu: Any, tf32: bool) -> None:
@@ -48,7 +50,6 @@ class LazyGcu(Device):
         self._scaler = self._loss_scaler() if self.amp_dtype else None
 
     def _check(self) -> None:
-        self._refuse_native_parts()
         if self._options.sync_bn and self.world_size > 1:
             raise UserError("--sync-bn: not supported by this torch_gcu; leave it out")
         if self.world_size > 1 and not hasattr(self._gcu.distributed, "init_process_group"):
@@ -74,6 +75,8 @@ class LazyGcu(Device):
     def close(self) -> None:
         if self.world_size > 1 and self._gcu.distributed.is_initialized():
             self._gcu.distributed.destroy_process_group()
+            if self.is_simulated:  # the double has gloo underneath: see StockDevice.close
+                ranks.skip_cleanup_at_exit(keep=self._parallel)
 
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         # int32, as the vendor's script has it. Batches of one shape only: a new shape is a new graph to compile;
@@ -94,6 +97,7 @@ class LazyGcu(Device):
         parallel = self._gcu.nn.parallel.DistributedDataParallel(
             network, device_ids=[self.local_rank], broadcast_buffers=self._options.broadcast_buffers
         )
+        self._parallel = parallel
         return parallel, network
 
     def backward(self, loss: Tensor) -> None:

@@ -45,6 +45,7 @@ def _has_mps() -> bool:
 class NativeDevice(StockDevice):
     """A device that PyTorch supports itself."""
 
+    supports = frozenset({"channels_last", "fused", "compile"})
     worker_start = "fork"  # workers touch CPU tensors only, and a forked one need not import torch again
 
     def __init__(self, kind: str, options: DeviceOptions) -> None:

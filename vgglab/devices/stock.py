@@ -36,7 +36,9 @@ class StockDevice(Device):
     _parallel: nn.Module | None = None  # the network as wrapped for several ranks
 
     def open(self) -> None:
+        assert self._scaler is not None or self.amp_dtype != "float16", "small gradients would become zero"
         if self.world_size > 1:
+            assert self._backend in ranks.COLLECTIVES, "its lost connections would be taken for the cause"
             store: torch.distributed.Store
             if ranks.RENDEZVOUS in os.environ:
                 store = torch.distributed.FileStore(os.environ[ranks.RENDEZVOUS], self.world_size)

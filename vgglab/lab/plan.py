@@ -23,6 +23,7 @@ from vgglab.model import build, head_for
 from vgglab.optim import OPTIMIZERS
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags, warnings_about
+from vgglab.settings.recipes import MADE_FOR
 from vgglab.settings.schedule import learning_rate
 from vgglab.view.tables import html_facts
 
@@ -122,7 +123,7 @@ def plan_training(
 
 def _data(config: Request, given: Sequence[str]) -> tuple[str, int, int, int, int]:
     """What it is, training and held-out images, classes, and the side of an image."""
-    if "data_path" not in given and config.recipe not in (None, "quick"):
+    if "data_path" not in given and config.recipe is not None and MADE_FOR[config.recipe] == "imagenet":
         return "ImageNet", IMAGENET["train"], IMAGENET["val"], IMAGENET["classes"], config.image_size or 224
     sets = open_sets(config)
     assert sets.train is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+MADE_FOR = {"seed": "imagenet", "paper": "imagenet", "modern": "imagenet", "quick": "digits"}  # for plans without data
 RECIPES: dict[Any, dict[str, Any]] = {
     # The original example's 90-epoch command, per card. Its --num-classes=1000 is ImageNet's and follows from the data.
     # Cost: 115 million images on ImageNet. Result, published by Enflame for a T20 in FP32: 71.3 % top-1. Not run here

@@ -63,6 +63,7 @@ class Result(NamedTuple):
     efficiency: float | None = None  # images/s over ranks x those of one rank of the same kind
     flop_per_image: int | None = None  # forward and backward
     peak_flop_per_second: float | None = None  # of one card: a matrix product in this precision
+    report: Mapping[str, Any] = {}  # of a run, for columns that show one of its fields as it is
 
     @property
     def share_of_peak(self) -> float | None:
@@ -156,6 +157,7 @@ def _results_of(path: Path) -> list[Result]:
             source="; ".join([Run(path).name, *report["damage"]]),
             is_simulated=report["simulated"],
             is_fake=report["data_is_fake"],
+            report=report,
         )
     ]
 
