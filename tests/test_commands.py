@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import subprocess
 import sys
 from dataclasses import fields
 
@@ -26,6 +28,16 @@ def test_without_a_command_it_says_what_there_is():
     assert re.findall(r"^  ([a-z]+)  +", result.stdout, re.MULTILINE) == NAMES
     assert vgglab("--help").stdout == result.stdout
     assert vgglab("--version").stdout.startswith("vgglab ")
+
+
+def test_output_that_cannot_be_written_is_no_success_and_no_traceback(train):
+    """A comparison whose reader had gone said 0: that the two runs are the same."""
+    one, other = train().run.path, train("--lr=0.02").run.path
+    command = shlex.join([sys.executable, "-m", "vgglab", "compare", str(one), str(other)])
+    for words, code in (("| true; exit ${PIPESTATUS[0]}", 141), ("> /dev/full", 2), (">&-", 1), (" x 2> /dev/full", 2)):
+        result = subprocess.run(["bash", "-c", f"{command} {words}"], capture_output=True, text=True, cwd=PROJECT)
+        assert (result.returncode, "Traceback" in result.stderr) == (code, False), (words, result.stderr)
+        assert result.stderr.count("\n") == (words == "> /dev/full")
 
 
 def test_an_unknown_command_is_answered_in_one_line():

@@ -1,5 +1,6 @@
 """vgglab.launch: runs that are followed, stopped and never left behind."""
 
+import fcntl
 import json
 import os
 import resource
@@ -267,6 +268,19 @@ def test_the_same_cell_twice_does_not_take_the_first_run_over(tiny, tmp_path):
     vgglab.Run(tmp_path / "alias").stop()  # by another name for the same folder
     run.process.wait(1)
     assert run.status == "interrupted"
+
+
+def test_a_folder_that_somebody_else_has_locked_makes_nobody_wait(tiny, tmp_path, monkeypatch):
+    """Anybody who may read a folder may lock it; the launch waited for ever."""
+    monkeypatch.setattr("vgglab.storage.lock.MAX_WAIT_SECONDS", 0.2)
+    (tmp_path / "run" / "log").mkdir(parents=True)
+    number = os.open(tmp_path / "run" / "log", os.O_RDONLY)
+    fcntl.flock(number, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(vgglab.UserError, match="another process has locked this folder"):
+            vgglab.launch(tiny, run_dir=tmp_path / "run", watch=False)
+    finally:
+        os.close(number)
 
 
 def test_a_launch_leaves_no_pipe_behind(tiny):

@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import time
 
 import pytest
+from conftest import PROJECT
 
 from vgglab import Run, UserError
 from vgglab.dist.processes import signature
@@ -158,6 +160,37 @@ def test_no_number_in_a_foreign_run_directory_makes_stop_send_a_signal(run, monk
     with contextlib.suppress(UserError):
         Run(run.path).stop()
     assert [words for words in sent if words[1] != 0] == []
+
+
+LOCKS = """
+import sys, time
+from pathlib import Path
+from vgglab.storage.lock import Lock
+lock = Lock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_a_run_whose_lock_is_another_name_for_someone_elses_does_not_stop_him(run, tmp_path, link):
+    """A copy with such a link ended the run that it was copied from."""
+    (run.path / "lock").unlink()
+    (tmp_path / "lock").touch()
+    link(tmp_path / "lock", run.path / "lock")
+    words = [sys.executable, "-c", LOCKS, str(tmp_path / "lock")]
+    victim = subprocess.Popen(words, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PROJECT)})
+    try:
+        assert victim.stdout.readline() == b"held\n"
+        events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
+        (run.path / "events.jsonl").write_text("".join(events[:-1]))
+        write_document(run.path / "env.json", {**run.env, **signature(victim.pid)})
+        with pytest.raises(UserError, match="cannot confirm"):
+            Run(run.path).stop()
+        assert victim.poll() is None
+    finally:
+        victim.kill()
+        victim.communicate()
 
 
 @pytest.fixture

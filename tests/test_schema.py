@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import traceback
 from importlib.util import find_spec
@@ -190,6 +191,21 @@ def test_damaged_lines_of_skipped_images_are_counted(run):
     file.write_bytes(file.read_bytes().replace(b"a.jpg", b"c.jpg"))
     assert run.skipped() == {"b.jpg": "no image"}
     assert run.damage() == ["log/skipped-rank*.jsonl: 1 damaged line, left out"]
+
+
+def test_a_list_of_skipped_images_is_read_only_so_far(run):
+    """64 MB of such lines, 65 kB in an archive, stalled every table."""
+    (run.path / "log" / "skipped-rank0.jsonl").write_bytes(b"x\n" * 2**25)
+    [damage] = [text for text in run.damage() if "skipped" in text]
+    assert int(re.search("[0-9]+ damaged", damage).group().split()[0]) <= 2**19
+
+
+def test_a_comparison_is_json_whatever_a_setting_holds(run, tmp_path):
+    other = Path(shutil.copytree(run.path, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "lr": 1, "check": None})[:-1] + ', "new": 1e999}')
+    result = shell("python", "-m", "vgglab.compare", "--json", run.path, other)
+    assert "new" in json.loads(result.stdout.splitlines()[-1], parse_constant=pytest.fail)["settings"]
 
 
 def test_a_field_of_a_wrong_type_is_named_and_left_out(run, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from conftest import PATIENCE_SECONDS, PROJECT, TINY, wait_until
+from conftest import PATIENCE_SECONDS, PROJECT, TINY, shell, wait_until
 from test_launch import MARK, processes_with
 from test_ranks import HANGS, PLANTED
 from torch.distributed import TCPStore
@@ -237,6 +237,27 @@ def test_a_third_ctrl_c_kills_ranks_that_hang(start, tmp_path):
 def said_of(pid):
     """What Linux says of a process, by name; ``ShdPnd`` are the signals that it has yet to take, as a mask."""
     return dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+
+
+PLANTED_TORCH = "open({file!r}, 'w').close()\nraise ImportError('planted')\n"
+FROM_A_SCRIPT = "import sys, vgglab\nvgglab.launch(sys.argv[1:], watch=False).wait()\n"
+
+
+@pytest.mark.parametrize("how", ["--nproc=2", "--seeds=1", "launch", "doctor"])
+def test_nothing_is_imported_from_the_current_folder(command, tmp_path, how):
+    """A torch.py that somebody had put into a shared folder ran in the ranks."""
+    shared, script = tmp_path / "shared", tmp_path / "elsewhere" / "script.py"
+    shared.mkdir()
+    script.parent.mkdir()
+    (shared / "torch.py").write_text(PLANTED_TORCH.format(file=str(tmp_path / "sprung")))
+    flags = [flag for flag in command if "nproc" not in flag and "seed" not in flag]
+    call = {"doctor": "call('doctor', [])", "launch": ""}.get(how, "train.main(sys.argv[1:])")
+    code = f"import sys; from vgglab import train; from vgglab.commands import call; sys.exit({call})"
+    script.write_text(FROM_A_SCRIPT if how == "launch" else code)  # only its own folder is looked into
+    words = [*flags, *([how] if how.startswith("--") else [])]
+    result = shell("python", script, *words, cwd=shared, env={**os.environ, "PYTHONPATH": str(PROJECT)})
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_what_all_ranks_refuse_is_exit_code_2(start, tmp_path):

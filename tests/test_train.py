@@ -225,6 +225,23 @@ def test_the_best_accuracy_of_other_held_out_images_is_not_carried_over(train):
     assert any("is not carried over" in text for text in run.report()["warnings"])
     again = train("--epochs=3", f"--resume={run.path}").run
     assert again.events("start")[0]["best"]["acc1"] == run.report()["acc1"]
+    more = train("--epochs=2", "--eval-step-per-epoch=1", "--batch-size=3", f"--resume={first.path}").run
+    assert more.events("start")[0]["best"] is None  # three images instead of one
+    assert train("--epochs=2", f"--run-dir={first.path}", "--resume=auto").code == 0
+    in_place = Run(first.path)
+    assert in_place.report()["acc1"] == in_place.report()["acc1_last"] == in_place.events("eval")[-1]["acc1"]
+    assert in_place.report()["acc5"] == in_place.events("eval")[-1]["acc5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("eval_step_per_epoch", torch.zeros(3)), ("lr", torch.zeros(3)), ("crops", "a\nwarning: b")]
+)
+def test_a_setting_in_a_checkpoint_is_a_plain_value(train, refused, name, value):
+    run = train().run
+    content = load_tensors(run.checkpoint("last"))
+    content["config"][name] = value
+    torch.save(content, run.checkpoint("last"))
+    assert "is damaged" in refused(f"--resume={run.checkpoint('last')}", "--epochs=2", "--lr=0.1")
 
 
 def test_a_setting_that_nobody_has_classified_is_reported_and_compared():

@@ -88,12 +88,14 @@ def launch(
     if nnodes > 1 and (not rendezvous or config.run_dir is None):
         raise UserError("nnodes: several machines need rendezvous='<first machine>:<port>' and a run_dir they share")
     path = run_path(config)
-    command = [python or sys.executable, "-u"]
     is_multiple = config.world_size > 1 or config.max_restarts > 0
+    argv_of_run = [*argv, f"--run-dir={path}"]
     if nnodes > 1:
-        command += _torchrun(config, nnodes, node_rank, rendezvous)
+        torchrun = _torchrun(config, nnodes, node_rank, rendezvous)
+        command = [python or sys.executable, "-u", *torchrun, "-m", "vgglab.train", *argv_of_run]
+    else:
+        command = ranks.training_command(argv_of_run, python or sys.executable)
     goes_on = config.resume == "auto" and config.run_dir is not None and is_a_run(path)
-    command += ["-m", "vgglab.train", *argv, f"--run-dir={path}"]
     log = path / "log" / ("launcher.txt" if is_multiple else "rank0.txt")
     is_new = not goes_on and node_rank == 0
     run = LaunchedRun(path, _start(command, argv, path, log, detach, node_rank, is_new), is_multiple)
@@ -176,12 +178,9 @@ def _start_alone(command: list[str], argv: list[str], path: Path, log: Path, det
 
 def _environment(path: Path, detach: bool) -> dict[str, str]:
     """This process's environment, plus the run's mark; the package is found even if it is not installed."""
-    environment = {**os.environ, ranks.MARK: str(path.resolve())}
+    environment = {**ranks.with_package(os.environ), ranks.MARK: str(path.resolve())}
     if not detach:
         environment[ranks.TIED_TO_LAUNCHER] = "1"
-    home = Path(__file__).resolve().parent.parent
-    if home.name not in ("site-packages", "dist-packages"):
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(home)]))
     return environment
 
 

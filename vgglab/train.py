@@ -46,8 +46,9 @@ if __name__ == "__main__" and not __package__:
         sys.path.insert(0, os.path.dirname(_here))
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, NoReturn, Sequence
 
+from vgglab.data.cache import cache_folder
 from vgglab.devices import agreement, import_torch, open_device
 from vgglab.dist import interrupts, ranks, slurm, spawn
 from vgglab.dist.interrupts import StopRequested, deferring_ctrl_c, deferring_signals
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from vgglab.runs.writer import RankWriter
     from vgglab.trainer import Trainer
 
+DECIDE_EVALUATION = ("data_path", "eval_step_per_epoch", "batch_size", "world_size")
 MAX_WORKERS = 16  # the original example's default
 
 
@@ -141,6 +143,8 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
         saved = _read_checkpoint(request.resume)
         with error_context(f"--resume {request.resume}"):
             request = inheritance.inherit(request, given, saved.get("config", {}))
+    if request.compile:  # by default below the temporary folder, by a name that anybody may have taken
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torchinductor"))
     device = open_device(
         request.device,
         amp_dtype=request.amp_dtype or ("auto" if request.amp else None),
@@ -257,12 +261,11 @@ def _prepare_and_work(
     trainer = Trainer(config, device, sets, saved)
     if saved is not None and not config.test_only:
         trainer.warnings += [f"--resume: {change}" for change in inheritance.changed_settings(saved, config.as_dict())]
-        before = saved.get("config", {}).get("eval_step_per_epoch", config.eval_step_per_epoch)
-        if before != config.eval_step_per_epoch and trainer.state.best is not None:
+        if trainer.state.best is not None and _evaluated(saved.get("config", {})) != _evaluated(config.as_dict()):
             trainer.state.best = None
             trainer.warnings.append(
-                f"--resume: --eval-step-per-epoch {config.eval_step_per_epoch}, was {before}; the best accuracy so far "
-                "was measured on other images and is not carried over"
+                "--resume: the best accuracy so far was measured on other held-out images (--data-path, "
+                "--eval-step-per-epoch, --batch-size or --nproc differ) and is not carried over"
             )
     path = Path(config.run_dir)
     if device.rank == 0:
@@ -274,6 +277,12 @@ def _prepare_and_work(
     run = RankWriter(path, device.rank, device.is_simulated)
     with run.recording_output(), deferring_signals():
         _work(trainer, run)
+
+
+def _evaluated(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides which held-out images are evaluated."""
+    data, limit, batch, ranks_ = (settings.get(name) for name in DECIDE_EVALUATION)
+    return (data, limit) if limit == -1 else (data, limit, batch, ranks_)
 
 
 def _work(trainer: Trainer, run: RankWriter) -> None:

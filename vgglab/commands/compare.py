@@ -50,9 +50,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _as_json(found: Comparison) -> dict[str, Any]:
-    figures = {name: finite(value) for name, value in found._asdict().items()}
-    first = found.first and {name: finite(value) for name, value in found.first._asdict().items()}
-    return {**figures, "first": first, "is_same": found.is_same}
+    first = found.first and found.first._asdict()
+    return {**_finite(found._asdict()), "first": _finite(first), "is_same": found.is_same}
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for each number that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else finite(value)
 
 
 def _write_new(file: Path, content: bytes) -> None:

@@ -64,7 +64,7 @@ AUTO = "from vgglab.devices import open_device; facts = {'kind': open_device('au
 def ask(code: str, **environment: str) -> dict[str, Any]:
     """``facts`` as the lines leave it in a fresh process, or ``{"error": one line}``, whatever becomes of it."""
     wrapped = (
-        "import json\ntry:\n"
+        "import sys\nsys.path[:] = filter(None, sys.path)\nimport json\ntry:\n"
         + "".join(f"    {line}\n" for line in code.strip().splitlines())
         + "    answer = facts\nexcept BaseException as error:\n"
         + "    answer = {'error': ' '.join(str(error.__cause__ or error).split()) or type(error).__name__}\n"

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Mapping, NoReturn, Sequence
 
 from vgglab.errors import UserError
 from vgglab.storage.files import exists, read_bytes
@@ -37,6 +37,10 @@ FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL, signal.S
 RUN_NOTE = "vgglab_run"  # in the folder of a launch: the run directory that its ranks work in
 
 COLLECTIVES = ("gloo", "nccl", "eccl")  # the libraries that sum over the ranks, by the name of torch's backend
+# Not ``-m vgglab.train``: that would import from the current folder first, which may be somebody else's.
+TRAIN = "import sys; sys.path[:] = filter(None, sys.path); sys.argv[0] = 'vgglab.train'; "
+TRAIN += "from vgglab.train import run_and_exit; run_and_exit()"
+
 LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "socket", *COLLECTIVES)
 
 STARTED = time.monotonic()  # when this process began; this module is among the first to be imported
@@ -54,9 +58,22 @@ def grace_period_seconds(chosen: float | None = None) -> float:
     return float(given)
 
 
+def training_command(argv: Sequence[str], python: str = sys.executable) -> list[str]:
+    """The training command as a new process; its environment: ``with_package``."""
+    return [python, "-u", "-c", TRAIN, *argv]
+
+
+def with_package(environment: Mapping[str, str]) -> dict[str, str]:
+    """The same, with this package on ``PYTHONPATH`` if it is not installed."""
+    home = Path(__file__).resolve().parent.parent.parent
+    if home.name in ("site-packages", "dist-packages"):
+        return dict(environment)
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(home)]))}
+
+
 def attach() -> None:
     """Tie this process to its launcher: it ends when the launcher does. Call this before slow imports."""
-    _open_closed_streams()
+    open_closed_streams()
     if sys.__stderr__ is not None and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # a stack, where a vendor's library breaks off
     grace_period_seconds()  # refused now, not when it is needed
@@ -69,7 +86,7 @@ def attach() -> None:
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True, name="guard").start()
 
 
-def _open_closed_streams() -> None:
+def open_closed_streams() -> None:
     """After ``2>&-`` Python has no ``sys.stderr``, and its number goes to the next file that the run opens."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

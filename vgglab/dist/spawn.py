@@ -59,10 +59,10 @@ class _Attempt:
     """All ranks, from their start until the last has ended."""
 
     def __init__(self, argv: Sequence[str], num_ranks: int, folder: Path, number: int) -> None:
-        self.command = [sys.executable, "-u", "-m", "vgglab.train", *argv]
+        self.command = ranks.training_command(argv)
         self.environment = {
             **_defaults(num_ranks),
-            **os.environ,
+            **ranks.with_package(os.environ),
             **{name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),

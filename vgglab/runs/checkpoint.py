@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vgglab.trainer import TrainingState
 
 FORMAT = "vgglab-1"
+MAX_COUNT = 10**14  # of steps or images; readers of events accept ten times as many
 
 
 class Checkpoint(Dict[str, Any]):
@@ -198,6 +199,8 @@ def read(path: str | Path) -> Checkpoint:
     if not _are_weights(weights):
         raise UserError("contains no model weights")
     is_ours = content.get("format") == FORMAT and isinstance(content.get("config"), dict)
+    if is_ours and not all(_is_plain(value) for value in content["config"].values()):
+        raise UserError("is damaged (a setting is of no type that a setting has)")
     return Checkpoint(content if is_ours else {"model": weights})
 
 
@@ -217,6 +220,11 @@ def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[s
         except UserError as error:
             passed_over.append(f"{file} {error}")
     return None, {}, passed_over
+
+
+def _is_plain(value: Any) -> bool:
+    is_line = isinstance(value, str) and value.isprintable()
+    return is_line or value is None or type(value) in (bool, int, float)
 
 
 NAMES = ("last.pt", "previous.pt", "best.pt")
@@ -310,8 +318,8 @@ def _restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_n
         _load(optimizer, content["optimizer"])
         best = None if content["best"] is None else {name: float(content["best"][name]) for name in ("acc1", "acc5")}
         counts = {name: content.get(name, 0) for name in ("epoch", "images", "step", "num_poor", "num_drops")}
-        are_counts = all(type(value) is int and 0 <= value < 2**53 for value in counts.values())
-        if not are_counts or (best and not 0 <= best["acc1"] <= 100):
+        are_counts = all(type(value) is int and 0 <= value < MAX_COUNT for value in counts.values())
+        if not are_counts or (best and not all(0 <= value <= 100 for value in best.values())):
             raise ValueError("epoch, step, image count or accuracy out of range")
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)

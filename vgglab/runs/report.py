@@ -150,8 +150,12 @@ def _figures(run: Run, images_per_step: int) -> dict[str, Any]:
 
 def _best(events: list[Event], figure: str) -> float | None:
     """The highest of all evaluations, those before a resume included (the start event carries them)."""
-    seen = [event[figure] for event in events if event["event"] == "eval"]
-    seen += [event["best"][figure] for event in events if event["event"] == "start" and event["best"]]
+    seen: list[float] = []
+    for event in events:
+        if event["event"] == "start":  # which has the best so far, or none if other images were evaluated before
+            seen = [event["best"][figure]] if event["best"] else []
+        elif event["event"] == "eval":
+            seen.append(event[figure])
     return max(seen, default=None)
 
 

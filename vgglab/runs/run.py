@@ -46,6 +46,7 @@ RUN_FILES = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoi
 LOCK = "lock"  # held by rank 0 as long as it writes
 LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
 MAX_LOG_BYTES = 2**26  # bytes
+MAX_SKIPPED_BYTES, MAX_LISTS = 2**20, 128  # of lists of skipped images: about 10,000 lines each, of so many ranks
 NUM_RECENT = 8  # lines, enough to tell a slow rank from a slow moment
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}[+-]\d{4}")
 ENDS = ("done", "interrupted", "failed")
@@ -301,7 +302,7 @@ class Run:
 
     def _skipped_lines(self) -> list[dict[str, Any] | None]:
         """The lines of all lists of skipped images, None for a damaged one; without a last line that is unfinished."""
-        lists = [tail_of(file, MAX_LOG_BYTES) for file in self._files("skipped-rank*.jsonl")]
+        lists = [tail_of(file, MAX_SKIPPED_BYTES) for file in self._files("skipped-rank*.jsonl")[:MAX_LISTS]]
         return [line_in(line, SKIPPED) for lines in lists for line in lines.splitlines(True) if line.endswith(b"\n")]
 
     def where(self) -> str:

@@ -14,7 +14,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -96,7 +95,7 @@ def train_each(argv: Sequence[str], config: Request) -> int:
             print("vgglab.train: is already done", flush=True)
             continue
         words = [*without_seeds(argv), *for_one(number, path)]
-        code = _run([sys.executable, "-u", "-m", "vgglab.train", *words])
+        code = _run(ranks.training_command(words))
         if code in (ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED):
             ranks.say(f"to continue with all seeds, run the same command with --run-dir {path}")
         if code:
@@ -116,7 +115,7 @@ def _run(command: list[str]) -> int:
 
     It runs in its own session, so that Ctrl-C in a terminal reaches it only through this process.
     """
-    environment = {**os.environ, ranks.TIED_TO_LAUNCHER: "1"}
+    environment = {**ranks.with_package(os.environ), ranks.TIED_TO_LAUNCHER: "1"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
 
     def pass_on(number: int, _: Any) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import struct
+import time
 from pathlib import Path
 from typing import Iterator
 
+from vgglab.errors import UserError
 from vgglab.storage.files import refusing_links
 
 try:
@@ -15,6 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+MAX_WAIT_SECONDS = 30.0
 _ours: set[tuple[int, int]] = set()  # a process that closes a file, opened for whatever reason, gives up its lock on it
 
 
@@ -60,12 +64,13 @@ def holder(file: Path) -> int | None:
     if fcntl is None or struct.calcsize("P") != 8 or os.uname().sysname != "Linux":  # the layout of struct flock
         return None
     try:
-        if not file.is_file():
+        found = file.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:  # by another name it could be another run's lock
             return None
         if _identity(file) in _ours:
             return os.getpid()
-        with file.open("rb") as target:
-            asked = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+        with open(file, "rb", opener=refusing_links) as target:
+            asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
             kind, *_, pid = struct.unpack("hhqqi4x", fcntl.fcntl(target, fcntl.F_GETLK, asked))
     except OSError:
         return None
@@ -74,12 +79,25 @@ def holder(file: Path) -> int | None:
 
 @contextlib.contextmanager
 def exclusive_access(folder: Path) -> Iterator[None]:
-    """Only one at a time is in the block, of all processes and threads, as far as the file system can lock a folder."""
+    """Only one at a time is in the block, of all processes and threads, as far as the file system can lock a folder.
+
+    Raises:
+        UserError: another process has held it for ``MAX_WAIT_SECONDS``: anybody who may read a folder may lock it.
+    """
     number = os.open(folder, os.O_RDONLY)
+    deadline = time.monotonic() + MAX_WAIT_SECONDS
     try:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(number, fcntl.LOCK_EX)
+        while fcntl is not None:
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f"{folder}: another process has locked this folder; choose another one") from None
+                time.sleep(0.05)
+                continue
+            except OSError:  # a file system without such locks
+                pass
+            break
         yield
     finally:
         os.close(number)
