@@ -69,6 +69,7 @@ SHORTER = {  # after the page's own flags, of which these replace some
 
 
 @pytest.mark.long
+@pytest.mark.paper_widths  # new interpreters continue what this process has trained
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
 def test_every_command_shown_runs(file, images, train, tmp_path):
     """In a folder with the data sets and runs that the pages name."""
