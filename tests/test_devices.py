@@ -100,7 +100,7 @@ NO_SPEED = {  # numbers of the report that say nothing about how fast a card is
 
 @needs_sim
 def test_each_figure_of_the_report_is_known_to_its_reader_and_a_simulated_card_has_no_speed(images, tmp_path):
-    """For whoever adds one: its type belongs into the schema, and its simulated value has to be null."""
+    """A new figure needs a type in the schema, and null as its value on a simulated card."""
     run = run_ranks(tmp_path, images, "gcu-sim", 1, "--skip-steps=0", "--timers")
     report = build_report(run)
     assert _figures(run, report["global_batch_size"]).keys() == DOCUMENTS["report.json"].keys()

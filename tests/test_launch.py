@@ -195,7 +195,7 @@ def has_group(number):
 
 
 def test_ctrl_backslash_ends_a_run_with_its_workers_and_the_run_can_go_on(images, tmp_path):
-    """SIGQUIT reaches all processes of the terminal's foreground group, and nobody cleans up."""
+    """SIGQUIT reaches every process in the terminal's foreground group, and none of them cleans up."""
     flags = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--resume=auto", "--workers=2"]
     process = Child(["-m", "vgglab.train", *flags, "--epochs=100000"], preexec_fn=no_core_dump)
     wait_until(lambda: is_a_run(tmp_path / "run") and vgglab.Run(tmp_path / "run").events("checkpoint"))

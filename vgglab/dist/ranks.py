@@ -25,9 +25,7 @@ from vgglab.storage.schema import FAILURE, line_in, write_document
 TIED_TO_LAUNCHER = "VGGLAB_TIED_TO_LAUNCHER"  # set for a launched process: it ends when the pipe at its stdin does
 MARK = "VGGLAB_RUN"  # set for a launched process and all below it: the run directory they work for
 ASK_WHERE = signal.SIGUSR2  # a rank answers by writing its stack into its log
-RENDEZVOUS = (
-    "VGGLAB_RENDEZVOUS"  # set for the ranks that dist/spawn.py has started: a file in which they find each other
-)
+RENDEZVOUS = "VGGLAB_RENDEZVOUS"  # set for the ranks that dist/spawn.py starts: the file in which they find each other
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # sysexits.h: a temporary failure, try again
 EXIT_INTERRUPTED = 130  # as a shell has it: 128 + SIGINT

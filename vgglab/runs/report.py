@@ -113,9 +113,8 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
 
 def _figures(run: Run, images_per_step: int) -> dict[str, Any]:
     """The figures computed from the events, by the names in ``storage/schema.py``."""
-    checksum = (
-        run.events_checksum()
-    )  # first: if the run writes more meanwhile, the checksum is of fewer events and so invalid
+    # First: if the run writes more meanwhile, the checksum is of fewer events and so invalid.
+    checksum = run.events_checksum()
     events, is_simulated = run.events(), run.env["simulated"]
     if not events:
         raise UserError(f"{run.path}: nothing to report yet")

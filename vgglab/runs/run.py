@@ -158,6 +158,9 @@ class Run:
             num_missing = readable_document(self.path / "report.json").get("num_lines", 0) - self._events.next_number()
             if num_missing > 0:
                 found.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing at its end")
+        for number, file in enumerate(self._files("skipped-rank*.jsonl")):
+            if number >= MAX_LISTS or file.stat().st_size > MAX_SKIPPED_BYTES:
+                found.append(f"log/{file.name}: too long to be read, so skipped images are undercounted")
         for pattern, lines in (("skipped-rank", self._skipped_lines()), ("rank", self._recent_lines())):
             num_damaged = sum(line is None for line in lines)
             if num_damaged:
@@ -302,8 +305,12 @@ class Run:
 
     def _skipped_lines(self) -> list[dict[str, Any] | None]:
         """The lines of all lists of skipped images, None for a damaged one; without a last line that is unfinished."""
-        lists = [tail_of(file, MAX_SKIPPED_BYTES) for file in self._files("skipped-rank*.jsonl")[:MAX_LISTS]]
-        return [line_in(line, SKIPPED) for lines in lists for line in lines.splitlines(True) if line.endswith(b"\n")]
+        found = []
+        for file in self._files("skipped-rank*.jsonl")[:MAX_LISTS]:
+            first = 1 if file.stat().st_size > MAX_SKIPPED_BYTES else 0  # its start is cut off
+            lines = tail_of(file, MAX_SKIPPED_BYTES).splitlines(True)[first:]
+            found += [line_in(line, SKIPPED) for line in lines if line.endswith(b"\n")]
+        return found
 
     def where(self) -> str:
         """What each rank on this machine is doing right now: its Python stack, newest call first (Linux)."""
