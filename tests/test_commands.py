@@ -1,5 +1,6 @@
 """The command ``vgglab``: what it offers, its help, its completion, and the lines of before it."""
 
+import errno
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from conftest import PROJECT, TINY
 from processes import python
 
 from vgglab.__main__ import NAMES
+from vgglab.commands import call
 from vgglab.settings.config import Request
 
 WIDE = {**os.environ, "COLUMNS": "100"}
@@ -38,6 +40,18 @@ def test_output_that_cannot_be_written_is_no_success_and_no_traceback(train):
         result = subprocess.run(["bash", "-c", f"{command} {words}"], capture_output=True, text=True, cwd=PROJECT)
         assert (result.returncode, "Traceback" in result.stderr) == (code, False), (words, result.stderr)
         assert result.stderr.count("\n") == (words == "> /dev/full")
+
+
+def test_an_error_of_the_system_that_is_not_about_the_output_is_a_bug(monkeypatch):
+    """Without a file name it was taken for one, and its traceback was lost."""
+    import vgglab.commands.plan
+
+    def fail(argv):
+        raise OSError(errno.EIO, "planted")
+
+    monkeypatch.setattr(vgglab.commands.plan, "main", fail)
+    with pytest.raises(OSError, match="planted"):
+        call("plan", [])
 
 
 def test_an_unknown_command_is_answered_in_one_line():

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 from functools import partial
 
@@ -283,24 +284,18 @@ def test_a_detached_run_outlives_its_launcher_and_is_found_and_stopped(tiny):
 
 
 @pytest.mark.paper_widths  # torchrun starts new interpreters
-def test_two_launchers_train_one_model(tiny, images, tmp_path):
-    """Two machines, played by two torchruns that meet over c10d."""
-    import socket
-    import subprocess
-
+def test_two_launchers_train_one_model(tiny, images, tmp_path, monkeypatch):
+    """Two machines, played by two torchruns that meet over c10d, in a folder where somebody has left a torch.py."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('planted')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
-    words += [f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=two", "-m", "vgglab.train", *tiny]
-    words += [f"--run-dir={tmp_path / 'run'}", "--batch-size=2"]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    nodes = [
-        subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(2)
-    ]
-    outputs = [node.communicate(timeout=PATIENCE_SECONDS)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
+        rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
+    words = [*tiny, f"--run-dir={tmp_path / 'run'}", "--batch-size=2"]
+    nodes = [vgglab.launch(words, watch=False, nnodes=2, node_rank=rank, rendezvous=rendezvous) for rank in (0, 1)]
+    for node in nodes:
+        node.wait(PATIENCE_SECONDS)
     run, alone = Run(tmp_path / "run"), run_ranks(tmp_path, images, "cpu", 2)
     assert [event["loss"] for event in run.events("train")] == [event["loss"] for event in alone.events("train")]
     assert run.report()["world_size"] == 2

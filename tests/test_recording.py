@@ -20,16 +20,21 @@ from vgglab.runs.run import ACTIVE, is_a_run
 BLOCK = 4096
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of its own, small enough to be filled."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=250m", "tmpfs", folder]
+@contextlib.contextmanager
+def mounted(folder, size):
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
     if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("needs the right to mount a disk")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, small enough to be filled."""
+    with mounted(tmp_path / "disk", "250m") as folder:
+        yield folder
 
 
 def fill(folder, num_blocks_left=0):
@@ -70,6 +75,16 @@ def test_a_disk_that_fills_costs_log_lines_and_not_the_training(elsewhere, disk)
     os.remove(disk / "filler")
     assert trained(*elsewhere, "--epochs=10").returncode == 0
     assert (Run(disk / "run").status, Run(disk / "run").events("start")[-1]["first_epoch"]) == ("done", 9)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_log_that_cannot_be_written_is_named_in_the_last_line(images, tmp_path):
+    """What was printed was lost without a word."""
+    with mounted(tmp_path / "run" / "log", f"{BLOCK}"):
+        result = trained(f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--epochs=40", "--eval-freq=100")
+    assert (result.returncode, Run(tmp_path / "run").status) == (2, "done")
+    assert re.search("not written: .*[0-9]+ lines of log/rank0.txt", result.stderr)
+    assert "epoch 40 of 40" in result.stdout
 
 
 @pytest.fixture

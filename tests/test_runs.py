@@ -14,6 +14,7 @@ from conftest import TINY
 
 import vgglab
 from vgglab.dist.processes import signature
+from vgglab.storage.lock import Lock
 from vgglab.storage.schema import with_checksum
 from vgglab.view.figures import bands
 from vgglab.view.live import _TerminalLines
@@ -75,6 +76,15 @@ def test_only_testing_in_place_is_refused_and_voids_nothing(train):
     assert vgglab.Run(run.path).events() == before
 
 
+@pytest.fixture
+def lock(path):
+    """Held, as by a run that is active."""
+    lock = Lock(path / "lock")
+    yield lock
+    lock.close()
+
+
+@pytest.mark.usefixtures("lock")
 def test_a_run_is_there_as_long_as_rank_0_or_its_launcher_is(path, dead):
     add(path, START)
     owned_by(path, "env.json", dead)
@@ -143,6 +153,7 @@ def test_damage_is_listed_whatever_is_damaged(train):
     assert vgglab.Run(run.path).damage() == ["log/rank*.jsonl: 1 damaged line, left out"]
 
 
+@pytest.mark.usefixtures("lock")
 def test_a_folder_that_is_removed_is_no_run_that_goes_on_and_one_made_anew_is_another_run(path):
     add(path, START, trained(2), trained(4))
     owned_by(path, "env.json", os.getpid())

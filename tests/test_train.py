@@ -471,6 +471,17 @@ def test_a_damaged_checkpoint_is_refused(refused, train, tmp_path, damage):
     assert "--resume" in refused(f"--resume={tmp_path}/damaged.pt", "--epochs=2")
 
 
+@pytest.mark.parametrize("lost", ["step", "square_avg", "all"])
+def test_a_checkpoint_without_the_averages_of_its_optimizer_is_refused(refused, train, tmp_path, lost):
+    content = load_tensors(train("--optimizer=rmsprop").run.checkpoint("last"))
+    if lost == "all":
+        del content["optimizer"]["state"][0]
+    else:
+        del content["optimizer"]["state"][0][lost]
+    torch.save(content, tmp_path / "damaged.pt")
+    assert "is damaged" in refused(f"--resume={tmp_path}/damaged.pt", "--epochs=2", "--optimizer=rmsprop")
+
+
 def test_two_ranks_report_what_the_saved_weights_are_worth(images, tmp_path):
     """Each rank has batch-norm statistics of its own; only rank 0's are saved."""
     flags = [*TINY, f"--data-path={images}", "--model=vgg11_bn", "--lr=0.5", "--batch-size=2", "--epochs=2"]

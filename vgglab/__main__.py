@@ -42,7 +42,7 @@ def usage() -> str:
 
 
 def main() -> NoReturn:
-    """The console script. ``python -m vgglab`` is the same."""
+    """The entry point of the command ``vgglab``, also for ``python -m vgglab``."""
     if "_ARGCOMPLETE" in os.environ:
         _complete()
     name, argv = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
@@ -67,7 +67,7 @@ def main() -> NoReturn:
 
 
 def _complete() -> None:
-    """Answer the shell, with the flags of the one command that is being typed."""
+    """Shell completion; only the flags of the command being typed are loaded."""
     import argparse
 
     try:

@@ -1,4 +1,4 @@
-"""Exceptions whose message is written for the user."""
+"""Exceptions with messages written for the user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PRINTED = dict.fromkeys(NOT_PRINTED, "\N{REPLACEMENT CHARACTER}")
 
 
 def printable(value: Any) -> Any:
-    """The same without characters that command a terminal or turn the direction of reading; lines and tabs stay."""
+    """Remove characters that control a terminal or reverse the reading direction; newlines and tabs stay."""
     if isinstance(value, str):
         return value if value.isascii() and value.isprintable() else value.translate(_PRINTED)
     if isinstance(value, dict):
@@ -35,12 +35,12 @@ class UserError(Exception):
         return " ".join(printable(super().__str__()).splitlines())
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows in a cell: the line, without the way it took through our code."""
+        """What IPython shows in a cell: the message without a traceback."""
         return [f"{type(self).__name__}: {self}"]
 
 
 class BadImage(UserError):
-    """A file that is listed as an image and cannot be used as one; the message names it."""
+    """A listed image that cannot be used; the message names the file."""
 
     def __init__(self, message: str, file: str = "", reason: str = "") -> None:
         super().__init__(message)  # one argument is enough: workers send exceptions by their message
@@ -57,7 +57,7 @@ def error_context(culprit: str) -> Iterator[None]:
 
 
 class RunFailed(RuntimeError):
-    """A launched run ended in an error; the message ends with what it printed last, its traceback included."""
+    """A launched run failed; the message ends with its last output, including the traceback."""
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]

@@ -1,8 +1,8 @@
-"""Start a run from a notebook or a script, in a separate process that is followed through its run directory.
+"""Start a run from a notebook or a script, in a separate process that is observed through its run directory.
 
-The training never runs inside the kernel, so a cell that fails cannot hurt it; and it does not outlive
-the kernel: its processes hold the reading end of a pipe, and end when the kernel that holds the other end does. Every
-one of them carries the run directory in its environment, so that leftover processes can be found.
+Training never runs inside the kernel, so a failing cell cannot affect it. It does not outlive the kernel either: its
+processes hold the reading end of a pipe and end when the kernel, which holds the other end, does. The environment of
+each process names the run directory, so that leftover processes can be found.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _pipes: set[IO[bytes]] = set()  # of active runs: the ends of the pipes that thi
 
 
 def _close_pipes() -> None:
-    """In a forked child, which may outlive this process and would keep its runs alive."""
+    """Called in a forked child, which could outlive this process and would keep its runs alive."""
     for pipe in _pipes:
         pipe.close()
 
@@ -53,25 +53,25 @@ def launch(
     detach: bool = False,
     **settings: Any,
 ) -> LaunchedRun | LaunchedSeeds:
-    """Train in new processes and show it; the run directory is there when this returns.
+    """Train in new processes and show the progress; the run directory exists when this returns.
 
     In a live notebook this returns at once and leaves a dashboard; elsewhere (papermill, a script) it
     returns when the run has ended.
 
     Args:
-        flags: as on the command line, e.g. ``"--data-path digits --epochs 2"``, or a list of them.
-        watch: show the run while it is active; without it this always returns at once.
+        flags: as on the command line, e.g. ``"--data-path digits --epochs 2"``, or as a list.
+        watch: show the run while it is active; if False, this returns at once.
         nproc, max_restarts: as the flags ``--nproc`` and ``--max-restarts``.
-        nnodes, node_rank, rendezvous: several machines: how many, which this is, and ``host:port`` of the first;
-            torchrun starts the ranks there.
-        python: another interpreter to train with, e.g. that of the card vendor's stack.
-        detach: let the run outlive this process; ``vgglab.Run(path)`` finds it again, watches it and stops it.
-        settings: the same flags as keywords, e.g. ``data_path="digits", epochs=2``; ``True`` sets a switch,
-            ``None`` is as if it were not there. With ``seeds=5`` a run for each seed, one after the other.
+        nnodes, node_rank, rendezvous: for several machines: their number, the number of this one, and ``host:port`` of
+            the first; torchrun starts the ranks.
+        python: another interpreter to train with, e.g. the one with the card vendor's stack.
+        detach: let the run outlive this process; ``vgglab.Run(path)`` can watch and stop it later.
+        settings: flags as keywords, e.g. ``data_path="digits", epochs=2``; ``True`` sets a switch, ``None`` is ignored.
+            With ``seeds=5``, one run per seed, one after the other.
 
     Raises:
-        UserError: an argument or a flag that is unknown or out of range; or, later, whatever the run refuses.
-        RunFailed: the run ended in an error (where this waits for it).
+        UserError: an argument or a flag is unknown or out of range; if this waits, also whatever the run refuses.
+        RunFailed: the run failed (if this waits for it).
     """
     argv = shlex.split(flags) if isinstance(flags, str) else [str(flag) for flag in flags]
     settings.update({name: n for name, n in (("nproc", nproc), ("max_restarts", max_restarts)) if n is not None})
@@ -90,11 +90,9 @@ def launch(
     path = run_path(config)
     is_multiple = config.world_size > 1 or config.max_restarts > 0
     argv_of_run = [*argv, f"--run-dir={path}"]
+    command = ranks.training_command(argv_of_run, python or sys.executable)
     if nnodes > 1:
-        torchrun = _torchrun(config, nnodes, node_rank, rendezvous)
-        command = [python or sys.executable, "-u", *torchrun, "-m", "vgglab.train", *argv_of_run]
-    else:
-        command = ranks.training_command(argv_of_run, python or sys.executable)
+        command = [*_torchrun(command[0], config, nnodes, node_rank, rendezvous), *command]
     goes_on = config.resume == "auto" and config.run_dir is not None and is_a_run(path)
     log = path / "log" / ("launcher.txt" if is_multiple else "rank0.txt")
     is_new = not goes_on and node_rank == 0
@@ -124,12 +122,12 @@ def _checked_count(name: str, value: Any) -> int:
     return value
 
 
-def _torchrun(config: Request, nnodes: int, node_rank: int, rendezvous: str | None) -> list[str]:
-    """The module itself: the command ``torchrun`` is not on every kernel's PATH. Spelled as torch 1.10 takes it too."""
-    command = ["-m", "torch.distributed.run", f"--nproc_per_node={config.nproc}", "--rdzv_backend=c10d"]
+def _torchrun(python: str, config: Request, nnodes: int, node_rank: int, rendezvous: str | None) -> list[str]:
+    """The part of a command before that of a rank. ``torchrun`` may not be on the PATH; flags as in torch 1.10."""
+    command = [python, "-u", "-c", ranks.TORCHRUN, f"--nproc_per_node={config.nproc}", "--rdzv_backend=c10d"]
     command += [f"--max_restarts={config.max_restarts}", f"--rdzv_endpoint={rendezvous}", "--rdzv_id=vgglab"]
     # With c10d the machines agree on their order, so node_rank only decides who creates the run directory.
-    return [*command, f"--nnodes={nnodes}", f"--node_rank={node_rank}"]
+    return [*command, f"--nnodes={nnodes}", f"--node_rank={node_rank}", "--no_python"]
 
 
 def _as_flag(name: str, value: Any) -> str:
@@ -177,7 +175,7 @@ def _start_alone(command: list[str], argv: list[str], path: Path, log: Path, det
 
 
 def _environment(path: Path, detach: bool) -> dict[str, str]:
-    """This process's environment, plus the run's mark; the package is found even if it is not installed."""
+    """The environment of a run: this one, with the run directory, and with this package on ``PYTHONPATH`` if needed."""
     environment = {**ranks.with_package(os.environ), ranks.MARK: str(path.resolve())}
     if not detach:
         environment[ranks.TIED_TO_LAUNCHER] = "1"
@@ -185,7 +183,7 @@ def _environment(path: Path, detach: bool) -> dict[str, str]:
 
 
 class LaunchedRun(Run):
-    """A run that this process has started. ``await run`` in a cell waits and keeps its Stop button alive."""
+    """A run started by this process. ``await run`` in a cell waits for it while the Stop button keeps working."""
 
     def __init__(self, path: Path, process: subprocess.Popen, is_multiple: bool = False) -> None:
         super().__init__(path)
@@ -217,8 +215,8 @@ class LaunchedRun(Run):
 
         Raises:
             UserError: the run refused its flags or its data.
-            RunFailed: it ended in an error.
-            TimeoutError: it is still running.
+            RunFailed: the run failed.
+            TimeoutError: the run is still active.
         """
         try:
             self.process.wait(timeout_seconds)
@@ -241,7 +239,7 @@ class LaunchedRun(Run):
         return self
 
     def stop(self, grace_seconds: float | None = None) -> str:
-        """Ask the run to save and stop; what is left after the grace is killed. Returns what was done, in one line."""
+        """Ask the run to save and stop; kill it after the grace period. Returns one line about what was done."""
         if self._has_ended():
             return f"{self.name}: it had already ended; {self.status}"
         grace_seconds = ranks.grace_period_seconds(grace_seconds)

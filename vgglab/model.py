@@ -1,10 +1,10 @@
-"""VGG 11, 13, 16 and 19, with and without batch norm, from the paper's one table.
+"""VGG 11, 13, 16 and 19, with and without batch norm, built from table 1 of the paper.
 
 Source: K. Simonyan and A. Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
 Recognition", 2014 (arXiv:1409.1556), table 1, configurations A, B, D and E.
 
-Layers carry the same names as torchvision's (``features.N``, ``classifier.0/3/6``), so that weights
-can be loaded either way and give the same logits.
+Layers have the same names as in torchvision (``features.N``, ``classifier.0/3/6``), so that weights can be exchanged
+and give the same logits.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class VGG(nn.Module):
     """The network: ``features`` (convolutions), ``avgpool``, ``classifier`` (three linear layers).
 
     Args:
-        layers: one row of ``CONFIGURATIONS``.
-        batch_norm: put a batch norm behind every convolution (not in the paper, which predates it).
-        num_classes: width of the last layer.
-        dropout_rate: probability of both dropouts in the classifier (paper, section 3.1: 0.5).
+        layers: an entry of ``CONFIGURATIONS``.
+        batch_norm: add batch norm after every convolution (not in the paper, which predates it).
+        num_classes: number of outputs.
+        dropout_rate: of both dropout layers in the classifier (paper, section 3.1: 0.5).
         head: a key of ``HEADS``.
-        init_weights: draw the initial weights (``_init_weights``); ``False`` leaves PyTorch's.
-        init: how: ``kaiming``, ``xavier`` or ``normal``.
+        init_weights: initialise the weights (``_init_weights``); False keeps PyTorch's default.
+        init: the method: ``kaiming``, ``xavier`` or ``normal``.
     """
 
     def __init__(
@@ -106,18 +106,18 @@ def _features(layers: list[int | str], batch_norm: bool) -> nn.Sequential:
 
 @torch.no_grad()
 def _init_weights(model: VGG, init: str) -> None:
-    """Convolutions and linear layers by ``init``, biases 0.
+    """Initialise convolutions and linear layers by the method ``init``, biases with 0.
 
     Weights are drawn in float64 and rounded once. In float32, PyTorch's normal numbers depend on the processor's vector
     instructions, so the same seed would give slightly different weights on another machine, and training amplifies the
     difference.
 
     - ``kaiming``: as torchvision, Kaiming for convolutions, N(0, 0.01) for linear layers. That deviation suits layers
-      4096 wide; with 512 inputs each layer would keep a sixth of its signal (0.01 x sqrt(512 / 2)), so narrow linear
+      with 4096 inputs; with 512 each layer would scale its signal by 1/6 (0.01 x sqrt(512 / 2)), so narrow linear
       layers get Kaiming's sqrt(2 / inputs) instead.
-    - ``xavier``: Glorot and Bengio 2010, uniform, all layers; the paper's authors found it to make their pre-training
-      superfluous (section 3.1).
-    - ``normal``: N(0, 0.01), all layers; the paper's, for its shallowest network (section 3.1).
+    - ``xavier``: Glorot and Bengio 2010, uniform, all layers; with it, the authors of the paper found, pre-training is
+      unnecessary (section 3.1).
+    - ``normal``: N(0, 0.01), all layers; as in the paper for its shallowest network (section 3.1).
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -145,15 +145,15 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def head_for(image_size: int) -> str:
-    """The head for square images of ``image_size`` pixels: 7x7 pooling needs at least 7 x 32 = 224."""
+    """The head for square images with ``image_size`` pixels a side: pooling to 7x7 needs at least 7 x 32 = 224."""
     return "imagenet" if image_size >= HEADS["imagenet"][0] * FEATURE_STRIDE else "small"
 
 
 def build(name: str, **options: Any) -> VGG:
-    """The network called ``name`` (``vgg16``, ``vgg16_bn``, ...); options as for :class:`VGG`.
+    """Build a network by its name (``vgg16``, ``vgg16_bn``, ...); options as for :class:`VGG`.
 
     Raises:
-        UserError: no network of that name.
+        UserError: unknown name.
     """
     depth = name[: -len("_bn")] if name.endswith("_bn") else name
     if depth not in CONFIGURATIONS:
@@ -162,7 +162,7 @@ def build(name: str, **options: Any) -> VGG:
 
 
 def model_names() -> list[str]:
-    """All eight names, plain and with batch norm."""
+    """The names of all eight networks."""
     return [depth + suffix for depth in CONFIGURATIONS for suffix in ("", "_bn")]
 
 
@@ -209,13 +209,13 @@ def vgg19_bn(**options: Any) -> VGG:
 def load_pretrained(model: nn.Module, name: str) -> list[str]:
     """Load torchvision's published ImageNet weights into ``model``, downloading them at first use.
 
-    Layers whose shape differs (another number of classes, the small head) keep their fresh weights.
+    Layers of a different shape (another number of classes, the small head) keep their initial weights.
 
     Returns:
-        The names of the linear layers that were left as they were, e.g. ``["classifier.6"]``.
+        The names of the linear layers that were not loaded, e.g. ``["classifier.6"]``.
 
     Raises:
-        UserError: the weights are not in torch's cache and cannot be downloaded.
+        UserError: the weights are neither in torch's cache nor can they be downloaded.
     """
     published = _published_weights(name)
     own = model.state_dict()
@@ -225,7 +225,7 @@ def load_pretrained(model: nn.Module, name: str) -> list[str]:
 
 
 def published_file(name: str) -> tuple[str, Path]:
-    """Where torchvision's published weights come from, and where torch's cache keeps them; they need not be there."""
+    """The URL of torchvision's published weights, and their file in torch's cache, which need not exist."""
     import torchvision.models
 
     # The address comes from torchvision's own table, which moved in 0.13.

@@ -1,4 +1,4 @@
-"""The optimizer, the loss with mixup and cutmix, and averaged weights."""
+"""The optimizer, the loss with mixup and cutmix, and a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give every parameter group this rate."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -30,29 +30,33 @@ class OptimizerKind(NamedTuple):
 
     optimizer: type[Optimizer]
     options: dict[str, str]  # arguments besides learning rate and weight decay: the settings they come from
-    num_averages: int = 0  # kept for each weight, besides momentum
+    averages: tuple[str, ...] = ()  # what it keeps for each weight, besides momentum
     can_fuse: bool = False  # make its step in one kernel
 
     def num_kept(self, config: Request) -> int:
-        """Tensors as large as the weights that it keeps, and a checkpoint with it."""
-        return self.num_averages + int("momentum" in self.options and config.momentum > 0)
+        """Number of tensors kept per weight, each of the same size; a checkpoint contains them, too."""
+        return len(self.averages) + int("momentum" in self.options and config.momentum > 0)
 
 
 OPTIMIZERS = {
     "sgd": OptimizerKind(SGD, {"momentum": "momentum", "nesterov": "nesterov"}, can_fuse=True),
-    "rmsprop": OptimizerKind(RMSprop, {"momentum": "momentum", "alpha": "rmsprop_alpha", "eps": "rmsprop_eps"}, 1),
+    "rmsprop": OptimizerKind(
+        RMSprop, {"momentum": "momentum", "alpha": "rmsprop_alpha", "eps": "rmsprop_eps"}, ("square_avg",)
+    ),
 }
 
 
 def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> Optimizer:
-    """Weights and biases decay, batch norm does not unless asked for, biases not if asked.
+    """Build the optimizer. Weight decay applies to weights and biases; to batch norm only on request.
 
-    ``fused``: the step is one kernel, for an optimizer that ``can_fuse``.
+    The original example looks for "bn" in the parameter names, which occurs in no VGG layer; here the type of the layer
+    decides.
 
-    The original example looks for "bn" in the parameters' names, which no VGG layer has; here the layer's type decides.
+    Args:
+        fused: use one kernel per step, if the optimizer ``can_fuse``.
 
     Raises:
-        KeyError: no optimizer of that name.
+        KeyError: unknown optimizer.
     """
     spared: list[nn.Parameter] = []  # from weight decay
     for module in model.modules():
@@ -84,11 +88,11 @@ class Targets(NamedTuple):
 
 
 class Objective(nn.Module):
-    """Mixup, cutmix and label smoothing, where they are asked for; else the plain cross entropy.
+    """Cross entropy, with label smoothing, mixup and cutmix if requested.
 
     Mixup adds two images pixel by pixel (Zhang et al. 2017, "mixup: Beyond Empirical Risk Minimization"), cutmix
-    pastes a rectangle of one into the other (Yun et al. 2019, "CutMix"). The share of each is drawn from Beta(alpha,
-    alpha), one for the whole batch; an image's partner is its neighbour in the batch, which is shuffled.
+    pastes a rectangle of one into the other (Yun et al. 2019, "CutMix"). Their shares are drawn from Beta(alpha,
+    alpha), once per batch; each image is blended with its neighbour in the shuffled batch.
     """
 
     def __init__(self, config: Settings, device: Device) -> None:
@@ -97,7 +101,7 @@ class Objective(nn.Module):
         self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
     def blend(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Targets]:
-        """``images (N, 3, S, S)`` as they are, or blended; draws from ``random``, which each step seeds."""
+        """Blend ``images (N, 3, S, S)`` if requested; uses ``random``, which is seeded in each step."""
         ways = [(self.mixup, constant_mask), (self.cutmix, box_mask)]
         wanted = [(alpha, mask_of) for alpha, mask_of in ways if alpha > 0]
         if not wanted:
@@ -109,7 +113,7 @@ class Objective(nn.Module):
         return blended, Targets(labels, labels.roll(1, 0), mask.mean())
 
     def forward(self, logits: Tensor, targets: Targets) -> Tensor:
-        """The mean over the batch, of ``logits (N, num_classes)``."""
+        """The loss, averaged over the batch; ``logits (N, num_classes)``."""
         if targets.others is None:
             return self.cross_entropy(logits, targets.labels)
         first, second = (self.cross_entropy(logits, labels) for labels in (targets.labels, targets.others))
@@ -117,12 +121,12 @@ class Objective(nn.Module):
 
 
 def constant_mask(share: float, size: int) -> Tensor:
-    """``(1, 1, size, size)``, ``share`` everywhere."""
+    """A mask ``(1, 1, size, size)`` that is ``share`` everywhere (mixup)."""
     return torch.full((1, 1, size, size), share)
 
 
 def box_mask(share: float, size: int) -> Tensor:
-    """``(1, 1, size, size)``: 0 in a rectangle about 1 - ``share`` large, less where it juts out; 1 around it."""
+    """A mask ``(1, 1, size, size)``: 0 in a rectangle with about 1 - ``share`` of the area, 1 elsewhere (cutmix)."""
     side = size * math.sqrt(1 - share)
     middle_y, middle_x = random.uniform(0, size), random.uniform(0, size)
     top, bottom = (min(size, max(0, round(middle_y + half))) for half in (-side / 2, side / 2))
@@ -133,9 +137,9 @@ def box_mask(share: float, size: int) -> Tensor:
 
 
 class Average:
-    """``network`` has the averaged weights. ``decay`` of them is kept at each step, fewer while there were few.
+    """A moving average of the weights, in ``network``; ``decay`` per step, smaller during the first steps.
 
-    Source: Polyak and Juditsky 1992; kept exponentially, as torchvision's and timm's reference scripts do.
+    Source: Polyak and Juditsky 1992; exponential, as in the reference scripts of torchvision and timm.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -144,7 +148,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """After optimizer step ``step``, from 1. Batch norm's statistics are averages already: they are copied."""
+        """Update after optimizer step ``step`` (from 1). Batch-norm statistics are averages already and are copied."""
         kept = min(self.decay, (1 + step) / (10 + step))  # the first weights are random, and soon forgotten
         for average, value in zip(self.network.parameters(), network.parameters()):
             average.mul_(kept).add_(value, alpha=1 - kept)

@@ -1,4 +1,4 @@
-"""Timing of the training loop, and coordination of a stop between the ranks."""
+"""Timing of the training loop, and stopping all ranks after the same step."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ PHASES = ("data", "copy", "forward", "backward", "all_reduce", "optimizer", "hos
 
 
 class Clock:
-    """Measures from one log line to the next. Read it only after the device was waited for.
+    """Measures the interval from one log line to the next. Read it only after synchronising the device.
 
-    Each step is marked on the device's own clock and costs no waiting. With ``has_phases`` so are the parts of a step,
-    which ``TimedDevice`` reports as they end; and it is counted where the host reads from the device.
+    Each step is timestamped by the device, without waiting. With ``has_phases`` the parts of a step are timestamped
+    too, as ``TimedDevice`` reports them, and reads from the device are counted.
     """
 
     def __init__(self, images_per_step: int, device: Device, process_started: float, has_phases: bool = False) -> None:
@@ -45,7 +45,7 @@ class Clock:
         self._laps: list[tuple[str, Any]] = [("", self._marks[0])]
 
     def waiting_for(self, batches: Iterable[Any], num_before: int = 0) -> Iterator[tuple[int, Any]]:
-        """Number the batches from 1 (or on from ``num_before``) and add up the time spent waiting for them."""
+        """Number the batches from ``num_before`` + 1, and add up the time spent waiting for them."""
         with self._reads if self.has_phases else nullcontext():
             yield from self._numbered(iter(batches), num_before)
 
@@ -64,12 +64,12 @@ class Clock:
             yield number, batch
 
     def lap(self, phase: str) -> None:
-        """``phase`` has ended here."""
+        """Record the end of ``phase``."""
         if self.has_phases:
             self._laps.append((phase, self._device.mark()))
 
     def was_handed_over(self) -> None:
-        """This rank has done what it can do alone: loading, copying and the forward pass, as the host sees them."""
+        """Record that this rank has done its own work (loading, copying, forward pass) and now waits for the others."""
         self.own_seconds += time.perf_counter() - self._asked
 
     def step_has_ended(self) -> None:
@@ -77,7 +77,7 @@ class Clock:
         self._marks.append(self._device.mark())
 
     def own(self) -> dict[str, Any]:
-        """What this rank needed for itself in the interval, for finding the one that the others wait for."""
+        """Seconds of this rank's own work in the interval, to find the rank that the others wait for."""
         return {
             "interval_steps": self.steps,
             "own_seconds": self.own_seconds,
@@ -86,7 +86,7 @@ class Clock:
         }
 
     def read(self) -> dict[str, Any]:
-        """The interval that ends now; the next one starts."""
+        """Return the interval that ends now, and start the next one."""
         seconds = time.perf_counter() - self.started
         num_images = self.steps * self.images_per_step
         between = self._device.seconds_between
@@ -113,7 +113,7 @@ class Clock:
 
 
 class TimedDevice:
-    """Wraps a device and reports the phases of each training step to a clock; all other calls are passed through."""
+    """Wraps a device and reports the phases of each training step to a clock; passes on all other calls."""
 
     def __init__(self, device: Device, clock: Clock) -> None:
         self._device, self._clock = device, clock
@@ -123,7 +123,7 @@ class TimedDevice:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Around the forward pass and the loss."""
+        """Context manager for the forward pass and the loss."""
         self._clock.lap("copy")
         with self._device.autocast():
             yield
@@ -140,9 +140,9 @@ class TimedDevice:
 
 
 class StopCoordinator:
-    """Has all ranks stop after the same step: they ask one another at log lines, and every few seconds in between.
+    """Makes all ranks stop after the same step: they communicate at log lines, and every few seconds in between.
 
-    A rank that stops alone would have the others wait for it for ever. A single process is asked after every step.
+    If one rank stopped alone, the others would wait for it forever. A single process checks after every step.
     """
 
     all_stop = False
@@ -154,14 +154,14 @@ class StopCoordinator:
         self._since = time.perf_counter()
 
     def is_due(self) -> bool:
-        """Whether to ask after this step; the same answer on every rank."""
+        """Whether the ranks should communicate after this step; the same on every rank."""
         self._steps += 1
         if self._device.world_size == 1:
             return interrupts.stop_requested()
         return self._steps >= self._steps_between
 
     def sync(self, figures: Tensor) -> list[float]:
-        """Average ``figures (2,)`` over the ranks; returns the means, then this rank's first; sets ``all_stop``."""
+        """Average ``figures (2,)`` over the ranks, set ``all_stop``; return the means and this rank's first figure."""
         device = self._device
         seconds = (time.perf_counter() - self._since) / max(self._steps, 1)
         state = torch.tensor([float(interrupts.stop_requested()), seconds]).to(figures.device)

@@ -19,9 +19,9 @@ Continuing after a stop, and evaluating only:
     python -m vgglab.train --nproc 8 --max-restarts 3 --checkpoint-every 500
     python -m vgglab.train --resume runs/<run>/checkpoints/best.pt --test-only
 
-Everything a run does ends up in its run directory (``vgglab/runs/run.py``). Exit codes: 0 done, 1 a bug with its
-traceback, 2 bad input with one line on stderr, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint saved, 130
-stopped by Ctrl-C: with a checkpoint saved at the first, without one at the second.
+All results are written to the run directory (``vgglab/runs/run.py``). Exit codes: 0 done, 1 a bug (with traceback), 2
+bad input (one line on stderr), 75 stopped by SIGTERM, SIGUSR1 or SIGHUP after saving a checkpoint, 130 stopped by
+Ctrl-C, after saving a checkpoint if it was pressed once.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ MAX_WORKERS = 16  # the original example's default
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command-line entry point: flags in, exit code out."""
+    """Run the training command with these flags and return the exit code."""
     try:
         ranks.attach()
         argv = sys.argv[1:] if argv is None else argv
@@ -110,18 +110,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _RefusedByRank0(Exception):
-    """Rank 0 has refused and reports why; the other ranks only exit."""
+    """Rank 0 has refused to train and reports why; the other ranks only exit."""
 
 
 def run_training(request: Request, given: Sequence[str] = ()) -> None:
-    """Open the device and the data, make the run directory, train, write the report.
+    """Open the device and the data, create the run directory, train, and write the report.
 
     Args:
-        given: the settings that somebody chose; with ``resume`` the others are those of the earlier run.
+        given: the settings chosen by the user; with ``resume`` the others come from the earlier run.
 
     Raises:
-        UserError: for anything that can be seen before the first step, and then no run directory is made;
-            later for an image that cannot be read.
+        UserError: for any problem found before the first step, without creating a run directory; later for an image
+            that cannot be read.
     """
     import_torch(request.device)  # from here on; a wrong flag is answered without it
     from vgglab.data.sets import open_sets
@@ -170,10 +170,10 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
 
 
 def _fused(request: Request) -> bool | None:
-    """``--fused``, for an optimizer that has such a step; of another neither this flag nor --fast asks for it.
+    """Whether to use a fused optimizer step: with ``--fused`` or ``--fast``, if the optimizer has one.
 
     Raises:
-        UserError: it was asked for by name.
+        UserError: ``--fused`` was given and the optimizer has none.
     """
     from vgglab.optim import OPTIMIZERS
 
@@ -199,7 +199,7 @@ def _read_checkpoint(path: str) -> Checkpoint:
 
 
 def _find_checkpoint(request: Request) -> tuple[str | None, list[str]]:
-    """The newest intact checkpoint, if there is one, for ``auto``; and which ones cannot be used, a line each.
+    """For ``--resume auto``: the newest intact checkpoint, if any, and one line for each that cannot be used.
 
     Raises:
         UserError: none in ``run_dir`` can be used; training from the beginning would overwrite them.
@@ -221,7 +221,7 @@ def _find_checkpoint(request: Request) -> tuple[str | None, list[str]]:
 
 
 def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
-    """Fill in what the flags left open, so that config.json records what was used."""
+    """Fill in the settings that the flags left open, so that config.json records what was used."""
     from vgglab.model import head_for
     from vgglab.runs.run import run_path
 
@@ -254,7 +254,7 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
 def _prepare_and_work(
     config: Settings, device: Device, sets: DataSets, saved: Checkpoint | None, is_in_place: bool
 ) -> None:
-    """The trainer lives in here only: on torch 1.10 a wrapped model that outlives its process group hangs at exit."""
+    """Build the trainer and use it. It must not outlive this call: on torch 1.10, DDP then hangs at exit."""
     from vgglab.runs.writer import RankWriter
     from vgglab.trainer import Trainer
 
@@ -280,7 +280,7 @@ def _prepare_and_work(
 
 
 def _evaluated(settings: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What decides which held-out images are evaluated."""
+    """The settings that determine which held-out images are evaluated."""
     data, limit, batch, ranks_ = (settings.get(name) for name in DECIDE_EVALUATION)
     return (data, limit) if limit == -1 else (data, limit, batch, ranks_)
 
@@ -302,7 +302,7 @@ def _work(trainer: Trainer, run: RankWriter) -> None:
 
 
 def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
-    """Rank 0: the run directory from its first line to its report, however the run ends."""
+    """Rank 0: write the run directory from the first line to the report, however the run ends."""
     from vgglab.runs import checkpoint
     from vgglab.runs.report import build_report, remark_on_steadiness
     from vgglab.runs.run import Run, holds_a_run
@@ -371,7 +371,7 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
 
 
 def run_and_exit(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command as all that this process does, and end the process."""
+    """Run the training command as the only task of this process, and end the process."""
     interrupts.ends_with_run = True
     try:
         code = main(argv)

@@ -1,7 +1,7 @@
 """Training: ``Trainer.step`` is one optimizer step, ``Trainer.fit`` the loop around it.
 
-What differs between devices is in the device's methods, what differs between experiments in the settings; all that is
-to be reported goes as events into the run directory.
+Differences between devices are in the methods of the device, differences between experiments in the settings. Results
+are written to the run directory, as events.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # what a trainer is given
 
 @dataclass
 class TrainingState:
-    """How far a run has come: ``epoch`` epochs, ``images`` images of the next one, ``step`` steps in all."""
+    """The progress of a run: ``epoch`` epochs, ``images`` images of the next one, ``step`` steps in total."""
 
     epoch: int = 0
     images: int = 0
@@ -45,7 +45,7 @@ class TrainingState:
     num_drops: int = 0  # of the learning rate, by the plateau schedule
 
     def record_evaluation(self, is_best: bool, patience: int) -> None:
-        """After ``patience`` evaluations without a better top-1 the plateau schedule has one more drop."""
+        """Count evaluations without a better top-1; after ``patience`` of them, the plateau schedule drops the rate."""
         self.num_poor = 0 if is_best else self.num_poor + 1
         if self.num_poor >= patience:
             self.num_poor, self.num_drops = 0, self.num_drops + 1
@@ -55,19 +55,20 @@ class Trainer:
     """A network, its optimizer and its data on one rank.
 
     Attributes:
-        model: what is trained; over several ranks it averages gradients.
-        network: the bare network in it.
-        average: a moving average of the weights, which is tested in their place; or None.
-        batches: None with ``test_only``.
-        state: how far the training has come.
-        warnings: about the start of the run, one line each.
+        model: the model as trained; with several ranks it averages gradients.
+        network: the same without that wrapper.
+        average: a moving average of the weights, which is evaluated instead of them; or None.
+        batches: the training batches; None with ``test_only``.
+        state: the progress.
+        warnings: warnings before the first step, one line each.
     """
 
     def __init__(self, config: Settings, device: Device, sets: DataSets, saved: Checkpoint | None = None) -> None:
-        """Build everything, before there is a run directory; take up the checkpoint ``saved``, if there is one.
+        """Build everything, before there is a run directory; restore the checkpoint ``saved``, if given.
 
         Raises:
-            UserError: a checkpoint that does not fit, weights that cannot be had, a batch larger than the set.
+            UserError: the checkpoint does not fit, weights cannot be downloaded, or a batch is larger than the data
+                set.
         """
         self.config, self.device, self.sets = config, device, sets
         self.warnings: list[str] = []
@@ -109,10 +110,10 @@ class Trainer:
         return network
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One optimizer step on a batch that is on the device: ``images (N, S, S, 3)`` bytes, ``labels (N,)``.
+        """Perform one optimizer step on a batch on the device: ``images (N, S, S, 3)`` bytes, ``labels (N,)``.
 
         Returns:
-            The loss, ``()``, and the logits, ``(N, num_classes)``, on the device: to read them is to wait for it.
+            The loss, ``()``, and the logits, ``(N, num_classes)``, on the device: reading them waits for it.
         """
         device = self.device
         device.seed(self.step_seed())  # so that a step after a resume draws what it would have drawn without
@@ -131,15 +132,15 @@ class Trainer:
         return loss, logits
 
     def step_seed(self) -> int:
-        """What dropout and blends draw from in the next step on this rank; 32 bits, which any card takes."""
+        """The seed for dropout, mixup and cutmix in the next step on this rank; 32 bits, which every card accepts."""
         return mix_seeds(self.config.seed, self.state.step, self.device.rank) % 2**32
 
     def fit(self, run: RankWriter) -> None:
-        """Train, evaluating and saving every ``eval_freq`` epochs and after the last.
+        """Train; evaluate and save every ``eval_freq`` epochs and after the last.
 
         Raises:
-            UserError: an image that cannot be read; a loss that is not finite; no room for the last checkpoint.
-            StopRequested: a signal asked for it; the checkpoint is written.
+            UserError: an image cannot be read, the loss is not finite, or the last checkpoint does not fit on the disk.
+            StopRequested: a signal was received; the checkpoint is written.
         """
         config, state = self.config, self.state
         if state.epoch >= config.epochs:
@@ -175,10 +176,10 @@ class Trainer:
         self.save(run, is_best)
 
     def save(self, run: RankWriter, is_best: bool = False) -> None:
-        """Rank 0 writes the checkpoint. One that does not fit on the disk is a warning; the last fails the run.
+        """Write a checkpoint, on rank 0. If it does not fit on the disk: a warning; for the last one, an error.
 
         Raises:
-            UserError: a weight that is not finite.
+            UserError: a weight is not finite.
         """
         if self.device.rank != 0:
             return
@@ -188,7 +189,7 @@ class Trainer:
         run.save_checkpoint(self.network, self.optimizer, scaler, self.state, settings, is_best, average)
 
     def save_and_stop(self, run: RankWriter) -> NoReturn:
-        """Raises StopRequested, with what was saved and how to continue."""
+        """Save, then raise StopRequested, whose message says what was saved and how to continue."""
         self.save(run)
         if self.device.rank != 0:
             raise StopRequested
@@ -196,7 +197,7 @@ class Trainer:
         raise StopRequested(f"after step {self.state.step}, {saved}; {run.resume_advice}")
 
     def announce(self, run: RankWriter) -> None:
-        """The first event: what is about to happen, so that a reader can tell how far it is."""
+        """Write the first event: what the run will do, so that its progress can be shown."""
         config, sets, state = self.config, self.sets, self.state
         run.event(
             "start",
@@ -215,7 +216,7 @@ class Trainer:
         )
 
     def _num_steps(self) -> int:
-        """Optimizer steps of the whole run, those before a resume included."""
+        """The number of optimizer steps of the whole run, including those before a resume."""
         if not self.batches:
             return 0
         config, state = self.config, self.state
@@ -225,12 +226,12 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, run: RankWriter, last_epoch: int | None = None) -> bool:
-        """Top-1, top-5 and mean loss over the held-out images, each counted once; true if top-1 is the best so far.
+        """Evaluate on the held-out images: top-1, top-5 and mean loss. Returns whether top-1 is the best so far.
 
         ``last_epoch`` is the last that was trained, counted from 0. With fewer than five classes, top-5 is top-n.
 
         Raises:
-            StopRequested: a rank was asked to stop, so all stop here together.
+            StopRequested: a rank was asked to stop, so all ranks stop here.
         """
         device, batches, state = self.device, self.held_out, self.state
         network = self.network if self.average is None else self.average.network
@@ -267,7 +268,7 @@ class Trainer:
 
 
 class Loop:
-    """The training epochs of one run: steps, and between them the log, the checkpoints and requests to stop."""
+    """The training epochs of a run: the steps, and between them logging, checkpoints and requests to stop."""
 
     def __init__(self, trainer: Trainer, run: RankWriter, tracer: Tracer) -> None:
         self.trainer, self.run, self.tracer = trainer, run, tracer
@@ -306,7 +307,7 @@ class Loop:
 
     @contextmanager
     def _timing_each_part(self) -> Iterator[None]:
-        """In the block the clock learns from the device when the parts of a step end."""
+        """In the block, the device reports the end of each phase of a step to the clock."""
         device = self.trainer.device
         self.trainer.device = TimedDevice(device, self.clock)  # type: ignore[assignment]  # all else is the device's
         try:
@@ -315,7 +316,7 @@ class Loop:
             self.trainer.device = device
 
     def _log_and_sync(self, epoch: int, loss: Tensor, logits: Tensor, labels: Tensor, is_logged: bool) -> None:
-        """Read the loss, averaged over the ranks, and whether they should stop; write a line of the log."""
+        """Read the loss, averaged over the ranks, and whether they should stop; write a log line."""
         dtype = torch.get_default_dtype()  # not the loss's, which mixed precision may have made coarse
         correct = (logits.detach().argmax(1) == labels).to(dtype).mean()
         mine = torch.stack([loss.detach().to(dtype), correct])
@@ -338,7 +339,7 @@ class Loop:
 
 
 def _share_buffers(network: nn.Module, device: Device) -> None:
-    """All ranks take rank 0's batch-norm statistics: those that are saved are those that are tested."""
+    """Copy rank 0's batch-norm statistics to all ranks, so that the saved ones are those evaluated."""
     if device.world_size > 1:
         for buffer in network.buffers():
             buffer.copy_(device.sum(buffer if device.rank == 0 else torch.zeros_like(buffer)))
@@ -346,7 +347,7 @@ def _share_buffers(network: nn.Module, device: Device) -> None:
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """``[sum of losses, top-1 hits, top-5 hits, images]`` of one batch, in the type of ``logits``, on the card."""
+    """``[sum of losses, top-1 hits, top-5 hits, images]`` of a batch, on the device, with the type of ``logits``."""
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, up to 5), best first
     hits = (top == labels[:, None]).to(loss.dtype)

@@ -1,4 +1,4 @@
-"""``vgglab bench data`` and ``bench step``: how fast images come, how fast steps are; see ``vgglab/lab/bench``."""
+"""``vgglab bench data`` and ``bench step``: the speed of loading and of training steps; see ``vgglab/lab/bench``."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
     python -m vgglab.book notebooks/08_report.ipynb -p folders /shared/runs --no-code --out /shared/report
 
 Notebooks run in parallel if there are enough cores. One whose metadata has ``"vgglab": {"alone": true}`` measures
-speeds and runs alone. All run in the current folder, so paths of ``-p`` are relative to it. A parameter that no chosen
-notebook has is refused, which papermill alone would not do.
+speeds and runs alone. All notebooks run in the current folder, so paths given with ``-p`` are relative to it. Unlike
+papermill, this refuses a parameter that none of the chosen notebooks has.
 Exit codes: 0 done; 1 a notebook failed, its cell is named; 2 bad input, explained in one line; 130 interrupted.
 """
 
@@ -39,7 +39,7 @@ PAPERMILLS_OWN = {"injected-parameters", "papermill-error-cell-tag"}
 
 
 class Job(NamedTuple):
-    """One notebook to execute: where it is, where it goes, and the parameters that it has."""
+    """One notebook to execute: its source, its output, and its parameters."""
 
     source: Path
     target: Path
@@ -49,10 +49,10 @@ class Job(NamedTuple):
 
 
 def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> list[Job]:
-    """Each notebook with those of ``parameters`` that it has; those that measure come first, then the longest.
+    """One job per notebook, with those ``parameters`` that it has; speed measurements first, then longest first.
 
     Raises:
-        UserError: no such notebook; a parameter that none of them has; a file in ``out`` that is somebody's own.
+        UserError: no such notebook; a parameter that no notebook has; a file in ``out`` that was not made here.
     """
     known = {source: _parameters_of(source) for source in dict.fromkeys(sources)}
     for name in parameters:
@@ -91,7 +91,7 @@ def _parameters_of(source: Path) -> dict[str, bool]:
 
 
 def _content_of(file: Path) -> dict[str, Any]:
-    """Of a notebook; empty if there is none, or one that was only half written."""
+    """The content of a notebook; empty if the file is missing or incomplete."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -104,7 +104,7 @@ def _metadata_of(file: Path) -> dict[str, Any]:
 
 
 def _was_made_here(target: Path) -> bool:
-    """Whether it may be overwritten: an executed notebook, an incomplete one, or nothing yet."""
+    """Whether the file may be overwritten: it is an executed or incomplete notebook, or does not exist."""
     if target.is_symlink() or target.is_dir():
         return False
     if not target.exists() or "papermill" in _metadata_of(target):
@@ -114,7 +114,7 @@ def _was_made_here(target: Path) -> bool:
 
 
 class Book:
-    """Executes jobs, one line for each when it ends; ``stop`` ends those that are running."""
+    """Executes jobs and prints one line for each when it ends; ``stop`` ends the running ones."""
 
     def __init__(self, num_at_once: int) -> None:
         self.num_at_once = num_at_once
@@ -163,7 +163,7 @@ class Book:
         return process.returncode, said
 
     def stop(self) -> None:
-        """Kernels end with papermill, and runs with their kernel."""
+        """End what is running. Kernels end with papermill, and runs end with their kernel."""
         with self._lock:
             self._is_stopped = True
             for process in self._processes:
@@ -172,7 +172,7 @@ class Book:
 
 
 def _has_begun(executed: Path) -> bool:
-    """Whether a cell was executed. A kernel may die before: two that start at once can be given the same port."""
+    """Whether any cell was executed. A kernel may die before that, if two that start at once get the same port."""
     return any(cell.get("execution_count") for cell in _content_of(executed).get("cells", ()))
 
 
@@ -241,7 +241,7 @@ def _make(arguments: argparse.Namespace) -> int:
 
 
 def _repeat_command(sources: Sequence[Path], arguments: argparse.Namespace) -> str:
-    """What to type to execute just these again, with the same parameters; not into the site, which keeps the others."""
+    """The command that executes these notebooks again, with the same parameters, into a folder next to the site."""
     parameters = [word for pair in arguments.p for word in ("-p", *pair)] + ["--no-code"] * arguments.no_code
     interpreter = os.path.relpath(sys.executable) if sys.executable.startswith(f"{Path.cwd()}/") else sys.executable
     words = [interpreter, "-m", "vgglab.book", *map(str, sources), *parameters, "--out", f"{arguments.out}-again"]

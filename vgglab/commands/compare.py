@@ -55,14 +55,14 @@ def _as_json(found: Comparison) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for each number that JSON does not have."""
+    """The same content, with None for numbers that JSON cannot represent."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else finite(value)
 
 
 def _write_new(file: Path, content: bytes) -> None:
-    """Raises UserError if the file is there already, cannot be written, or is called something else."""
+    """Write the figure. Raises UserError if the file exists, cannot be written, or does not end in ``.png``."""
     if file.suffix.lower() != ".png":
         raise UserError(f"--png {file}: the figure is written as PNG; the file name must end in .png")
     try:

@@ -1,4 +1,4 @@
-"""``vgglab data check``: which images of a set cannot be read; see ``vgglab/data/check.py``."""
+"""``vgglab data check``: find images that cannot be read; see ``vgglab/data/check.py``."""
 
 from __future__ import annotations
 

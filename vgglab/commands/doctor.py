@@ -1,6 +1,6 @@
 """Check this machine, its devices and its installation: ``python -m vgglab.doctor [--json]``.
 
-It also works on a broken installation. Exit codes: 0 nothing wrong, 1 problems found, 2 a flag that does not exist.
+It also works on a broken installation. Exit codes: 0 no problems, 1 problems found, 2 an unknown flag.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vgglab.view.tables import html_facts, html_text
 
 @dataclass
 class Diagnosis:
-    """``facts`` by name, ``problems`` each with its ``fix``, and ``notes`` on harmless findings."""
+    """``facts`` by name, ``problems`` with a ``fix`` for each, and ``notes`` about harmless findings."""
 
     facts: dict[str, Any]
     problems: list[dict[str, str]]
@@ -29,14 +29,14 @@ class Diagnosis:
 
     @property
     def auto(self) -> str:
-        """What ``--device auto`` would take."""
+        """The device that ``--device auto`` selects."""
         return self.facts["--device auto"]
 
     def as_dict(self) -> dict[str, Any]:
         return {"facts": self.facts, "problems": self.problems, "notes": self.notes, "auto": self.auto}
 
     def rows(self) -> list[tuple[str, str]]:
-        """Name and value of every fact, ready to be shown."""
+        """Name and value of every fact, as text."""
         return [(name, _readable(value)) for name, value in self.facts.items()]
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ def _readable(value: Any) -> str:
 
 
 def check_machine() -> Diagnosis:
-    """Check this machine; takes some seconds, because each library is tried in a separate process."""
+    """Check this machine. Takes several seconds, because each library is imported in a separate process."""
     from vgglab.devices.checkup import Checkup
 
     checkup = Checkup()

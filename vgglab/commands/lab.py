@@ -1,4 +1,4 @@
-"""``vgglab lab [DIR]``: the notebooks in JupyterLab."""
+"""``vgglab lab [DIR]``: open the notebooks in JupyterLab."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ MAX_NAMED = 3  # runs in an answer
 
 @magics_class
 class VgglabMagics(Magics):
-    """``%vgglab``, and what it has started since it was loaded."""
+    """The magic ``%vgglab``, and the runs it has started."""
 
     def __init__(self, shell: Any) -> None:
         super().__init__(shell)
@@ -40,7 +40,7 @@ class VgglabMagics(Magics):
         %vgglab run [--flag value ...]   train in a separate process; the run is in the variable `run`
         %vgglab runs [folder]            a table of the runs in ./runs, or in another folder; the newest is last
         %vgglab watch [run]              show a run while it is active
-        %vgglab stop [run]               have a run save and stop
+        %vgglab stop [run]               ask a run to save and stop
 
         `run` takes every flag of `python -m vgglab.train` (%vgglab run --help lists them), and of vgglab.launch:
         --nproc, --nnodes, --node-rank, --rendezvous, --max-restarts, --python and --detach. In a live notebook it
@@ -102,14 +102,14 @@ class VgglabMagics(Magics):
         print(f"{run.name}: {run.status}")
 
     def known(self) -> list[Run]:
-        """Those in ./runs and those started here, the newest last."""
+        """The runs in ./runs and those started from this kernel, newest last."""
         started = [*self.launched, *(run for series in self.series for run in series.runs)]
         there = [run for run in started if is_a_run(run.path)]  # a folder may have been removed
         found = {run.path: run for run in [*(Runs(HOME) if HOME.is_dir() else []), *there]}
         return sorted(found.values(), key=lambda run: run.began)
 
     def find(self, subcommand: str, words: Sequence[str]) -> Run:
-        """The run that is meant. Raises UserError if there is none, or more than one."""
+        """The run with this name. Raises UserError if none or several match."""
         name, runs = _at_most_one(subcommand, words), self.known()
         if name is None:
             going_on = [run for run in runs if _can_be_stopped(run) or (subcommand == "watch" and _is_going_on(run))]
@@ -142,7 +142,7 @@ class VgglabMagics(Magics):
 
 
 def load(shell: Any) -> None:
-    """Register the magic and its completion in this shell."""
+    """Register the magic and its completion in this IPython shell."""
     magics = VgglabMagics(shell)
     shell.register_magics(magics)
 
@@ -157,7 +157,7 @@ def load(shell: Any) -> None:
 
 
 def launch_parser() -> argparse.ArgumentParser:
-    """Arguments of ``vgglab.launch`` besides the flags of training."""
+    """The arguments of ``vgglab.launch`` that are not training flags."""
     parser = OneLineParser(prog="%vgglab run", allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
     for name in ("--nproc", "--nnodes"):
         parser.add_argument(name, type=AT_LEAST_1)
@@ -196,7 +196,7 @@ def _at_most_one(subcommand: str, words: Sequence[str]) -> str | None:
 
 
 def _after(last: str, token: str) -> list[str]:
-    """The choices of the flag before the cursor; else the flags, spelled as the word there has begun."""
+    """The choices of the flag before the cursor; otherwise the flags, with dashes or underscores as typed so far."""
     from vgglab.data.named import NAMED_SETS
 
     actions = {**build_parser()._option_string_actions, **launch_parser()._option_string_actions}

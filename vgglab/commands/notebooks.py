@@ -25,7 +25,11 @@ def originals() -> list[Path]:
 
 
 def copy_to(folder: Path) -> list[Path]:
-    """The copies. Raises UserError if one is there already: somebody may have worked in it; then none is written."""
+    """Copy the notebooks and return the copies. If one exists already, nothing is written: it may contain work.
+
+    Raises:
+        UserError: a notebook exists, or the folder cannot be written.
+    """
     copies = {folder / original.name: original for original in originals()}
     for copy in copies:
         if copy.exists():

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _speed(options: Any) -> float:
-    """Of one card. Raises UserError if it is not given."""
+    """Images per second of one card. Raises UserError if none was given."""
     if options.images_per_second is not None:
         if options.run is not None:
             raise UserError("--run and --images-per-second both give the speed; use one of them")
@@ -66,7 +66,7 @@ def _speed(options: Any) -> float:
 
 
 def _other_job(config: Request, run: Run) -> list[str]:
-    """What that speed was measured with, where it is not what is planned."""
+    """How the run whose speed is used differs from the planned one; empty if it does not."""
     report, wanted = run.report(), config.as_dict()
     wanted["image_size"] = config.image_size or report["image_size"]
     names = [name for name in ("model", "image_size", "batch_size") if report[name] != wanted[name]]

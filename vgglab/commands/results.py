@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _refuse_foreign(file: Path) -> None:
-    """An existing results page is overwritten; any other file is kept. Raises UserError, OSError."""
+    """Raise UserError if the file exists and is not a results page. Raises OSError if it cannot be read."""
     if file.exists() and TITLE not in file.read_text(encoding="utf-8", errors="replace")[:500]:
         raise UserError(f"--html {file}: already exists and is not a results page; choose another file name")
 

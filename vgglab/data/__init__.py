@@ -1,7 +1,7 @@
 """Images and labels: from a name or a folder to batches.
 
-``sets.py`` finds the images, ``digits.py`` writes the bundled set, ``loader.py`` makes batches of them. The names below
-are what notebooks use; each is loaded when it is first used, since most of them need torch.
+``sets.py`` finds the images, ``digits.py`` writes the bundled set, ``loader.py`` makes batches. Notebooks use the names
+below. Each is loaded on first use, because most of them need torch.
 """
 
 import importlib

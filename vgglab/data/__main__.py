@@ -1,4 +1,4 @@
-"""``python -m vgglab.data``, as it was called before there was ``vgglab data``."""
+"""``python -m vgglab.data``, the older spelling of ``vgglab data``."""
 
 import sys
 

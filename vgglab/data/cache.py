@@ -9,7 +9,7 @@ from typing import Iterator
 
 
 def cache_folder() -> Path:
-    """``$VGGLAB_CACHE``, else ``vgglab`` in the user's cache folder."""
+    """``$VGGLAB_CACHE`` if set, otherwise ``vgglab`` in the user's cache folder."""
     named = os.environ.get("VGGLAB_CACHE")
     if named:
         return Path(named)
@@ -18,10 +18,10 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def one_at_a_time(file: Path) -> Iterator[None]:
-    """Let one process on this machine at a time into the block.
+    """Allow only one process on this machine at a time into the block.
 
-    Best effort: if the file cannot be written or the file system has no locks, there is no waiting. What is done in the
-    block must be safe without it.
+    Best effort: if the file cannot be written or the file system has no locks, nothing waits. The block must be safe
+    without the lock.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, ImportError):

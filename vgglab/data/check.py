@@ -4,7 +4,7 @@
     python -m vgglab.data check imagenet --json
 
 Every file is decoded in full, by several processes. Unreadable files are listed by name, unusual ones
-are counted, with an example. Exit codes: 0 all can be read; 1 some cannot; 2 bad input.
+are counted, with an example. Exit codes: 0 all files can be read, 1 some cannot, 2 bad input.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NUM_AT_A_TIME = 64
 
 
 class Verdict(NamedTuple):
-    """On one file: why it cannot be read (empty if it can), and which of ``KINDS`` it is."""
+    """The result for one file: why it cannot be read (empty if it can), and which of ``KINDS`` apply."""
 
     file: str
     trouble: str
@@ -52,7 +52,7 @@ class Verdict(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """On a set; the fields of the JSON object."""
+    """The result for a data set; the fields of the JSON object."""
 
     num_files: int
     unreadable: dict[str, str]  # file -> why
@@ -106,10 +106,10 @@ def check_images(data_path: str, workers: int | None = None) -> Findings:
 
     Args:
         data_path: as in training: a folder, or a set by its name.
-        workers: processes that read; None: one for each core.
+        workers: number of reader processes; None for one per core.
 
     Raises:
-        UserError: as ``open_sets``, but for files that cannot be read.
+        UserError: as in ``open_sets``, except for files that cannot be read.
     """
     sets = open_sets(parse_flags([f"--data-path={data_path}", "--on-bad-image=skip"]))
     if not isinstance(sets.val.images, FileImages):

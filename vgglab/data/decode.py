@@ -1,10 +1,10 @@
-"""Decode image files, and only the rows that are needed.
+"""Decode image files, but only the rows that are needed.
 
 Two decoders. ``pil`` gives bit for bit the pixels of torchvision's reference script. ``fast`` reads ordinary JPEGs with
 libjpeg-turbo through simplejpeg and leaves out the rows below the crop: a JPEG says how many rows it has in two
 bytes of its header, and a decoder that reads a smaller number there stops early. The pixels are the same; shrinking
 them on a tensor instead of in Pillow changes a value by one step in 255, occasionally by two
-(``tests/test_decode.py``). All other files are decoded as by ``pil``.
+(``tests/test_decode.py``). Other files are decoded by Pillow.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TAIL_BYTES = 4096  # some cameras and editors leave a little something behind th
 
 
 def best_decoder() -> str:
-    """``fast`` where simplejpeg is installed and torch shrinks bytes with antialiasing (2.1 and later)."""
+    """``fast`` if simplejpeg is installed and torch resizes uint8 with antialiasing (2.1 and later), else ``pil``."""
     try:
         import simplejpeg  # noqa: F401
     except ImportError:
@@ -54,10 +54,10 @@ def shrinks_tensors() -> bool:
 
 
 class Picture:
-    """An image file whose header has been read, and whose pixels are read when a part of them is asked for."""
+    """An image file whose header has been read; its pixels are decoded on request."""
 
     def __init__(self, file: str) -> None:
-        """Raises BadImage for a file that is missing, empty, no image, or too large to be one."""
+        """Raises BadImage if the file is missing, empty, not an image, or too large for one."""
         self.file = file
         try:
             with warnings.catch_warnings():
@@ -70,7 +70,7 @@ class Picture:
         self.width, self.height = self._image.size
 
     def pixels(self, rows: int | None = None) -> Pixels:
-        """The image in RGB, at least its first ``rows`` rows; call it only once. Raises BadImage."""
+        """At least the first ``rows`` rows of the image, in RGB; call it only once. Raises BadImage."""
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="PIL", category=UserWarning)
@@ -81,7 +81,7 @@ class Picture:
 
 
 class JpegPicture:
-    """An ordinary JPEG in memory: sequential, 8 bits, grey or colour, with its end where it belongs."""
+    """An ordinary JPEG in memory: sequential, 8 bits, grey or colour, not truncated."""
 
     def __init__(self, file: str, data: bytearray, frame: _Frame) -> None:
         self.file, self._data, self._frame = file, data, frame
@@ -103,7 +103,7 @@ class JpegPicture:
 
 
 def open_picture(file: str, decoder: str) -> Picture | JpegPicture:
-    """Read as much of ``file`` as it takes to know its size. Raises BadImage; KeyError for an unknown decoder."""
+    """Read enough of ``file`` to know its size. Raises BadImage, or KeyError for an unknown decoder."""
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would block
             raise bad_image(file, "not a regular file")
@@ -113,7 +113,7 @@ def open_picture(file: str, decoder: str) -> Picture | JpegPicture:
 
 
 def _open_jpeg(file: str) -> Picture | JpegPicture:
-    """Pillow reads what is no JPEG, or no ordinary one."""
+    """Use Pillow for anything that is not an ordinary JPEG."""
     if not file.lower().endswith((".jpeg", ".jpg")):
         return Picture(file)
     try:
@@ -148,7 +148,7 @@ class _Frame(NamedTuple):
 
 
 def _frame_of(data: bytearray) -> _Frame | None:
-    """None for anything but a whole sequential JPEG. Source: ITU-T T.81, B.1.1 and B.2.2."""
+    """The frame of a complete sequential JPEG, otherwise None. Source: ITU-T T.81, B.1.1 and B.2.2."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
@@ -179,7 +179,7 @@ def _next_segment(data: bytearray, at: int, wanted: set[int]) -> tuple[int, int]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """As ``convert("RGB")``, which would clip 16-bit greys to white: those keep their upper 8 bits."""
+    """Like ``convert("RGB")``, but 16-bit greys keep their upper 8 bits instead of being clipped to white."""
     if image.mode in SIXTEEN_BITS:
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     elif image.mode == "F":
@@ -188,7 +188,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def bad_image(file: str, reason: str) -> BadImage:
-    """The exception for a file, with what the reader can do about it."""
+    """The exception for a file, with advice for the user."""
     advice = "repair or remove it, or skip such files with --on-bad-image skip"
     return BadImage(f"{file!r} cannot be read as an image ({reason}); {advice}", file, reason)
 

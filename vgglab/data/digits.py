@@ -1,8 +1,8 @@
 """The bundled set: scikit-learn's 1797 handwritten digits, as a folder of image files.
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998: 8x8 pixels of
-17 grey levels. They are written once, enlarged to 32x32, in the layout that ImageNet has, so that
-training on them walks the path that ImageNet walks.
+17 grey levels. They are written once, enlarged to 32x32, in ImageNet's folder layout, so that training on them
+exercises the same code as training on ImageNet.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IMAGE_SIZE = 32
 
 
 def digits_folder() -> Path:
-    """The folder with ``train/``, ``val/`` and the two list files, written if it is not there yet.
+    """The folder with ``train/``, ``val/`` and the two list files; written on first use.
 
     Raises:
         UserError: scikit-learn is missing, or the cache cannot be written.

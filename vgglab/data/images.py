@@ -1,6 +1,6 @@
-"""Where the pixels of a split come from: image files, arrays in memory, or nowhere (``fake``).
+"""Where the pixels of a split come from: image files, arrays in memory, or a generator (``fake``).
 
-Each kind has a number of images, a name for each in messages, and a way to open one for a transform.
+Each kind has a length, a name for each image in messages, and a method that opens one for a transform.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, place: int) -> str:
-        """What to call an image: its file, or its place in a named set."""
+        """The name of an image in messages: its file, or its position in a named set."""
 
     def open(self, place: int, decoder: str) -> AnyPicture:
-        """An image, of which a part can be asked for. Raises BadImage."""
+        """Open an image, of which any part can then be read. Raises BadImage."""
 
 
 class FileImages:
-    """Files on the disk."""
+    """Image files on disk."""
 
     def __init__(self, paths: Paths) -> None:
         self.paths = paths
@@ -57,7 +57,7 @@ class ArrayPicture:
 
 
 class ArrayImages:
-    """A small set that is held in memory: ``(N, H, W)`` grey or ``(N, H, W, 3)``, uint8."""
+    """A small data set held in memory: ``(N, H, W)`` grey or ``(N, H, W, 3)``, uint8."""
 
     def __init__(self, pixels: Tensor, set_name: str) -> None:
         self.pixels, self.set_name = pixels, set_name
@@ -73,7 +73,7 @@ class ArrayImages:
 
 
 class FakeImages:
-    """Random pixels, drawn once and shown again and again: they cost next to nothing, so that the rest is measured."""
+    """Random pixels, drawn once and reused: loading costs almost nothing, so a benchmark measures the rest."""
 
     NUM_DRAWN = 64
 
@@ -98,7 +98,7 @@ AnyPicture = Union[Picture, JpegPicture, ArrayPicture]
 
 @dataclass
 class Split:
-    """Images with their labels (index into ``classes``)."""
+    """Images with their labels (indices into ``classes``)."""
 
     images: Images
     labels: Sequence[int] | array

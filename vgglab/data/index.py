@@ -1,9 +1,9 @@
 """Which image files a split has: ``<split>/<class>/<image>``, and a cached list for large folders.
 
 Listing ImageNet's 1.28 million names takes minutes on a remote disk, each time, on every rank. So a large
-listing is kept in the cache folder, one line a class folder, with the folder's times of change. They move when
-a name in it comes or goes; such folders are listed again and the others are not. The listing is found by the
-absolute path, and of several ranks one makes it while the others wait.
+listing is kept in the cache folder, one line per class folder, with the folder's modification times. They change when
+a file is added or removed; only such folders are listed again. The cache key is the absolute path. Of several ranks,
+one makes the listing while the others wait.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SETTLED_NANOSECONDS = 2 * 10**9
 
 
 class Listing(NamedTuple):
-    """A folder's image names in sorted order, and what the folder was when they were read."""
+    """The sorted image names of a folder, and the state of the folder when they were read."""
 
     inode: int  # another folder under the same name has another
     changed: int  # ns; the later of its two times of change, the second of which cannot be set back
@@ -45,10 +45,10 @@ Index = Dict[str, Listing]  # class folder -> its images, in sorted order; "" fo
 
 
 class Paths(Sequence[str]):
-    """Many paths in two flat buffers.
+    """A list of paths in two flat buffers.
 
-    A list of a million strings has a million reference counts, and every one that a forked loader process touches
-    copies a page: its memory would grow all epoch long.
+    A list of a million strings has a million reference counts, and a forked loader process copies a memory page for
+    each one it touches: its memory would grow throughout the epoch.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
@@ -76,7 +76,7 @@ def read_index(folder: Path) -> Index:
     """All image files of a split, by class folder; hidden files and folders are left out.
 
     Raises:
-        UserError: a class folder is a link to nowhere.
+        UserError: a class folder is a broken link.
         OSError: a folder cannot be read.
     """
     kept = _load(folder)
@@ -89,7 +89,7 @@ def read_index(folder: Path) -> Index:
 
 
 def _refresh(folder: Path, kept: Index) -> Index:
-    """The index as it is now, and kept for the next time."""
+    """Bring the index up to date and store it."""
     now = time.time_ns()
     index, own = {}, []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -109,7 +109,7 @@ def _refresh(folder: Path, kept: Index) -> Index:
 
 
 def _listing(folder: os.DirEntry, before: Listing | None, now: int) -> Listing:
-    """What was listed before, if it can be trusted; else what is there now."""
+    """The stored listing if the folder has not changed since, otherwise a new one."""
     status = os.stat(folder.path)  # asked first: what comes while we list makes it younger
     changed = max(status.st_mtime_ns, status.st_ctime_ns)
     is_same = before is not None and (before.inode, before.changed) == (status.st_ino, changed)
@@ -120,7 +120,7 @@ def _listing(folder: os.DirEntry, before: Listing | None, now: int) -> Listing:
 
 
 def _contents(folder: str) -> tuple[list[str], int]:
-    """The images of a folder, sorted, and how many folders lie in it."""
+    """The sorted images of a folder, and the number of its subfolders."""
     images, num_folders = [], 0
     for entry in os.scandir(folder):
         if _is_image(entry.name):
@@ -140,7 +140,7 @@ def _file_of(folder: Path) -> Path:
 
 
 def _load(folder: Path) -> Index:
-    """Empty if there is none, or none that can be read."""
+    """The stored index; empty if it is missing or cannot be read."""
     try:
         with open(_file_of(folder), encoding="ascii") as lines:
             head, *listings = map(json.loads, lines)
@@ -154,7 +154,7 @@ def _load(folder: Path) -> Index:
 
 
 def _save(folder: Path, index: Index) -> None:
-    """Beside, then renamed: a reader finds the old one or the new one."""
+    """Write to a temporary file, then rename it: readers see the old index or the new one."""
     file = _file_of(folder)
     number, beside = tempfile.mkstemp(prefix=file.stem, dir=file.parent)
     try:

@@ -1,7 +1,7 @@
 """``train_list.txt`` and ``val_list.txt``: lines ``path label`` that define a data set.
 
-The path is relative to the root or to the split's folder and may hold spaces; labels count from 0. Where such a file
-exists, it is used; differences from the folders are counted and reported.
+The path is relative to the root or to the split's folder and may contain spaces; labels count from 0. If such a file
+exists, it is used, and differences from the folders are counted and reported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_list(root: Path, split: str) -> ListFile | None:
     """The list file of a split, or None if there is none.
 
     Raises:
-        UserError: a line that is not a path and a label, or leads out of the set; nothing in it at all.
+        UserError: a line is not a path and a label, or leads out of the data set; or the list is empty.
     """
     file = root / f"{split}_list.txt"
     if not os.path.lexists(file):
@@ -70,10 +70,10 @@ def _parse(line: str, where: str) -> tuple[str, int]:
 
 
 def classes_of(listed: ListFile) -> list[str]:
-    """A name for each label: its folder's, where they belong to one another alone, else ``label <number>``.
+    """A name for each label: its folder if folder and label match one to one, otherwise ``label <number>``.
 
     Raises:
-        UserError: labels that leave numbers out, such as those that count from 1.
+        UserError: the labels are not consecutive from 0, for example if they count from 1.
     """
     used = sorted(set(listed.labels))
     if used[-1] + 1 != len(used):
@@ -96,7 +96,7 @@ def classes_of(listed: ListFile) -> list[str]:
 
 
 def missing_from(listed: ListFile, folder: Path, index: Index) -> set[int]:
-    """Places in the list of files that are not there (a link to nowhere is)."""
+    """Indices of listed files that do not exist (a broken link counts as existing)."""
     names: dict[str, set[str]] = {}
     missing = set()
     for place, path in enumerate(listed.paths):
@@ -117,7 +117,7 @@ def _is_no_folder(path: Path) -> bool:
 
 
 def disagreements(listed: ListFile, index: Index) -> list[str]:
-    """Differences from the folders, a line each, with counts."""
+    """Differences from the folders, one line each, with counts."""
     lines = []
     num_twice = len(listed.paths) - len(set(listed.paths))
     if num_twice:
@@ -151,14 +151,14 @@ def disagreements(listed: ListFile, index: Index) -> list[str]:
 
 
 def refuse_other_labels(listed: ListFile, classes: list[str], other: str) -> None:
-    """Two splits that number the same folders differently would be trained on one thing and tested on another.
+    """Refuse a split whose labels differ from those of training: its accuracy would be meaningless.
 
     Args:
-        classes: of the training images; a folder's place in it is its label.
-        other: where they come from, for the message.
+        classes: folders of the training images; the index of a folder is its label.
+        other: where the labels come from, for the message.
 
     Raises:
-        UserError: images whose folder has another label there, or labels that it does not have.
+        UserError: a folder has another label in training, or a label does not exist there.
     """
     label_of = {name: label for label, name in enumerate(classes)}
     wrong = [

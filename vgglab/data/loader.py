@@ -1,7 +1,7 @@
 """Batches: the order of images, and their transforms.
 
-Both depend on the seed, the epoch and the image's place in the set, and on nothing else: not on the
-number of workers, and not on how many ranks share a global batch.
+Both depend only on the seed, the epoch and the image's index in the data set. The number of workers and the number of
+ranks that share a global batch change nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STRIDE = 1_000_000_007  # a prime above any number of images or epochs
 
 
 def mix_seeds(*parts: int) -> int:
-    """One seed from several numbers, within what a torch generator takes; neighbours get seeds far apart."""
+    """One seed for a torch generator from several numbers; similar numbers give very different seeds."""
     seed = 0
     for part in parts:
         seed = (seed * STRIDE + part) % 2**63
@@ -36,14 +36,14 @@ def mix_seeds(*parts: int) -> int:
 
 
 class Pick(NamedTuple):
-    """One image to load, by its place in the split; ``seed`` is that of its random transforms."""
+    """One image to load, by its index in the split; ``seed`` seeds its random transforms."""
 
     image: int
     seed: int
 
 
 class Batch(NamedTuple):
-    """What a loader process hands over: bytes, a quarter of what float32 would weigh."""
+    """A batch from a loader process, as bytes: a quarter of the size of float32."""
 
     images: Tensor  # (N, S, S, 3) uint8
     labels: Tensor  # (N,) int64
@@ -62,7 +62,7 @@ class BatchReader(Dataset):
         return len(self.split)
 
     def __getitem__(self, picks: list[Pick]) -> Batch:
-        """Raises BadImage, unless such images are skipped."""
+        """Load one batch. Raises BadImage, unless bad images are skipped."""
         images = torch.empty(len(picks), self.size, self.size, 3, dtype=torch.uint8)
         places: list[int] = []
         skipped = []
@@ -81,7 +81,7 @@ class BatchReader(Dataset):
 
 
 class Picks(Protocol):
-    """Which images each batch of a pass has; ``first`` batches of it were done before."""
+    """The images of each batch of a pass; the first ``first`` batches are skipped, after a resume."""
 
     epoch: int
     first: int
@@ -92,10 +92,11 @@ class Picks(Protocol):
 
 
 class TrainPicks(Sampler):
-    """Shuffled batches of one rank; a last batch that is not full on every rank is left out.
+    """Shuffled batches of one rank; a last batch that is not full on every rank is dropped.
 
-    Step k of an epoch takes places ``k x global_batch_size`` and on of one shuffle that all ranks share,
-    dealt out by the device's sampler. So one rank with batch 64 and two with 32 see the same images.
+    Step k of an epoch takes ``global_batch_size`` images, from index ``k x global_batch_size``, of one permutation that
+    all ranks share; the device's sampler distributes them. So one rank with batch size 64 and two with 32 see the same
+    images in each step.
     """
 
     epoch = 0
@@ -123,9 +124,9 @@ class TrainPicks(Sampler):
 
 
 class EvalPicks(Sampler):
-    """Every image once, in order; rank r of n takes images r, r + n, r + 2n, ... and nothing is padded.
+    """Every image once, in order; rank r of n takes images r, r + n, r + 2n, ... without padding.
 
-    With ``max_batches`` a rank, so many images spread evenly over the set: its start would be one class.
+    With ``max_batches`` per rank, that many images spread evenly over the data set, because its start is one class.
     """
 
     epoch = first = 0  # the same in each
@@ -147,14 +148,14 @@ class EvalPicks(Sampler):
 
 @contextlib.contextmanager
 def _without_remarks() -> Iterator[None]:
-    """Without torch's on the number of workers: config.py has a shorter one."""
+    """Suppress torch's warning about the number of workers; the parser gives a shorter one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 class Batches:
-    """Batches of one rank, ``len(self)`` of them a pass."""
+    """The batches of one rank; a pass has ``len(self)`` of them."""
 
     def __init__(self, reader: BatchReader, picks: Picks, workers: int, device: Device) -> None:
         self._picks = picks
@@ -178,11 +179,10 @@ class Batches:
         """The batches of one pass, from batch ``first`` on.
 
         Args:
-            on_skipped: called with the name of each image that was left out, and why.
+            on_skipped: called with the name of each skipped image and the reason.
 
         Raises:
-            UserError: an image that cannot be read, by name; with ``--on-bad-image skip`` only where a batch has no
-                other.
+            UserError: an image cannot be read; with ``--on-bad-image skip`` only if that applies to a whole batch.
         """
         self._picks.epoch, self._picks.first = epoch, first
         with starting_workers(), _without_remarks():
@@ -210,10 +210,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def train_batches(sets: DataSets, config: Settings, device: Device) -> Batches:
-    """Training batches of this rank.
+    """The training batches of this rank.
 
     Raises:
-        UserError: the set does not fill one batch on every rank.
+        UserError: the data set is smaller than one global batch.
     """
     assert sets.train is not None
     num_images, max_batches = len(sets.train), config.training_step_per_epoch
@@ -226,7 +226,7 @@ def train_batches(sets: DataSets, config: Settings, device: Device) -> Batches:
 
 
 def eval_batches(sets: DataSets, config: Settings, device: Device) -> Batches:
-    """Held-out batches of this rank."""
+    """The held-out batches of this rank."""
     picks = EvalPicks(len(sets.val), config.batch_size, device, config.eval_step_per_epoch)
     return Batches(_reader(sets.val, sets.eval_transform(), sets, config), picks, config.workers, device)
 

@@ -1,6 +1,6 @@
 """Named data sets: in the cache folder, or downloaded into it by torchvision on first use.
 
-torchvision shows the progress, checks the checksums, and asks for nothing that is there already.
+torchvision shows the progress, verifies checksums, and skips files that exist.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NUM_FAKE_CLASSES = 1000
 
 
 class NamedSet(NamedTuple):
-    """``folder`` gives a root with train/ and val/ in it, ``splits`` the images of one; a set has one of the two."""
+    """Either ``folder`` returns a root with train/ and val/, or ``splits`` returns the images of a split."""
 
     preparation: Preparation
     archives: str  # what to put where by hand; empty for a set that is never fetched
@@ -47,7 +47,7 @@ def _fashion_mnist(split: str, size: int) -> Split:
 
 
 def _unpack(packed: Path, target: Path) -> None:
-    """Beside, then renamed: several ranks may start at once."""
+    """Unpack into a temporary folder, then rename it, because several ranks may start at once."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def _cifar(name: str, split: str, size: int) -> Split:
 
 
 def _imagenette() -> Path:
-    """The version whose shorter sides are 320 pixels."""
+    """Imagenette, in the version whose shorter sides are 320 pixels."""
     root = cache_folder() / "imagenette2-320"
     if not (root / "train").is_dir():
         _torchvision("Imagenette", split="train", size="320px")
@@ -71,7 +71,7 @@ def _imagenette() -> Path:
 
 
 def _torchvision(name: str, **options: Any) -> Any:
-    """A set of torchvision's, fetched if it is not there; the other ranks of this machine wait for the first."""
+    """Load a data set through torchvision, downloading it if necessary; the other ranks of this machine wait."""
     from torchvision import datasets
 
     if not hasattr(datasets, name):
@@ -88,7 +88,7 @@ def _fake(split: str, size: int) -> Split:
 
 
 def _small(flip: bool) -> Preparation:
-    """For images of about 32 pixels, whose crops must not be tiny. ``flip``: not for digits, a mirrored 2 is none."""
+    """Preparation of images of about 32 pixels, whose crops must not be tiny. ``flip``: False for digits."""
     return Preparation(32, crop_scale=(0.7, 1.0), resize_ratio=1.0, flip=flip)
 
 
@@ -104,7 +104,7 @@ NAMED_SETS = {
 
 @contextlib.contextmanager
 def explain_failed_download(name: str) -> Iterator[None]:
-    """A data set that cannot be downloaded is reported in one line, with the file to provide."""
+    """Turn a failed download into a UserError that names the file to provide."""
     try:
         yield
     except UserError:

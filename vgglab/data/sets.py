@@ -1,4 +1,4 @@
-"""Which images there are: a named set or a folder in ImageNet's layout, and how they are prepared."""
+"""Find the images of a named data set or of a folder in ImageNet's layout, and decide how to prepare them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CROPS: dict[str, Callable[[int, Preparation], Any]] = {
 
 @dataclass
 class DataSets:
-    """What a run learns from (``train``, ``None`` with --test-only) and is tested on (``val``)."""
+    """The training images (``train``; None with --test-only) and the held-out images (``val``) of a run."""
 
     name: str
     train: Split | None
@@ -45,17 +45,17 @@ class DataSets:
 
     @property
     def is_fake(self) -> bool:
-        """The images are generated: neither accuracy nor loading speed means anything."""
+        """Whether the images are generated, so that neither accuracy nor loading speed means anything."""
         return isinstance(self.val.images, FakeImages)
 
     def train_transform(self) -> Any:
-        """What is done to a training image: ``(picture, seed)`` to ``(image_size, image_size, 3)`` bytes."""
+        """The transform of a training image: ``(picture, seed)`` to ``(image_size, image_size, 3)`` bytes."""
         if self.is_fake:
             return NoCrop()
         return CROPS[self.crops](self.image_size, self.preparation)
 
     def eval_transform(self) -> Any:
-        """What is done to a held-out image: likewise, and nothing random in it."""
+        """The transform of a held-out image: the same signature, nothing random."""
         return NoCrop() if self.is_fake else CentreCrop(self.image_size, self.preparation.resize_ratio)
 
 
@@ -63,8 +63,8 @@ def open_sets(config: Request) -> DataSets:
     """Find the images that ``config.data_path`` names and check them against the other flags.
 
     Raises:
-        UserError: a missing or unreadable folder, an empty class, classes or labels that disagree, listed files that
-            are not there, a set that cannot be downloaded, a decoder that this machine does not have.
+        UserError: a folder is missing or unreadable, a class is empty, classes or labels disagree, listed files do not
+            exist, the data set cannot be downloaded, or the decoder is not installed.
     """
     try:
         return _open_sets(config)
@@ -134,7 +134,7 @@ def _read_splits(root: Path, config: Request, warnings: list[str]) -> tuple[Spli
 
 
 def _training_classes(root: Path) -> list[str] | None:
-    """They define the label of each class, also for evaluation only; None if they do not exist."""
+    """The training classes, which define the labels even for evaluation only; None if there are none."""
     listed = lists.read_list(root, "train")
     if listed is not None:
         return lists.classes_of(listed)
@@ -144,12 +144,12 @@ def _training_classes(root: Path) -> list[str] | None:
 
 
 def read_split(root: Path, split: str, classes: list[str] | None, is_strict: bool, warnings: list[str]) -> Split:
-    """The images of ``<root>/<split>/``: from ``<split>_list.txt`` if it exists, otherwise from the class folders.
+    """Read the images of ``<root>/<split>/`` from ``<split>_list.txt`` if it exists, otherwise from the class folders.
 
     Args:
-        classes: the training classes, whose place is the label; None: the split has its own.
-        is_strict: refuse a list with files that are not there.
-        warnings: one line is appended for each difference between list and folders.
+        classes: the training classes, whose index is the label; None if the split has its own.
+        is_strict: refuse a list that names files that do not exist.
+        warnings: receives one line for each difference between list and folders.
     """
     folder = root / split
     if not folder.is_dir():
@@ -183,7 +183,7 @@ def _listed_split(
 
 
 def _left_out(split: str, index: Index, classes: list[str] | None) -> list[str]:
-    """Files that are ignored because of their place, a line each, with counts."""
+    """Files that are ignored because of where they are, one line each, with counts."""
     lines, loose = [], index[""].split()
     if loose:
         lines.append(f"{split}/: {len(loose)} images outside class folders are ignored, e.g. {loose[0]}")

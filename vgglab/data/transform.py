@@ -1,8 +1,8 @@
 """Transforms between an image file and the network.
 
-On the way into a batch: a crop of the final size, possibly mirrored, ``(S, S, 3)`` bytes. On the card, for the whole
-batch at once: to float32, normalised. The crops are those of torchvision's reference script (``RandomResizedCrop``;
-``Resize``, then ``CenterCrop``), drawn from a seed of the image's own.
+In the loader: a crop of the final size, possibly mirrored, ``(S, S, 3)`` bytes. On the card, for the whole batch at
+once: conversion to float32 and normalisation. The crops are those of torchvision's reference script
+(``RandomResizedCrop``; ``Resize``, then ``CenterCrop``); each image has its own seed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Box(NamedTuple):
 
 
 class Preparation(NamedTuple):
-    """How a set's images become squares. ``resize_ratio`` is ImageNet's 256/224: shrink, then cut the centre."""
+    """How images become squares. ``resize_ratio``: 256/224 for ImageNet, where a centre crop follows the resizing."""
 
     image_size: int = 224
     crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop; torchvision's default
@@ -47,14 +47,14 @@ class Preparation(NamedTuple):
 
 
 class RandomCrop(NamedTuple):
-    """Training: a random part of the image, shrunk or enlarged to a square, mirrored half of the time."""
+    """Training: a random part of the image, resized to a square and mirrored with probability 1/2."""
 
     size: int
     scale: tuple[float, float]
     flip: bool
 
     def __call__(self, picture: AnyPicture, seed: int) -> Tensor:
-        """``(size, size, 3)`` uint8. Raises BadImage."""
+        """Return ``(size, size, 3)`` uint8. Raises BadImage."""
         draw = random.Random(seed)
         box = random_box(picture.height, picture.width, self.scale, draw)
         is_mirrored = self.flip and draw.random() < 0.5
@@ -63,16 +63,17 @@ class RandomCrop(NamedTuple):
 
 
 class JitteredCrop(NamedTuple):
-    """Training as the paper did it: the shorter side drawn from 256 to 512, then a square of 224, mirrored or not.
+    """Training as in the paper: the shorter side drawn from 256 to 512, then a random square of 224, mirrored or not.
 
-    For another ``size`` in proportion. Source: Simonyan and Zisserman 2014, section 3.1, "training image size".
+    Other values of ``size`` scale in proportion. Source: Simonyan and Zisserman 2014, section 3.1, "training image
+    size".
     """
 
     size: int
     flip: bool
 
     def __call__(self, picture: AnyPicture, seed: int) -> Tensor:
-        """``(size, size, 3)`` uint8. Raises BadImage."""
+        """Return ``(size, size, 3)`` uint8. Raises BadImage."""
         draw = random.Random(seed)
         height, width = picture.height, picture.width
         # A square of 224 out of an image shrunk to 256..512 is this part of the shorter side.
@@ -84,16 +85,16 @@ class JitteredCrop(NamedTuple):
 
 
 class TrivialAugmentCrop(NamedTuple):
-    """One operation of TrivialAugment on what ``crop`` gives, its strength drawn evenly.
+    """One operation of TrivialAugment on the result of ``crop``, its strength drawn uniformly.
 
-    Source: Müller and Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation", 2021. The code is
-    torchvision's, on Pillow's images, where its operations are faster than on tensors.
+    Source: Müller and Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation", 2021. Computed
+    by torchvision on Pillow images, which is faster than on tensors.
     """
 
     crop: RandomCrop
 
     def __call__(self, picture: AnyPicture, seed: int) -> Tensor:
-        """``(size, size, 3)`` uint8. Raises BadImage."""
+        """Return ``(size, size, 3)`` uint8. Raises BadImage."""
         from torchvision.transforms import TrivialAugmentWide
 
         image = Image.fromarray(self.crop(picture, seed).numpy())
@@ -106,13 +107,13 @@ class TrivialAugmentCrop(NamedTuple):
 
 
 class CentreCrop(NamedTuple):
-    """Evaluation: the shorter side to ``size x resize_ratio``, then the centre. Nothing random."""
+    """Evaluation: resize the shorter side to ``size x resize_ratio``, then crop the centre. Nothing random."""
 
     size: int
     resize_ratio: float
 
     def __call__(self, picture: AnyPicture, seed: int = 0) -> Tensor:
-        """``(size, size, 3)`` uint8. Raises BadImage."""
+        """Return ``(size, size, 3)`` uint8. Raises BadImage."""
         short = round(self.size * self.resize_ratio)
         height, width = picture.height, picture.width
         if height < width:
@@ -124,10 +125,10 @@ class CentreCrop(NamedTuple):
 
 
 class NoCrop(NamedTuple):
-    """For images that already have the right size."""
+    """No crop, for images that already have the right size."""
 
     def __call__(self, picture: AnyPicture, seed: int = 0) -> Tensor:
-        """``(H, W, 3)`` uint8."""
+        """Return ``(H, W, 3)`` uint8."""
         return as_tensor(picture.pixels())
 
 
@@ -136,10 +137,10 @@ def _half(pixels: int) -> int:
 
 
 def random_box(height: int, width: int, scale: tuple[float, float], draw: random.Random) -> Box:
-    """A part of the image of ``scale`` times its area and an aspect ratio from 3/4 to 4/3.
+    """Draw a part of the image with ``scale`` times its area and an aspect ratio from 3/4 to 4/3.
 
-    Source: Szegedy et al., "Going Deeper with Convolutions", 2014, section 6; the numbers are torchvision's. Where ten
-    draws do not fit into the image, it is the largest centred part whose ratio is allowed.
+    Source: Szegedy et al., "Going Deeper with Convolutions", 2014, section 6; the numbers are torchvision's. If ten
+    draws do not fit into the image, the result is the largest centred part with an allowed ratio.
     """
     low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
     for _ in range(10):
@@ -167,7 +168,7 @@ def resize(pixels: Pixels, height: int, width: int) -> Pixels:
 
 
 def cut(pixels: Pixels, box: Box) -> Pixels:
-    """The part of an image that ``box`` names."""
+    """Cut ``box`` out of an image."""
     top, left, height, width = box
     if isinstance(pixels, Image.Image):
         return pixels.crop((left, top, left + width, top + height))
@@ -175,7 +176,7 @@ def cut(pixels: Pixels, box: Box) -> Pixels:
 
 
 def as_tensor(pixels: Pixels) -> Tensor:
-    """``(H, W, 3)`` uint8."""
+    """Return ``(H, W, 3)`` uint8."""
     if isinstance(pixels, Tensor):
         return pixels
     flat = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
@@ -183,11 +184,10 @@ def as_tensor(pixels: Pixels) -> Tensor:
 
 
 def normalised(images: Tensor, channels_last: bool = False) -> Tensor:
-    """``(N, S, S, 3)`` uint8 to ``(N, 3, S, S)`` floats, normalised with ImageNet's mean and standard deviation.
+    """Normalise with ImageNet's mean and standard deviation: ``(N, S, S, 3)`` uint8 to ``(N, 3, S, S)`` floats.
 
-    Floats are of PyTorch's default type, normally float32.
-    ``channels_last`` leaves a pixel's channels side by side in memory, as they come. Each step is rounded as
-    torchvision's ``ToTensor`` and ``Normalize`` round it.
+    The floats have PyTorch's default type, normally float32. With ``channels_last`` the channels of a pixel stay
+    adjacent in memory. The rounding is the same as in torchvision's ``ToTensor`` and ``Normalize``.
     """
     dtype = torch.get_default_dtype()
     mean, std = _constants(images.device, dtype)
@@ -198,7 +198,7 @@ def normalised(images: Tensor, channels_last: bool = False) -> Tensor:
 
 @functools.lru_cache(maxsize=None)
 def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Moved once, not every step: a copy that is not pinned makes the host wait."""
+    """Mean and deviation on the device, copied once: an unpinned copy in every step would make the host wait."""
     both = [torch.tensor(values, dtype=dtype).view(3, 1, 1) for values in (CHANNEL_MEAN, CHANNEL_STD)]
     mean, std = (constant.to(device) for constant in both)
     return mean, std

@@ -1,11 +1,11 @@
 """The interface between vgglab and the hardware.
 
-A device object is opened once, by the command, and passed into the trainer; no other module tests for a
-kind of hardware or names one. This module imports torch only when a device is opened, so that the
-parser and the views can ask for the choices without it.
+The command opens a device once and passes it to the trainer; no module outside this package names a kind of hardware.
+This module imports torch only when a device is opened, so that the parser and the views can list the choices without
+it.
 
     base.py       the interface
-    stock.py      what plain PyTorch does on every device it drives itself
+    stock.py      the plain PyTorch step, for devices that PyTorch supports itself
     native.py     cpu, cuda, mps
     gcu_eager.py  today's torch_gcu: device "gcu", backend "eccl"
     gcu_lazy.py   the T20 cards' torch_gcu: device "xla", torch 1.10, the step cuts a graph
@@ -37,7 +37,7 @@ AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # torch >= 2.5: unset or "1" lets `i
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """What the flags ask of a device."""
+    """The options of a device, as given by the flags."""
 
     amp_dtype: str | None = None  # None: full float32; "auto": the device's own choice; or one of AMP_DTYPES
     tf32: bool | None = None  # None: as set in the environment, else float32
@@ -53,18 +53,18 @@ class DeviceOptions:
 
     @property
     def amp(self) -> str | None:
-        """``amp_dtype``, or the device's own choice where only ``fast`` was asked for."""
+        """``amp_dtype`` if it was given; ``auto``, the device's choice, if only ``fast`` was."""
         return "auto" if self.fast and self.amp_dtype is None else self.amp_dtype
 
 
 def import_torch(name: str) -> None:
-    """The first import of torch in a process, for the device that the flags name.
+    """Import torch for the first time in this process, for the device that the flags name.
 
-    Where a card's library is installed, ``import torch`` loads it, and a broken one makes that import fail.
-    Who has asked for another device does not need it; a simulated card would even collide with it.
+    If a card's library is installed, ``import torch`` loads it, and a broken one makes the import fail. For another
+    device it is not needed, and a simulated card would collide with it; so it is not loaded then.
 
     Raises:
-        UserError: torch is not there, or breaks off because a card's library that it loads is broken.
+        UserError: torch is not installed, or a card's library that it loads is broken.
     """
     if name not in ("auto", "gcu"):
         os.environ[AUTOLOAD] = "0"
@@ -86,14 +86,14 @@ def import_torch(name: str) -> None:
 
 
 def open_device(name: str, **options: Any) -> Device:
-    """Take the device for this process; ``open()`` it to join the other ranks.
+    """Create the device for this process; its method ``open()`` joins the other ranks.
 
     Args:
-        name: one of ``DEVICE_CHOICES``; ``auto`` takes gcu, cuda, mps or cpu, the first that is there.
+        name: one of ``DEVICE_CHOICES``; ``auto`` selects the first available of gcu, cuda, mps and cpu.
         options: the fields of ``DeviceOptions``.
 
     Raises:
-        UserError: no such name, the machine has no such device, or the device cannot do what is asked.
+        UserError: unknown name, no such device on this machine, or an option that it does not support.
     """
     if name not in DEVICE_CHOICES:
         raise UserError(f"device: {name!r} is not one of {', '.join(DEVICE_CHOICES)}")

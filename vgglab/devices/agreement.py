@@ -1,4 +1,4 @@
-"""Values that all ranks must share: sent by rank 0, as numbers, over the cards."""
+"""Values that all ranks must share, sent by rank 0 as numbers over the collective library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_DRAWN_SEED = 2**20  # exact as a float32, in which it travels between ranks
 
 
 def draw_seed(device: Device) -> int:
-    """Rank 0's, for all ranks: what is not drawn by it adds nothing to the sum."""
+    """A random seed, drawn by rank 0 and sent to all ranks (the other ranks add 0 to a sum)."""
     import torch
 
     drawn = random.SystemRandom().randrange(MAX_DRAWN_SEED) if device.rank == 0 else 0
@@ -21,7 +21,7 @@ def draw_seed(device: Device) -> int:
 
 
 def share(text: str, device: Device) -> str:
-    """Rank 0's, for all ranks, the same way."""
+    """The number that rank 0 passes in, sent to all ranks in the same way."""
     import torch
 
     mine = text.encode() if device.rank == 0 else b""
@@ -30,7 +30,7 @@ def share(text: str, device: Device) -> str:
 
 
 def all_ranks(is_so: bool, device: Device) -> bool:
-    """Whether it is so on every rank."""
+    """Whether a condition holds on every rank."""
     import torch
 
     return device.fetch(device.sum(torch.tensor([float(not is_so)])))[0] == 0

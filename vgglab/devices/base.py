@@ -18,23 +18,24 @@ class Device(ABC):
     """One card (or the CPU) as seen by one process, and its place among the ranks.
 
     Attributes:
-        kind: the word recorded in ``config.json`` and the report.
-        rank, local_rank, world_size: this process among all, among those of its machine, and how many.
+        kind: the name in ``config.json`` and the report.
+        rank, local_rank, world_size: number of this process among all, among those on its machine, and how many there
+            are.
         worker_start: how loader workers are started (``fork`` or ``spawn``).
-        pins_memory: whether copies from page-locked memory overlap with computing.
-        sampler: the class that deals the places of an epoch out to the ranks; made with
-            ``(places, num_replicas=, rank=, shuffle=False)``, which gets ``set_epoch`` once an epoch.
+        pins_memory: whether copies from page-locked memory overlap with computation.
+        sampler: the class that distributes the indices of an epoch over the ranks; created with
+            ``(indices, num_replicas=, rank=, shuffle=False)``, and ``set_epoch`` is called once per epoch.
         amp_dtype: the type of mixed precision in use; ``None`` for full float32.
-        tf32: matrix products of float32 may be computed in TF32.
-        channels_last: activations and weights have the channels of a pixel side by side.
-        fuses: the optimizer should make its step in one kernel.
-        compiles: the network is compiled.
-        can_average: weights may be read outside the step, for a moving average of them.
-        is_host: it computes on the CPU and in its memory, and a read of its values waits for nothing.
-        is_simulated: no card was there, so no speed it shows is a card's.
-        num_cards: that this process can see; None on the CPU, which any number of ranks share.
-        supports: which of ``channels_last``, ``fused`` and ``compile`` can be asked for; the others are refused.
-        warnings: about the device, one line each.
+        tf32: whether float32 matrix products may be computed in TF32.
+        channels_last: whether the channels of a pixel are adjacent in memory.
+        fuses: whether the optimizer should use one kernel per step.
+        compiles: whether the network is compiled.
+        can_average: whether weights may be read outside the step, for a moving average.
+        is_host: whether it computes on the CPU, so that reading a value waits for nothing.
+        is_simulated: whether the card is simulated, so that its speed means nothing.
+        num_cards: cards that this process can see; None on the CPU, which any number of ranks share.
+        supports: which of ``channels_last``, ``fused`` and ``compile`` the device supports; the others are refused.
+        warnings: one line each.
     """
 
     kind: str
@@ -68,7 +69,7 @@ class Device(ABC):
             )
 
     def _take_card_of(self, num_cards: int) -> None:
-        """Note how many cards this machine has, and that there is one for this rank. Raises UserError."""
+        """Store the number of cards. Raises UserError if there is none for this rank."""
         self.num_cards = num_cards
         if self.local_rank >= num_cards:
             raise UserError(
@@ -88,7 +89,7 @@ class Device(ABC):
         """Move the batch to the device and convert its types; ``images`` are uint8, ``(N, S, S, 3)``."""
 
     def feed(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images and labels of each batch, on the card; where it can, the next travels while one is computed."""
+        """The images and labels of each batch, on the device; if possible, the next batch is copied during a step."""
         for batch in batches:
             yield self.move(batch.images, batch.labels)
 
@@ -97,34 +98,34 @@ class Device(ABC):
         return time.perf_counter()
 
     def seconds_between(self, earlier: Any, later: Any) -> float:
-        """Seconds between two marks; call it after the device was synchronised."""
+        """Seconds between two marks; the device must have been synchronised since."""
         return later - earlier
 
     @abstractmethod
     def autocast(self) -> ContextManager[Any]:
-        """Mixed precision around the forward pass, if it was asked for."""
+        """Context manager for the forward pass: mixed precision, if requested."""
 
     @abstractmethod
     def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """The model on the card: as trained (over several ranks it averages gradients), and the bare network in it."""
+        """Move the model to the device; return it wrapped to average gradients over the ranks, and without wrapper."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Gradients of ``loss``, scaled if the precision needs it."""
+        """Compute the gradients of ``loss``, scaled if the precision requires it."""
 
     def average_gradients(self, model: nn.Module) -> None:  # noqa: B027  # most have nothing to do here
-        """With --timers, average over the ranks separately from the backward pass, which otherwise hides it."""
+        """With --timers: average the gradients over the ranks after the backward pass, not during it."""
 
     @abstractmethod
     def step(self, optimizer: Optimizer, model: nn.Module, outputs: Sequence[Tensor]) -> None:
-        """One optimizer step; ``outputs`` are the tensors that will be read after it."""
+        """Perform one optimizer step; ``outputs`` are the tensors that will be read after it."""
 
     def scaler_state(self) -> dict[str, Any]:
-        """The loss scale, for a checkpoint; reads from the card. Empty without one."""
+        """The state of the loss scaler, for a checkpoint; reads from the device. Empty if there is none."""
         return {} if self._scaler is None else self._scaler.state_dict()
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Take up the loss scale of a checkpoint, if this run has one. Raises UserError for one that is damaged."""
+        """Restore the loss scaler from a checkpoint, if this run uses one. Raises UserError if it is damaged."""
         if self._scaler is None or not state:
             return
         kept: dict[str, Any] = state if isinstance(state, dict) else {}
@@ -135,24 +136,24 @@ class Device(ABC):
 
     @abstractmethod
     def flush(self, tensors: Sequence[Tensor]) -> None:
-        """Have these computed now, on a card that only records operations; others have done so already."""
+        """Compute these tensors now, on a lazy device, which only records operations; others have computed them."""
 
     @abstractmethod
     def fetch(self, tensor: Tensor) -> list[float]:
-        """The values of a one-dimensional tensor. The only host read in the loop: it waits for the card."""
+        """The values of a one-dimensional tensor. The only host read in the loop; it waits for the device."""
 
     @abstractmethod
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor summed over all ranks, on the card; one that is not there yet is moved first."""
+        """Sum a tensor over all ranks, on the device; it is moved there if necessary."""
 
     @abstractmethod
     def seed(self, seed: int) -> None:
-        """Seed every generator that training draws from."""
+        """Seed every random number generator that training uses."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What was really used, for ``env.json``: hardware, precision, simulated or not."""
+        """What is actually used, for ``env.json``: hardware, precision, simulated or not."""
 
     @abstractmethod
     def usage(self) -> dict[str, Any]:
-        """What the run has taken of the card so far, for its last event, e.g. ``peak_bytes`` of its memory."""
+        """Resources used so far, for the last event of the run: ``peak_bytes`` of device memory, if known."""

@@ -1,7 +1,7 @@
-"""Examine this machine's hardware and libraries from outside, and report problems.
+"""Examine the hardware and libraries of this machine in child processes, and report problems.
 
-Nothing here imports torch in the asking process: a broken install may raise, abort or hang when it is imported, so
-each question is put to a child process (``ask``). The table of failures is that of the two torch_gcu contracts.
+Nothing here imports torch in this process: a broken installation may raise, abort or hang on import, so each check runs
+in a child process (``ask``). The possible failures are those of the two torch_gcu contracts.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ AUTO = "from vgglab.devices import open_device; facts = {'kind': open_device('au
 
 
 def ask(code: str, **environment: str) -> dict[str, Any]:
-    """``facts`` as the lines leave it in a fresh process, or ``{"error": one line}``, whatever becomes of it."""
+    """Run the lines in a new process and return its ``facts``, or ``{"error": one line}`` however it fails."""
     wrapped = (
         "import sys\nsys.path[:] = filter(None, sys.path)\nimport json\ntry:\n"
         + "".join(f"    {line}\n" for line in code.strip().splitlines())
@@ -92,7 +92,7 @@ def ask(code: str, **environment: str) -> dict[str, Any]:
 
 
 def installed(package: str) -> str | None:
-    """The version on record, without importing anything."""
+    """The installed version according to the package metadata; nothing is imported."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -100,7 +100,7 @@ def installed(package: str) -> str | None:
 
 
 class Checkup:
-    """Collects ``facts``, ``problems`` (each with its fix) and ``notes``."""
+    """Collects ``facts``, ``problems`` (each with a fix) and ``notes``."""
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
@@ -220,13 +220,13 @@ class Checkup:
 
 
 def _what_torch_loads() -> list[Any]:
-    """The libraries that `import torch` takes along: without any it was asked already."""
+    """Check the libraries that ``import torch`` loads, if there are any."""
     found: Any = entry_points()
     group = "torch.backends"
     return list(found.select(group=group) if hasattr(found, "select") else found.get(group, []))  # before Python 3.10
 
 
 def _release(text: str | None) -> tuple[int, ...]:
-    """``(2, 10)`` of ``2.10.0+cpu``; ``()`` if there is none."""
+    """Major and minor version: ``(2, 10)`` for ``2.10.0+cpu``; ``()`` for no version."""
     found = re.match(r"(\d+)\.(\d+)", text or "")
     return tuple(int(part) for part in found.groups()) if found else ()

@@ -1,4 +1,4 @@
-"""Sums over the ranks by PyTorch's own process group."""
+"""Sums over the ranks, using PyTorch's process group."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MAX_SECONDS = 1.0
 
 
 def sum_over_ranks(*tensors: Tensor) -> None:
-    """All-reduce each of the tensors, in place.
+    """All-reduce (sum) each tensor in place.
 
-    Returns only after gloo's threads have let go of them, for which they make themselves known to Python. A loader
-    worker that is forked at that very moment hangs for ever on Python 3.8 to 3.11 (python/cpython issue 112275), and
-    all ranks with it. So gloo gets separate tensor objects on the same memory, and this waits until they are gone
-    (a second at most: another library may keep them).
+    Returns only after gloo's threads have released the tensors, for which they register with Python. A loader worker
+    that is forked at that moment hangs on Python 3.8 to 3.11 (python/cpython issue 112275), and all ranks with it. So
+    gloo gets separate tensor objects on the same memory, and this waits until they are released (at most a second,
+    because another library may keep them).
     """
     lent = []
     for tensor in tensors:

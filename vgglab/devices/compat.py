@@ -1,4 +1,4 @@
-"""What differs between torch 1.10 (the vendor's old stack) and today, and what of today's a training can do without."""
+"""Differences between torch 1.10 (the vendor's old stack) and current versions, and ways around slow imports."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ WRAPPERS = (os.path.join("torch", "_compile.py"), os.path.join("torch", "optim",
 
 
 def without_compiler(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
-    """The same optimizer, of which a process that compiles nothing is ready seconds earlier.
+    """The same optimizer class, without importing torch's compiler, which takes seconds.
 
-    torch (2.15) wraps these methods so that they are no part of a compiled network; at their first call the wrappers
-    import the whole compiler for it. What they hold is left as it is, and so is what a card's library has put there.
+    torch (2.15) wraps some methods to exclude them from compiled networks; on the first call the wrappers import the
+    whole compiler. This unwraps them. Methods that a card's library has replaced are not touched.
     """
     plain = {}
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step"):
@@ -46,8 +46,8 @@ def _is_not_torchs(wrapper: Any) -> bool:
 def parallel_without_compiler(network: nn.Module, **options: Any) -> DistributedDataParallel:
     """``DistributedDataParallel`` for a network that is not compiled, without importing the compiler.
 
-    torch (2.15) imports it to read one of its settings, here answered with its default, and in ``_inside_ddp_forward``,
-    the context manager around each forward pass, to exclude that from what is compiled.
+    torch (2.15) imports the compiler to read one of its settings, replaced here by its default, and in
+    ``_inside_ddp_forward``, the context manager around each forward pass, to exclude it from compilation.
     """
     around = getattr(getattr(DistributedDataParallel, "_inside_ddp_forward", None), "__wrapped__", None)
     plain: dict[str, Any] = {}
@@ -68,7 +68,7 @@ DOS_FOLDER = 0x10  # in the attributes of a file in an archive
 
 
 def damage_of(file: Path) -> str:
-    """What is wrong with an archive that ``torch.save`` has written; empty if nothing is. torch does not look."""
+    """What is damaged in an archive written by ``torch.save``; empty if nothing is. torch itself does not check."""
     try:
         if not zipfile.is_zipfile(file):  # another format, or incomplete: torch reports which
             return ""
@@ -85,15 +85,15 @@ def damage_of(file: Path) -> str:
 
 
 class NotACheckpoint(ValueError):
-    """The file is not a checkpoint, is cut short, or holds more than tensors and plain values."""
+    """The file is not a checkpoint, is truncated, or contains more than tensors and plain values."""
 
 
 def load_tensors(path: str | Path) -> Any:
-    """Read a file written by ``torch.save``, to the CPU, without ever running code from it.
+    """Load a file written by ``torch.save`` to the CPU, without executing code from it.
 
     Raises:
         OSError: the file cannot be read.
-        NotACheckpoint: it is not a checkpoint of tensors, numbers, strings, lists and dicts.
+        NotACheckpoint: it does not contain only tensors, numbers, strings, lists and dicts.
     """
     try:
         with warnings.catch_warnings():
@@ -110,7 +110,7 @@ def load_tensors(path: str | Path) -> Any:
 
 
 def _refuse_torchscript(path: str | Path) -> None:
-    """torch 1.10 hands such archives to torch.jit.load, which runs the code in them."""
+    """Refuse TorchScript archives: torch 1.10 passes them to torch.jit.load, which runs the code in them."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -120,7 +120,7 @@ def _refuse_torchscript(path: str | Path) -> None:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Rebuilds tensors and plain containers; any other global in the file is refused."""
+    """An unpickler for tensors and plain containers; it refuses every other global."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
@@ -133,7 +133,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class _PlainPickle:
-    """The names that torch.load asks of its ``pickle_module``."""
+    """The names that torch.load needs from its ``pickle_module``."""
 
     Unpickler = _PlainUnpickler
 

@@ -1,4 +1,4 @@
-"""Find torch_gcu: whether it is installed, loads and has cards, and its generation.
+"""Find torch_gcu: whether it is installed, can be imported and has cards, and which generation it is.
 
 Two libraries of that name exist. The older (T20 cards, torch 1.10) is lazy and has no ``torch.gcu``; the newer
 (S60, torch 2.10) is eager. Contracts: Enflame's ``torch_gcu`` packages of both generations.
@@ -25,14 +25,14 @@ ADVICE = "python -m vgglab.doctor shows what to fix"
 
 
 def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
-    """Why ``--device auto`` does not take a card. Raises UserError if torch_gcu is installed and broken."""
+    """Why ``--device auto`` does not select a GCU card. Raises UserError if torch_gcu is installed but broken."""
     if not is_installed():
         return ""
     return None if count_cards(load(options)) else why_no_cards()
 
 
 def open_adapter(kind: str, options: DeviceOptions) -> Device:
-    """The adapter for the torch_gcu that is installed. Raises UserError if there is none that works."""
+    """The adapter for the installed torch_gcu. Raises UserError if there is none that works."""
     torch_gcu = load(options)
     if count_cards(torch_gcu) == 0:
         raise UserError(f"--device gcu: {why_no_cards()}")
@@ -50,7 +50,7 @@ def is_installed() -> bool:
 
 
 def load(options: DeviceOptions) -> Any:
-    """Import torch_gcu, in the order that it needs. Raises UserError if that fails."""
+    """Import torch_gcu and torch in the required order. Raises UserError if that fails."""
     if not is_installed():
         raise UserError(
             f"--device gcu: torch_gcu is not installed for {sys.executable}; "
@@ -73,13 +73,13 @@ def load(options: DeviceOptions) -> Any:
 
 
 def _is_lazy_on_disk() -> bool:
-    """Which generation it is, before it is imported: only the older has a ``core`` package."""
+    """Whether the installed torch_gcu is the lazy generation, without importing it: only that one has ``core``."""
     spec = find_spec("torch_gcu") if "torch_gcu" not in sys.modules else sys.modules["torch_gcu"].__spec__
     return any(Path(folder, "core").is_dir() for folder in (spec and spec.submodule_search_locations) or ())
 
 
 def _settle_tf32(wanted: bool | None) -> None:
-    """The switch is an environment variable, to be set before the import and left alone from then on."""
+    """Set the environment variable for TF32, which must be done before the import and never changed later."""
     value = wants_tf32(wanted)
     if "torch_gcu" in sys.modules and os.environ.get(TF32_SWITCH) != str(value).lower():
         raise UserError(f"--tf32: torch_gcu is already loaded; set {TF32_SWITCH}={str(value).lower()} before starting")
@@ -87,12 +87,12 @@ def _settle_tf32(wanted: bool | None) -> None:
 
 
 def wants_tf32(wanted: bool | None) -> bool:
-    """The flag, else the environment; FP32 if neither is set, as in the original README."""
+    """Whether to use TF32: from the flag, otherwise the environment; FP32 by default, as in the original README."""
     return os.environ.get(TF32_SWITCH, "false").lower() in ("true", "1") if wanted is None else wanted
 
 
 def is_lazy(torch_gcu: Any) -> bool:
-    """True for the older generation. Raises UserError for a library that is neither."""
+    """Whether the imported library is the lazy generation. Raises UserError if it is neither."""
     import torch
 
     if hasattr(torch_gcu, "JitRunMode"):
@@ -103,7 +103,7 @@ def is_lazy(torch_gcu: Any) -> bool:
 
 
 def count_cards(torch_gcu: Any) -> int:
-    """0 without a driver. Only the older generation has these calls in torch_gcu itself."""
+    """The number of cards; 0 without a driver. Only the older generation has these calls in torch_gcu itself."""
     import torch
 
     api = torch_gcu if is_lazy(torch_gcu) else torch.gcu  # type: ignore[attr-defined]
@@ -111,7 +111,7 @@ def count_cards(torch_gcu: Any) -> int:
 
 
 def why_no_cards() -> str:
-    """One line about an installed torch_gcu that sees no card."""
+    """The error message if torch_gcu is installed but finds no card."""
     visible = os.environ.get(VISIBLE_CARDS)
     cards = [card.strip() for card in (visible or "").split(",")]
     if visible is not None and len(set(cards)) < len(cards):

@@ -1,7 +1,7 @@
 """Today's torch_gcu (S60: torch 2.10, device ``gcu``, backend ``eccl``), and the simulated card.
 
-Eager: the loop is plain PyTorch. What differs from CUDA is written at its line. Never imported:
-``torch_gcu.transfer_to_gcu``, which rewrites ``torch.cuda`` globally.
+Eager execution: the loop is plain PyTorch, and comments mark the differences from CUDA.
+``torch_gcu.transfer_to_gcu`` is never imported, because it rewrites ``torch.cuda`` globally.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vgglab.errors import UserError
 
 
 class EagerGcu(StockDevice):
-    """One card of the eager generation."""
+    """A card of the eager generation."""
 
     kind = "gcu"
     worker_start = "spawn"  # a forked child that touches the card is an error

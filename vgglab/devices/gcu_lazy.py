@@ -1,8 +1,8 @@
 """The T20 cards' torch_gcu (torch 1.10, Python 3.8, device ``xla``).
 
-Lazy: operations are only recorded; a graph is compiled and run when outputs are asked for. So each training step
-ends in exactly one such cut, which names everything that has to be kept, and no value is read before it: a
-read would cut the step in two. The order of calls is that of Enflame's own VGG script (ModelZoo, ``vgg/train.py``).
+Lazy execution: operations are only recorded; a graph is compiled and run when outputs are requested. So each training
+step ends with exactly one such request, which names everything to be kept, and no value is read before it: a read would
+split the step into two graphs. The order of calls is that of Enflame's own VGG script (ModelZoo, ``vgg/train.py``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vgglab.errors import UserError
 
 
 class LazyGcu(Device):
-    """One card of the lazy generation."""
+    """A card of the lazy generation."""
 
     kind = "gcu"
     worker_start = "spawn"  # as in the vendor's script

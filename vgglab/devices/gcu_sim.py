@@ -10,12 +10,12 @@ from vgglab.errors import UserError
 
 
 def open_adapter(kind: str, options: DeviceOptions) -> SimulatedGcu:
-    """The simulated card. Raises UserError if it cannot be simulated."""
+    """Open the simulated card. Raises UserError if this process cannot simulate one."""
     return SimulatedGcu(options)
 
 
 class SimulatedGcu(EagerGcu):
-    """A card that is simulated on the CPU, and marked as such in everything it writes."""
+    """A card simulated on the CPU; everything it writes is marked as simulated."""
 
     kind = "gcu-sim"
 

@@ -1,6 +1,6 @@
-"""Where in the code the host reads a value from the device: there it waits until all work so far is done.
+"""Find the lines where the host reads a value from the device, and so waits for all work submitted so far.
 
-One such read in the loop, a forgotten ``.item()``, and the device is idle while the host prepares the next step.
+With one such read per step, such as a forgotten ``.item()``, the device is idle while the host prepares the next step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOOKED_THROUGH, AT_HOME = (str(PACKAGE / "devices"), "/torch/", "\\torch\\"), st
 
 
 class HostReads:
-    """In a ``with`` block, counts the reads by line of code: ``{"trainer.py:115": 3}``."""
+    """Context manager that counts the reads by line of code: ``{"trainer.py:115": 3}``."""
 
     def __init__(self, device_is_host: bool) -> None:
         self.counts: Counter[str] = Counter()
@@ -41,7 +41,7 @@ class HostReads:
             setattr(Tensor, name, method)
 
     def take(self) -> dict[str, int]:
-        """The counts since the last call, which resets them."""
+        """Return the counts since the last call, and reset them."""
         taken = dict(self.counts)
         self.counts.clear()
         return taken

@@ -1,7 +1,7 @@
-"""Memory: its lack, known by torch's words; and on the CPU freed memory that stays, and a limit before it is too late.
+"""Memory: recognise out-of-memory errors; on the CPU, keep freed memory and set a limit.
 
-The C library hands large freed blocks back to the system and asks for them again every step. VGG's activations are
-freed and allocated again in each; the system has to clear those pages. Kept, they cost nothing, and no number changes.
+The C library returns large freed blocks to the system. VGG's activations are freed and allocated again in each step,
+and the system has to clear the pages every time. Keeping them saves that time and changes no result.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ NEVER, TOP_PAD_BYTES = 2**31 - 1, 64 * 2**20
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether that is what an exception is about, on this machine's memory or a card's."""
+    """Whether an exception means out of memory, on the host or on a card."""
     is_torchs = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
     return is_torchs or isinstance(error, MemoryError)
 
 
 def keep_freed_memory() -> bool:
-    """Have this process and those it forks keep what they free. False if the C library is not glibc."""
+    """Make this process and its forks keep freed memory. Returns False if the C library is not glibc."""
     if not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
@@ -41,10 +41,10 @@ def keep_freed_memory() -> bool:
 
 
 def limit_to_free_memory(share: float = 0.95) -> int | None:
-    """Raise an error here, before the kernel's OOM killer acts.
+    """Limit the memory of this process, so that it gets an error before the kernel's OOM killer acts.
 
-    Returns the bytes that this process may still take, that share of what is free in the machine and in its
-    container; None if the system does not tell (Linux does).
+    Returns the limit in bytes, a share of the free memory of the machine and its container; None if the system does not
+    report it (Linux does).
     """
     with contextlib.suppress(OSError, ValueError, AttributeError):
         free = int(share * _free_bytes())

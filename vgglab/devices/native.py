@@ -27,7 +27,7 @@ AMP_DEFAULTS = {"cpu": "bfloat16", "cuda": "float16"}
 
 
 def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
-    """None if this machine has a device of this kind."""
+    """Why this machine has no device of this kind, in one line; None if it has one."""
     is_there = {"cuda": torch.cuda.is_available, "mps": _has_mps, "cpu": lambda: True}[kind]
     return None if is_there() else ""
 
@@ -158,7 +158,7 @@ class NativeDevice(StockDevice):
 
 
 def prefetch(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items; the next has been asked for by the time one is handed out."""
+    """Yield the same items, requesting the next one before yielding the current one."""
     waiting: deque[Item] = deque()
     for item in items:
         waiting.append(item)
@@ -168,24 +168,24 @@ def prefetch(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def _use_tf32(is_wanted: bool) -> None:
-    """For matrix products and convolutions alike: torch's own defaults differ between the two.
+    """Set TF32 for both matrix products and convolutions, whose defaults in torch differ.
 
-    By the older names: torch 2.9 has newer ones, but reading an older one after a newer one was set, as
-    torch.compile does, is an error.
+    Uses the older settings: torch 2.9 has newer ones, but torch.compile reads the older ones, which is an error after
+    the newer ones were set.
     """
     torch.backends.cuda.matmul.allow_tf32 = is_wanted
     torch.backends.cudnn.allow_tf32 = is_wanted
 
 
 def _fast_dtype(kind: str) -> str | None:
-    """The mixed precision that is fastest; None if it would only be emulated."""
+    """The fastest type for mixed precision; None if it would only be emulated."""
     if kind == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     return "bfloat16" if kind == "cpu" and _cpu_computes_bfloat16() and _cpu_pools_bfloat16() else None
 
 
 def _cpu_computes_bfloat16() -> bool:
-    """AVX-512 BF16 or AMX, which multiply two such numbers in an instruction (Linux; elsewhere false)."""
+    """Whether the CPU has AVX-512 BF16 or AMX, which multiply bfloat16 in hardware (Linux; elsewhere False)."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -205,7 +205,7 @@ def _can_fuse(kind: str) -> bool:
 
 
 def _cpu_pools_bfloat16() -> bool:
-    """torch 1.10 has autocast on the CPU, and no bfloat16 max pooling."""
+    """Whether this torch has bfloat16 max pooling on the CPU; torch 1.10 does not."""
     try:
         nn.functional.max_pool2d(torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16), 2)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""What plain PyTorch does on every device that it drives itself: its own step, its own DDP, its own collectives."""
+"""The plain PyTorch step, DDP and collectives, for devices that PyTorch supports itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOSS_SCALE, SCALE_GROWTH_INTERVAL = 128.0, 1_000_000_000
 
 
 class StockDevice(Device):
-    """A device whose only peculiarities are the attributes below."""
+    """A device that differs from the others only in the attributes below."""
 
     sampler = DistributedSampler
     _torch_device: torch.device

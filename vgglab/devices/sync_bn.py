@@ -1,8 +1,8 @@
-"""Batch norm over all ranks, of plain operations: for devices on which PyTorch's ``nn.SyncBatchNorm`` has no kernels.
+"""Batch norm over all ranks from plain operations, for devices without kernels for PyTorch's ``nn.SyncBatchNorm``.
 
 Each rank normalises with the mean and variance of the global batch (Ioffe & Szegedy 2015, algorithm 1), so that
-several ranks compute what one would with all their images. Mean first, then variance around it: two all-reduces,
-and the figures agree with one rank's to float32 rounding, which sums of squares would not.
+several ranks compute what one rank would with all images. It takes two all-reduces, first for the mean and then for the
+variance around it, and agrees with one rank to float32 rounding. Sums of squares would need only one and be less exact.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vgglab.devices.collectives import sum_over_ranks
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Forward and backward are the same sum: what one rank's input adds to the total, every rank's loss may feel."""
+    """Sum over the ranks. The backward pass is the same sum, because each input affects the loss of every rank."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -33,10 +33,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` whose training statistics are those of all ranks; every rank's batch is equally large."""
+    """``nn.BatchNorm2d`` with the training statistics of all ranks; all batches must have the same size."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, H, W)`` in and out; computed in float32, or in float64 where the input is."""
+        """Normalise ``(N, C, H, W)``; computed in float32, or in float64 for such an input."""
         if not self.training:
             return super().forward(input)
         assert self.momentum is not None
@@ -56,7 +56,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise(model: nn.Module) -> nn.Module:
-    """Put ``SyncBatchNorm2d`` in the place of every ``nn.BatchNorm2d``, its weights and statistics kept."""
+    """Replace every ``nn.BatchNorm2d`` by a ``SyncBatchNorm2d`` with the same weights and statistics."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d  # same parameters, same buffers, same names in a checkpoint

@@ -1,4 +1,4 @@
-"""A profiler's trace of a few steps, for chrome://tracing or Perfetto: what ran when, on the host and on the card."""
+"""Profile a few steps and write a trace for chrome://tracing or Perfetto: what ran when, on host and card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TRACE = "trace.json"
 
 
 class Tracer:
-    """Records ``num_steps`` steps after the first ``skip_steps`` of a run; with 0 it does nothing."""
+    """Traces ``num_steps`` steps after the first ``skip_steps`` of a run; does nothing if ``num_steps`` is 0."""
 
     def __init__(self, folder: Path, skip_steps: int, num_steps: int) -> None:
         self._file = folder / TRACE
@@ -33,7 +33,7 @@ class Tracer:
         self._profiler.__enter__()
 
     def close(self) -> None:
-        """Write what there is, also of a run that ends early: a profiler that is left open takes the process down."""
+        """Stop and write the trace, even if the run ends early: an open profiler would crash the process."""
         if self._profiler is not None:
             self._profiler.__exit__(None, None, None)
             self._profiler.export_chrome_trace(str(self._file))

@@ -18,9 +18,9 @@ ends_with_run = False  # set where the process exits after the run: Ctrl-C is th
 
 
 class StopRequested(BaseException):
-    """The run ends because it was asked to; not an error, so no ``except Exception`` may hold it.
+    """The run stops because it was asked to. Not an error, so ``except Exception`` must not catch it.
 
-    Its message says what was saved and how to resume; empty if nothing had to be saved.
+    The message says what was saved and how to resume; it is empty if there was nothing to save.
     """
 
     def __init__(self, *message: str) -> None:
@@ -31,9 +31,9 @@ class StopRequested(BaseException):
 
 @contextlib.contextmanager
 def deferring_ctrl_c() -> Iterator[None]:
-    """Ctrl-C waits until the block is done, and is answered then.
+    """Defer Ctrl-C to the end of the block.
 
-    Inside ``torch.save`` it would come out as an error of torch's own.
+    Inside ``torch.save`` it would surface as an error from torch.
     """
     if threading.current_thread() is not threading.main_thread():  # signals do not come here
         yield
@@ -50,10 +50,10 @@ def deferring_ctrl_c() -> Iterator[None]:
 
 @contextlib.contextmanager
 def starting_workers() -> Iterator[None]:
-    """In the block processes can be started that have ``leave_signals_to_parent`` as their initializer.
+    """For a block that starts processes whose initializer is ``leave_signals_to_parent``.
 
-    Ctrl-C during the fork would be lost in one of Python's hooks. The other signals are blocked in the new processes
-    from the start: one that arrives before the initializer has run would end the worker, and with it the run.
+    Ctrl-C during the fork would be lost in one of Python's hooks. The other signals start out blocked in the new
+    processes, because one that arrives before the initializer would kill the worker, and with it the run.
     """
     with deferring_ctrl_c():
         if not hasattr(signal, "pthread_sigmask"):
@@ -68,10 +68,10 @@ def starting_workers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferring_signals() -> Iterator[None]:
-    """In the block ``STOP_SIGNALS`` and Ctrl-C are only recorded; the loop checks ``stop_requested`` and stops.
+    """In the block, ``STOP_SIGNALS`` and Ctrl-C are only recorded; the loop checks ``stop_requested`` and stops.
 
-    A second Ctrl-C is a KeyboardInterrupt. A signal that was switched off from outside stays so: under nohup a closed
-    terminal is nothing.
+    A second Ctrl-C raises KeyboardInterrupt. A signal that the parent process ignores stays ignored, such as SIGHUP
+    under nohup.
     """
     global _is_stopping
     _received.clear()
@@ -85,9 +85,9 @@ def deferring_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unraisable_interrupts() -> Iterator[None]:
-    """In the block a KeyboardInterrupt that was raised in a finalizer is not printed, and the next Ctrl-C raises again.
+    """In the block, a KeyboardInterrupt raised in a finalizer is not printed, and the next Ctrl-C raises again.
 
-    Python can only print it. The run still stops after its step.
+    Python could only print it. The run still stops after its step.
     """
     previous = sys.unraisablehook
 
@@ -107,7 +107,7 @@ def _unraisable_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def handling(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """In the block these signals call ``handler``; one that was switched off from outside stays so."""
+    """In the block, these signals call ``handler``; a signal that the parent process ignores stays ignored."""
     heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in heeded}
     try:
@@ -119,10 +119,10 @@ def handling(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Ite
 
 
 def leave_signals_to_parent(_: int = 0) -> None:
-    """In a loader's worker: torchrun warns whole process groups, and the rank still needs its batches.
+    """In a loader worker: ignore signals meant for the rank, which still needs its batches.
 
-    SIGTERM ends the worker only where its parent sends it, as Python does on its way out; ignored from there too, the
-    two would wait for one another for ever.
+    torchrun signals whole process groups. SIGTERM ends the worker only if its parent sends it, as Python does when it
+    exits; if that were ignored too, the two would wait for each other forever.
     """
     for number in {*STOP_SIGNALS, signal.SIGINT} - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
@@ -159,12 +159,12 @@ def stop_requested() -> bool:
 
 
 def was_interrupted() -> bool:
-    """Whether Ctrl-C was among the signals."""
+    """Whether Ctrl-C was one of the signals received."""
     return signal.SIGINT in _received
 
 
 def reason() -> str:
-    """Why this process stops, such as ``by SIGTERM``."""
+    """What made this process stop, such as ``by SIGTERM``."""
     if was_interrupted():
         return "by Ctrl-C"
     return f"by {signal.Signals(_received[0]).name}" if _received else "with the other ranks"

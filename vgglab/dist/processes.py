@@ -1,4 +1,4 @@
-"""The processes of a run on this machine: find them, ask what they are doing, kill what is left."""
+"""The processes of a run on this machine: find them, show what they are doing, kill the remaining ones."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def is_alive(pid: int) -> bool:
 
 
 def signature(pid: int) -> dict[str, Any]:
-    """What a run directory records of a process, so that no other process is mistaken for it.
+    """What a run directory records about a process, so that no other process is mistaken for it.
 
-    ``process`` is the boot of the machine and the moment in it when the process began, which no clock can change; empty
-    without ``/proc``.
+    ``process`` is the boot ID of the machine and the start time of the process since boot, which do not depend on the
+    clock; empty without ``/proc``.
     """
     return {"host": socket.gethostname(), "pid": pid, "process": _began(pid)}
 
 
 def is_running(signed: dict[str, Any]) -> bool:
-    """Whether the process with this ``signature`` lives, on this machine."""
+    """Whether the process with this ``signature`` is alive and on this machine."""
     pid = signed.get("pid")
     if type(pid) is not int or not 0 < pid < 2**31 or signed.get("host") != socket.gethostname():
         return False
@@ -55,7 +55,7 @@ def _began(pid: int) -> str:
 
 
 def processes_of(path: Path) -> list[int]:
-    """The processes on this machine that were launched for a run, by the mark in their environment (Linux)."""
+    """The processes on this machine that were launched for a run, found by their environment (Linux)."""
     wanted = f"{MARK}={path.resolve()}".encode(errors="surrogateescape")
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -69,7 +69,7 @@ def processes_of(path: Path) -> list[int]:
 def ask_where(pid: int, log: Path, seconds: float = 2.0) -> str:
     """The Python stack of a rank's main thread, newest call first; empty if ``pid`` is not the writer of ``log``.
 
-    On Linux and this machine only. The stack stays in the log.
+    Only on Linux and on this machine. The stack stays in the log.
     """
     if not (_is_plain(log) and _has_open(pid, log) and _answers(pid)):
         return ""
@@ -85,7 +85,7 @@ def ask_where(pid: int, log: Path, seconds: float = 2.0) -> str:
 
 
 def _is_plain(file: Path) -> bool:
-    """Whether it is a file with no other name: a link could make somebody else's process the writer of a log."""
+    """Whether a file has no other name: a link could make another process appear to be the writer of a log."""
     with contextlib.suppress(OSError):
         found = file.lstat()
         return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
@@ -93,7 +93,7 @@ def _is_plain(file: Path) -> bool:
 
 
 def _answers(pid: int) -> bool:
-    """Whether a process has a handler for the question; any other would be ended by it."""
+    """Whether a process handles the signal; it would kill any other."""
     with contextlib.suppress(OSError, ValueError):
         caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
         return caught is not None and bool(int(caught.group(1), 16) >> (ASK_WHERE - 1) & 1)
@@ -110,7 +110,7 @@ def _has_open(pid: int, file: Path) -> bool:
 
 
 def kill_all(path: Path) -> None:
-    """Kill what is left of a run on this machine, and wait until it is gone; no longer than a busy kernel needs."""
+    """Kill the remaining processes of a run on this machine, and wait for them (``KILLED_SECONDS`` at most)."""
     deadline = time.monotonic() + KILLED_SECONDS
     while time.monotonic() < deadline and (left := processes_of(path)):
         for pid in left:

@@ -1,6 +1,6 @@
-"""This rank: which launcher started it, when to end with it, and what to record if it fails.
+"""This rank: who launched it, when to end together with the launcher, and what to record if it fails.
 
-Standard library only, and cheap: a rank whose launcher dies before torch is imported must notice it, too.
+Standard library only and quick to import, because a rank must notice if its launcher dies before torch is imported.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL, signal.S
 RUN_NOTE = "vgglab_run"  # in the folder of a launch: the run directory that its ranks work in
 
 COLLECTIVES = ("gloo", "nccl", "eccl")  # the libraries that sum over the ranks, by the name of torch's backend
-# Not ``-m vgglab.train``: that would import from the current folder first, which may be somebody else's.
-TRAIN = "import sys; sys.path[:] = filter(None, sys.path); sys.argv[0] = 'vgglab.train'; "
-TRAIN += "from vgglab.train import run_and_exit; run_and_exit()"
+# Not ``-m``: that would import from the current folder first, which may be somebody else's.
+NOT_FROM_HERE = "import sys; sys.path[:] = filter(None, sys.path); "
+TRAIN = NOT_FROM_HERE + "sys.argv[0] = 'vgglab.train'; from vgglab.train import run_and_exit; run_and_exit()"
+TORCHRUN = NOT_FROM_HERE + "from torch.distributed.run import main; main()"
 
 LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "socket", *COLLECTIVES)
 
@@ -47,7 +48,7 @@ _run_dir: Path | None = None  # where this process's failure is written down
 
 
 def grace_period_seconds(chosen: float | None = None) -> float:
-    """From asking a run to save and stop to killing it; raises UserError if the environment's is no number."""
+    """Seconds between asking a run to save and stop, and killing it. Raises UserError for an invalid setting."""
     if chosen is not None:
         return chosen
     given = os.environ.get("VGGLAB_GRACE_SECONDS", "10")  # a slow disk, or a busy machine, may need longer
@@ -57,12 +58,12 @@ def grace_period_seconds(chosen: float | None = None) -> float:
 
 
 def training_command(argv: Sequence[str], python: str = sys.executable) -> list[str]:
-    """The training command as a new process; its environment: ``with_package``."""
+    """The command line of a new training process; ``with_package`` gives its environment."""
     return [python, "-u", "-c", TRAIN, *argv]
 
 
 def with_package(environment: Mapping[str, str]) -> dict[str, str]:
-    """The same, with this package on ``PYTHONPATH`` if it is not installed."""
+    """The environment, with this package added to ``PYTHONPATH`` if it is not installed."""
     home = Path(__file__).resolve().parent.parent.parent
     if home.name in ("site-packages", "dist-packages"):
         return dict(environment)
@@ -85,7 +86,7 @@ def attach() -> None:
 
 
 def open_closed_streams() -> None:
-    """After ``2>&-`` Python has no ``sys.stderr``, and its number goes to the next file that the run opens."""
+    """Open missing standard streams: after ``2>&-`` the next file opened would become file descriptor 2."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
@@ -105,9 +106,9 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _is_torchrun(pid: int) -> bool:
-    """Whether this still is what started us, and not somebody who adopts orphans: init, systemd --user, tini.
+    """Whether this process is still our launcher, not one that adopts orphans: init, systemd --user, tini.
 
-    In a container torchrun can itself be process 1.
+    In a container torchrun itself can be process 1.
     """
     folder = Path(f"/proc/{pid}")
     try:
@@ -120,7 +121,7 @@ def _is_torchrun(pid: int) -> bool:
 
 
 def _end() -> None:
-    """Ask this process to save and stop; what is left of it and its workers after the grace is killed."""
+    """Ask this process to save and stop; kill it and its workers after the grace period."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace_period_seconds())
     with contextlib.suppress(OSError):
@@ -134,7 +135,7 @@ def skip_cleanup_at_exit(keep: Any) -> None:
 
 
 def exit_process(code: int) -> NoReturn:
-    """End this process, the last thing it does; all that it has written is on its way."""
+    """End this process, after flushing its output."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -146,23 +147,23 @@ def exit_process(code: int) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """On stderr, if it can be written to."""
+    """Print on stderr, if possible."""
     with contextlib.suppress(OSError):
         print(f"vgglab.train: {line}", file=sys.stderr)
 
 
 def num_cores() -> int:
-    """Those this process may use, which in a container or under Slurm are not all there are."""
+    """The number of cores that this process may use; in a container or under Slurm not all of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_restarts() -> int:
-    """How often the launcher has restarted this job's ranks."""
+    """How often the launcher has restarted the ranks of this job."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _launch_folder() -> Path | None:
-    """One that all attempts of this launch share, and no other launch; its owner's alone."""
+    """A private folder shared by all attempts of this launch, and by no other launch."""
     if RENDEZVOUS in os.environ:
         return Path(os.environ[RENDEZVOUS]).parent
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's: <folder>/attempt_<n>/<rank>/error.json
@@ -170,7 +171,7 @@ def _launch_folder() -> Path | None:
 
 
 def remember_run(path: Path) -> None:
-    """Record the run directory so that a restart finds it."""
+    """Record the run directory for a restart."""
     folder = _launch_folder()
     if folder is not None and folder.is_dir():
         with contextlib.suppress(OSError):
@@ -178,16 +179,16 @@ def remember_run(path: Path) -> None:
 
 
 def remembered_run(folder: Path) -> Path | None:
-    """The run directory of the ranks of this launch, or of those before them; None if there is none yet."""
+    """The run directory of this launch, or of the attempt before a restart; None if there is none yet."""
     note = folder / RUN_NOTE
     return Path(note.read_text(encoding="utf-8")) if note.exists() else None
 
 
 def run_of_earlier_attempt() -> Path | None:
-    """The run directory in which the ranks before a restart have worked; None in a first attempt.
+    """The run directory used before a restart; None in a first attempt.
 
     Raises:
-        UserError: several machines, and no run directory that all of them could know.
+        UserError: there are several machines, and ``--run-dir`` was not given.
     """
     if num_restarts() == 0:
         return None
@@ -198,7 +199,7 @@ def run_of_earlier_attempt() -> Path | None:
 
 
 def set_run_dir(path: Path) -> None:
-    """From here on, this rank's failure is written down there."""
+    """Set the run directory in which a failure of this rank is recorded."""
     global _run_dir
     _run_dir = path
 
@@ -209,12 +210,12 @@ def run_dir() -> Path | None:
 
 
 def resume_advice(path: Path) -> str:
-    """What to add to the command to continue in this run directory, with or without a checkpoint in it."""
+    """The flags that continue a run in this directory, whether or not it has a checkpoint."""
     return f"continue with --run-dir {path} --resume auto"
 
 
 def name() -> str:
-    """The prefix ``rank 1 of 8: `` of this process's messages; empty for a single process."""
+    """The prefix of messages from this process, ``rank 1 of 8: ``; empty for a single process."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     return f"rank {os.environ.get('RANK', 0)} of {world_size}: " if world_size > 1 else ""
 
@@ -222,7 +223,7 @@ def name() -> str:
 def report_failure(error: BaseException, exit_code: int) -> None:
     """Record why this rank failed, in the run directory and where torchrun looks for it.
 
-    ``log/failure-rank<r>.json``: rank, time, error in one line, traceback, exit code. The earliest is the cause.
+    ``log/failure-rank<r>.json``: rank, time, error in one line, traceback, exit code. The earliest one is the cause.
     """
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     launched_for = os.environ.get(MARK)  # its log folder is there before any rank is
@@ -239,7 +240,7 @@ def report_failure(error: BaseException, exit_code: int) -> None:
 
 
 def report_killed(rank: int, number: int, folder: Path) -> str:
-    """What its launcher writes down for a rank that a signal has ended; returns it.
+    """Record the failure of a rank that was killed by a signal, on behalf of its launcher; return the record.
 
     Args:
         folder: of the launch, as in ``remembered_run``.
@@ -272,7 +273,7 @@ def _write_failure(
 
 
 def has_lost_peers(error: BaseException) -> bool:
-    """Whether this is how a rank notices that another one has gone."""
+    """Whether an error means that another rank has gone away."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in LOST_PEERS)
 
@@ -287,7 +288,7 @@ def failures(path: Path) -> list[dict[str, Any]]:
 
 
 def forget_failures(path: Path) -> None:
-    """Called when a run continues: it has survived them."""
+    """Delete the records of failures, when a run continues."""
     for file in (path / "log").glob("failure-rank*.json"):
         with contextlib.suppress(OSError):  # a folder of that name
             file.unlink()

@@ -1,4 +1,4 @@
-"""Ranks that ``srun`` has started: the environment variables that torchrun would set, from those of Slurm."""
+"""Ranks started by ``srun``: set the environment variables of torchrun from those of Slurm."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from vgglab.errors import UserError
 
 
 def adopt_slurm_environment(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Under ``srun`` with one task a card: what torchrun would have set, from what Slurm has.
+    """Under ``srun`` with one task per card: set the variables that torchrun would have set.
 
-    Only where several tasks were started by srun itself; inside torchrun, or in a plain shell of an allocation,
-    Slurm's variables describe something else.
+    Only if srun itself started several tasks: inside torchrun, or in a plain shell of an allocation, Slurm's variables
+    describe something else.
 
     Raises:
         UserError: the first node's name cannot be read.
@@ -31,7 +31,7 @@ def adopt_slurm_environment(environment: MutableMapping[str, str] = os.environ) 
 
 
 def first_host(nodes: str) -> str:
-    """The first name of Slurm's short form: ``gpu[003-007,9],cpu1`` gives ``gpu003``. Raises UserError."""
+    """The first host in Slurm's compact notation: ``gpu003`` for ``gpu[003-007,9],cpu1``. Raises UserError."""
     if not nodes:
         raise UserError("SLURM_STEP_NODELIST is not set; set MASTER_ADDR to the name of the first node")
     prefix, bracket, rest = nodes.partition("[")

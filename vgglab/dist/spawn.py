@@ -32,15 +32,15 @@ FINAL = (0, ranks.EXIT_BAD_INPUT, ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED)  #
 def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> int:
     """Run the training command once per rank; restart all of them after one has died.
 
-    A signal that asks to stop is passed on to every rank, and so is Ctrl-C: at the first they save and stop, at the
-    second they stop at once; what is left of them after the grace period, or at the third, is killed. When a rank
-    fails, the others are asked to stop, and killed after the grace period.
+    Termination signals and Ctrl-C are passed on to every rank: after the first Ctrl-C they save and stop, after the
+    second they stop at once. Ranks that are still running after the grace period, or after a third Ctrl-C, are killed.
+    When a rank fails, the others are asked to stop, and killed after the grace period.
 
     Returns:
-        The exit code of the rank that failed first (1 where it was killed); 75 or 130 where a signal ended them.
+        The exit code of the rank that failed first (1 if it was killed); 75 or 130 after a signal.
 
     Raises:
-        UserError: there is no temporary folder in which the ranks can meet.
+        UserError: there is no temporary folder for the file in which the ranks meet.
     """
     try:
         folder = tempfile.TemporaryDirectory(prefix="vgglab-")  # of mode 0700, with a random name
@@ -56,7 +56,7 @@ def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> in
 
 
 class _Attempt:
-    """All ranks, from their start until the last has ended."""
+    """One attempt: all ranks from their start until the last one has ended."""
 
     def __init__(self, argv: Sequence[str], num_ranks: int, folder: Path, number: int) -> None:
         self.command = ranks.training_command(argv)
@@ -75,7 +75,7 @@ class _Attempt:
         self.failure: int | None = None  # the exit code of the rank that failed first
 
     def run(self) -> int:
-        """Returns the exit code for all ranks."""
+        """Run to the end and return the exit code for all ranks."""
         with handling([*STOP_SIGNALS, signal.SIGINT], lambda number, _: self.signals.append(number)):
             # Each has a session, so that killing one kills its workers, and a pipe that ends it with this process.
             running = {
@@ -114,7 +114,7 @@ class _Attempt:
         return ranks.EXIT_STOPPED if any(process.returncode for process in processes) else 0
 
     def _note(self, rank: int, code: int) -> None:
-        """Keep the first failure; a rank that was killed could not write it down itself."""
+        """Keep the first failure, and record it for a rank that was killed and could not do so itself."""
         if code >= 0:
             self.failure = code
         elif self.signals:  # it was asked to stop before it had anything to save, or killed at the second Ctrl-C
@@ -126,7 +126,7 @@ class _Attempt:
 
 
 def _defaults(num_ranks: int) -> dict[str, str]:
-    """Defaults that the environment can override: threads share the cores, and nothing connects beyond this machine."""
+    """Defaults that the environment can override: share the cores among the ranks, connect only on this machine."""
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # of Linux, of macOS
     return {
         "OMP_NUM_THREADS": str(max(1, ranks.num_cores() // num_ranks)),
@@ -141,7 +141,7 @@ def _free_port() -> int:
 
 
 def _send(number: int, processes) -> None:
-    """To each of the processes; killed, their workers are too."""
+    """Send a signal to each process; SIGKILL also goes to their workers."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             if number == signal.SIGKILL:

@@ -1,1 +1,1 @@
-"""Layer-by-layer analysis, benchmarks, small experiments, features, and plans of runs."""
+"""Layer-by-layer analysis, benchmarks, small experiments, feature maps, and planning of runs."""

@@ -1,14 +1,14 @@
-"""A network layer by layer: cost counted from its shapes, then measured on this machine.
+"""A network layer by layer: its cost, counted from the shapes or measured on this machine.
 
     python -m vgglab.anatomy --model vgg16 --image-size 224
-    python -m vgglab.anatomy --batch-size 8 --measure  # with times, and the two ceilings of the machine
+    python -m vgglab.anatomy --batch-size 8 --measure  # with times and the limits of the machine
     python -m vgglab.anatomy --model vgg11_bn --json   # the last line of stdout is one JSON object
 
     >>> vgglab.anatomy.of("vgg16")
     >>> vgglab.anatomy.of(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()), image_size=8)
 
 It supports chains such as VGG: each layer takes the output of the one before it.
-Exit codes: 0 done; 1 a bug, with its traceback; 2 bad input, explained in one line; 130 interrupted.
+Exit codes: 0 done, 1 a bug (with traceback), 2 bad input (explained in one line), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ Call = Tuple[str, nn.Module, Tuple[int, ...], Tuple[int, ...]]
 def of(
     model: str | nn.Module = "vgg16", image_size: int = 224, batch_size: int = 1, num_classes: int = 1000
 ) -> Anatomy:
-    """Count what each layer of a network holds, computes and moves, without computing it.
+    """Count the parameters, operations and bytes of each layer of a network, without running it.
 
     Args:
         model: a name (``vgg16``, ``vgg16_bn``, ...; below 224 pixels with the small classifier, as in training), or a
-            network made of the layers in ``KINDS``, which is left as it is.
-        image_size: side of the square images, in pixels; with as many channels as the first convolution takes.
+            network that consists of the layers in ``KINDS``; it is not changed.
+        image_size: side of the square images, in pixels; the first convolution determines the number of channels.
         batch_size: images per batch; the weights are read once for all of them.
         num_classes: number of classes, if ``model`` is a name.
 
     Raises:
-        UserError: no network of that name; a layer that is not in ``KINDS``; images that do not fit; not a chain.
+        UserError: unknown name, a layer that is not in ``KINDS``, images of the wrong size, or not a chain of layers.
     """
     if min(image_size, batch_size, num_classes) < 1:
         raise UserError("image_size, batch_size and num_classes: whole numbers, 1 or more")
@@ -84,7 +84,7 @@ def of(
 
 
 def _hollow(model: nn.Module) -> nn.Module:
-    """A copy to walk through: in float32, without the values of the weights and what the reader has hooked onto it."""
+    """A copy to trace: in float32, without weight values and without hooks."""
     known: dict[int, Any] = {}  # what deepcopy takes for copies that it has made already
     if HAS_META:
         known.update((id(value), value.to("meta")) for value in model.buffers())
@@ -158,7 +158,7 @@ def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
 
 
 def _multiply_adds(module: nn.Module, output_shape: tuple[int, ...]) -> int:
-    """For one image: every output value is a sum over the inputs that its weights span."""
+    """Multiply-adds for one image: each output value is a sum over the inputs covered by its weights."""
     if isinstance(module, nn.Conv2d):
         return prod(output_shape[1:]) * module.weight[0].numel()  # (channels in / groups) x height x width
     return prod(output_shape[1:]) * module.in_features if isinstance(module, nn.Linear) else 0
@@ -173,23 +173,23 @@ def _leaves(network: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def measure(what: Anatomy | str | nn.Module, device: Device | str = "auto", repeats: int = 5) -> Anatomy:
-    """Time the forward and the backward pass of each layer by itself, and the ceilings of the machine.
+    """Time the forward and backward pass of each layer separately, and measure the limits of the machine.
 
-    A layer gets fresh weights and random input of its shape, in float32 and training mode, and runs once to warm up
-    and ``repeats`` times more; the median counts. A share of a little over 100 % is no mistake: the ceilings are what
-    torch reaches elsewhere. A convolution may be better written than the matrix product; a layer that mostly reads is
-    quicker than a copy; what fits into a cache is there since the last repeat.
+    A layer gets new weights and random input of its shape, in float32 and training mode. It runs once to warm up, then
+    ``repeats`` times; the result is the median. A layer can exceed 100 % slightly, because the limits are themselves
+    measured with torch: a convolution may be better optimised than the matrix product, a layer that mostly reads is
+    faster than a copy, and small layers find their data in the cache.
 
     Args:
-        what: the answer of ``of``, or what ``of`` takes.
-        device: a name as for ``--device``, or one of ``vgglab.devices.open_device`` that is open.
-        repeats: passes that are timed.
+        what: a result of ``of``, or an argument for it.
+        device: a name as for ``--device``, or an open device from ``vgglab.devices.open_device``.
+        repeats: number of timed passes.
 
     Returns:
         The same rows with ``forward_seconds`` and ``backward_seconds`` of the whole batch, and ``ceilings``.
 
     Raises:
-        UserError: as ``of``; a simulated card; a batch norm with a single value per channel.
+        UserError: as in ``of``; also for a simulated card, or batch norm with a single value per channel.
     """
     anatomy = what if isinstance(what, Anatomy) else of(what)
     if isinstance(device, str):

@@ -19,10 +19,10 @@ COPIED_BYTES = 2**28  # each of three tensors: far above any cache, of a core (3
 
 
 def ceilings(device: Device, repeats: int = 5) -> Ceilings:
-    """Measure what ``device`` computes and moves per second, the best of ``repeats``; takes seconds and 0.8 GB.
+    """Measure the peak FLOP/s and memory bandwidth of ``device``, the best of ``repeats``; needs 0.8 GB of memory.
 
-    Computing: square matrix products in float32. Moving: a copy (2 tensors) and ``a = b + 2 c`` (3), counted as
-    J. McCalpin's STREAM does: what the program names, not what a cache reads before it writes.
+    FLOP/s: square matrix products in float32. Bandwidth: a copy (2 tensors) and ``a = b + 2 c`` (3 tensors), counted as
+    in J. McCalpin's STREAM: the bytes that the program names, not those that a cache reads before it writes.
 
     Raises:
         UserError: a simulated card, which has no speed.
@@ -56,7 +56,7 @@ def _fastest(run: Callable[[], Tensor], device: Device, repeats: int) -> float:
 
 
 def timed(run: Callable[[], Any], device: Device) -> tuple[float, Any]:
-    """Seconds of ``run`` to the end of the device's work, and what it gives: a tensor, or a tuple of them."""
+    """Seconds of ``run`` to the end of the work on the device, and its result: a tensor, or a tuple of tensors."""
     started = time.perf_counter()
     result = run()
     last = result[-1] if isinstance(result, tuple) else result
@@ -65,5 +65,5 @@ def timed(run: Callable[[], Any], device: Device) -> tuple[float, Any]:
 
 
 def moved(tensor: Tensor, device: Device) -> Tensor:
-    """The tensor on the device."""
+    """Move a tensor to the device."""
     return device.move(tensor, torch.zeros(1, dtype=torch.int64))[0]

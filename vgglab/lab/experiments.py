@@ -1,6 +1,6 @@
-"""Small experiments on a network that has not been trained: signals by layer, its first steps, learning-rate range.
+"""Small experiments on an untrained network: signal strength by layer, first steps, learning-rate range test.
 
-For a notebook on the CPU, with small images: the loops are plain, nothing is recorded.
+For notebooks on the CPU with small images: plain loops, nothing is recorded.
 
     >>> network = vl.model.build("vgg16", num_classes=10, head="small", init="normal")
     >>> vl.experiments.signals(network, images, labels)
@@ -20,7 +20,7 @@ Batch = Any  # a pair (images (N, 3, S, S) normalised, labels (N,))
 
 
 class Signal(NamedTuple):
-    """What one layer with weights passes on; deviations over all values of a batch."""
+    """Activations and gradients of one layer with weights; standard deviations over all values of a batch."""
 
     layer: str
     activation: float  # of its output
@@ -29,9 +29,9 @@ class Signal(NamedTuple):
 
 
 def signals(model: nn.Module, images: Tensor, labels: Tensor) -> list[Signal]:
-    """One forward and backward pass in training mode; ``model`` keeps its weights, and its gradients are cleared.
+    """Measure signals in one forward and backward pass in training mode; weights stay, gradients are cleared.
 
-    In a network that will start, neither column shrinks or grows by orders of magnitude from layer to layer (Glorot and
+    In a network that can learn, neither signal shrinks or grows by orders of magnitude from layer to layer (Glorot and
     Bengio 2010; He et al. 2015, "Delving Deep into Rectifiers").
     """
     outputs: dict[str, Tensor] = {}
@@ -65,7 +65,7 @@ def signals(model: nn.Module, images: Tensor, labels: Tensor) -> list[Signal]:
 
 
 def first_steps(model: nn.Module, batches: Iterable[Batch], lr: float, momentum: float = 0.9) -> list[float]:
-    """The loss of each step of plain SGD; it ends with the batches, or where the loss is no number any more."""
+    """The loss of each step of plain SGD, until the batches end or the loss is not finite."""
     optimizer = without_compiler(torch.optim.SGD)(model.parameters(), lr=lr, momentum=momentum)
     return list(_losses(model, batches, optimizer))
 
@@ -73,10 +73,10 @@ def first_steps(model: nn.Module, batches: Iterable[Batch], lr: float, momentum:
 def learning_rate_range(
     model: nn.Module, batches: Sequence[Batch], lowest: float, highest: float, momentum: float = 0.9
 ) -> tuple[list[float], list[float]]:
-    """Learning rates from ``lowest`` to ``highest``, one a step, each a constant factor above the last; and the losses.
+    """Learning-rate range test: rates from ``lowest`` to ``highest`` in geometric steps, and the loss at each.
 
-    Source: L. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015, section 3.3. It ends early where the
-    loss is no number any more.
+    Source: L. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015, section 3.3. It ends early if
+    the loss is not finite.
     """
     optimizer = without_compiler(torch.optim.SGD)(model.parameters(), lr=lowest, momentum=momentum)
     factor = (highest / lowest) ** (1 / max(1, len(batches) - 1))
@@ -101,10 +101,10 @@ def _losses(model: nn.Module, batches: Iterable[Batch], optimizer: torch.optim.O
 
 
 def copy_layers(shallow: nn.Module, deep: nn.Module, num_convolutions: int = 4) -> list[str]:
-    """Start ``deep`` as the paper did: with the first convolutions and the linear layers of a shallower network.
+    """Initialise ``deep`` as the paper did, with the first convolutions and the linear layers of a shallower network.
 
     A convolution is copied to the same position in the same block (the layers between two poolings). Returns the names
-    of the layers that were filled. Source: Simonyan and Zisserman 2014, section 3.1: four convolutions of net A and its
+    of the copied layers. Source: Simonyan and Zisserman 2014, section 3.1: four convolutions of net A and its
     three linear layers.
     """
     given, taken = _by_place(shallow), _by_place(deep)
@@ -118,7 +118,7 @@ def copy_layers(shallow: nn.Module, deep: nn.Module, num_convolutions: int = 4) 
 
 
 def _by_place(network: nn.Module) -> dict[tuple[Any, int], tuple[str, nn.Module]]:
-    """Layers with weights by (block, number in it), or ("linear", number)."""
+    """The layers with weights, by (block, number in the block) or ("linear", number)."""
     found: dict[tuple[Any, int], tuple[str, nn.Module]] = {}
     block, number = 0, 0
     for name, layer in network.named_modules():

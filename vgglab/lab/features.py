@@ -1,4 +1,4 @@
-"""Look inside a network: its layers by name, feature maps, and the pixels that they depend on."""
+"""Look inside a network: layers by name, feature maps, and effective receptive fields."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vgglab.errors import UserError
 
 
 def read_photograph(file: str, data: bytes | None = None, longest: int = 384) -> Tensor:
-    """A photograph as ``(H, W, 3)`` uint8, upright, its longer side shrunk to ``longest`` pixels if it is longer.
+    """Read a photograph as ``(H, W, 3)`` uint8, upright, its longer side at most ``longest`` pixels.
 
     Args:
-        file: its path; only its name if ``data`` is given.
-        data: the file's bytes. They are decoded as an image, whatever the file name.
+        file: its path, or its name if ``data`` is given.
+        data: the content of the file, decoded as an image whatever the file name.
 
     Raises:
-        UserError: no image, a broken one, or one with so many pixels that it must be a decompression bomb.
+        UserError: not an image, damaged, or so large that it may be a decompression bomb.
     """
     try:
         with warnings.catch_warnings():
@@ -53,10 +53,10 @@ def named_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def keep_outputs(network: nn.Module) -> nn.Module:
-    """The same network, in evaluation mode, whose ReLUs no longer overwrite what they are given.
+    """Put the network into evaluation mode and make its ReLUs keep their input.
 
-    VGG's are in place, to save memory. A hook on the layer before one then sees the ReLU's output, and a gradient with
-    respect to that layer cannot be had.
+    VGG's ReLUs work in place to save memory. A hook on the layer before would then see the output of the ReLU, and
+    gradients with respect to that layer could not be computed.
     """
     for layer in network.modules():
         if isinstance(layer, nn.ReLU):
@@ -65,7 +65,7 @@ def keep_outputs(network: nn.Module) -> nn.Module:
 
 
 def feature_maps(network: nn.Module, images: Tensor, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """What each of ``layers`` gives for normalised ``images`` (N, 3, H, W): ``(N, channels, h, w)`` by name."""
+    """The outputs of ``layers`` for normalised ``images`` (N, 3, H, W), by name: ``(N, channels, h, w)`` each."""
     maps: dict[str, Tensor] = {}
 
     def keep_as(name: str) -> Any:
@@ -86,13 +86,13 @@ def feature_maps(network: nn.Module, images: Tensor, layers: Mapping[str, nn.Mod
 def effective_receptive_fields(
     network: nn.Module, images: Tensor, layers: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
-    """How strongly each pixel moves the unit in the middle of each layer's maps: ``(N, H, W)``, each image's sum 1.
+    """How strongly each pixel affects the centre unit of each layer: ``(N, H, W)`` by layer, with sum 1 per image.
 
-    The gradient of that unit, summed over the layer's channels, with respect to normalised ``images`` (N, 3, H, W); its
-    absolute values, summed over the colours. All zeros where the unit is silent. The network's weights get no gradient.
+    The absolute gradient of that unit (summed over channels) with respect to normalised ``images`` (N, 3, H, W), summed
+    over the colours. All zeros if the unit is inactive. The weights of the network get no gradients.
 
     Source: Luo, Li, Urtasun and Zemel, "Understanding the Effective Receptive Field in Deep Convolutional Neural
-    Networks", 2016, section 3; they average over many images, this is for each.
+    Networks", 2016, section 3; they average over many images, this does not.
     """
     images = images.detach().clone().requires_grad_()
     fields = {}
@@ -107,10 +107,10 @@ def effective_receptive_fields(
 
 
 def nearest(queries: Tensor, among: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` rows of ``among`` (N, D) with the largest cosine to each of ``queries`` (Q, D).
+    """Find the ``count`` rows of ``among`` (N, D) with the highest cosine similarity to each of ``queries`` (Q, D).
 
     Returns:
-        Their cosines and their places, ``(Q, count)`` each, the nearest first.
+        Their similarities and indices, ``(Q, count)`` each, nearest first.
     """
     cosines = nn.functional.normalize(queries, dim=1) @ nn.functional.normalize(among, dim=1).T  # (Q, N)
     values, places = cosines.topk(count, dim=1)

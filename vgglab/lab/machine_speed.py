@@ -3,9 +3,9 @@
     >>> slowdown()
     1.0
 
-A notebook spends its time partly in training steps and partly in Python, which starts processes and imports torch. A
+A notebook spends its time partly in training steps and partly in Python code that starts processes and imports torch. A
 processor may be slow at only one of them, so both are measured: a training step of VGG11, and compiling a module of the
-standard library. Each on one core: on a busy machine several threads would mostly measure how they wait for each other.
+standard library. Both use one core, because on a busy machine several threads would mostly wait for each other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FRESH_SECONDS = 600.0  # for so long a measurement counts for all kernels of thi
 
 @lru_cache(maxsize=None)
 def slowdown() -> float:
-    """How many times as long things take here as on the reference machine: 3.0 where all is a third as fast."""
+    """How many times slower this machine is than the reference machine: 3.0 for a third of its speed."""
     with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError):  # no HOME, no file, an odd one
         file = cache_folder() / "machine_speed.json"
         if 0 <= time.time() - file.stat().st_mtime < FRESH_SECONDS:
@@ -45,7 +45,7 @@ def _ratio(step_seconds: float, compile_seconds: float) -> float:
 
 
 def measure() -> tuple[float, float]:
-    """Seconds of a training step and of compiling a module: medians, without the first."""
+    """Median seconds of a training step and of compiling a module; the first of each is left out."""
     source = Path(argparse.__file__).read_text(encoding="utf-8")
     compile_seconds = _seconds_of(partial(compile, source, "argparse", "exec"), COMPILING_FOR_SECONDS)
     try:

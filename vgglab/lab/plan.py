@@ -4,9 +4,9 @@
     python -m vgglab.plan --recipe modern --data-path imagenet --run runs/<a short measured run>
     python -m vgglab.plan --recipe quick --images-per-second 100 --json   # the last line of stdout is one JSON object
 
-Takes every flag of training. Without ``--data-path`` a recipe is planned for ImageNet's numbers of images (``quick``
-for the digits). ``--images-per-second`` is of one card; several are taken to be as many times as fast, which
-``--scaling`` lowers.
+Accepts every training flag. Without ``--data-path``, a recipe is planned for the size of ImageNet (``quick`` for the
+digits). ``--images-per-second`` is the speed of one card; n cards are assumed to be n times as fast, multiplied by
+``--scaling``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LARGEST_RATE_WITHOUT_NORM, DEEPEST_FROM_NORMAL = 0.1, 11
 
 
 class Plan(NamedTuple):
-    """The fields of the JSON object; seconds, bytes, and images of the whole set."""
+    """The plan; the fields of the JSON object. Times in seconds, sizes in bytes."""
 
     data: str
     num_train_images: int
@@ -69,10 +69,10 @@ def plan_training(
 
     Args:
         config: the settings of the run.
-        images_per_second: of one card, in training.
-        ranks: cards.
-        scaling: parallel efficiency, above 0: speed of all ranks over ``ranks`` times one card's.
-        given: the settings that were given besides the recipe.
+        images_per_second: training speed of one card.
+        ranks: number of cards.
+        scaling: parallel efficiency, above 0: the speed of all ranks divided by ``ranks`` times that of one card.
+        given: the settings that were given in addition to the recipe.
 
     Raises:
         UserError: data set not found, or smaller than one batch.
@@ -122,7 +122,7 @@ def plan_training(
 
 
 def _data(config: Request, given: Sequence[str]) -> tuple[str, int, int, int, int]:
-    """What it is, training and held-out images, classes, and the side of an image."""
+    """Description, number of training and held-out images, number of classes, and image size."""
     if "data_path" not in given and config.recipe is not None and MADE_FOR[config.recipe] == "imagenet":
         return "ImageNet", IMAGENET["train"], IMAGENET["val"], IMAGENET["classes"], config.image_size or 224
     sets = open_sets(config)
@@ -131,7 +131,7 @@ def _data(config: Request, given: Sequence[str]) -> tuple[str, int, int, int, in
 
 
 def _checkpoint_bytes(config: Request, num_classes: int, image_size: int) -> int:
-    """Weights and statistics in float32, as many again for each thing that the optimizer and --ema keep of them."""
+    """Bytes of a checkpoint: the weights and batch-norm statistics, and as much for each average kept of them."""
     head = head_for(image_size) if config.head == "auto" else config.head
     with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes are enough
         built = build(config.model, num_classes=num_classes, head=head, init_weights=False)
@@ -173,7 +173,7 @@ def _warnings(config: Request, ranks: int) -> list[str]:
 
 
 def as_text(planned: Plan) -> str:
-    """The plan for people."""
+    """The plan as text."""
     return "\n".join(f"{name:<14}{text}" for name, text in _facts(planned))
 
 
@@ -203,7 +203,7 @@ def _facts(planned: Plan) -> list[tuple[str, str]]:
 
 
 def _few(rates: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """All where they are few; of a smooth schedule some."""
+    """All learning rates if there are few; a selection for a smooth schedule."""
     step = max(1, len(rates) // 10)
     return rates if len(rates) <= 12 else rates[::step]
 

@@ -24,7 +24,7 @@ MAX_CLASSES = 10**6  # of a run that is read; ImageNet-21k has 21,841
 
 
 class Prediction(NamedTuple):
-    """One image: its class, the predicted class, and its probability (softmax, 0 to 1)."""
+    """The prediction for one image: its class, the predicted class, and the probability of the latter (0 to 1)."""
 
     file: str  # or its place in a set that is no files
     actual: str
@@ -38,7 +38,7 @@ class Prediction(NamedTuple):
         return self.actual == self.predicted
 
     def pixels(self) -> Any:
-        """The image itself, whole: an array ``(H, W, 3)`` of bytes."""
+        """The whole image as an array ``(H, W, 3)`` of bytes."""
         return as_tensor(self.split.images.open(self.place, "pil").pixels()).numpy()
 
 
@@ -59,10 +59,10 @@ def load_network(run: Run | str | Path, which: str = "best") -> VGG:
 
 @torch.no_grad()
 def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
-    """All held-out images of a run, in the set's order, by its ``best`` or ``last`` checkpoint, on the CPU.
+    """Predict all held-out images of a run with its ``best`` or ``last`` checkpoint, on the CPU, in order.
 
     Raises:
-        UserError: the run has no such checkpoint, or its images are gone.
+        UserError: the run has no such checkpoint, or its images no longer exist.
     """
     run = run if isinstance(run, Run) else Run(run)
     network = load_network(run, which)
@@ -80,7 +80,7 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
 
 
 def _settings_of(run: Run) -> Settings:
-    """The run's own settings, for looking at all held-out images from wherever we are."""
+    """The settings of the run, changed to use all held-out images, from any current folder."""
     known = [item for item in fields(Request) if item.name in run.config]
     with error_context(f"{run.path}/config.json"):
         config = Request(**{item.name: checked(item, run.config[item.name]) for item in known})

@@ -1,4 +1,4 @@
-"""How large a notebook runs: ``quick``, ``small`` or ``full``, shown with the expected time before it starts.
+"""The size of a notebook run: ``quick``, ``small`` or ``full``, shown with the expected time before it starts.
 
 Values set by hand or by a batch run are checked here before training.
 """
@@ -19,7 +19,7 @@ ALL = -1  # of steps: no limit
 
 
 class Profiles:
-    """What each profile sets, by the name of the notebook's parameter.
+    """The values of a notebook's parameters in each profile.
 
     >>> profiles = Profiles("00_start_here", model=("vgg11_bn", "vgg16_bn", "vgg16"), epochs=(2, 6, 90))
     >>> model, epochs = profiles.choose("small", model=None, epochs=3)  # "vgg16_bn", 3
@@ -34,22 +34,22 @@ class Profiles:
     ) -> None:
         """
         Args:
-            notebook: its name without ``.ipynb``, by which its time is known.
-            at_least: the smallest value of a whole number, by parameter; 1 for the others.
-            one_of: the values that a text may have, by parameter.
-            settings: a value for each profile, by parameter.
+            notebook: its name without ``.ipynb``, to look up its time.
+            at_least: the minimum of an integer parameter, by name; 1 by default.
+            one_of: the allowed values of a text parameter, by name.
+            settings: a value for each profile, by parameter name.
         """
         self.settings, self.at_least, self.one_of = settings, at_least or {}, one_of or {}
         self.seconds: float | None = SECONDS.get(notebook)
 
     def choose(self, profile: str, **given: Any) -> list[Any]:
-        """The profile's settings in the order of ``given``, where a value that is not None wins; shows them as a table.
+        """Return the values of the profile in the order of ``given``, whose values override unless None; show a table.
 
-        A value has to be of the kind that the profiles have: text, a whole number (or -1 for all, where a profile has
-        that), or a number above 0 where they have fractions.
+        A value must have the same type as in the profiles: text, an integer (or -1 for all, if a profile has that), or
+        a number above 0 if they have fractions.
 
         Raises:
-            UserError: no profile of that name; a value that makes no sense, by the parameter's name.
+            UserError: an unknown profile or an invalid value; the message names the parameter.
         """
         if profile not in NAMES:
             raise UserError(f"profile: {profile!r} is not one of {', '.join(NAMES)}")
@@ -85,7 +85,7 @@ def _number(name: str, value: Any) -> float:
 
 
 class ProfileTable:
-    """The profiles as a table: the selected one is marked, with values set by hand and the expected time."""
+    """The profiles as a table; the selected one is marked, with the expected time and values set by hand."""
 
     def __init__(self, profiles: Profiles, place: int, chosen: Mapping[str, Any], by_hand: set[str]) -> None:
         self.headings = ["", *(f"{name} (selected)" if n == place else name for n, name in enumerate(NAMES))]
@@ -116,6 +116,6 @@ class ProfileTable:
 
 
 def _rounded(seconds: float) -> float:
-    """An estimate is not good to the second: to 5 s below a minute, to 10 s below five, else to half a minute."""
+    """Round an estimate: to 5 s below a minute, to 10 s below five minutes, otherwise to half a minute."""
     step = 5 if seconds < 60 else 10 if seconds < 300 else 30
     return step * max(1, round(seconds / step))

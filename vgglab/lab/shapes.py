@@ -1,4 +1,4 @@
-"""The shapes that layers write, computed from their documented formulas.
+"""Output shapes of layers, computed from the formulas in their documentation.
 
 torch's meta device gives the same shapes, but imports torch's compiler: 1.6 CPU-seconds (torch 2.15 on an AMD EPYC).
 """
@@ -14,7 +14,7 @@ ADAPTIVE_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 def output_of(module: nn.Module, images: Tensor) -> Tensor:
-    """An uninitialised tensor with the shape of the layer's output for ``images (N, C, H, W)`` or ``(N, C)``.
+    """An uninitialised tensor with the shape of a layer's output for ``images``, ``(N, C, H, W)`` or ``(N, C)``.
 
     Raises:
         ValueError: the layer does not accept that shape.
@@ -40,7 +40,7 @@ def _expect(wanted: int, found: int, what: str) -> None:
 
 
 def _side(module: Any, axis: int, side: int) -> int:
-    """Height (axis 0) or width (1) that a convolution or pooling writes, by the formulas in torch's documentation."""
+    """Output height (axis 0) or width (1) of a convolution or pooling, by the formulas in torch's documentation."""
     if isinstance(module, ADAPTIVE_POOLS):
         wanted = _pair(module.output_size)[axis]
         return side if wanted is None else wanted
@@ -56,9 +56,9 @@ def _side(module: Any, axis: int, side: int) -> int:
 
 
 def window(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int, int]:
-    """Neighbours from the first to the last that one output sees, the step to the next output's, the padding before.
+    """Extent of the inputs of one output, the stride, and the padding, in inputs along the longer side.
 
-    Of the longer side.
+    The extent includes dilation.
     """
     if isinstance(module, (nn.Conv2d, *POOLS)):
         sides = zip(_pair(module.kernel_size), _pair(getattr(module, "dilation", 1)))

@@ -1,7 +1,7 @@
-"""How long each notebook takes with the profile ``quick``, each executed alone, all of them on one machine.
+"""The time of each notebook with the profile ``quick``, executed alone on a reference machine.
 
-``timings.json`` is written by ``python tests/time_notebooks.py "name of the machine"``; besides the seconds it has the
-two measurements by which ``vgglab/lab/machine_speed.py`` compares the machine at hand with that one.
+``python tests/time_notebooks.py "name of the machine"`` writes ``timings.json``. It also contains the two measurements
+that ``vgglab/lab/machine_speed.py`` compares with the current machine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Checkpoints: ``last.pt``, ``previous.pt`` and ``best.pt``, on the CPU; each is complete or absent.
+"""Checkpoints: ``last.pt``, ``previous.pt`` and ``best.pt``, with all tensors on the CPU; never incomplete.
 
-A checkpoint holds all that a run needs to continue as if never stopped: weights, optimizer, loss scale, and how far it
-was. There is no random state to keep, on any rank: each step, image and epoch draws from a seed that is made of the
-run's seed and its own place. The file is a zip archive whose parts carry their checksums (CRC-32).
+A checkpoint contains everything a run needs to continue as if it had never stopped: weights, optimizer state, loss
+scale and progress. There is no random state to save: the seed of each step, image and epoch is computed from the run's
+seed and the step, image or epoch number. The file is a zip archive with a checksum (CRC-32) for each part.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from vgglab.devices.compat import NotACheckpoint, damage_of, load_tensors
 from vgglab.dist.interrupts import deferring_ctrl_c
 from vgglab.errors import NOT_FINITE, UserError
+from vgglab.optim import OPTIMIZERS
 from vgglab.storage.files import make_folder, refusing_links
 
 if TYPE_CHECKING:
@@ -29,28 +30,8 @@ FORMAT = "vgglab-1"
 MAX_COUNT = 10**14  # of steps or images; readers of events accept ten times as many
 
 
-class Checkpoint(Dict[str, Any]):
-    """What a checkpoint file holds. ``format``, ``config`` and the rest are missing where it holds only weights."""
-
-    def restore_model(self, network: nn.Module, name: str, to_train: bool = False) -> None:
-        """Load the weights into ``network``: those that were evaluated, or those to continue with.
-
-        Raises:
-            UserError: the weights belong to a different network.
-        """
-        _restore_model(self, network, name, to_train)
-
-    def restore_training(self, optimizer: Optimizer, optimizer_name: str) -> dict[str, Any]:
-        """Load the optimizer's state and return the fields of ``TrainingState``.
-
-        Raises:
-            UserError: the file holds weights only, or another optimizer's state.
-        """
-        return _restore_training(self, optimizer, optimizer_name)
-
-
 class CannotSave(Exception):
-    """The file system refused; the checkpoints that were there are as they were."""
+    """The checkpoint could not be written; existing checkpoints are intact."""
 
 
 def save(
@@ -63,14 +44,14 @@ def save(
     is_best: bool,
     average: nn.Module | None = None,
 ) -> None:
-    """Write ``last.pt``, and keep the one before as ``previous.pt``; if ``is_best``, make it ``best.pt`` too.
+    """Write ``last.pt`` and keep the one before as ``previous.pt``; if ``is_best``, it also becomes ``best.pt``.
 
-    The weights that were evaluated are under ``model``; if they are an ``average``, the weights to continue training
-    with are under ``trained``.
+    The key ``model`` holds the weights that were evaluated; if they are an ``average``, the key ``trained`` holds those
+    to continue training with.
 
     Raises:
         CannotSave: no space, or no permission.
-        UserError: the weights hold nan or infinity, and are not worth keeping.
+        UserError: the weights contain nan or infinity.
     """
     content = {
         "format": FORMAT,
@@ -121,9 +102,9 @@ def _write(folder: Path, content: Any, is_best: bool) -> None:
 
 
 class _PatientFile:
-    """Takes all that is written and keeps the first error for later.
+    """A file that accepts all data and keeps the first error for later.
 
-    torch's archive writer ends the process if the disk fills in the middle of a file.
+    torch's archive writer aborts the process if the disk fills in the middle of a file.
     """
 
     def __init__(self, file: Any) -> None:
@@ -143,7 +124,7 @@ class _PatientFile:
 
 
 def _flush_folder(folder: Path) -> None:
-    """New names are on the disk only after their folder is, too."""
+    """Flush a folder to disk, because new names in it are safe only then."""
     if os.name != "posix":
         return
     number = os.open(folder, os.O_RDONLY)
@@ -154,7 +135,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _share(source: Path, target: Path) -> None:
-    """A second name for the same file: the next save replaces ``source`` and leaves this one as it is."""
+    """Give the file a second name, which stays when the next save replaces ``source``."""
     with contextlib.suppress(FileNotFoundError):
         target.unlink()
     try:
@@ -164,7 +145,7 @@ def _share(source: Path, target: Path) -> None:
 
 
 def _on_cpu(value: Any) -> Any:
-    """The same structure with every tensor on the CPU: readable where the card is not."""
+    """The same structure with every tensor on the CPU, so that it can be read without the card."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):
@@ -175,13 +156,13 @@ def _on_cpu(value: Any) -> Any:
 
 
 def read(path: str | Path) -> Checkpoint:
-    """A checkpoint file, or the ``last.pt`` of a run directory.
+    """Read a checkpoint file, or the ``last.pt`` of a run directory.
 
-    Also reads a bare state dict, or one under the key ``model``: other people's weights, good for
-    ``--test-only``. No code in the file is ever run.
+    Also reads a bare state dict, or one under the key ``model``, for ``--test-only`` with weights from elsewhere. No
+    code in the file is ever executed.
 
     Raises:
-        UserError: no such file, or not a checkpoint, or a damaged one.
+        UserError: the file does not exist, is not a checkpoint, or is damaged.
     """
     try:
         file = locate(path)
@@ -205,9 +186,9 @@ def read(path: str | Path) -> Checkpoint:
 
 
 def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest intact checkpoint in the run directories ``folders``, its content, and what was passed over and why.
+    """The newest intact checkpoint in the run directories ``folders``, its content, and why others were skipped.
 
-    ``None`` and nothing where there is none.
+    None and empty content if there is none.
     """
     files = [file for folder in folders for file in folder.glob("checkpoints/*.pt") if file.exists()]
     passed_over: list[str] = []
@@ -231,7 +212,7 @@ NAMES = ("last.pt", "previous.pt", "best.pt")
 
 
 def _age(file: Path) -> tuple[float, int]:
-    """Newest first; of two names for one file the first of ``NAMES``."""
+    """Sort key: newest first; of two names for the same file, the first in ``NAMES``."""
     return -file.stat().st_mtime, NAMES.index(file.name) if file.name in NAMES else len(NAMES)
 
 
@@ -246,37 +227,76 @@ def _are_weights(found: Any) -> bool:
 
 
 def carry_best(resumed: str | Path, folder: Path) -> None:
-    """Give a resumed run the ``best.pt`` next to its checkpoint, until it has a better one."""
+    """Copy the ``best.pt`` next to the resumed checkpoint, which counts until the run has a better one."""
     best = locate(resumed).with_name("best.pt")
     if best.exists() and best.parent.absolute() != folder.absolute():
         folder.mkdir(parents=True, exist_ok=True)
         _share(best, folder / "best.pt")
 
 
-def _restore_model(content: dict[str, Any], model: nn.Module, name: str, to_train: bool = False) -> None:
-    """Load the weights into ``model``: those that were evaluated, or those to continue with.
+class Checkpoint(Dict[str, Any]):
+    """The content of a checkpoint file. If it contains only weights, all keys but ``model`` are missing."""
 
-    Raises:
-        UserError: the weights belong to a different network.
-    """
-    written_by = content.get("config", {}).get("model", name)
-    if written_by != name:
-        raise UserError(f"is a checkpoint of {written_by}, but this run uses --model {name}")
-    own, saved = model.state_dict(), content["model"]
-    if to_train and "trained" in content:
-        saved = content["trained"]
-    if not _are_weights(saved):
-        raise UserError("is damaged (trained: no weights)")
-    for key in sorted(set(own) ^ set(saved)):
-        where = "is missing" if key in own else "is not a layer of this network"
-        raise UserError(f"does not fit --model {name}: {key} {where}")
-    for key, value in own.items():
-        if saved[key].shape != value.shape:
-            there, here = tuple(saved[key].shape), tuple(value.shape)
-            flags = "--num-classes, --head and --image-size"
-            raise UserError(f"does not fit --model {name}: {key} is {there} there and {here} here; check {flags}")
-    with _refusing_damage():
-        model.load_state_dict(saved)
+    def restore_model(self, model: nn.Module, name: str, to_train: bool = False) -> None:
+        """Load the weights into ``model``: those that were evaluated, or with ``to_train`` those to continue with.
+
+        Raises:
+            UserError: the weights belong to a different network.
+        """
+        written_by = self.get("config", {}).get("model", name)
+        if written_by != name:
+            raise UserError(f"is a checkpoint of {written_by}, but this run uses --model {name}")
+        own, saved = model.state_dict(), self["model"]
+        if to_train and "trained" in self:
+            saved = self["trained"]
+        if not _are_weights(saved):
+            raise UserError("is damaged (trained: no weights)")
+        for key in sorted(set(own) ^ set(saved)):
+            where = "is missing" if key in own else "is not a layer of this network"
+            raise UserError(f"does not fit --model {name}: {key} {where}")
+        for key, value in own.items():
+            if saved[key].shape != value.shape:
+                there, here = tuple(saved[key].shape), tuple(value.shape)
+                flags = "--num-classes, --head and --image-size"
+                raise UserError(f"does not fit --model {name}: {key} is {there} there and {here} here; check {flags}")
+        with _refusing_damage():
+            model.load_state_dict(saved)
+
+    def restore_training(self, optimizer: Optimizer, optimizer_name: str) -> dict[str, Any]:
+        """Load the optimizer's state, but not its options, which come from the flags; return the progress of the run.
+
+        Raises:
+            UserError: the file contains only weights, or the state of another optimizer.
+        """
+        if self.get("format") != FORMAT:
+            raise UserError("contains weights only; use it with --test-only")
+        written_by = self["config"].get("optimizer")
+        if written_by != optimizer_name:
+            raise UserError(f"was written with --optimizer {written_by}; this run uses --optimizer {optimizer_name}")
+        options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        with _refusing_damage():
+            there = [len(group["params"]) for group in self["optimizer"]["param_groups"]]
+            if there != [len(group["params"]) for group in optimizer.param_groups]:
+                raise UserError(
+                    "was trained with weight decay on other layers; check --bias-weight-decay, --bn-weight-decay"
+                )
+            optimizer.load_state_dict(self["optimizer"])
+            averages = OPTIMIZERS[optimizer_name].averages
+            needed = ("step", *averages) if averages and self["step"] else ()
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            for weight in weights:
+                _check_kept(optimizer.state.get(weight, {}), weight.shape, needed)
+            best = None if self["best"] is None else {name: float(self["best"][name]) for name in ("acc1", "acc5")}
+            counts = {name: self.get(name, 0) for name in ("epoch", "images", "step", "num_poor", "num_drops")}
+            are_counts = all(type(value) is int and 0 <= value < MAX_COUNT for value in counts.values())
+            if not are_counts or (best and not all(0 <= value <= 100 for value in best.values())):
+                raise ValueError("epoch, step, image count or accuracy out of range")
+        for group, own in zip(optimizer.param_groups, options):
+            group.update(own)
+            for weight in group["params"] if own.get("momentum") and optimizer_name == "rmsprop" else ():
+                if weight in optimizer.state:  # else its first step makes it
+                    optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+        return {"best": best, **counts}
 
 
 @contextlib.contextmanager
@@ -287,43 +307,11 @@ def _refusing_damage() -> Iterator[None]:
         raise UserError(f"is damaged ({str(error).splitlines()[0]})") from None
 
 
-def _load(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Raises ValueError where what is kept for a weight has not its shape."""
-    optimizer.load_state_dict(saved)
-    for weight, kept in optimizer.state.items():
-        for name, value in kept.items():
-            is_number = value is None or isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
-            if not is_number and getattr(value, "shape", None) != weight.shape:
-                raise ValueError(f"the optimizer's {name}")
-
-
-def _restore_training(content: dict[str, Any], optimizer: Optimizer, optimizer_name: str) -> dict[str, Any]:
-    """Load the optimizer's state and return how far the run had come; the options stay those of this run's flags.
-
-    Raises:
-        UserError: the file holds weights only, or another optimizer's state.
-    """
-    if content.get("format") != FORMAT:
-        raise UserError("contains weights only; use it with --test-only")
-    written_by = content["config"].get("optimizer")
-    if written_by != optimizer_name:
-        raise UserError(f"was written with --optimizer {written_by}, but this run uses --optimizer {optimizer_name}")
-    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    with _refusing_damage():
-        there = [len(group["params"]) for group in content["optimizer"]["param_groups"]]
-        if there != [len(group["params"]) for group in optimizer.param_groups]:
-            raise UserError(
-                "was trained with weight decay on other layers; check --bias-weight-decay, --bn-weight-decay"
-            )
-        _load(optimizer, content["optimizer"])
-        best = None if content["best"] is None else {name: float(content["best"][name]) for name in ("acc1", "acc5")}
-        counts = {name: content.get(name, 0) for name in ("epoch", "images", "step", "num_poor", "num_drops")}
-        are_counts = all(type(value) is int and 0 <= value < MAX_COUNT for value in counts.values())
-        if not are_counts or (best and not all(0 <= value <= 100 for value in best.values())):
-            raise ValueError("epoch, step, image count or accuracy out of range")
-    for group, own in zip(optimizer.param_groups, options):
-        group.update(own)
-        for weight in group["params"] if own.get("momentum") else ():
-            if optimizer_name == "rmsprop":  # which looks for it only in its first step
-                optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
-    return {"best": best, **counts}
+def _check_kept(kept: dict[str, Any], shape: torch.Size, needed: Sequence[str]) -> None:
+    """Check the optimizer state of a weight. Raises KeyError for a missing entry, ValueError for a wrong shape."""
+    for name in needed:
+        kept[name]
+    for name, value in kept.items():
+        is_number = value is None or isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
+        if not is_number and getattr(value, "shape", None) != shape:
+            raise ValueError(f"the optimizer's {name}")

@@ -1,11 +1,11 @@
-"""Find the first difference between runs: settings, data, and step by step.
+"""Find the first difference between runs: in their settings, their data, and step by step.
 
     python -m vgglab.compare runs/A runs/B                    # bit for bit
     python -m vgglab.compare runs/A runs/B --tolerance 3e-4   # relative, e.g. between two kinds of hardware
     python -m vgglab.compare runs/A runs/B --png both.png     # both, drawn; --json ends with one JSON object
     python -m vgglab.compare runs/A runs/B runs/C --png all.png  # A with each of the others; one JSON list
 
-Exit codes: 0 the same; 1 they differ; 2 bad input, explained in one line.
+Exit codes: 0 the runs are the same, 1 they differ, 2 bad input (explained in one line).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ORDER = tuple(FIGURES)
 
 
 class Difference(NamedTuple):
-    """The first figure that is not the same."""
+    """The first figure that differs."""
 
     step: int
     event: str  # train or eval
@@ -36,7 +36,7 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Of two runs, ``first`` of all steps that both have written about; None if those are all the same."""
+    """The comparison of two runs. ``first``: the first difference in the steps that both recorded, None if equal."""
 
     settings: dict[str, tuple[Any, Any]]  # by name, where they differ
     starting_point: dict[str, tuple[Any, Any]]  # likewise
@@ -49,7 +49,7 @@ class Comparison(NamedTuple):
 
     @property
     def is_same(self) -> bool:
-        """Nothing that was computed differs, and both have come equally far."""
+        """Whether all computed figures are equal and both runs have the same number of steps."""
         return self.first is None and self.last_steps[0] == self.last_steps[1] and self.num_steps > 0
 
     def __repr__(self) -> str:
@@ -65,7 +65,7 @@ def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
     """Compare two runs; ``tolerance`` is relative.
 
     Raises:
-        UserError: a run that has not begun.
+        UserError: a run has no events yet.
     """
     for run in (one, other):
         if not run.events("start"):
@@ -96,7 +96,7 @@ def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
 
 
 def _in_step(one: Run, other: Run) -> Iterator[tuple[Event, Event]]:
-    """The events that both have, a pair each: the same kind at the same step. Neither run is held in memory."""
+    """Pairs of events of the same kind at the same step, read as streams, so that no run is held in memory."""
     rows, others = _figures(one), _figures(other)
     row, other_row = next(rows, None), next(others, None)
     while row is not None and other_row is not None:
@@ -110,7 +110,7 @@ def _in_step(one: Run, other: Run) -> Iterator[tuple[Event, Event]]:
 
 
 def _figures(run: Run) -> Iterator[Event]:
-    """In the order of a run: a step's evaluation follows it."""
+    """The figures in order; the evaluation after a step follows it."""
     latest = (-1, -1)
     for event in run.events():
         if event["event"] in FIGURES and _place(event) > latest:
@@ -127,7 +127,7 @@ def _last_step(run: Run) -> int:
 
 
 def _relative(one: Any, other: Any) -> float:
-    """0 where equal, also where both are missing or not numbers; infinite where only one is."""
+    """The relative difference: 0 if equal, or both missing or not a number; infinite if only one of them is."""
     if one == other or (one is None and other is None):
         return 0.0
     if one is None or other is None:
@@ -140,7 +140,7 @@ def _differing(one: dict[str, Any], other: dict[str, Any], names: Sequence[str])
 
 
 def _compared(settings: dict[str, Any]) -> list[str]:
-    """What the runs do; not where they lie, or what is written down. A setting that is not known here is compared."""
+    """The settings to compare: not those about folders and logging. Unknown settings are compared."""
     left_out = settings_that_affect("record", "place", "launch", "others")
     return [name for name in settings if name not in left_out]
 
@@ -150,7 +150,7 @@ def _last_acc1(run: Run) -> float | None:
 
 
 def as_text(found: Comparison) -> str:
-    """What was found, in a few lines."""
+    """The result in a few lines of text."""
     lines = [f"settings: {_pairs(found.settings)}", f"starting point: {_pairs(found.starting_point)}"]
     if found.first is not None:
         step, event, figure, (one, other), relative = found.first

@@ -1,4 +1,4 @@
-"""Find runs in folders; runs of several seeds are one folder deeper."""
+"""Find runs in folders; the runs of several seeds are one level deeper."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from vgglab.runs.run import Run, is_a_run
 
 
 class Runs(Sequence[Run]):
-    """The runs in folders, the oldest first. Shows itself as a table.
+    """The runs in some folders, oldest first; displayed as a table.
 
     >>> vgglab.Runs()[-1].watch()
     >>> vgglab.Runs("shared/runs", "runs")
     """
 
     def __init__(self, *folders: str | Path) -> None:
-        """``runs`` where no folder is named. Raises UserError for one that is not there."""
+        """Find the runs; the default folder is ``runs``. Raises UserError if a folder does not exist."""
         self.folders = [Path(folder) for folder in folders or ("runs",)]
         self._runs = sorted(map(Run, run_folders(self.folders)), key=lambda run: run.began)
 
@@ -45,10 +45,10 @@ class Runs(Sequence[Run]):
 
 
 def run_folders(folders: Iterable[Path]) -> Iterator[Path]:
-    """The run directories among these folders and in them, each once; in a folder by their names.
+    """The run directories among these folders and in them, without duplicates, sorted by name within a folder.
 
     Raises:
-        UserError: a folder that is not there.
+        UserError: a folder does not exist.
     """
     seen = set()
     for folder in folders:
@@ -61,7 +61,7 @@ def run_folders(folders: Iterable[Path]) -> Iterator[Path]:
 
 
 def series_in(folders: Iterable[Path]) -> dict[Path, list[Run]]:
-    """The runs that differ by their seed, by the folder in which they lie; folders with more than one of them."""
+    """The runs that differ only in their seed, by folder, for folders with more than one."""
     found: dict[Path, list[Run]] = {}
     for path in run_folders(folders):
         if path.name.startswith("seed-"):

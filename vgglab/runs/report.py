@@ -1,6 +1,6 @@
 """``report.json``: the final figures of a run, computed from its settings and events.
 
-Safe to delete: ``python -m vgglab.report RUN`` writes it again.
+It can be deleted: ``python -m vgglab.report RUN`` writes it again.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ TIMED = ("phase_seconds", "host_reads")  # fields of events with --timers, by na
 
 
 def read_report(run: Run, recompute: bool = False) -> dict[str, Any]:
-    """The report of files that anybody may have written; what is still valid in ``report.json`` is taken from there
-    unless ``recompute``.
+    """The report of a run directory that may come from anywhere.
+
+    Takes valid figures from ``report.json``, unless ``recompute``.
 
     Raises:
-        UserError: as ``build_report``; something is not in the files.
+        UserError: as in ``build_report``; also if the files are incomplete.
     """
     try:
         return build_report(run, None if recompute else run.valid_report())
@@ -38,20 +39,20 @@ def read_report(run: Run, recompute: bool = False) -> dict[str, Any]:
 
 
 def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The original example's fields, and what a reader needs to trust them.
+    """Compute the fields of the original example's report, and more to judge them by.
 
-    ``acc1`` and ``acc5`` are the best of all evaluations, in percent, each on its own, as in the original example;
-    ``acc1_last`` and ``acc5_last`` are those of the last evaluation.
-    ``train_fps_*`` are images per second of the whole job, loading included; an interval between two log
-    lines is one measurement, and those within the first ``skip_steps`` steps do not count. Where no
-    interval is left the figures are null, and so they are for a simulated card, whose speed means nothing.
-    ``training_time`` is h:mm:ss from the first event to the last, evaluation and checkpoints included.
+    ``acc1`` and ``acc5`` are the best of all evaluations, in percent, independently of each other, as in the original
+    example; ``acc1_last`` and ``acc5_last`` are those of the last evaluation.
+    ``train_fps_*`` are images per second of the whole job, including data loading. Each interval between two log lines
+    is one measurement; the first ``skip_steps`` steps do not count. If no interval is left the figures are null, and
+    also for a simulated card, whose speed means nothing. ``training_time`` (h:mm:ss) is from the first event to the
+    last, including evaluation and checkpoints.
 
     Args:
-        figures: those that come from the events; None: they are computed.
+        figures: the figures from the events; None to compute them.
 
     Raises:
-        UserError: nothing to report yet; no settings or no description of the machine.
+        UserError: there is nothing to report yet, or ``config.json`` or ``env.json`` is missing.
     """
     config, env = run.config, run.env
     if not run.has_begun:
@@ -112,7 +113,7 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
 
 
 def _figures(run: Run, images_per_step: int) -> dict[str, Any]:
-    """The figures computed from the events, by the names in ``storage/schema.py``."""
+    """Compute the figures from the events; the names are those in ``storage/schema.py``."""
     # First: if the run writes more meanwhile, the checksum is of fewer events and so invalid.
     checksum = run.events_checksum()
     events, is_simulated = run.events(), run.env["simulated"]
@@ -148,7 +149,7 @@ def _figures(run: Run, images_per_step: int) -> dict[str, Any]:
 
 
 def _best(events: list[Event], figure: str) -> float | None:
-    """The highest of all evaluations, those before a resume included (the start event carries them)."""
+    """The best of all evaluations, including those before a resume (from the start event)."""
     seen: list[float] = []
     for event in events:
         if event["event"] == "start":  # which has the best so far, or none if other images were evaluated before
@@ -159,7 +160,7 @@ def _best(events: list[Event], figure: str) -> float | None:
 
 
 class Speed:
-    """Measured intervals between log lines, added up one by one: a long run has a million of them."""
+    """Statistics of the measured intervals between log lines, added one by one, because there can be a million."""
 
     def __init__(self) -> None:
         self.num_intervals = self._num_images = 0
@@ -172,7 +173,7 @@ class Speed:
         self._timed: dict[str, dict[str, float]] = {}  # what --timers have added up, by field and name
 
     def add(self, event: Event) -> None:
-        """Take in a training event, unless its steps are skipped ones."""
+        """Add a training event, unless its steps are among those skipped."""
         if not event["is_measured"] or not event.keys() >= {"images_per_second", "data_seconds"}:
             return
         rate, seconds, num_steps = event["images_per_second"], event["interval_seconds"], event["interval_steps"]
@@ -196,16 +197,16 @@ class Speed:
 
     @property
     def mean(self) -> float | None:
-        """Images per second of the whole job; the mean is over time, not over intervals."""
+        """Images per second of the whole job, averaged over time, not over intervals."""
         return self._num_images / self._seconds if self.num_intervals else None
 
     def _of_a_step(self, field: str) -> dict[str, float] | None:
-        """None without --timers."""
+        """The mean seconds of each phase per step; None without --timers."""
         sums = self._timed.get(field)
         return {name: value / self._num_timed_steps[field] for name, value in sums.items()} if sums else None
 
     def of_steps(self) -> dict[str, Any]:
-        """Percentiles of single steps, the share of time spent waiting for data, and the parts of a mean step."""
+        """Percentiles of single steps, share of time spent waiting for data, and mean seconds of each phase."""
         ordered = [*merge(zip(sorted(self._step_seconds), repeat(1)), sorted(self._mean_step_seconds))]
         return {
             "step_seconds_p50": _percentile(ordered, 50),
@@ -219,7 +220,7 @@ class Speed:
 
 
 def remark_on_steadiness(report: dict[str, Any]) -> str:
-    """A warning if step times varied too much; else empty."""
+    """A warning if step times varied too much, otherwise empty."""
     num_steps, median, slow = (report[name] for name in ("num_measured_steps", "step_seconds_p50", "step_seconds_p90"))
     if num_steps < FEWEST_STEPS_TO_JUDGE or slow <= STEADY * median:
         return ""
@@ -230,7 +231,7 @@ def remark_on_steadiness(report: dict[str, Any]) -> str:
 
 
 def _percentile(ordered: list[tuple[float, int]], percent: int) -> float | None:
-    """Nearest rank: the smallest value that at least ``percent`` of all do not exceed; each with how often it comes."""
+    """Percentile by nearest rank; ``counts`` holds how often each value occurs."""
     left = -(-sum(number for _, number in ordered) * percent // 100)
     for value, number in ordered:
         left -= number

@@ -1,17 +1,17 @@
 """The run directory: the only interface between training and display.
 
-    config.json    the resolved settings, written before the first step
+    config.json    the final settings, written before the first step
     env.json       versions, commit, command line, hardware, simulated or not
-    events.jsonl   one JSON object a line, append-only; the first carries the schema version
-    log/           rank<r>.txt: what each rank printed; rank<r>.jsonl: its own figures, a line for each log line;
-                   skipped-rank<r>.jsonl: images that it left out; failure-rank<r>.json: what it died of;
-                   launcher.txt: what the launcher and all ranks printed
+    events.jsonl   one JSON object per line, append-only; the first has the schema version
+    log/           rank<r>.txt: the output of each rank; rank<r>.jsonl: its own figures, at each log line;
+                   skipped-rank<r>.jsonl: images that it skipped; failure-rank<r>.json: why it failed;
+                   launcher.txt: the output of the launcher and all ranks
     checkpoints/   last.pt, previous.pt and best.pt
-    report.json    final figures, derived from the lines above (report.py)
-    launch.json    who started it, where that was vgglab.launch
-    lock           held by rank 0 as long as it writes
+    report.json    final figures, computed from the files above (report.py)
+    launch.json    the process started by vgglab.launch, if that was used
+    lock           held by rank 0 while it writes
 
-``RunWriter`` (``writer.py``) writes it; ``Run`` reads it, from anywhere, also while it grows. Standard library only.
+``RunWriter`` (``writer.py``) writes it; ``Run`` reads it, also while the run is active. Standard library only.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ schema.DOCUMENTS["config.json"] = {
 
 
 def run_path(config: Request) -> Path:
-    """Where this run goes: ``run_dir``, else ``<output_dir>/runs/<time>-<data>-<model>-<device>x<ranks>-<id>``.
+    """The run directory: ``run_dir``, otherwise ``<output_dir>/runs/<time>-<data>-<model>-<device>x<ranks>-<id>``.
 
-    A launcher names the folder before anybody has looked at the machine: there ``<device>`` can be ``auto``.
+    A launcher names the folder before the device is known, so ``<device>`` can be ``auto``.
     """
     if config.run_dir:
         return Path(config.run_dir)
@@ -86,12 +86,12 @@ def holds_a_run(path: Path) -> bool:
 
 
 def is_a_run(path: Path) -> bool:
-    """Whether there is one to read, be it only about to begin."""
+    """Whether the folder contains a run, even one that is only starting."""
     return holds_a_run(path) or exists(path / LAUNCHED)
 
 
 def make_run_folder(path: Path) -> None:
-    """Make the folder of a new run. Raises UserError if it cannot be made or holds a run already."""
+    """Create the folder of a new run. Raises UserError if that fails or it already contains a run."""
     if holds_a_run(path):
         raise UserError(f"--run-dir {path}: already contains a run; choose another folder")
     with writing(path):
@@ -100,10 +100,10 @@ def make_run_folder(path: Path) -> None:
 
 
 class Run:
-    """Read a run directory; works while the run is active and after it has ended."""
+    """Reads a run directory, while the run is active and after it has ended."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises UserError if there is no such folder, or no run in it."""
+        """Raises UserError if the folder does not exist or contains no run."""
         self.path = Path(path).absolute()  # to be found after a change of folder, too
         self._events = EventFile(self.path / "events.jsonl")
         if not is_a_run(self.path):
@@ -111,19 +111,19 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder; of one of several seeds with the folder they lie in."""
+        """The name of the run's folder; for one of several seeds, with the name of the parent folder."""
         is_of_several = self.path.name.startswith("seed-")
         return printable(f"{self.path.parent.name}/{self.path.name}" if is_of_several else self.path.name)
 
     @property
     def began(self) -> float:
-        """When its first file was written, in seconds since 1970."""
+        """When the first file was written, in seconds since 1970; to sort runs."""
         files = [self.path / name for name in (LAUNCHED, "config.json")]
         return min((file.stat().st_mtime for file in files if file.exists()), default=self.path.stat().st_mtime)
 
     @property
     def started(self) -> str:
-        """When it was started, as ``2026-11-27T02:05:00+0000``; empty if ``env.json`` holds no date."""
+        """When the run was started, such as ``2026-11-27T02:05:00+0000``; empty if ``env.json`` has no valid date."""
         text = self.env.get("started")
         return text if isinstance(text, str) and DATE.fullmatch(text) else ""
 
@@ -146,7 +146,7 @@ class Run:
         return read_document(self.path / "env.json")
 
     def damage(self) -> list[str]:
-        """What in the files was left out because it is damaged, or no run of this kit writes it; a phrase each."""
+        """What was ignored in the files because it is damaged or not written by vgglab; one phrase each."""
         found: list[str] = []
         if self.valid_report() is None:
             try:
@@ -168,7 +168,7 @@ class Run:
         return found
 
     def _damaged_documents(self, has_checksums: bool) -> list[str]:
-        """``has_checksums``: whether the kit that wrote this run has given them some."""
+        """Damage in the JSON files; ``has_checksums``: whether the version that wrote this run adds checksums."""
         found = []
         for name in ("config.json", "env.json", "report.json"):
             document = readable_document(self.path / name)
@@ -181,29 +181,29 @@ class Run:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is an event of it."""
+        """Whether the run has written an event."""
         return self.valid_report() is not None or bool(self._events.read())
 
     def events_checksum(self) -> str:
-        """Of ``events.jsonl`` as a whole."""
+        """The checksum of the whole ``events.jsonl``."""
         return self._events.checksum()
 
     def num_lines(self) -> int:
-        """How many lines of events were written, those that are damaged or missing now included."""
+        """The number of event lines written, including those that are now damaged or missing."""
         return self._events.next_number()
 
     def events(self, kind: str | None = None) -> Sequence[Event]:
-        """All events so far, or those of one kind; a line that is still being written is left out.
+        """All events so far, or those of one kind, without a line that is still being written.
 
-        A list, but where there are more than 20,000: then the training events are read when they are asked for.
+        A list, or for more than 20,000 events a sequence that reads training events on access.
 
-        If a run continued from a checkpoint, the events after it from the first time are left out too.
+        If the run was resumed from a checkpoint, events after that checkpoint from the earlier attempt are left out.
         """
         return self._events.read(kind)
 
     @property
     def status(self) -> str:
-        """``starting``, ``running``, or how it ended: ``done``, ``interrupted``, ``failed``."""
+        """``starting``, ``running``, ``done``, ``interrupted`` or ``failed``."""
         report = self.valid_report()
         seen = self._events.read() if report is None else []
         latest = seen[-1] if seen else None
@@ -215,15 +215,15 @@ class Run:
 
     @property
     def is_here(self) -> bool:
-        """Whether it runs, or ran, on this machine."""
+        """Whether the run was started on this machine."""
         return any(known.get("host") == socket.gethostname() for known in self._owners()[:1])
 
     def _owners(self) -> list[Document]:
-        """The processes that the files name: rank 0, then who was launched."""
+        """The processes named in the files: rank 0, then the launched process."""
         return [known for name in ("env.json", LAUNCHED) if (known := readable_document(self.path / name))]
 
     def writer(self) -> str:
-        """Who is writing here, and what can be done about it."""
+        """A message that says which process is writing here, and what to do about it."""
         owners = self._owners()
         owner: dict[str, Any] = next(filter(is_running, owners), owners[0] if owners else {})
         if not is_running(owner) and holder(self.path / LOCK) == 0:
@@ -232,29 +232,32 @@ class Run:
         return f"{who} is writing there; vgglab.Run({str(self.path)!r}).watch() shows it, .stop() ends it"
 
     def _is_dead(self) -> bool:
-        """Neither rank 0 nor who was launched is there any more, as far as can be seen from here.
+        """Whether neither rank 0 nor the launched process is alive, as far as can be seen from this machine.
 
-        Either may outlive the other: a launcher restarts ranks, and a run that is launched again in place has the
-        former rank 0 in ``env.json`` until it is ready. Where neither could be written, the lock tells.
+        Either can outlive the other: a launcher restarts ranks, and when a run is launched again in the same folder,
+        ``env.json`` names the previous rank 0 until the new one is ready. If neither is recorded, the lock decides.
         """
-        known = self._owners()
-        return self.is_here and not any(map(is_running, known)) if known else holder(self.path / LOCK) == 0
+        rank_0, launcher = (readable_document(self.path / name) for name in ("env.json", LAUNCHED))
+        has_no_writer = holder(self.path / LOCK) == 0  # nor has a copy of a run that is still active
+        if not rank_0 and not launcher:
+            return has_no_writer
+        return self.is_here and not is_running(launcher) and (has_no_writer or not is_running(rank_0))
 
     def _is_launched_anew(self) -> bool:
-        """Whether the end that was written last is that of an earlier launch in the same folder."""
+        """Whether the last end event belongs to an earlier launch in the same folder."""
         launched, events = self.path / LAUNCHED, self.path / "events.jsonl"
         is_newer = launched.exists() and events.exists() and launched.stat().st_mtime > events.stat().st_mtime
         return is_newer and is_running(read_document(launched))
 
     def report(self) -> Report:
-        """The figures of ``report.json``: computed from the events, unless it was computed from these very events."""
+        """The final figures: from ``report.json`` if it matches the events, otherwise computed from them."""
         from vgglab.runs.report import read_report
         from vgglab.view.cards import Report
 
         return Report(read_report(self))
 
     def valid_report(self) -> Document | None:
-        """``report.json``, if it is of these very events and the run had ended: then they need not be read again."""
+        """``report.json``, if it matches the events and the run has ended, so that they need not be read; else None."""
         saved = readable_document(self.path / "report.json")
         is_whole = saved.has_checksum and saved.keys() >= schema.DOCUMENTS["report.json"].keys() and not saved.damage
         is_of_an_end = saved.get("damage") == [] and saved.get("status") in ENDS
@@ -265,12 +268,12 @@ class Run:
         return saved if is_of_these and self._events.has_checksum(saved["events_checksum"]) else None
 
     def logs(self, rank: int | str = 0) -> str:
-        """What a rank has printed so far; ``"launcher"``: what their launcher has."""
+        """The output of a rank so far; ``"launcher"`` for the output of the launcher."""
         file = self._log(rank)
         return printable(tail_of(file, MAX_LOG_BYTES).decode("utf-8", errors="replace"))
 
     def last_lines(self, rank: int | str, count: int) -> list[str]:
-        """The end of ``logs(rank)``, without reading all of it; at most a few kilobytes."""
+        """The last lines of ``logs(rank)``, from the last few kilobytes of the file."""
         file = self._log(rank)
         return printable(tail_of(file).decode("utf-8", errors="replace")).splitlines()[-count:]
 
@@ -281,11 +284,11 @@ class Run:
         return sorted(file for file in (self.path / "log").glob(pattern) if file.is_file())
 
     def ranks(self) -> list[dict[str, Any]]:
-        """Each rank's own latest figures, in the order of the ranks; empty before the first log line."""
+        """The latest figures of each rank, in order; empty before the first log line."""
         return [events[-1] for events in self.recent_figures()]
 
     def recent_figures(self) -> list[list[dict[str, Any]]]:
-        """The last few lines of each rank's figures, the latest last."""
+        """The last few figures of each rank, newest last."""
         recent = []
         for file in self._files("rank*.jsonl"):
             events = [event for event in _lines_at_the_end(file) if event]
@@ -296,15 +299,15 @@ class Run:
         return sorted(recent, key=lambda events: events[-1]["rank"])
 
     def _recent_lines(self) -> list[dict[str, Any] | None]:
-        """Of all ranks the lines that ``recent_figures`` looks at, None for a damaged one."""
+        """The lines of all ranks that ``recent_figures`` reads; None for a damaged line."""
         return [line for file in self._files("rank*.jsonl") for line in _lines_at_the_end(file)]
 
     def skipped(self) -> dict[str, str]:
-        """The images that ranks have left out because they could not be read, and why."""
+        """The images that were skipped because they could not be read, with the reasons."""
         return {entry["image"]: entry["reason"] for entry in self._skipped_lines() if entry}
 
     def _skipped_lines(self) -> list[dict[str, Any] | None]:
-        """The lines of all lists of skipped images, None for a damaged one; without a last line that is unfinished."""
+        """The lines of all lists of skipped images, without an incomplete last line; None for a damaged line."""
         found = []
         for file in self._files("skipped-rank*.jsonl")[:MAX_LISTS]:
             first = 1 if file.stat().st_size > MAX_SKIPPED_BYTES else 0  # its start is cut off
@@ -313,7 +316,7 @@ class Run:
         return found
 
     def where(self) -> str:
-        """What each rank on this machine is doing right now: its Python stack, newest call first (Linux)."""
+        """The current Python stack of each rank on this machine, newest call first (Linux)."""
         answers = []
         for figures in self.ranks():
             stack = ask_where(figures["pid"], self.path / "log" / f"rank{figures['rank']}.txt")
@@ -321,17 +324,17 @@ class Run:
         return "\n".join(answers) or "no rank has logged anything yet"
 
     def failures(self) -> list[dict[str, Any]]:
-        """Why ranks failed (``rank``, ``error``, ``traceback``, ...), root cause first."""
+        """The failures of the ranks (``rank``, ``error``, ``traceback``, ...), root cause first."""
         return failures(self.path)
 
     def stop(self, grace_seconds: float | None = None) -> str:
-        """Ask a run on this machine to save and stop; what is left of a launched one after the grace is killed.
+        """Ask a run on this machine to save and stop; if it was launched, kill it after the grace period.
 
         Returns:
-            What was done, in one line.
+            One line that says what was done.
 
         Raises:
-            UserError: it is active, and its process cannot be identified.
+            UserError: the run is active, but its process cannot be identified.
         """
         deadline, asked = time.monotonic() + grace_period_seconds(grace_seconds), self._leaders()
         if not asked and self.status in ACTIVE:
@@ -349,9 +352,9 @@ class Run:
         return f"{self.name}: {done}; {self.status}"
 
     def _leaders(self) -> list[int]:
-        """The processes to ask, never process 1: those that carry the run's mark, or the one that holds its lock.
+        """The processes to signal, never process 1: those launched for this run, or the one that holds its lock.
 
-        The files alone are no proof: anybody can write them.
+        The files alone prove nothing, because anybody can write them.
         """
         marked, env, launched = processes_of(self.path), self.env, read_document(self.path / LAUNCHED)
         if is_running(launched) and launched["pid"] in marked:
@@ -360,21 +363,21 @@ class Run:
         return marked or ([env["pid"]] if is_writer else [])
 
     def checkpoint(self, which: str = "best") -> Path:
-        """``best`` or ``last``. Raises UserError if none was written."""
+        """The file of the checkpoint ``best`` or ``last``. Raises UserError if there is none."""
         file = self.path / "checkpoints" / f"{which}.pt"
         if not file.exists():
             raise UserError(f"{self.path} has no {which} checkpoint")
         return file
 
     def watch(self) -> None:
-        """Show the run in a notebook: a live dashboard, or one picture where the front end has no widgets."""
+        """Show the run in a notebook: a live dashboard, or a picture if the front end has no widgets."""
         from vgglab.view.live import watch
 
         watch(self)
 
 
 def _lines_at_the_end(file: Path) -> list[dict[str, Any] | None]:
-    """A rank's last lines, None for a damaged one; without one that is unfinished, or of which the start is cut off."""
+    """The last lines of a rank's file, without incomplete first and last lines; None for a damaged line."""
     tail = tail_of(file)
     whole = tail.splitlines(True)[1 if file.stat().st_size > len(tail) else 0 :]
     return [line_in(line, RANK) for line in whole if line.endswith(b"\n") and not line.isspace()]

@@ -1,10 +1,10 @@
-"""Train with several seeds, one after the other, to know what a difference between runs is worth.
+"""Train with several seeds, one after the other, to judge differences between runs.
 
     python -m vgglab.train --recipe quick --seeds 5          # seeds 1 to 5, or from --seed on
     python -m vgglab.train --recipe quick --seeds 3,17,23
     vgglab.launch("--recipe quick", seeds=5)                 # in a cell; with nproc= on several cards
 
-If a series was stopped, the same command with ``--run-dir`` continues it. The runs are in one folder,
+If the series was stopped, the same command with ``--run-dir`` continues it. All runs are in one folder,
 ``<output-dir>/runs/<time>-...-seeds/seed-<n>/``; ``vgglab.Seeds(folder)`` reads it.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def seeds_of(config: Request) -> list[int]:
-    """The seeds that ``--seeds`` asks for. Raises UserError."""
+    """The seeds given by ``--seeds``. Raises UserError."""
     if config.resume or config.test_only or config.fix_seed:
         raise UserError("--seeds: trains from the beginning; leave out --resume, --test-only and --fix-seed")
     words = (config.seeds or "").split(",")
@@ -53,7 +53,7 @@ def seeds_of(config: Request) -> list[int]:
 
 
 def folder_of(config: Request) -> Path:
-    """Where the runs of all seeds go: ``run_dir``, or a new folder. Raises UserError if something is there."""
+    """The folder for all seeds: ``run_dir`` or a new one. Raises UserError if it contains something else."""
     path = Path(config.run_dir) if config.run_dir else Path(f"{run_path(config)}-seeds")
     others = [file.name for file in path.glob("*") if not file.name.startswith("seed-")]
     if others:
@@ -62,12 +62,12 @@ def folder_of(config: Request) -> Path:
 
 
 def is_done(path: Path) -> bool:
-    """Whether this seed was already trained, in a series that is continued."""
+    """Whether this seed was already trained before the series was continued."""
     return is_a_run(path) and Run(path).status == "done"
 
 
 def without_seeds(argv: Sequence[str]) -> list[str]:
-    """The command line for one seed. Later flags override earlier ones, so nothing has to be removed."""
+    """The command line without ``--seeds``, to which the flags of one seed can be added."""
     kept, skips_value = [], False
     for word in argv:
         if skips_value:
@@ -80,7 +80,7 @@ def without_seeds(argv: Sequence[str]) -> list[str]:
 
 
 def train_each(argv: Sequence[str], config: Request) -> int:
-    """Command-line entry point: run each seed in a process, until one fails. Returns the exit code.
+    """Train each seed in a separate process until one fails; return the exit code.
 
     Raises:
         UserError: invalid seeds, or more than one rank.
@@ -106,14 +106,14 @@ def train_each(argv: Sequence[str], config: Request) -> int:
 
 
 def for_one(number: int, folder: Path) -> list[str]:
-    """The flags that make it this seed's run, from the beginning or where a series before was stopped."""
+    """The flags for the run of one seed, new or continued."""
     return [f"--seed={number}", f"--run-dir={folder / f'seed-{number}'}", "--resume=auto"]
 
 
 def _run(command: list[str]) -> int:
-    """Run it tied to this process: it ends when this one does. Termination signals are passed on.
+    """Run a process that ends when this one does; termination signals are passed on.
 
-    It runs in its own session, so that Ctrl-C in a terminal reaches it only through this process.
+    It has its own session, so that Ctrl-C in a terminal reaches it only through this process.
     """
     environment = {**ranks.with_package(os.environ), ranks.TIED_TO_LAUNCHER: "1"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
@@ -127,10 +127,10 @@ def _run(command: list[str]) -> int:
 
 
 class Seeds:
-    """A folder of runs that differ only in their seed; displays itself as a table."""
+    """A folder of runs that differ only in their seed; displayed as a table."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises UserError if there is no such folder, or no run in it."""
+        """Raises UserError if the folder does not exist or contains no run."""
         self.path = Path(path).absolute()
         self._runs: dict[str, Run] = {}
         if not self.runs:
@@ -138,7 +138,7 @@ class Seeds:
 
     @property
     def runs(self) -> list[Run]:
-        """Those that have begun, by seed."""
+        """The runs that have started, by seed."""
         found = {folder.name[len("seed-") :]: folder for folder in self.path.glob("seed-*")}
         begun = [seed for seed, folder in found.items() if seed.isascii() and seed.isdigit() and is_a_run(folder)]
         # The same objects at each look: they read on where they were.
@@ -147,7 +147,7 @@ class Seeds:
         ]
 
     def curves(self) -> Any:
-        """Loss and accuracy with a band over the seeds."""
+        """Plot loss and accuracy with a band over the seeds."""
         from vgglab.view.figures import bands
 
         return bands({printable(self.path.name): self.runs})
@@ -159,14 +159,14 @@ class Seeds:
         return self.table()._repr_html_()
 
     def table(self) -> Table:
-        """Each figure of the seeds that are done: how many, mean and standard deviation."""
+        """Number, mean and standard deviation of each figure, over the finished seeds."""
         from vgglab.view.seeds_table import seeds_table
 
         return seeds_table({printable(self.path.name): self.runs})
 
 
 class LaunchedSeeds(Seeds):
-    """Runs that this process has started, one after the other, each in separate processes (``launch``)."""
+    """Runs started by this process, one after the other (``launch``)."""
 
     def __init__(self, path: Path, numbers: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
         self.path = path.absolute()
@@ -197,14 +197,14 @@ class LaunchedSeeds(Seeds):
 
     @property
     def is_over(self) -> bool:
-        """All are done, or one has failed, or somebody has stopped them."""
+        """Whether all are done, one has failed, or the series was stopped."""
         return not self._thread.is_alive()
 
     def wait(self) -> LaunchedSeeds:
-        """Wait for all. Interrupting it stops them.
+        """Wait for all runs; interrupting the wait stops them.
 
         Raises:
-            UserError, RunFailed: as ``LaunchedRun.wait``, of the run that failed.
+            UserError, RunFailed: as in ``LaunchedRun.wait``, for the run that failed.
         """
         try:
             while not self.is_over:
@@ -231,7 +231,7 @@ class LaunchedSeeds(Seeds):
         return self
 
     def stop(self) -> None:
-        """Stop the active run, and start no further one."""
+        """Stop the active run and do not start another."""
         self._is_stopped.set()
         with self._lock:
             current = self.current
@@ -240,7 +240,7 @@ class LaunchedSeeds(Seeds):
         self._thread.join()
 
     def watch(self) -> None:
-        """Show a live board and return at once; outside a live notebook, wait and show the table."""
+        """Show a live table and return at once; outside a live notebook, wait and show the final table."""
         from vgglab.view.seeds_board import watch
 
         watch(self)

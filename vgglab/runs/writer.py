@@ -1,4 +1,4 @@
-"""Writing a run directory. What is in it: ``run.py``."""
+"""Writing a run directory; its files are described in ``run.py``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MAKE_ROOM = "make room (or remount the disk as writable)"
 
 
 class RankWriter:
-    """What every rank writes: its log and its own figures. The events are rank 0's; for the others they are nothing."""
+    """Writes what every rank writes: its log and its own figures. Events are ignored; only rank 0 writes them."""
 
     def __init__(self, path: Path, rank: int, is_simulated: bool = False) -> None:
         self.path = path
@@ -49,22 +49,22 @@ class RankWriter:
         pass
 
     def write_failed(self, what: str, warning: str) -> None:
-        """Count what could not be written, with a warning the first time; training continues."""
+        """Count a failed write and warn the first time; training continues."""
         self.lost[what] = self.lost.get(what, 0) + 1
         if self.lost[what] == 1:
             self.event("warning", text=warning)
 
     def write_recovered(self, what: str) -> None:
-        """What was lost of this does not matter any more."""
+        """Forget the failed writes of ``what``, because a later one replaces them."""
         self.lost.pop(what, None)
 
     @property
     def has_lost_checkpoints(self) -> bool:
-        """Whether the latest state could not be saved."""
+        """Whether the latest checkpoint could not be written."""
         return bool(self.lost_last_checkpoint or "checkpoints" in self.lost)
 
     def what_is_missing(self) -> str:
-        """For the last line of a run: what could not be written, and how to continue; empty if everything was."""
+        """The last line of a run: what could not be written and how to continue; empty if everything was written."""
         unwritten = ", ".join(f"{number} {name}" if number > 1 else name for name, number in self.lost.items())
         if self.lost_last_checkpoint:
             also = f"; also not written: {unwritten}" if unwritten else ""
@@ -79,7 +79,7 @@ class RankWriter:
 
     @property
     def process_started(self) -> float:
-        """By ``time.monotonic``."""
+        """When this process started, by ``time.monotonic``."""
         return ranks.STARTED
 
     @property
@@ -87,7 +87,7 @@ class RankWriter:
         return ranks.resume_advice(self.path)
 
     def skipped(self, image: str, reason: str) -> None:
-        """Note an image that this rank has left out: once, in ``log/skipped-rank<r>.jsonl``."""
+        """Record an image that this rank has skipped, once, in ``log/skipped-rank<r>.jsonl``."""
         if image in self._skipped:
             return
         self._skipped.add(image)
@@ -97,7 +97,7 @@ class RankWriter:
             self.event("warning", text=text)
 
     def rank_event(self, **values: Any) -> None:
-        """Append a line to this rank's own file."""
+        """Append a line to the figures of this rank."""
         line = {"rank": self.rank, "pid": os.getpid(), "time": round(time.time(), 3)}
         line.update({key: finite(value) for key, value in values.items()}, **self._mark)
         self._append(f"log/rank{self.rank}.jsonl", line)
@@ -113,7 +113,7 @@ class RankWriter:
 
     @contextlib.contextmanager
     def recording_output(self) -> Iterator[None]:
-        """Copy what this process prints into ``log/rank<r>.txt``, unless a launcher has it written there already."""
+        """Copy the output of this process to ``log/rank<r>.txt``, unless a launcher already redirects it there."""
         file = self.path / "log" / f"rank{self.rank}.txt"
         is_written_there = file.exists() and os.path.samestat(os.fstat(1), file.stat())
         with writing(file):
@@ -126,7 +126,13 @@ class RankWriter:
             if not is_written_there:
                 faulthandler.enable(file=log)
             screens = sys.stdout, sys.stderr
-            sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
+            name = f"lines of log/{file.name}"
+
+            def lost(error: OSError) -> None:
+                self.write_failed(name, f"{file} cannot be written ({error.strerror}); what is printed is not kept")
+
+            copy = None if is_written_there else log
+            sys.stdout, sys.stderr = _Tee(sys.stdout, copy, lost), _Tee(sys.stderr, copy, lost)
             try:
                 yield
             except Exception:
@@ -144,9 +150,9 @@ class RankWriter:
 
 
 class RunWriter(RankWriter):
-    """Writes one run directory, on rank 0; ``listeners`` are called with each event after it is on disk.
+    """Writes a run directory, on rank 0; ``listeners`` are called with each event after it was written.
 
-    With ``is_continued`` it appends to an existing run: later events supersede those of steps that are repeated.
+    With ``is_continued`` it appends to an existing run; if steps are repeated, the later events replace the earlier.
     """
 
     def __init__(
@@ -172,14 +178,14 @@ class RunWriter(RankWriter):
 
     @property
     def has_lock(self) -> bool:
-        """Whether no second run can write here."""
+        """Whether the lock is held, so that no second run can write here."""
         return self._lock.is_held
 
     def write_config(self, config: dict[str, Any]) -> None:
         self._write(self.path / "config.json", {**config, **self._mark})
 
     def write_env(self, device: dict[str, Any], world_size: int) -> None:
-        """What ran where: ``device`` is the device's own description."""
+        """Write ``env.json``; ``device`` is the result of ``Device.describe``."""
         self._write(self.path / "env.json", _environment(device, world_size))
 
     def _write(self, file: Path, content: Event) -> None:
@@ -209,7 +215,7 @@ class RunWriter(RankWriter):
             self.write_failed("report.json", f"{self.path / 'report.json'} cannot be written ({error.strerror})")
 
     def event(self, kind: str, **values: Any) -> None:
-        """Append one line: ``kind``, seconds since the start, ``values``; null for numbers that are not finite."""
+        """Append an event: ``kind``, seconds since the start, and ``values``; non-finite numbers become null."""
         event: Event = {"event": kind, "seconds": round(time.monotonic() - self._started, 3)}
         if kind == "start":
             event["schema"] = SCHEMA
@@ -233,10 +239,10 @@ class RunWriter(RankWriter):
         is_best: bool,
         average: nn.Module | None,
     ) -> None:
-        """Write one (arguments: ``checkpoint.save``). One that the disk refuses costs a warning; the last, the run.
+        """Write a checkpoint (arguments: ``checkpoint.save``). If that fails: a warning; for the last one, an error.
 
         Raises:
-            UserError: a weight that is not finite.
+            UserError: a weight is not finite.
         """
         folder = self.path / "checkpoints"
         try:
@@ -254,7 +260,7 @@ class RunWriter(RankWriter):
             self.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)
 
     def close(self) -> None:
-        """End the events; listeners that hold files close them. From here on another process may write."""
+        """Close the listeners and release the lock, so that another process may write."""
         self._lock.close()
         for listener in self.listeners:
             close = getattr(listener, "close", None)
@@ -263,17 +269,25 @@ class RunWriter(RankWriter):
 
 
 class _Tee:
-    """A text stream that writes to two; in all else it is the first. One that takes no more ends no run."""
+    """A text stream that copies what is printed to a log. A failed write does not end the run."""
 
-    def __init__(self, screen: Any, log: Any) -> None:
-        self._screen, self._log = screen, log
+    def __init__(self, screen: Any, log: Any, lost: Callable[[OSError], None]) -> None:
+        """``log``: None if the screen is the log. ``lost`` is called with the error if the log cannot be written."""
+        self._screen, self._log, self._lost = screen, log, lost
 
     def write(self, text: str) -> int:
-        if "\r" not in text:  # a progress bar's redrawing belongs on the screen only
-            with contextlib.suppress(OSError):
+        if self._log is not None and "\r" not in text:  # a progress bar's redrawing belongs on the screen only
+            try:
                 self._log.write(text.encode(errors="backslashreplace"))
-        with contextlib.suppress(OSError, AttributeError):
+            except OSError as error:
+                self._lost(error)
+        try:
             self._screen.write(text)
+        except AttributeError:  # there is none
+            pass
+        except OSError as error:
+            if self._log is None:
+                self._lost(error)
         return len(text)
 
     def flush(self) -> None:
@@ -310,7 +324,7 @@ def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that contains this file, with ``-dirty`` if it was changed."""
+    """The commit of the checkout that contains this file, with ``-dirty`` if there are changes; None outside one."""
     import subprocess
 
     here = Path(__file__).resolve().parent.parent

@@ -1,1 +1,1 @@
-"""What can be set: the flags, named recipes, what a resumed run takes over. Standard library only."""
+"""Settings: flags, named recipes, and which settings a resumed run inherits. Standard library only."""

@@ -1,7 +1,7 @@
-"""The settings: ``Request`` is the only list of them, ``Settings`` the same without gaps; neither ever changes.
+"""The settings: ``Request`` defines them all; ``Settings`` is the same with every value filled in. Both are immutable.
 
-The parser (``parser.py``), ``config.json``, ``launch``, what a resumed run inherits and what a comparison shows are
-made from the list. Nothing here imports torch.
+The parser (``parser.py``), ``config.json``, ``launch``, the inheritance of a resumed run and the comparison of runs are
+derived from the fields of ``Request``. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SEED_NUM_CLASSES = 1000  # in all four of the original example's commands, whate
 
 @dataclass(frozen=True)
 class Request:
-    """The settings as requested; None if the run decides. Most defaults are the original example's."""
+    """The settings as requested; None if the run decides. Most defaults are those of the original example."""
 
     recipe: str | None = flag(
         "a named set of settings (vgglab/settings/recipes.py); other flags override it",
@@ -259,14 +259,14 @@ class Request:
     enable_horovod: bool = switch("not supported: use --nproc", affects="others", inherited=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as ``config.json`` holds them."""
+        """Plain values, as in ``config.json``."""
         started_by = settings_that_affect("launch")
         return {name: value for name, value in asdict(self).items() if name not in started_by}
 
 
 @dataclass(frozen=True)
 class Settings(Request):
-    """All settings of a run, complete."""
+    """All settings of a run, with every value filled in."""
 
     num_classes: int = 0
     workers: int = 0
@@ -276,10 +276,10 @@ class Settings(Request):
 
 
 def complete(request: Request, **filled_in: Any) -> Settings:
-    """Resolve a request into final settings."""
+    """The final settings for a request."""
     return Settings(**{**vars(request), **filled_in})
 
 
 def settings_that_affect(*kinds: str) -> set[str]:
-    """The names of the settings that affect one of these, of ``flags.AFFECTS``."""
+    """The names of the settings that affect one of ``kinds``, which are listed in ``flags.AFFECTS``."""
     return {item.name for item in fields(Request) if item.metadata["policy"].affects in kinds}

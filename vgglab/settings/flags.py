@@ -1,4 +1,4 @@
-"""How flags are declared and parsed, and the error for a wrong value; used by the parsers of all commands."""
+"""Declaring and parsing flags, and the errors for invalid values; used by the parsers of all commands."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ AFFECTS = {
 
 
 class Policy(NamedTuple):
-    """How a setting is treated outside of the training. Without any, a change is reported and shown."""
+    """How a setting is treated when runs are resumed or compared; by default, changes are reported."""
 
     affects: str = "weights"  # one of AFFECTS
     is_inherited: bool = True  # by a resumed run that does not name it
@@ -81,11 +81,11 @@ def flag(
     section: str = "",
     **options: Any,
 ) -> Any:
-    """A setting: its help, default, parser and policy; ``names`` adds to ``--the-field's-name``.
+    """Declare a setting: its help, default, parser and policy; ``names`` are additional names of the flag.
 
     Args:
-        section: under which heading ``--help`` shows it; without one only ``--help-all`` does.
-        options: of ``ArgumentParser.add_argument``.
+        section: its heading in ``--help``; without one only ``--help-all`` shows it.
+        options: further arguments of ``ArgumentParser.add_argument``.
 
     Raises:
         KeyError: ``affects`` is not one of ``AFFECTS``.
@@ -98,20 +98,20 @@ def flag(
 
 
 def switch(help: str, **options: Any) -> Any:
-    """Off by default; accepts ``--flag``, ``--flag true`` and ``--flag false``."""
+    """Declare a switch, off by default; accepts ``--flag``, ``--flag true`` and ``--flag false``."""
     default = None if "negation" in options else False  # with a --no- form, saying nothing is a third answer
     return flag(help, default=default, parse=boolean, nargs="?", const=True, metavar="true|false", **options)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports an error in one line, as a UserError."""
+    """A parser that raises a UserError of one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.replace("argument ", "", 1) if message.startswith("argument ") else message)
 
 
 def with_dashes(argument: str) -> str:
-    """``--batch_size=3`` is ``--batch-size=3``; values are left alone."""
+    """Replace underscores in a flag, not in its value: ``--batch-size=3`` for ``--batch_size=3``."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")

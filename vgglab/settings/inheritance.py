@@ -1,4 +1,4 @@
-"""What a resumed run takes over from its checkpoint, and what it changes."""
+"""Which settings a resumed run inherits from its checkpoint, and which ones it changes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vgglab.settings.schedule import SCHEDULES
 
 
 def inherit(request: Request, given: Sequence[str], earlier: dict[str, Any]) -> Request:
-    """The request, with settings that are not on this command line taken from the run that is resumed.
+    """The request, with the settings that are not on this command line taken from the resumed run.
 
     Raises:
-        UserError: a setting in there is none, or contradicts one that was given.
+        UserError: a setting in the checkpoint is invalid, or contradicts one that was given.
     """
     settings = {item.name: item for item in fields(Request)}
     chosen = {*given, *(other for name in given for other in settings[name].metadata["policy"].implies)}
@@ -31,7 +31,7 @@ def inherit(request: Request, given: Sequence[str], earlier: dict[str, Any]) -> 
 
 
 def checked(item: Field, value: Any) -> Any:
-    """A setting that was read from a file, held to what its flag allows."""
+    """A setting read from a file, checked as its flag would be."""
     if value is None:
         return item.default
     try:
@@ -47,7 +47,7 @@ ASKED_BY = {"world_size": "nproc"}  # how people set it
 
 
 def changed_settings(content: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """``--lr 0.01, was 0.1`` for each setting that affects the weights and differs from the checkpoint's."""
+    """``--lr 0.01, was 0.1`` for each setting that affects the weights and differs from the checkpoint."""
     before, affecting = content.get("config", {}), settings_that_affect("weights")
     if not SCHEDULES[config["lr_schedule"]].depends_on_epochs:
         affecting.remove("epochs")  # more of them change nothing in those before

@@ -1,6 +1,6 @@
-"""From a command line to settings, with a recipe's values where a recipe was named. Nothing here imports torch.
+"""Parse a command line into settings, including those of a recipe. Nothing here imports torch.
 
-The flags are the original example's; ``-`` and ``_`` are both accepted in any of them.
+The flags include those of the original example; ``-`` and ``_`` are interchangeable in their names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIGHUP after saving a checkpoint; 130 interrupted"""
 
 
 class _Full(argparse.HelpFormatter):
-    """Keeps the lines of the epilog."""
+    """Formats help with the line breaks of the epilog."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         fill = super()._fill_text
@@ -35,7 +35,7 @@ class _Full(argparse.HelpFormatter):
 
 
 class _Brief(_Full):
-    """A line for each flag, as far as the terminal is wide enough."""
+    """Formats help with one line per flag, if the terminal is wide enough."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
@@ -46,7 +46,7 @@ class _Brief(_Full):
 
 
 class _HelpAll(argparse.Action):
-    """Print the help with all flags, and end."""
+    """Print the help with all flags and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         build_parser(shows_all=True).print_help()
@@ -54,7 +54,7 @@ class _HelpAll(argparse.Action):
 
 
 def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
-    """The parser of ``vgglab train``; its help has the flags with a section, or all."""
+    """The parser of ``vgglab train``; its help shows the flags with a section, or all flags."""
     parser = OneLineParser(
         prog="vgglab train",
         usage="vgglab train [--flag value ...]",
@@ -91,10 +91,10 @@ def _help(item: Field, text: str) -> str:
 
 
 def parse_flags(argv: Sequence[str]) -> Request:
-    """Flags to settings.
+    """Parse flags into settings.
 
     Raises:
-        UserError: an unknown flag, a value out of its range, or two flags that contradict each other.
+        UserError: an unknown flag, a value out of range, or flags that contradict each other.
     """
     parser = build_parser()
     dashed = [with_dashes(argument) for argument in argv]
@@ -116,13 +116,13 @@ def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
 
 
 def flags_given(argv: Sequence[str]) -> list[str]:
-    """The settings that a command line names, itself or by a recipe."""
+    """The names of the settings given on a command line, directly or by a recipe."""
     known = vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0])
     return [*RECIPES.get(known.get("recipe"), {}), *known]
 
 
 def check(config: Request) -> None:
-    """Raises UserError for settings that contradict each other."""
+    """Raise UserError if settings contradict each other."""
     if config.apex or config.apex_opt_level is not None:
         raise UserError("--apex: not supported; use --amp for mixed precision")
     if config.enable_horovod:
@@ -142,7 +142,7 @@ def check(config: Request) -> None:
 
 
 def warnings_about(config: Request) -> list[str]:
-    """What is allowed and probably not meant, one line each."""
+    """Warnings about settings that are allowed but probably not intended, one line each."""
     lines = []
     if config.epochs < config.warmup and not config.test_only:
         share = config.epochs / config.warmup

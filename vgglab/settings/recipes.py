@@ -1,7 +1,7 @@
-"""Named sets of settings: ``--recipe seed``. Plain values; other flags override them.
+"""Named sets of settings: ``--recipe seed``. Other flags override their values.
 
-What a recipe costs is counted in images: epochs x training images, each 92.65 GFLOP for VGG16 at 224 pixels
-(``python -m vgglab.anatomy``). ``python -m vgglab.plan --recipe NAME`` turns that into hours.
+The cost of a recipe is given in images: epochs x training images, each 92.65 GFLOP for VGG16 at 224 pixels
+(``python -m vgglab.anatomy``). ``python -m vgglab.plan --recipe NAME`` converts it to hours.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The learning rate: the original example's formulas, and the paper's plateaus. Nothing here imports torch.
+"""Learning-rate schedules: the formulas of the original example, and the paper's plateaus. Does not import torch.
 
-The rate is constant within an epoch. The original example applies it after each step, so that the first step of
-a run uses the unscaled ``--lr`` and the first step of every epoch the rate of the epoch before; here it is
-applied before the step, as the formula means it.
+The rate is constant within an epoch. The original example sets it after each step, so that the first step of a run uses
+the unscaled ``--lr``, and the first step of every other epoch the rate of the epoch before. Here it is set before the
+step, as the formula intends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REFERENCE_BATCH_SIZE = 256  # the global batch size that --lr is meant for
 
 
 class Schedule(NamedTuple):
-    """How the rate falls after warm-up."""
+    """How the learning rate decreases after warm-up."""
 
     rate: Callable[[Request, float, int, int], float]  # of the settings, the base rate, the epoch and the drops so far
     depends_on_epochs: bool = False  # on how many there are: more of them change the rate of each
@@ -55,16 +55,16 @@ SCHEDULES = {
 
 
 def learning_rate(config: Request, epoch: int, world_size: int, num_drops: int = 0) -> float:
-    """The rate of ``epoch`` (from 0) with ``world_size`` ranks; ``num_drops`` at plateaus so far.
+    """The learning rate of ``epoch`` (from 0) with ``world_size`` ranks, after ``num_drops`` drops at plateaus.
 
-    With ``base = lr x batch_size x world_size / 256``, warm-up rises by ``base / warmup`` an epoch; then
+    With ``base = lr x batch_size x world_size / 256``, warm-up adds ``base / warmup`` per epoch; then
 
-    - step and plateau: ``base x gamma^k``, k drops so far;
+    - step and plateau: ``base x gamma^k`` after k drops;
     - linear: ``base x (1 - t)`` and cosine: ``end + (base - end) x (1 + cos(pi t)) / 2``, where t runs
       from 0 after warm-up and would reach 1 at epoch ``epochs``, one past the last.
 
     Raises:
-        KeyError: no schedule of that name.
+        KeyError: unknown schedule.
     """
     base = config.lr * config.batch_size * world_size / REFERENCE_BATCH_SIZE
     if epoch < config.warmup:

@@ -1,4 +1,4 @@
-"""Read ``events.jsonl`` while it grows: the valid events, and what is damaged. Standard library only."""
+"""Read the valid events from ``events.jsonl`` while it grows, and report damage. Standard library only."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MAX_STARTS = 1000  # of a run that was continued; each is a look at all events b
 
 
 class LongEvents(Sequence[Event]):
-    """Events of which the training lines of a long file are read when they are asked for."""
+    """The events of a long file; training events are read on access."""
 
     def __init__(self, file: Path, identity: Identity, entries: list[Event | int]) -> None:
-        """``entries``: events, and places in the file, in bytes, of those that are still to be read."""
+        """``entries``: events, or their byte offsets in the file if they are still to be read."""
         self._file, self._identity, self._entries = file, identity, entries
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class LongEvents(Sequence[Event]):
         return next(iter(LongEvents(self._file, self._identity, [chosen])))
 
     def turning_points(self) -> LongEvents:
-        """All of them, but of unread training events in a row the last one alone."""
+        """The events, with only the last one of each sequence of unread training events."""
         following = [*self._entries[1:], None]
         pairs = zip(self._entries, following)
         kept = [e for e, after in pairs if not (isinstance(e, int) and isinstance(after, int))]
@@ -68,7 +68,7 @@ def _identity_of(file: BinaryIO) -> Identity:
 
 
 def _opened(file: Path) -> BinaryIO:
-    """Raises UserError, also for a link."""
+    """Open for reading. Raises UserError, also if it is a link."""
     try:
         return open(file, "rb", opener=refusing_links)
     except OSError as error:
@@ -87,7 +87,7 @@ def _event_at(lines: BinaryIO, place: int) -> Event:
 
 
 class EventFile:
-    """The lines so far; each look takes in those that were added since the last."""
+    """The lines so far; each access reads only those added since the last one."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -103,12 +103,12 @@ class EventFile:
         self._has_checksums = False  # from the first line with one on, all must have one
 
     def read(self, kind: str | None = None) -> Sequence[Event]:
-        """All valid events. If a run continued from a checkpoint, without the events after that checkpoint from before.
+        """All valid events, or those of one kind; a list unless the file is long.
 
-        ``kind``: only these. A list, but for long files.
+        If the run was resumed from a checkpoint, earlier events from after that checkpoint are left out.
 
         Raises:
-            UserError: there is a file, and it cannot be read.
+            UserError: the file exists but cannot be read.
         """
         if self.file.is_symlink():
             raise UserError(f"{self.file}: is a symbolic link and was not read")
@@ -162,7 +162,7 @@ class EventFile:
         self._seen.append(event)
 
     def _is_the_next_training_line(self, line: bytes) -> bool:
-        """Whether it is one as the trainer writes them, intact, in its place: such a line need not be parsed yet."""
+        """Whether this is an intact training line with the next number, which need not be parsed yet."""
         found = TRAINING_LINE.match(line)
         is_plain = found is not None and b"\\" not in line and line.count(b'"event": ') == 1 and is_intact(line)
         number = NUMBER.search(line) if is_plain else None
@@ -172,7 +172,7 @@ class EventFile:
         return True
 
     def _leave_out_after(self, start: Event) -> None:
-        """What a run that starts (again) at ``start`` does again."""
+        """Remove the events of steps that a run restarted at ``start`` repeats."""
         redone = set()
         with _opened(self.file) as lines:
             for entry in reversed(self._seen):
@@ -183,7 +183,7 @@ class EventFile:
         self._seen = [e for e in self._seen if (e not in redone if isinstance(e, int) else _is_before(e, start))]
 
     def checksum(self) -> str:
-        """Of the whole file as it is, after its size in bytes; empty if there is none that can be read."""
+        """Size in bytes and checksum of the whole file; empty if it cannot be read."""
         value, size = 0, self._size()
         if not 0 < size <= MAX_EVENTS_BYTES:
             return ""
@@ -196,7 +196,7 @@ class EventFile:
         return f"{size}-{value:08x}"
 
     def has_checksum(self, expected: str) -> bool:
-        """Whether ``checksum()`` is ``expected``; of a file of another size nothing is read."""
+        """Whether ``checksum()`` equals ``expected``; the file is not read if its size differs."""
         return expected.startswith(f"{self._size()}-") and expected == self.checksum()
 
     def _size(self) -> int:
@@ -207,16 +207,16 @@ class EventFile:
 
     @property
     def has_checksums(self) -> bool:
-        """Whether the lines carry them, as all of this version do."""
+        """Whether the lines have checksums, as in all runs of this version."""
         return self._has_checksums
 
     def next_number(self) -> int:
-        """Of the line to be written next."""
+        """The number of the next line to be written."""
         self.read()
         return self._next_line
 
     def damage(self, is_over: bool) -> list[str]:
-        """How many lines were left out, in words. If the run ``is_over``, an incomplete last line counts as damaged."""
+        """Phrases about ignored lines. If the run ``is_over``, an incomplete last line counts as damaged."""
         self.read()
         num_damaged, found = self._num_damaged, []
         if is_over and self.file.is_file() and self.file.stat().st_size > self._num_bytes_seen:
@@ -230,7 +230,7 @@ class EventFile:
 
 
 def _is_before(event: Event, start: Event) -> bool:
-    """Whether a run that starts (again) at ``start`` has this event behind it."""
+    """Whether this event comes before the point at which a run is (re)started."""
     if event["event"] in ("end", "start"):
         return False
     if event["event"] in ("eval_start", "eval", "checkpoint"):

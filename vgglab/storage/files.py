@@ -1,4 +1,4 @@
-"""Reading and writing in folders that others can write to: size limits, no links, no pipes. Standard library only."""
+"""Safe access to files in folders that others can write to: size limits, no links, no pipes. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_BYTES = 2**24  # of a document, or of a line
 
 
 def exists(path: Path) -> bool:
-    """As ``path.exists()``; False if a folder on the way may not be searched."""
+    """Like ``path.exists()``, but False if a parent folder is not accessible."""
     try:
         return path.exists()
     except OSError:
@@ -23,10 +23,10 @@ def exists(path: Path) -> bool:
 
 
 def read_bytes(file: Path, most: int = MAX_BYTES) -> bytes | None:
-    """The whole file; None if it is larger than ``most``, a link or no regular file.
+    """The content of a file; None if it is larger than ``most``, a link, or not a regular file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         if file.is_symlink() or not file.is_file() or file.stat().st_size > most:
@@ -51,7 +51,7 @@ def tail_of(file: Path, num_bytes: int = 4096) -> bytes:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError in the block into a UserError that names ``path``."""
+    """Turn an OSError in the block into a UserError that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -60,7 +60,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def refusing_links(file: str, flags: int) -> int:
-    """An ``opener`` for ``open`` that refuses links, which lead to other files, and pipes, which wait for a reader."""
+    """An ``opener`` for ``open`` that refuses links, which lead elsewhere, and pipes, which would block."""
     safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         number = os.open(file, flags | safe, 0o666)
@@ -77,7 +77,7 @@ def refusing_links(file: str, flags: int) -> int:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder if it is not there. Raises OSError, also if it is a symbolic link of another user."""
+    """Create a folder if necessary. Raises OSError, also if it is a symbolic link owned by another user."""
     if folder.is_symlink() and hasattr(os, "geteuid") and folder.lstat().st_uid not in (0, os.geteuid()):
         raise OSError(errno.ELOOP, f"{folder} is a link of another user")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A lock on a file, which ends with the process that holds it, however that ends. POSIX only."""
+"""A file lock that is released when its process ends, however it ends. POSIX only."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _ours: set[tuple[int, int]] = set()  # a process that closes a file, opened for 
 
 
 class Held(Exception):
-    """Another process holds it."""
+    """Another process holds the lock."""
 
 
 class Lock:
-    """Held from here on by this process, until it ends or closes it.
+    """Acquire the lock, until this process ends or calls ``close``.
 
     Attributes:
-        is_held: False if the file system cannot lock.
+        is_held: False if the file system does not support locks.
 
     Raises:
-        Held: another process has it.
-        OSError: the file cannot be made.
+        Held: another process holds it.
+        OSError: the file cannot be created.
     """
 
     def __init__(self, file: Path) -> None:
@@ -60,7 +60,7 @@ class Lock:
 
 
 def holder(file: Path) -> int | None:
-    """The process that holds the lock; 0 if none does, None if it cannot be determined. Takes no lock itself."""
+    """The ID of the process that holds the lock; 0 if none does, None if unknown. Does not acquire the lock."""
     if fcntl is None or struct.calcsize("P") != 8 or os.uname().sysname != "Linux":  # the layout of struct flock
         return None
     try:
@@ -79,10 +79,10 @@ def holder(file: Path) -> int | None:
 
 @contextlib.contextmanager
 def exclusive_access(folder: Path) -> Iterator[None]:
-    """Only one at a time is in the block, of all processes and threads, as far as the file system can lock a folder.
+    """Allow only one process or thread at a time into the block, if the file system can lock a folder.
 
     Raises:
-        UserError: another process has held it for ``MAX_WAIT_SECONDS``: anybody who may read a folder may lock it.
+        UserError: another process, which may be anybody's, has locked the folder for ``MAX_WAIT_SECONDS``.
     """
     number = os.open(folder, os.O_RDONLY)
     deadline = time.monotonic() + MAX_WAIT_SECONDS

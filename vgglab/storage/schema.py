@@ -1,8 +1,8 @@
 """The format of the files in a run directory: fields, types, ranges and checksums.
 
 A run directory may come from anybody, so everything in it is read through this module. Each line and each document has
-a checksum (``check``: CRC-32 of the other fields as JSON; TensorBoard's records have one too), so that a changed bit is
-noticed. Files of earlier versions have none. Standard library only.
+a checksum (``check``: CRC-32 of the other fields as JSON), so that a flipped bit is noticed. Files of earlier versions
+have none. Standard library only.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def list_of(test: Test) -> Test:
 
 
 def record(needed: dict[str, Test], **optional: Test) -> Test:
-    """A JSON object with these fields."""
+    """A test for a JSON object with these fields."""
     tests = {**optional, **needed}
     return lambda value: (
         isinstance(value, dict)
@@ -92,7 +92,7 @@ def record(needed: dict[str, Test], **optional: Test) -> Test:
 
 
 def table_of(test: Test, *names: str) -> Test:
-    """By name; with ``names`` those are there."""
+    """A test for a JSON object whose values all pass ``test``, and which has the keys ``names``."""
     return lambda value: isinstance(value, dict) and value.keys() >= set(names) and all(map(test, value.values()))
 
 
@@ -161,7 +161,7 @@ DOCUMENTS: dict[str, dict[str, Test]] = {  # that of config.json: runs/run.py
 
 
 def checksum(content: Content) -> str:
-    """Of all fields, in their order."""
+    """The checksum of all fields, in order."""
     return f"{zlib.crc32(json.dumps(content).encode()):08x}"
 
 
@@ -170,7 +170,7 @@ def with_checksum(content: Content) -> Content:
 
 
 def parse(data: bytes) -> Content | None:
-    """A JSON object in UTF-8; None for anything else, or one that is nested deeper than any of ours."""
+    """Parse a JSON object in UTF-8; None for anything else, or for deeper nesting than vgglab writes."""
     try:
         content = json.loads(data.decode("utf-8"), parse_constant=_refuse)  # which would guess the encoding of bytes
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
@@ -192,18 +192,18 @@ def _refuse(constant: str) -> None:
 
 
 def is_intact(line: bytes) -> bool:
-    """Whether a line ends with its own checksum, byte for byte as it was written; quicker than ``has_changed``."""
+    """Whether a line is unchanged, byte for byte, according to its checksum; faster than ``has_changed``."""
     body, found, check = line.rpartition(b', "check": "')
     return found != b"" and check == b'%08x"}\n' % zlib.crc32(b"}", zlib.crc32(body))
 
 
 def has_changed(content: Content) -> bool:
-    """Whether it is not what was written; takes the checksum out."""
+    """Whether the content differs from its checksum, which is removed."""
     return CHECK in content and content.pop(CHECK) != checksum(content)
 
 
 def event_in(line: bytes, needs_checksum: bool = False) -> Content | None:
-    """A line of ``events.jsonl``, its number under ``line``; None for one that is damaged, or no event."""
+    """Parse a line of ``events.jsonl``; None if it is damaged or not an event. Its number is under ``line``."""
     content = parse(line)
     # Lines were given numbers and checksums at the same time: one with a number alone has been edited.
     is_without = content is not None and CHECK not in content and (needs_checksum or "line" in content)
@@ -220,7 +220,7 @@ def event_in(line: bytes, needs_checksum: bool = False) -> Content | None:
 
 
 def line_in(line: bytes, needed: dict[str, Test]) -> Content | None:
-    """A line, or a document, of which all of ``needed`` is there; else None."""
+    """Parse a line or document; None if it is damaged or one of the ``needed`` fields is missing or invalid."""
     content = parse(line)
     return None if content is None or has_changed(content) else _checked(line, content, needed)
 
@@ -237,7 +237,7 @@ def _checked(line: bytes, content: Content, needed: dict[str, Test]) -> Content 
 
 
 class Document(Content):
-    """The fields of ``config.json`` and its like. Raises UserError for one that is not there."""
+    """The fields of a file such as ``config.json``. Raises UserError on access to a missing field."""
 
     def __init__(self, file: Path, content: Content, damage: list[str]) -> None:
         super().__init__(content)
@@ -250,7 +250,7 @@ class Document(Content):
 
 
 def read_document(file: Path) -> Document:
-    """Empty if there is none; fields of a wrong type are left out. Raises UserError if it is no JSON object."""
+    """Read a JSON file; empty if it does not exist, without fields of a wrong type. Raises UserError if not JSON."""
     if not exists(file):
         return Document(file, {}, [])
     data = read_bytes(file)
@@ -268,7 +268,7 @@ def read_document(file: Path) -> Document:
 
 
 def readable_document(file: Path) -> Document:
-    """As ``read_document``, but empty, with the reason under ``damage``, where the file cannot be read."""
+    """Like ``read_document``, but a file that cannot be read gives an empty document with the reason in ``damage``."""
     try:
         return read_document(file)
     except UserError:
@@ -276,7 +276,7 @@ def readable_document(file: Path) -> Document:
 
 
 def write_document(file: Path, content: Content) -> None:
-    """Whole, or not at all. Raises OSError."""
+    """Write a document completely or not at all. Raises OSError."""
     beside = file.with_suffix(".tmp")
     with open(beside, "wb", opener=refusing_links) as target:
         target.write(json.dumps(with_checksum(content), indent=2).encode() + b"\n")
@@ -284,7 +284,7 @@ def write_document(file: Path, content: Content) -> None:
 
 
 def append_line(file: Path, content: Content) -> None:
-    """Add a line, below one that was cut short too. Raises OSError where the disk refuses; the next may fit again."""
+    """Append a line, on a new line even after an incomplete one. Raises OSError; later lines may succeed again."""
     line = json.dumps(with_checksum(content)).encode() + b"\n"
     with open(file, "a+b", buffering=0, opener=refusing_links) as lines:
         if lines.seek(0, os.SEEK_END):
@@ -295,5 +295,5 @@ def append_line(file: Path, content: Content) -> None:
 
 
 def finite(value: Any) -> Any:
-    """None for a number that JSON does not have."""
+    """The value, or None for a number that JSON cannot represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

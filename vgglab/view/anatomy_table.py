@@ -1,6 +1,6 @@
-"""The layers of a network as a table, and under the roofline of a machine. The rows are plain values.
+"""The layers of a network as a table, and the limits of a machine for its roofline; plain values only.
 
-``vgglab.anatomy`` fills them; what it wrote with ``--json`` can be shown where torch is not installed.
+``vgglab.anatomy`` computes the rows; its ``--json`` output can be shown on a machine without torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MEASURED_HEADINGS = "forward\nms|backward\nms|reached\nGFLOP/s|roof\nGFLOP/s|sha
 
 
 class Window(NamedTuple):
-    """The square of pixels that one output sees; its corner is negative where the padding begins."""
+    """The square of pixels in the receptive field of one output; negative coordinates are padding."""
 
     left: int
     top: int
@@ -28,25 +28,25 @@ class Window(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One layer, as it is called in the forward pass; a row of the table.
+    """One layer in the order of the forward pass; a row of the table.
 
     Attributes:
         name: as in ``model.named_modules()``.
         kind: conv, linear, batch norm, relu, pool, dropout or flatten.
         output_shape: ``(N, C, H, W)`` or ``(N, features)``, N images in the batch; ``input_shape`` likewise.
-        num_parameters: its own; one that an earlier layer has brought counts there.
-        multiply_adds: of the forward pass, for one image; a multiplication with its addition is one. Convolutions and
-            linear layers without their biases; the few operations of the others count 0, as in torch's own counter.
-        bytes_moved: of the forward pass in float32, for the whole batch, and the least there can be: the input and
-            the weights read once, the output written once. A flatten moves nothing.
-        receptive_field: side of the square of pixels that one output can depend on. It may exceed the image: the rest
-            is padding. Behind a linear layer it is the whole image.
-        field_start: the first pixel of that square for the first output of a row; negative: in the padding.
-        jump: pixels from the square of one output to its neighbour's, the product of all strides so far.
-        training_multiply_adds: of the forward and backward pass, for one image: as many again for the gradient of the
-            weights, and again for that of the input if anything before this layer learns. So the first layer costs
-            twice its forward pass, the others three times.
-        forward_seconds, backward_seconds: of the whole batch; None until measured.
+        num_parameters: number of parameters; shared ones count for the first layer that has them.
+        multiply_adds: multiplications with an addition in the forward pass, for one image. Convolutions and linear
+            layers without biases; the few operations of other layers count 0, as in torch's own counter.
+        bytes_moved: bytes moved by the forward pass in float32, for the whole batch; the minimum: input and weights are
+            read once, the output is written once. Flatten moves nothing.
+        receptive_field: side of the square of pixels that one output can depend on. It can be larger than the image,
+            because it includes padding. After a linear layer it is the whole image.
+        field_start: first pixel of that square for the first output in a row; negative if in the padding.
+        jump: distance in pixels between the squares of neighbouring outputs: the product of all strides so far.
+        training_multiply_adds: the same for the forward and backward pass: as many again for the gradient of the
+            weights, and for that of the input if an earlier layer is trained. So the first layer costs twice its
+            forward pass, the others three times.
+        forward_seconds, backward_seconds: seconds for the whole batch; None until measured.
     """
 
     name: str
@@ -64,18 +64,18 @@ class Layer(NamedTuple):
     backward_seconds: float | None = None
 
     def window(self, row: int, column: int) -> Window:
-        """The pixels on which the output at ``(row, column)`` can depend; behind a linear layer, the whole image."""
+        """The pixels on which the output at ``(row, column)`` can depend; after a linear layer, the whole image."""
         top, left = (self.field_start + place * self.jump for place in (row, column))
         return Window(left, top, self.receptive_field)
 
     @property
     def flop(self) -> int:
-        """Floating point operations of the forward pass, for one image: two for each multiply-add."""
+        """FLOP of the forward pass for one image: two for each multiply-add."""
         return 2 * self.multiply_adds
 
     @property
     def training_flop(self) -> int:
-        """The same, of the forward and the backward pass."""
+        """FLOP of the forward and backward pass for one image."""
         return 2 * self.training_multiply_adds
 
     @property
@@ -85,17 +85,17 @@ class Layer(NamedTuple):
 
     @property
     def intensity(self) -> float:
-        """Arithmetic intensity of the forward pass: FLOP for each byte moved, at this batch size."""
+        """Arithmetic intensity of the forward pass: FLOP per byte moved, at this batch size."""
         return self.output_shape[0] * self.flop / self.bytes_moved if self.flop else 0.0
 
     @property
     def flop_per_second(self) -> float | None:
-        """What the forward pass reached; None if it was not measured or has no FLOP."""
+        """FLOP/s of the forward pass; None if not measured or if the layer has no FLOP."""
         return self.output_shape[0] * self.flop / self.forward_seconds if self.flop and self.forward_seconds else None
 
 
 class Ceilings(NamedTuple):
-    """What a machine can do at best, measured on it: the two lines of a roofline.
+    """The measured limits of a machine: the two lines of a roofline.
 
     Source: S. Williams, A. Waterman and D. Patterson, "Roofline: an insightful visual performance model for multicore
     architectures", Communications of the ACM 52(4), 2009.
@@ -106,17 +106,17 @@ class Ceilings(NamedTuple):
 
     @property
     def ridge(self) -> float:
-        """FLOP per byte where the two meet: a layer with less waits for memory, one with more for arithmetic."""
+        """FLOP per byte at which the two lines meet: layers below are memory-bound, layers above compute-bound."""
         return self.flop_per_second / self.bytes_per_second
 
     def attainable(self, intensity: float) -> float:
-        """FLOP/s that a layer of so many FLOP per byte can reach."""
+        """The FLOP/s attainable by a layer with this arithmetic intensity."""
         return min(self.flop_per_second, intensity * self.bytes_per_second)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Anatomy(Sequence[Layer]):
-    """The layers of a network in the order of its forward pass; shows itself as a table, totals in the last row."""
+    """The layers of a network in the order of the forward pass; displayed as a table with totals in the last row."""
 
     model: str
     image_size: int  # side, in pixels
@@ -137,7 +137,7 @@ class Anatomy(Sequence[Layer]):
 
     @property
     def multiply_adds(self) -> int:
-        """Of the forward pass for one image; in FLOP it is twice as much."""
+        """Multiply-adds of the forward pass for one image; twice as many FLOP."""
         return sum(layer.multiply_adds for layer in self)
 
     @property
@@ -159,7 +159,7 @@ class Anatomy(Sequence[Layer]):
         return as_html(self, self.ceilings, self.title)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values: the totals, the layers, and the ceilings once measured."""
+        """Plain values: totals, layers and, if measured, the limits of the machine."""
         names = "model image_size batch_size num_parameters multiply_adds training_flop".split()
         layers = [{**layer._asdict(), "flop": layer.flop, "intensity": layer.intensity} for layer in self]
         roof = self.ceilings and self.ceilings._asdict()
@@ -167,7 +167,7 @@ class Anatomy(Sequence[Layer]):
 
 
 def as_text(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str = "") -> str:
-    """The table in plain text: a row for each layer, the totals in the last; with times where they were measured."""
+    """The table as text: one row per layer, totals in the last; with times if they were measured."""
     heads, lines = _table(rows, ceilings)
     table = [*zip(*(f"{head}\n".split("\n")[:2] for head in heads)), *lines]
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -180,7 +180,7 @@ def _aligned(cell: str, width: int, place: int) -> str:
 
 
 def as_html(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str = "") -> str:
-    """The same for a notebook."""
+    """The table as HTML, for a notebook."""
     heads, lines = _table(rows, ceilings)
     body = [_html_row(heads, "th"), *(_html_row(line, "td") for line in lines[:-1]), _html_row(lines[-1], "th")]
     table = f"<table style='font-variant-numeric: tabular-nums'>{''.join(body)}</table>"
@@ -243,7 +243,7 @@ def _measured_cells(row: Layer, ceilings: Ceilings | None) -> list[str]:
 
 
 def _scaled(value: float, unit: float, digits: int = 1) -> str:
-    """Empty for nothing, two significant digits for little: 1,849.7, 0.25, 0.0041."""
+    """A number as text: empty for 0, with two significant digits if small: 1,849.7, 0.25, 0.0041."""
     value /= unit
     if not value:
         return ""

@@ -1,4 +1,4 @@
-"""Answers of a cell: a run and its report as cards, a folder of runs as a table; in text and in HTML."""
+"""Output of notebook cells: a run, its report, and a table of runs; as text and as HTML."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RUN_HEADINGS = ("name", "status", "model", "device", "epochs planned", "best top
 
 
 class Report(dict):
-    """The figures of ``report.json`` by their names: a dict in every respect, that shows itself as a table."""
+    """The figures of ``report.json``, as a dict that is displayed as a table."""
 
     def __repr__(self) -> str:
         return report_as_text(self)
@@ -24,7 +24,7 @@ class Report(dict):
 
 
 def run_as_html(run: Run) -> str:
-    """Summary of a run: status, main settings, accuracy, speed and location."""
+    """The summary of a run: status, main settings, accuracy, speed and location."""
     facts = [("status", standing(run))]
     report = report_of(run)
     if report is not None:
@@ -37,7 +37,7 @@ def run_as_html(run: Run) -> str:
 
 
 def status_in_words(run: Run) -> str:
-    """``run.status``, or that a file of it is damaged."""
+    """``run.status``, or a note that its files are damaged."""
     try:
         return run.status
     except UserError as error:  # a file of it is damaged: one run must not take the others' table along
@@ -45,7 +45,7 @@ def status_in_words(run: Run) -> str:
 
 
 def damage_of(run: Run) -> list[str]:
-    """``run.damage()``; empty if it cannot be read, which ``status_in_words`` reports."""
+    """``run.damage()``; empty if the run cannot be read, which ``status_in_words`` reports."""
     try:
         return run.damage()
     except UserError:
@@ -53,12 +53,12 @@ def damage_of(run: Run) -> list[str]:
 
 
 def standing(run: Run) -> str:
-    """The status of a run, and what was left out of its files."""
+    """The status of a run, and what was ignored in its files."""
     return "; ".join([status_in_words(run), *damage_of(run)])
 
 
 def report_of(run: Run) -> Mapping[str, Any] | None:
-    """None for a run that has not written anything yet, or whose files are damaged."""
+    """The report of a run; None if it has not written anything yet or its files are damaged."""
     try:
         return run.report()
     except UserError:
@@ -66,17 +66,17 @@ def report_of(run: Run) -> Mapping[str, Any] | None:
 
 
 def report_as_text(report: Mapping[str, Any]) -> str:
-    """Every figure of a report, a line each."""
+    """The figures of a report, one per line."""
     return text_table(("", ""), _figures(report)).lstrip("\n")
 
 
 def report_as_html(report: Mapping[str, Any]) -> str:
-    """The same for a notebook."""
+    """The figures of a report as HTML, for a notebook."""
     return html_facts(_figures(report))
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """A row a run, in the order given; a simulated card is marked so, and has no speed."""
+    """One row per run, in the given order; a simulated card is marked and has no speed."""
     rows = []
     for run in runs:
         report = report_of(run)

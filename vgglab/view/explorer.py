@@ -2,7 +2,7 @@
 
     >>> explore(vgglab.anatomy.of, photograph)
 
-Widgets in a live notebook; one figure with its text in a headless one.
+Widgets in a live notebook; a figure with text in a headless one.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ HEIGHT = 6.4  # inches
 def explore(
     anatomy_of: Callable[..., Anatomy], photograph: Any, model: str = "vgg16", image_size: int = 224, layer: str = ""
 ) -> None:
-    """Show the explorer, or its first view where nothing can move.
+    """Show the explorer, or only its first view if the front end has no widgets.
 
     Args:
-        anatomy_of: ``vgglab.anatomy.of``, or what takes a name and a size as it does.
-        photograph: a path, or pixels ``(height, width, 3)`` of bytes; the square in its middle is shown.
+        anatomy_of: ``vgglab.anatomy.of``, or a function with the same arguments.
+        photograph: a path, or bytes ``(height, width, 3)``; its central square is shown.
         model: one of ``settings.config.MODELS``, e.g. ``vgg16`` or ``vgg16_bn``.
         image_size: side of the images in pixels.
-        layer: where it begins; "" is the last convolution.
+        layer: the layer shown first; "" for the last convolution.
 
     Raises:
-        UserError: a photograph that cannot be read; no such model or layer.
+        UserError: the photograph cannot be read, or the model or layer does not exist.
     """
     explorer = Explorer(anatomy_of, photograph, model, image_size, layer)
     kind = front_end()
@@ -55,7 +55,7 @@ def explore(
 
 
 class Explorer:
-    """The current choice, shown as a figure, as a table and as text."""
+    """The current selection, as a figure, a table and text."""
 
     def __init__(
         self, anatomy_of: Callable[..., Anatomy], photograph: Any, model: str, image_size: int, layer: str = ""
@@ -67,10 +67,10 @@ class Explorer:
         self.choose(model, image_size, layer)
 
     def choose(self, model: str, image_size: int, layer: str = "") -> None:
-        """Look at one layer; "" is the last convolution.
+        """Select a layer; "" for the last convolution.
 
         Raises:
-            UserError: as ``vgglab.anatomy.of``; no such layer, when one is named.
+            UserError: as in ``vgglab.anatomy.of``; also if the layer does not exist.
         """
         if not isinstance(model, str) or isinstance(image_size, bool) or not isinstance(image_size, int):
             raise UserError(
@@ -88,7 +88,7 @@ class Explorer:
 
     @property
     def frame(self) -> Window:
-        """Of the output in the middle."""
+        """The receptive field of the central output."""
         sides = self.layer.output_shape[2:] or (1, 1)
         return self.layer.window(sides[0] // 2, sides[1] // 2)
 
@@ -117,7 +117,7 @@ class Explorer:
         return html_table([self.anatomy.model, f"{self.anatomy.image_size} pixels"], self.rows())
 
     def picture(self) -> Picture:
-        """Above, the photograph at the input size with what the middle output sees; below, the network."""
+        """The photograph with the receptive field of the central output, above the network."""
         picture = Picture(WIDTH, HEIGHT)
         above, below = picture.subplots(2, 1, height_ratios=[1, 1.1])
         self._draw_field(above)
@@ -145,7 +145,7 @@ class Explorer:
         panel.tick_params(colors=INK, labelsize=9)
 
     def widget(self) -> Any:
-        """The controls, the picture and the table; by Tab and arrow keys, a list opened with the space bar first."""
+        """The controls, the figure and the table; usable with Tab and arrow keys (open a list with the space bar)."""
         import ipywidgets as widgets
 
         wide = {"description_width": "initial"}
@@ -206,14 +206,14 @@ class Explorer:
 
 
 def _counterpart(before: Anatomy, layer: Layer, after: Anatomy) -> Layer | None:
-    """In another network: the third convolution for the third convolution, the last for one that it lacks."""
+    """The corresponding layer in another network: the same kind and number, or the last of that kind."""
     place = [row.name for row in before if row.kind == layer.kind].index(layer.name)
     alike = [row for row in after if row.kind == layer.kind]
     return alike[min(place, len(alike) - 1)] if alike else None
 
 
 def _square(photograph: Any) -> Any:
-    """The square in the middle, as an image of Pillow's."""
+    """The central square, as a Pillow image."""
     import numpy
     from PIL import Image, ImageOps
 

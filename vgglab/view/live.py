@@ -1,7 +1,7 @@
-"""A run in a notebook: a dashboard that moves, or one block where the front end has no widgets.
+"""A run in a notebook: a live dashboard, or a static block if the front end has no widgets.
 
-One daemon thread only ever assigns values of widgets: it neither prints nor uses pyplot, both of which
-go astray when another cell is running. Found out by ``front_end``, forced by ``VGGLAB_UI=live|static``.
+The dashboard's daemon thread only assigns widget values. It neither prints nor uses pyplot, whose output would end up
+in whatever cell is running. ``front_end`` detects the front end; ``VGGLAB_UI=live|static`` overrides it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _has_widgets() -> bool:
 
 
 def watch(run: Run) -> None:
-    """Show ``run``: a live dashboard and return at once, or follow it to its end where nothing can move."""
+    """Show ``run``: a live dashboard, returning at once; or, without widgets, follow it to its end."""
     kind = front_end()
     if kind == "live":
         Dashboard(run).show()
@@ -106,7 +106,7 @@ class _TerminalLines:
 
 
 class _StaticBlock:
-    """A line and a picture, each updated in place: the executed notebook keeps their last state."""
+    """A line and a picture, updated in place; the executed notebook keeps their last state."""
 
     def __init__(self, run: Run) -> None:
         from IPython.display import display
@@ -137,7 +137,7 @@ class _StaticBlock:
 
 
 class Dashboard:
-    """Progress, curves, a row per rank, the last log lines and Stop, kept up to date by a thread until the end."""
+    """Progress, curves, ranks, last log lines and a Stop button, updated by a thread until the run ends."""
 
     def __init__(self, run: Run) -> None:
         import ipywidgets as widgets
@@ -196,9 +196,9 @@ class Dashboard:
 
 
 def keep_fresh(refresh: Callable[[], None], is_over: Callable[[], bool], status: Any) -> None:
-    """Call ``refresh`` until it is over, and one last time; errors are shown in ``status`` and retried.
+    """Call ``refresh`` until the run is over, and once more; show errors in ``status`` and retry.
 
-    A thread that died in silence would leave figures that look alive.
+    If the thread died silently, its last figures would look current.
     """
     is_last = False
     while not is_last:
@@ -212,18 +212,18 @@ def keep_fresh(refresh: Callable[[], None], is_over: Callable[[], bool], status:
 
 
 def ranks_of(run: Run) -> list[RankRow]:
-    """The rows worth a table: those of a run with several ranks."""
+    """The rows of the rank table; none for a run with one rank."""
     rows = rank_rows(run)
     return rows if len(rows) > 1 else []
 
 
 def last_lines(run: Run) -> list[str]:
-    """The end of rank 0's log; before it exists, of the launcher's."""
+    """The end of rank 0's log, or of the launcher's log before that exists."""
     return run.last_lines(0, NUM_LOG_LINES) or run.last_lines("launcher", NUM_LOG_LINES)
 
 
 def is_continued(seen: Sequence[Event], events: Sequence[Event]) -> bool:
-    """Whether all events seen are still valid: if a run continued from a checkpoint, later events are void."""
+    """Whether all events seen are still valid: resuming from a checkpoint invalidates later ones."""
     try:
         return [*events[: len(seen)][-1:]] == [*seen[-1:]]
     except UserError:  # the file was replaced
@@ -231,7 +231,7 @@ def is_continued(seen: Sequence[Event], events: Sequence[Event]) -> bool:
 
 
 class Follower:
-    """A run's progress, brought up to date at each look by what is new: 90 epochs leave tens of thousands of events."""
+    """The progress of a run, updated from new events only, because there can be tens of thousands."""
 
     def __init__(self, run: Run) -> None:
         self.run, self._progress = run, Progress()
@@ -242,7 +242,7 @@ class Follower:
         return len(self._seen)
 
     def progress(self) -> Progress:
-        """How far the run is now."""
+        """The current progress."""
         events = self.run.events()
         if not is_continued(self._seen, events):
             self._progress, self._seen = Progress(), []
@@ -258,12 +258,12 @@ class Follower:
 
 
 def progress_of(run: Run) -> Progress:
-    """How far the run is now."""
+    """The current progress of a run."""
     return Follower(run).progress()
 
 
 def summary(run: Run, progress: Progress) -> str:
-    """One line: progress, accuracy, speed and time left."""
+    """Progress, accuracy, speed and remaining time, in one line."""
     parts = [f"{run.name}: {progress.doing}"]
     if progress.num_steps:
         parts.append(f"step {progress.step} of {progress.num_steps}")

@@ -1,4 +1,4 @@
-"""A metric of a report as text, also if it was not measured."""
+"""A metric of a report as text, even if it was not measured."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any, Mapping
 
 
 def metric(report: Mapping[str, Any], name: str, form: str = ".2f", factor: float = 1.0) -> str:
-    """``report[name]`` times ``factor``, in the format ``form``; or "not measured (why)"."""
+    """``report[name]`` times ``factor``, in the format ``form``; or "not measured (<reason>)"."""
     value = report[name]
     return f"not measured ({why_not(report)})" if value is None else f"{factor * value:{form}}"
 
 
 def why_not(report: Mapping[str, Any]) -> str:
-    """The likeliest reason why a run has no speed or no memory to report."""
+    """The most likely reason why a run reports no speed or no memory."""
     if report["simulated"]:
         return "a simulated card has no speed"
     if not report["num_measured_steps"]:

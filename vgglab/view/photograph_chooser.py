@@ -1,4 +1,4 @@
-"""A button in a live notebook that takes a photograph of the reader's own."""
+"""A button in a live notebook with which the reader chooses a photograph."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from vgglab.view.tables import html_text
 
 
 def choose_photograph(look: Callable[[str, bytes], tuple[str, Picture]], example: str | Path) -> Any:
-    """Print ``look(name, data)`` for the file ``example``, then show the button, or only the figure without widgets."""
+    """Show ``look(name, data)`` for the file ``example``, and the button if the front end has widgets."""
     line, picture = look(Path(example).name, Path(example).read_bytes())
     print(line)
     return PhotographChooser(look) if front_end() == "live" else picture
 
 
 class PhotographChooser:
-    """A button that takes a file of the reader's, and below it what ``look`` makes of it; in a live notebook.
+    """A button to choose a file, and below it the result of ``look``; for a live notebook.
 
-    The button is reached by Tab and pressed by Enter or the space bar. The file's bytes go to ``look`` and nowhere
-    else; what it refuses with a UserError stands as one line in the place of a picture.
+    The button can be reached with Tab and pressed with Enter or the space bar. The content of the file goes only to
+    ``look``; if that raises a UserError, its message is shown instead of a picture.
     """
 
     def __init__(self, look: Callable[[str, bytes], tuple[str, Picture]]) -> None:
-        """``look(name, data)`` gives a line of text and a picture. Raises UserError for a file that is no image."""
+        """``look(name, data)`` returns a line of text and a picture; it raises UserError if the file is no image."""
         import ipywidgets as widgets
 
         self.look = look
@@ -43,7 +43,7 @@ class PhotographChooser:
         self.widget = widgets.VBox([self.button, self.line, self.picture])
 
     def show(self, name: str, data: bytes) -> None:
-        """Show the result of ``look`` for this file, or why it failed."""
+        """Show the result of ``look`` for this file, or its error message."""
         self.line.value = html_text(f"Looking at {name} ...", "span")
         try:
             line, picture = self.look(name, data)

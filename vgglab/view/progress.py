@@ -1,4 +1,4 @@
-"""How far a run is and when it will be done, from its events alone."""
+"""The progress of a run and its remaining time, computed from the events alone."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from typing import Any
 
 
 class Progress:
-    """Feed it events in order; read its attributes at any time.
+    """The progress of a run; call ``add`` with the events in order.
 
     Attributes:
-        doing: one phrase, e.g. ``epoch 2 of 6``.
-        step, num_steps: optimizer steps done and to be done in all, those before a resume included.
-        eta_seconds: time left; ``None`` before the first step.
-            An estimate from what has been done so far, so before the first evaluation it leaves evaluations out.
+        doing: the current activity, e.g. ``epoch 2 of 6``.
+        step, num_steps: optimizer steps done and in total, including those before a resume.
+        eta_seconds: estimated time left, without evaluations until the first one is done; None before the first step.
         train, eval: the latest event of each kind, or empty.
         status: ``starting``, ``running``, ``done``, ``interrupted`` or ``failed``.
     """
@@ -60,7 +59,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Human-readable duration: ``8 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """A duration as text: ``8 s``, ``3 min 20 s``, ``2 h 05 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""One row per rank: how far it is, how fast, what it has taken of its card, and which one the others wait for."""
+"""One row per rank: its progress, speed and memory, and which rank the others wait for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_NEWS_SECONDS = 30.0  # and ten times the usual
 
 
 class RankRow(NamedTuple):
-    """A rank's latest figures; speeds are None for a simulated card."""
+    """The latest figures of a rank; speeds are None for a simulated card."""
 
     rank: int
     step: int
@@ -28,7 +28,7 @@ class RankRow(NamedTuple):
     is_straggler: bool
 
     def cells(self) -> tuple[str, ...]:
-        """As people read them, one for each heading."""
+        """The cells as text, one for each heading."""
         speed = "simulated" if self.images_per_second is None else f"{self.images_per_second:.1f}"
         return (
             str(self.rank),
@@ -42,7 +42,7 @@ class RankRow(NamedTuple):
 
 
 def rank_rows(run: Run) -> list[RankRow]:
-    """The ranks of a run, each as it last reported; empty before the first log line."""
+    """The latest figures of each rank of a run; empty before the first log line."""
     recent = run.recent_figures()
     batch_size = run.config.get("batch_size", 0)
     rows = []
@@ -71,9 +71,9 @@ def _own_seconds(events: list[dict[str, Any]]) -> float:
 
 
 def silence(run: Run) -> str:
-    """A warning if a run has not logged anything for much longer than usual; else empty.
+    """A warning if a run has not logged anything for much longer than usual, otherwise empty.
 
-    Only between training steps: an evaluation or a first step may take its time.
+    Only between training steps, because an evaluation or the first step may take long.
     """
     events, latest = run.events(), run.ranks()
     if not latest or not events or events[-1]["event"] != "train":
@@ -86,14 +86,14 @@ def silence(run: Run) -> str:
 
 
 def as_text(rows: list[RankRow]) -> str:
-    """The table in plain text."""
+    """The table as text."""
     table = [HEADINGS, *(row.cells() for row in rows)]
     widths = [max(len(cells[column]) for cells in table) for column in range(len(HEADINGS))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)).rstrip() for cells in table)
 
 
 def as_html(rows: list[RankRow]) -> str:
-    """The table for a notebook; a straggler's row is bold and marked in words, not by colour alone."""
+    """The table as HTML; the row of a straggler is bold and marked in words, not only by colour."""
     head = "".join(f"<th style='text-align: right; padding: 0 1em'>{heading}</th>" for heading in HEADINGS)
     lines = []
     for row in rows:

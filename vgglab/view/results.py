@@ -1,9 +1,9 @@
-"""Speed and accuracy of many runs, with Enflame's published figures, from their run directories.
+"""Speed and accuracy of many runs, compared with Enflame's published figures.
 
     python -m vgglab.view.results                      # every run below runs/, as text
     python -m vgglab.view.results runs --html page.html
 
-Speeds are of measured steps only. A simulated card has none, so its runs have a separate table.
+Speeds are those of the measured steps. A simulated card has no speed, so its runs are in a separate table.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OVER_PEAK = (
 
 
 class Result(NamedTuple):
-    """A row: what ran, and what came out; None if that was not measured."""
+    """One row: the run and its results; None if something was not measured."""
 
     model: str
     data: str  # the set's name, or the folder's
@@ -67,13 +67,13 @@ class Result(NamedTuple):
 
     @property
     def share_of_peak(self) -> float | None:
-        """What is computed over what could be; None if one of the two was not measured."""
+        """Achieved FLOP/s divided by the peak; None if one of the two was not measured."""
         if not (self.images_per_second and self.flop_per_image and self.peak_flop_per_second):
             return None
         return self.images_per_second * self.flop_per_image / (self.peak_flop_per_second * (self.ranks or 1))
 
     def cells(self) -> tuple[str, ...]:
-        """As people read them, one for each heading."""
+        """The cells as text, one for each heading."""
         return tuple(text_of(self) for text_of in COLUMNS.values())
 
 
@@ -103,7 +103,7 @@ COLUMNS: dict[str, Callable[[Result], str]] = {
 
 
 def published() -> list[Result]:
-    """The original example's own figures."""
+    """The published figures of the original example."""
     return [
         Result("vgg16", "ImageNet", "Enflame T20", "float32", "", ranks, batch, 224, speed, None, None, None, acc1,
                "1.10", f"published: {where}")
@@ -112,10 +112,10 @@ def published() -> list[Result]:
 
 
 def collect(folders: Iterable[Path]) -> list[Result]:
-    """A row for each run in the folders, or below them, and for each mode that a benchmark has measured.
+    """One row for each run in or below the folders, and for each mode measured by a benchmark.
 
     Raises:
-        UserError: a folder that does not exist.
+        UserError: a folder does not exist.
     """
     runs, benchmarks = [], []
     for path in run_folders(folders):
@@ -187,7 +187,7 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
 
 
 def series_of(folders: Iterable[Path]) -> dict[str, list[Run]]:
-    """The runs of several seeds in these folders, by the name of their folder."""
+    """The series of runs with several seeds in these folders, by the name of their folder."""
     return {printable(folder.name): runs for folder, runs in series_in(folders).items()}
 
 
@@ -201,7 +201,7 @@ def _layout(described: dict[str, Any]) -> str:
 
 
 def _with_efficiency(results: list[Result]) -> list[Result]:
-    """Efficiency of runs with several ranks, relative to the nearest run (by name) of the same kind with one rank."""
+    """Add the parallel efficiency of runs with several ranks, relative to a run with one rank and the same settings."""
 
     def kind(row: Result) -> tuple:
         return (*row[:5], row.batch_size, row.image_size, row.torch)
@@ -221,7 +221,7 @@ def _with_efficiency(results: list[Result]) -> list[Result]:
 
 
 def _with_peak(runs: list[Result], benchmarks: list[Result]) -> list[Result]:
-    """Give runs the operation count and the peak of a benchmark of the same network on the same hardware."""
+    """Add the operation count and the peak from a benchmark of the same network on the same hardware."""
 
     def kind(row: Result) -> tuple:
         return (row.model, row.hardware, row.precision, row.image_size)
@@ -236,7 +236,7 @@ def _with_peak(runs: list[Result], benchmarks: list[Result]) -> list[Result]:
 
 
 def tables(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> list[Table]:
-    """What was measured, simulated runs apart; then ``series``, runs that differ by their seed, by name."""
+    """The tables: measured runs, simulated runs, and ``series``, the runs that differ only in their seed."""
     real = [row for row in results if not row.is_simulated]
     simulated = [row for row in results if row.is_simulated]
     notes = [SCALING] if any(row.efficiency for row in real) else []
@@ -250,12 +250,12 @@ def tables(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None
 
 
 def as_text(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
-    """The tables in plain text."""
+    """The tables as text."""
     return "\n\n".join(map(repr, tables(results, series)))
 
 
 def as_html(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
-    """A complete page that loads nothing from elsewhere."""
+    """A complete HTML page that loads nothing from elsewhere."""
     shown = "".join(table._repr_html_() for table in tables(results, series))
     style = (
         "body{font:16px/1.4 sans-serif;margin:2em;color:#333}table{border-collapse:collapse}"

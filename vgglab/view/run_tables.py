@@ -1,4 +1,4 @@
-"""Tables of some runs: results, settings, machines, warnings."""
+"""Tables of runs: results, settings, machines, warnings."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def results_tables(folders: Sequence[str | Path]) -> list[Table]:
     """Speed and accuracy of the runs and benchmarks in these folders, with Enflame's published figures.
 
     Raises:
-        UserError: a folder that is not there.
+        UserError: a folder does not exist.
     """
     return results.tables(results.collect(map(Path, folders)))
 
 
 def report_table(runs: Sequence[Run]) -> Table:
-    """A row a run: the original example's report, and whether the card was simulated, in which case it has no speed."""
+    """One row per run: the fields of the original example's report, and whether the card was simulated."""
     rows = []
     for run in runs:
         report = run.report()
@@ -50,7 +50,7 @@ def report_table(runs: Sequence[Run]) -> Table:
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
-    """A row for each setting that is not the same in all of them."""
+    """One row for each setting that differs between the runs."""
     names = dict.fromkeys(name for run in runs for name in _settings_of(run))
     values = {name: [_shown(run.config.get(name)) for run in runs] for name in names}
     rows = [[name, *shown] for name, shown in values.items() if len(set(shown)) > 1]
@@ -58,7 +58,7 @@ def settings_table(runs: Sequence[Run]) -> Table:
 
 
 def common_settings(runs: Sequence[Run]) -> str:
-    """The others, in one line of flags."""
+    """The settings that are the same in all runs, as a line of flags."""
     differing = {row[0] for row in settings_table(runs).rows}
     common = {name: value for name, value in _settings_of(runs[0]).items() if name not in differing}
     return " ".join(f"--{n.replace('_', '-')}={_shown(v)}" for n, v in common.items() if v not in (None, False))
@@ -70,7 +70,7 @@ def _settings_of(run: Run) -> dict[str, Any]:
 
 
 def machine_table(runs: Sequence[Run]) -> Table:
-    """A row a run: hardware, ranks, precision, versions, commit."""
+    """One row per run: hardware, ranks, precision, versions, commit."""
     rows = []
     for run in runs:
         env = run.env
@@ -82,7 +82,7 @@ def machine_table(runs: Sequence[Run]) -> Table:
 
 
 def warnings_table(runs: Sequence[Run]) -> Table:
-    """The warnings of the runs, each once."""
+    """The warnings of the runs, without duplicates."""
     said: dict[str, list[str]] = {}
     for run in runs:
         for text in dict.fromkeys(event["text"] for event in run.events("warning")):

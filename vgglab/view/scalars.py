@@ -1,4 +1,4 @@
-"""TensorBoard scalars by the original example's names, written while the run is active."""
+"""TensorBoard scalars with the names of the original example, written while the run is active."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SPARE_BYTES = 2**20  # TensorBoard keeps some of what it is given in memory for 
 
 
 class Scalars:
-    """A listener for ``RunWriter``; x is the optimizer step.
+    """A listener for ``RunWriter``; the x axis is the optimizer step.
 
     Raises:
         UserError: tensorboard is not installed.
-        OSError: when it is called, and the disk is full.
+        OSError: on a call, if the disk is full.
     """
 
     def __init__(self, folder: Path) -> None:

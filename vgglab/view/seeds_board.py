@@ -1,4 +1,4 @@
-"""Several seeds in a notebook: which one is training, the table so far, and Stop; one table where nothing can move."""
+"""Several seeds in a notebook: progress, table so far and a Stop button; without widgets, only the final table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vgglab.view.tables import html_text
 
 
 def watch(seeds: Any) -> None:
-    """Show ``LaunchedSeeds``: a live board and return at once, or wait for them and leave the table."""
+    """Show ``LaunchedSeeds``: a live table, returning at once; or, without widgets, wait and show the final table."""
     kind = front_end()
     if kind == "live":
         Board(seeds).show()
@@ -28,7 +28,7 @@ def watch(seeds: Any) -> None:
 
 
 class Board:
-    """Kept up to date by a thread until the last seed is done."""
+    """Progress, table and a Stop button, updated by a thread until the last seed is done."""
 
     def __init__(self, seeds: Any) -> None:
         import ipywidgets as widgets

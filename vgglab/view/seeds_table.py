@@ -1,4 +1,4 @@
-"""Runs that differ by their seed, as a table: how many, mean and standard deviation. Rows are groups of runs."""
+"""A table of groups of runs that differ only in their seed: number, mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADINGS = ("", "figure", "n", "mean", "standard deviation", "lowest", "highest"
 
 
 class Row(NamedTuple):
-    """One figure of a group; over the seeds of the runs that are done."""
+    """One figure of a group, over its finished runs."""
 
     group: str
     figure: str
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 def rows_of(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
-    """A row for each group and figure; runs that are not done do not count."""
+    """One row for each group and figure; unfinished runs do not count."""
     rows = []
     for group, runs in groups.items():
         done = [run for run in runs if status_in_words(run) == "done" and report_of(run) is not None]
@@ -49,7 +49,7 @@ def rows_of(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
 
 
 def remark(rows: Sequence[Row]) -> str:
-    """A warning if there are too few to compare; else empty."""
+    """A warning if there are too few seeds to compare, otherwise empty."""
     if all(row.n >= ENOUGH for row in rows):
         return ""
     return f"fewer than {ENOUGH} seeds: they show the spread, not which group is better"
@@ -60,7 +60,7 @@ def _damage(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 def seeds_table(groups: Mapping[str, Sequence[Run]]) -> Table:
-    """A row for each group and figure; below it what was left out, and whether there are too few to compare."""
+    """One row for each group and figure, with notes on what was left out and on too few seeds."""
     rows = rows_of(groups)
     return Table(
         HEADINGS, [row.cells() for row in rows], note="; ".join(filter(None, [remark(rows), *_damage(groups)]))

@@ -1,7 +1,7 @@
-"""Executed notebooks as a small site: a page each and an index, which need nothing from elsewhere.
+"""Executed notebooks as a small web site: one page each and an index, all of which work offline.
 
-nbconvert makes the pages. Its template asks the web for scripts that these notebooks have no use for (mathematics,
-diagrams, widgets): they are left out, and a line to the other pages is put in.
+nbconvert creates the pages. Its template loads scripts from the web that these notebooks do not need (mathematics,
+diagrams, widgets): they are removed, and links to the other pages are added.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ li{margin:.8em 0}small{color:#666}code{background:#f3f3f3;padding:0 .2em}
 
 
 class Chapter(NamedTuple):
-    """An executed notebook, how long it took, and why it failed if it did."""
+    """An executed notebook, its duration, and the reason if it failed."""
 
     file: Path
     seconds: float
@@ -69,10 +69,10 @@ class Chapter(NamedTuple):
 
 
 def refuse_foreign(folder: Path, stems: Sequence[str]) -> None:
-    """Existing pages of ours are overwritten; other files are kept.
+    """Refuse to overwrite files that are not pages made here.
 
     Raises:
-        UserError: there is something of the name of a page, and it is none of ours.
+        UserError: a file with the name of a page is not one made here.
     """
     for page in [folder / f"{stem}.html" for stem in ("index", *stems)]:
         if page.is_symlink() or page.is_dir():
@@ -88,7 +88,7 @@ def refuse_foreign(folder: Path, stems: Sequence[str]) -> None:
 def write_site(
     chapters: Sequence[Chapter], folder: Path, parameters: Mapping[str, str], with_code: bool = True
 ) -> None:
-    """A page for each chapter that was executed, and ``index.html``: what each is about, its time, its fault."""
+    """Write a page for each executed chapter, and ``index.html`` with summaries, durations and failures."""
     told = [(chapter, *_opening(chapter.file)) for chapter in chapters if _is_whole(chapter.file)]
     for place, (chapter, _, _) in enumerate(told):
         links = [("index.html", "All notebooks · 目录")]
@@ -122,7 +122,7 @@ def write_site(
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether the executed notebook is there, and was written to its end."""
+    """Whether the executed notebook exists and is complete."""
     try:
         return "cells" in json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -130,7 +130,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def _opening(file: Path) -> tuple[str, str]:
-    """A notebook's title, and the first sentence under it, without Markdown."""
+    """The title of a notebook and its first sentence, without Markdown."""
     for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown" and text.startswith("# "):

@@ -1,6 +1,6 @@
-"""Plain text as tables and paragraphs, in text and in HTML. No other code turns text from a run into HTML.
+"""Tables and paragraphs as text and as HTML. All text from a run is converted to HTML here, and escaped.
 
-A column that is empty throughout is left out of the text.
+Columns without content are omitted from text tables.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ POLICY = (
 
 
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[str | None]]) -> str:
-    """Columns as wide as their widest cell; a cell is empty if a damaged run does not say."""
+    """A table as text, with aligned columns; a missing value is an empty cell."""
     table = [[" ".join((cell or "").split("\n")) for cell in cells] for cells in (headings, *rows)]
     columns = [c for c in range(len(headings)) if any(cells[c] for cells in table[1:])]
     widths = {c: max(len(cells[c]) for cells in table) for c in columns}
@@ -24,7 +24,7 @@ def text_table(headings: Sequence[str], rows: Sequence[Sequence[str | None]]) ->
 
 
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[str | None]]) -> str:
-    """One that scrolls where the window is narrow."""
+    """A table as HTML that scrolls if the window is narrow."""
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell or '')}</td>" for cell in cells) + "</tr>" for cells in rows
@@ -33,7 +33,7 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[str | None]]) ->
 
 
 class Table(NamedTuple):
-    """Rows of words; shows itself in a notebook."""
+    """Rows of text, displayed as a table in a notebook."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str | None]]
@@ -51,7 +51,7 @@ class Table(NamedTuple):
 
 
 def html_facts(rows: Sequence[Sequence[str]]) -> str:
-    """Names on the left, what they are on the right."""
+    """A two-column HTML table: names and values."""
     body = "".join(
         f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(value)}"
         "</td></tr>"
@@ -61,17 +61,17 @@ def html_facts(rows: Sequence[Sequence[str]]) -> str:
 
 
 def html_text(text: str, tag: str = "p", style: str = "") -> str:
-    """One element."""
+    """An HTML element with this text."""
     return f"<{tag} style='{style}'>{html.escape(text)}</{tag}>" if style else f"<{tag}>{html.escape(text)}</{tag}>"
 
 
 def html_lines(lines: Sequence[str]) -> str:
-    """Lines of plain text, one below the other."""
+    """Lines of text as HTML, one below the other."""
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def show(table: Any) -> None:
-    """In a notebook as HTML, elsewhere as text."""
+    """Show HTML in a notebook, otherwise text."""
     try:
         from IPython.display import display
     except ImportError:

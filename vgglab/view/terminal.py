@@ -1,4 +1,4 @@
-"""A run on a terminal: a progress bar, or occasional lines if the output is not a terminal."""
+"""The output of a run: a progress bar on a terminal, otherwise occasional lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ except ImportError:  # the vendor's image may not have it: lines, then
 
 
 class Terminal:
-    """A listener for ``RunWriter``: prints each event as it comes."""
+    """A listener for ``RunWriter`` that prints the events."""
 
     def __init__(self) -> None:
         self.progress = Progress()
@@ -29,7 +29,7 @@ class Terminal:
             handler(event)
 
     def say(self, text: str) -> None:
-        """One line on stdout, above the bar if there is one."""
+        """Print a line on stdout, above the progress bar if there is one."""
         if self.bar is not None:
             self.bar.write(printable(text))
         else:

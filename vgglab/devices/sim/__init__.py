@@ -4,15 +4,17 @@
     >>> sim.install()
     >>> torch.ones(2, device="gcu:1") + 1      # torch.gcu, .gcu() and backend "eccl" are there too
 
-What it takes over from the card's contract: tensors of different devices do not mix, 64-bit types lose their
-upper half, every host read is counted, forked children may not touch it, ``eccl`` serves nothing else. What it
-cannot show: speed, the card's rounding (its results are the CPU's), its missing kernels, its memory's limit.
-``VGGLAB_SIM_CARDS`` is the number of simulated cards (8, as in the original example's commands).
+What it reproduces of the card's contract: tensors on different devices do not mix, 64-bit types lose their upper half,
+every host read is counted, forked processes may not use the card, and ``eccl`` accepts only tensors on it. What it
+cannot
+show: speed, the card's rounding (results are those of the CPU), missing kernels, and the memory limit.
+``VGGLAB_SIM_CARDS`` is the number of simulated cards (default 8, as in the original example's commands).
 
-It is PyTorch's experimental Python backend for the PrivateUse1 key (torch >= 2.10), once per process and for good.
+It uses PyTorch's experimental Python backend for the PrivateUse1 key (torch >= 2.10), which a process can register only
+once.
 
-    card.py      the cards' state: which are there, what lies in their memory, their random numbers
-    tensor.py    the tensor and how an operation on it is carried out
+    card.py      the state of the cards: their number, memory use and random numbers
+    tensor.py    the tensor and how operations on it are computed
     autocast.py  mixed precision
     api.py       torch.gcu
     eccl.py      the process group
@@ -31,14 +33,14 @@ _NEEDED = "needs torch 2.10 or newer"
 
 
 class CannotSimulate(RuntimeError):
-    """This process cannot have a simulated card; the message says why."""
+    """This process cannot simulate a card; the message says why."""
 
 
 def install() -> None:
-    """Register the device; a second call does nothing.
+    """Register the simulated device; a second call does nothing.
 
     Raises:
-        CannotSimulate: torch is too old, or the name is taken by another torch_gcu, be it the lazy double.
+        CannotSimulate: torch is too old, or another torch_gcu (or the lazy double) uses the name.
     """
     if is_installed():
         return
@@ -66,12 +68,12 @@ def install() -> None:
 
 
 def is_installed() -> bool:
-    """Whether ``torch.gcu`` is the simulated card's."""
+    """Whether ``torch.gcu`` is the simulated card."""
     return getattr(getattr(torch, "gcu", None), "IS_SIMULATED", False)
 
 
 def num_host_reads() -> int:
-    """How often this process has waited for a card to read a value from it."""
+    """How often this process has read a value from a card, and so waited for it."""
     from vgglab.devices.sim.card import state
 
     return state.num_host_reads

@@ -1,1 +1,1 @@
-"""Benchmarks, always against a reference in the same run: times are noisy, ratios much less."""
+"""Benchmarks, always against a reference in the same run, because ratios are much less noisy than times."""

@@ -1,7 +1,7 @@
-"""One mode of training, in a separate process that makes steps on request.
+"""A training mode in a separate process that performs steps on request.
 
-Two of these with interleaved steps are disturbed alike on a noisy machine; and settings of a process, such as what its
-C library does with freed memory, do not affect the other.
+On a noisy machine, two processes with interleaved steps are disturbed equally. Process-wide settings, such as what the
+C library does with freed memory, do not affect the other process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vgglab.trainer import Trainer
 
 
 class Way(NamedTuple):
-    """How to train: by the kit with these flags, or by a plain PyTorch loop."""
+    """A way to train: vgglab with these flags, or a plain PyTorch loop."""
 
     name: str
     flags: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Way(NamedTuple):
 
 
 class Network(NamedTuple):
-    """What a way trains: enough to build it elsewhere."""
+    """The network to train: everything needed to build it in another process."""
 
     model: str
     num_classes: int
@@ -57,7 +57,7 @@ class Network(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """The first answer of such a process."""
+    """The first answer of the process: it is ready."""
 
     device: dict[str, Any]  # the device's own description
     network: Network
@@ -65,7 +65,7 @@ class Ready(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Its last answer, where there is something that cannot be."""
+    """The last answer of the process, if it cannot do what was requested."""
 
     reason: str
     does_not_fit: bool = False
@@ -77,10 +77,10 @@ PEAK_REPEATS = 2  # of the largest matrix product, each time it is asked for
 
 
 def work(connection: Connection, way: Way, flags: list[str]) -> None:
-    """Answer what comes over the connection; None ends it, and is answered with what was used of the device.
+    """Answer the requests that come over the connection; None ends it, with the device usage as the last answer.
 
-    The first answer, before anything is asked, is ``Ready``. A number of steps is answered with the seconds of each,
-    ``"peak"`` with the operations per second of a matrix product in this way's precision; any of them with ``Refusal``.
+    The first answer, before any request, is ``Ready``. A number of steps is answered with the seconds of each,
+    ``"peak"`` with the FLOP per second of a matrix product in the same precision. Every answer can be a ``Refusal``.
     """
     try:
         request = parse_flags([*flags, *way.flags])
@@ -122,9 +122,9 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
 
 
 def _steps(connection: Connection, device: Device) -> Iterator[None]:
-    """One turn of the loop for each step asked for; each is timed to the end of the device's work.
+    """Perform and time the requested steps, each to the end of the work on the device.
 
-    Ends when None is asked, having answered with what was used of the device.
+    Ends when the request is None.
     """
     usage: dict[str, Any] = {}
     while True:

@@ -3,9 +3,9 @@
     python -m vgglab.bench data --data-path imagenet
     python -m vgglab.bench data --data-path imagenet --json   # the last line of stdout is one JSON object
 
-First one core: the same images, a few at a time, by vgglab and by the reference, interleaved; from the file
-to a normalised float32 batch. The ratio is the median of the pairs. Then the loader as training uses it, with one
-process, two, and so on up to the number of cores. Files are read once beforehand, so disk reads are not timed.
+First on one core: vgglab and the reference load the same images, a few at a time, interleaved, from the file to a
+normalised float32 batch. The ratio is the median over the pairs. Then the loader as training uses it, with one process
+and with one per core. All files are read once beforehand, so disk reads are not timed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CARDS = {"T20, as published": 590.3, "a fast card": 2400.0}
 
 
 class DataFigures(NamedTuple):
-    """What was measured, in images per second; the fields of the JSON object."""
+    """The results, in images per second; the fields of the JSON object."""
 
     images_per_second: float  # the kit's, one core, from the file to the normalised batch
     reference_images_per_second: float  # torchvision's reference, likewise
@@ -57,7 +57,7 @@ class DataFigures(NamedTuple):
 
 
 class ReferenceImages(Dataset):
-    """torchvision's reference script: Pillow, then RandomResizedCrop and its companions, an image at a time."""
+    """The pipeline of torchvision's reference script: Pillow, then RandomResizedCrop and so on, one image at a time."""
 
     def __init__(self, split: Split, image_size: int) -> None:
         self.split = split
@@ -89,11 +89,11 @@ def measure_loading(
     Args:
         config: its data, image size, batch size and decoder.
         seconds: approximate duration of each part, on one core and with each number of loader processes.
-        workers: those numbers; None: one, and one for each core.
-        card: training speed in images/s to keep up with; None: those of all known cards.
+        workers: the numbers of loader processes; None for one, and one per core.
+        card: the training speed in images/s to keep up with; None for those of all known cards.
 
     Raises:
-        UserError: as ``open_sets``; an image that cannot be read.
+        UserError: as in ``open_sets``; also if an image cannot be read.
     """
     sets = open_sets(replace(config, test_only=False))
     split = sets.train
@@ -128,7 +128,7 @@ def measure_loading(
 
 
 def _chunks(split: Split, sets: DataSets, config: Request, seconds: float) -> Iterator[tuple[float, float, float, int]]:
-    """Seconds of the kit, of the reference and of decoding alone, and the number of images, chunk by chunk."""
+    """For each chunk: seconds of vgglab, of the reference and of decoding alone, and the number of images."""
     reader = BatchReader(split, sets.train_transform(), sets.image_size, sets.decoder, skips_bad_images=False)
     reference = ReferenceImages(split, sets.image_size)
     size = min(config.batch_size, len(split))
@@ -171,7 +171,7 @@ def _seconds_of(run: Callable[[], Any]) -> float:
 def _by_workers(
     count: int, sets: DataSets, config: Request, device: Device, core_rate: float, seconds: float
 ) -> dict[str, float]:
-    """Images per second with ``count`` loader processes; this process only takes what they make."""
+    """Images per second with ``count`` loader processes; this process only receives the batches."""
     assert sets.train is not None
     size = min(config.batch_size, len(sets.train))
     num_first = 2 * count  # that many batches each process makes ahead: when they are out, it goes at its own pace
@@ -191,7 +191,7 @@ def _by_workers(
 
 
 class Turns(List[List[Pick]]):
-    """Batches in an order that is fixed."""
+    """A sampler that returns given batches."""
 
     epoch = first = 0
 
@@ -206,7 +206,7 @@ def _rate(batches: Iterator[Any], num_first: int, size: int) -> float:
 
 @contextlib.contextmanager
 def _on_one_core() -> Iterator[None]:
-    """This process and one thread on one core (Linux; elsewhere one thread, wherever it runs)."""
+    """Restrict this process to one thread on one core (Linux; elsewhere to one thread)."""
     threads = torch.get_num_threads()
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     torch.set_num_threads(1)
@@ -221,7 +221,7 @@ def _on_one_core() -> Iterator[None]:
 
 
 def as_text(figures: DataFigures, data_path: str) -> str:
-    """The figures for people."""
+    """The results as text."""
     low, high = figures.ratio_range
     lines = [
         f"{data_path}: {figures.num_images} training images, cropped to {figures.image_size}x{figures.image_size}, "

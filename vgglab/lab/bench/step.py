@@ -57,11 +57,11 @@ FIRST_SIZE, LARGEST_SIZE, CLOSE_ENOUGH = 16, 2**16, 1 / 16  # where the search f
 
 
 class DoesNotFit(UserError):
-    """The device has no memory for this batch."""
+    """The batch does not fit into the memory of the device."""
 
 
 class StepFigures(NamedTuple):
-    """One mode, with the plain loop if both fit; images per second."""
+    """The result for one mode, with that of the plain loop if both fit into memory; images per second."""
 
     way: str
     batch_size: int
@@ -78,7 +78,7 @@ class StepFigures(NamedTuple):
 
 
 class Child:
-    """A process that makes steps on request. Raises UserError for a mode that is not available, or DoesNotFit."""
+    """A process that performs steps on request. Raises UserError if the mode is unavailable, or DoesNotFit."""
 
     def __init__(self, way: Way, flags: Sequence[str]) -> None:
         self.connection, other = CONTEXT.Pipe()
@@ -89,29 +89,29 @@ class Child:
         self.ready: Ready = self._answer()
 
     def steps(self, number: int) -> list[float]:
-        """Seconds of each."""
+        """Perform this many steps and return the seconds of each."""
         self.connection.send(number)
         return self._answer()
 
     def warm_up(self) -> None:
-        """The steps that are slower than those that follow."""
+        """Perform the first steps, which are slower than the later ones."""
         self.steps(self.ready.num_warm_up_steps)
 
     def look_for_peak(self) -> None:
-        """Measure a matrix product; the best of all counts, since a busy machine shows a lower one."""
+        """Measure a matrix product; the best measurement is used, because other load only slows it down."""
         if not self.ready.device["simulated"]:
             self.connection.send("peak")
             self._peaks.append(self._answer())
 
     def stop(self) -> dict[str, Any]:
-        """What it has used of the device."""
+        """End the process and return its device usage."""
         self.connection.send(None)
         usage = self._answer()
         self.process.join()
         return usage
 
     def figures(self, batch_size: int, own_seconds: Sequence[float], pairs: Sequence[float] = ()) -> StepFigures:
-        """The last thing asked of it; ``pairs`` are the plain loop's seconds, turn by turn."""
+        """End the process and return the result; ``pairs`` are the seconds of the plain loop, by repetition."""
         rate = batch_size / median(own_seconds)
         ratios = sorted(theirs / own for own, theirs in zip(own_seconds, pairs))
         peak = max(self._peaks) or None
@@ -148,7 +148,7 @@ class Child:
 
 @lru_cache(maxsize=None)
 def _training_flop(network: Network) -> int:
-    """Of an image, forward and backward. Counted here, once: the counting takes each process seconds to get ready."""
+    """FLOP of the forward and backward pass for one image. Counted once, because the imports take seconds."""
     with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes without weights
         hollow = network.build()
     return anatomy.of(hollow, network.image_size).training_flop
@@ -166,13 +166,14 @@ def measure_steps(
     """Time each mode in alternation with the plain loop, after a warm-up of one step, or of five on a card.
 
     Args:
-        flags: of training, such as ``--model=vgg11``; settings of the benchmark, such as generated images, are added.
-        ways: names of ``WAYS``.
-        turns: of each way and the plain loop.
-        steps: in each turn, of which the median counts.
+        flags: training flags, such as ``--model=vgg11``; those of the benchmark, such as generated images, are added.
+        ways: the modes, by their names in ``WAYS``.
+        turns: number of repetitions of each mode and of the plain loop.
+        steps: steps per repetition; their median is used.
 
     Raises:
-        UserError: an unknown way, or one that this device does not offer; DoesNotFit: no memory for the batch.
+        UserError: an unknown mode, or one that the device does not support.
+        DoesNotFit: the batch does not fit into memory.
     """
     chosen = [way_named(name) for name in dict.fromkeys(ways)]
     flags = [*flags, *FLAGS, f"--batch-size={batch_size}"]
@@ -194,12 +195,13 @@ def measure_steps(
 
 
 def largest(flags: Sequence[str], way: str, turns: int, steps: int) -> StepFigures:
-    """The largest batch that fits, to a sixteenth, and its speed; the way is alone on the device.
+    """Find the largest batch that fits, to one part in sixteen, and its speed; nothing else runs on the device.
 
-    Each attempt is a separate process that makes two steps, because the optimizer's state exists only after the first.
+    Each attempt is a separate process that performs two steps, because the optimizer's state exists only after the
+    first.
 
     Raises:
-        UserError: an unknown way, one that this device does not offer, or out of memory even for a single image.
+        UserError: an unknown or unsupported mode, or out of memory even for a single image.
     """
     fits, too_large = 0, LARGEST_SIZE + 1
     while too_large - fits > max(1, fits * CLOSE_ENOUGH):
@@ -235,7 +237,7 @@ def _alone(flags: Sequence[str], way: str, batch_size: int) -> Child:
 
 
 def as_text(results: Sequence[StepFigures]) -> str:
-    """The figures for people."""
+    """The results as text."""
     lines = ["way             batch   images/s   plain loop   ratio (range)         peak memory   of matmul's speed"]
     for row in results:
         beside = f"{'':13s}   {'alone':19s}"
@@ -251,7 +253,7 @@ def as_text(results: Sequence[StepFigures]) -> str:
 
 
 def save_steps(results: Sequence[StepFigures], flags: Sequence[str], output_dir: str = ".") -> Path:
-    """Leave the results in a run directory of their own below ``output_dir``, where the results page finds them."""
+    """Write the results to a new run directory below ``output_dir``, where the results page finds them."""
     device = dict(results[-1].device)
     request = parse_flags([*flags, *FLAGS, f"--output-dir={output_dir}"])
     request = replace(request, device=device["device"])  # what auto came to

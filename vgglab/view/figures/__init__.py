@@ -1,4 +1,4 @@
-"""Figures of runs (``runs.py``), of a network (``network.py``) and of what it sees (``features.py``)."""
+"""Figures of runs (``runs.py``), of a network (``network.py``) and of its features (``features.py``)."""
 
 from vgglab.view.figures.base import BLUE, COLOURS, DASHES, GREEN, GRID, INK, ORANGE, PURPLE, Picture, new_figure
 from vgglab.view.figures.features import (

@@ -1,6 +1,6 @@
-"""What all figures share: the colours, panels side by side, and how a notebook shows them.
+"""Shared by all figures: colours, panels, and how a notebook shows them.
 
-Drawn on ``matplotlib.figure.Figure`` and never through pyplot, which is not safe in the dashboard's thread.
+Figures use ``matplotlib.figure.Figure`` and never pyplot, which is not safe in the thread of the dashboard.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ MAX_TOLD = 10  # panels of a picture, in words
 
 
 class Picture(Figure):
-    """A figure that a notebook shows as it is, without pyplot."""
+    """A figure that notebooks show without pyplot."""
 
     def __init__(self, width: float, height: float) -> None:
-        """Sizes in inches."""
+        """Create a figure; sizes in inches."""
         super().__init__(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(self)
 
     def draw(self, renderer: Any) -> None:
-        """As any figure; but a name with a ``$`` in it, of a run or a class, is no formula.
+        """Draw as usual, but do not treat ``$`` in names of runs or classes as mathematics.
 
-        The numbers of a logarithmic axis are: matplotlib writes powers of ten so.
+        Tick labels of logarithmic axes are excepted, because matplotlib writes powers of ten as formulas.
         """
         axes = [axis for panel in self.axes for axis in (panel.xaxis, panel.yaxis) if axis.get_scale() == "log"]
         powers = {text for axis in axes for text in (*axis.get_majorticklabels(), *axis.get_minorticklabels())}
@@ -45,7 +45,7 @@ class Picture(Figure):
         return file.getvalue()
 
     def in_words(self) -> str:
-        """For those who hear a picture: of each panel its title, its axes and its legend, as far as it has them."""
+        """The alternative text for screen readers: title, axes and legend of each panel."""
         told = []
         for panel in self.axes:
             axes = " over ".join(filter(None, [panel.get_ylabel(), panel.get_xlabel()]))
@@ -61,7 +61,7 @@ class Picture(Figure):
         return f"Picture({self.in_words()})"
 
     def bundle(self, text: str = "") -> dict[str, Any]:
-        """What IPython's ``display`` takes: the picture, and in words for a screen reader and where none is shown."""
+        """The data for IPython's ``display``: the image, and its description as text."""
         words = {"image/png": {"alt": self.in_words()}}
         return {"data": {"image/png": self.png(), "text/plain": text or repr(self)}, "metadata": words, "raw": True}
 
@@ -70,7 +70,7 @@ class Picture(Figure):
 
 
 def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tuple[Picture, list[Any]]:
-    """A figure and its panels, side by side; sizes in inches."""
+    """Create a figure with panels side by side; sizes in inches."""
     figure = Picture(width, height)
     panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
     for panel in panels:

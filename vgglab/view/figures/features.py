@@ -1,6 +1,6 @@
-"""Figures of what a network responds to: kernels, feature maps, heat maps over photographs, nearest neighbours.
+"""Figures of features: kernels, feature maps, heat maps over photographs, nearest neighbours.
 
-Images are arrays ``(H, W, 3)`` of bytes, maps are arrays ``(channels, h, w)``, heat is ``(H, W)`` or smaller.
+Images are arrays ``(H, W, 3)`` of bytes, maps ``(channels, h, w)``, heat maps ``(H, W)`` or smaller.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vgglab.view.figures.base import BLUE, GREEN, GRID, INK, ORANGE, Picture
 
 
 def kernel_grid(kernels: Any, num_columns: int = 16) -> Picture:
-    """First-layer kernels ``(K, 3, h, w)`` as colour images, each stretched from its own least to its own greatest."""
+    """First-layer kernels ``(K, 3, h, w)`` as colour images, each scaled from its minimum to its maximum."""
     kernels = np.asarray(kernels).transpose(0, 2, 3, 1)  # (K, h, w, 3)
     least, most = kernels.min(axis=(1, 2, 3), keepdims=True), kernels.max(axis=(1, 2, 3), keepdims=True)
     images = (kernels - least) / np.maximum(most - least, 1e-12)
@@ -30,9 +30,9 @@ def kernel_grid(kernels: Any, num_columns: int = 16) -> Picture:
 
 
 def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> Picture:
-    """A row for each layer: the ``num_maps`` channels that vary most over the image, which is shown on the left.
+    """One row per layer: the image, then the ``num_maps`` channels that vary most over it.
 
-    Axes count the map's own pixels; each map is scaled from 0 (black) to its own maximum.
+    Axes are in pixels of the map; each map is scaled from 0 (black) to its maximum.
     """
     height, width = np.asarray(image).shape[:2]
     figure = Picture(9.6, len(maps) * (8.4 / (num_maps + 1) * height / width + 0.42))
@@ -55,7 +55,7 @@ def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> Picture:
 
 
 def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles: Sequence[str]) -> Picture:
-    """The images in the first row; below, a row for each kind of heat, laid over them and named at its left.
+    """The images in the first row; below, one row per kind of heat map, drawn over the images.
 
     The heat map is resized to the image and drawn from its minimum to its maximum; the colour bar shows the scale.
     """
@@ -87,10 +87,10 @@ def _lay_over(panel: Any, image: Any, heat: Any) -> Any:
 
 
 def receptive_fields(image: Any, fields: Mapping[str, Any]) -> Picture:
-    """For each layer the pixels that move its middle unit, over the middle of the image; framed, the last that does.
+    """For each layer, the pixels that affect its centre unit, over the image; a frame marks their extent.
 
-    ``fields``: by layer, ``(H, W)`` with the sum 1, from ``features.effective_receptive_fields``; drawn by its root, so
-    that what is weak is seen too. Axes in pixels of the image.
+    ``fields``: by layer, ``(H, W)`` with sum 1, from ``features.effective_receptive_fields``; the square root is drawn,
+    so that weak influence is visible. Axes in pixels of the image.
     """
     from matplotlib.patches import Rectangle
 
@@ -121,7 +121,7 @@ def _grey(image: Any) -> Any:
 
 
 def bounding_box(field: Any) -> tuple[int, int, int, int]:
-    """The smallest box that holds all that is not zero: top, left, and the first row and column behind it."""
+    """The smallest box around all non-zero values: top, left, and the first row and column after it."""
     rows, columns = np.nonzero(np.asarray(field).sum(axis=1))[0], np.nonzero(np.asarray(field).sum(axis=0))[0]
     if not len(rows):
         return 0, 0, 0, 0
@@ -131,9 +131,9 @@ def bounding_box(field: Any) -> tuple[int, int, int, int]:
 def neighbour_rows(
     images: Sequence[Any], meanings: Sequence[str], rows: Sequence[tuple[str, int, Sequence[int]]]
 ) -> Picture:
-    """A row for each (by what, place of an image, places of its neighbours); ``meanings`` are the captions.
+    """One row per (criterion, index of an image, indices of its neighbours); ``meanings`` are the captions.
 
-    A neighbour that means something else is crossed and framed.
+    A neighbour with a different caption is crossed out and framed.
     """
     num_columns = 1 + max(len(places) for _, _, places in rows)
     figure = Picture(1.25 * num_columns, 1.5 * len(rows))

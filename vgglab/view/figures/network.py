@@ -1,4 +1,4 @@
-"""Figures of a network: its architecture, each layer a box of the size of its output, and its roofline."""
+"""Figures of a network: its architecture, drawn as boxes, and its roofline."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ GAP, POOL, LINEAR, LEAST, LETTER = 0.007, 0.014, 0.05, 0.002, 0.02
 def architecture(anatomy: Anatomy, marked: str = "") -> Picture:
     """The whole network in one row, from the image on the left to the classes on the right.
 
-    A convolution's box is as high as its maps, in pixels, and as wide as it has channels. A pool is a hatched bar of
-    the height that it leaves. Linear layers write no maps: their heights are features, on a scale of their own.
+    The height of a convolution is the side of its maps in pixels, its width the number of channels. A pooling is a
+    hatched bar with the height of its output. The height of a linear layer is its number of features, on another scale.
 
     Args:
-        anatomy: of any depth and any image size; what ``vgglab.anatomy.of`` answers.
-        marked: name of a layer to point at; one without a box is shown at the box whose values it works on.
+        anatomy: a result of ``vgglab.anatomy.of``, of any depth and image size.
+        marked: the name of a layer to point at; a layer without a box is shown at the box of its input.
 
     Raises:
-        UserError: no layer of that name, or none that has a box.
+        UserError: the layer does not exist, or there is no box to show it at.
     """
     picture = Picture(WIDTH, HEIGHT)
     draw(picture.subplots(), anatomy, marked)
@@ -42,7 +42,7 @@ def architecture(anatomy: Anatomy, marked: str = "") -> Picture:
 
 
 def draw(panel: Any, anatomy: Anatomy, marked: str = "") -> None:
-    """``architecture`` on an axes of matplotlib. The box of a layer has the layer's name as its ``gid``."""
+    """Draw ``architecture`` on matplotlib axes. The ``gid`` of a box is the name of its layer."""
     if marked and marked not in [layer.name for layer in anatomy]:
         raise UserError(f"no layer {marked!r} in {anatomy.model}; its first is {anatomy[0].name}")
     boxes = _boxes(anatomy)
@@ -102,7 +102,7 @@ def _box(panel: Any, name: str, kind: str, corner: tuple[float, float], width: f
 
 
 def _write_sizes(panel: Any, boxes: Sequence[tuple[Layer, float, float, float]], size: int) -> None:
-    """The side of the maps above the first box that has it, the channels below their convolutions."""
+    """Write the side of the maps above the first box of each size, and the channels below the convolutions."""
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # an arrow may pass
     look: dict[str, Any] = {"fontsize": 9, "color": INK, "zorder": 5, "bbox": behind}
     maps = [box for box in boxes if box[0].kind in ("conv", "pool")]
@@ -164,9 +164,9 @@ def _finish(panel: Any, anatomy: Anatomy, boxes: Sequence[tuple[Layer, float, fl
 
 
 def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> Picture:
-    """Measured layers under the two ceilings, both axes logarithmic: FLOP per byte, and GFLOP/s of the forward pass.
+    """Measured layers below the roofline, on logarithmic axes: FLOP per byte, and GFLOP/s of the forward pass.
 
-    Only layers with multiply-adds have a place there. A layer far below its ceiling has something to gain.
+    Only layers with multiply-adds are shown. A layer far below the roofline could be faster.
 
     Raises:
         UserError: nothing in ``rows`` was measured.
@@ -201,7 +201,7 @@ def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> Picture:
 def _labels(
     rows: Sequence[Layer], speeds: Sequence[float], left: float, right: float
 ) -> list[tuple[str, float, float, float]]:
-    """Names, where their markers are, and places along the axis (0 to 1) far enough from each other to be read."""
+    """The names, the positions of their markers, and label positions (0 to 1) that do not overlap."""
     marks = sorted(zip((row.intensity for row in rows), speeds, (row.name for row in rows)))
     wanted = [math.log(mark[0] / left) / math.log(right / left) for mark in marks]
     gap = min(LABEL_GAP, 1 / (len(marks) + 1))

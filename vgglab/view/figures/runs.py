@@ -1,4 +1,4 @@
-"""Figures of runs: what they learned, where their time went, and what the trained network gets right and wrong."""
+"""Figures of runs: learning curves, time per step, and predictions of the trained network."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def _curve(panel: Any, train: list[dict], held_out: list[dict], figure: str) -> 
 
 
 def _drawn(run: Run, kind: str) -> list[Event]:
-    """The events of a curve; of a very long run a part of them, as far apart from each other."""
+    """The events of a curve; for a very long run an evenly spaced selection."""
     events = run.events(kind)
     return list(events[:: -(-len(events) // MAX_READ) or 1])
 
 
 def _in_legend(name: str) -> str:
-    """Matplotlib leaves out what begins with an underscore."""
+    """A label for the legend: matplotlib omits names that begin with an underscore."""
     return f" {name}" if name.startswith("_") else name
 
 
@@ -76,7 +76,7 @@ MAX_POINTS = 1000  # of a curve: a dashboard draws it every other second
 
 
 def curves_beside(runs: Sequence[Run], names: Sequence[str] = (), first_difference: int | None = None) -> Picture:
-    """Training loss and held-out top-1 of several runs in the same panels; a line where two first differ."""
+    """Training loss and held-out top-1 of several runs in the same panels; a line marks the first difference of two."""
     figure, (loss, accuracy) = new_figure(2, height=3 + 0.2 * (len(runs) + 1))  # a line of it for each name
     for number, run in enumerate(runs):
         name = _in_legend(names[number] if names else run.name)
@@ -97,7 +97,7 @@ def curves_beside(runs: Sequence[Run], names: Sequence[str] = (), first_differen
 
 
 def bands(groups: Mapping[str, Sequence[Run]]) -> Picture:
-    """Training loss and held-out top-1 of several seeds each: the mean, and a band from the lowest to the highest."""
+    """Training loss and held-out top-1 of groups of seeds: the mean, and a band from minimum to maximum."""
     figure, (loss, accuracy) = new_figure(2)
     for number, (name, runs) in enumerate(groups.items()):
         look = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
@@ -116,7 +116,7 @@ def bands(groups: Mapping[str, Sequence[Run]]) -> Picture:
 
 
 def _in_step(runs: Sequence[Run], kind: str, value: str) -> tuple[list[int], list[list[float]]]:
-    """The steps about which all runs have written, and their values at each."""
+    """The steps that all runs have recorded, and the values of each run at them."""
     events = [_drawn(run, kind) for run in runs]
     by_run = [dict(zip([e["step"] for e in of_run], _values(of_run, value))) for of_run in events]
     by_run = [values for values in by_run if values]  # one has only begun
@@ -133,7 +133,7 @@ def _finish(panel: Any, label: str, **legend: Any) -> None:
 
 
 def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> Picture:
-    """The images with their predictions; a wrong one is framed and crossed, with the true class."""
+    """Images with their predictions; wrong ones are framed and crossed out, with the true class."""
     num_rows = max(1, -(-len(predictions) // num_columns))
     figure = Picture(1.5 * num_columns, 1.85 * num_rows)
     for panel in figure.subplots(num_rows, num_columns, squeeze=False).flat:
@@ -166,10 +166,10 @@ HATCHES = ("", "//", "", "..", "xx", "\\\\", "")
 
 
 def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> Picture:
-    """One stacked bar a run: the parts of a mean step, in milliseconds; of runs with --timers.
+    """One stacked bar per run: mean milliseconds of each phase of a step; for runs with --timers.
 
-    Without ``names`` a bar is called by its batch, precision and layout. Where the host reads a value from the device
-    more often than in every other step, the line of code is given below the bar.
+    Without ``names``, a bar is labelled with batch size, precision and layout. Lines of code at which the host reads a
+    value from the device more often than in every second step are listed below the bar.
     """
     if not runs:
         raise UserError("where_time_goes: needs runs that were trained with --timers")
