@@ -18,8 +18,8 @@ run = vgglab.launch("--data-path digits --model vgg11_bn --epochs 500 --batch-si
 # The launched training sleeps after each step and leaves the processor to the page and the kernel.
 SLOW_STEPS = """import time
 import vgglab.pace as pace
-original = pace.Clock.was_handed_over
-pace.Clock.was_handed_over = lambda clock: (time.sleep(0.2), original(clock))[1]
+original = pace.Clock.end_own_work
+pace.Clock.end_own_work = lambda clock: (time.sleep(0.2), original(clock))[1]
 """
 
 # Keeps the kernel busy until a file is there.

@@ -73,23 +73,25 @@ def test_a_class_missing_from_val_keeps_the_labels_of_the_others(images):
     assert sorted(set(sets.val.labels)) == [1, 2]
 
 
-def all_picks(picks, epoch=0):
-    picks.epoch = epoch
-    return [list(batch) for batch in picks]
+def all_samples(sampler, epoch=0):
+    sampler.epoch = epoch
+    return [list(batch) for batch in sampler]
 
 
 def test_two_ranks_see_together_what_one_sees_alone():
-    alone = all_picks(loader.TrainPicks(50, 8, rank(), seed=3), epoch=2)
-    first = all_picks(loader.TrainPicks(50, 4, rank(0, 2), seed=3), epoch=2)
-    second = all_picks(loader.TrainPicks(50, 4, rank(1, 2), seed=3), epoch=2)
+    alone = all_samples(loader.TrainBatchSampler(50, 8, rank(), seed=3), epoch=2)
+    first = all_samples(loader.TrainBatchSampler(50, 4, rank(0, 2), seed=3), epoch=2)
+    second = all_samples(loader.TrainBatchSampler(50, 4, rank(1, 2), seed=3), epoch=2)
     assert [sorted(a + b) for a, b in zip(first, second)] == [sorted(batch) for batch in alone]
     assert len(alone) == len(first) == 6  # 50 images: the last two are left out, this epoch
 
 
 def test_every_epoch_and_seed_has_an_order_and_crops_of_its_own():
-    orders = {str(all_picks(loader.TrainPicks(50, 8, rank(), seed), epoch)) for seed in (1, 2) for epoch in (0, 1)}
+    orders = {
+        str(all_samples(loader.TrainBatchSampler(50, 8, rank(), seed), epoch)) for seed in (1, 2) for epoch in (0, 1)
+    }
     assert len(orders) == 4
-    seeds = [pick.seed for batch in all_picks(loader.TrainPicks(50, 8, rank(), 2**31)) for pick in batch]
+    seeds = [sample.seed for batch in all_samples(loader.TrainBatchSampler(50, 8, rank(), 2**31)) for sample in batch]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -98,7 +100,7 @@ def test_every_epoch_and_seed_has_an_order_and_crops_of_its_own():
 def test_held_out_images_count_once_on_any_number_of_ranks(num_ranks):
     seen = []
     for number in range(num_ranks):
-        seen += [pick.image for batch in loader.EvalPicks(10, 4, rank(number, num_ranks)) for pick in batch]
+        seen += [sample.image for batch in loader.EvalBatchSampler(10, 4, rank(number, num_ranks)) for sample in batch]
     assert sorted(seen) == list(range(10))
 
 

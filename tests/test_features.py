@@ -55,7 +55,7 @@ def test_a_map_is_what_its_layer_gave_and_not_what_a_relu_made_of_it(network, im
 def test_kept_outputs_change_no_answer(network, images):
     with torch.no_grad():
         before = network.eval()(images)
-        assert torch.equal(features.keep_outputs(network.train())(images), before)
+        assert torch.equal(features.without_inplace_relu(network.train())(images), before)
 
 
 def test_the_field_of_a_chain_of_averages_is_what_its_windows_say():
@@ -68,7 +68,7 @@ def test_the_field_of_a_chain_of_averages_is_what_its_windows_say():
 
 
 def test_the_field_is_the_gradient_of_the_middle_unit(network, images):
-    features.keep_outputs(network)
+    features.without_inplace_relu(network)
     layers = features.named_layers(network)
     fields = features.effective_receptive_fields(
         network, images, {name: layers[name] for name in ("relu2_1", "relu3_2")}
@@ -100,7 +100,7 @@ def test_the_nearest_are_those_of_the_largest_cosine():
 
 def test_grad_cam_and_occlusion_are_what_their_papers_say(network, images):
     attr = pytest.importorskip("captum.attr")
-    features.keep_outputs(network)
+    features.without_inplace_relu(network)
     layer, targets = features.named_layers(network)["relu4_2"], torch.tensor([1, 3])
     maps = network.features[:15](images).detach().requires_grad_()
     assert network.features[14] is layer

@@ -28,13 +28,13 @@ pytestmark = pytest.mark.usefixtures("narrow")
 PLANTED = """
 import os, sys
 import vgglab.pace as pace
-original, steps = pace.Clock.was_handed_over, []
-def was_handed_over(clock):
+original, steps = pace.Clock.end_own_work, []
+def end_own_work(clock):
     steps.append(1)
     if os.environ.get("RANK") == "{rank}" and len(steps) >= 2:
         {deed}
     original(clock)
-pace.Clock.was_handed_over = was_handed_over
+pace.Clock.end_own_work = end_own_work
 """
 RAISES = "raise ZeroDivisionError('planted')"
 KILLED = "os.kill(os.getpid(), 9)"
@@ -135,7 +135,7 @@ def test_a_launched_rank_that_raises_fails_the_cell_with_its_traceback(tiny, pla
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(MARK, "raises")
     run = vgglab.launch(tiny, nproc=2, watch=False)
-    with pytest.raises(vgglab.RunFailed, match=r"(?s)rank 1 failed\nTraceback.*was_handed_over.*planted"):
+    with pytest.raises(vgglab.RunFailed, match=r"(?s)rank 1 failed\nTraceback.*end_own_work.*planted"):
         run.wait(PATIENCE_SECONDS)
     assert processes_with("raises") == []
 
@@ -158,10 +158,10 @@ def test_a_rank_that_hangs_is_seen_and_stopped(tiny, planted, monkeypatch):
     monkeypatch.setattr(rank_table, "NO_NEWS_SECONDS", 1)
     wait_until(lambda: silence(run))  # ten times what a step takes
     monkeypatch.setattr("vgglab.runs.run.ask_where", partial(ask_where, seconds=PATIENCE_SECONDS))
-    assert "run.where()" in summary(run, progress_of(run))
-    rank0, rank1 = run.where().split("rank 1:")
-    assert "was_handed_over" in rank1
-    assert "was_handed_over" not in rank0
+    assert "run.stacks()" in summary(run, progress_of(run))
+    rank0, rank1 = run.stacks().split("rank 1:")
+    assert "end_own_work" in rank1
+    assert "end_own_work" not in rank0
     assert "backward" in rank0  # where it waits for rank 1's gradients
     assert run.status == "running"
     run.stop(grace_seconds=2)
@@ -180,8 +180,8 @@ def test_the_rank_that_the_others_wait_for_is_marked(tiny, planted, monkeypatch)
     assert rank0.peak_bytes > 2**20
     assert "wait for it" in as_text([rank0, rank1]).splitlines()[2]
     assert "wait for it" in as_html([rank0, rank1])
-    assert "no rank" not in run.where()  # both have gone; nobody else is sent a signal
-    assert run.where().count("not running") == 2
+    assert "no rank" not in run.stacks()  # both have gone; nobody else is sent a signal
+    assert run.stacks().count("not running") == 2
 
 
 def test_what_all_ranks_refuse_reaches_the_caller_in_one_line(tiny):

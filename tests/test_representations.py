@@ -238,7 +238,7 @@ def test_who_is_named_in_a_foreign_run_directory_is_not_asked_where_it_is(run, s
     (run.path / "log" / "rank0.jsonl").unlink()
     figures = {"rank": 0, "pid": stranger.pid, "time": 1, "step": 1, "loss": 1.0, "interval_steps": 1}
     append_line(run.path / "log" / "rank0.jsonl", {**figures, "own_seconds": 1, "interval_seconds": 1})
-    assert "not running" in Run(run.path).where()
+    assert "not running" in Run(run.path).stacks()
     assert stranger.poll() is None
 
 

@@ -637,16 +637,16 @@ def test_a_segmentation_fault_leaves_a_stack(images, tmp_path):
     """What a vendor's library does: from a shell in the run's log, with several ranks among its failures too."""
     (tmp_path / "sitecustomize.py").write_text(
         "import faulthandler, os\nimport vgglab.pace as pace\n"
-        "def was_handed_over(clock):\n    faulthandler._sigsegv()\n"
-        "if os.environ.get('RANK') != '0':\n    pace.Clock.was_handed_over = was_handed_over\n"
+        "def end_own_work(clock):\n    faulthandler._sigsegv()\n"
+        "if os.environ.get('RANK') != '0':\n    pace.Clock.end_own_work = end_own_work\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}", "OMP_NUM_THREADS": "1"}
     words = ["-m", "vgglab.train", *TINY, f"--data-path={images}"]
     alone = shell("python", *words, f"--run-dir={tmp_path / 'one'}", env=environment)
     assert alone.returncode == -signal.SIGSEGV
-    assert "in was_handed_over" in Run(tmp_path / "one").logs()
+    assert "in end_own_work" in Run(tmp_path / "one").logs()
     several = shell("python", *words, f"--run-dir={tmp_path / 'two'}", "--nproc=2", env=environment)
     assert several.returncode == 1
     cause = Run(tmp_path / "two").failures()[0]
     assert (cause["rank"], cause["error"]) == (1, "was killed (SIGSEGV)")
-    assert "in was_handed_over" in cause["traceback"]
+    assert "in end_own_work" in cause["traceback"]

@@ -136,7 +136,7 @@ def box_mask(share: float, size: int) -> Tensor:
     return mask
 
 
-class Average:
+class WeightAverage:
     """A moving average of the weights, in ``network``; ``decay`` per step, smaller during the first steps.
 
     Source: Polyak and Juditsky 1992; exponential, as in the reference scripts of torchvision and timm.

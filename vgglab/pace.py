@@ -42,9 +42,9 @@ class Clock:
         self.own_seconds = 0.0  # up to the backward pass, in which the ranks wait for one another
         self._asked = 0.0
         self._marks = [self._device.mark()]  # the start, then the end of each step
-        self._laps: list[tuple[str, Any]] = [("", self._marks[0])]
+        self._phases: list[tuple[str, Any]] = [("", self._marks[0])]
 
-    def waiting_for(self, batches: Iterable[Any], num_before: int = 0) -> Iterator[tuple[int, Any]]:
+    def batches(self, batches: Iterable[Any], num_before: int = 0) -> Iterator[tuple[int, Any]]:
         """Number the batches from ``num_before`` + 1, and add up the time spent waiting for them."""
         with self._reads if self.has_phases else nullcontext():
             yield from self._numbered(iter(batches), num_before)
@@ -60,23 +60,23 @@ class Clock:
             self.data_seconds += time.perf_counter() - asked
             self.steps += 1
             number += 1
-            self.lap("data")
+            self.end_phase("data")
             yield number, batch
 
-    def lap(self, phase: str) -> None:
+    def end_phase(self, phase: str) -> None:
         """Record the end of ``phase``."""
         if self.has_phases:
-            self._laps.append((phase, self._device.mark()))
+            self._phases.append((phase, self._device.mark()))
 
-    def was_handed_over(self) -> None:
+    def end_own_work(self) -> None:
         """Record that this rank has done its own work (loading, copying, forward pass) and now waits for the others."""
         self.own_seconds += time.perf_counter() - self._asked
 
-    def step_has_ended(self) -> None:
-        self.lap("optimizer")
+    def end_step(self) -> None:
+        self.end_phase("optimizer")
         self._marks.append(self._device.mark())
 
-    def own(self) -> dict[str, Any]:
+    def own_figures(self) -> dict[str, Any]:
         """Seconds of this rank's own work in the interval, to find the rank that the others wait for."""
         return {
             "interval_steps": self.steps,
@@ -85,7 +85,7 @@ class Clock:
             "interval_seconds": time.perf_counter() - self.started,
         }
 
-    def read(self) -> dict[str, Any]:
+    def read_interval(self) -> dict[str, Any]:
         """Return the interval that ends now, and start the next one."""
         seconds = time.perf_counter() - self.started
         num_images = self.steps * self.images_per_step
@@ -104,7 +104,7 @@ class Clock:
             interval["first_step_seconds"] = time.monotonic() - self._process_started - later_steps
         if self.has_phases:
             spent = dict.fromkeys(PHASES, 0.0)
-            for (_, before), (phase, after) in zip(self._laps, self._laps[1:]):
+            for (_, before), (phase, after) in zip(self._phases, self._phases[1:]):
                 spent[phase] += between(before, after)
             spent["host"] += max(0.0, seconds - sum(spent.values()))  # what no lap has seen
             interval.update(phase_seconds=spent, host_reads=self._reads.take())
@@ -124,19 +124,19 @@ class TimedDevice:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """Context manager for the forward pass and the loss."""
-        self._clock.lap("copy")
+        self._clock.end_phase("copy")
         with self._device.autocast():
             yield
-        self._clock.lap("forward")
-        self._clock.was_handed_over()  # from here on the ranks wait for one another
+        self._clock.end_phase("forward")
+        self._clock.end_own_work()  # from here on the ranks wait for one another
 
     def backward(self, loss: Tensor) -> None:
         self._device.backward(loss)
-        self._clock.lap("backward")
+        self._clock.end_phase("backward")
 
     def average_gradients(self, model: nn.Module) -> None:
         self._device.average_gradients(model)
-        self._clock.lap("all_reduce")
+        self._clock.end_phase("all_reduce")
 
 
 class StopCoordinator:

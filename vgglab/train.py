@@ -247,7 +247,7 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
     )
     path = str(run_path(settings))
     if request.run_dir is None or device.world_size > 1:
-        path = agreement.share(path, device)  # rank 0's clock names it
+        path = agreement.broadcast(path, device)  # rank 0's clock names it
     return replace(settings, run_dir=path)
 
 
@@ -341,7 +341,7 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             for text in [*warnings, *warnings_about(config)]:
                 run.event("warning", text=text)
             if config.resume and not config.test_only:
-                checkpoint.carry_best(config.resume, path / "checkpoints")
+                checkpoint.copy_best(config.resume, path / "checkpoints")
             _work(trainer, run)
             failure = run.lost_last_checkpoint or None
             status = "failed" if failure else "done"

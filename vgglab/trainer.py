@@ -21,7 +21,7 @@ from vgglab.dist import interrupts
 from vgglab.dist.interrupts import StopRequested
 from vgglab.errors import NOT_FINITE, UserError, error_context
 from vgglab.model import build, load_pretrained
-from vgglab.optim import Average, Objective, build_optimizer, set_learning_rate
+from vgglab.optim import Objective, WeightAverage, build_optimizer, set_learning_rate
 from vgglab.pace import Clock, StopCoordinator, TimedDevice
 from vgglab.settings.schedule import learning_rate
 
@@ -78,7 +78,7 @@ class Trainer:
         self.model, self.network = device.wrap(self._build_network(saved))
         if config.ema and not device.can_average:
             raise UserError(f"--ema: not supported on {device.kind}; leave it out")
-        self.average = Average(self.network, config.ema) if config.ema and not config.test_only else None
+        self.average = WeightAverage(self.network, config.ema) if config.ema and not config.test_only else None
         if self.average is not None and saved is not None:
             self.average.network.load_state_dict(saved["model"])
         self.optimizer = build_optimizer(config, self.network, device.fuses)
@@ -289,10 +289,10 @@ class Loop:
         first_batch = min(state.images // self.images_per_step, len(batches))
         arriving = trainer.device.feed(batches.epoch(epoch, first_batch, self.run.skipped))
         with self._timing_each_part():
-            for batch, (images, labels) in clock.waiting_for(arriving, first_batch):
+            for batch, (images, labels) in clock.batches(arriving, first_batch):
                 loss, logits = trainer.step(images, labels)
-                clock.step_has_ended()
-                self.tracer.step_has_ended()
+                clock.end_step()
+                self.tracer.end_step()
                 state.images = batch * self.images_per_step
 
                 is_saved = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
@@ -325,7 +325,7 @@ class Loop:
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss is not finite ({mean_loss}) at step {step}; {NOT_FINITE}")
         if is_logged:
-            self.run.rank_event(step=step, loss=own_loss, **self.clock.own(), **trainer.device.usage())
+            self.run.rank_event(step=step, loss=own_loss, **self.clock.own_figures(), **trainer.device.usage())
             self.run.event(
                 "train",
                 epoch=epoch,
@@ -334,7 +334,7 @@ class Loop:
                 acc1=100 * mean_correct,
                 lr=trainer.optimizer.param_groups[0]["lr"],
                 is_measured=step > self.last_skipped_step,
-                **self.clock.read(),
+                **self.clock.read_interval(),
             )
 
 

@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument(
         "--turns", type=AT_LEAST_1, default=5, help="repetitions of each mode and of the plain loop (default 5)"
     )
-    step.add_argument("--steps", type=AT_LEAST_1, default=1, help="in each turn (default 1)")
+    step.add_argument("--steps", type=AT_LEAST_1, default=1, help="steps per repetition (default 1)")
     step.add_argument("--output-dir", default=".", help="the run directory is created in DIR/runs")
     step.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser
@@ -95,12 +95,12 @@ def bench_step(options: Any) -> None:
         raise UserError(f"--batch-size: {options.batch_size!r} is not a positive number, a list such as 8,16, or max")
     flags = [f"--model={options.model}", f"--device={options.device}", f"--image-size={options.image_size}"]
     parse_flags(flags)
-    from vgglab.lab.bench.step import USUAL, as_text, largest, measure_steps, save_steps, way_named
+    from vgglab.lab.bench.step import USUAL, as_text, largest, measure_steps, mode_named, save_steps
 
     ways = [name.strip() for name in options.ways.split(",")] if options.ways else list(USUAL)
     ways += [options.against] if options.against else []
     for name in ways:
-        way_named(name)
+        mode_named(name)
     results = []
     for size in sizes:
         if size == "max":

@@ -106,7 +106,7 @@ class VgglabMagics(Magics):
         started = [*self.launched, *(run for series in self.series for run in series.runs)]
         there = [run for run in started if is_a_run(run.path)]  # a folder may have been removed
         found = {run.path: run for run in [*(Runs(HOME) if HOME.is_dir() else []), *there]}
-        return sorted(found.values(), key=lambda run: run.began)
+        return sorted(found.values(), key=lambda run: run.created)
 
     def find(self, subcommand: str, words: Sequence[str]) -> Run:
         """The run with this name. Raises UserError if none or several match."""

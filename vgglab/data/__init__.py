@@ -13,7 +13,7 @@ _ELSEWHERE = {
     "CHANNEL_MEAN": "transform",
     "CHANNEL_STD": "transform",
     "CentreCrop": "transform",
-    "Pick": "loader",
+    "Sample": "loader",
     "check_images": "check",
     "digits_folder": "digits",
     "normalised": "transform",

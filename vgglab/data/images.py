@@ -20,10 +20,10 @@ from vgglab.data.transform import Pixels
 class Images(Protocol):
     def __len__(self) -> int: ...
 
-    def name(self, place: int) -> str:
+    def name(self, index: int) -> str:
         """The name of an image in messages: its file, or its position in a named set."""
 
-    def open(self, place: int, decoder: str) -> AnyPicture:
+    def open(self, index: int, decoder: str) -> AnyPicture:
         """Open an image, of which any part can then be read. Raises BadImage."""
 
 
@@ -36,11 +36,11 @@ class FileImages:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def name(self, place: int) -> str:
-        return self.paths[place]
+    def name(self, index: int) -> str:
+        return self.paths[index]
 
-    def open(self, place: int, decoder: str) -> AnyPicture:
-        return open_picture(self.paths[place], decoder)
+    def open(self, index: int, decoder: str) -> AnyPicture:
+        return open_picture(self.paths[index], decoder)
 
 
 class ArrayPicture:
@@ -65,11 +65,11 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def name(self, place: int) -> str:
-        return f"{self.set_name} {place}"
+    def name(self, index: int) -> str:
+        return f"{self.set_name} {index}"
 
-    def open(self, place: int, decoder: str) -> AnyPicture:
-        return ArrayPicture(self.pixels[place], decoder)
+    def open(self, index: int, decoder: str) -> AnyPicture:
+        return ArrayPicture(self.pixels[index], decoder)
 
 
 class FakeImages:
@@ -86,11 +86,11 @@ class FakeImages:
     def __len__(self) -> int:
         return self.num_images
 
-    def name(self, place: int) -> str:
-        return f"fake {place}"
+    def name(self, index: int) -> str:
+        return f"fake {index}"
 
-    def open(self, place: int, decoder: str) -> AnyPicture:
-        return ArrayPicture(self.pixels[place % self.NUM_DRAWN], "fast")
+    def open(self, index: int, decoder: str) -> AnyPicture:
+        return ArrayPicture(self.pixels[index % self.NUM_DRAWN], "fast")
 
 
 AnyPicture = Union[Picture, JpegPicture, ArrayPicture]

@@ -99,7 +99,7 @@ def missing_from(listed: ListFile, folder: Path, index: Index) -> set[int]:
     """Indices of listed files that do not exist (a broken link counts as existing)."""
     names: dict[str, set[str]] = {}
     missing = set()
-    for place, path in enumerate(listed.paths):
+    for number, path in enumerate(listed.paths):
         head, _, name = path.rpartition("/")
         if head in index:
             if head not in names:
@@ -108,7 +108,7 @@ def missing_from(listed: ListFile, folder: Path, index: Index) -> set[int]:
         else:
             is_there = _is_no_folder(folder / path)
         if not is_there:
-            missing.add(place)
+            missing.add(number)
     return missing
 
 

@@ -35,7 +35,7 @@ def mix_seeds(*parts: int) -> int:
     return seed
 
 
-class Pick(NamedTuple):
+class Sample(NamedTuple):
     """One image to load, by its index in the split; ``seed`` seeds its random transforms."""
 
     image: int
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # (N, S, S, 3) uint8
     labels: Tensor  # (N,) int64
-    places: tuple[int, ...]  # of the images in their split
+    indices: tuple[int, ...]  # of the images in their split
     skipped: tuple[tuple[str, str], ...]  # (image, reason) of those that were left out
 
 
@@ -61,26 +61,26 @@ class BatchReader(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, picks: list[Pick]) -> Batch:
+    def __getitem__(self, samples: list[Sample]) -> Batch:
         """Load one batch. Raises BadImage, unless bad images are skipped."""
-        images = torch.empty(len(picks), self.size, self.size, 3, dtype=torch.uint8)
-        places: list[int] = []
+        images = torch.empty(len(samples), self.size, self.size, 3, dtype=torch.uint8)
+        indices: list[int] = []
         skipped = []
-        for place, seed in picks:
+        for index, seed in samples:
             try:
-                picture = self.split.images.open(place, self.decoder)
-                images[len(places)] = self.transform(picture, seed)
+                picture = self.split.images.open(index, self.decoder)
+                images[len(indices)] = self.transform(picture, seed)
             except BadImage as error:
                 if not self.skips_bad_images:
                     raise
                 skipped.append((error.file, error.reason))
             else:
-                places.append(place)
-        labels = torch.tensor([self.split.labels[place] for place in places], dtype=torch.int64)
-        return Batch(images[: len(places)], labels, tuple(places), tuple(skipped))
+                indices.append(index)
+        labels = torch.tensor([self.split.labels[index] for index in indices], dtype=torch.int64)
+        return Batch(images[: len(indices)], labels, tuple(indices), tuple(skipped))
 
 
-class Picks(Protocol):
+class BatchSampler(Protocol):
     """The images of each batch of a pass; the first ``first`` batches are skipped, after a resume."""
 
     epoch: int
@@ -88,10 +88,10 @@ class Picks(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[list[Pick]]: ...
+    def __iter__(self) -> Iterator[list[Sample]]: ...
 
 
-class TrainPicks(Sampler):
+class TrainBatchSampler(Sampler):
     """Shuffled batches of one rank; a last batch that is not full on every rank is dropped.
 
     Step k of an epoch takes ``global_batch_size`` images, from index ``k x global_batch_size``, of one permutation that
@@ -107,23 +107,24 @@ class TrainPicks(Sampler):
         self.num_batches = num_batches if max_batches == -1 else min(num_batches, max_batches)
         self.num_images = num_images
         self.batch_size = batch_size
-        self.places = device.sampler(range(num_images), num_replicas=device.world_size, rank=device.rank, shuffle=False)
+        indices, num_ranks = range(num_images), device.world_size
+        self.sampler = device.sampler(indices, num_replicas=num_ranks, rank=device.rank, shuffle=False)
         self.seed = seed
 
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[list[Pick]]:
+    def __iter__(self) -> Iterator[list[Sample]]:
         epoch_seed = mix_seeds(self.seed, self.epoch)
         order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(epoch_seed))
-        self.places.set_epoch(self.epoch)
-        mine = order[torch.tensor(list(self.places))]  # a tensor: as a list, ImageNet's would be 50 MB of numbers
+        self.sampler.set_epoch(self.epoch)
+        mine = order[torch.tensor(list(self.sampler))]  # a tensor: as a list, ImageNet's would be 50 MB of numbers
         for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
             picked = mine[start : start + self.batch_size].tolist()
-            yield [Pick(image, mix_seeds(epoch_seed, image)) for image in picked]
+            yield [Sample(image, mix_seeds(epoch_seed, image)) for image in picked]
 
 
-class EvalPicks(Sampler):
+class EvalBatchSampler(Sampler):
     """Every image once, in order; rank r of n takes images r, r + n, r + 2n, ... without padding.
 
     With ``max_batches`` per rank, that many images spread evenly over the data set, because its start is one class.
@@ -134,16 +135,16 @@ class EvalPicks(Sampler):
     def __init__(self, num_images: int, batch_size: int, device: Device, max_batches: int = -1) -> None:
         num_wanted = num_images if max_batches == -1 else max_batches * batch_size * device.world_size
         num_taken = min(num_images, num_wanted)
-        places = range(device.rank, num_taken, device.world_size)
-        self.indices = [place * num_images // num_taken for place in places]
+        indices = range(device.rank, num_taken, device.world_size)
+        self.indices = [index * num_images // num_taken for index in indices]
         self.batch_size = batch_size
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[Pick]]:
+    def __iter__(self) -> Iterator[list[Sample]]:
         for start in range(0, len(self.indices), self.batch_size):
-            yield [Pick(i, 0) for i in self.indices[start : start + self.batch_size]]
+            yield [Sample(i, 0) for i in self.indices[start : start + self.batch_size]]
 
 
 @contextlib.contextmanager
@@ -157,23 +158,23 @@ def _without_remarks() -> Iterator[None]:
 class Batches:
     """The batches of one rank; a pass has ``len(self)`` of them."""
 
-    def __init__(self, reader: BatchReader, picks: Picks, workers: int, device: Device) -> None:
-        self._picks = picks
+    def __init__(self, reader: BatchReader, sampler: BatchSampler, workers: int, device: Device) -> None:
+        self._sampler = sampler
         # A separate generator: drawing the workers' seeds must not change the random numbers of dropout.
         options: dict[str, Any] = {"generator": torch.Generator(), "pin_memory": device.pins_memory}
         if workers:
             # The held-out images' workers end with each pass: idle, they would double the processes.
-            is_training = isinstance(picks, TrainPicks)
+            is_training = isinstance(sampler, TrainBatchSampler)
             options.update(persistent_workers=is_training, multiprocessing_context=device.worker_start)
             options.update(worker_init_fn=leave_signals_to_parent)
         with _without_remarks():
             # What the sampler yields is a whole batch already; batch_size=None has it handed on as it is.
             self._loader = DataLoader(
-                reader, sampler=picks, batch_size=None, collate_fn=_as_it_is, num_workers=workers, **options
+                reader, sampler=sampler, batch_size=None, collate_fn=_as_it_is, num_workers=workers, **options
             )
 
     def __len__(self) -> int:
-        return len(self._picks)
+        return len(self._sampler)
 
     def epoch(self, epoch: int, first: int = 0, on_skipped: OnSkipped | None = None) -> Iterator[Batch]:
         """The batches of one pass, from batch ``first`` on.
@@ -184,7 +185,7 @@ class Batches:
         Raises:
             UserError: an image cannot be read; with ``--on-bad-image skip`` only if that applies to a whole batch.
         """
-        self._picks.epoch, self._picks.first = epoch, first
+        self._sampler.epoch, self._sampler.first = epoch, first
         with starting_workers(), _without_remarks():
             batches = iter(self._loader)
         try:
@@ -192,9 +193,9 @@ class Batches:
                 for image, reason in batch.skipped:
                     if on_skipped is not None:
                         on_skipped(image, reason)
-                if batch.places:
+                if batch.indices:
                     yield batch
-                elif isinstance(self._picks, TrainPicks):  # the other ranks count on a step here
+                elif isinstance(self._sampler, TrainBatchSampler):  # the other ranks count on a step here
                     raise UserError(
                         f"--on-bad-image skip: no image of a batch can be read, e.g. {batch.skipped[0][0]!r}; raise "
                         "--batch-size, or count the unreadable images with vgglab data check"
@@ -217,18 +218,18 @@ def train_batches(sets: DataSets, config: Settings, device: Device) -> Batches:
     """
     assert sets.train is not None
     num_images, max_batches = len(sets.train), config.training_step_per_epoch
-    picks = TrainPicks(num_images, config.batch_size, device, config.seed, max_batches)
-    if len(picks) == 0:
+    sampler = TrainBatchSampler(num_images, config.batch_size, device, config.seed, max_batches)
+    if len(sampler) == 0:
         ranks = f" x {device.world_size} ranks" if device.world_size > 1 else ""
         raise UserError(f"--batch-size {config.batch_size}{ranks}: larger than the training set ({num_images} images)")
     reader = _reader(sets.train, sets.train_transform(), sets, config)
-    return Batches(reader, picks, config.workers, device)
+    return Batches(reader, sampler, config.workers, device)
 
 
 def eval_batches(sets: DataSets, config: Settings, device: Device) -> Batches:
     """The held-out batches of this rank."""
-    picks = EvalPicks(len(sets.val), config.batch_size, device, config.eval_step_per_epoch)
-    return Batches(_reader(sets.val, sets.eval_transform(), sets, config), picks, config.workers, device)
+    sampler = EvalBatchSampler(len(sets.val), config.batch_size, device, config.eval_step_per_epoch)
+    return Batches(_reader(sets.val, sets.eval_transform(), sets, config), sampler, config.workers, device)
 
 
 def _reader(split: Split, transform: Any, sets: DataSets, config: Settings) -> BatchReader:

@@ -20,7 +20,7 @@ def draw_seed(device: Device) -> int:
     return int(device.fetch(device.sum(torch.tensor([float(drawn)])))[0])
 
 
-def share(text: str, device: Device) -> str:
+def broadcast(text: str, device: Device) -> str:
     """The number that rank 0 passes in, sent to all ranks in the same way."""
     import torch
 

@@ -21,7 +21,7 @@ class Tracer:
         if num_steps and skip_steps == 0:
             self._start()
 
-    def step_has_ended(self) -> None:
+    def end_step(self) -> None:
         self._steps += 1
         if self._profiler is not None and self._steps == self._skip_steps + self._num_steps:
             self.close()

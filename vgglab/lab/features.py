@@ -52,7 +52,7 @@ def named_layers(network: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def keep_outputs(network: nn.Module) -> nn.Module:
+def without_inplace_relu(network: nn.Module) -> nn.Module:
     """Put the network into evaluation mode and make its ReLUs keep their input.
 
     VGG's ReLUs work in place to save memory. A hook on the layer before would then see the output of the ReLU, and
@@ -113,5 +113,5 @@ def nearest(queries: Tensor, among: Tensor, count: int) -> tuple[Tensor, Tensor]
         Their similarities and indices, ``(Q, count)`` each, nearest first.
     """
     cosines = nn.functional.normalize(queries, dim=1) @ nn.functional.normalize(among, dim=1).T  # (Q, N)
-    values, places = cosines.topk(count, dim=1)
-    return values, places
+    values, indices = cosines.topk(count, dim=1)
+    return values, indices

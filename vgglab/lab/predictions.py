@@ -26,12 +26,12 @@ MAX_CLASSES = 10**6  # of a run that is read; ImageNet-21k has 21,841
 class Prediction(NamedTuple):
     """The prediction for one image: its class, the predicted class, and the probability of the latter (0 to 1)."""
 
-    file: str  # or its place in a set that is no files
+    file: str  # or its index in a set that is not files
     actual: str
     predicted: str
     probability: float
     split: Split
-    place: int
+    position: int  # in the split
 
     @property
     def is_right(self) -> bool:
@@ -39,7 +39,7 @@ class Prediction(NamedTuple):
 
     def pixels(self) -> Any:
         """The whole image as an array ``(H, W, 3)`` of bytes."""
-        return as_tensor(self.split.images.open(self.place, "pil").pixels()).numpy()
+        return as_tensor(self.split.images.open(self.position, "pil").pixels()).numpy()
 
 
 def load_network(run: Run | str | Path, which: str = "best") -> VGG:
@@ -72,10 +72,10 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
     predictions = []
     for batch in eval_batches(sets, config, open_device("cpu")).epoch(0):
         probability, guess = network(normalised(batch.images)).softmax(dim=1).max(dim=1)  # (N,), (N,)
-        for row in zip(batch.places, batch.labels.tolist(), guess.tolist(), probability.tolist()):
-            place, label, guessed, sure = row
-            image = sets.val.images.name(place)
-            predictions.append(Prediction(image, names[label], names[guessed], sure, sets.val, place))
+        for row in zip(batch.indices, batch.labels.tolist(), guess.tolist(), probability.tolist()):
+            index, label, guessed, sure = row
+            image = sets.val.images.name(index)
+            predictions.append(Prediction(image, names[label], names[guessed], sure, sets.val, index))
     return predictions
 
 

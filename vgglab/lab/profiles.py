@@ -53,10 +53,10 @@ class Profiles:
         """
         if profile not in NAMES:
             raise UserError(f"profile: {profile!r} is not one of {', '.join(NAMES)}")
-        place = NAMES.index(profile)
+        index = NAMES.index(profile)
         by_hand = {name: self._checked(name, own) for name, own in given.items() if own is not None}
-        chosen = {name: by_hand.get(name, self.settings[name][place]) for name in given}
-        show(ProfileTable(self, place, chosen, set(by_hand)))
+        chosen = {name: by_hand.get(name, self.settings[name][index]) for name in given}
+        show(ProfileTable(self, index, chosen, set(by_hand)))
         return list(chosen.values())
 
     def _checked(self, name: str, value: Any) -> Any:
@@ -87,13 +87,13 @@ def _number(name: str, value: Any) -> float:
 class ProfileTable:
     """The profiles as a table; the selected one is marked, with the expected time and values set by hand."""
 
-    def __init__(self, profiles: Profiles, place: int, chosen: Mapping[str, Any], by_hand: set[str]) -> None:
-        self.headings = ["", *(f"{name} (selected)" if n == place else name for n, name in enumerate(NAMES))]
+    def __init__(self, profiles: Profiles, index: int, chosen: Mapping[str, Any], by_hand: set[str]) -> None:
+        self.headings = ["", *(f"{name} (selected)" if n == index else name for n, name in enumerate(NAMES))]
         self.rows = []
         for name, values in profiles.settings.items():
             cells = [str(value) for value in values]
             if name in by_hand:
-                cells[place] = f"{chosen[name]} (set by hand)"
+                cells[index] = f"{chosen[name]} (set by hand)"
             self.rows.append([name, *cells])
         self.remark = ""
         expected = "not timed"

@@ -226,7 +226,7 @@ def _are_weights(found: Any) -> bool:
     return is_table and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
 
 
-def carry_best(resumed: str | Path, folder: Path) -> None:
+def copy_best(resumed: str | Path, folder: Path) -> None:
     """Copy the ``best.pt`` next to the resumed checkpoint, which counts until the run has a better one."""
     best = locate(resumed).with_name("best.pt")
     if best.exists() and best.parent.absolute() != folder.absolute():

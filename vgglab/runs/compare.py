@@ -141,7 +141,7 @@ def _differing(one: dict[str, Any], other: dict[str, Any], names: Sequence[str])
 
 def _compared(settings: dict[str, Any]) -> list[str]:
     """The settings to compare: not those about folders and logging. Unknown settings are compared."""
-    left_out = settings_that_affect("record", "place", "launch", "others")
+    left_out = settings_that_affect("record", "location", "launch", "others")
     return [name for name in settings if name not in left_out]
 
 

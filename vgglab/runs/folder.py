@@ -19,19 +19,19 @@ class Runs(Sequence[Run]):
     def __init__(self, *folders: str | Path) -> None:
         """Find the runs; the default folder is ``runs``. Raises UserError if a folder does not exist."""
         self.folders = [Path(folder) for folder in folders or ("runs",)]
-        self._runs = sorted(map(Run, run_folders(self.folders)), key=lambda run: run.began)
+        self._runs = sorted(map(Run, run_folders(self.folders)), key=lambda run: run.created)
 
     def __len__(self) -> int:
         return len(self._runs)
 
     @overload
-    def __getitem__(self, place: int) -> Run: ...
+    def __getitem__(self, index: int) -> Run: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[Run]: ...
+    def __getitem__(self, index: slice) -> list[Run]: ...
 
-    def __getitem__(self, place: int | slice) -> Run | list[Run]:
-        return self._runs[place]
+    def __getitem__(self, index: int | slice) -> Run | list[Run]:
+        return self._runs[index]
 
     def __repr__(self) -> str:
         from vgglab.view.cards import runs_table

@@ -116,7 +116,7 @@ class Run:
         return printable(f"{self.path.parent.name}/{self.path.name}" if is_of_several else self.path.name)
 
     @property
-    def began(self) -> float:
+    def created(self) -> float:
         """When the first file was written, in seconds since 1970; to sort runs."""
         files = [self.path / name for name in (LAUNCHED, "config.json")]
         return min((file.stat().st_mtime for file in files if file.exists()), default=self.path.stat().st_mtime)
@@ -128,9 +128,9 @@ class Run:
         return text if isinstance(text, str) and DATE.fullmatch(text) else ""
 
     def __repr__(self) -> str:
-        from vgglab.view.cards import standing
+        from vgglab.view.cards import status_line
 
-        return f"Run({str(self.path)!r})  # {standing(self)}"
+        return f"Run({str(self.path)!r})  # {status_line(self)}"
 
     def _repr_html_(self) -> str:
         from vgglab.view.cards import run_as_html
@@ -315,7 +315,7 @@ class Run:
             found += [line_in(line, SKIPPED) for line in lines if line.endswith(b"\n")]
         return found
 
-    def where(self) -> str:
+    def stacks(self) -> str:
         """The current Python stack of each rank on this machine, newest call first (Linux)."""
         answers = []
         for figures in self.ranks():

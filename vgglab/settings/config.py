@@ -193,11 +193,11 @@ class Request:
         inherited=False,
     )
     world_size: int = flag("number of ranks; a launcher's WORLD_SIZE takes precedence", 1, AT_LEAST_1, inherited=False)
-    dist_url: str = flag("init method for the process group", "env://", affects="place", inherited=False)
+    dist_url: str = flag("init method for the process group", "env://", affects="location", inherited=False)
     fix_seed: bool = switch(f"--seed {SEED_OF_FIX_SEED}", affects="others", inherited=False, implies=("seed",))
     seeds: str | None = flag(
         "train once for each seed: a number of seeds such as 5, or a list such as 3,17,23",
-        affects="place",
+        affects="location",
         inherited=False,
         section=HOW,
     )
@@ -210,8 +210,8 @@ class Request:
     eval_freq: int = flag(
         "epochs between evaluations and checkpoints (the last always has both)", 1, AT_LEAST_1, affects="figures"
     )
-    output_dir: str = flag("the run directory is created in DIR/runs", ".", affects="place", inherited=False)
-    run_dir: str | None = flag("use exactly this run directory", affects="place", inherited=False, section=SAVING)
+    output_dir: str = flag("the run directory is created in DIR/runs", ".", affects="location", inherited=False)
+    run_dir: str | None = flag("use exactly this run directory", affects="location", inherited=False, section=SAVING)
     timers: bool = switch(
         "measure the parts of each step; gradients are averaged after the backward pass",
         affects="speed",
@@ -230,7 +230,7 @@ class Request:
     resume: str | None = flag(
         "continue from a checkpoint file, a run directory, or auto: the newest valid one of --run-dir (in place) or of "
         "<output-dir>/runs, from the beginning if there is none; other settings as in the checkpoint",
-        affects="place",
+        affects="location",
         inherited=False,
         section=SAVING,
     )

@@ -57,7 +57,7 @@ AFFECTS = {
     "figures": "what is measured of the network, and when",
     "speed": "how fast it goes, and on what",
     "record": "what is written down",
-    "place": "where the run directory is",
+    "location": "where the run directory is",
     "launch": "how the ranks are started; not recorded",
     "others": "nothing by itself: other settings follow from it",
 }

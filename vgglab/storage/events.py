@@ -40,13 +40,13 @@ class LongEvents(Sequence[Event]):
                 yield _event_at(lines, entry) if isinstance(entry, int) else entry
 
     @overload
-    def __getitem__(self, place: int) -> Event: ...
+    def __getitem__(self, index: int) -> Event: ...
 
     @overload
-    def __getitem__(self, place: slice) -> LongEvents: ...
+    def __getitem__(self, index: slice) -> LongEvents: ...
 
-    def __getitem__(self, place: int | slice) -> Event | LongEvents:
-        chosen = self._entries[place]
+    def __getitem__(self, index: int | slice) -> Event | LongEvents:
+        chosen = self._entries[index]
         if isinstance(chosen, list):
             return LongEvents(self._file, self._identity, chosen)
         return next(iter(LongEvents(self._file, self._identity, [chosen])))
@@ -75,8 +75,8 @@ def _opened(file: Path) -> BinaryIO:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def _event_at(lines: BinaryIO, place: int) -> Event:
-    lines.seek(place)
+def _event_at(lines: BinaryIO, offset: int) -> Event:
+    lines.seek(offset)
     event = event_in(lines.readline(MAX_BYTES))
     if event is None or event["event"] != "train":
         raise UserError(

@@ -65,7 +65,7 @@ class Layer(NamedTuple):
 
     def window(self, row: int, column: int) -> Window:
         """The pixels on which the output at ``(row, column)`` can depend; after a linear layer, the whole image."""
-        top, left = (self.field_start + place * self.jump for place in (row, column))
+        top, left = (self.field_start + index * self.jump for index in (row, column))
         return Window(left, top, self.receptive_field)
 
     @property
@@ -125,8 +125,8 @@ class Anatomy(Sequence[Layer]):
     modules: tuple[Any, ...]  # what the rows are about; their weights have shapes and no values
     ceilings: Ceilings | None = None  # once measured
 
-    def __getitem__(self, place: Any) -> Any:
-        return self.layers[place]
+    def __getitem__(self, index: Any) -> Any:
+        return self.layers[index]
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -175,8 +175,8 @@ def as_text(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str 
     return "\n".join([*([title, ""] if title else []), *shown, *_about(ceilings)])
 
 
-def _aligned(cell: str, width: int, place: int) -> str:
-    return cell.ljust(width) if place < NUM_WORDS else cell.rjust(width)
+def _aligned(cell: str, width: int, index: int) -> str:
+    return cell.ljust(width) if index < NUM_WORDS else cell.rjust(width)
 
 
 def as_html(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str = "") -> str:
@@ -190,8 +190,8 @@ def as_html(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str 
 
 def _html_row(cells: Sequence[str], tag: str) -> str:
     shown = ""
-    for place, cell in enumerate(cells):
-        side = "left" if place < NUM_WORDS else "right"
+    for index, cell in enumerate(cells):
+        side = "left" if index < NUM_WORDS else "right"
         shown += html_text(cell, tag, f"text-align: {side}; padding: 0 0.7em").replace("\n", "<br>")
     return f"<tr>{shown}</tr>"
 

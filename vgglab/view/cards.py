@@ -25,7 +25,7 @@ class Report(dict):
 
 def run_as_html(run: Run) -> str:
     """The summary of a run: status, main settings, accuracy, speed and location."""
-    facts = [("status", standing(run))]
+    facts = [("status", status_line(run))]
     report = report_of(run)
     if report is not None:
         facts += [
@@ -52,7 +52,7 @@ def damage_of(run: Run) -> list[str]:
         return []
 
 
-def standing(run: Run) -> str:
+def status_line(run: Run) -> str:
     """The status of a run, and what was ignored in its files."""
     return "; ".join([status_in_words(run), *damage_of(run)])
 
@@ -91,7 +91,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
                 _best(report),
                 "" if speed is None else f"{speed:,.1f}",
             ]
-        rows.append([run.name, standing(run), *cells])
+        rows.append([run.name, status_line(run), *cells])
     return Table(RUN_HEADINGS, rows)
 
 

@@ -174,8 +174,8 @@ class Explorer:
         return widgets.Box([side, self.image], layout=widgets.Layout(flex_flow="row wrap"))
 
     def _options(self) -> list[tuple[str, str]]:
-        return [(f"{place} of {len(self.anatomy)}: {layer.name}, {layer.kind}", layer.name)
-                for place, layer in enumerate(self.anatomy, start=1)]  # fmt: skip
+        return [(f"{index} of {len(self.anatomy)}: {layer.name}, {layer.kind}", layer.name)
+                for index, layer in enumerate(self.anatomy, start=1)]  # fmt: skip
 
     def _on_change(self, _: Any) -> None:
         with self._lock:
@@ -207,9 +207,9 @@ class Explorer:
 
 def _counterpart(before: Anatomy, layer: Layer, after: Anatomy) -> Layer | None:
     """The corresponding layer in another network: the same kind and number, or the last of that kind."""
-    place = [row.name for row in before if row.kind == layer.kind].index(layer.name)
+    index = [row.name for row in before if row.kind == layer.kind].index(layer.name)
     alike = [row for row in after if row.kind == layer.kind]
-    return alike[min(place, len(alike) - 1)] if alike else None
+    return alike[min(index, len(alike) - 1)] if alike else None
 
 
 def _square(photograph: Any) -> Any:

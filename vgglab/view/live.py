@@ -99,7 +99,7 @@ class _TerminalLines:
         first = len(self.seen)
         if not is_continued(self.seen, events):
             self.terminal.close()
-            first = max((place for place, event in enumerate(events) if event["event"] == "start"), default=0)
+            first = max((index for index, event in enumerate(events) if event["event"] == "start"), default=0)
         for event in events[first:]:
             self.terminal(event)
         self.seen = events

@@ -82,7 +82,7 @@ def silence(run: Run) -> str:
     usual = max(figures["interval_seconds"] for figures in latest)
     if seconds < max(NO_NEWS_SECONDS, 10 * usual):
         return ""
-    return f"no log line for {seconds:.0f} s, usually every {usual:.0f} s; run.where() shows what each rank is doing"
+    return f"no log line for {seconds:.0f} s, usually every {usual:.0f} s; run.stacks() shows what each rank is doing"
 
 
 def as_text(rows: list[RankRow]) -> str:

@@ -206,18 +206,18 @@ def _with_efficiency(results: list[Result]) -> list[Result]:
     def kind(row: Result) -> tuple:
         return (*row[:5], row.batch_size, row.image_size, row.torch)
 
-    alone: dict[tuple, list[tuple[int, float]]] = {}  # by kind: place in the list, images/s
-    for place, row in enumerate(results):
+    alone: dict[tuple, list[tuple[int, float]]] = {}  # by kind: index in the list, images/s
+    for index, row in enumerate(results):
         if row.ranks == 1 and row.images_per_second:
-            alone.setdefault(kind(row), []).append((place, row.images_per_second))
+            alone.setdefault(kind(row), []).append((index, row.images_per_second))
 
-    def efficiency(place: int, row: Result) -> float | None:
+    def efficiency(index: int, row: Result) -> float | None:
         if not (row.images_per_second and row.ranks and row.ranks > 1 and kind(row) in alone):
             return row.efficiency
-        _, speed = min(alone[kind(row)], key=lambda other: abs(other[0] - place))
+        _, speed = min(alone[kind(row)], key=lambda other: abs(other[0] - index))
         return row.images_per_second / (row.ranks * speed)
 
-    return [row._replace(efficiency=efficiency(place, row)) for place, row in enumerate(results)]
+    return [row._replace(efficiency=efficiency(index, row)) for index, row in enumerate(results)]
 
 
 def _with_peak(runs: list[Result], benchmarks: list[Result]) -> list[Result]:

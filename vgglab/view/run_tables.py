@@ -65,7 +65,7 @@ def common_settings(runs: Sequence[Run]) -> str:
 
 
 def _settings_of(run: Run) -> dict[str, Any]:
-    left_out = settings_that_affect("place", "launch")
+    left_out = settings_that_affect("location", "launch")
     return {name: value for name, value in run.config.items() if name not in left_out}
 
 

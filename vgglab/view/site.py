@@ -90,9 +90,9 @@ def write_site(
 ) -> None:
     """Write a page for each executed chapter, and ``index.html`` with summaries, durations and failures."""
     told = [(chapter, *_opening(chapter.file)) for chapter in chapters if _is_whole(chapter.file)]
-    for place, (chapter, _, _) in enumerate(told):
+    for index, (chapter, _, _) in enumerate(told):
         links = [("index.html", "All notebooks · 目录")]
-        links += [(told[near][0].link, mark + told[near][1]) for near, mark in ((place - 1, "← "), (place + 1, "→ "))
+        links += [(told[near][0].link, mark + told[near][1]) for near, mark in ((index - 1, "← "), (index + 1, "→ "))
                   if 0 <= near < len(told)]  # fmt: skip
         nav = "".join(f"<a href='{to}'>{html_text(name, 'span')}</a>" for to, name in links)
         (folder / chapter.page).write_text(_page(chapter.file, nav, with_code), encoding="utf-8")

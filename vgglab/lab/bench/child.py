@@ -29,8 +29,8 @@ from vgglab.settings.schedule import learning_rate
 from vgglab.trainer import Trainer
 
 
-class Way(NamedTuple):
-    """A way to train: vgglab with these flags, or a plain PyTorch loop."""
+class Mode(NamedTuple):
+    """A training mode: vgglab with these flags, or a plain PyTorch loop."""
 
     name: str
     flags: tuple[str, ...] = ()
@@ -76,19 +76,19 @@ WARM_UP_ON_HOST, WARM_UP_ON_CARD = 1, 5
 PEAK_REPEATS = 2  # of the largest matrix product, each time it is asked for
 
 
-def work(connection: Connection, way: Way, flags: list[str]) -> None:
+def work(connection: Connection, mode: Mode, flags: list[str]) -> None:
     """Answer the requests that come over the connection; None ends it, with the device usage as the last answer.
 
     The first answer, before any request, is ``Ready``. A number of steps is answered with the seconds of each,
     ``"peak"`` with the FLOP per second of a matrix product in the same precision. Every answer can be a ``Refusal``.
     """
     try:
-        request = parse_flags([*flags, *way.flags])
+        request = parse_flags([*flags, *mode.flags])
         device = open_device(
             request.device, amp_dtype=request.amp_dtype or ("auto" if request.amp else None), tf32=request.tf32,
             fast=request.fast, channels_last=request.channels_last, fused=request.fused, compile=request.compile,
         )  # fmt: skip
-        if way.is_prepared:
+        if mode.is_prepared:
             device.open()
         is_like_host = device.is_host or device.is_simulated
         if is_like_host:
@@ -99,10 +99,10 @@ def work(connection: Connection, way: Way, flags: list[str]) -> None:
             request, seed=0, workers=0, num_classes=sets.num_classes, image_size=sets.image_size, head=head
         )
         batch = next(iter(train_batches(sets, config, device).epoch(0)))
-        network = Network(config.model, config.num_classes, config.image_size, config.head, way.is_torchvisions)
+        network = Network(config.model, config.num_classes, config.image_size, config.head, mode.is_torchvisions)
         warm_up = WARM_UP_ON_HOST if is_like_host else WARM_UP_ON_CARD
         connection.send(Ready(device.describe(), network, warm_up))
-        if way.is_plain:
+        if mode.is_plain:
             _plain_loop(connection, network.build(config.dropout_rate), device, batch)
         else:
             trainer = Trainer(config, device, sets)
@@ -133,7 +133,7 @@ def _steps(connection: Connection, device: Device) -> Iterator[None]:
             connection.send(usage or device.usage())
             return
         if asked == "peak":
-            usage = usage or device.usage()  # the matrices of the measuring are not this way's
+            usage = usage or device.usage()  # the matrices of the measuring are not of this mode
             connection.send(product_flop_per_second(device, device.amp_dtype or "float32", PEAK_REPEATS))
             continue
         seconds = []

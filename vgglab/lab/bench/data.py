@@ -26,7 +26,7 @@ from torch.utils.data.dataloader import default_collate  # torch 1.10 has it onl
 from torchvision import transforms
 
 from vgglab.data.images import FileImages, Split
-from vgglab.data.loader import Batches, BatchReader, Pick, mix_seeds
+from vgglab.data.loader import Batches, BatchReader, Sample, mix_seeds
 from vgglab.data.sets import DataSets, open_sets
 from vgglab.data.transform import CHANNEL_MEAN, CHANNEL_STD, normalised
 from vgglab.devices import open_device
@@ -74,11 +74,11 @@ class ReferenceImages(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, place: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         if isinstance(self.split.images, FileImages):
-            with open(self.split.images.name(place), "rb") as file:
-                return self.transform(Image.open(file).convert("RGB")), self.split.labels[place]
-        return self.transform(self.split.images.open(place, "pil").pixels()), self.split.labels[place]
+            with open(self.split.images.name(index), "rb") as file:
+                return self.transform(Image.open(file).convert("RGB")), self.split.labels[index]
+        return self.transform(self.split.images.open(index, "pil").pixels()), self.split.labels[index]
 
 
 def measure_loading(
@@ -134,13 +134,13 @@ def _chunks(split: Split, sets: DataSets, config: Request, seconds: float) -> It
     size = min(config.batch_size, len(split))
     until, number = time.perf_counter() + seconds, 0
     while number < 4 or time.perf_counter() < until:
-        places = [(number * size + offset) % len(split) for offset in range(size)]
-        _decode(split, places, sets.decoder)  # files into the system's memory, for both
-        picks = [Pick(place, mix_seeds(number, place)) for place in places]
+        indices = [(number * size + offset) % len(split) for offset in range(size)]
+        _decode(split, indices, sets.decoder)  # files into the system's memory, for both
+        samples = [Sample(index, mix_seeds(number, index)) for index in indices]
         runs: list[Callable[[], Any]] = [
-            partial(_ours, reader, picks),
-            partial(_theirs, reference, places),
-            partial(_decode, split, places, sets.decoder),
+            partial(_ours, reader, samples),
+            partial(_theirs, reference, indices),
+            partial(_decode, split, indices, sets.decoder),
         ]
         order = [0, 1, 2] if number % 2 else [1, 0, 2]
         timed = {which: _seconds_of(runs[which]) for which in order}
@@ -149,17 +149,17 @@ def _chunks(split: Split, sets: DataSets, config: Request, seconds: float) -> It
         number += 1
 
 
-def _ours(reader: BatchReader, picks: list[Pick]) -> torch.Tensor:
-    return normalised(reader[picks].images)
+def _ours(reader: BatchReader, samples: list[Sample]) -> torch.Tensor:
+    return normalised(reader[samples].images)
 
 
-def _theirs(reference: ReferenceImages, places: list[int]) -> Any:
-    return default_collate([reference[place] for place in places])
+def _theirs(reference: ReferenceImages, indices: list[int]) -> Any:
+    return default_collate([reference[index] for index in indices])
 
 
-def _decode(split: Split, places: list[int], decoder: str) -> None:
-    for place in places:
-        split.images.open(place, decoder).pixels()
+def _decode(split: Split, indices: list[int], decoder: str) -> None:
+    for index in indices:
+        split.images.open(index, decoder).pixels()
 
 
 def _seconds_of(run: Callable[[], Any]) -> float:
@@ -176,21 +176,21 @@ def _by_workers(
     size = min(config.batch_size, len(sets.train))
     num_first = 2 * count  # that many batches each process makes ahead: when they are out, it goes at its own pace
     num_batches = num_first + max(4, math.ceil(core_rate * min(count, ranks.num_cores()) * seconds / 4 / size))
-    places = [[(n * size + k) % len(sets.train) for k in range(size)] for n in range(num_batches)]
-    picks = Turns([[Pick(place, mix_seeds(n, place)) for place in batch] for n, batch in enumerate(places)])
+    indices = [[(n * size + k) % len(sets.train) for k in range(size)] for n in range(num_batches)]
+    samples = Turns([[Sample(index, mix_seeds(n, index)) for index in batch] for n, batch in enumerate(indices)])
     reference = DataLoader(
         ReferenceImages(sets.train, sets.image_size),
-        batch_sampler=places, num_workers=count, multiprocessing_context="fork",
+        batch_sampler=indices, num_workers=count, multiprocessing_context="fork",
     )  # fmt: skip
     reader = BatchReader(sets.train, sets.train_transform(), sets.image_size, sets.decoder, skips_bad_images=False)
     rates: dict[str, list[float]] = {"images_per_second": [], "reference_images_per_second": []}
     for turn in range(2):
-        rates["images_per_second"].append(_rate(Batches(reader, picks, count, device).epoch(turn), num_first, size))
+        rates["images_per_second"].append(_rate(Batches(reader, samples, count, device).epoch(turn), num_first, size))
         rates["reference_images_per_second"].append(_rate(iter(reference), num_first, size))
     return {name: max(seen) for name, seen in rates.items()}
 
 
-class Turns(List[List[Pick]]):
+class Turns(List[List[Sample]]):
     """A sampler that returns given batches."""
 
     epoch = first = 0

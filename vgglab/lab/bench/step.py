@@ -1,7 +1,7 @@
 """Measure the speed of training steps in each mode against a plain PyTorch loop in the same run.
 
     python -m vgglab.bench step                                      # VGG16, 224x224, the best device there is
-    python -m vgglab.bench step --batch-size 8,16 --ways fast        # some batch sizes, one way
+    python -m vgglab.bench step --batch-size 8,16 --ways fast        # some batch sizes, one mode
     python -m vgglab.bench step --batch-size max --ways fast         # the largest that fits
     python -m vgglab.bench step --against torchvision --json         # the last line of stdout is one JSON object
 
@@ -25,23 +25,23 @@ import torch
 
 from vgglab.errors import UserError
 from vgglab.lab import anatomy
-from vgglab.lab.bench.child import Network, Ready, Refusal, Way, work
+from vgglab.lab.bench.child import Mode, Network, Ready, Refusal, work
 from vgglab.runs.run import run_path
 from vgglab.runs.writer import RunWriter
 from vgglab.settings.parser import parse_flags
 from vgglab.storage.schema import write_document
 
-PLAIN = Way("plain", is_plain=True, is_prepared=False)
-WAYS = {
-    "float32": Way("float32"),
-    "channels-last": Way("channels-last", ("--channels-last",)),
-    "amp": Way("amp", ("--amp",)),
-    "tf32": Way("tf32", ("--tf32",)),
-    "fast": Way("fast", ("--fast",)),
-    "compile": Way("compile", ("--fast", "--compile")),
+PLAIN = Mode("plain", is_plain=True, is_prepared=False)
+MODES = {
+    "float32": Mode("float32"),
+    "channels-last": Mode("channels-last", ("--channels-last",)),
+    "amp": Mode("amp", ("--amp",)),
+    "tf32": Mode("tf32", ("--tf32",)),
+    "fast": Mode("fast", ("--fast",)),
+    "compile": Mode("compile", ("--fast", "--compile")),
     # A plain loop with the kit's process settings: its distance from float32 is what Trainer.step costs or gains.
-    "bare": Way("bare", is_plain=True),
-    "torchvision": Way("torchvision", is_plain=True, is_prepared=False, is_torchvisions=True),
+    "bare": Mode("bare", is_plain=True),
+    "torchvision": Mode("torchvision", is_plain=True, is_prepared=False, is_torchvisions=True),
 }
 USUAL = ("float32", "channels-last", "amp", "fast")
 FLAGS = (
@@ -66,7 +66,7 @@ class StepFigures(NamedTuple):
     way: str
     batch_size: int
     images_per_second: float  # at the median step
-    reference_images_per_second: float | None  # the plain loop, likewise; None if this way went alone
+    reference_images_per_second: float | None  # the plain loop, likewise; None if this mode ran alone
     ratio: float | None  # median over the turns
     ratio_range: tuple[float, float] | None
     num_turns: int
@@ -80,12 +80,12 @@ class StepFigures(NamedTuple):
 class Child:
     """A process that performs steps on request. Raises UserError if the mode is unavailable, or DoesNotFit."""
 
-    def __init__(self, way: Way, flags: Sequence[str]) -> None:
+    def __init__(self, mode: Mode, flags: Sequence[str]) -> None:
         self.connection, other = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=work, args=(other, way, list(flags)), daemon=True)
+        self.process = CONTEXT.Process(target=work, args=(other, mode, list(flags)), daemon=True)
         self.process.start()
         other.close()
-        self.way, self._peaks = way, [0.0]
+        self.mode, self._peaks = mode, [0.0]
         self.ready: Ready = self._answer()
 
     def steps(self, number: int) -> list[float]:
@@ -117,7 +117,7 @@ class Child:
         peak = max(self._peaks) or None
         flop = _training_flop(self.ready.network)
         return StepFigures(
-            way=self.way.name,
+            way=self.mode.name,
             batch_size=batch_size,
             images_per_second=rate,
             reference_images_per_second=batch_size / median(pairs) if pairs else None,
@@ -138,8 +138,8 @@ class Child:
             self.process.join()
             code = self.process.exitcode or 0
             if code < 0:  # by the system, most likely
-                raise DoesNotFit(f"{self.way.name}: its process was killed, probably for lack of memory") from None
-            raise RuntimeError(f"{self.way.name}: its process failed, see above") from None
+                raise DoesNotFit(f"{self.mode.name}: its process was killed, probably for lack of memory") from None
+            raise RuntimeError(f"{self.mode.name}: its process failed, see above") from None
         if isinstance(answer, Refusal):
             self.process.join()
             raise (DoesNotFit if answer.does_not_fit else UserError)(answer.reason)
@@ -154,10 +154,10 @@ def _training_flop(network: Network) -> int:
     return anatomy.of(hollow, network.image_size).training_flop
 
 
-def way_named(name: str) -> Way:
-    if name not in WAYS:
-        raise UserError(f"--ways: no mode {name!r}; choose from {', '.join(WAYS)}")
-    return WAYS[name]
+def mode_named(name: str) -> Mode:
+    if name not in MODES:
+        raise UserError(f"--ways: no mode {name!r}; choose from {', '.join(MODES)}")
+    return MODES[name]
 
 
 def measure_steps(
@@ -167,7 +167,7 @@ def measure_steps(
 
     Args:
         flags: training flags, such as ``--model=vgg11``; those of the benchmark, such as generated images, are added.
-        ways: the modes, by their names in ``WAYS``.
+        ways: the modes, by their names in ``MODES``.
         turns: number of repetitions of each mode and of the plain loop.
         steps: steps per repetition; their median is used.
 
@@ -175,13 +175,13 @@ def measure_steps(
         UserError: an unknown mode, or one that the device does not support.
         DoesNotFit: the batch does not fit into memory.
     """
-    chosen = [way_named(name) for name in dict.fromkeys(ways)]
+    chosen = [mode_named(name) for name in dict.fromkeys(ways)]
     flags = [*flags, *FLAGS, f"--batch-size={batch_size}"]
     plain = Child(PLAIN, flags)
     plain.warm_up()
     results = []
-    for way in chosen:
-        child = Child(way, flags)
+    for mode in chosen:
+        child = Child(mode, flags)
         child.warm_up()
         own: list[float] = []
         theirs: list[float] = []
@@ -194,7 +194,7 @@ def measure_steps(
     return results
 
 
-def largest(flags: Sequence[str], way: str, turns: int, steps: int) -> StepFigures:
+def largest(flags: Sequence[str], mode: str, turns: int, steps: int) -> StepFigures:
     """Find the largest batch that fits, to one part in sixteen, and its speed; nothing else runs on the device.
 
     Each attempt is a separate process that performs two steps, because the optimizer's state exists only after the
@@ -208,15 +208,15 @@ def largest(flags: Sequence[str], way: str, turns: int, steps: int) -> StepFigur
         has_failed = too_large <= LARGEST_SIZE
         size = (fits + too_large) // 2 if has_failed else min(2 * fits or FIRST_SIZE, LARGEST_SIZE)
         try:
-            _alone(flags, way, size).stop()
+            _alone(flags, mode, size).stop()
             fits = size
         except DoesNotFit:
             too_large = size
     if fits == 0:
-        raise UserError(f"{way}: out of memory even for a single image")
+        raise UserError(f"{mode}: out of memory even for a single image")
     while True:
         try:
-            child = _alone(flags, way, fits)
+            child = _alone(flags, mode, fits)
             seconds = [median(child.steps(steps)) for _ in range(turns)]
             child.look_for_peak()
             return child.figures(fits, seconds)
@@ -226,8 +226,8 @@ def largest(flags: Sequence[str], way: str, turns: int, steps: int) -> StepFigur
             fits -= max(1, int(fits * CLOSE_ENOUGH))
 
 
-def _alone(flags: Sequence[str], way: str, batch_size: int) -> Child:
-    child = Child(way_named(way), [*flags, *FLAGS, f"--batch-size={batch_size}"])
+def _alone(flags: Sequence[str], mode: str, batch_size: int) -> Child:
+    child = Child(mode_named(mode), [*flags, *FLAGS, f"--batch-size={batch_size}"])
     try:
         child.steps(2)
     except UserError:
@@ -238,7 +238,7 @@ def _alone(flags: Sequence[str], way: str, batch_size: int) -> Child:
 
 def as_text(results: Sequence[StepFigures]) -> str:
     """The results as text."""
-    lines = ["way             batch   images/s   plain loop   ratio (range)         peak memory   of matmul's speed"]
+    lines = ["mode            batch   images/s   plain loop   ratio (range)         peak memory   of matmul's speed"]
     for row in results:
         beside = f"{'':13s}   {'alone':19s}"
         if row.reference_images_per_second and row.ratio and row.ratio_range:

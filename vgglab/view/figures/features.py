@@ -135,13 +135,13 @@ def neighbour_rows(
 
     A neighbour with a different caption is crossed out and framed.
     """
-    num_columns = 1 + max(len(places) for _, _, places in rows)
+    num_columns = 1 + max(len(indices) for _, _, indices in rows)
     figure = Picture(1.25 * num_columns, 1.5 * len(rows))
     panels = iter(_bare_panels(figure, len(rows), num_columns))
-    for what, query, places in rows:
-        for number, place in enumerate([query, *places]):
-            panel, is_same = next(panels), meanings[place] == meanings[query]
-            panel.imshow(np.asarray(images[place]))
+    for what, query, indices in rows:
+        for number, index in enumerate([query, *indices]):
+            panel, is_same = next(panels), meanings[index] == meanings[query]
+            panel.imshow(np.asarray(images[index]))
             if number == 0:
                 panel.set_title(meanings[query], fontsize=9, color=INK, fontweight="bold")
                 panel.set_ylabel(f"by {what}", fontsize=9, color=INK)
@@ -149,9 +149,9 @@ def neighbour_rows(
             else:
                 colour = GREEN if is_same else ORANGE
                 mark = "✓" if is_same else "✗"
-                panel.set_title(f"{mark} {meanings[place]}", fontsize=9, color=INK if is_same else ORANGE)
+                panel.set_title(f"{mark} {meanings[index]}", fontsize=9, color=INK if is_same else ORANGE)
                 panel.spines[:].set(color=colour, linewidth=1 if is_same else 3)
-        for _ in range(num_columns - 1 - len(places)):
+        for _ in range(num_columns - 1 - len(indices)):
             next(panels).set_axis_off()
     return figure
 

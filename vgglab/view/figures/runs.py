@@ -40,9 +40,9 @@ def _curve(panel: Any, train: list[dict], held_out: list[dict], figure: str) -> 
     if train:
         steps, values, each = [e["step"] for e in train], _values(train, figure), -(-len(train) // MAX_POINTS)
         if each > 1:  # a long run; a mean is nan, and so a gap, where one of its values is
-            places = range(0, len(train) - each + 1, each)
-            steps = [steps[place + each - 1] for place in places]
-            values = [sum(values[place : place + each]) / each for place in places]
+            indices = range(0, len(train) - each + 1, each)
+            steps = [steps[index + each - 1] for index in indices]
+            values = [sum(values[index : index + each]) / each for index in indices]
         label = "training batch" if each == 1 else f"training batches, means of {each} in the log"
         panel.plot(steps, values, color=BLUE, linewidth=1.2, alpha=0.8, label=label)
     if held_out:
@@ -175,21 +175,21 @@ def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> Picture:
         raise UserError("where_time_goes: needs runs that were trained with --timers")
     figure = Picture(9.0, 1.4 + 0.7 * len(runs))
     panel = figure.subplots()
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         report, left = run.report(), 0.0
         spent, reads = report["phase_seconds"] or {}, report["host_reads"] or {}
         for (phase, (colour, label)), hatch in zip(PHASE_LOOK.items(), HATCHES):
             width = 1000 * spent.get(phase, 0.0)
             panel.barh(
-                place, width, 0.6, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5,
-                label=label if place == 0 else None,
+                index, width, 0.6, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5,
+                label=label if index == 0 else None,
             )  # fmt: skip
             left += width
-        panel.text(left, place, f" {left:.0f} ms", va="center", fontsize=9, color=INK)
+        panel.text(left, index, f" {left:.0f} ms", va="center", fontsize=9, color=INK)
         often = [f"{number:.2g} a step at {where}" for where, number in reads.items() if number > OFTEN]
         if often:
             text = f"! the host waits for the device: {', '.join(often)}"
-            panel.annotate(text, (0, place + 0.42), (3, 0), textcoords="offset points", **WARNING_LOOK)
+            panel.annotate(text, (0, index + 0.42), (3, 0), textcoords="offset points", **WARNING_LOOK)
     panel.set_yticks(range(len(runs)), list(names) or [_how(run) for run in runs], fontsize=9)
     panel.set_ylim(len(runs) - 0.4, -0.5)
     panel.set_xlabel("mean time per step (ms)")
