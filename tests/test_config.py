@@ -9,7 +9,8 @@ from conftest import PROJECT
 from vgglab.errors import UserError
 from vgglab.optim import OPTIMIZERS
 from vgglab.settings.config import Request
-from vgglab.settings.parser import parse_flags
+from vgglab.settings.parser import parse_flags, warnings_about, without_effect
+from vgglab.settings.schedule import SCHEDULES, learning_rate
 
 # Flags and defaults of the original example. Left open here: the number of classes (the folder's), the workers (16,
 # at most one a core), the device (auto), the folder (the bundled digits) and the drops (30, 60, 80).
@@ -144,3 +145,23 @@ def test_every_setting_is_used_somewhere():
     answered |= {setting for optimizer in OPTIMIZERS.values() for setting in optimizer.options.values()}
     names = {item.name for item in fields(Request)} - answered
     assert [name for name in sorted(names) if not re.search(rf"\b(config|request|settings)\.{name}\b", code)] == []
+
+
+def test_a_setting_without_effect_is_a_warning():
+    """``--end-lr`` with the step schedule was recorded and did nothing."""
+    config = parse_flags(["--end-lr=0.1", "--rmsprop-eps=0.1", "--lr-gamma=0.2"])
+    assert warnings_about(config) == ["--end-lr has no effect with --lr-schedule step"]
+    config = replace(config, lr_schedule="cosine")
+    assert warnings_about(config) == ["--lr-gamma has no effect with --lr-schedule cosine"]
+    options = {name: kind.options.values() for name, kind in OPTIMIZERS.items()}
+    assert without_effect(config, "optimizer", options) == ["--rmsprop-eps has no effect with --optimizer sgd"]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_lists_the_settings_that_it_uses(name):
+    named = {"lr_step_size": 2, "lr_gamma": 0.5, "end_lr": 0.001}
+    usual = Request(lr_schedule=name)
+    configs = [usual, *(replace(usual, **{setting: value}) for setting, value in named.items())]
+    rates = [[learning_rate(config, epoch, 1, epoch // 30) for epoch in range(90)] for config in configs]
+    used = {setting for setting, with_it in zip(named, rates[1:]) if with_it != rates[0]}
+    assert used == {*SCHEDULES[name].settings} - {"lr_patience"}  # which decides when num_drops grows

@@ -106,7 +106,9 @@ def assert_same(one, other, after=0):
 
 def wait_for_step(path, step):
     def is_there():
-        done = Run(path).events("train") if (path / "events.jsonl").exists() else []
+        run = Run(path) if (path / "env.json").exists() else None
+        assert run is None or run.status != "failed" or run.events("train"), run.logs()
+        done = run.events("train") if run else []
         return done and done[-1]["step"] >= step
 
     wait_until(is_there, every=0.02)

@@ -56,7 +56,7 @@ from vgglab.errors import UserError, error_context
 from vgglab.runs import seeds
 from vgglab.settings import inheritance
 from vgglab.settings.config import Request, Settings, complete
-from vgglab.settings.parser import flags_given, parse_flags, warnings_about
+from vgglab.settings.parser import flags_given, parse_flags, warnings_about, without_effect
 from vgglab.storage.schema import readable_document
 
 if TYPE_CHECKING:
@@ -303,6 +303,7 @@ def _work(trainer: Trainer, run: RankWriter) -> None:
 
 def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
     """Rank 0: write the run directory from the first line to the report, however the run ends."""
+    from vgglab.optim import OPTIMIZERS
     from vgglab.runs import checkpoint
     from vgglab.runs.report import build_report, remark_on_steadiness
     from vgglab.runs.run import Run, holds_a_run
@@ -338,7 +339,8 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
                 )
             trainer.announce(run)
             warnings = [*device.warnings, *trainer.sets.warnings, *trainer.warnings]
-            for text in [*warnings, *warnings_about(config)]:
+            options = {name: kind.options.values() for name, kind in OPTIMIZERS.items()}
+            for text in [*warnings, *warnings_about(config), *without_effect(config, "optimizer", options)]:
                 run.event("warning", text=text)
             if config.resume and not config.test_only:
                 checkpoint.copy_best(config.resume, path / "checkpoints")

@@ -10,12 +10,13 @@ import difflib
 import os
 import re
 from dataclasses import Field, fields, replace
-from typing import Any, Sequence
+from typing import Any, Collection, Mapping, Sequence
 
 from vgglab.errors import UserError
 from vgglab.settings.config import HOW, SAVING, SEED_OF_FIX_SEED, WHAT, WHERE, Request
 from vgglab.settings.flags import OneLineParser, with_dashes
 from vgglab.settings.recipes import RECIPES
+from vgglab.settings.schedule import SCHEDULES
 
 EPILOG = """examples:
   vgglab train --recipe quick                                     a first run, on the bundled digits
@@ -76,7 +77,7 @@ def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
             text = _help(item, text)
         else:
             text = argparse.SUPPRESS if group is others else _help(item, re.split("[;:] ", text)[0])
-        names = ["--" + item.name.replace("_", "-"), *options.pop("names", [])]
+        names = [with_dashes("--" + item.name), *options.pop("names", [])]
         negation = options.pop("negation", None)
         if negation:
             help_of_negation = "turn it off" if shows_all else argparse.SUPPRESS
@@ -152,6 +153,21 @@ def warnings_about(config: Request) -> list[str]:
         )
     if (config.workers or 0) > (os.cpu_count() or 1):
         lines.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
+    lines += without_effect(config, "lr_schedule", {name: kind.settings for name, kind in SCHEDULES.items()})
     if config.cache_dataset:
         lines.append("--cache-dataset has no effect: lists of large folders are always cached")
     return lines
+
+
+def without_effect(config: Request, choice: str, used: Mapping[str, Collection[str]]) -> list[str]:
+    """Warnings about settings that were changed and have no effect with what was chosen, one line each.
+
+    Args:
+        choice: a setting with choices.
+        used: the settings that each of these choices uses.
+    """
+    chosen = getattr(config, choice)
+    others = {name for names in used.values() for name in names} - {*used[chosen]}
+    changed = [item.name for item in fields(Request) if getattr(config, item.name) != item.default]
+    flags = [with_dashes(f"--{name}") for name in changed if name in others]
+    return [f"{flag} has no effect with {with_dashes(f'--{choice}')} {chosen}" for flag in flags]

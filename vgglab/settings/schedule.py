@@ -21,6 +21,7 @@ class Schedule(NamedTuple):
     """How the learning rate decreases after warm-up."""
 
     rate: Callable[[Request, float, int, int], float]  # of the settings, the base rate, the epoch and the drops so far
+    settings: tuple[str, ...] = ()  # that it uses; only these have an effect
     depends_on_epochs: bool = False  # on how many there are: more of them change the rate of each
 
 
@@ -47,10 +48,10 @@ def _share_done(config: Request, epoch: int) -> float:
 
 
 SCHEDULES = {
-    "step": Schedule(_step),
+    "step": Schedule(_step, ("lr_step_size", "lr_gamma")),
     "linear": Schedule(_linear, depends_on_epochs=True),
-    "cosine": Schedule(_cosine, depends_on_epochs=True),
-    "plateau": Schedule(_plateau),
+    "cosine": Schedule(_cosine, ("end_lr",), depends_on_epochs=True),
+    "plateau": Schedule(_plateau, ("lr_gamma", "lr_patience")),
 }
 
 
