@@ -286,6 +286,7 @@ def test_a_detached_run_outlives_its_launcher_and_is_found_and_stopped(tiny):
 @pytest.mark.paper_widths  # torchrun starts new interpreters
 def test_two_launchers_train_one_model(tiny, images, tmp_path, monkeypatch):
     """Two machines, played by two torchruns that meet over c10d, in a folder where somebody has left a torch.py."""
+    alone = run_ranks(tmp_path, images, "cpu", 2)
     (tmp_path / "torch.py").write_text("raise SystemExit('planted')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -296,7 +297,7 @@ def test_two_launchers_train_one_model(tiny, images, tmp_path, monkeypatch):
     nodes = [vgglab.launch(words, watch=False, nnodes=2, node_rank=rank, rendezvous=rendezvous) for rank in (0, 1)]
     for node in nodes:
         node.wait(PATIENCE_SECONDS)
-    run, alone = Run(tmp_path / "run"), run_ranks(tmp_path, images, "cpu", 2)
+    run = Run(tmp_path / "run")
     assert [event["loss"] for event in run.events("train")] == [event["loss"] for event in alone.events("train")]
     assert run.report()["world_size"] == 2
 

@@ -20,6 +20,7 @@ def number(convert: Callable[[str], Any], low: float, high: float, allowed: str)
             raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
         return value
 
+    parse.allowed = allowed  # type: ignore[attr-defined]  # for --help-all
     return parse
 
 

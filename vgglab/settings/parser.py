@@ -74,7 +74,7 @@ def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
         group = sections.get(options.pop("section"), others)
         text = options.pop("help")
         if shows_all:
-            text = _help(item, text)
+            text = _help(item, text, getattr(options["parse"], "allowed", ""))
         else:
             text = argparse.SUPPRESS if group is others else _help(item, re.split("[;:] ", text)[0])
         names = [with_dashes("--" + item.name), *options.pop("names", [])]
@@ -86,9 +86,11 @@ def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
     return parser
 
 
-def _help(item: Field, text: str) -> str:
+def _help(item: Field, text: str, allowed: str = "") -> str:
     is_worth_saying = item.default is not None and item.default is not False
-    return f"{text} (default {item.default})" if is_worth_saying else text
+    default = f"default {item.default}" if is_worth_saying else ""
+    remarks = "; ".join(filter(None, (allowed, default)))
+    return f"{text} ({remarks})" if remarks else text
 
 
 def parse_flags(argv: Sequence[str]) -> Request:
