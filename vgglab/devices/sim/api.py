@@ -1,7 +1,7 @@
-"""``torch.gcu`` of the simulated card: the calls that the vendor's user guide lists and vgglab or its readers use.
+"""``torch.gcu`` of the simulated card: the calls from the vendor's user guide that vgglab and its notebooks use.
 
-Names, arguments and answers are those of torch_gcu 2.10 (``torch_gcu/gcu/__init__.py``, ``memory.py``, ``random.py``,
-``streams.py``). What a property cannot know it does not make up: ``total_memory`` is this machine's memory.
+Names, arguments and results are those of torch_gcu 2.10 (``torch_gcu/gcu/__init__.py``, ``memory.py``, ``random.py``,
+``streams.py``). Properties are not invented: ``total_memory`` is the memory of this machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IS_SIMULATED = True
 
 
 class Properties(NamedTuple):
-    """The fields of the card's properties. Major 3 is an S60; its counts of processors are what was seen on one."""
+    """The properties of a card. Major 3 is an S60; the processor counts were read on one."""
 
     name: str
     major: int
@@ -45,7 +45,7 @@ def current_device() -> int:
 
 
 def set_device(device: Any) -> None:
-    """A negative index does nothing; a device object needs an index."""
+    """Select the current card. A negative index does nothing; a device object needs an index."""
     if isinstance(device, (str, torch.device)) and torch.device(device).index is None:
         raise ValueError(f"{device}: which card? say gcu:0")
     index = _index(device)
@@ -56,7 +56,7 @@ def set_device(device: Any) -> None:
 
 @contextlib.contextmanager
 def device(device: Any) -> Iterator[None]:
-    """The current card within the block."""
+    """Context manager that selects a card within the block."""
     before = state.current
     set_device(device)
     try:
@@ -113,7 +113,7 @@ def _is_in_bad_fork() -> bool:
 
 
 def synchronize(device: Any = None) -> None:
-    """Every operation is finished when it returns: there is nothing to wait for."""
+    """Does nothing: every operation has finished when it returns."""
     init()
 
 
@@ -134,7 +134,7 @@ def reset_peak_memory_stats(device: Any = None) -> None:
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
-    """``(free, total)`` bytes."""
+    """Return ``(free, total)`` in bytes."""
     total = get_device_properties(device).total_memory
     return total - memory_allocated(device), total
 
@@ -148,7 +148,7 @@ def manual_seed(seed: int) -> None:
 
 
 def manual_seed_all(seed: int) -> None:
-    """What ``torch.manual_seed`` calls too."""
+    """Seed all cards; ``torch.manual_seed`` calls this, too."""
     for card in {*range(device_count()), *state.generators}:
         state.generator(card).manual_seed(int(seed))
 
@@ -175,7 +175,7 @@ def set_rng_state_all(new_states: list[torch.Tensor]) -> None:
 
 
 class Event:
-    """A mark in time; ``elapsed_time`` is in milliseconds, of the CPU that does the computing."""
+    """A timestamp; ``elapsed_time`` is in milliseconds of the CPU that does the computing."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         self._is_timed = enable_timing
@@ -202,7 +202,7 @@ class Event:
 
 
 def _index(device: Any) -> int:
-    """A card's number, from a number, a name, a device, or ``None`` for the current one."""
+    """The number of a card, from a number, a name, a device, or None for the current one."""
     if isinstance(device, int):
         return device
     if device is None:
@@ -218,7 +218,7 @@ def _autocast(enabled: bool = True, dtype: torch.dtype = torch.float16, cache_en
 
 
 class GradScaler(torch.amp.GradScaler):
-    """As PyTorch's; its first argument is the scale, not a device."""
+    """Like PyTorch's GradScaler, but the first argument is the scale, not a device."""
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ class GradScaler(torch.amp.GradScaler):
 
 
 def as_module() -> ModuleType:
-    """The module that becomes ``torch.gcu``, with ``torch.gcu.amp`` in it."""
+    """Create the module ``torch.gcu``, including ``torch.gcu.amp``."""
     import sys
 
     module, amp = ModuleType("torch.gcu"), ModuleType("torch.gcu.amp")

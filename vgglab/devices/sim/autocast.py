@@ -1,4 +1,4 @@
-"""Mixed precision on the simulated card, by PyTorch's own lists of what gains and what must stay exact."""
+"""Mixed precision on the simulated card, using PyTorch's lists of operations for low and full precision."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def _casting(name: str, dtype: torch.dtype | None) -> Any:
-    """The operation with its float tensors in ``dtype``; ``None`` is autocast's own low precision."""
+    """The operation with its float tensors cast to ``dtype``; None for autocast's low precision."""
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.aten, packet), overload or "default")
     without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, KEY))

@@ -24,7 +24,7 @@ FORKED = (
 
 
 class State:
-    """What ``torch.gcu`` reports on. Sizes in bytes, one entry per card."""
+    """The state that ``torch.gcu`` reports. Sizes in bytes, one entry per card."""
 
     def __init__(self) -> None:
         self.current = 0
@@ -42,7 +42,7 @@ class State:
         self.is_forked_child = self.is_initialized
 
     def touch(self) -> None:
-        """Every operation on a card begins here."""
+        """Called at the start of every operation on a card."""
         if self.is_forked_child:
             raise RuntimeError(FORKED)
         self.is_initialized = True
@@ -58,7 +58,7 @@ state = State()
 
 
 def num_cards() -> int:
-    """Cards that are visible: ``VGGLAB_SIM_CARDS``, cut down by ``TOPS_VISIBLE_DEVICES`` by the vendor's rules."""
+    """The number of visible cards: ``VGGLAB_SIM_CARDS``, restricted by ``TOPS_VISIBLE_DEVICES`` as on the vendor's."""
     text = os.environ.get(CARDS, str(DEFAULT_CARDS))
     if not text.isdigit() or int(text) > 64:
         raise ValueError(f"{CARDS}={text} is not a whole number from 0 to 64")
@@ -77,21 +77,21 @@ def num_cards() -> int:
 
 
 def check_card(index: int) -> int:
-    """Raises RuntimeError for a card that is not there."""
+    """Raise RuntimeError if the card does not exist."""
     if not 0 <= index < num_cards():
         raise RuntimeError(f"invalid device ordinal: gcu:{index}; {num_cards()} GCU cards are visible")
     return index
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
-    """Stored in 32 bits on the card, whatever its name says."""
+    """Whether the card stores this 64-bit type in 32 bits."""
     if dtype in (torch.int64, torch.uint64):
         return os.environ.get(KEEP_64_BITS, "false") not in ("true", "1")
     return dtype in NARROW
 
 
 def narrow_(numbers: torch.Tensor) -> None:
-    """Take the upper half of 64-bit values away, in place; say so once per type."""
+    """Drop the upper half of 64-bit values, in place, with a warning once per type."""
     if not is_narrow(numbers.dtype):
         return
     if numbers.dtype not in state.warned_of:
@@ -106,7 +106,7 @@ def narrow_(numbers: torch.Tensor) -> None:
 
 
 class Held:
-    """The numbers behind a tensor on a card; the card's memory is free again when the last one has gone."""
+    """The storage of a tensor on a card; its memory is released with the last reference."""
 
     __slots__ = ("address", "card", "num_bytes", "numbers")
 
@@ -132,7 +132,7 @@ class Held:
 
 
 def with_cards_random_numbers(card: int, draw: Any) -> Any:
-    """Call ``draw`` with the card's random numbers in the place of the CPU's."""
+    """Call ``draw`` with the card's random number generator instead of the CPU's."""
     generator, host = state.generator(card), torch.default_generator
     host_state = host.get_state()
     host.set_state(generator.get_state())

@@ -1,4 +1,4 @@
-"""``eccl`` among simulated cards: a process group that hands their numbers to gloo."""
+"""``eccl`` for simulated cards: a process group that uses gloo."""
 
 # mypy: disable-error-code="override"
 
@@ -26,7 +26,7 @@ def _create(store: Any, rank: int, size: int, timeout: Any) -> ProcessGroup:
 
 
 class SimulatedEccl(ProcessGroup):
-    """Serves tensors on gcu only. A collective is finished when its call returns: there is no overlap to be had."""
+    """Accepts only tensors on gcu. A collective has finished when its call returns, so nothing overlaps."""
 
     def __init__(self, gloo: Any, rank: int, size: int) -> None:
         super().__init__(rank, size)
@@ -76,7 +76,7 @@ class SimulatedEccl(ProcessGroup):
         return _finished([])
 
     def _run(self, name: str, results: Any, *args: Any) -> Any:
-        """gloo's collective of that name on the numbers, finished, and wrapped up as the caller expects it."""
+        """Run gloo's collective of this name, wait for it, and return what the caller expects."""
         state.touch()
         call = getattr(self._gloo, name)
         call(*pytree.tree_map(_numbers_of, args)).wait()

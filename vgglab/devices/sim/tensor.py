@@ -1,4 +1,4 @@
-"""The tensor of a simulated card, and how an operation on it is carried out."""
+"""The tensor of a simulated card, and how operations on it are computed."""
 
 # mypy: disable-error-code="override,assignment"
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class SimTensor(torch.Tensor):
-    """A tensor on ``gcu:<card>``; its numbers are a CPU tensor of the same shape, strides and type."""
+    """A tensor on ``gcu:<card>``, backed by a CPU tensor of the same shape, strides and type."""
 
     _held: Held
 
@@ -62,7 +62,7 @@ class SimTensor(torch.Tensor):
         raise TypeError("can't convert a tensor on gcu to numpy; use Tensor.cpu() to copy it to host memory first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """In a file there is a CPU tensor: it can be read where no card is."""
+        """Pickle as a CPU tensor, which can be read without a card."""
         host = self.detach().cpu()
         return (torch.nn.Parameter(host) if isinstance(self, torch.nn.Parameter) else host).__reduce_ex__(protocol)
 
@@ -78,7 +78,7 @@ class SimTensor(torch.Tensor):
 
 
 class Hook(torch._C._acc.PrivateUse1Hooks):
-    """What PyTorch's core asks a backend."""
+    """The hooks that PyTorch's core calls on a backend."""
 
     def is_available(self) -> bool:
         return True
@@ -91,7 +91,7 @@ class Hook(torch._C._acc.PrivateUse1Hooks):
 
 
 class Guard(torch._C._acc.DeviceGuard):
-    """Names the key; selecting a card is ``torch.gcu.set_device``'s."""
+    """The device guard of the key; ``torch.gcu.set_device`` selects cards."""
 
     def type_(self) -> Any:
         return torch._C._autograd.DeviceType.PrivateUse1
@@ -101,7 +101,7 @@ _libraries: list[torch.library.Library] = []  # registrations last as long as th
 
 
 def register() -> None:
-    """Have everything that is asked of the PrivateUse1 key carried out here: factories, above all."""
+    """Handle all operations of the PrivateUse1 key here, above all factories."""
     everything = torch.library.Library("_", "IMPL")
     everything.fallback(lambda op, *args, **kwargs: carry_out(op, args, kwargs), "PrivateUse1")
     copies = torch.library.Library("aten", "IMPL")
@@ -121,7 +121,7 @@ def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = 
 
 
 def carry_out(op: Any, args: tuple, kwargs: dict) -> Any:
-    """One operation: on the CPU, by the rules of the card."""
+    """Compute one operation on the CPU, following the rules of the card."""
     state.touch()
     tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
     on_cards = [tensor for tensor in tensors if isinstance(tensor, SimTensor)]
@@ -155,7 +155,7 @@ def carry_out(op: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _refuse_mixing(tensors: list[torch.Tensor]) -> None:
-    """Single values may come from the CPU, as on every card; everything else has to lie on one device."""
+    """Refuse tensors on different devices; only single values may come from the CPU, as on every card."""
     devices = {str(tensor.device) for tensor in tensors if isinstance(tensor, SimTensor) or tensor.dim() > 0}
     if len(devices) > 1:
         first, second = sorted(devices, reverse=True)[:2]
@@ -165,7 +165,7 @@ def _refuse_mixing(tensors: list[torch.Tensor]) -> None:
 
 
 def _refuse_unsupported(op: Any, args: tuple, kwargs: dict) -> None:
-    """What the vendor's list of operators excludes and a metric might ask for."""
+    """Refuse operators that the vendor's list excludes and that a metric might use."""
     if op is aten.topk.default and (kwargs.get("sorted", args[4] if len(args) > 4 else True)) is False:
         raise RuntimeError("topk with sorted=False is not supported on GCU")
     dtype = kwargs.get("dtype")
@@ -181,7 +181,7 @@ def _refuse_host_generator(kwargs: dict) -> None:
 
 
 def _target(op: Any, on_cards: list[SimTensor], args: tuple, device: Any) -> tuple[int, bool]:
-    """The card that the result belongs on, and whether it goes to the host instead."""
+    """The card of the result, and whether the result goes to the host instead."""
     if device is not None:
         device = torch.device(device)
         if device.type != "gcu":
@@ -213,7 +213,7 @@ def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
 
 
 def _dropout(images: torch.Tensor, p: float, train: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cards have dropout as one kernel; in the order of the CPU's own operations it gives the CPU's own numbers."""
+    """Dropout as one kernel, as on cards, with the CPU's order of operations, so that results match the CPU."""
     if not train or p == 0:
         return images.clone(), torch.ones_like(images, dtype=torch.bool)
     if p == 1:
@@ -227,7 +227,7 @@ def _dropout_backward(gradient: torch.Tensor, mask: torch.Tensor, scale: float) 
 
 
 def _fill_(numbers: torch.Tensor, value: float) -> torch.Tensor:
-    """A number that the narrow type cannot hold is clamped, as the card does, not wrapped."""
+    """Fill; a number that the 32-bit type cannot hold is clamped as on the card, not wrapped."""
     if numbers.dtype is torch.int64 and is_narrow(numbers.dtype):
         value = max(-(2**31), min(2**31 - 1, int(value)))
     return numbers.fill_(value)

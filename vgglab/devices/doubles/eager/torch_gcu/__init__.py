@@ -1,8 +1,8 @@
-"""A double of the eager generation of torch_gcu: the simulated card, loaded as the vendor's package is, and watched.
+"""A double of the eager generation of torch_gcu: the simulated card, loaded like the vendor's package, with a call log.
 
-What the simulated card does not show by itself: how ``import torch`` loads the package (``torch.backends`` entry point,
-``TORCH_DEVICE_BACKEND_AUTOLOAD``; ``torch_gcu/__init__.py`` of the vendor's repository), the order of calls around
-distributed training, and what an adapter must leave alone.
+It adds what the simulated card alone does not show: how ``import torch`` loads the package (``torch.backends`` entry
+point, ``TORCH_DEVICE_BACKEND_AUTOLOAD``; ``torch_gcu/__init__.py`` of the vendor's repository), the order of calls
+around distributed training, and what an adapter must leave alone.
 """
 
 import os
@@ -16,7 +16,7 @@ __version__ = "2.10.0"
 
 
 def _autoload():
-    """``import torch`` calls this: the variable is put back."""
+    """Called by ``import torch``; restores the variable."""
     os.environ[_AUTOLOAD] = _before or "1"
 
 

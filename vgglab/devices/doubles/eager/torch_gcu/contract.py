@@ -1,4 +1,4 @@
-"""The ordered log of calls and the rules that can be seen from it."""
+"""The log of calls in order, and the rules that can be checked on it."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class ContractBroken(AssertionError):
-    """The vendor's contract does not allow this; the message says what it asks for."""
+    """The vendor's contract forbids this; the message says what it requires."""
 
 
 class Log:
@@ -45,7 +45,7 @@ def local_rank():
 
 
 def watch():
-    """Wrap what the rules are about."""
+    """Wrap the functions that the rules apply to."""
     torch.Tensor.backward = before(torch.Tensor.backward, _backward)
     for optimizer in vars(torch.optim).values():
         if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer) and "step" in vars(optimizer):

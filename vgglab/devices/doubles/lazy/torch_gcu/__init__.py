@@ -1,8 +1,8 @@
-"""A double of the lazy generation of torch_gcu: its calls, its rules, no card.
+"""A double of the lazy generation of torch_gcu: its functions and rules, without a card.
 
-The surface is that of Enflame's Python package for torch 1.10 (``core/model.py``, ``core/device.py``,
-``core/random.py``, ``amp/``, ``distributed/``); see ``vgglab/devices/doubles/__init__.py``. As the real one, it changes
-``torch.Tensor`` when it is imported, and torch.device type ``xla`` is its own.
+The interface is that of Enflame's Python package for torch 1.10 (``core/model.py``, ``core/device.py``,
+``core/random.py``, ``amp/``, ``distributed/``); see ``vgglab/devices/doubles/__init__.py``. Like the real one, it
+changes ``torch.Tensor`` on import and uses the torch.device type ``xla``.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""``torch_gcu.amp`` of the contract. ``autocast`` changes no number here: what is watched is the order of calls."""
+"""``torch_gcu.amp`` of the contract. ``autocast`` changes no results here; only the order of calls is checked."""
 
 import torch
 

@@ -1,1 +1,1 @@
-"""What the real library has native code for."""
+"""The part that is native code in the real library."""

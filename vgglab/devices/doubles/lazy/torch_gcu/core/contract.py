@@ -1,4 +1,4 @@
-"""The ordered log of calls, and what a step has to look like."""
+"""The log of calls in order, and the rules for a step."""
 
 import json
 import os
@@ -8,18 +8,18 @@ AMP_STEP = ["zero_grad", "scale", "backward", "scaler.step", "scaler.update", "u
 
 
 class ContractBroken(AssertionError):
-    """The vendor's loop does not do this; the message says what it does."""
+    """The vendor's training loop does not do this; the message says what it does."""
 
 
 class Log:
-    """Calls in order; and the step that is being recorded: from one flush to the next.
+    """The calls in order, and the step being recorded, from one flush to the next.
 
     Attributes:
-        calls: ``(name, details)`` of everything so far.
-        num_graphs: graphs compiled and run, those that a read forced included.
-        num_graph_breaks: reads of values that had not been asked for as outputs of their step.
+        calls: all calls so far, as ``(name, details)``.
+        num_graphs: graphs compiled and run, including those forced by a read.
+        num_graph_breaks: reads of values that were not requested as outputs of their step.
         is_strict: raise ``ContractBroken`` at the line; otherwise only count.
-        window: number of the step that is being recorded.
+        window: number of the step being recorded.
     """
 
     def __init__(self):
@@ -57,7 +57,7 @@ class Log:
             raise ContractBroken(text)
 
     def flush(self, name):
-        """One graph is run. Raises ContractBroken if it ends a training step that is not the vendor's."""
+        """Run one graph. Raises ContractBroken if the training step differs from the vendor's."""
         self.num_graphs += 1
         if os.environ.get("ENFLAME_ENABLE_TF32") != self.tf32_at_import:
             self.broken("ENFLAME_ENABLE_TF32 was changed after torch_gcu was imported")

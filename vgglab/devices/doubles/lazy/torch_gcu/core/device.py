@@ -21,7 +21,7 @@ def current_device():
 
 
 def set_device(device):
-    """An index that is not there is ignored."""
+    """Select the current card; an index that does not exist is ignored."""
     index = _index(device)
     if 0 <= index < device_count():
         _current[0] = index

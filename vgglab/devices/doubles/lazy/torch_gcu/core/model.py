@@ -40,7 +40,7 @@ def optimizer_step(
 
 
 def unlazy(tensors, mode=JitRunMode.SAFEASYNC):
-    """One graph with these outputs."""
+    """Run one graph with these outputs."""
     if not isinstance(tensors, (list, tuple)) or not all(is_on_card(tensor) for tensor in tensors):
         raise TypeError("unlazy takes a list or tuple of tensors on the card")
     if not tensors:

@@ -1,4 +1,4 @@
-"""What importing torch_gcu does to torch, and what the double adds to see how it is used."""
+"""The changes to torch made by importing torch_gcu, and those with which the double observes its use."""
 
 import functools
 import os

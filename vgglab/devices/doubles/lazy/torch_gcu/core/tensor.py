@@ -1,7 +1,7 @@
-"""A tensor on the card: recorded, not computed, until a flush asks for it. (It is computed at once, and pretends.)
+"""A tensor on the card: recorded, and computed only when a flush requests it. (The double computes it at once.)
 
-``done`` tensors have a value: inputs, weights, and what a flush has named. Everything else is pending; reading it cuts
-the step in two, and reading it after its step was flushed without it computes it all over again.
+``done`` tensors have a value: inputs, weights, and the outputs of a flush. All others are pending. Reading a pending
+tensor splits the step in two; reading it after its step was flushed without it recomputes it.
 """
 
 import torch
@@ -16,7 +16,7 @@ MIXES = {"copy_", "__set__", "__get__", "backward", "__getitem__", "__setitem__"
 
 
 class LazyTensor(torch.Tensor):
-    """On ``xla:<card>``."""
+    """A tensor on ``xla:<card>``."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -38,7 +38,7 @@ def is_on_card(value):
 
 
 def to_card(tensor, card):
-    """What ``.to("xla:0")`` gives: an input, which has its value already."""
+    """The result of ``.to("xla:0")``: an input, which already has its value."""
     with Plain():
         moved = tensor.clone() if tensor.requires_grad else tensor.detach().clone()
         moved = moved.as_subclass(LazyTensor)
@@ -52,7 +52,7 @@ def parameter_to_card(parameter, card):
 
 
 def settle(tensor, card=None):
-    """The tensor has its value now."""
+    """Mark the tensor as computed."""
     tensor._done, tensor._tainted, tensor._window = True, False, log.window
     if card is not None:
         tensor._card = card
@@ -88,7 +88,7 @@ def carry_out(func, args, kwargs):
 
 
 def _recorded(value, operands):
-    """A result, as a tensor on the card that knows what it still waits for."""
+    """A result as a tensor on the card, with the tensors it depends on."""
     on_card = [tensor for tensor in operands if is_on_card(tensor)]
     if is_on_card(value):  # changed in place: its new value is pending
         result = value
@@ -107,7 +107,7 @@ def _recorded(value, operands):
 
 
 def read(tensor, how):
-    """The host wants a value: free if it was an output of its step, else a cut."""
+    """Read a value on the host: free if it was an output of its step, otherwise a graph break."""
     log.call("read", how=how)
     if getattr(tensor, "_done", True):
         return
