@@ -206,7 +206,7 @@ def test_the_output_shape_of_a_layer_is_torchs(layer):
 @pytest.mark.parametrize(
     ("model", "image_size", "line"),
     [
-        ("vgg12", 224, r"no network 'vgg12'"),
+        ("vgg12", 224, r"unknown network 'vgg12'"),
         ("vgg16", 16, r"vgg16, 16 x 16 pixels: "),
         ("vgg16", 0, r"image_size.*1 or more"),
         (nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU()), 8, r"1 is a GELU; anatomy supports conv, linear"),

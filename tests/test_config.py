@@ -125,7 +125,7 @@ def test_a_choice_is_in_its_table_and_what_is_not_in_it_is_an_error(monkeypatch)
         schedule.learning_rate(settings, 3, 1)
     with pytest.raises(KeyError):
         optim.build_optimizer(settings, model.vgg11(num_classes=2, head="small"))
-    with pytest.raises(UserError, match="no init 'zeros'"):
+    with pytest.raises(UserError, match="unknown init 'zeros'"):
         model.vgg11(init="zeros")
     with pytest.raises(KeyError):
         decode.open_picture(__file__, "webp")

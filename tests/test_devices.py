@@ -77,7 +77,7 @@ def test_all_that_a_simulated_card_writes_says_so_and_shows_no_speed(images, tmp
     assert all(event["simulated"] is True for event in run.events())
     assert torch.load(run.path / "checkpoints/last.pt")["config"]["simulated"] is True
     assert [run.report()[name] for name in ("train_fps_mean", "images_per_second", "step_seconds_p50")] == [None] * 3
-    assert "images/s" not in run.logs().replace("no images/s", "")
+    assert "images/s" not in run.logs()
     assert run.events("end")[0]["host_reads"] > 0
 
 

@@ -17,12 +17,12 @@ from test_launch import MARK, processes_with
 
 import vgglab
 from vgglab import Run
-from vgglab.dist.processes import ask_where
+from vgglab.dist.processes import request_stack
 from vgglab.dist.slurm import adopt_slurm_environment, first_host
 from vgglab.errors import UserError
 from vgglab.view import rank_table
 from vgglab.view.live import progress_of, summary
-from vgglab.view.rank_table import as_html, as_text, rank_rows, silence
+from vgglab.view.rank_table import as_html, as_text, rank_rows, stall_warning
 
 pytestmark = pytest.mark.usefixtures("narrow")
 PLANTED = """
@@ -156,8 +156,8 @@ def test_a_rank_that_hangs_is_seen_and_stopped(tiny, planted, monkeypatch):
     run = vgglab.launch(tiny, nproc=2, watch=False)
     wait_until(lambda: run.events("train"))
     monkeypatch.setattr(rank_table, "NO_NEWS_SECONDS", 1)
-    wait_until(lambda: silence(run))  # ten times what a step takes
-    monkeypatch.setattr("vgglab.runs.run.ask_where", partial(ask_where, seconds=PATIENCE_SECONDS))
+    wait_until(lambda: stall_warning(run))  # ten times what a step takes
+    monkeypatch.setattr("vgglab.runs.run.request_stack", partial(request_stack, seconds=PATIENCE_SECONDS))
     assert "run.stacks()" in summary(run, progress_of(run))
     rank0, rank1 = run.stacks().split("rank 1:")
     assert "end_own_work" in rank1

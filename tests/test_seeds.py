@@ -130,7 +130,7 @@ def test_stop_reaches_a_run_that_is_just_being_started(tiny, tmp_path, monkeypat
 def test_a_failure_reaches_who_waits(tiny, tmp_path):
     with pytest.raises(vgglab.UserError, match="--num-classes 7"):
         vgglab.launch(tiny, seeds=2, num_classes=7, run_dir=tmp_path / "failed")
-    with pytest.raises(vgglab.UserError, match="no runs of several seeds"):
+    with pytest.raises(vgglab.UserError, match="contains no runs that differ only in their seed"):
         vgglab.Seeds(tmp_path / "nowhere")
     with pytest.raises(vgglab.UserError, match="leave out nnodes and detach"):
         vgglab.launch(tiny, seeds=2, detach=True)

@@ -63,9 +63,9 @@ class VGG(nn.Module):
     ) -> None:
         super().__init__()
         if head not in HEADS:
-            raise UserError(f"no head {head!r}; choose from {', '.join(HEADS)}")
+            raise UserError(f"unknown head {head!r}; choose from {', '.join(HEADS)}")
         if init not in INITS:
-            raise UserError(f"no init {init!r}; choose from {', '.join(INITS)}")
+            raise UserError(f"unknown init {init!r}; choose from {', '.join(INITS)}")
         side, width = HEADS[head]
         self.features = _features(layers, batch_norm)
         self.avgpool = nn.AdaptiveAvgPool2d((side, side))
@@ -157,7 +157,7 @@ def build(name: str, **options: Any) -> VGG:
     """
     depth = name[: -len("_bn")] if name.endswith("_bn") else name
     if depth not in CONFIGURATIONS:
-        raise UserError(f"no network {name!r}; choose from {', '.join(model_names())}")
+        raise UserError(f"unknown network {name!r}; choose from {', '.join(model_names())}")
     return VGG(CONFIGURATIONS[depth], batch_norm=name.endswith("_bn"), **options)
 
 

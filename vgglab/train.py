@@ -73,7 +73,7 @@ MAX_WORKERS = 16  # the original example's default
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the training command with these flags and return the exit code."""
     try:
-        ranks.attach()
+        ranks.tie_to_launcher()
         argv = sys.argv[1:] if argv is None else argv
         slurm.adopt_slurm_environment()
         config = parse_flags(argv)
@@ -271,7 +271,7 @@ def _prepare_and_work(
     if device.rank == 0:
         _run_rank_0(trainer, path, is_in_place)
         return
-    if not agreement.all_ranks(True, device):  # rank 0 makes the run directory first
+    if not agreement.true_on_all_ranks(True, device):  # rank 0 makes the run directory first
         raise _RefusedByRank0
     ranks.set_run_dir(path)
     run = RankWriter(path, device.rank, device.is_simulated)
@@ -320,12 +320,12 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
         run.write_config(config.as_dict())
         run.write_env(device.describe(), device.world_size)
     except UserError:
-        agreement.all_ranks(False, device)
+        agreement.true_on_all_ranks(False, device)
         raise
     ranks.forget_failures(path)
     ranks.remember_run(path)
     ranks.set_run_dir(path)
-    agreement.all_ranks(True, device)
+    agreement.true_on_all_ranks(True, device)
     status, failure = "failed", None
     with run.recording_output(), deferring_signals():
         try:

@@ -101,8 +101,9 @@ class Trainer:
         if config.pretrained:
             fresh = load_pretrained(network, config.model)
             if fresh:
+                names = ", ".join(fresh)
                 self.warnings.append(
-                    f"--pretrained: {', '.join(fresh)} are newly initialised, their shape differs from ImageNet's"
+                    f"--pretrained: {names} newly initialised: the published weights have another shape"
                 )
         if saved is not None:
             with error_context(f"--resume {config.resume}"):
@@ -144,7 +145,7 @@ class Trainer:
         """
         config, state = self.config, self.state
         if state.epoch >= config.epochs:
-            text = f"nothing left to train: the checkpoint has {state.epoch} of {config.epochs} epochs"
+            text = f"nothing left to train: the checkpoint is at epoch {state.epoch} and --epochs is {config.epochs}"
             run.event("warning", text=text)
             self.evaluate(run, state.epoch - 1)
         first_step = state.step
@@ -160,9 +161,8 @@ class Trainer:
                 state.epoch, state.images = epoch + 1, 0
         num_steps = state.step - first_step
         if 0 < num_steps <= config.skip_steps:
-            run.event(
-                "warning", text=f"no images/s: all {num_steps} steps fell within --skip-steps {config.skip_steps}"
-            )
+            text = f"no speed measured: all {num_steps} steps fell within --skip-steps {config.skip_steps}"
+            run.event("warning", text=text)
 
     def _evaluate_and_save(self, run: RankWriter, epoch: int) -> None:
         try:

@@ -41,7 +41,7 @@ def call(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 class CannotPrint(Exception):
-    """stdout cannot be written; any other OSError is a bug and keeps its traceback."""
+    """stdout cannot be written to; any other OSError is a bug and keeps its traceback."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(str(cause))

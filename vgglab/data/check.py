@@ -35,7 +35,7 @@ KINDS = {
     "palette": "converted to RGB; transparency is dropped",
     "transparent": "transparency is dropped",
     "16-bit": "the upper 8 bits are used",
-    "animated": "the first image is used",
+    "animated": "the first frame is used",
     "turned": "EXIF orientation is ignored, as in torchvision's reference",
     "misnamed": "the file extension does not match the format",
     "odd": "the pixels can be read, but not the metadata (EXIF)",

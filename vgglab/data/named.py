@@ -30,7 +30,7 @@ NUM_FAKE_CLASSES = 1000
 
 
 class NamedSet(NamedTuple):
-    """Either ``folder`` returns a root with train/ and val/, or ``splits`` returns the images of a split."""
+    """A named data set: ``folder`` returns a root with train/ and val/, or ``split`` the images of one split."""
 
     preparation: Preparation
     archives: str  # what to put where by hand; empty for a set that is never fetched

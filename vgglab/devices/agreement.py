@@ -21,7 +21,7 @@ def draw_seed(device: Device) -> int:
 
 
 def broadcast(text: str, device: Device) -> str:
-    """The number that rank 0 passes in, sent to all ranks in the same way."""
+    """The text that rank 0 passes in, sent to all ranks in the same way."""
     import torch
 
     mine = text.encode() if device.rank == 0 else b""
@@ -29,8 +29,8 @@ def broadcast(text: str, device: Device) -> str:
     return bytes(int(code) for code in device.fetch(device.sum(codes))).rstrip(b"\0").decode()
 
 
-def all_ranks(is_so: bool, device: Device) -> bool:
+def true_on_all_ranks(condition: bool, device: Device) -> bool:
     """Whether a condition holds on every rank."""
     import torch
 
-    return device.fetch(device.sum(torch.tensor([float(not is_so)])))[0] == 0
+    return device.fetch(device.sum(torch.tensor([float(not condition)])))[0] == 0

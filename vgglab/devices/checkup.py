@@ -155,7 +155,7 @@ class Checkup:
         self.facts["gcu cards"] = cards.get("cards", [])
         self.facts["eccl"] = cards.get("eccl", False)
         self.facts["driver"] = (
-            "no torch_gcu to ask" if not is_here else "answers" if cards.get("num_cards") else "does not answer"
+            "unknown without torch_gcu" if not is_here else "answers" if cards.get("num_cards") else "does not answer"
         )
         self.facts["/opt/tops/lib"] = Path("/opt/tops/lib").is_dir()
         if "error" in cards:
@@ -163,7 +163,8 @@ class Checkup:
             reason = cards["error"].replace("; python -m vgglab.doctor shows what to fix", "")
             self.problem(
                 reason,
-                "set LD_LIBRARY_PATH=/opt/tops/lib; if that does not help, install driver and torch_gcu of one release",
+                "set LD_LIBRARY_PATH=/opt/tops/lib; if that does not help, install a driver and a torch_gcu from the "
+                "same release",
             )
         elif cards:
             self._generation(cards)

@@ -118,4 +118,4 @@ def why_no_cards() -> str:
         return f"{VISIBLE_CARDS}={visible} names a card twice, so torch_gcu finds none; name each card once"
     if visible is not None and (visible.strip() == "" or cards[0].startswith("-")):
         return f"{VISIBLE_CARDS}={visible} hides every card; unset it or name some cards"
-    return f"torch_gcu finds no card: check the driver and LD_LIBRARY_PATH=/opt/tops/lib; {ADVICE}"
+    return f"torch_gcu finds no card: check the driver, and that LD_LIBRARY_PATH contains /opt/tops/lib; {ADVICE}"

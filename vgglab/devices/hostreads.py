@@ -17,7 +17,7 @@ from torch import Tensor
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
 PACKAGE = Path(__file__).parent.parent
 # A read by these counts for their caller. What the loader reads is on the host already.
-LOOKED_THROUGH, AT_HOME = (str(PACKAGE / "devices"), "/torch/", "\\torch\\"), str(PACKAGE / "data")
+TRANSPARENT_PATHS, LOADER_PATHS = (str(PACKAGE / "devices"), "/torch/", "\\torch\\"), str(PACKAGE / "data")
 
 
 class HostReads:
@@ -63,9 +63,9 @@ def _place(frame: FrameType | None) -> str:
     """``file.py:line`` of the code that reads the value; empty for the loader."""
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(AT_HOME):
+        if file.startswith(LOADER_PATHS):
             return ""
-        if not any(part in file for part in LOOKED_THROUGH):
+        if not any(part in file for part in TRANSPARENT_PATHS):
             return f"{Path(file).name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

@@ -1,1 +1,1 @@
-"""Starting the ranks of a job: built in (``spawn``), Slurm (``slurm``), or torchrun, which needs no code here."""
+"""How ranks are started: by vgglab (``spawn``), Slurm (``slurm``) or torchrun, which needs no code here."""

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vgglab.dist.ranks import ASK_WHERE, MARK
+from vgglab.dist.ranks import MARK, STACK_SIGNAL
 
 KILLED_SECONDS = 60  # by then a killed process is gone, unless the kernel itself hangs
 
@@ -66,7 +66,7 @@ def processes_of(path: Path) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
-def ask_where(pid: int, log: Path, seconds: float = 2.0) -> str:
+def request_stack(pid: int, log: Path, seconds: float = 2.0) -> str:
     """The Python stack of a rank's main thread, newest call first; empty if ``pid`` is not the writer of ``log``.
 
     Only on Linux and on this machine. The stack stays in the log.
@@ -74,7 +74,7 @@ def ask_where(pid: int, log: Path, seconds: float = 2.0) -> str:
     if not (_is_plain(log) and _has_open(pid, log) and _answers(pid)):
         return ""
     size, deadline, said = log.stat().st_size, time.monotonic() + seconds, b""
-    os.kill(pid, ASK_WHERE)
+    os.kill(pid, STACK_SIGNAL)
     while time.monotonic() < deadline:
         time.sleep(0.25)  # a process that has to wait for a core writes its stack in parts
         before, said = said, log.read_bytes()[size:]
@@ -96,7 +96,7 @@ def _answers(pid: int) -> bool:
     """Whether a process handles the signal; it would kill any other."""
     with contextlib.suppress(OSError, ValueError):
         caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-        return caught is not None and bool(int(caught.group(1), 16) >> (ASK_WHERE - 1) & 1)
+        return caught is not None and bool(int(caught.group(1), 16) >> (STACK_SIGNAL - 1) & 1)
     return False
 
 

@@ -24,7 +24,7 @@ from vgglab.storage.schema import FAILURE, line_in, write_document
 
 TIED_TO_LAUNCHER = "VGGLAB_TIED_TO_LAUNCHER"  # set for a launched process: it ends when the pipe at its stdin does
 MARK = "VGGLAB_RUN"  # set for a launched process and all below it: the run directory they work for
-ASK_WHERE = signal.SIGUSR2  # a rank answers by writing its stack into its log
+STACK_SIGNAL = signal.SIGUSR2  # a rank answers by writing its stack into its log
 RENDEZVOUS = "VGGLAB_RENDEZVOUS"  # set for the ranks that dist/spawn.py starts: the file in which they find each other
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # sysexits.h: a temporary failure, try again
@@ -36,9 +36,9 @@ RUN_NOTE = "vgglab_run"  # in the folder of a launch: the run directory that its
 
 COLLECTIVES = ("gloo", "nccl", "eccl")  # the libraries that sum over the ranks, by the name of torch's backend
 # Not ``-m``: that would import from the current folder first, which may be somebody else's.
-NOT_FROM_HERE = "import sys; sys.path[:] = filter(None, sys.path); "
-TRAIN = NOT_FROM_HERE + "sys.argv[0] = 'vgglab.train'; from vgglab.train import run_and_exit; run_and_exit()"
-TORCHRUN = NOT_FROM_HERE + "from torch.distributed.run import main; main()"
+WITHOUT_CWD = "import sys; sys.path[:] = filter(None, sys.path); "
+TRAIN = WITHOUT_CWD + "sys.argv[0] = 'vgglab.train'; from vgglab.train import run_and_exit; run_and_exit()"
+TORCHRUN = WITHOUT_CWD + "from torch.distributed.run import main; main()"
 
 LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "socket", *COLLECTIVES)
 
@@ -70,7 +70,7 @@ def with_package(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(home)]))}
 
 
-def attach() -> None:
+def tie_to_launcher() -> None:
     """Tie this process to its launcher: it ends when the launcher does. Call this before slow imports."""
     open_closed_streams()
     if sys.__stderr__ is not None and not faulthandler.is_enabled():

@@ -35,7 +35,7 @@ def ceilings(device: Device, repeats: int = 5) -> Ceilings:
 
 
 def product_flop_per_second(device: Device, dtype: str, repeats: int = 5) -> float:
-    """The fastest square matrix product, n^3 multiply-adds as two operations each, in ``float32``, ``bfloat16``, ...
+    """FLOP/s of the fastest square matrix product in ``dtype``; each of its n^3 multiply-adds is two operations.
 
     Raises:
         UserError: a simulated card, which has no speed.

@@ -20,7 +20,7 @@ Batch = Any  # a pair (images (N, 3, S, S) normalised, labels (N,))
 
 
 class Signal(NamedTuple):
-    """Activations and gradients of one layer with weights; standard deviations over all values of a batch."""
+    """Standard deviations, over a whole batch, of the activations and gradients of one layer that has weights."""
 
     layer: str
     activation: float  # of its output

@@ -29,7 +29,10 @@ from vgglab.view.tables import html_facts
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
 FORWARD_SHARE = 1 / 3  # of a training step's operations: evaluation has no backward pass
-FAR, MAX_CARDS = 4.0, 8  # times the recipe's own rate, which the original example has scaled up to so many cards
+MAX_RATE_RATIO, MAX_CARDS = (
+    4.0,
+    8,
+)  # times the recipe's own rate, which the original example has scaled up to so many cards
 # Rules of thumb: somewhat above the original example's 0.06 on eight cards; and from the paper, section 3.1.
 LARGEST_RATE_WITHOUT_NORM, DEEPEST_FROM_NORMAL = 0.1, 11
 
@@ -153,7 +156,7 @@ def _warnings(config: Request, ranks: int) -> list[str]:
     if config.recipe:
         own = parse_flags([f"--recipe={config.recipe}"])
         factor = base / (own.lr * own.batch_size * min(ranks, MAX_CARDS) / 256)
-        if not 1 / FAR < factor < FAR:
+        if not 1 / MAX_RATE_RATIO < factor < MAX_RATE_RATIO:
             lines.append(
                 f"the learning rate is {base:.3g} after scaling by batch size and ranks, {factor:.2g} x that of "
                 f"--recipe {config.recipe} on up to {MAX_CARDS} cards: lower --lr, or lengthen --warmup"

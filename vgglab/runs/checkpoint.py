@@ -250,7 +250,7 @@ class Checkpoint(Dict[str, Any]):
         if to_train and "trained" in self:
             saved = self["trained"]
         if not _are_weights(saved):
-            raise UserError("is damaged (trained: no weights)")
+            raise UserError("is damaged (its entry 'trained' contains no weights)")
         for key in sorted(set(own) ^ set(saved)):
             where = "is missing" if key in own else "is not a layer of this network"
             raise UserError(f"does not fit --model {name}: {key} {where}")

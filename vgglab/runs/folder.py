@@ -61,7 +61,7 @@ def run_folders(folders: Iterable[Path]) -> Iterator[Path]:
 
 
 def series_in(folders: Iterable[Path]) -> dict[Path, list[Run]]:
-    """The runs that differ only in their seed, by folder, for folders with more than one."""
+    """The runs that differ only in their seed, grouped by folder; folders with one such run are left out."""
     found: dict[Path, list[Run]] = {}
     for path in run_folders(folders):
         if path.name.startswith("seed-"):

@@ -28,7 +28,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
-from vgglab.dist.processes import ask_where, is_alive, is_running, kill_all, processes_of
+from vgglab.dist.processes import is_alive, is_running, kill_all, processes_of, request_stack
 from vgglab.dist.ranks import failures, grace_period_seconds
 from vgglab.errors import UserError, printable
 from vgglab.settings.config import Request
@@ -319,7 +319,7 @@ class Run:
         """The current Python stack of each rank on this machine, newest call first (Linux)."""
         answers = []
         for figures in self.ranks():
-            stack = ask_where(figures["pid"], self.path / "log" / f"rank{figures['rank']}.txt")
+            stack = request_stack(figures["pid"], self.path / "log" / f"rank{figures['rank']}.txt")
             answers.append(f"rank {figures['rank']}:\n{stack or '  not running'}")
         return "\n".join(answers) or "no rank has logged anything yet"
 

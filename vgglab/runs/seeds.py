@@ -40,9 +40,9 @@ def seeds_of(config: Request) -> list[int]:
     numbers = [int(word) for word in words]
     if len(numbers) > 1:
         if config.seed is not None:
-            raise UserError("--seeds: a list names all seeds; leave out --seed")
+            raise UserError("--seeds: a list already names every seed; leave out --seed")
         if len(set(numbers)) < len(numbers) or max(numbers) >= 2**32:
-            raise UserError(f"--seeds: {config.seeds!r} has a seed twice, or one above 4294967295")
+            raise UserError(f"--seeds: {config.seeds!r} contains a duplicate seed, or one above 4294967295")
         return numbers
     if numbers[0] < 1:
         raise UserError("--seeds: must be at least 1")
@@ -57,7 +57,9 @@ def folder_of(config: Request) -> Path:
     path = Path(config.run_dir) if config.run_dir else Path(f"{run_path(config)}-seeds")
     others = [file.name for file in path.glob("*") if not file.name.startswith("seed-")]
     if others:
-        raise UserError(f"--run-dir {path}: contains {others[0]} besides runs of several seeds; choose another folder")
+        raise UserError(
+            f"--run-dir {path}: contains {others[0]}, which is not the run of a seed; choose another folder"
+        )
     return path
 
 
@@ -134,7 +136,7 @@ class Seeds:
         self.path = Path(path).absolute()
         self._runs: dict[str, Run] = {}
         if not self.runs:
-            raise UserError(f"{self.path} contains no runs of several seeds")
+            raise UserError(f"{self.path} contains no runs that differ only in their seed")
 
     @property
     def runs(self) -> list[Run]:
@@ -159,7 +161,7 @@ class Seeds:
         return self.table()._repr_html_()
 
     def table(self) -> Table:
-        """Number, mean and standard deviation of each figure, over the finished seeds."""
+        """Number, mean and standard deviation of each metric, over the seeds whose runs have finished."""
         from vgglab.view.seeds_table import seeds_table
 
         return seeds_table({printable(self.path.name): self.runs})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 from vgglab.dist import ranks
 from vgglab.dist.processes import signature
-from vgglab.dist.ranks import ASK_WHERE
+from vgglab.dist.ranks import STACK_SIGNAL
 from vgglab.errors import UserError
 from vgglab.runs import checkpoint
 from vgglab.runs.run import LOCK, RUN_FILES, SCHEMA, Run, make_run_folder
@@ -121,7 +121,7 @@ class RankWriter:
             log = open(os.devnull if is_written_there else file, "ab", buffering=0, opener=opener)  # noqa: SIM115
         with log:
             # Written from C, so it also works deep inside a collective that hangs, where Python's handlers wait.
-            faulthandler.register(ASK_WHERE, file=1 if is_written_there else log)
+            faulthandler.register(STACK_SIGNAL, file=1 if is_written_there else log)
             had_handler = faulthandler.is_enabled()
             if not is_written_there:
                 faulthandler.enable(file=log)
@@ -140,12 +140,12 @@ class RankWriter:
                     log.write(traceback.format_exc().encode(errors="backslashreplace"))
                 raise
             finally:
-                faulthandler.unregister(ASK_WHERE)
+                faulthandler.unregister(STACK_SIGNAL)
                 if not is_written_there:
                     faulthandler.disable()
                     if had_handler and sys.__stderr__ is not None:
                         faulthandler.enable(sys.__stderr__)
-                signal.signal(ASK_WHERE, signal.SIG_IGN)  # unregistered, it would end a rank that was asked too late
+                signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # unregistered, it would end a rank that was asked too late
                 sys.stdout, sys.stderr = screens
 
 
@@ -168,7 +168,7 @@ class RunWriter(RankWriter):
         with writing(path):
             try:
                 self._lock = lock.Lock(path / LOCK)
-            except lock.Held:
+            except lock.LockHeld:
                 raise UserError(f"--run-dir {path}: {Run(path).writer()}") from None
             os.close(refusing_links(str(path / "events.jsonl"), os.O_CREAT | os.O_WRONLY))  # from here on it is a run
         if is_continued:  # read under the lock: an earlier writer may just have been writing its last lines

@@ -55,7 +55,7 @@ def boolean(text: str) -> bool:
 AFFECTS = {
     "weights": "what is learned; a resumed run that changes it is another experiment from then on",
     "start": "the initial weights; nothing after a resume",
-    "figures": "what is measured of the network, and when",
+    "figures": "which metrics of the network are measured, and when",
     "speed": "how fast it goes, and on what",
     "record": "what is written down",
     "location": "where the run directory is",
@@ -105,7 +105,7 @@ def switch(help: str, **options: Any) -> Any:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that raises a UserError of one line."""
+    """A parser that raises a UserError with a one-line message."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.replace("argument ", "", 1) if message.startswith("argument ") else message)

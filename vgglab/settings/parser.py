@@ -80,7 +80,7 @@ def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
         names = [with_dashes("--" + item.name), *options.pop("names", [])]
         negation = options.pop("negation", None)
         if negation:
-            help_of_negation = "turn it off" if shows_all else argparse.SUPPRESS
+            help_of_negation = f"turn {names[0]} off" if shows_all else argparse.SUPPRESS
             group.add_argument(negation, dest=item.name, action="store_const", const=False, help=help_of_negation)
         group.add_argument(*names, dest=item.name, type=options.pop("parse"), help=text, **options)
     return parser

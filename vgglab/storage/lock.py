@@ -22,7 +22,7 @@ MAX_WAIT_SECONDS = 30.0
 _ours: set[tuple[int, int]] = set()  # a process that closes a file, opened for whatever reason, gives up its lock on it
 
 
-class Held(Exception):
+class LockHeld(Exception):
     """Another process holds the lock."""
 
 
@@ -33,7 +33,7 @@ class Lock:
         is_held: False if the file system does not support locks.
 
     Raises:
-        Held: another process holds it.
+        LockHeld: another process holds it.
         OSError: the file cannot be created.
     """
 
@@ -47,7 +47,7 @@ class Lock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             self._file.close()
-            raise Held from None
+            raise LockHeld from None
         except OSError:
             return
         self.is_held = True

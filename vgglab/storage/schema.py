@@ -22,11 +22,11 @@ Content = dict  # of a line or a document
 Test = Callable[[Any], bool]
 CHECK = "check"
 # Beyond these, arithmetic and the axes of figures overflow.
-LONGEST = 1e12  # seconds; or images a second
-SHORTEST = 1e-12  # of those that something is divided by
-LARGEST = 10**15
-HIGHEST = 1e40  # float32 ends at 3.4e38
-DEEPEST = 8  # objects and lists inside one another
+MAX_SECONDS = 1e12  # seconds; or images a second
+MIN_DIVISOR = 1e-12  # of those that something is divided by
+MAX_INT = 10**15
+MAX_FLOAT = 1e40  # float32 ends at 3.4e38
+MAX_NESTING = 8  # objects and lists inside one another
 
 
 def text(value: Any) -> bool:
@@ -38,19 +38,19 @@ def switch(value: Any) -> bool:
 
 
 def number(value: Any) -> bool:
-    return whole(value) or (type(value) is float and abs(value) < HIGHEST)
+    return whole(value) or (type(value) is float and abs(value) < MAX_FLOAT)
 
 
 def seconds(value: Any) -> bool:
-    return number(value) and 0 <= value < LONGEST
+    return number(value) and 0 <= value < MAX_SECONDS
 
 
 def positive(value: Any) -> bool:
-    return number(value) and SHORTEST < value < LONGEST
+    return number(value) and MIN_DIVISOR < value < MAX_SECONDS
 
 
 def whole(value: Any) -> bool:
-    return type(value) is int and abs(value) < LARGEST
+    return type(value) is int and abs(value) < MAX_INT
 
 
 def count(value: Any) -> bool:
@@ -176,7 +176,7 @@ def parse(data: bytes) -> Content | None:
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
     # With so few brackets it cannot be deep.
-    is_shallow = data.count(b"{") + data.count(b"[") <= DEEPEST or _is_shallow(content, DEEPEST)
+    is_shallow = data.count(b"{") + data.count(b"[") <= MAX_NESTING or _is_shallow(content, MAX_NESTING)
     return content if isinstance(content, dict) and is_shallow else None
 
 
@@ -203,7 +203,7 @@ def has_changed(content: Content) -> bool:
 
 
 def event_in(line: bytes, needs_checksum: bool = False) -> Content | None:
-    """Parse a line of ``events.jsonl``; None if it is damaged or not an event. Its number is under ``line``."""
+    """Parse a line of ``events.jsonl``; None if it is damaged or not an event. The line number is in ``line``."""
     content = parse(line)
     # Lines were given numbers and checksums at the same time: one with a number alone has been edited.
     is_without = content is not None and CHECK not in content and (needs_checksum or "line" in content)

@@ -66,12 +66,12 @@ def report_of(run: Run) -> Mapping[str, Any] | None:
 
 
 def report_as_text(report: Mapping[str, Any]) -> str:
-    """The figures of a report, one per line."""
+    """The metrics of a report, one per line."""
     return text_table(("", ""), _figures(report)).lstrip("\n")
 
 
 def report_as_html(report: Mapping[str, Any]) -> str:
-    """The figures of a report as HTML, for a notebook."""
+    """The metrics of a report as HTML, for a notebook."""
     return html_facts(_figures(report))
 
 

@@ -117,7 +117,7 @@ class Explorer:
         return html_table([self.anatomy.model, f"{self.anatomy.image_size} pixels"], self.rows())
 
     def picture(self) -> Picture:
-        """The photograph with the receptive field of the central output, above the network."""
+        """The photograph with the receptive field of the central output; below it, the network."""
         picture = Picture(WIDTH, HEIGHT)
         above, below = picture.subplots(2, 1, height_ratios=[1, 1.1])
         self._draw_field(above)

@@ -17,7 +17,7 @@ from vgglab.errors import UserError
 from vgglab.runs.run import ACTIVE, Event, Run
 from vgglab.storage.events import LongEvents
 from vgglab.view.progress import Progress, duration
-from vgglab.view.rank_table import RankRow, as_html, as_text, rank_rows, silence
+from vgglab.view.rank_table import RankRow, as_html, as_text, rank_rows, stall_warning
 from vgglab.view.tables import html_text
 from vgglab.view.terminal import Terminal
 
@@ -279,6 +279,6 @@ def summary(run: Run, progress: Progress) -> str:
     if progress.eta_seconds is not None:
         parts.append(f"{duration(progress.eta_seconds)} left")
     if not _has_ended(run):
-        parts += filter(None, [silence(run)])
+        parts += filter(None, [stall_warning(run)])
     parts += run.damage()
     return " · ".join(parts)

@@ -70,7 +70,7 @@ def _own_seconds(events: list[dict[str, Any]]) -> float:
     return sum(event["own_seconds"] for event in events) / sum(event["interval_steps"] for event in events)
 
 
-def silence(run: Run) -> str:
+def stall_warning(run: Run) -> str:
     """A warning if a run has not logged anything for much longer than usual, otherwise empty.
 
     Only between training steps, because an evaluation or the first step may take long.
@@ -93,7 +93,7 @@ def as_text(rows: list[RankRow]) -> str:
 
 
 def as_html(rows: list[RankRow]) -> str:
-    """The table as HTML; the row of a straggler is bold and marked in words, not only by colour."""
+    """The table as HTML; a straggler is shown in bold and also marked in words."""
     head = "".join(f"<th style='text-align: right; padding: 0 1em'>{heading}</th>" for heading in HEADINGS)
     lines = []
     for row in rows:

@@ -39,7 +39,7 @@ from vgglab.settings.config import Request
 CARDS = {"T20, as published": 590.3, "a fast card": 2400.0}
 
 
-class DataFigures(NamedTuple):
+class LoadingResult(NamedTuple):
     """The results, in images per second; the fields of the JSON object."""
 
     images_per_second: float  # the kit's, one core, from the file to the normalised batch
@@ -83,7 +83,7 @@ class ReferenceImages(Dataset):
 
 def measure_loading(
     config: Request, seconds: float, workers: Sequence[int] | None = None, card: float | None = None
-) -> DataFigures:
+) -> LoadingResult:
     """Measure how fast the training images of ``config`` are loaded, against torchvision's reference.
 
     Args:
@@ -111,7 +111,7 @@ def measure_loading(
     ratios = sorted(chunk[1] / chunk[0] for chunk in chunks)
     best = max([figures["images_per_second"] / count for count, figures in by_workers.items()] or [core_rate])
     cards = {f"{card:g} images/s": card} if card else CARDS
-    return DataFigures(
+    return LoadingResult(
         images_per_second=core_rate,
         reference_images_per_second=num_images / theirs,
         ratio=median(ratios),
@@ -177,7 +177,9 @@ def _by_workers(
     num_first = 2 * count  # that many batches each process makes ahead: when they are out, it goes at its own pace
     num_batches = num_first + max(4, math.ceil(core_rate * min(count, ranks.num_cores()) * seconds / 4 / size))
     indices = [[(n * size + k) % len(sets.train) for k in range(size)] for n in range(num_batches)]
-    samples = Turns([[Sample(index, mix_seeds(n, index)) for index in batch] for n, batch in enumerate(indices)])
+    samples = FixedBatchSampler(
+        [[Sample(index, mix_seeds(n, index)) for index in batch] for n, batch in enumerate(indices)]
+    )
     reference = DataLoader(
         ReferenceImages(sets.train, sets.image_size),
         batch_sampler=indices, num_workers=count, multiprocessing_context="fork",
@@ -190,7 +192,7 @@ def _by_workers(
     return {name: max(seen) for name, seen in rates.items()}
 
 
-class Turns(List[List[Sample]]):
+class FixedBatchSampler(List[List[Sample]]):
     """A sampler that returns given batches."""
 
     epoch = first = 0
@@ -220,7 +222,7 @@ def _on_one_core() -> Iterator[None]:
             os.sched_setaffinity(0, cores)
 
 
-def as_text(figures: DataFigures, data_path: str) -> str:
+def as_text(figures: LoadingResult, data_path: str) -> str:
     """The results as text."""
     low, high = figures.ratio_range
     lines = [

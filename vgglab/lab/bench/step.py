@@ -60,7 +60,7 @@ class DoesNotFit(UserError):
     """The batch does not fit into the memory of the device."""
 
 
-class StepFigures(NamedTuple):
+class StepResult(NamedTuple):
     """The result for one mode, with that of the plain loop if both fit into memory; images per second."""
 
     way: str
@@ -110,13 +110,13 @@ class Child:
         self.process.join()
         return usage
 
-    def figures(self, batch_size: int, own_seconds: Sequence[float], pairs: Sequence[float] = ()) -> StepFigures:
+    def figures(self, batch_size: int, own_seconds: Sequence[float], pairs: Sequence[float] = ()) -> StepResult:
         """End the process and return the result; ``pairs`` are the seconds of the plain loop, by repetition."""
         rate = batch_size / median(own_seconds)
         ratios = sorted(theirs / own for own, theirs in zip(own_seconds, pairs))
         peak = max(self._peaks) or None
         flop = _training_flop(self.ready.network)
-        return StepFigures(
+        return StepResult(
             way=self.mode.name,
             batch_size=batch_size,
             images_per_second=rate,
@@ -156,13 +156,13 @@ def _training_flop(network: Network) -> int:
 
 def mode_named(name: str) -> Mode:
     if name not in MODES:
-        raise UserError(f"--ways: no mode {name!r}; choose from {', '.join(MODES)}")
+        raise UserError(f"--ways: unknown mode {name!r}; choose from {', '.join(MODES)}")
     return MODES[name]
 
 
 def measure_steps(
     flags: Sequence[str], ways: Sequence[str], batch_size: int, turns: int, steps: int
-) -> list[StepFigures]:
+) -> list[StepResult]:
     """Time each mode in alternation with the plain loop, after a warm-up of one step, or of five on a card.
 
     Args:
@@ -194,7 +194,7 @@ def measure_steps(
     return results
 
 
-def largest(flags: Sequence[str], mode: str, turns: int, steps: int) -> StepFigures:
+def largest(flags: Sequence[str], mode: str, turns: int, steps: int) -> StepResult:
     """Find the largest batch that fits, to one part in sixteen, and its speed; nothing else runs on the device.
 
     Each attempt is a separate process that performs two steps, because the optimizer's state exists only after the
@@ -236,7 +236,7 @@ def _alone(flags: Sequence[str], mode: str, batch_size: int) -> Child:
     return child
 
 
-def as_text(results: Sequence[StepFigures]) -> str:
+def as_text(results: Sequence[StepResult]) -> str:
     """The results as text."""
     lines = ["mode            batch   images/s   plain loop   ratio (range)         peak memory   of matmul's speed"]
     for row in results:
@@ -252,7 +252,7 @@ def as_text(results: Sequence[StepFigures]) -> str:
     return "\n".join(lines)
 
 
-def save_steps(results: Sequence[StepFigures], flags: Sequence[str], output_dir: str = ".") -> Path:
+def save_steps(results: Sequence[StepResult], flags: Sequence[str], output_dir: str = ".") -> Path:
     """Write the results to a new run directory below ``output_dir``, where the results page finds them."""
     device = dict(results[-1].device)
     request = parse_flags([*flags, *FLAGS, f"--output-dir={output_dir}"])

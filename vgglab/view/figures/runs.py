@@ -144,7 +144,7 @@ def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> 
         panel.set_xticks([])
         panel.set_yticks([])
         answer = f"says {prediction.predicted}, {prediction.probability:.0%}"
-        title = f"✓ {answer}" if prediction.is_right else f"✗ {answer}\n(is {prediction.actual})"
+        title = f"✓ {answer}" if prediction.is_right else f"✗ {answer}\n(actually {prediction.actual})"
         panel.set_title(title, fontsize=9, color=INK if prediction.is_right else ORANGE)
         for spine in panel.spines.values():
             spine.set(color=GRID if prediction.is_right else ORANGE, linewidth=1 if prediction.is_right else 3)
