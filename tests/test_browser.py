@@ -167,12 +167,12 @@ def test_each_control_of_the_explorer_changes_its_figure_by_keyboard_alone(lab):
 
 
 CHOOSE = """from vgglab.lab import features
-from vgglab.view.figures import Picture
+from vgglab.view.figures import NotebookFigure
 from vgglab.view.photograph_chooser import PhotographChooser
 
 def look(name, data):
     pixels = features.read_photograph(name, data)
-    figure = Picture(2, 2)
+    figure = NotebookFigure(2, 2)
     figure.subplots().imshow(pixels)
     return f"{name}: {pixels.shape[1]} x {pixels.shape[0]} pixels", figure
 

@@ -109,7 +109,7 @@ def test_a_comparison_is_a_list(run, train):
 @pytest.mark.parametrize("content", [b"{", b"", b"3", b"\xff\xfe"])
 @pytest.mark.parametrize("name", ["config.json", "env.json"])
 def test_a_damaged_run_stands_in_the_table_and_takes_no_other_along(run, name, content):
-    from vgglab.view.cards import runs_table
+    from vgglab.view.summaries import runs_table
 
     (run.path / name).write_bytes(content)
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
@@ -121,8 +121,8 @@ def test_a_damaged_run_stands_in_the_table_and_takes_no_other_along(run, name, c
 
 
 def test_the_accuracy_of_made_up_images_says_so(train):
-    from vgglab.view.cards import runs_table
     from vgglab.view.live import progress_of, summary
+    from vgglab.view.summaries import runs_table
 
     run = train("--eval-step-per-epoch=1", "--training-step-per-epoch=2", data="fake").run
     assert "of generated images" in run._repr_html_()

@@ -18,7 +18,7 @@ import vgglab
 from vgglab import Run, Seeds, UserError
 from vgglab.runs.compare import as_text, compare_runs
 from vgglab.storage.schema import append_line, with_checksum, write_document
-from vgglab.view import cards, rank_table, results, run_tables
+from vgglab.view import rank_table, results, run_tables, summaries
 from vgglab.view.live import _TerminalLines, last_lines, progress_of, summary
 
 HOSTILE = (
@@ -63,7 +63,7 @@ def outputs(path, other):
         "report page": lambda run: "".join(repr(table([run])) for table in report_tables()),
         "report page.html": lambda run: "".join(table([other, run])._repr_html_() for table in report_tables()),
         "settings": lambda run: run_tables.common_settings([run]),
-        "runs": lambda run: repr(cards.runs_table([run, other])),
+        "runs": lambda run: repr(summaries.runs_table([run, other])),
         "ranks.html": lambda run: rank_table.as_html(rank_table.rank_rows(run)),
         "dashboard": lambda run: summary(run, progress_of(run)) + "".join(last_lines(run)) + repr(run.skipped()),
         "terminal": lambda run: _TerminalLines(run).update(),

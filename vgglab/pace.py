@@ -76,7 +76,7 @@ class Clock:
         self.end_phase("optimizer")
         self._marks.append(self._device.mark())
 
-    def own_figures(self) -> dict[str, Any]:
+    def own_metrics(self) -> dict[str, Any]:
         """Seconds of this rank's own work in the interval, to find the rank that the others wait for."""
         return {
             "interval_steps": self.steps,
@@ -161,7 +161,7 @@ class StopCoordinator:
         return self._steps >= self._steps_between
 
     def sync(self, figures: Tensor) -> list[float]:
-        """Average ``figures (2,)`` over the ranks, set ``all_stop``; return the means and this rank's first figure."""
+        """Average ``figures (2,)`` over the ranks, set ``all_stop``; return the means and this rank's own first."""
         device = self._device
         seconds = (time.perf_counter() - self._since) / max(self._steps, 1)
         state = torch.tensor([float(interrupts.stop_requested()), seconds]).to(figures.device)

@@ -325,7 +325,7 @@ class Loop:
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss is not finite ({mean_loss}) at step {step}; {NOT_FINITE}")
         if is_logged:
-            self.run.rank_event(step=step, loss=own_loss, **self.clock.own_figures(), **trainer.device.usage())
+            self.run.rank_event(step=step, loss=own_loss, **self.clock.own_metrics(), **trainer.device.usage())
             self.run.event(
                 "train",
                 epoch=epoch,

@@ -26,7 +26,7 @@ ORDER = tuple(FIGURES)
 
 
 class Difference(NamedTuple):
-    """The first figure that differs."""
+    """The first metric that differs."""
 
     step: int
     event: str  # train or eval
@@ -49,7 +49,7 @@ class Comparison(NamedTuple):
 
     @property
     def is_same(self) -> bool:
-        """Whether all computed figures are equal and both runs have the same number of steps."""
+        """Whether all metrics are equal and both runs have the same number of steps."""
         return self.first is None and self.last_steps[0] == self.last_steps[1] and self.num_steps > 0
 
     def __repr__(self) -> str:

@@ -34,12 +34,12 @@ class Runs(Sequence[Run]):
         return self._runs[index]
 
     def __repr__(self) -> str:
-        from vgglab.view.cards import runs_table
+        from vgglab.view.summaries import runs_table
 
         return str(runs_table(self))
 
     def _repr_html_(self) -> str:
-        from vgglab.view.cards import runs_table
+        from vgglab.view.summaries import runs_table
 
         return runs_table(self)._repr_html_()
 

@@ -1,4 +1,4 @@
-"""``report.json``: the final figures of a run, computed from its settings and events.
+"""``report.json``: the final metrics of a run, computed from its settings and events.
 
 It can be deleted: ``python -m vgglab.report RUN`` writes it again.
 """
@@ -27,7 +27,7 @@ TIMED = ("phase_seconds", "host_reads")  # fields of events with --timers, by na
 def read_report(run: Run, recompute: bool = False) -> dict[str, Any]:
     """The report of a run directory that may come from anywhere.
 
-    Takes valid figures from ``report.json``, unless ``recompute``.
+    Takes valid metrics from ``report.json``, unless ``recompute``.
 
     Raises:
         UserError: as in ``build_report``; also if the files are incomplete.
@@ -49,7 +49,7 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
     last, including evaluation and checkpoints.
 
     Args:
-        figures: the figures from the events; None to compute them.
+        figures: the metrics from the events; None to compute them.
 
     Raises:
         UserError: there is nothing to report yet, or ``config.json`` or ``env.json`` is missing.
@@ -113,7 +113,7 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
 
 
 def _figures(run: Run, images_per_step: int) -> dict[str, Any]:
-    """Compute the figures from the events; the names are those in ``storage/schema.py``."""
+    """Compute the metrics from the events; the names are those in ``storage/schema.py``."""
     # First: if the run writes more meanwhile, the checksum is of fewer events and so invalid.
     checksum = run.events_checksum()
     events, is_simulated = run.events(), run.env["simulated"]

@@ -3,11 +3,11 @@
     config.json    the final settings, written before the first step
     env.json       versions, commit, command line, hardware, simulated or not
     events.jsonl   one JSON object per line, append-only; the first has the schema version
-    log/           rank<r>.txt: the output of each rank; rank<r>.jsonl: its own figures, at each log line;
+    log/           rank<r>.txt: the output of each rank; rank<r>.jsonl: its own metrics, at each log line;
                    skipped-rank<r>.jsonl: images that it skipped; failure-rank<r>.json: why it failed;
                    launcher.txt: the output of the launcher and all ranks
     checkpoints/   last.pt, previous.pt and best.pt
-    report.json    final figures, computed from the files above (report.py)
+    report.json    final metrics, computed from the files above (report.py)
     launch.json    the process started by vgglab.launch, if that was used
     lock           held by rank 0 while it writes
 
@@ -39,7 +39,7 @@ from vgglab.storage.lock import holder
 from vgglab.storage.schema import RANK, SKIPPED, Document, Test, line_in, read_document, readable_document
 
 if TYPE_CHECKING:
-    from vgglab.view.cards import Report
+    from vgglab.view.summaries import Report
 
 SCHEMA = 1
 RUN_FILES = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
@@ -128,12 +128,12 @@ class Run:
         return text if isinstance(text, str) and DATE.fullmatch(text) else ""
 
     def __repr__(self) -> str:
-        from vgglab.view.cards import status_line
+        from vgglab.view.summaries import status_line
 
         return f"Run({str(self.path)!r})  # {status_line(self)}"
 
     def _repr_html_(self) -> str:
-        from vgglab.view.cards import run_as_html
+        from vgglab.view.summaries import run_as_html
 
         return run_as_html(self)
 
@@ -250,9 +250,9 @@ class Run:
         return is_newer and is_running(read_document(launched))
 
     def report(self) -> Report:
-        """The final figures: from ``report.json`` if it matches the events, otherwise computed from them."""
+        """The final metrics: from ``report.json`` if it matches the events, otherwise computed from them."""
         from vgglab.runs.report import read_report
-        from vgglab.view.cards import Report
+        from vgglab.view.summaries import Report
 
         return Report(read_report(self))
 
@@ -284,11 +284,11 @@ class Run:
         return sorted(file for file in (self.path / "log").glob(pattern) if file.is_file())
 
     def ranks(self) -> list[dict[str, Any]]:
-        """The latest figures of each rank, in order; empty before the first log line."""
-        return [events[-1] for events in self.recent_figures()]
+        """The latest metrics of each rank, in order; empty before the first log line."""
+        return [events[-1] for events in self.recent_metrics()]
 
-    def recent_figures(self) -> list[list[dict[str, Any]]]:
-        """The last few figures of each rank, newest last."""
+    def recent_metrics(self) -> list[list[dict[str, Any]]]:
+        """The last few metrics of each rank, newest last."""
         recent = []
         for file in self._files("rank*.jsonl"):
             events = [event for event in _lines_at_the_end(file) if event]
@@ -299,7 +299,7 @@ class Run:
         return sorted(recent, key=lambda events: events[-1]["rank"])
 
     def _recent_lines(self) -> list[dict[str, Any] | None]:
-        """The lines of all ranks that ``recent_figures`` reads; None for a damaged line."""
+        """The lines of all ranks that ``recent_metrics`` reads; None for a damaged line."""
         return [line for file in self._files("rank*.jsonl") for line in _lines_at_the_end(file)]
 
     def skipped(self) -> dict[str, str]:

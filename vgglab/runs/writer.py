@@ -35,7 +35,7 @@ MAKE_ROOM = "make room (or remount the disk as writable)"
 
 
 class RankWriter:
-    """Writes what every rank writes: its log and its own figures. Events are ignored; only rank 0 writes them."""
+    """Writes what every rank writes: its log and its own metrics. Events are ignored; only rank 0 writes them."""
 
     def __init__(self, path: Path, rank: int, is_simulated: bool = False) -> None:
         self.path = path
@@ -97,7 +97,7 @@ class RankWriter:
             self.event("warning", text=text)
 
     def rank_event(self, **values: Any) -> None:
-        """Append a line to the figures of this rank."""
+        """Append a line to the metrics of this rank."""
         line = {"rank": self.rank, "pid": os.getpid(), "time": round(time.time(), 3)}
         line.update({key: finite(value) for key, value in values.items()}, **self._mark)
         self._append(f"log/rank{self.rank}.jsonl", line)

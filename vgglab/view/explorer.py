@@ -14,7 +14,7 @@ from typing import Any, Callable
 from vgglab.errors import UserError
 from vgglab.settings.config import MODELS
 from vgglab.view.anatomy_table import Anatomy, Layer, Window
-from vgglab.view.figures.base import INK, ORANGE, Picture
+from vgglab.view.figures.base import INK, ORANGE, NotebookFigure
 from vgglab.view.figures.network import WIDTH, draw
 from vgglab.view.live import front_end
 from vgglab.view.tables import html_table, html_text, text_table
@@ -116,9 +116,9 @@ class Explorer:
     def table(self) -> str:
         return html_table([self.anatomy.model, f"{self.anatomy.image_size} pixels"], self.rows())
 
-    def picture(self) -> Picture:
+    def picture(self) -> NotebookFigure:
         """The photograph with the receptive field of the central output; below it, the network."""
-        picture = Picture(WIDTH, HEIGHT)
+        picture = NotebookFigure(WIDTH, HEIGHT)
         above, below = picture.subplots(2, 1, height_ratios=[1, 1.1])
         self._draw_field(above)
         draw(below, self.anatomy, self.layer.name)

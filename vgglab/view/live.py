@@ -198,7 +198,7 @@ class Dashboard:
 def keep_fresh(refresh: Callable[[], None], is_over: Callable[[], bool], status: Any) -> None:
     """Call ``refresh`` until the run is over, and once more; show errors in ``status`` and retry.
 
-    If the thread died silently, its last figures would look current.
+    If the thread died silently, its last metrics would look current.
     """
     is_last = False
     while not is_last:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Callable
 
 from vgglab.errors import UserError
-from vgglab.view.figures import Picture
+from vgglab.view.figures import NotebookFigure
 from vgglab.view.live import front_end
 from vgglab.view.tables import html_text
 
 
-def choose_photograph(look: Callable[[str, bytes], tuple[str, Picture]], example: str | Path) -> Any:
+def choose_photograph(look: Callable[[str, bytes], tuple[str, NotebookFigure]], example: str | Path) -> Any:
     """Show ``look(name, data)`` for the file ``example``, and the button if the front end has widgets."""
     line, picture = look(Path(example).name, Path(example).read_bytes())
     print(line)
@@ -25,7 +25,7 @@ class PhotographChooser:
     ``look``; if that raises a UserError, its message is shown instead of a picture.
     """
 
-    def __init__(self, look: Callable[[str, bytes], tuple[str, Picture]]) -> None:
+    def __init__(self, look: Callable[[str, bytes], tuple[str, NotebookFigure]]) -> None:
         """``look(name, data)`` returns a line of text and a picture; it raises UserError if the file is no image."""
         import ipywidgets as widgets
 

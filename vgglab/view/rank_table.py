@@ -16,7 +16,7 @@ NO_NEWS_SECONDS = 30.0  # and ten times the usual
 
 
 class RankRow(NamedTuple):
-    """The latest figures of a rank; speeds are None for a simulated card."""
+    """The latest metrics of a rank; speeds are None for a simulated card."""
 
     rank: int
     step: int
@@ -42,8 +42,8 @@ class RankRow(NamedTuple):
 
 
 def rank_rows(run: Run) -> list[RankRow]:
-    """The latest figures of each rank of a run; empty before the first log line."""
-    recent = run.recent_figures()
+    """The latest metrics of each rank of a run; empty before the first log line."""
+    recent = run.recent_metrics()
     batch_size = run.config.get("batch_size", 0)
     rows = []
     for events in recent:

@@ -1,4 +1,4 @@
-"""Speed and accuracy of many runs, compared with Enflame's published figures.
+"""Speed and accuracy of many runs, compared with Enflame's published results.
 
     python -m vgglab.view.results                      # every run below runs/, as text
     python -m vgglab.view.results runs --html page.html
@@ -103,7 +103,7 @@ COLUMNS: dict[str, Callable[[Result], str]] = {
 
 
 def published() -> list[Result]:
-    """The published figures of the original example."""
+    """The published results of the original example."""
     return [
         Result("vgg16", "ImageNet", "Enflame T20", "float32", "", ranks, batch, 224, speed, None, None, None, acc1,
                "1.10", f"published: {where}")

@@ -30,7 +30,7 @@ SEED_FIELDS = (
 
 
 def results_tables(folders: Sequence[str | Path]) -> list[Table]:
-    """Speed and accuracy of the runs and benchmarks in these folders, with Enflame's published figures.
+    """Speed and accuracy of the runs and benchmarks in these folders, with Enflame's published results.
 
     Raises:
         UserError: a folder does not exist.

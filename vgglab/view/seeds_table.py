@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from typing import Mapping, NamedTuple, Sequence
 
 from vgglab.runs.run import Run
-from vgglab.view.cards import damage_of, report_of, status_in_words
+from vgglab.view.summaries import damage_of, report_of, status_in_words
 from vgglab.view.tables import Table
 
 ENOUGH = 5  # seeds from which on one may be called better than another
@@ -19,7 +19,7 @@ HEADINGS = ("", "figure", "n", "mean", "standard deviation", "lowest", "highest"
 
 
 class Row(NamedTuple):
-    """One figure of a group, over its finished runs."""
+    """One metric of a group, over its finished runs."""
 
     group: str
     figure: str
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 def rows_of(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
-    """One row for each group and figure; unfinished runs do not count."""
+    """One row for each group and metric; unfinished runs do not count."""
     rows = []
     for group, runs in groups.items():
         done = [run for run in runs if status_in_words(run) == "done" and report_of(run) is not None]
@@ -60,7 +60,7 @@ def _damage(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 def seeds_table(groups: Mapping[str, Sequence[Run]]) -> Table:
-    """One row for each group and figure, with notes on what was left out and on too few seeds."""
+    """One row for each group and metric, with notes on what was left out and on too few seeds."""
     rows = rows_of(groups)
     return Table(
         HEADINGS, [row.cells() for row in rows], note="; ".join(filter(None, [remark(rows), *_damage(groups)]))

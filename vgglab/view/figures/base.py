@@ -20,7 +20,7 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 MAX_TOLD = 10  # panels of a picture, in words
 
 
-class Picture(Figure):
+class NotebookFigure(Figure):
     """A figure that notebooks show without pyplot."""
 
     def __init__(self, width: float, height: float) -> None:
@@ -58,7 +58,7 @@ class Picture(Figure):
         return "; ".join(told) or f"{len(self.axes)} panels without words"
 
     def __repr__(self) -> str:
-        return f"Picture({self.in_words()})"
+        return f"NotebookFigure({self.in_words()})"
 
     def bundle(self, text: str = "") -> dict[str, Any]:
         """The data for IPython's ``display``: the image, and its description as text."""
@@ -69,9 +69,9 @@ class Picture(Figure):
         return self.png(), {"alt": self.in_words()}
 
 
-def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tuple[Picture, list[Any]]:
+def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tuple[NotebookFigure, list[Any]]:
     """Create a figure with panels side by side; sizes in inches."""
-    figure = Picture(width, height)
+    figure = NotebookFigure(width, height)
     panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
     for panel in panels:
         panel.grid(True, color=GRID, linewidth=0.8)

@@ -10,16 +10,16 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 from matplotlib.colors import to_rgb
 
-from vgglab.view.figures.base import BLUE, GREEN, GRID, INK, ORANGE, Picture
+from vgglab.view.figures.base import BLUE, GREEN, GRID, INK, ORANGE, NotebookFigure
 
 
-def kernel_grid(kernels: Any, num_columns: int = 16) -> Picture:
+def kernel_grid(kernels: Any, num_columns: int = 16) -> NotebookFigure:
     """First-layer kernels ``(K, 3, h, w)`` as colour images, each scaled from its minimum to its maximum."""
     kernels = np.asarray(kernels).transpose(0, 2, 3, 1)  # (K, h, w, 3)
     least, most = kernels.min(axis=(1, 2, 3), keepdims=True), kernels.max(axis=(1, 2, 3), keepdims=True)
     images = (kernels - least) / np.maximum(most - least, 1e-12)
     num_rows = -(-len(images) // num_columns)
-    figure = Picture(0.55 * num_columns, 0.62 * num_rows)
+    figure = NotebookFigure(0.55 * num_columns, 0.62 * num_rows)
     for number, panel in enumerate(_bare_panels(figure, num_rows, num_columns)):
         if number < len(images):
             panel.imshow(images[number])
@@ -29,13 +29,13 @@ def kernel_grid(kernels: Any, num_columns: int = 16) -> Picture:
     return figure
 
 
-def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> Picture:
+def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> NotebookFigure:
     """One row per layer: the image, then the ``num_maps`` channels that vary most over it.
 
     Axes are in pixels of the map; each map is scaled from 0 (black) to its maximum.
     """
     height, width = np.asarray(image).shape[:2]
-    figure = Picture(9.6, len(maps) * (8.4 / (num_maps + 1) * height / width + 0.42))
+    figure = NotebookFigure(9.6, len(maps) * (8.4 / (num_maps + 1) * height / width + 0.42))
     panels = figure.subplots(len(maps), num_maps + 1, squeeze=False)
     for number, (row, (name, channels)) in enumerate(zip(panels, maps.items())):
         channels = np.asarray(channels)
@@ -54,13 +54,13 @@ def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> Picture:
     return figure
 
 
-def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles: Sequence[str]) -> Picture:
+def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles: Sequence[str]) -> NotebookFigure:
     """The images in the first row; below, one row per kind of heat map, drawn over the images.
 
     The heat map is resized to the image and drawn from its minimum to its maximum; the colour bar shows the scale.
     """
     num_columns = len(images)
-    figure = Picture(min(9.6, 2.1 * num_columns + 0.8), 1.62 * (1 + len(heats)))
+    figure = NotebookFigure(min(9.6, 2.1 * num_columns + 0.8), 1.62 * (1 + len(heats)))
     rows = figure.subplots(1 + len(heats), num_columns, squeeze=False)
     for column, (panel, image, title) in enumerate(zip(rows[0], images, titles)):
         panel.imshow(np.asarray(image))
@@ -86,7 +86,7 @@ def _lay_over(panel: Any, image: Any, heat: Any) -> Any:
     return panel.imshow(np.asarray(heat), cmap="viridis", alpha=0.6, extent=extent, interpolation="bilinear")
 
 
-def receptive_fields(image: Any, fields: Mapping[str, Any]) -> Picture:
+def receptive_fields(image: Any, fields: Mapping[str, Any]) -> NotebookFigure:
     """For each layer, the pixels that affect its centre unit, over the image; a frame marks their extent.
 
     ``fields``: by layer, ``(H, W)`` with sum 1, from ``features.effective_receptive_fields``; the square root is drawn,
@@ -99,7 +99,7 @@ def receptive_fields(image: Any, fields: Mapping[str, Any]) -> Picture:
     boxes = {name: bounding_box(field) for name, field in fields.items()}
     largest = max(boxes.values(), key=lambda box: box[2] - box[0])
     margin = (largest[2] - largest[0]) // 4
-    figure = Picture(9.6, 9.6 / len(fields) + 0.5)
+    figure = NotebookFigure(9.6, 9.6 / len(fields) + 0.5)
     for panel, (name, field) in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields.items()):
         panel.imshow(160 + _grey(image) * (95 / 255), cmap="gray", vmin=0, vmax=255)
         glow = np.zeros((height, width, 4))
@@ -130,13 +130,13 @@ def bounding_box(field: Any) -> tuple[int, int, int, int]:
 
 def neighbour_rows(
     images: Sequence[Any], meanings: Sequence[str], rows: Sequence[tuple[str, int, Sequence[int]]]
-) -> Picture:
+) -> NotebookFigure:
     """One row per (criterion, index of an image, indices of its neighbours); ``meanings`` are the captions.
 
     A neighbour with a different caption is crossed out and framed.
     """
     num_columns = 1 + max(len(indices) for _, _, indices in rows)
-    figure = Picture(1.25 * num_columns, 1.5 * len(rows))
+    figure = NotebookFigure(1.25 * num_columns, 1.5 * len(rows))
     panels = iter(_bare_panels(figure, len(rows), num_columns))
     for what, query, indices in rows:
         for number, index in enumerate([query, *indices]):
@@ -156,7 +156,7 @@ def neighbour_rows(
     return figure
 
 
-def _bare_panels(figure: Picture, num_rows: int, num_columns: int) -> list[Any]:
+def _bare_panels(figure: NotebookFigure, num_rows: int, num_columns: int) -> list[Any]:
     panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for panel in panels:
         _without_ticks(panel)

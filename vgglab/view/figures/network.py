@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 from vgglab.errors import UserError
 from vgglab.view.anatomy_table import Anatomy, Ceilings, Layer
-from vgglab.view.figures.base import BLUE, GREEN, INK, ORANGE, PURPLE, Picture, new_figure
+from vgglab.view.figures.base import BLUE, GREEN, INK, ORANGE, PURPLE, NotebookFigure, new_figure
 
 WIDTH, HEIGHT = 5.2, 3.6  # inches; a telephone shows it at three quarters of its size, with letters still to be read
 LOOKS = {
@@ -23,7 +23,7 @@ LABEL_GAP = 0.034  # between two labels of the roofline, as a part of its width
 GAP, POOL, LINEAR, LEAST, LETTER = 0.007, 0.014, 0.05, 0.002, 0.02
 
 
-def architecture(anatomy: Anatomy, marked: str = "") -> Picture:
+def architecture(anatomy: Anatomy, marked: str = "") -> NotebookFigure:
     """The whole network in one row, from the image on the left to the classes on the right.
 
     The height of a convolution is the side of its maps in pixels, its width the number of channels. A pooling is a
@@ -36,7 +36,7 @@ def architecture(anatomy: Anatomy, marked: str = "") -> Picture:
     Raises:
         UserError: the layer does not exist, or there is no box to show it at.
     """
-    picture = Picture(WIDTH, HEIGHT)
+    picture = NotebookFigure(WIDTH, HEIGHT)
     draw(picture.subplots(), anatomy, marked)
     return picture
 
@@ -163,7 +163,7 @@ def _finish(panel: Any, anatomy: Anatomy, boxes: Sequence[tuple[Layer, float, fl
     panel.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
 
 
-def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> Picture:
+def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> NotebookFigure:
     """Measured layers below the roofline, on logarithmic axes: FLOP per byte, and GFLOP/s of the forward pass.
 
     Only layers with multiply-adds are shown. A layer far below the roofline could be faster.

@@ -9,13 +9,13 @@ from matplotlib.ticker import MaxNLocator
 
 from vgglab.errors import UserError
 from vgglab.runs.run import Event, Run
-from vgglab.view.figures.base import BLUE, COLOURS, DASHES, GREEN, GRID, INK, ORANGE, PURPLE, Picture, new_figure
+from vgglab.view.figures.base import BLUE, COLOURS, DASHES, GREEN, GRID, INK, ORANGE, PURPLE, NotebookFigure, new_figure
 
 if TYPE_CHECKING:
     from vgglab.lab.predictions import Prediction
 
 
-def curves(run: Run) -> Picture:
+def curves(run: Run) -> NotebookFigure:
     """Loss and top-1 accuracy over the optimizer steps, on training batches and on the held-out images."""
     train, held_out = _drawn(run, "train"), _drawn(run, "eval")
     figure, (loss, accuracy) = new_figure(2)
@@ -75,7 +75,9 @@ MAX_READ = 20_000  # events
 MAX_POINTS = 1000  # of a curve: a dashboard draws it every other second
 
 
-def curves_beside(runs: Sequence[Run], names: Sequence[str] = (), first_difference: int | None = None) -> Picture:
+def curves_beside(
+    runs: Sequence[Run], names: Sequence[str] = (), first_difference: int | None = None
+) -> NotebookFigure:
     """Training loss and held-out top-1 of several runs in the same panels; a line marks the first difference of two."""
     figure, (loss, accuracy) = new_figure(2, height=3 + 0.2 * (len(runs) + 1))  # a line of it for each name
     for number, run in enumerate(runs):
@@ -96,7 +98,7 @@ def curves_beside(runs: Sequence[Run], names: Sequence[str] = (), first_differen
     return figure
 
 
-def bands(groups: Mapping[str, Sequence[Run]]) -> Picture:
+def bands(groups: Mapping[str, Sequence[Run]]) -> NotebookFigure:
     """Training loss and held-out top-1 of groups of seeds: the mean, and a band from minimum to maximum."""
     figure, (loss, accuracy) = new_figure(2)
     for number, (name, runs) in enumerate(groups.items()):
@@ -132,10 +134,10 @@ def _finish(panel: Any, label: str, **legend: Any) -> None:
         panel.legend(fontsize=8, frameon=False, **legend)
 
 
-def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> Picture:
+def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> NotebookFigure:
     """Images with their predictions; wrong ones are framed and crossed out, with the true class."""
     num_rows = max(1, -(-len(predictions) // num_columns))
-    figure = Picture(1.5 * num_columns, 1.85 * num_rows)
+    figure = NotebookFigure(1.5 * num_columns, 1.85 * num_rows)
     for panel in figure.subplots(num_rows, num_columns, squeeze=False).flat:
         panel.set_axis_off()
     for panel, prediction in zip(figure.axes, predictions):
@@ -165,7 +167,7 @@ WARNING_LOOK: dict[str, Any] = {"va": "center", "fontsize": 8, "color": ORANGE}
 HATCHES = ("", "//", "", "..", "xx", "\\\\", "")
 
 
-def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> Picture:
+def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> NotebookFigure:
     """One stacked bar per run: mean milliseconds of each phase of a step; for runs with --timers.
 
     Without ``names``, a bar is labelled with batch size, precision and layout. Lines of code at which the host reads a
@@ -173,7 +175,7 @@ def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> Picture:
     """
     if not runs:
         raise UserError("where_time_goes: needs runs that were trained with --timers")
-    figure = Picture(9.0, 1.4 + 0.7 * len(runs))
+    figure = NotebookFigure(9.0, 1.4 + 0.7 * len(runs))
     panel = figure.subplots()
     for index, run in enumerate(runs):
         report, left = run.report(), 0.0

@@ -14,7 +14,7 @@ RUN_HEADINGS = ("name", "status", "model", "device", "epochs planned", "best top
 
 
 class Report(dict):
-    """The figures of ``report.json``, as a dict that is displayed as a table."""
+    """The metrics of ``report.json``, as a dict that is displayed as a table."""
 
     def __repr__(self) -> str:
         return report_as_text(self)
