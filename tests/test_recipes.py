@@ -1,17 +1,21 @@
 """Recipes, and what the modern one adds: blends, smoothing, averages, plateaus, crops."""
 
 import random
+from dataclasses import fields
 
 import pytest
 import torch
 from torch import nn
 
 from vgglab.data.images import ArrayPicture
-from vgglab.data.transform import JitteredCrop, RandomCrop, TrivialAugmentCrop
+from vgglab.data.sets import CROPS
+from vgglab.data.transform import JitteredCrop, Preparation, RandomCrop, TrivialAugmentCrop
 from vgglab.devices import open_device
 from vgglab.devices.compat import load_tensors
 from vgglab.model import build
 from vgglab.optim import Objective, build_optimizer
+from vgglab.settings.config import Request
+from vgglab.settings.inheritance import checked
 from vgglab.settings.parser import parse_flags
 from vgglab.settings.recipes import MADE_FOR, RECIPES
 
@@ -49,6 +53,28 @@ def test_a_flag_overrides_a_recipe_wherever_it_stands(order):
 def test_a_plan_knows_which_data_each_recipe_is_for():
     assert MADE_FOR.keys() == RECIPES.keys()
     assert {*MADE_FOR.values()} <= {"imagenet", "digits"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_has_values_that_its_flags_accept(recipe):
+    for item in fields(Request):
+        if item.name in RECIPES[recipe]:
+            assert checked(item, RECIPES[recipe][item.name]) == RECIPES[recipe][item.name]
+
+
+@pytest.mark.parametrize("name", CROPS)
+def test_a_crop_depends_on_its_seed_and_on_whether_images_may_be_mirrored(name):
+    picture = ArrayPicture(
+        torch.arange(48 * 40, dtype=torch.int64).reshape(48, 40).remainder(251).to(torch.uint8), "pil"
+    )
+    mirrored = Preparation(flip=True)
+    crop, upright = CROPS[name](32, mirrored), CROPS[name](32, mirrored._replace(flip=False))
+    before = random.getstate()
+    crops = [crop(picture, seed) for seed in range(8)]
+    assert all(torch.equal(pixels, crop(picture, seed)) for seed, pixels in enumerate(crops))
+    assert len({pixels.numpy().tobytes() for pixels in crops}) > 1
+    assert any(not torch.equal(pixels, upright(picture, seed)) for seed, pixels in enumerate(crops))
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name])

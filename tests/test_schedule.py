@@ -1,5 +1,6 @@
 """Learning rate and parameter groups, against the original example's formulas computed here on their own."""
 
+import inspect
 import math
 
 import pytest
@@ -56,7 +57,15 @@ def test_an_optimizer_keeps_as_many_tensors_as_the_plan_counts(name, num_kept):
     for parameter in network.parameters():
         kept = [value for value in optimizer.state[parameter].values() if torch.is_tensor(value) and value.dim()]
         assert len(kept) == num_kept == OPTIMIZERS[name].num_kept(config)
+        assert {*OPTIMIZERS[name].averages} <= optimizer.state[parameter].keys()  # without them no run resumes
     assert sorted(OPTIMIZERS) == ["rmsprop", "sgd"]  # each has a row here
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_with_a_fused_step_is_known_to_have_one(name):
+    """Else ``--fast`` leaves it out."""
+    can_fuse = "fused" in inspect.signature(OPTIMIZERS[name].optimizer).parameters
+    assert OPTIMIZERS[name].can_fuse or not can_fuse
 
 
 def test_end_lr_is_what_cosine_falls_towards():

@@ -204,7 +204,8 @@ def _with_efficiency(results: list[Result]) -> list[Result]:
     """Add the parallel efficiency of runs with several ranks, relative to a run with one rank and the same settings."""
 
     def kind(row: Result) -> tuple:
-        return (*row[:5], row.batch_size, row.image_size, row.torch)
+        network = (row.model, row.data, row.batch_size, row.image_size)
+        return (*network, row.hardware, row.precision, row.layout, row.torch)
 
     alone: dict[tuple, list[tuple[int, float]]] = {}  # by kind: index in the list, images/s
     for index, row in enumerate(results):
