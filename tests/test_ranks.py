@@ -180,7 +180,7 @@ def test_the_rank_that_the_others_wait_for_is_marked(tiny, planted, monkeypatch)
     assert rank0.peak_bytes > 2**20
     assert "wait for it" in as_text([rank0, rank1]).splitlines()[2]
     assert "wait for it" in as_html([rank0, rank1])
-    assert "no rank" not in run.stacks()  # both have gone; nobody else is sent a signal
+    assert "no rank" not in run.stacks()  # both have exited; no other process is signalled
     assert run.stacks().count("not running") == 2
 
 

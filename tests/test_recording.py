@@ -32,7 +32,7 @@ def mounted(folder, size):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of its own, small enough to be filled."""
+    """A separate disk that is small enough to fill."""
     with mounted(tmp_path / "disk", "250m") as folder:
         yield folder
 

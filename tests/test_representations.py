@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from vgglab.lab.plan import plan_training
 from vgglab.runs.compare import compare_runs
 from vgglab.runs.report import build_report
 from vgglab.settings.parser import parse_flags
+from vgglab.storage.lock import Lock
 from vgglab.storage.schema import append_line, write_document
 
 ODD = "<b>lab & co</b>"
@@ -178,6 +180,21 @@ lock = Lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
 """
+
+
+def test_a_lock_that_is_held_outside_the_container_is_not_free(tmp_path):
+    """Linux names no process there, and a run that is active would have failed."""
+    unshare = ["unshare", "--pid", "--fork"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to make a process namespace")
+    code = (
+        "import sys; from pathlib import Path; from vgglab.storage.lock import holder; print(holder(Path(sys.argv[1])))"
+    )
+    lock = Lock(tmp_path / "lock")
+    asked = [*unshare, sys.executable, "-c", code, tmp_path / "lock"]
+    answer = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(PROJECT)})
+    lock.close()
+    assert answer.stdout == "None\n", answer.stderr
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])

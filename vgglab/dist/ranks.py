@@ -273,7 +273,7 @@ def _write_failure(
 
 
 def has_lost_peers(error: BaseException) -> bool:
-    """Whether an error means that another rank has gone away."""
+    """Whether an error means that the connection to another rank was lost."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in LOST_PEERS)
 

@@ -74,7 +74,7 @@ def holder(file: Path) -> int | None:
             kind, *_, pid = struct.unpack("hhqqi4x", fcntl.fcntl(target, fcntl.F_GETLK, asked))
     except OSError:
         return None
-    return 0 if kind == fcntl.F_UNLCK else pid
+    return 0 if kind == fcntl.F_UNLCK else pid or None  # Linux gives 0 for a process outside our container
 
 
 @contextlib.contextmanager
