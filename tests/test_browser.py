@@ -37,6 +37,13 @@ def lab(tmp_path_factory):
         yield lab
 
 
+def test_the_tests_of_this_group_share_a_process(request):
+    """With pytest 9.2 each of the suite's processes started a JupyterLab and a browser (pytest-xdist, issue 1386)."""
+    if request.config.getoption("loadgroup", None) is not True:
+        pytest.skip("needs --dist loadgroup")
+    assert request.node.nodeid.endswith("@browser")
+
+
 @pytest.fixture(scope="module")
 def slow_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slow_steps")

@@ -58,7 +58,7 @@ def test_the_small_head_does_not_pay_for_the_large_layer():
 def test_the_eight_functions_are_the_eight_names():
     assert models.model_names() == list(MODELS)
     for name in MODELS:
-        network = getattr(models, name)(num_classes=3, head="small", dropout_rate=0.25)
+        network = getattr(models, name)(num_classes=3, head="small", dropout_rate=0.25, init_weights=False)
         num_norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
         num_convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in network.modules())
         assert num_norms == (num_convolutions if name.endswith("_bn") else 0)

@@ -23,7 +23,7 @@ SHORTER = {
     "02": {"seconds": 0.1},
     "03": {"image_size": 32, "batch_size": 2, "steps": 6, "turns": 1},
     "04": {"model": "vgg11", "epochs": 1, "steps": 2, "batch_size": 4, "eval_steps": 1, "seeds": 2, "walk": 2},
-    "05": {"steps": 6, "rounds": 1},
+    "05": {"steps": 4, "rounds": 1},
     "06": {"steps": 1},
     "07": {"model": "vgg11", "epochs": 1},
     "08": {},

@@ -16,6 +16,7 @@ from vgglab.dist.processes import signature
 from vgglab.lab.plan import plan_training
 from vgglab.runs.compare import compare_runs
 from vgglab.runs.report import build_report
+from vgglab.runs.run import LAUNCHED, inode_of
 from vgglab.settings.parser import parse_flags
 from vgglab.storage.lock import Lock
 from vgglab.storage.schema import append_line, write_document
@@ -170,6 +171,17 @@ def test_a_copy_of_an_active_run_is_not_active(run):
     (run.path / "events.jsonl").write_text("".join(events[:-1]))
     write_document(run.path / "env.json", {**run.env, **signature(os.getpid())})  # a process that lives, without a lock
     assert Run(run.path).status == "failed"
+
+
+def test_a_copy_of_a_launched_run_is_not_active(run, tmp_path):
+    """It said that it runs, for as long as the process that had launched the original."""
+    events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
+    (run.path / "events.jsonl").write_text("".join(events[:-1]))
+    launcher = {**signature(os.getpid()), "inode": inode_of(run.path)}
+    write_document(run.path / LAUNCHED, {**launcher, "argv": [], "command": []})
+    assert Run(run.path).status == "running"
+    assert Run(run.path.rename(tmp_path / "renamed")).status == "running"
+    assert Run(shutil.copytree(tmp_path / "renamed", tmp_path / "copied")).status == "failed"
 
 
 LOCKS = """

@@ -19,7 +19,7 @@ from typing import IO, Any, Generator, Sequence
 
 from vgglab.dist import processes, ranks
 from vgglab.errors import RunFailed, UserError
-from vgglab.runs.run import ACTIVE, LAUNCHED, Run, is_a_run, make_run_folder, run_path
+from vgglab.runs.run import ACTIVE, LAUNCHED, Run, inode_of, is_a_run, make_run_folder, run_path
 from vgglab.runs.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags
@@ -166,7 +166,8 @@ def _start_alone(command: list[str], argv: list[str], path: Path, log: Path, det
         _pipes.add(process.stdin)
     try:
         with writing(path):
-            write_document(path / LAUNCHED, {**processes.signature(process.pid), "argv": argv, "command": command})
+            launcher = {**processes.signature(process.pid), "inode": inode_of(path)}
+            write_document(path / LAUNCHED, {**launcher, "argv": argv, "command": command})
     except UserError:
         process.kill()
         process.communicate()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from abc import ABC, abstractmethod
 from typing import Any, ContextManager, Iterable, Iterator, Sequence
 
@@ -93,13 +92,13 @@ class Device(ABC):
         for batch in batches:
             yield self.move(batch.images, batch.labels)
 
+    @abstractmethod
     def mark(self) -> Any:
-        """A timestamp on the device's clock, without synchronising."""
-        return time.perf_counter()
+        """A timestamp on the device's clock, without synchronising; the host's clock if the device has none."""
 
+    @abstractmethod
     def seconds_between(self, earlier: Any, later: Any) -> float:
         """Seconds between two marks; the device must have been synchronised since."""
-        return later - earlier
 
     @abstractmethod
     def autocast(self) -> ContextManager[Any]:

@@ -64,11 +64,11 @@ AUTO = "from vgglab.devices import open_device; facts = {'kind': open_device('au
 def ask(code: str, **environment: str) -> dict[str, Any]:
     """Run the lines in a new process and return its ``facts``, or ``{"error": one line}`` however it fails."""
     wrapped = (
-        "import sys\nsys.path[:] = filter(None, sys.path)\nimport json\ntry:\n"
+        "import sys\nsys.path[:] = filter(None, sys.path)\nimport gc, json\ngc.disable()\ntry:\n"
         + "".join(f"    {line}\n" for line in code.strip().splitlines())
         + "    answer = facts\nexcept BaseException as error:\n"
         + "    answer = {'error': ' '.join(str(error.__cause__ or error).split()) or type(error).__name__}\n"
-        + "print()\nprint(json.dumps(answer))\n"
+        + "print()\nprint(json.dumps(answer))\ngc.freeze()\n"  # a third faster; what was imported stays to the end
     )
     home = str(Path(__file__).resolve().parent.parent.parent)
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), home]))

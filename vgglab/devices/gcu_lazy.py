@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import os
 import random
+import time
 from typing import Any, ContextManager, Sequence
 
 import torch
@@ -83,6 +84,12 @@ class LazyGcu(Device):
         # so training leaves out the last batch if it is not full, and evaluation pays for one more graph.
         # The vendor's scripts send float32, and whether a T20 accepts bytes is not documented.
         return images.float().to(self._torch_device), labels.int().to(self._torch_device)
+
+    def mark(self) -> float:
+        return time.perf_counter()  # it has no events; an interval ends with a read, so its time is right
+
+    def seconds_between(self, earlier: float, later: float) -> float:
+        return later - earlier
 
     def autocast(self) -> ContextManager[Any]:
         if self.amp_dtype is None:

@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any, ContextManager, Iterable, Iterator, TypeVar
@@ -121,14 +122,14 @@ class NativeDevice(StockDevice):
 
     def mark(self) -> Any:
         if self.kind != "cuda":
-            return super().mark()
+            return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds_between(self, earlier: Any, later: Any) -> float:
         if self.kind != "cuda":
-            return super().seconds_between(earlier, later)
+            return later - earlier
         return earlier.elapsed_time(later) / 1000
 
     def autocast(self) -> ContextManager[Any]:

@@ -90,6 +90,14 @@ def is_a_run(path: Path) -> bool:
     return holds_a_run(path) or exists(path / LAUNCHED)
 
 
+def inode_of(path: Path) -> str:
+    """What a folder keeps when it is renamed but not when it is copied; as text, because it may exceed 2**53.
+
+    Empty if there is no such folder.
+    """
+    return str(path.stat().st_ino) if path.exists() else ""
+
+
 def make_run_folder(path: Path) -> None:
     """Create the folder of a new run. Raises UserError if that fails or it already contains a run."""
     if holds_a_run(path):
@@ -220,7 +228,14 @@ class Run:
 
     def _owners(self) -> list[Document]:
         """The processes named in the files: rank 0, then the launched process."""
-        return [known for name in ("env.json", LAUNCHED) if (known := readable_document(self.path / name))]
+        return [known for known in (readable_document(self.path / "env.json"), self._launcher()) if known]
+
+    def _launcher(self) -> Document:
+        """The process that launched this run; empty if there is none, or if the folder is a copy of a launched run."""
+        launched = readable_document(self.path / LAUNCHED)
+        if "inode" in launched and launched["inode"] != inode_of(self.path):  # earlier versions did not record it
+            launched.clear()
+        return launched
 
     def writer(self) -> str:
         """A message that says which process is writing here, and what to do about it."""
@@ -237,7 +252,7 @@ class Run:
         Either can outlive the other: a launcher restarts ranks, and when a run is launched again in the same folder,
         ``env.json`` names the previous rank 0 until the new one is ready. If neither is recorded, the lock decides.
         """
-        rank_0, launcher = (readable_document(self.path / name) for name in ("env.json", LAUNCHED))
+        rank_0, launcher = readable_document(self.path / "env.json"), self._launcher()
         has_no_writer = holder(self.path / LOCK) == 0  # nor has a copy of a run that is still active
         if not rank_0 and not launcher:
             return has_no_writer
@@ -247,7 +262,7 @@ class Run:
         """Whether the last end event belongs to an earlier launch in the same folder."""
         launched, events = self.path / LAUNCHED, self.path / "events.jsonl"
         is_newer = launched.exists() and events.exists() and launched.stat().st_mtime > events.stat().st_mtime
-        return is_newer and is_running(read_document(launched))
+        return is_newer and is_running(self._launcher())
 
     def report(self) -> Report:
         """The final metrics: from ``report.json`` if it matches the events, otherwise computed from them."""
@@ -356,7 +371,7 @@ class Run:
 
         The files alone prove nothing, because anybody can write them.
         """
-        marked, env, launched = processes_of(self.path), self.env, read_document(self.path / LAUNCHED)
+        marked, env, launched = processes_of(self.path), self.env, self._launcher()
         if is_running(launched) and launched["pid"] in marked:
             return [launched["pid"]]
         is_writer = is_running(env) and holder(self.path / LOCK) == env["pid"] > 1

@@ -151,7 +151,7 @@ DOCUMENTS: dict[str, dict[str, Test]] = {  # that of config.json: runs/run.py
         "first_step_seconds": maybe(seconds), "peak_bytes": maybe(count),
         "warnings": list_of(text),
     },
-    "launch.json": {**PROCESS, "argv": list_of(text), "command": list_of(text)},
+    "launch.json": {**PROCESS, "inode": text, "argv": list_of(text), "command": list_of(text)},
     "bench.json": {"results": list_of(record(
         {"way": text, "batch_size": count_from_1, "num_turns": count, "images_per_second": maybe(number),
          "ratio": maybe(number), "device": record({"hardware": text, "simulated": switch, "amp_dtype": maybe(text)})},
