@@ -237,7 +237,7 @@ def test_row_31_a_run_shorter_than_its_warmup_says_so(train):
 def test_row_32_wrong_values_are_refused_before_the_data_is_looked_at(refused, train):
     """Seed: after the scan. It also printed stray numbers, and offered a schedule that could not run."""
     assert "--num-classes: 'abc'" in refused("--num_classes=abc", data="/nowhere")
-    assert "--lr-schedule" in refused("--lr-schedule=exponential")
+    assert "--lr-schedule" in refused("--lr-schedule=nonsense")
     lines = train().out.splitlines()
     assert not [line for line in lines if line.strip().isdigit()], lines
 

@@ -122,13 +122,13 @@ def disagreements(listed: ListFile, index: Index) -> list[str]:
     num_twice = len(listed.paths) - len(set(listed.paths))
     if num_twice:
         first = next(path for path, count in Counter(listed.paths).items() if count > 1)
-        lines.append(f"{listed.name}: files named more than once: {num_twice} lines too many, e.g. {first}")
+        lines.append(f"{listed.name}: {num_twice} lines repeat a file that is already listed, e.g. {first}")
     listed_in = Counter(path.rpartition("/")[0] for path in set(listed.paths))
     unlisted = {name: len(found.split()) - listed_in[name] for name, found in index.items()}
     num_unlisted = sum(count for count in unlisted.values() if count > 0)
     if num_unlisted:
         first = next(name for name, count in unlisted.items() if count > 0)
-        lines.append(f"{listed.name}: does not list {num_unlisted} image files of the folders, e.g. in {first or '.'}/")
+        lines.append(f"{listed.name}: does not list {num_unlisted} image files in the folders, e.g. in {first or '.'}/")
     usual: dict[str, Counter] = {}
     for folder, label in zip(listed.folders(), listed.labels):
         if folder:

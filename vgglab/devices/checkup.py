@@ -145,7 +145,7 @@ class Checkup:
         if "error" in as_user:
             self.problem(
                 f"`import torch` fails on the card's library: {as_user['error']}",
-                f"LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to do without the card",
+                f"set LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to run without the card",
             )
 
     def _torch_gcu(self, is_here: bool) -> dict[str, Any]:
@@ -177,13 +177,17 @@ class Checkup:
         if cards["num_cards"] > 1 and not cards["eccl"]:
             self.problem("several cards but no eccl to connect them", "install tops-eccl of the same release")
         if cards.get("is_beside_cuda"):
-            self.problem("torch_gcu.distributed is empty because torch sees a CUDA device", "CUDA_VISIBLE_DEVICES=''")
+            self.problem(
+                "torch_gcu.distributed is empty because torch sees a CUDA device", "set CUDA_VISIBLE_DEVICES=''"
+            )
         if cards["is_double"]:
             self.notes.append("this torch_gcu is a contract double: it computes on the CPU")
         else:
             self._versions(cards)
         if cards["major"] == 3:
-            self.notes.append("S60 with torch_gcu 2.10: much of VGG's backward pass runs on the host, so it is slow")
+            self.notes.append(
+                "S60 with torch_gcu 2.10: much of the backward pass runs on the host, so training is slow"
+            )
         if cards["generation"] == "eager":
             self.notes.append("one warning for each 64-bit type is expected: the card stores them in 32 bits")
 

@@ -129,7 +129,7 @@ class RankWriter:
             name = f"lines of log/{file.name}"
 
             def lost(error: OSError) -> None:
-                self.write_failed(name, f"{file} cannot be written ({error.strerror}); what is printed is not kept")
+                self.write_failed(name, f"{file} cannot be written ({error.strerror}); output is no longer saved there")
 
             copy = None if is_written_there else log
             sys.stdout, sys.stderr = _Tee(sys.stdout, copy, lost), _Tee(sys.stderr, copy, lost)

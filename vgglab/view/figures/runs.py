@@ -160,7 +160,7 @@ PHASE_LOOK = {
     "backward": ("#56B4E9", "backward"),
     "all_reduce": (PURPLE, "averaging gradients"),
     "optimizer": (GREEN, "optimizer"),
-    "host": ("#999999", "host, and all else"),
+    "host": ("#999999", "host and everything else"),
 }
 OFTEN = 0.5  # host reads a step; those of the log lines are fewer
 WARNING_LOOK: dict[str, Any] = {"va": "center", "fontsize": 8, "color": ORANGE}
