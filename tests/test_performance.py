@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,22 @@ def test_the_weights_of_a_channels_last_run_are_read_like_any_other(train):
 @pytest.mark.parametrize("flag", ["--channels-last", "--fused", "--compile"])
 def test_a_card_that_promises_none_of_it_says_so(refused, flag):
     assert f"{flag}: not supported on gcu-sim" in refused("--device=gcu-sim", flag)
+
+
+@pytest.mark.long  # the compiler takes half a minute
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of networks needs g++")
+def test_what_a_compiled_run_keeps_is_not_where_others_can_put_it(images, tmp_path):
+    """PyTorch keeps compiled code below the temporary folder, by the user's name, and loads what it finds there."""
+    shared, cache = tmp_path / "shared", tmp_path / "cache"
+    shared.mkdir()
+    words = ["--compile", "--training-step-per-epoch=1", "--eval-step-per-epoch=1", f"--data-path={images}"]
+    environment = {**os.environ, "TMPDIR": str(shared), "VGGLAB_CACHE": str(cache)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    result = shell("python", "-m", "vgglab.train", *TINY, *words, f"--run-dir={tmp_path / 'run'}", env=environment)
+    assert result.returncode == 0, result.stderr
+    assert Run(tmp_path / "run").report()["compiled"] is True
+    assert list((cache / "torchinductor").rglob("*.so"))
+    assert [*shared.rglob("*.so"), *shared.glob("torchinductor*")] == []
 
 
 @needs_sim

@@ -162,7 +162,7 @@ class Run:
             except UserError as error:
                 return [str(error)]
             if self._events.read():
-                found += self._damaged_documents(self._events.has_checksums)
+                found += _damage_in(self._documents(), self._events.has_checksums)
             num_missing = readable_document(self.path / "report.json").get("num_lines", 0) - self._events.next_number()
             if num_missing > 0:
                 found.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing at its end")
@@ -175,17 +175,8 @@ class Run:
                 found.append(f"log/{pattern}*.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
         return found
 
-    def _damaged_documents(self, has_checksums: bool) -> list[str]:
-        """Damage in the JSON files; ``has_checksums``: whether the version that wrote this run adds checksums."""
-        found = []
-        for name in ("config.json", "env.json", "report.json"):
-            document = readable_document(self.path / name)
-            found += document.damage
-            if not document and not document.damage and name != "report.json":
-                found.append(f"{name}: is missing")
-            elif document and has_checksums and not document.has_checksum:
-                found.append(f"{name}: has no checksum; it was changed after it was written")
-        return found
+    def _documents(self) -> dict[str, Document]:
+        return {name: readable_document(self.path / name) for name in ("config.json", "env.json", "report.json")}
 
     @property
     def has_begun(self) -> bool:
@@ -273,12 +264,13 @@ class Run:
 
     def valid_report(self) -> Document | None:
         """``report.json``, if it matches the events and the run has ended, so that they need not be read; else None."""
-        saved = readable_document(self.path / "report.json")
+        documents = self._documents()
+        saved = documents["report.json"]
         is_whole = saved.has_checksum and saved.keys() >= schema.DOCUMENTS["report.json"].keys() and not saved.damage
         is_of_an_end = saved.get("damage") == [] and saved.get("status") in ENDS
-        if not is_whole or not is_of_an_end or self._damaged_documents(has_checksums=True):
+        if not is_whole or not is_of_an_end or _damage_in(documents, has_checksums=True):
             return None
-        sources = {**readable_document(self.path / "config.json"), **readable_document(self.path / "env.json")}
+        sources = {**documents["config.json"], **documents["env.json"]}
         is_of_these = all(saved.get(name) == sources.get(name) for name in ("batch_size", "world_size", "simulated"))
         return saved if is_of_these and self._events.has_checksum(saved["events_checksum"]) else None
 
@@ -389,6 +381,18 @@ class Run:
         from vgglab.view.live import watch
 
         watch(self)
+
+
+def _damage_in(documents: dict[str, Document], has_checksums: bool) -> list[str]:
+    """Damage in the JSON files; ``has_checksums``: whether the version that wrote them adds checksums."""
+    found = []
+    for name, document in documents.items():
+        found += document.damage
+        if not document and not document.damage and name != "report.json":
+            found.append(f"{name}: is missing")
+        elif document and has_checksums and not document.has_checksum:
+            found.append(f"{name}: has no checksum; it was changed after it was written")
+    return found
 
 
 def _lines_at_the_end(file: Path) -> list[dict[str, Any] | None]:

@@ -51,8 +51,9 @@ def report_table(runs: Sequence[Run]) -> Table:
 
 def settings_table(runs: Sequence[Run]) -> Table:
     """One row for each setting that differs between the runs."""
-    names = dict.fromkeys(name for run in runs for name in _settings_of(run))
-    values = {name: [_shown(run.config.get(name)) for run in runs] for name in names}
+    settings = [_settings_of(run) for run in runs]
+    names = dict.fromkeys(name for of_run in settings for name in of_run)
+    values = {name: [_shown(of_run.get(name)) for of_run in settings] for name in names}
     rows = [[name, *shown] for name, shown in values.items() if len(set(shown)) > 1]
     return Table(["setting", *(run.name for run in runs)], rows)
 
