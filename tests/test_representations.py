@@ -16,8 +16,9 @@ from vgglab.dist.processes import signature
 from vgglab.lab.plan import plan_training
 from vgglab.runs.compare import compare_runs
 from vgglab.runs.report import build_report
-from vgglab.runs.run import LAUNCHED, inode_of
+from vgglab.runs.run import LAUNCHED
 from vgglab.settings.parser import parse_flags
+from vgglab.storage.files import inode_of
 from vgglab.storage.lock import Lock
 from vgglab.storage.schema import append_line, write_document
 
@@ -187,6 +188,7 @@ def test_a_copy_of_a_launched_run_is_not_active(run, tmp_path):
 LOCKS = """
 import sys, time
 from pathlib import Path
+from vgglab.storage.files import inode_of
 from vgglab.storage.lock import Lock
 lock = Lock(Path(sys.argv[1]))
 print("held", flush=True)

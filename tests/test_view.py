@@ -134,7 +134,7 @@ def test_the_curve_of_a_long_run_is_drawn_with_few_points_and_keeps_what_is_not_
     """30,000 log lines of 90 epochs, drawn every other second, took the kernel from whoever worked in it."""
     add(tmp_path, start_at(0), *(trained(step) for step in range(1, 2500)), trained(2500, loss=None))
     loss = curves(vgglab.Run(tmp_path)).axes[0]
-    (line,) = [line for line in loss.lines if "means of 3 in the log" in line.get_label()]
+    (line,) = [line for line in loss.lines if "mean of every 3 logged steps" in line.get_label()]
     steps, values = line.get_data()
     assert (steps[0], values[0], len(steps)) == (3, 1.0, 833)
     add(tmp_path, trained(2501), trained(2502))

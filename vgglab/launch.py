@@ -19,11 +19,11 @@ from typing import IO, Any, Generator, Sequence
 
 from vgglab.dist import processes, ranks
 from vgglab.errors import RunFailed, UserError
-from vgglab.runs.run import ACTIVE, LAUNCHED, Run, inode_of, is_a_run, make_run_folder, run_path
+from vgglab.runs.run import ACTIVE, LAUNCHED, Run, is_a_run, make_run_folder, run_path
 from vgglab.runs.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags
-from vgglab.storage.files import make_folder, refusing_links, writing
+from vgglab.storage.files import inode_of, make_folder, refusing_links, writing
 from vgglab.storage.lock import exclusive_access
 from vgglab.storage.schema import write_document
 
@@ -123,7 +123,10 @@ def _checked_count(name: str, value: Any) -> int:
 
 
 def _torchrun(python: str, config: Request, nnodes: int, node_rank: int, rendezvous: str | None) -> list[str]:
-    """The part of a command before that of a rank. ``torchrun`` may not be on the PATH; flags as in torch 1.10."""
+    """What goes before the command of a rank, so that torchrun starts it on several machines.
+
+    Not the script ``torchrun``, which may not be on the PATH, and only with flags that torch 1.10 accepts.
+    """
     command = [python, "-u", "-c", ranks.TORCHRUN, f"--nproc_per_node={config.nproc}", "--rdzv_backend=c10d"]
     command += [f"--max_restarts={config.max_restarts}", f"--rdzv_endpoint={rendezvous}", "--rdzv_id=vgglab"]
     # With c10d the machines agree on their order, so node_rank only decides who creates the run directory.

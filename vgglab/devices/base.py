@@ -81,7 +81,7 @@ class Device(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the other ranks."""
+        """Leave the process group."""
 
     @abstractmethod
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

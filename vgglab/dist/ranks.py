@@ -223,7 +223,8 @@ def name() -> str:
 def report_failure(error: BaseException, exit_code: int) -> None:
     """Record why this rank failed, in the run directory and where torchrun looks for it.
 
-    ``log/failure-rank<r>.json``: rank, time, error in one line, traceback, exit code. The earliest one is the cause.
+    ``log/failure-rank<r>.json``: rank, time, error in one line, traceback, exit code. If several ranks leave such a
+    file, the earliest is the root cause.
     """
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     launched_for = os.environ.get(MARK)  # its log folder is there before any rank is

@@ -88,8 +88,9 @@ def effective_receptive_fields(
 ) -> dict[str, Tensor]:
     """How strongly each pixel affects the centre unit of each layer: ``(N, H, W)`` by layer, with sum 1 per image.
 
-    The absolute gradient of that unit (summed over channels) with respect to normalised ``images`` (N, 3, H, W), summed
-    over the colours. All zeros if the unit is inactive. The weights of the network get no gradients.
+    Computed as the absolute gradient of that unit, summed over its channels, with respect to the normalised ``images``
+    (N, 3, H, W); the result is summed over the colour channels. All zeros if the unit is inactive. The weights of the
+    network get no gradients.
 
     Source: Luo, Li, Urtasun and Zemel, "Understanding the Effective Receptive Field in Deep Convolutional Neural
     Networks", 2016, section 3; they average over many images, this does not.

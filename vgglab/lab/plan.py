@@ -168,7 +168,7 @@ def _warnings(config: Request, ranks: int) -> list[str]:
         )
     if not has_norm and config.init == "normal" and depth > DEEPEST_FROM_NORMAL:
         lines.append(
-            f"--init normal: {config.model} has no batch norm and does not learn from it; use kaiming or xavier"
+            f"--init normal: without batch norm {config.model} does not learn from these weights; use kaiming or xavier"
         )
     if config.lr_schedule == "plateau":
         lines.append("--lr-schedule plateau: drops depend on validation accuracy, so they cannot be planned")

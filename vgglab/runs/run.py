@@ -34,7 +34,7 @@ from vgglab.errors import UserError, printable
 from vgglab.settings.config import Request
 from vgglab.storage import schema
 from vgglab.storage.events import Event, EventFile
-from vgglab.storage.files import exists, make_folder, tail_of, writing
+from vgglab.storage.files import exists, inode_of, make_folder, tail_of, writing
 from vgglab.storage.lock import holder
 from vgglab.storage.schema import RANK, SKIPPED, Document, Test, line_in, read_document, readable_document
 
@@ -88,14 +88,6 @@ def holds_a_run(path: Path) -> bool:
 def is_a_run(path: Path) -> bool:
     """Whether the folder contains a run, even one that is only starting."""
     return holds_a_run(path) or exists(path / LAUNCHED)
-
-
-def inode_of(path: Path) -> str:
-    """What a folder keeps when it is renamed but not when it is copied; as text, because it may exceed 2**53.
-
-    Empty if there is no such folder.
-    """
-    return str(path.stat().st_ino) if path.exists() else ""
 
 
 def make_run_folder(path: Path) -> None:
@@ -218,7 +210,7 @@ class Run:
         return any(known.get("host") == socket.gethostname() for known in self._owners()[:1])
 
     def _owners(self) -> list[Document]:
-        """The processes named in the files: rank 0, then the launched process."""
+        """The processes recorded in ``env.json`` (rank 0) and ``launch.json`` (the launched process), in this order."""
         return [known for known in (readable_document(self.path / "env.json"), self._launcher()) if known]
 
     def _launcher(self) -> Document:

@@ -93,7 +93,7 @@ class RankWriter:
         self._skipped.add(image)
         self._append(f"log/skipped-rank{self.rank}.jsonl", {"image": image, "reason": reason})
         if len(self._skipped) == 1:
-            text = f"skipped {image} ({reason}); all that follow are listed in {self.path / 'log'}"
+            text = f"skipped {image} ({reason}); every skipped image is listed in {self.path / 'log'}"
             self.event("warning", text=text)
 
     def rank_event(self, **values: Any) -> None:

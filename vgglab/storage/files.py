@@ -81,3 +81,11 @@ def make_folder(folder: Path) -> None:
     if folder.is_symlink() and hasattr(os, "geteuid") and folder.lstat().st_uid not in (0, os.geteuid()):
         raise OSError(errno.ELOOP, f"{folder} is a link of another user")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def inode_of(path: Path) -> str:
+    """What a folder keeps when it is renamed but not when it is copied; as text, because it may exceed 2**53.
+
+    Empty if there is no such folder.
+    """
+    return str(path.stat().st_ino) if path.exists() else ""

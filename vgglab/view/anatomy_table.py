@@ -16,7 +16,7 @@ NUM_WORDS = 3
 HEADINGS = (
     "layer|kind|output|parameters|multiply-\nadds, M|training\nGFLOP|moved\nMB|FLOP\nper byte|receptive\nfield|jump"
 ).split("|")
-MEASURED_HEADINGS = "forward\nms|backward\nms|reached\nGFLOP/s|roof\nGFLOP/s|share".split("|")
+MEASURED_HEADINGS = "forward\nms|backward\nms|achieved\nGFLOP/s|roofline\nGFLOP/s|share".split("|")
 
 
 class Window(NamedTuple):

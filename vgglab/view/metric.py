@@ -1,4 +1,4 @@
-"""A metric of a report as text, even if it was not measured."""
+"""Format a metric of a report, or say why it was not measured."""
 
 from __future__ import annotations
 

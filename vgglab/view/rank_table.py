@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from vgglab.runs.run import Run
 from vgglab.view.tables import html_text
 
-HEADINGS = ("rank", "step", "images/s", "loss", "peak memory", "own time per step", "")
+HEADINGS = ("rank", "step", "images/s", "loss", "peak memory", "time before sync", "")
 # A straggler's own part of a step is this much longer than the others', and they lose this share of a step by it.
 SLOWER, SHARE_LOST = 1.25, 0.10
 NO_NEWS_SECONDS = 30.0  # and ten times the usual

@@ -21,10 +21,10 @@ from vgglab.view.tables import POLICY, Table
 
 # From Enflame's README, for one T20 and for eight; it does not say which of the two 431.6 refers to.
 PUBLISHED = (
-    ("one card, batch 256, its first README", 1, 256, 590.3, None),
-    ("eight cards, its first README, which does not say whether per card or in total", 8, 192, 431.6, None),
-    ("90 epochs, its first README", None, 192, None, 71.6),
-    ("90 epochs, its later README", None, 192, None, 71.3),
+    ("one card, batch 256, Enflame's first README", 1, 256, 590.3, None),
+    ("eight cards, Enflame's first README, which does not say whether per card or in total", 8, 192, 431.6, None),
+    ("90 epochs, Enflame's first README", None, 192, None, 71.6),
+    ("90 epochs, Enflame's later README", None, 192, None, 71.3),
 )
 
 
@@ -35,8 +35,8 @@ SCALING = (
     "same kind whose name is nearest (names begin with the time). The machine may have been busier then."
 )
 OVER_PEAK = (
-    "More than 100 % of the peak: operations are counted from the shapes. A convolution can be computed with fewer "
-    "(Winograd's algorithm), but the matrix product that measures the peak cannot."
+    "Above 100 % of the peak: operations are counted from the shapes of the layers, but a convolution can be computed "
+    "with fewer of them (Winograd's algorithm). The matrix product that is used to measure the peak cannot."
 )
 
 

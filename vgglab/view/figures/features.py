@@ -87,7 +87,7 @@ def _lay_over(panel: Any, image: Any, heat: Any) -> Any:
 
 
 def receptive_fields(image: Any, fields: Mapping[str, Any]) -> NotebookFigure:
-    """For each layer, the pixels that affect its centre unit, over the image; a frame marks their extent.
+    """Draw, for each layer, the pixels that affect its centre unit over the image; a frame marks their extent.
 
     ``fields``: by layer, ``(H, W)`` with sum 1, from ``features.effective_receptive_fields``; the square root is drawn,
     so that weak influence is visible. Axes in pixels of the image.

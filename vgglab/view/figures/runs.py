@@ -43,7 +43,7 @@ def _curve(panel: Any, train: list[dict], held_out: list[dict], figure: str) -> 
             indices = range(0, len(train) - each + 1, each)
             steps = [steps[index + each - 1] for index in indices]
             values = [sum(values[index : index + each]) / each for index in indices]
-        label = "training batch" if each == 1 else f"training batches, means of {each} in the log"
+        label = "training batch" if each == 1 else f"training batches, mean of every {each} logged steps"
         panel.plot(steps, values, color=BLUE, linewidth=1.2, alpha=0.8, label=label)
     if held_out:
         panel.plot(
