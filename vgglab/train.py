@@ -48,7 +48,6 @@ if __name__ == "__main__" and not __package__:
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, NoReturn, Sequence
 
-from vgglab.data.cache import cache_folder
 from vgglab.devices import agreement, import_torch, open_device
 from vgglab.dist import interrupts, ranks, slurm, spawn
 from vgglab.dist.interrupts import StopRequested, deferring_ctrl_c, deferring_signals
@@ -143,8 +142,6 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
         saved = _read_checkpoint(request.resume)
         with error_context(f"--resume {request.resume}"):
             request = inheritance.inherit(request, given, saved.get("config", {}))
-    if request.compile:  # by default below the temporary folder, by a name that anybody may have taken
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torchinductor"))
     device = open_device(
         request.device,
         amp_dtype=request.amp_dtype or ("auto" if request.amp else None),

@@ -11,8 +11,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from vgglab.data.cache import cache_folder
 from vgglab.errors import UserError
+from vgglab.storage.cache import cache_folder
 
 NAME = "digits-1"  # raise the number when what is written changes
 EVERY_NTH_IS_HELD_OUT = 5

@@ -18,8 +18,8 @@ from array import array
 from pathlib import Path
 from typing import Dict, Iterable, NamedTuple, Sequence, overload
 
-from vgglab.data.cache import cache_folder, one_at_a_time
 from vgglab.errors import UserError
+from vgglab.storage.cache import cache_folder, one_at_a_time
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 FORMAT = 2

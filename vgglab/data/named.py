@@ -17,11 +17,11 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import torch
 
-from vgglab.data.cache import cache_folder, one_at_a_time
 from vgglab.data.digits import digits_folder
 from vgglab.data.images import ArrayImages, FakeImages, Split
 from vgglab.data.transform import Preparation
 from vgglab.errors import UserError
+from vgglab.storage.cache import cache_folder, one_at_a_time
 
 # Debian's package dataset-fashion-mnist brings the four files here.
 PACKAGED_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

@@ -21,6 +21,7 @@ from vgglab.devices.collectives import sum_over_ranks
 from vgglab.devices.compat import parallel_without_compiler
 from vgglab.devices.sync_bn import synchronise
 from vgglab.dist import ranks
+from vgglab.storage.cache import use_private_temporary_folder
 
 # The original example's static scale: float16 gradients are multiplied by it and it never grows.
 LOSS_SCALE, SCALE_GROWTH_INTERVAL = 128.0, 1_000_000_000
@@ -91,7 +92,10 @@ class StockDevice(Device):
         return self._compiled(self._parallel), network
 
     def _compiled(self, model: nn.Module) -> nn.Module:
-        return torch.compile(model) if self.compiles else model  # type: ignore[return-value]
+        if not self.compiles:
+            return model
+        use_private_temporary_folder()  # the compiler keeps code in it, and loads what it finds there
+        return torch.compile(model)  # type: ignore[return-value]
 
     @torch.no_grad()
     def average_gradients(self, model: nn.Module) -> None:

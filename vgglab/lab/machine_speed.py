@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Callable
 
-from vgglab.data.cache import cache_folder
 from vgglab.lab.timings import COMPILE_SECONDS, STEP_SECONDS
+from vgglab.storage.cache import cache_folder
 
 STEPS_FOR_SECONDS, COMPILING_FOR_SECONDS = 1.2, 0.5
 FRESH_SECONDS = 600.0  # for so long a measurement counts for all kernels of this machine

@@ -50,12 +50,11 @@ def tail_of(file: Path, num_bytes: int = 4096) -> bytes:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, advice: str = "choose another folder with --output-dir or --run-dir") -> Iterator[None]:
     """Turn an OSError in the block into a UserError that names ``path``."""
     try:
         yield
     except OSError as error:
-        advice = "choose another folder with --output-dir or --run-dir"
         raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
 
 

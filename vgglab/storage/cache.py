@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Iterator
+
+from vgglab.storage.files import make_folder, writing
 
 
 def cache_folder() -> Path:
@@ -14,6 +17,21 @@ def cache_folder() -> Path:
     if named:
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgglab"
+
+
+def use_private_temporary_folder() -> None:
+    """Put the temporary files of this process and its children into the cache folder, where only its owner can write.
+
+    For libraries that load code from the temporary folder by a name that another user may have taken there.
+
+    Raises:
+        UserError: the folder cannot be created, or is not ours.
+    """
+    folder = cache_folder() / "temporary"
+    with writing(folder, "set VGGLAB_CACHE to a writable folder"):
+        make_folder(folder)
+        folder.chmod(0o700)
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder.resolve())
 
 
 @contextlib.contextmanager
