@@ -138,7 +138,7 @@ def test_the_curve_of_a_long_run_is_drawn_with_few_points_and_keeps_what_is_not_
     steps, values = line.get_data()
     assert (steps[0], values[0], len(steps)) == (3, 1.0, 833)
     add(tmp_path, trained(2501), trained(2502))
-    *_, last = [line for line in curves(vgglab.Run(tmp_path)).axes[0].lines if "means" in line.get_label()]
+    *_, last = [line for line in curves(vgglab.Run(tmp_path)).axes[0].lines if "mean of" in line.get_label()]
     assert last.get_ydata()[-1] != last.get_ydata()[-1]  # nan
 
 
