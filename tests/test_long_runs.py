@@ -107,7 +107,7 @@ def test_a_file_that_changes_under_the_reader_is_an_error_and_no_figure(path, mo
     train = run.events("train")
     text = (path / "events.jsonl").read_text()
     (path / "events.jsonl").write_text(text.replace('"lr": 0.1', '"lr": 0.2'))
-    with pytest.raises(vgglab.UserError, match=r"events\.jsonl: was changed while it was read"):
+    with pytest.raises(vgglab.UserError, match=r"events\.jsonl: was changed while it was being read"):
         list(train)
 
 
@@ -140,7 +140,7 @@ def test_a_file_that_is_replaced_between_two_looks_is_another_run(path, monkeypa
     train = run.events("train")
     (path / "events.jsonl").rename(path / "before.jsonl")
     write(path, START, *training(1, 31, acc1=77.0), EVALUATED, *training(31, 61, acc1=77.0), END)
-    with pytest.raises(vgglab.UserError, match=r"events\.jsonl: was replaced while it was read"):
+    with pytest.raises(vgglab.UserError, match=r"events\.jsonl: was replaced while it was being read"):
         list(train)
     assert {event["acc1"] for event in run.events("train")} == {77.0}
     shutil.rmtree(path)

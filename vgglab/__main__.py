@@ -26,7 +26,7 @@ COMMANDS = {
     "Look at runs": {
         "results": "compare many runs in tables or on a web page",
         "compare": "find the first difference between two runs",
-        "report": "compute report.json of a run again",
+        "report": "recompute report.json of a run",
         "book": "run all notebooks and build a web site from them",
     },
 }

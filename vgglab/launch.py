@@ -82,7 +82,7 @@ def launch(
     if config.seeds is not None:
         if nnodes > 1 or detach:
             raise UserError(
-                "seeds: this process starts the runs one after the other, on this machine; leave out nnodes and detach"
+                "seeds: cannot be combined with nnodes or detach, because this process starts one run after the other"
             )
         return _launch_each(argv, config, watch, python)
     if nnodes > 1 and (not rendezvous or config.run_dir is None):
@@ -263,7 +263,7 @@ class LaunchedRun(Run):
         if code == 0 or self.status == "interrupted":
             return
         processes.kill_all(self.path)  # where the launcher itself was killed
-        lines = self.logs().strip().splitlines() or [f"{self.path}: nothing is in its log; is the disk full?"]
+        lines = self.logs().strip().splitlines() or [f"{self.path}: its log is empty; is the disk full?"]
         if code == ranks.EXIT_BAD_INPUT and not self.is_multiple:
             raise UserError(lines[-1].replace("vgglab.train: error: ", ""))
         cause = next(iter(self.failures()), None)

@@ -332,7 +332,7 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             if not run.has_lock:
                 run.event(
                     "warning",
-                    text=f"{path}: this file system does not support locks; do not start a second run in it",
+                    text=f"{path}: no locks on this file system; do not start a second run in this folder",
                 )
             trainer.announce(run)
             warnings = [*device.warnings, *trainer.sets.warnings, *trainer.warnings]

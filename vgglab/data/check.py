@@ -130,7 +130,7 @@ def check_images(data_path: str, workers: int | None = None) -> Findings:
                 kinds.setdefault(kind, []).append(verdict.file)
     except BrokenProcessPool:
         raise UserError(
-            "a process that was reading images was killed, probably for lack of memory; use fewer with -j"
+            "a process that was reading images was killed, probably for lack of memory; use fewer processes with -j"
         ) from None
     finally:
         for process in list(pool._processes.values()):  # each heeds its parent alone

@@ -35,7 +35,7 @@ def read_list(root: Path, split: str) -> ListFile | None:
     """The list file of a split, or None if there is none.
 
     Raises:
-        UserError: a line is not a path and a label, or leads out of the data set; or the list is empty.
+        UserError: a line is not a path and a label, or points outside the data set; or the list is empty.
     """
     file = root / f"{split}_list.txt"
     if not os.path.lexists(file):

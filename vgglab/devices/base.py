@@ -106,7 +106,7 @@ class Device(ABC):
 
     @abstractmethod
     def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """Move the model to the device; return it wrapped to average gradients over the ranks, and without wrapper."""
+        """Move the model to the device; return it wrapped to average gradients over the ranks, and the bare model."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:

@@ -181,7 +181,7 @@ class Checkup:
                 "torch_gcu.distributed is empty because torch sees a CUDA device", "set CUDA_VISIBLE_DEVICES=''"
             )
         if cards["is_double"]:
-            self.notes.append("this torch_gcu is a contract double: it computes on the CPU")
+            self.notes.append("this torch_gcu is a stand-in for tests: it computes on the CPU")
         else:
             self._versions(cards)
         if cards["major"] == 3:

@@ -18,7 +18,7 @@ KILLED_SECONDS = 60  # by then a killed process is gone, unless the kernel itsel
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is such a process on this machine."""
+    """Whether a process with this ID is alive on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

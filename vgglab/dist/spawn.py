@@ -2,7 +2,7 @@
 
 On one machine this replaces torchrun. Its store listens on every network interface, and anyone who can reach the
 machine can write data there that the launcher then unpickles. Here the ranks meet in a file that only their owner can
-read, and gloo and NCCL are restricted to the loopback interface. (First-generation ``torch_gcu`` uses
+read, and gloo and NCCL are restricted to the loopback interface. (The T20's ``torch_gcu`` uses
 ``MASTER_PORT`` only; the vendor decides where its store listens.)
 
 Standard library only: the launcher does not import torch.

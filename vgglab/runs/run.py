@@ -225,7 +225,7 @@ class Run:
         owners = self._owners()
         owner: dict[str, Any] = next(filter(is_running, owners), owners[0] if owners else {})
         if not is_running(owner) and holder(self.path / LOCK) == 0:
-            return "no process is writing there"
+            return "its writer has just ended; try again"
         who = f"process {owner.get('pid')} on {owner.get('host')}"
         return f"{who} is writing there; vgglab.Run({str(self.path)!r}).watch() shows it, .stop() ends it"
 
@@ -327,7 +327,7 @@ class Run:
         return failures(self.path)
 
     def stop(self, grace_seconds: float | None = None) -> str:
-        """Ask a run on this machine to save and stop; if it was launched, kill it after the grace period.
+        """Ask a run on this machine to save and stop; if ``vgglab.launch`` started it, kill it after the grace period.
 
         Returns:
             One line that says what was done.

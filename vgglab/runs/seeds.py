@@ -48,7 +48,7 @@ def seeds_of(config: Request) -> list[int]:
         raise UserError("--seeds: must be at least 1")
     first = 1 if config.seed is None else config.seed
     if first + numbers[0] > 2**32:
-        raise UserError(f"--seeds {numbers[0]}: there are not that many seeds from --seed {first} on")
+        raise UserError(f"--seeds {numbers[0]}: from --seed {first} on, the last would exceed 4294967295")
     return list(range(first, first + numbers[0]))
 
 

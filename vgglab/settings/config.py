@@ -35,7 +35,7 @@ OPTIMIZERS = ("sgd", "rmsprop")
 DECODERS = ("pil", "fast")
 HEADS = ("auto", "imagenet", "small")
 # The headings of --help.
-WHAT, HOW, WHERE, SAVING = "what to train", "how long, and how", "on what", "saving and resuming"
+WHAT, HOW, WHERE, SAVING = "what to train", "schedule and hyperparameters", "on what", "saving and resuming"
 SEED_OF_FIX_SEED = 1 << 20  # the original example's
 SEED_NUM_CLASSES = 1000  # in all four of the original example's commands, whatever the folder holds
 
@@ -242,7 +242,7 @@ class Request:
         section=SAVING,
     )
     start_epoch: int = flag(
-        "first epoch, counted from 0, without a checkpoint", 0, AT_LEAST_0, affects="start", inherited=False
+        "epoch to start at (from 0) without a checkpoint", 0, AT_LEAST_0, affects="start", inherited=False
     )
     test_only: bool = switch(
         "only evaluate the weights of --resume or --pretrained", affects="figures", inherited=False, section=SAVING

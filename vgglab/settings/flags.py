@@ -53,7 +53,7 @@ def boolean(text: str) -> bool:
 
 # What a setting decides, and with it whether a resumed run reports a change and a comparison shows a difference.
 AFFECTS = {
-    "weights": "what is learned; a resumed run that changes it is a different experiment from then on",
+    "weights": "what is learned; changing such a setting on resume makes it a different experiment from then on",
     "start": "the initial weights; nothing after a resume",
     "figures": "which metrics of the network are measured, and when",
     "speed": "how fast it goes, and on what",

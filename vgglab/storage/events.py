@@ -35,7 +35,7 @@ class LongEvents(Sequence[Event]):
     def __iter__(self) -> Iterator[Event]:
         with _opened(self._file) as lines:
             if _identity_of(lines) != self._identity:
-                raise UserError(f"{self._file}: was replaced while it was read")
+                raise UserError(f"{self._file}: was replaced while it was being read")
             for entry in self._entries:
                 yield _event_at(lines, entry) if isinstance(entry, int) else entry
 
@@ -79,9 +79,7 @@ def _event_at(lines: BinaryIO, offset: int) -> Event:
     lines.seek(offset)
     event = event_in(lines.readline(MAX_BYTES))
     if event is None or event["event"] != "train":
-        raise UserError(
-            f"{lines.name}: was changed while it was read, or contains a training event that cannot be used"
-        )
+        raise UserError(f"{lines.name}: was changed while it was being read, or contains an invalid training event")
     event.pop("line", None)
     return event
 

@@ -73,7 +73,7 @@ def _own_seconds(events: list[dict[str, Any]]) -> float:
 def stall_warning(run: Run) -> str:
     """A warning if a run has not logged anything for much longer than usual, otherwise empty.
 
-    Only between training steps, because an evaluation or the first step may take long.
+    Given only between training steps, because an evaluation or the first step may take a long time.
     """
     events, latest = run.events(), run.ranks()
     if not latest or not events or events[-1]["event"] != "train":

@@ -245,7 +245,7 @@ def tables(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None
     title = "Measured here; rows marked as published are Enflame's and were not measured here"
     found = [Table([*COLUMNS], [row.cells() for row in real + published()], title, " ".join(notes))]
     if simulated:
-        title = "On a simulated card: the losses are real, but there is no speed"
+        title = "On a simulated card: the losses are real; its speed means nothing and is not shown"
         found.append(Table([*COLUMNS], [row.cells() for row in simulated], title))
     return [*found, seeds_table(series)._replace(title=SERIES)] if series else found
 

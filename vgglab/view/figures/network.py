@@ -179,9 +179,9 @@ def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> NotebookFigure:
     peak, ridge = ceilings.flop_per_second / 1e9, ceilings.ridge
     left, right = min(ridge, *(r.intensity for r in shown)) / 2, max(ridge, *(r.intensity for r in shown)) * 2
     bottom = min(*speeds, ceilings.attainable(left) / 1e9) / 30  # the labels are below the layers
-    moving = f"moving, {ceilings.bytes_per_second / 1e9:.1f} GB/s"
+    moving = f"memory bandwidth, {ceilings.bytes_per_second / 1e9:.1f} GB/s"
     panel.plot([left, ridge], [ceilings.attainable(left) / 1e9, peak], "--", color=GREEN, linewidth=2, label=moving)
-    panel.plot([ridge, right], [peak, peak], "-", color=PURPLE, linewidth=2, label=f"computing, {peak:.1f} GFLOP/s")
+    panel.plot([ridge, right], [peak, peak], "-", color=PURPLE, linewidth=2, label=f"peak compute, {peak:.1f} GFLOP/s")
     for kind, marker, color in (("conv", "o", BLUE), ("linear", "s", ORANGE)):
         of_kind = [(row.intensity, speed) for row, speed in zip(shown, speeds) if row.kind == kind]
         if of_kind:
