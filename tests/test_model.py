@@ -46,6 +46,12 @@ def test_parameter_counts_are_the_papers(name, millions):
     assert round(count / 1e6) == millions
 
 
+@pytest.mark.parametrize("name", models.CONFIGURATIONS)
+def test_each_configuration_halves_the_image_as_often_as_the_head_expects(name):
+    """The adaptive pooling would hide another number."""
+    assert 2 ** models.CONFIGURATIONS[name].count("M") == models.FEATURE_STRIDE
+
+
 def test_the_small_head_does_not_pay_for_the_large_layer():
     assert models.head_for(32) == "small"
     assert models.head_for(224) == "imagenet"

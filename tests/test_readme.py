@@ -12,7 +12,10 @@ from conftest import PROJECT, TINY, shell
 from vgglab import train
 from vgglab.__main__ import NAMES
 from vgglab.commands import plan as plan_command
+from vgglab.devices import KINDS
+from vgglab.settings.config import DATA_SETS, DECODERS
 from vgglab.settings.parser import parse_flags
+from vgglab.settings.recipes import RECIPES
 
 README = (PROJECT / "README.md").read_text()
 PAGES = [PROJECT / "README.md", *sorted(file for file in (PROJECT / "docs").glob("*.md") if "zh-CN" not in file.name)]
@@ -144,3 +147,12 @@ def test_every_dependency_has_a_reason_and_a_pin():
     for line in lines:
         assert re.search(r"#\s+\w+", line), line
         assert re.match(r'\s+"([\w-]+)', line).group(1).lower() in pinned, line
+
+
+@pytest.mark.parametrize(
+    ("page", "names"), [("data", DATA_SETS), ("data", DECODERS), ("training", RECIPES), ("devices", KINDS)]
+)
+def test_each_name_that_can_be_chosen_is_on_its_page(page, names):
+    """In the Chinese one, too: test_translation compares them."""
+    text = (PROJECT / "docs" / f"{page}.md").read_text()
+    assert [name for name in names if not re.search(rf"`(--\w+ )?{name}`", text)] == []

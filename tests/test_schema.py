@@ -17,7 +17,7 @@ from conftest import shell
 import vgglab
 from vgglab import Run, Seeds, UserError
 from vgglab.runs.compare import as_text, compare_runs
-from vgglab.storage.schema import append_line, with_checksum, write_document
+from vgglab.storage.schema import EVENTS, OPTIONAL, append_line, with_checksum, write_document
 from vgglab.view import rank_table, results, run_tables, summaries
 from vgglab.view.live import _TerminalLines, last_lines, progress_of, summary
 
@@ -140,6 +140,14 @@ def test_whatever_a_file_holds_nothing_but_one_line_is_said(run, tmp_path, name,
             assert not set("\x1b\x07\u202e\ud800") & set(said), way
             assert "<img" not in said or not way.endswith("html"), way
             assert "<script" not in said or not way.endswith("html"), way
+
+
+def test_each_field_of_an_event_has_a_type(train):
+    """A field without one is read unchecked."""
+    run = train("--print-freq=1", "--timers", "--skip-steps=0", "--epochs=2", "--warmup=3").run
+    for event in run.events():
+        unknown = event.keys() - {"event", "seconds"} - EVENTS[event["event"]].keys() - OPTIONAL.keys()
+        assert unknown == set(), event
 
 
 @pytest.mark.parametrize("name", ["events.jsonl", "config.json", "env.json"])

@@ -118,7 +118,7 @@ EVENTS: dict[str, dict[str, Test]] = {
     "end": {"status": one_of("done", "interrupted", "failed"), "error": maybe(text)},
 }  # fmt: skip
 OPTIONAL: dict[str, Test] = {
-    "step": count, "epoch": maybe(whole),
+    "schema": count, "step": count, "epoch": maybe(whole),
     "simulated": switch, "images_per_second": positive, "data_seconds": seconds, "step_seconds": list_of(seconds),
     "first_step_seconds": seconds, "phase_seconds": table_of(seconds), "host_reads": either(number, table_of(number)),
     "peak_bytes": maybe(count), "line": count,
