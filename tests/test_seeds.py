@@ -132,5 +132,5 @@ def test_a_failure_reaches_who_waits(tiny, tmp_path):
         vgglab.launch(tiny, seeds=2, num_classes=7, run_dir=tmp_path / "failed")
     with pytest.raises(vgglab.UserError, match="contains no runs that differ only in their seed"):
         vgglab.Seeds(tmp_path / "nowhere")
-    with pytest.raises(vgglab.UserError, match="leave out nnodes and detach"):
+    with pytest.raises(vgglab.UserError, match="cannot be combined with nnodes or detach"):
         vgglab.launch(tiny, seeds=2, detach=True)
