@@ -22,10 +22,12 @@ from vgglab.commands import call
 from vgglab.commands.bench import parser as bench_parser
 from vgglab.devices.compat import load_tensors
 from vgglab.devices.memory import keep_freed_memory
+from vgglab.errors import UserError
 from vgglab.lab.bench import step
 from vgglab.pace import PHASES
 from vgglab.runs.report import Speed, remark_on_steadiness
 from vgglab.runs.run import holds_a_run
+from vgglab.storage.cache import use_private_temporary_folder
 from vgglab.view import results
 
 has_fused = pytest.mark.skipif("fused" not in torch.optim.SGD.__init__.__code__.co_varnames, reason="torch before 2.3")
@@ -93,6 +95,16 @@ def test_what_a_compiled_run_keeps_is_not_where_others_can_put_it(images, tmp_pa
     assert list((cache / "temporary").glob("torchinductor*/**/*.so"))
     assert (cache / "temporary").stat().st_mode & 0o777 == 0o700
     assert list(shared.glob("torchinductor*")) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to give a folder away")
+def test_the_temporary_folder_of_the_compiler_is_nobody_elses(tmp_path, monkeypatch):
+    """Root may change the mode of any folder, and its owner stays the same."""
+    monkeypatch.setenv("VGGLAB_CACHE", str(tmp_path))
+    (tmp_path / "temporary").mkdir()
+    os.chown(tmp_path / "temporary", 65534, 65534)
+    with pytest.raises(UserError, match="belongs to another user"):
+        use_private_temporary_folder()
 
 
 @needs_sim

@@ -122,7 +122,7 @@ def disagreements(listed: ListFile, index: Index) -> list[str]:
     num_twice = len(listed.paths) - len(set(listed.paths))
     if num_twice:
         first = next(path for path, count in Counter(listed.paths).items() if count > 1)
-        lines.append(f"{listed.name}: {num_twice} lines repeat a file that is already listed, e.g. {first}")
+        lines.append(f"{listed.name}: duplicate lines: {num_twice}, e.g. {first}")
     listed_in = Counter(path.rpartition("/")[0] for path in set(listed.paths))
     unlisted = {name: len(found.split()) - listed_in[name] for name, found in index.items()}
     num_unlisted = sum(count for count in unlisted.values() if count > 0)

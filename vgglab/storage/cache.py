@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import multiprocessing.util
 import os
 import tempfile
 from pathlib import Path
@@ -27,9 +29,12 @@ def use_private_temporary_folder() -> None:
     Raises:
         UserError: the folder cannot be created, or is not ours.
     """
+    multiprocessing.util.get_temp_dir()  # the loader's sockets stay where they are: their paths have to be short
     folder = cache_folder() / "temporary"
-    with writing(folder, "set VGGLAB_CACHE to a writable folder"):
+    with writing(folder, "set VGGLAB_CACHE to a folder of your own"):
         make_folder(folder)
+        if hasattr(os, "geteuid") and folder.stat().st_uid != os.geteuid():  # root may change any folder's mode
+            raise OSError(errno.EPERM, "it belongs to another user")
         folder.chmod(0o700)
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder.resolve())
 

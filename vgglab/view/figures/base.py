@@ -55,7 +55,7 @@ class NotebookFigure(Figure):
         distinct = [words for words in dict.fromkeys(told) if not words.isdigit() and words]
         more = f"and {len(distinct) - MAX_TOLD} more"
         told = [*distinct[:MAX_TOLD], *[more] * (len(distinct) > MAX_TOLD)]
-        return "; ".join(told) or f"a figure with {len(self.axes)} panels"
+        return "; ".join(told) or f"figure with {len(self.axes)} panels"
 
     def __repr__(self) -> str:
         return f"NotebookFigure({self.in_words()})"
