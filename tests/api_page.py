@@ -40,9 +40,10 @@ def _public_names() -> dict[str, str]:
     source = (PROJECT / "vgglab" / "__init__.py").read_text(encoding="utf-8")
     places = dict(LAZY.findall(source))
     for module, imported in re.findall(r"^from (vgglab[\w.]*) import (.+?)(?:  #.*)?$", source, re.MULTILINE):
-        for name in imported.split(", "):
+        for item in imported.split(", "):
+            name, _, public = item.partition(" as ")
             if not name.startswith("_"):
-                places[name] = f"{module}:{name}"
+                places[public or name] = f"{module}:{name}"
     return dict(sorted(places.items(), key=lambda item: item[0].lower()))
 
 
@@ -65,7 +66,8 @@ def _described(thing: griffe.Object, name: str) -> str:
     parts = [f"```python\n{_signature(thing, name)}\n```\n", _text(thing)]
     if thing.is_class:
         parts.append("")
-        for member in thing.members.values():
+        inherited = [member for name, member in thing.inherited_members.items() if name not in thing.members]
+        for member in [*thing.members.values(), *(member.final_target for member in inherited)]:
             if member.is_alias or member.name.startswith("_") or not member.docstring:
                 continue
             what = _signature(member, member.name) if member.is_function else member.name
@@ -92,7 +94,8 @@ def _members_of(module: griffe.Object) -> list[griffe.Object]:
 
 
 def _signature(thing: griffe.Object, name: str) -> str:
-    function = thing.members.get("__init__") if thing.is_class else thing
+    function = thing.all_members.get("__init__") if thing.is_class else thing
+    function = function.final_target if function is not None and function.is_alias else function
     if function is None or not function.is_function:  # a constant, or a named tuple
         return name
     shown = []

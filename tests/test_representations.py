@@ -101,13 +101,9 @@ def test_a_plan_is_a_table():
 def test_a_comparison_is_a_list(run, train):
     other = train("--print-freq=1", "--skip-steps=0", "--lr=0.02").run
     found = compare_runs(run, other)
-    for shown in (repr(found), found._repr_html_()):
-        assert "first difference: " in shown
-        assert "lr 0.01 and 0.02" in shown
-        assert "Comparison(" not in shown
-    page = found._replace(settings={"data_path": (ODD, "digits")})._repr_html_()
-    assert ESCAPED in page
-    assert ODD not in page
+    assert "first difference: " in repr(found)
+    assert "lr 0.01 and 0.02" in repr(found)
+    assert "Comparison(" not in repr(found)
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"3", b"\xff\xfe"])

@@ -111,6 +111,26 @@ def test_the_core_stays_on_torch_torchvision_and_the_standard_library():
     assert outside <= {"vgglab", "torch", "torchvision", "PIL", "sklearn", "simplejpeg", "tqdm"}
 
 
+def imported_in_functions(file):
+    """Names from this package that a module imports only when a function runs."""
+    functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+    inside = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.ImportFrom)]
+    return {node.module for node in inside if node.module and node.module.startswith("vgglab")}
+
+
+def test_imports_inside_functions_are_for_entry_points_and_what_may_be_missing():
+    late = {name_of(file): imported_in_functions(file) for file in MODULES if "doubles" not in file.parts}
+    entries = {name for name in late if name.startswith(("vgglab.__main__", "vgglab.train", "vgglab.commands"))}
+    assert "vgglab.trainer" in late["vgglab.train"]
+    assert {name: modules for name, modules in late.items() if modules and name not in entries} == {
+        "vgglab.devices.gcu": {"vgglab.devices.gcu_eager", "vgglab.devices.gcu_lazy"},  # the one that is installed
+        "vgglab.devices.sim": {"vgglab.devices.sim", "vgglab.devices.sim.card"},  # puts torch.gcu in its place
+        "vgglab.lab.machine_speed": {"vgglab.devices.compat", "vgglab.model"},  # torch may be missing
+        "vgglab.view.display": {"vgglab.view.figures"},  # matplotlib may be missing
+        "vgglab.view.live": {"vgglab.view.figures"},
+    }
+
+
 def test_devices_have_about_ten_verbs():
     from vgglab.devices.base import Device
 

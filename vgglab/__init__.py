@@ -20,9 +20,7 @@ from vgglab.version import __version__
 
 # `launch` is a module and a function: imported here, the name means the function for good.
 from vgglab.launch import launch  # isort: skip
-from vgglab.runs.run import Run  # isort: skip
-from vgglab.runs.folder import Runs  # isort: skip
-from vgglab.runs.seeds import Seeds  # isort: skip
+from vgglab.view.display import NotebookRun as Run, NotebookSeeds as Seeds, Runs  # isort: skip
 
 # ``python -m vgglab.plan`` and its like are found in commands/.
 __path__.append(os.path.join(os.path.dirname(__file__), "commands"))
@@ -54,11 +52,6 @@ _ELSEWHERE = {
     "tables": "vgglab.view.run_tables",
 }
 __all__ = ["Run", "RunFailed", "Runs", "Seeds", "UserError", "__version__", "launch", *_ELSEWHERE]
-
-
-def load_ipython_extension(shell: Any) -> None:
-    """``%load_ext vgglab`` defines ``%vgglab`` (see ``%vgglab?``)."""
-    importlib.import_module("vgglab.commands.magics").load(shell)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,19 +13,23 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Generator, Sequence
+from typing import IO, Any, Callable, Generator, Sequence
 
 from vgglab.dist import processes, ranks
 from vgglab.errors import RunFailed, UserError
 from vgglab.runs.run import ACTIVE, LAUNCHED, Run, is_a_run, make_run_folder, run_path
-from vgglab.runs.seeds import LaunchedSeeds, folder_of, for_one, seeds_of, without_seeds
+from vgglab.runs.seeds import folder_of, for_one, is_done, seeds_of, without_seeds
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags
 from vgglab.storage.files import inode_of, make_folder, refusing_links, writing
 from vgglab.storage.lock import exclusive_access
 from vgglab.storage.schema import write_document
+from vgglab.view import seeds_board
+from vgglab.view.display import NotebookRun, NotebookSeeds
 
 NUM_LOG_LINES_SHOWN = 30
 _pipes: set[IO[bytes]] = set()  # of active runs: the ends of the pipes that this process holds
@@ -186,7 +190,7 @@ def _environment(path: Path, detach: bool) -> dict[str, str]:
     return environment
 
 
-class LaunchedRun(Run):
+class LaunchedRun(NotebookRun):
     """A run started by this process. ``await run`` in a cell waits for it while the Stop button keeps working."""
 
     def __init__(self, path: Path, process: subprocess.Popen, is_multiple: bool = False) -> None:
@@ -277,3 +281,80 @@ class LaunchedRun(Run):
             raise RunFailed(f"the run in {self.path}: rank {cause['rank']} {how}\n{cause['traceback']}".rstrip())
         tail = "\n".join(lines[-NUM_LOG_LINES_SHOWN:])
         raise RunFailed(f"the run in {self.path} ended with exit code {code}\n{tail}")
+
+
+class LaunchedSeeds(NotebookSeeds):
+    """Runs started by this process, one after the other (``launch``)."""
+
+    def __init__(self, path: Path, numbers: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
+        self.path = path.absolute()
+        self._runs = {}
+        self.numbers = numbers
+        self.current: LaunchedRun | None = None
+        self.failure: Exception | None = None
+        self._start, self._is_stopped, self._lock = start, threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._train_each, daemon=True, name="vgglab seeds")
+        self._thread.start()
+
+    def _train_each(self) -> None:
+        for number in self.numbers:
+            if self._is_stopped.is_set():
+                return
+            try:
+                if is_done(self.path / f"seed-{number}"):
+                    continue
+                run = self._start(number, self.path)
+                with self._lock:  # stop() either finds this run, or was called before this line
+                    self.current = run
+                if self._is_stopped.is_set():
+                    run.stop()
+                run.wait()
+            except Exception as error:  # it ends the series, and is raised where somebody waits
+                self.failure = error
+                return
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all are done, one has failed, or the series was stopped."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> LaunchedSeeds:
+        """Wait for all runs; interrupting the wait stops them.
+
+        Raises:
+            UserError, RunFailed: as in ``LaunchedRun.wait``, for the run that failed.
+        """
+        try:
+            while not self.is_over:
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            self.stop()
+            raise
+        return self._result()
+
+    def __await__(self) -> Generator[Any, None, LaunchedSeeds]:
+        try:
+            while not self.is_over:
+                yield from asyncio.sleep(0.2).__await__()
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            self.stop()
+            raise
+        return self._result()
+
+    def _result(self) -> LaunchedSeeds:
+        if self.failure is not None:
+            raise self.failure
+        return self
+
+    def stop(self) -> None:
+        """Stop the active run and do not start another."""
+        self._is_stopped.set()
+        with self._lock:
+            current = self.current
+        if current is not None:
+            current.stop()
+        self._thread.join()
+
+    def watch(self) -> None:
+        """Show a live table and return at once; outside a live notebook, wait and show the final table."""
+        seeds_board.watch(self)

@@ -57,6 +57,7 @@ from vgglab.settings import inheritance
 from vgglab.settings.config import Request, Settings, complete
 from vgglab.settings.parser import flags_given, parse_flags, warnings_about, without_effect
 from vgglab.storage.schema import readable_document
+from vgglab.view.seeds_table import seeds_table
 
 if TYPE_CHECKING:
     from vgglab.data.sets import DataSets
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         slurm.adopt_slurm_environment()
         config = parse_flags(argv)
         if config.seeds is not None:
-            return seeds.train_each(argv, config)
+            return seeds.train_each(argv, config, seeds_table)
         if (config.nproc > 1 or config.max_restarts) and "RANK" not in os.environ:
             return spawn.train_on_ranks(argv, config.nproc, config.max_restarts)
         run_training(config, flags_given(argv))

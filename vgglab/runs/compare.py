@@ -55,11 +55,6 @@ class Comparison(NamedTuple):
     def __repr__(self) -> str:
         return as_text(self)
 
-    def _repr_html_(self) -> str:
-        from vgglab.view.tables import html_lines
-
-        return html_lines(as_text(self).splitlines())
-
 
 def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
     """Compare two runs; ``tolerance`` is relative.

@@ -3,45 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence, overload
+from typing import Iterable, Iterator
 
 from vgglab.errors import UserError
 from vgglab.runs.run import Run, is_a_run
-
-
-class Runs(Sequence[Run]):
-    """The runs in some folders, oldest first; displayed as a table.
-
-    >>> vgglab.Runs()[-1].watch()
-    >>> vgglab.Runs("shared/runs", "runs")
-    """
-
-    def __init__(self, *folders: str | Path) -> None:
-        """Find the runs; the default folder is ``runs``. Raises UserError if a folder does not exist."""
-        self.folders = [Path(folder) for folder in folders or ("runs",)]
-        self._runs = sorted(map(Run, run_folders(self.folders)), key=lambda run: run.created)
-
-    def __len__(self) -> int:
-        return len(self._runs)
-
-    @overload
-    def __getitem__(self, index: int) -> Run: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Run]: ...
-
-    def __getitem__(self, index: int | slice) -> Run | list[Run]:
-        return self._runs[index]
-
-    def __repr__(self) -> str:
-        from vgglab.view.summaries import runs_table
-
-        return str(runs_table(self))
-
-    def _repr_html_(self) -> str:
-        from vgglab.view.summaries import runs_table
-
-        return runs_table(self)._repr_html_()
 
 
 def run_folders(folders: Iterable[Path]) -> Iterator[Path]:

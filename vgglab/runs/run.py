@@ -26,20 +26,18 @@ import time
 import uuid
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import Any, Sequence
 
 from vgglab.dist.processes import is_alive, is_running, kill_all, processes_of, request_stack
 from vgglab.dist.ranks import failures, grace_period_seconds
 from vgglab.errors import UserError, printable
+from vgglab.runs.report import read_report
 from vgglab.settings.config import Request
 from vgglab.storage import schema
 from vgglab.storage.events import Event, EventFile
 from vgglab.storage.files import exists, inode_of, make_folder, tail_of, writing
 from vgglab.storage.lock import holder
 from vgglab.storage.schema import RANK, SKIPPED, Document, Test, line_in, read_document, readable_document
-
-if TYPE_CHECKING:
-    from vgglab.view.summaries import Report
 
 SCHEMA = 1
 RUN_FILES = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
@@ -126,16 +124,6 @@ class Run:
         """When the run was started, such as ``2026-11-27T02:05:00+0000``; empty if ``env.json`` has no valid date."""
         text = self.env.get("started")
         return text if isinstance(text, str) and DATE.fullmatch(text) else ""
-
-    def __repr__(self) -> str:
-        from vgglab.view.summaries import status_line
-
-        return f"Run({str(self.path)!r})  # {status_line(self)}"
-
-    def _repr_html_(self) -> str:
-        from vgglab.view.summaries import run_as_html
-
-        return run_as_html(self)
 
     @property
     def config(self) -> Document:
@@ -247,12 +235,9 @@ class Run:
         is_newer = launched.exists() and events.exists() and launched.stat().st_mtime > events.stat().st_mtime
         return is_newer and is_running(self._launcher())
 
-    def report(self) -> Report:
+    def report(self) -> dict[str, Any]:
         """The final metrics: from ``report.json`` if it matches the events, otherwise computed from them."""
-        from vgglab.runs.report import read_report
-        from vgglab.view.summaries import Report
-
-        return Report(read_report(self))
+        return read_report(self)
 
     def valid_report(self) -> Document | None:
         """``report.json``, if it matches the events and the run has ended, so that they need not be read; else None."""
@@ -367,12 +352,6 @@ class Run:
         if not file.exists():
             raise UserError(f"{self.path} has no {which} checkpoint")
         return file
-
-    def watch(self) -> None:
-        """Show the run in a notebook: a live dashboard, or a picture if the front end has no widgets."""
-        from vgglab.view.live import watch
-
-        watch(self)
 
 
 def _damage_in(documents: dict[str, Document], has_checksums: bool) -> list[str]:

@@ -14,20 +14,14 @@ import contextlib
 import os
 import signal
 import subprocess
-import threading
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Generator, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 from vgglab.dist import ranks
 from vgglab.dist.interrupts import STOP_SIGNALS, handling
 from vgglab.errors import UserError, printable
 from vgglab.runs.run import Run, is_a_run, run_path
 from vgglab.settings.config import Request
-
-if TYPE_CHECKING:
-    from vgglab.launch import LaunchedRun
-    from vgglab.view.tables import Table
 
 
 def seeds_of(config: Request) -> list[int]:
@@ -81,8 +75,8 @@ def without_seeds(argv: Sequence[str]) -> list[str]:
     return kept
 
 
-def train_each(argv: Sequence[str], config: Request) -> int:
-    """Train each seed in a separate process until one fails; return the exit code.
+def train_each(argv: Sequence[str], config: Request, table: Callable[[Mapping[str, Sequence[Run]]], Any]) -> int:
+    """Train each seed in a separate process until one fails, print a table of the runs, and return the exit code.
 
     Raises:
         UserError: invalid seeds, or more than one rank.
@@ -102,7 +96,7 @@ def train_each(argv: Sequence[str], config: Request) -> int:
             ranks.say(f"to continue with all seeds, run the same command with --run-dir {path}")
         if code:
             return code
-    print(Seeds(path))
+    print(table({printable(path.name): Seeds(path).runs}))
     print(f"runs: {path}")
     return 0
 
@@ -129,7 +123,9 @@ def _run(command: list[str]) -> int:
 
 
 class Seeds:
-    """A folder of runs that differ only in their seed; displayed as a table."""
+    """A folder of runs that differ only in their seed."""
+
+    run_type: type[Run] = Run
 
     def __init__(self, path: str | Path) -> None:
         """Raises UserError if the folder does not exist or contains no run."""
@@ -143,106 +139,6 @@ class Seeds:
         """The runs that have started, by seed."""
         found = {folder.name[len("seed-") :]: folder for folder in self.path.glob("seed-*")}
         begun = [seed for seed, folder in found.items() if seed.isascii() and seed.isdigit() and is_a_run(folder)]
-        # The same objects at each look: they read on where they were.
-        return [
-            self._runs.get(seed) or self._runs.setdefault(seed, Run(found[seed])) for seed in sorted(begun, key=int)
-        ]
-
-    def curves(self) -> Any:
-        """Plot loss and accuracy with a band over the seeds."""
-        from vgglab.view.figures import bands
-
-        return bands({printable(self.path.name): self.runs})
-
-    def __repr__(self) -> str:
-        return repr(self.table()) if self.table().rows else f"{printable(self.path.name)}: no seed is done yet"
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
-
-    def table(self) -> Table:
-        """Number, mean and standard deviation of each metric, over the seeds whose runs have finished."""
-        from vgglab.view.seeds_table import seeds_table
-
-        return seeds_table({printable(self.path.name): self.runs})
-
-
-class LaunchedSeeds(Seeds):
-    """Runs started by this process, one after the other (``launch``)."""
-
-    def __init__(self, path: Path, numbers: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
-        self.path = path.absolute()
-        self._runs = {}
-        self.numbers = numbers
-        self.current: LaunchedRun | None = None
-        self.failure: Exception | None = None
-        self._start, self._is_stopped, self._lock = start, threading.Event(), threading.Lock()
-        self._thread = threading.Thread(target=self._train_each, daemon=True, name="vgglab seeds")
-        self._thread.start()
-
-    def _train_each(self) -> None:
-        for number in self.numbers:
-            if self._is_stopped.is_set():
-                return
-            try:
-                if is_done(self.path / f"seed-{number}"):
-                    continue
-                run = self._start(number, self.path)
-                with self._lock:  # stop() either finds this run, or was called before this line
-                    self.current = run
-                if self._is_stopped.is_set():
-                    run.stop()
-                run.wait()
-            except Exception as error:  # it ends the series, and is raised where somebody waits
-                self.failure = error
-                return
-
-    @property
-    def is_over(self) -> bool:
-        """Whether all are done, one has failed, or the series was stopped."""
-        return not self._thread.is_alive()
-
-    def wait(self) -> LaunchedSeeds:
-        """Wait for all runs; interrupting the wait stops them.
-
-        Raises:
-            UserError, RunFailed: as in ``LaunchedRun.wait``, for the run that failed.
-        """
-        try:
-            while not self.is_over:
-                time.sleep(0.1)
-        except KeyboardInterrupt:
-            self.stop()
-            raise
-        return self._result()
-
-    def __await__(self) -> Generator[Any, None, LaunchedSeeds]:
-        import asyncio
-
-        try:
-            while not self.is_over:
-                yield from asyncio.sleep(0.2).__await__()
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            self.stop()
-            raise
-        return self._result()
-
-    def _result(self) -> LaunchedSeeds:
-        if self.failure is not None:
-            raise self.failure
-        return self
-
-    def stop(self) -> None:
-        """Stop the active run and do not start another."""
-        self._is_stopped.set()
-        with self._lock:
-            current = self.current
-        if current is not None:
-            current.stop()
-        self._thread.join()
-
-    def watch(self) -> None:
-        """Show a live table and return at once; outside a live notebook, wait and show the final table."""
-        from vgglab.view.seeds_board import watch
-
-        watch(self)
+        for seed in set(begun) - set(self._runs):
+            self._runs[seed] = self.run_type(found[seed])
+        return [self._runs[seed] for seed in sorted(begun, key=int)]  # kept, as each reads on from where it was

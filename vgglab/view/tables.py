@@ -65,11 +65,6 @@ def html_text(text: str, tag: str = "p", style: str = "") -> str:
     return f"<{tag} style='{style}'>{html.escape(text)}</{tag}>" if style else f"<{tag}>{html.escape(text)}</{tag}>"
 
 
-def html_lines(lines: Sequence[str]) -> str:
-    """Lines of text as HTML, one below the other."""
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
-
-
 def show(table: Any) -> None:
     """Show HTML in a notebook, otherwise text."""
     try:
