@@ -1,41 +1,22 @@
-"""Which image files a split has: ``<split>/<class>/<image>``, and a cached list for large folders.
-
-Listing ImageNet's 1.28 million names takes minutes on a remote disk, each time, on every rank. So a large
-listing is kept in the cache folder, one line per class folder, with the folder's modification times. They change when
-a file is added or removed; only such folders are listed again. The cache key is the absolute path. Of several ranks,
-one makes the listing while the others wait.
-"""
+"""Which image files a split has: ``<split>/<class>/<image>``, listed at each start."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
-import tempfile
-import time
 from array import array
 from pathlib import Path
 from typing import Dict, Iterable, NamedTuple, Sequence, overload
 
 from vgglab.errors import UserError
-from vgglab.storage.cache import cache_folder, one_at_a_time
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-FORMAT = 2
-SMALLEST_KEPT = 10_000  # files; fewer are listed faster than they are looked up
-# A name that comes within the clock's step of a listing does not move the folder's time: young ones are not trusted.
-SETTLED_NANOSECONDS = 2 * 10**9
 
 
 class Listing(NamedTuple):
-    """The sorted image names of a folder, and the state of the folder when they were read."""
+    """The sorted image names of a folder."""
 
-    inode: int  # another folder under the same name has another
-    changed: int  # ns; the later of its two times of change, the second of which cannot be set back
-    listed: int  # when it was read, ns
     names: str  # joined by "/", which no name contains: a million small strings would cost 100 MB
-    num_folders: int = 0  # that lie in it, and are not looked into
+    num_folders: int = 0  # subfolders, whose images are ignored
 
     def split(self) -> list[str]:
         return self.names.split("/") if self.names else []
@@ -79,90 +60,28 @@ def read_index(folder: Path) -> Index:
         UserError: a class folder is a broken link.
         OSError: a folder cannot be read.
     """
-    kept = _load(folder)
-    if kept:
-        return _refresh(folder, kept)
-    with contextlib.suppress(OSError):
-        _file_of(folder).parent.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(_file_of(folder).with_suffix(".lock")):
-        return _refresh(folder, _load(folder))  # another rank may have made it meanwhile
-
-
-def _refresh(folder: Path, kept: Index) -> Index:
-    """Bring the index up to date and store it."""
-    now = time.time_ns()
-    index, own = {}, []
+    index, outside = {}, []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.is_symlink() and not os.path.exists(entry.path) and not _is_image(entry.name):
             raise UserError(f"--data-path: {entry.path} is a broken symbolic link; repair or remove it")
         if entry.is_dir():
             if not entry.name.startswith("."):
-                index[entry.name] = _listing(entry, kept.get(entry.name), now)
+                index[entry.name] = _list(entry.path)
         elif _is_image(entry.name):
-            own.append(entry.name)
-    index[""] = Listing(0, 0, now, "/".join(own))
-    num_images = sum(listing.names.count("/") + 1 for listing in index.values())
-    if num_images >= SMALLEST_KEPT and any(kept.get(name) != index[name] for name in index if name):
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time and nothing else
-            _save(folder, index)
+            outside.append(entry.name)
+    index[""] = Listing("/".join(outside))
     return index
 
 
-def _listing(folder: os.DirEntry, before: Listing | None, now: int) -> Listing:
-    """The stored listing if the folder has not changed since, otherwise a new one."""
-    status = os.stat(folder.path)  # asked first: what comes while we list makes it younger
-    changed = max(status.st_mtime_ns, status.st_ctime_ns)
-    is_same = before is not None and (before.inode, before.changed) == (status.st_ino, changed)
-    if before is not None and is_same and before.listed - changed >= SETTLED_NANOSECONDS:
-        return before
-    images, num_folders = _contents(folder.path)
-    return Listing(status.st_ino, changed, now, "/".join(images), num_folders)
-
-
-def _contents(folder: str) -> tuple[list[str], int]:
-    """The sorted images of a folder, and the number of its subfolders."""
+def _list(folder: str) -> Listing:
     images, num_folders = [], 0
     for entry in os.scandir(folder):
         if _is_image(entry.name):
             images.append(entry.name)
         elif not entry.name.startswith(".") and entry.is_dir():
             num_folders += 1
-    return sorted(images), num_folders
+    return Listing("/".join(sorted(images)), num_folders)
 
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-
-
-def _file_of(folder: Path) -> Path:
-    name = hashlib.sha1(os.fsencode(os.path.realpath(folder))).hexdigest()
-    return cache_folder() / "index" / f"{name}.jsonl"
-
-
-def _load(folder: Path) -> Index:
-    """The stored index; empty if it is missing or cannot be read."""
-    try:
-        with open(_file_of(folder), encoding="ascii") as lines:
-            head, *listings = map(json.loads, lines)
-            if head != [FORMAT, os.path.realpath(folder)]:
-                return {}
-            index = {name: Listing(*rest) for name, *rest in listings}
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
-    is_ours = all(isinstance(listing.names, str) and isinstance(listing.listed, int) for listing in index.values())
-    return index if is_ours else {}
-
-
-def _save(folder: Path, index: Index) -> None:
-    """Write to a temporary file, then rename it: readers see the old index or the new one."""
-    file = _file_of(folder)
-    number, beside = tempfile.mkstemp(prefix=file.stem, dir=file.parent)
-    try:
-        with open(number, "w", encoding="ascii") as lines:
-            lines.write(json.dumps([FORMAT, os.path.realpath(folder)]) + "\n")
-            for name, listing in index.items():
-                lines.write(json.dumps([name, *listing]) + "\n")
-        os.replace(beside, file)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(beside)

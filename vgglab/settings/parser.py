@@ -157,7 +157,7 @@ def warnings_about(config: Request) -> list[str]:
         lines.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
     lines += without_effect(config, "lr_schedule", {name: kind.settings for name, kind in SCHEDULES.items()})
     if config.cache_dataset:
-        lines.append("--cache-dataset has no effect: lists of large folders are always cached")
+        lines.append("--cache-dataset has no effect: image folders are listed at each start")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The cache: generated images, downloads, and lists of large folders."""
+"""The cache: generated images, downloads, and the compiler's temporary files."""
 
 from __future__ import annotations
 
