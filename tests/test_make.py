@@ -30,7 +30,7 @@ FAKE_PYTHON = """#!/bin/sh
 exit 0
 """
 EDITABLE = "-c constraints.txt -e .[dev]"
-SLOW = "uv is not available or failed: installing with pip, which takes some minutes"
+SLOW = "uv is not available or failed: installing with pip, which takes a few minutes"
 
 
 def executable(file: Path, text: str) -> None:
@@ -129,8 +129,8 @@ def make_run(tmp_path):
 def test_make_run_ends_with_the_accuracy_and_the_commands_to_look_at_it(make_run, tmp_path):
     last = make_run().stdout.splitlines()[-1]
     run = next((tmp_path / "runs").iterdir()).name
-    assert re.match(r"99\.44 % of the held-out digits are right, after \d+ min \d\d s; the run: ", last)
-    assert f"; the run: runs/{run}; to look at it: .venv/bin/python -m vgglab.view.results runs/{run}; " in last
+    assert re.match(r"99\.44 % accuracy on the held-out digits, total time \d+ min \d\d s; run directory: ", last)
+    assert f"; run directory: runs/{run}; to view it: .venv/bin/python -m vgglab.view.results runs/{run}; " in last
     assert last.endswith(f".venv/bin/python -m webbrowser file://{tmp_path}/build/run/00_start_here.html")
 
 
@@ -149,7 +149,7 @@ def test_make_run_that_fails_names_the_command_that_repeats_it(make_run, exits, 
     ended = make_run(**exits)
     line, makes_own = ended.stderr.splitlines()
     assert ended.returncode == 2
-    assert re.fullmatch(f"make run: .*{said}; to repeat just that: .venv/bin/python -m {command}", line)
+    assert re.fullmatch(f"make run: .*{said}; to repeat only this step: .venv/bin/python -m {command}", line)
     assert makes_own.endswith(f"Error {next(iter(exits.values()))}")
 
 
