@@ -174,7 +174,7 @@ def test_an_executed_notebook_as_the_source_is_not_written_over(book, tmp_path):
 
 def test_what_cannot_be_a_page_of_its_own_is_refused(book, tmp_path):
     one, other = notebook(tmp_path / "a/same.ipynb", "x = 1"), notebook(tmp_path / "b/same.ipynb", "x = 1")
-    assert "another notebook would become same.html" in book(one, other).stderr
+    assert "another page is also named same.html" in book(one, other).stderr
     assert book(notebook(tmp_path / "a/index.ipynb", "x = 1")).returncode == 2
     (tmp_path / "file").write_text("mine")
     assert "--out file: " in book(one, "--out", "file").stderr

@@ -81,7 +81,7 @@ def test_the_door(runs, tmp_path):
     assert (same.returncode, same.stderr) == (0, "")
     differs = shell(*words, one.path, other.path, "--json", f"--png={tmp_path / 'both.png'}")
     assert differs.returncode == 1
-    assert "first difference: training, step 1, lr" in differs.stdout
+    assert "first difference: training step 1, lr" in differs.stdout
     assert json.loads(differs.stdout.splitlines()[-1])["first"]["figure"] == "lr"
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     other_kind = shell(*words, one.path, other.path, f"--png={tmp_path / 'both.pdf'}")

@@ -145,7 +145,7 @@ def test_uneven_steps_are_remarked_upon():
 
     assert remark([0.1] * 10, [0.11] * 10) == ""
     assert remark([0.1] * 17, [0.3] * 3).startswith(
-        "not steady: a tenth of the 20 measured steps took 3.00 x the median"
+        "step times are not steady: 10 % of the 20 measured steps took 3.00 x the median"
     )
     assert remark([0.1] * 5 + [9.0]) == ""  # too few to say
 

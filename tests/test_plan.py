@@ -97,7 +97,7 @@ def test_the_door(train, images, capsys):
     assert {"training_seconds", "steps", "checkpoint_bytes"} <= set(found)
     assert found["images_per_second"] == pytest.approx(run.report()["images_per_second"])
     assert "checkpoints" in out
-    assert "its speed is that of model vgg11, batch size 4" in out
+    assert "its speed was measured with model vgg11, batch size 4" in out
     with_ranks = planned("--recipe=seed", "--world-size=8", ranks=8)
     assert call("plan", ["--recipe=seed", "--world-size=8", "--images-per-second=590.3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == with_ranks.steps

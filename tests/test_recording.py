@@ -66,7 +66,7 @@ def test_a_disk_that_fills_costs_log_lines_and_not_the_training(elsewhere, disk)
     result = trained(*elsewhere, "--epochs=9", "--eval-freq=100", *scalars)
     assert result.returncode == 2
     [error] = [line for line in result.stderr.splitlines() if "error:" in line]
-    assert re.search("trained to the end, but not written: .*[0-9]+ lines of events", error)
+    assert re.search("training finished, but could not write: .*[0-9]+ lines of events", error)
     assert f"python -m vgglab.report {disk / 'run'}" in error
     assert result.stdout.count("events.jsonl cannot be written (No space left on device)") == 1
     assert result.stdout.count("scalars cannot be written") == len(scalars)
@@ -132,9 +132,9 @@ def test_a_disk_that_becomes_read_only_costs_one_line_that_names_all_that_is_mis
     assert "epoch 3 of 3" in ended.stdout
     [error] = [line for line in ended.stderr.splitlines() if "error: " in line]
     assert re.search(
-        r"checkpoint of step [0-9]+ was not written .*; the one before is intact; also not written: ", error
+        r"checkpoint of step [0-9]+ was not written .*; the previous checkpoint is intact; also not written: ", error
     )
-    assert re.search(r"lines of events.jsonl.*report.json; make room .* continue with --run-dir", error)
+    assert re.search(r"lines of events.jsonl.*report.json; free some disk space .* continue with --run-dir", error)
     assert Run(disk / "run").status == "failed"
 
 

@@ -325,7 +325,7 @@ def test_row_30_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(job
     assert run.status == "done"
     [warning] = [event["text"] for event in run.events("warning") if "not written" in event["text"]]
     assert "step 8" in warning
-    assert "the one before is intact" in warning
+    assert "the previous checkpoint is intact" in warning
     assert torch.load(run.checkpoint("last"))["step"] == 12
     assert torch.load(run.path / "checkpoints" / "previous.pt")["step"] == 4
     assert not (run.path / "checkpoints" / "unfinished.tmp").exists()
@@ -334,7 +334,7 @@ def test_row_30_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(job
 def test_row_30_a_disk_that_is_full_at_the_end_is_said_and_the_run_can_go_on(job, full_disk, tmp_path):
     output = job.refused("run", **full_disk(3))
     assert "step 12 was not written" in output
-    assert "make room (or remount the disk as writable), then continue with " in output
+    assert "free some disk space (or remount the disk as writable), then continue with " in output
     assert f"--run-dir {tmp_path / 'run'} --resume auto" in output
     assert torch.load(Run(tmp_path / "run").checkpoint("last"))["step"] == 8
     resumed = job("run", "--resume=auto")
@@ -344,7 +344,7 @@ def test_row_30_a_disk_that_is_full_at_the_end_is_said_and_the_run_can_go_on(job
 def test_a_disk_that_is_full_for_all_checkpoints_is_said_and_the_run_can_begin_again(job, full_disk, tmp_path):
     output = job.refused("run", **full_disk(1, 2, 3))
     [error] = [line for line in output.splitlines() if "error: " in line]
-    assert "there is none before it; make room (or remount the disk as writable), then continue with --run-dir" in error
+    assert "there is no earlier one; free some disk space (or remount the disk as writable), then continue" in error
     assert job("run", "--resume=auto").events("train")[-1]["step"] == 12
 
 

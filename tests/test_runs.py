@@ -226,7 +226,7 @@ def test_seeds_are_drawn_and_told_while_one_has_only_begun(path, tmp_path):
         add(tmp_path / "many" / f"seed-{seed}", START, *([trained(2), trained(4)] if seed == 1 else []))
     seeds = vgglab.Seeds(tmp_path / "many")
     assert bands({"many": seeds.runs}).axes[0].lines
-    assert "no seed is done yet" in repr(seeds)
+    assert "no seed has finished yet" in repr(seeds)
     assert seeds.runs[0] is seeds.runs[0]  # which reads on where it was
 
 

@@ -205,7 +205,7 @@ def test_a_list_of_skipped_images_is_read_only_so_far(run):
     """64 MB of such lines, 65 kB in an archive, stalled every table."""
     (run.path / "log" / "skipped-rank0.jsonl").write_bytes(b"x\n" * 2**25)
     said, damage = [text for text in run.damage() if "skipped" in text]
-    assert said == "log/skipped-rank0.jsonl: too long to be read, so skipped images are undercounted"
+    assert said == "log/skipped-rank0.jsonl: too long to read in full, so skipped images are undercounted"
     assert int(re.search("[0-9]+ damaged", damage).group().split()[0]) <= 2**19
 
 

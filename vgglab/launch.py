@@ -284,7 +284,7 @@ class LaunchedRun(NotebookRun):
 
 
 class LaunchedSeeds(NotebookSeeds):
-    """Runs started by this process, one after the other (``launch``)."""
+    """A series of seeds started by ``launch``; its runs are executed one after the other."""
 
     def __init__(self, path: Path, numbers: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
         self.path = path.absolute()
@@ -304,18 +304,18 @@ class LaunchedSeeds(NotebookSeeds):
                 if is_done(self.path / f"seed-{number}"):
                     continue
                 run = self._start(number, self.path)
-                with self._lock:  # stop() either finds this run, or was called before this line
+                with self._lock:  # stop() either finds this run, or has already set _is_stopped
                     self.current = run
                 if self._is_stopped.is_set():
                     run.stop()
                 run.wait()
-            except Exception as error:  # it ends the series, and is raised where somebody waits
+            except Exception as error:  # it ends the series, and wait() raises it
                 self.failure = error
                 return
 
     @property
     def is_over(self) -> bool:
-        """Whether all are done, one has failed, or the series was stopped."""
+        """Whether all seeds are done, one has failed, or the series was stopped."""
         return not self._thread.is_alive()
 
     def wait(self) -> LaunchedSeeds:

@@ -1,7 +1,7 @@
-"""The commands ``vgglab plan``, ``vgglab compare`` and so on: one module each, with its options and what it prints.
+"""The subcommands, such as ``vgglab plan`` and ``vgglab compare``. Each is a module that parses options and prints.
 
-A module has ``parser()`` and ``main(argv)``, which returns the exit code and raises UserError. ``vgglab/__main__.py``
-calls them. The older spelling ``python -m vgglab.plan`` does, too.
+Each module has ``parser()`` and ``main(argv)``; ``main`` returns the exit code, or raises UserError for bad input.
+``vgglab/__main__.py`` calls them. The older form ``python -m vgglab.plan`` still works.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import os
 import sys
 from typing import Any, Iterator, Sequence
 
-EXIT_BROKEN_PIPE = 141  # as a shell has it: 128 + SIGPIPE
+EXIT_BROKEN_PIPE = 141  # shell convention: 128 + SIGPIPE
 
 
 def call(name: str, argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: the one from ``main``, 2 for bad input, 130 after Ctrl-C."""
+    """Run a command. Return the exit code of ``main``, or 2 for bad input, 130 after Ctrl-C, 141 for a closed pipe."""
     from vgglab.dist.ranks import open_closed_streams
     from vgglab.errors import UserError
 
@@ -29,8 +29,8 @@ def call(name: str, argv: Sequence[str] | None = None) -> int:
         say_error(name, error)
         return 2
     except CannotPrint as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try to write the rest at its end
-        if isinstance(error.cause, BrokenPipeError):  # the reader of the output has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at exit
+        if isinstance(error.cause, BrokenPipeError):  # the other end of the pipe was closed
             return EXIT_BROKEN_PIPE
         say_error(name, UserError(f"the output cannot be written ({error.cause.strerror})"))
         return 2
@@ -41,7 +41,7 @@ def call(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 class CannotPrint(Exception):
-    """stdout cannot be written to; any other OSError is a bug and keeps its traceback."""
+    """Raised when stdout cannot be written to. Any other OSError is a bug and keeps its traceback."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(str(cause))
@@ -49,7 +49,7 @@ class CannotPrint(Exception):
 
 
 class _Output:
-    """A stream that raises CannotPrint for an OSError."""
+    """Wraps a stream, and raises CannotPrint instead of OSError."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -75,6 +75,6 @@ def _cannot_print() -> Iterator[None]:
 
 
 def say_error(name: str, error: Exception) -> None:
-    """Print an error on stderr, in one line."""
+    """Print an error to stderr, as one line."""
     with contextlib.suppress(OSError):
         print(f"vgglab.{name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)

@@ -11,9 +11,9 @@ from vgglab.commands import call
 from vgglab.settings.flags import OneLineParser, with_dashes
 from vgglab.settings.parser import parse_flags
 
-OPTIONS = {  # with defaults; the parser of training checks their values
+OPTIONS = {  # name: (default, help); the training parser validates the values
     "model": ("vgg16", "the network"),
-    "image-size": (224, "side of the square images, in pixels"),
+    "image-size": (224, "height and width of the images, in pixels"),
     "batch-size": (1, "images per batch"),
     "num-classes": (1000, "number of classes"),
     "device": ("cpu", "device for --measure"),
@@ -26,9 +26,9 @@ def parser() -> argparse.ArgumentParser:
     for name, (default, text) in OPTIONS.items():
         parser.add_argument(f"--{name}", default=default, help=f"{text} (default {default})")
     parser.add_argument(
-        "--measure", action="store_true", help="measure the time of each layer and the limits of the machine"
+        "--measure", action="store_true", help="time each layer, and measure the peak speeds of the machine"
     )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
+    parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
     return parser
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(call("anatomy"))
-elif __name__ == "vgglab.anatomy":  # ``import vgglab.anatomy`` means what ``vgglab.anatomy`` is
+elif __name__ == "vgglab.anatomy":  # make ``import vgglab.anatomy`` and ``vgglab.anatomy`` the same module
     from vgglab.lab import anatomy
 
     sys.modules[__name__] = anatomy

@@ -1,4 +1,4 @@
-"""``vgglab bench data`` and ``bench step``: the speed of loading and of training steps; see ``vgglab/lab/bench``."""
+"""``vgglab bench data`` and ``bench step``: speed of data loading and of training steps; see ``vgglab/lab/bench``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ABOVE_0 = number(float, 1e-12, 1e12, "a number above 0")
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="vgglab bench", description="Measure speed against a reference, both in the same run.")
+    parser = OneLineParser(prog="vgglab bench", description="Measure speed and compare it with a reference.")
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="data|step", parser_class=OneLineParser)
     data = subjects.add_parser(
         "data",
@@ -26,18 +26,18 @@ def parser() -> argparse.ArgumentParser:
         description="Measure the speed of data loading against torchvision's reference pipeline.",
         allow_abbrev=False,
     )
-    data.add_argument("--data-path", default="digits", help="a folder or a data set, as for training")
-    data.add_argument("--image-size", type=int, help="side of the crop in pixels; default: that of the data set")
+    data.add_argument("--data-path", default="digits", help="a folder, or the name of a data set, as for training")
+    data.add_argument("--image-size", type=int, help="crop size in pixels (default: that of the data set)")
     data.add_argument("--batch-size", type=int, default=32, help="images per batch (default 32)")
-    data.add_argument("--decoder", choices=("auto", *DECODERS), default="auto", help="as for training")
-    data.add_argument("--workers", help="numbers of loader processes to try, e.g. 1,2,4; default: 1 and all cores")
+    data.add_argument("--decoder", choices=("auto", *DECODERS), default="auto", help="image decoder, as for training")
+    data.add_argument("--workers", help="numbers of workers to try, e.g. 1,2,4 (default: 1, and one per core)")
     data.add_argument(
-        "--seconds", type=ABOVE_0, default=20.0, help="approximate duration of each of the two parts (default 20)"
+        "--seconds", type=ABOVE_0, default=20.0, help="approximate seconds for each measurement (default 20)"
     )
     data.add_argument(
-        "--card", type=ABOVE_0, help="speed of your card in images/s: computes how many loader processes it needs"
+        "--card", type=ABOVE_0, help="training speed of your card in images/s, to compute how many workers it needs"
     )
-    data.add_argument("--json", action="store_true", help="end with one line of JSON")
+    data.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
 
     step = subjects.add_parser(
         "step",
@@ -47,16 +47,16 @@ def parser() -> argparse.ArgumentParser:
     )
     step.add_argument("--model", choices=MODELS, default="vgg16")
     step.add_argument("--device", choices=DEVICE_CHOICES, default="auto")
-    step.add_argument("--image-size", default="224", help="side of the images (default 224)")
-    step.add_argument("--batch-size", default="16", help="one or several, e.g. 8,16,32, or max (default 16)")
-    step.add_argument("--ways", help="such as float32,fast; default: float32, channels-last, amp and fast")
+    step.add_argument("--image-size", default="224", help="height and width of the images (default 224)")
+    step.add_argument("--batch-size", default="16", help="e.g. 16 or 8,16,32; max: the largest that fits (default 16)")
+    step.add_argument("--ways", help="modes such as float32,fast; default: float32, channels-last, amp and fast")
     step.add_argument("--against", choices=("torchvision",), help="also measure torchvision's network in a plain loop")
     step.add_argument(
         "--turns", type=AT_LEAST_1, default=5, help="repetitions of each mode and of the plain loop (default 5)"
     )
     step.add_argument("--steps", type=AT_LEAST_1, default=1, help="steps per repetition (default 1)")
-    step.add_argument("--output-dir", default=".", help="the run directory is created in DIR/runs")
-    step.add_argument("--json", action="store_true", help="end with one line of JSON")
+    step.add_argument("--output-dir", default=".", help="create the run directory in runs/ in this folder (default .)")
+    step.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
     return parser
 
 
@@ -92,7 +92,7 @@ def _counts(text: str | None) -> list[int] | None:
 def bench_step(options: Any) -> None:
     sizes = options.batch_size.split(",")
     if sizes != ["max"] and not all(size.strip().isascii() and size.strip().isdigit() and int(size) for size in sizes):
-        raise UserError(f"--batch-size: {options.batch_size!r} is not a positive number, a list such as 8,16, or max")
+        raise UserError(f"--batch-size: {options.batch_size!r} is invalid; give a number, a list such as 8,16, or max")
     flags = [f"--model={options.model}", f"--device={options.device}", f"--image-size={options.image_size}"]
     parse_flags(flags)
     from vgglab.lab.bench.step import USUAL, as_text, largest, measure_steps, mode_named, save_steps

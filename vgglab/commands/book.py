@@ -1,13 +1,13 @@
-"""Run notebooks headless with papermill, then build a small web site that works offline.
+"""Run notebooks headless with papermill, then build a small website that works offline.
 
-    python -m vgglab.book                                   # all of notebooks/, into build/notebooks
-    python -m vgglab.book -p profile full -p device auto    # the same notebooks as reports of a card
+    python -m vgglab.book                                   # all notebooks, into build/notebooks
+    python -m vgglab.book -p profile full -p device auto    # full-size runs, on the card if there is one
     python -m vgglab.book notebooks/08_report.ipynb -p folders /shared/runs --no-code --out /shared/report
 
-Notebooks run in parallel if there are enough cores. One whose metadata has ``"vgglab": {"alone": true}`` measures
-speeds and runs alone. All notebooks run in the current folder, so paths given with ``-p`` are relative to it. Unlike
-papermill, this refuses a parameter that none of the chosen notebooks has.
-Exit codes: 0 done; 1 a notebook failed, its cell is named; 2 bad input, explained in one line; 130 interrupted.
+Notebooks run in parallel, by default one per core. Those with ``"vgglab": {"alone": true}`` in their metadata measure
+speeds, and run one at a time. All notebooks run in the current folder, so paths given with ``-p`` are relative to it.
+Unlike papermill, this command rejects a parameter that none of the notebooks defines.
+Exit codes: 0 done; 1 a notebook failed (the cell is named); 2 bad input (explained in one line); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from vgglab.settings.flags import OneLineParser
 from vgglab.view.progress import duration
 from vgglab.view.site import Chapter, refuse_foreign, write_site
 
-PATIENCE_SECONDS = 1000  # with a kernel that starts; papermill would give up after 60
-# The cells that papermill puts in: the reader counts those of the notebook.
+PATIENCE_SECONDS = 1000  # maximum time for a kernel to start; papermill's default is 60
+# Tags of the cells that papermill inserts, which are not counted in cell numbers.
 PAPERMILLS_OWN = {"injected-parameters", "papermill-error-cell-tag"}
 
 
@@ -44,15 +44,16 @@ class Job(NamedTuple):
     source: Path
     target: Path
     parameters: dict[str, str]
-    texts: set[str]  # of the parameters, those that are text and stay it, whatever they look like
+    texts: set[str]  # names of parameters to pass as strings, even if they look like numbers
     is_alone: bool
 
 
 def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> list[Job]:
-    """One job per notebook, with those ``parameters`` that it has; speed measurements first, then longest first.
+    """Return one job per notebook, with the ``parameters`` it defines; speed measurements first, then longest first.
 
     Raises:
-        UserError: no such notebook; a parameter that no notebook has; a file in ``out`` that was not made here.
+        UserError: a notebook does not exist or would overwrite a page or file that is not its own output, or no
+            notebook defines a parameter.
     """
     known = {source: _parameters_of(source) for source in dict.fromkeys(sources)}
     for name in parameters:
@@ -67,7 +68,7 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
         is_alone = _metadata_of(source).get("vgglab") == {"alone": True}
         target = out / source.name
         if source.stem == "index" or source.name in [job.target.name for job in jobs]:
-            raise UserError(f"{source}: another notebook would become {source.stem}.html too; rename one of them")
+            raise UserError(f"{source}: another page is also named {source.stem}.html; rename this notebook")
         if target.resolve() in own_files or not _was_made_here(target):
             raise UserError(
                 f"--out {out}: {source.name} already exists and was not written by this command; choose another folder"
@@ -78,7 +79,7 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
 
 
 def _parameters_of(source: Path) -> dict[str, bool]:
-    """The names of a notebook's parameters, and whether their defaults are text."""
+    """Map the name of each parameter of a notebook to whether its default is a string."""
     from papermill import inspect_notebook
 
     if not source.is_file():
@@ -86,7 +87,7 @@ def _parameters_of(source: Path) -> dict[str, bool]:
     try:
         found = inspect_notebook(str(source))
         return {name: str(found[name]["default"]).startswith(("'", '"')) for name in found}
-    except Exception as error:  # papermill raises whatever the file's fault leads to
+    except Exception as error:  # papermill raises many types of exceptions for an invalid file
         raise UserError(f"{source}: cannot be read as a notebook ({type(error).__name__})") from None
 
 
@@ -104,17 +105,17 @@ def _metadata_of(file: Path) -> dict[str, Any]:
 
 
 def _was_made_here(target: Path) -> bool:
-    """Whether the file may be overwritten: it is an executed or incomplete notebook, or does not exist."""
+    """Whether the file may be overwritten: it does not exist, or papermill wrote it, completely or in part."""
     if target.is_symlink() or target.is_dir():
         return False
     if not target.exists() or "papermill" in _metadata_of(target):
         return True
-    # Half written it cannot be read; papermill's mark is in the metadata of each cell, too.
+    # A half-written file is not valid JSON, but papermill marks the metadata of each cell, too.
     return not _content_of(target) and '"papermill": {' in target.read_text(encoding="utf-8", errors="replace")
 
 
 class Book:
-    """Executes jobs and prints one line for each when it ends; ``stop`` ends the running ones."""
+    """Executes jobs and prints a line as each one ends; ``stop`` terminates the running jobs."""
 
     def __init__(self, num_at_once: int) -> None:
         self.num_at_once = num_at_once
@@ -135,7 +136,7 @@ class Book:
 
     def _execute_one(self, job: Job, num_beside: int) -> Chapter:
         words = [sys.executable, "-m", "papermill", "--log-level=ERROR", "--no-progress-bar", "-k", "python3"]
-        words += ["--start-timeout", str(PATIENCE_SECONDS)]  # a busy machine is no fault
+        words += ["--start-timeout", str(PATIENCE_SECONDS)]  # generous, because the machine may be busy
         words += ["--cwd", str(Path.cwd()), str(job.source), str(job.target)]
         for name, value in job.parameters.items():
             words += ["-r" if name in job.texts else "-p", name, value]
@@ -163,7 +164,7 @@ class Book:
         return process.returncode, said
 
     def stop(self) -> None:
-        """End what is running. Kernels end with papermill, and runs end with their kernel."""
+        """Terminate the running jobs. Kernels end with papermill, and runs end with their kernel."""
         with self._lock:
             self._is_stopped = True
             for process in self._processes:
@@ -172,7 +173,7 @@ class Book:
 
 
 def _has_begun(executed: Path) -> bool:
-    """Whether any cell was executed. A kernel may die before that, if two that start at once get the same port."""
+    """Whether any cell was executed. A kernel may die earlier, if two kernels start at once and get the same port."""
     return any(cell.get("execution_count") for cell in _content_of(executed).get("cells", ()))
 
 
@@ -192,8 +193,8 @@ def fault_of(executed: Path) -> str:
 def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="vgglab book", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="notebook files (default: notebooks/*.ipynb)")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
-    parser.add_argument("--out", type=Path, default=Path("build/notebooks"), help="default: %(default)s")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    parser.add_argument("--out", type=Path, default=Path("build/notebooks"), help="output folder (default %(default)s)")
     parser.add_argument(
         "--at-once",
         type=int,
@@ -214,10 +215,10 @@ def main(argv: Sequence[str]) -> int:
 def _make(arguments: argparse.Namespace) -> int:
     sources = arguments.notebooks or sorted(Path("notebooks").glob("*.ipynb"))
     if not sources:
-        raise UserError("no notebooks found: name some, or change to the folder that contains notebooks/")
+        raise UserError("no notebooks found; name some, or run this in the folder that contains notebooks/")
     if arguments.at_once < 1:
-        raise UserError("--at-once: must be a whole number, at least 1")
-    import nbconvert  # noqa: F401  # before an hour is spent that could not be shown
+        raise UserError("--at-once: must be at least 1")
+    import nbconvert  # noqa: F401  # fail now if it is missing, not after an hour of execution
 
     jobs = jobs_for(sources, arguments.out, dict(arguments.p))
     refuse_foreign(arguments.out, [job.target.stem for job in jobs])
@@ -226,7 +227,7 @@ def _make(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"--out {arguments.out}: {error.strerror}; choose another folder") from None
     start = time.monotonic()
-    with handling(STOP_SIGNALS, signal.default_int_handler):  # each is what Ctrl-C is
+    with handling(STOP_SIGNALS, signal.default_int_handler):  # same effect as Ctrl-C
         chapters = Book(arguments.at_once).execute(jobs)
     write_site(chapters, arguments.out, dict(arguments.p), with_code=not arguments.no_code)
     failed = {chapter.file.name for chapter in chapters if chapter.fault}
@@ -236,7 +237,7 @@ def _make(arguments: argparse.Namespace) -> int:
         print(f"{len(failed)} of {len(chapters)} notebooks failed after {took}; to run only those again: {again}")
         return 1
     noun = "notebook" if len(chapters) == 1 else "notebooks"
-    print(f"{len(chapters)} {noun} done after {took}; open {arguments.out / 'index.html'} in a browser")
+    print(f"{len(chapters)} {noun} done in {took}; open {arguments.out / 'index.html'} in a browser")
     return 0
 
 

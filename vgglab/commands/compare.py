@@ -19,14 +19,14 @@ from vgglab.storage.schema import finite
 def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="vgglab compare",
-        description="Find the first difference between a run and each of the others.",
-        epilog="Exit codes: 0 the same; 1 they differ; 2 bad input.",
+        description="Find the first difference between the first run and each of the others.",
+        epilog="Exit codes: 0 the runs are the same; 1 they differ; 2 bad input.",
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, at least two")
     parser.add_argument("--tolerance", type=NOT_NEGATIVE, default=0.0, help="relative difference to ignore (default 0)")
-    parser.add_argument("--png", type=Path, help="draw the curves of all runs into this PNG file")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--png", type=Path, help="plot the curves of all runs, and save them as this PNG file")
+    parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
     return parser
 
 
@@ -64,7 +64,7 @@ def _finite(value: Any) -> Any:
 def _write_new(file: Path, content: bytes) -> None:
     """Write the figure. Raises UserError if the file exists, cannot be written, or does not end in ``.png``."""
     if file.suffix.lower() != ".png":
-        raise UserError(f"--png {file}: the figure is written as PNG; the file name must end in .png")
+        raise UserError(f"--png {file}: the file name must end in .png")
     try:
         with file.open("xb") as target:
             target.write(content)

@@ -17,15 +17,15 @@ def parser() -> argparse.ArgumentParser:
         prog="vgglab data",
         usage="vgglab data check PATH [--flag value ...]",
         description="Read every image of a data set once and list those that cannot be read.",
-        epilog="Exit codes: 0 all can be read; 1 some cannot; 2 bad input.",
+        epilog="Exit codes: 0 all images can be read; 1 some cannot; 2 bad input.",
         allow_abbrev=False,
     )
     parser.add_argument("what", choices=["check"], metavar="check", help=argparse.SUPPRESS)
-    parser.add_argument("path", metavar="PATH", help="a folder with train/ and val/, or a data set by name")
+    parser.add_argument("path", metavar="PATH", help="a folder with train/ and val/, or the name of a data set")
     parser.add_argument(
         "-j", "--workers", type=AT_LEAST_1, default=ranks.num_cores(), help="processes (default: one per core)"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
 

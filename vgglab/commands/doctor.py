@@ -1,6 +1,6 @@
 """Check this machine, its devices and its installation: ``python -m vgglab.doctor [--json]``.
 
-It also works on a broken installation. Exit codes: 0 no problems, 1 problems found, 2 an unknown flag.
+It also works on a broken installation. Exit codes: 0 no problems, 1 problems found, 2 unknown flag.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from vgglab.view.tables import html_facts, html_text
 
 @dataclass
 class Diagnosis:
-    """``facts`` by name, ``problems`` with a ``fix`` for each, and ``notes`` about harmless findings."""
+    """The result of a check of this machine.
+
+    It has ``facts`` by name, ``problems`` with a ``fix`` for each, and ``notes`` about harmless findings.
+    """
 
     facts: dict[str, Any]
     problems: list[dict[str, str]]
@@ -82,7 +85,7 @@ def check_machine() -> Diagnosis:
             "python": f"{platform.python_version()} ({sys.executable})",
             "vgglab": __version__,
             "several ranks": "--nproc N listens on the loopback interface only; torchrun listens on all network "
-            "interfaces without a password and unpickles what it receives: use it only on a trusted network",
+            "interfaces without authentication and unpickles what it receives: use it only on a trusted network",
         }
     )
     checkup.run()
@@ -92,10 +95,10 @@ def check_machine() -> Diagnosis:
 def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="vgglab doctor",
-        description="Check this machine.",
-        epilog="Exit codes: 0 nothing wrong; 1 problems found, each with its fix; 2 bad flag.",
+        description="Check this machine, its devices and its installation.",
+        epilog="Exit codes: 0 no problems; 1 problems found, each with a fix; 2 unknown flag.",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
 

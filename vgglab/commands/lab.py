@@ -20,7 +20,7 @@ USUAL_FOLDER = Path("vgglab-notebooks")
 def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="vgglab lab",
-        description="Open the notebooks in JupyterLab. Other flags are JupyterLab's, such as --no-browser.",
+        description="Open the notebooks in JupyterLab. Other flags, such as --no-browser, are passed to JupyterLab.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         type=Path,
         default=USUAL_FOLDER,
-        help="folder with the notebooks; they are copied there if it does not exist (default %(default)s)",
+        help="notebook folder; if it does not exist, it is created with copies of the notebooks (default %(default)s)",
     )
     return parser
 

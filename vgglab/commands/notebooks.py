@@ -1,4 +1,4 @@
-"""``vgglab notebooks DIR``: copy the notebooks into a folder to work in."""
+"""``vgglab notebooks DIR``: copy the notebooks into a working folder."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ PACKAGE = Path(vgglab.__file__).resolve().parent
 
 
 def originals() -> list[Path]:
-    """The notebooks of this installation: in the package (wheel), or next to it (checkout)."""
+    """Return the notebooks of this installation: in the package (wheel) or next to it (checkout)."""
     for folder in (PACKAGE / "notebooks", PACKAGE.parent / "notebooks"):
         found = sorted(folder.glob("[0-9]*.ipynb"))
         if found:
             return found
-    raise UserError(f"no notebooks in {PACKAGE}; install vgglab again")
+    raise UserError(f"no notebooks in {PACKAGE}; reinstall vgglab")
 
 
 def copy_to(folder: Path) -> list[Path]:
-    """Copy the notebooks and return the copies. If one exists already, nothing is written: it may contain work.
+    """Copy the notebooks and return the copies. Nothing is written if one exists, because it may contain your work.
 
     Raises:
         UserError: a notebook exists, or the folder cannot be written.
@@ -46,16 +46,16 @@ def copy_to(folder: Path) -> list[Path]:
 
 def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="vgglab notebooks", description="Copy the notebooks into a folder; existing files are kept."
+        prog="vgglab notebooks", description="Copy the notebooks into a folder; existing files are never overwritten."
     )
-    parser.add_argument("folder", type=Path, help="folder; created if it does not exist")
+    parser.add_argument("folder", type=Path, help="target folder; created if it does not exist")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     copies = copy_to(options.folder)
-    print(f"{len(copies)} notebooks in {options.folder}; next: vgglab lab {options.folder}")
+    print(f"copied {len(copies)} notebooks to {options.folder}; next: vgglab lab {options.folder}")
     return 0
 
 

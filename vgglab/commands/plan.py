@@ -1,4 +1,4 @@
-"""``vgglab plan``: how long training will take and what it will write; see ``vgglab/lab/plan.py``."""
+"""``vgglab plan``: how long training will take and how much it will write to disk; see ``vgglab/lab/plan.py``."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="vgglab plan",
         usage="vgglab plan [--flag value ...]",
-        description="Compute how long training will take and what it will write. Accepts all flags of vgglab train.",
+        description="Estimate time, steps and disk space of a training run. Accepts all flags of vgglab train.",
         allow_abbrev=False,
     )
     parser.add_argument("--images-per-second", type=SPEED, help="training speed of one card")
     parser.add_argument("--run", help="take the speed from this run directory")
-    parser.add_argument("--ranks", type=AT_LEAST_1, help="cards (default 1, or --world-size)")
+    parser.add_argument("--ranks", type=AT_LEAST_1, help="number of cards (default: --world-size, or 1)")
     parser.add_argument(
-        "--scaling", type=POSITIVE, default=1.0, help="speed of all ranks, as a share of ranks x one card (default 1)"
+        "--scaling", type=POSITIVE, default=1.0, help="scaling efficiency: total speed / (ranks x one card) (default 1)"
     )
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
     return parser
 
 
@@ -60,18 +60,18 @@ def _speed(options: Any) -> float:
         raise UserError("--images-per-second: give the training speed of one card, or name a measured run with --run")
     report = Run(options.run).report()
     if report["images_per_second"] is None:
-        why = "a simulated card has no speed" if report["simulated"] else "all its steps fell within --skip-steps"
+        why = "its card was simulated" if report["simulated"] else "all its steps fell within --skip-steps"
         raise UserError(f"--run {options.run}: contains no measured speed; {why}")
     return report["images_per_second"] / report["world_size"]
 
 
 def _other_job(config: Request, run: Run) -> list[str]:
-    """How the run whose speed is used differs from the planned one; empty if it does not."""
+    """A warning if the run that supplies the speed differs from the planned one; else empty."""
     report, wanted = run.report(), config.as_dict()
     wanted["image_size"] = config.image_size or report["image_size"]
     names = [name for name in ("model", "image_size", "batch_size") if report[name] != wanted[name]]
     differing = ", ".join(f"{name.replace('_', ' ')} {report[name]}" for name in names)
-    return [f"--run {run.path.name}: its speed is that of {differing}"] if names else []
+    return [f"--run {run.path.name}: its speed was measured with {differing}"] if names else []
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from vgglab.storage.schema import write_document
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="vgglab report", description="Compute report.json of each run from its events.")
+    parser = OneLineParser(prog="vgglab report", description="Compute the report.json of each run from its events.")
     parser.add_argument("run", nargs="+", help="a run directory")
     return parser
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
             with writing(file):
                 write_document(file, read_report(run, recompute=True))
             print(printable(str(file)))
-        except UserError as error:  # the others may be whole
+        except UserError as error:  # the other runs may be intact
             say_error("report", error)
             code = 2
     return code

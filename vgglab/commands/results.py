@@ -16,7 +16,7 @@ from vgglab.view.results import TITLE, as_html, as_text, collect, series_of
 def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="vgglab results", description="Compare many runs in tables or on a web page.")
     parser.add_argument("folder", nargs="*", type=Path, default=[Path("runs")], help="a run, or a folder of runs")
-    parser.add_argument("--html", type=Path, help="write a web page to this file instead")
+    parser.add_argument("--html", type=Path, help="write a web page to this file instead of printing tables")
     return parser
 
 

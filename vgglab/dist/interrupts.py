@@ -9,16 +9,16 @@ import sys
 import threading
 from typing import Any, Callable, Iterator, Sequence
 
-STOP_SIGNALS = [  # save and stop: sent by schedulers (the first two), or by a closed terminal
+STOP_SIGNALS = [  # mean save and stop; sent by schedulers (the first two) or when a terminal closes
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 ]
 _received: list[int] = []  # the signals that this process received
-_is_stopping = False  # the run is ending: further Ctrl-C is ignored
-ends_with_run = False  # set where the process exits after the run: Ctrl-C is then ignored until it does
+_is_stopping = False  # the run is ending; further Ctrl-C presses are ignored
+ends_with_run = False  # True if the process exits with the run; an interrupted run then ignores Ctrl-C until exit
 
 
 class StopRequested(BaseException):
-    """The run stops because it was asked to. Not an error, so ``except Exception`` must not catch it.
+    """Raised to stop a run on request. It is not an error, so ``except Exception`` must not catch it.
 
     The message says what was saved and how to resume; it is empty if there was nothing to save.
     """
@@ -33,9 +33,9 @@ class StopRequested(BaseException):
 def deferring_ctrl_c() -> Iterator[None]:
     """Defer Ctrl-C to the end of the block.
 
-    Inside ``torch.save`` it would surface as an error from torch.
+    Inside ``torch.save``, a KeyboardInterrupt would surface as an error from torch.
     """
-    if threading.current_thread() is not threading.main_thread():  # signals do not come here
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield
         return
     waiting: list[int] = []
@@ -50,10 +50,10 @@ def deferring_ctrl_c() -> Iterator[None]:
 
 @contextlib.contextmanager
 def starting_workers() -> Iterator[None]:
-    """For a block that starts processes whose initializer is ``leave_signals_to_parent``.
+    """Defer Ctrl-C in a block that starts processes with the initializer ``leave_signals_to_parent``.
 
-    Ctrl-C during the fork would be lost in one of Python's hooks. The other signals start out blocked in the new
-    processes, because one that arrives before the initializer would kill the worker, and with it the run.
+    Ctrl-C during the fork would be lost in one of Python's hooks. The other signals are blocked when a new process
+    starts, because a signal before the initializer has run would kill the worker, and the run with it.
     """
     with deferring_ctrl_c():
         if not hasattr(signal, "pthread_sigmask"):
@@ -68,10 +68,10 @@ def starting_workers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferring_signals() -> Iterator[None]:
-    """In the block, ``STOP_SIGNALS`` and Ctrl-C are only recorded; the loop checks ``stop_requested`` and stops.
+    """In the block, ``STOP_SIGNALS`` and Ctrl-C are only recorded; the training loop checks ``stop_requested``.
 
-    A second Ctrl-C raises KeyboardInterrupt. A signal that the parent process ignores stays ignored, such as SIGHUP
-    under nohup.
+    A second Ctrl-C raises KeyboardInterrupt. A signal that the parent process ignores, such as SIGHUP under nohup,
+    stays ignored.
     """
     global _is_stopping
     _received.clear()
@@ -85,9 +85,9 @@ def deferring_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unraisable_interrupts() -> Iterator[None]:
-    """In the block, a KeyboardInterrupt raised in a finalizer is not printed, and the next Ctrl-C raises again.
+    """In the block, do not print a KeyboardInterrupt raised in a finalizer; the next Ctrl-C then raises it again.
 
-    Python could only print it. The run still stops after its step.
+    Python cannot propagate it, only print it. The run still stops after the current step.
     """
     previous = sys.unraisablehook
 
@@ -119,15 +119,15 @@ def handling(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Ite
 
 
 def leave_signals_to_parent(_: int = 0) -> None:
-    """In a loader worker: ignore signals meant for the rank, which still needs its batches.
+    """Make a loader worker ignore signals that are meant for the rank, which still needs the worker's batches.
 
-    torchrun signals whole process groups. SIGTERM ends the worker only if its parent sends it, as Python does when it
-    exits; if that were ignored too, the two would wait for each other forever.
+    torchrun signals whole process groups. SIGTERM ends the worker only if the parent sent it, as Python does at
+    exit; if the worker ignored that too, both would wait for each other forever.
     """
     for number in {*STOP_SIGNALS, signal.SIGINT} - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux: it names the sender
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # already so after starting_workers()
+    if hasattr(signal, "sigwaitinfo"):  # Linux; it tells who sent the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # already blocked after starting_workers()
         threading.Thread(target=_end_at_parents_word, args=(os.getppid(),), daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -142,11 +142,11 @@ def _end_at_parents_word(parent: int) -> None:
 def _note(number: int, _: Any) -> None:
     global _is_stopping
     if number == signal.SIGINT and was_interrupted():
-        if not _is_stopping:  # there it could only disturb how the loader's workers are ended
+        if not _is_stopping:  # while stopping, it could only disturb the shutdown of the workers
             _is_stopping = True
             raise KeyboardInterrupt
     elif number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
+        with contextlib.suppress(OSError):  # not print(): the signal may have interrupted one, and it is not reentrant
             os.write(
                 2, b"\nCtrl-C: finishing this step, then stopping; press it again to stop at once, without saving\n"
             )
@@ -164,7 +164,7 @@ def was_interrupted() -> bool:
 
 
 def reason() -> str:
-    """What made this process stop, such as ``by SIGTERM``."""
+    """The cause of the stop, as a phrase such as ``by SIGTERM``."""
     if was_interrupted():
         return "by Ctrl-C"
     return f"by {signal.Signals(_received[0]).name}" if _received else "with the other ranks"

@@ -14,7 +14,7 @@ from typing import Any
 
 from vgglab.dist.ranks import MARK, STACK_SIGNAL
 
-KILLED_SECONDS = 60  # by then a killed process is gone, unless the kernel itself hangs
+KILLED_SECONDS = 60  # a killed process has ended by then, unless the operating system hangs
 
 
 def is_alive(pid: int) -> bool:
@@ -23,18 +23,18 @@ def is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's, and alive
+    except PermissionError:  # it is alive, but owned by another user
         pass
-    with contextlib.suppress(OSError):  # a zombie has ended; process 1 of a container often reaps none
+    with contextlib.suppress(OSError):  # a zombie has ended; process 1 of a container often does not reap zombies
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
 
 
 def signature(pid: int) -> dict[str, Any]:
-    """What a run directory records about a process, so that no other process is mistaken for it.
+    """The identity of a process as recorded in a run directory, so that no other process is mistaken for it.
 
-    ``process`` is the boot ID of the machine and the start time of the process since boot, which do not depend on the
-    clock; empty without ``/proc``.
+    ``process`` is the boot ID of the machine and the start time of the process since boot, both independent of the
+    clock; it is empty without ``/proc``.
     """
     return {"host": socket.gethostname(), "pid": pid, "process": _began(pid)}
 
@@ -55,7 +55,7 @@ def _began(pid: int) -> str:
 
 
 def processes_of(path: Path) -> list[int]:
-    """The processes on this machine that were launched for a run, found by their environment (Linux)."""
+    """The IDs of the processes of a run on this machine, found by an environment variable (Linux only)."""
     wanted = f"{MARK}={path.resolve()}".encode(errors="surrogateescape")
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -69,14 +69,14 @@ def processes_of(path: Path) -> list[int]:
 def request_stack(pid: int, log: Path, seconds: float = 2.0) -> str:
     """The Python stack of a rank's main thread, newest call first; empty if ``pid`` is not the writer of ``log``.
 
-    Only on Linux and on this machine. The stack stays in the log.
+    Works only on Linux and on the machine of the rank. The rank writes the stack to ``log``, where it remains.
     """
     if not (_is_plain(log) and _has_open(pid, log) and _answers(pid)):
         return ""
     size, deadline, said = log.stat().st_size, time.monotonic() + seconds, b""
     os.kill(pid, STACK_SIGNAL)
     while time.monotonic() < deadline:
-        time.sleep(0.25)  # a process that has to wait for a core writes its stack in parts
+        time.sleep(0.25)  # on a busy machine, a process may write its stack in parts
         before, said = said, log.read_bytes()[size:]
         if said and said == before:
             break
@@ -85,7 +85,7 @@ def request_stack(pid: int, log: Path, seconds: float = 2.0) -> str:
 
 
 def _is_plain(file: Path) -> bool:
-    """Whether a file has no other name: a link could make another process appear to be the writer of a log."""
+    """Whether this is a regular file with a single name; a link could lead to the log of another process."""
     with contextlib.suppress(OSError):
         found = file.lstat()
         return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
@@ -93,7 +93,7 @@ def _is_plain(file: Path) -> bool:
 
 
 def _answers(pid: int) -> bool:
-    """Whether a process handles the signal; it would kill any other."""
+    """Whether a process handles ``STACK_SIGNAL``, which would kill a process that does not."""
     with contextlib.suppress(OSError, ValueError):
         caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
         return caught is not None and bool(int(caught.group(1), 16) >> (STACK_SIGNAL - 1) & 1)
@@ -110,7 +110,7 @@ def _has_open(pid: int, file: Path) -> bool:
 
 
 def kill_all(path: Path) -> None:
-    """Kill the remaining processes of a run on this machine, and wait for them (``KILLED_SECONDS`` at most)."""
+    """Kill the remaining processes of a run on this machine, and wait up to ``KILLED_SECONDS`` for them to end."""
     deadline = time.monotonic() + KILLED_SECONDS
     while time.monotonic() < deadline and (left := processes_of(path)):
         for pid in left:

@@ -1,6 +1,7 @@
-"""This rank: who launched it, when to end together with the launcher, and what to record if it fails.
+"""The rank of this process: how it was launched, how it ends with its launcher, and how its failure is recorded.
 
-Standard library only and quick to import, because a rank must notice if its launcher dies before torch is imported.
+Standard library only and quick to import, so that a rank notices the death of its launcher even before it has imported
+torch.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from vgglab.errors import UserError
 from vgglab.storage.files import exists, read_bytes
 from vgglab.storage.schema import FAILURE, line_in, write_document
 
-TIED_TO_LAUNCHER = "VGGLAB_TIED_TO_LAUNCHER"  # set for a launched process: it ends when the pipe at its stdin does
-MARK = "VGGLAB_RUN"  # set for a launched process and all below it: the run directory they work for
-STACK_SIGNAL = signal.SIGUSR2  # a rank answers by writing its stack into its log
-RENDEZVOUS = "VGGLAB_RENDEZVOUS"  # set for the ranks that dist/spawn.py starts: the file in which they find each other
+TIED_TO_LAUNCHER = "VGGLAB_TIED_TO_LAUNCHER"  # set for a launched process, which ends when the pipe at its stdin closes
+MARK = "VGGLAB_RUN"  # set for a launched process and its descendants: their run directory
+STACK_SIGNAL = signal.SIGUSR2  # makes a rank write its stack to its log
+RENDEZVOUS = "VGGLAB_RENDEZVOUS"  # set for ranks that dist/spawn.py starts: the file they use to connect
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # sysexits.h: a temporary failure, try again
-EXIT_INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
+EXIT_INTERRUPTED = 130  # shell convention: 128 + SIGINT
 GUARD_SECONDS = 0.5
-FATAL = "Fatal Python error: "  # as faulthandler begins a stack, at one of these signals
+FATAL = "Fatal Python error: "  # what faulthandler prints first after one of these signals
 FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL, signal.SIGBUS)
-RUN_NOTE = "vgglab_run"  # in the folder of a launch: the run directory that its ranks work in
+RUN_NOTE = "vgglab_run"  # file in the folder of a launch that contains the path of the run directory
 
-COLLECTIVES = ("gloo", "nccl", "eccl")  # the libraries that sum over the ranks, by the name of torch's backend
-# Not ``-m``: that would import from the current folder first, which may be somebody else's.
+COLLECTIVES = ("gloo", "nccl", "eccl")  # collective communication libraries, by the names of torch's backends
+# Not ``-m``, which imports from the current folder first: another user may have put modules there.
 WITHOUT_CWD = "import sys; sys.path[:] = filter(None, sys.path); "
 TRAIN = WITHOUT_CWD + "sys.argv[0] = 'vgglab.train'; from vgglab.train import run_and_exit; run_and_exit()"
 TORCHRUN = WITHOUT_CWD + "from torch.distributed.run import main; main()"
@@ -43,12 +44,12 @@ TORCHRUN = WITHOUT_CWD + "from torch.distributed.run import main; main()"
 LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "socket", *COLLECTIVES)
 
 STARTED = time.monotonic()  # when this process began; this module is among the first to be imported
-_kept: tuple[Any, ...] = ()  # never to be taken apart
-_run_dir: Path | None = None  # where this process's failure is written down
+_kept: tuple[Any, ...] = ()  # objects that must never be destroyed
+_run_dir: Path | None = None  # where a failure of this process is recorded
 
 
 def grace_period_seconds(chosen: float | None = None) -> float:
-    """Seconds between asking a run to save and stop, and killing it. Raises UserError for an invalid setting."""
+    """Seconds that a run has to save and stop before it is killed. Raises UserError for an invalid setting."""
     if chosen is not None:
         return chosen
     given = os.environ.get("VGGLAB_GRACE_SECONDS", "10")  # a slow disk, or a busy machine, may need longer
@@ -58,7 +59,7 @@ def grace_period_seconds(chosen: float | None = None) -> float:
 
 
 def training_command(argv: Sequence[str], python: str = sys.executable) -> list[str]:
-    """The command line of a new training process; ``with_package`` gives its environment."""
+    """The command line of a new training process; run it in the environment from ``with_package``."""
     return [python, "-u", "-c", TRAIN, *argv]
 
 
@@ -74,19 +75,19 @@ def tie_to_launcher() -> None:
     """Tie this process to its launcher: it ends when the launcher does. Call this before slow imports."""
     open_closed_streams()
     if sys.__stderr__ is not None and not faulthandler.is_enabled():
-        faulthandler.enable(sys.__stderr__)  # a stack, where a vendor's library breaks off
-    grace_period_seconds()  # refused now, not when it is needed
+        faulthandler.enable(sys.__stderr__)  # prints a stack if a vendor's library crashes
+    grace_period_seconds()  # reject an invalid setting now, not when it is needed
     if os.environ.pop(TIED_TO_LAUNCHER, None) is not None:
-        # A kernel may have Ctrl-C switched off at the moment it starts us, and that is inherited.
+        # A Jupyter kernel may be ignoring Ctrl-C when it starts this process, which inherits that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Thread(target=_end_with_launcher, daemon=True, name="launcher").start()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # A torchrun that is killed leaves its ranks training, because each has its own session.
+        # If torchrun is killed, its ranks keep training, because each has its own session.
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True, name="guard").start()
 
 
 def open_closed_streams() -> None:
-    """Open missing standard streams: after ``2>&-`` the next file opened would become file descriptor 2."""
+    """Open missing standard streams, because after ``2>&-`` the next file opened would get file descriptor 2."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
@@ -106,17 +107,17 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _is_torchrun(pid: int) -> bool:
-    """Whether this process is still our launcher, not one that adopts orphans: init, systemd --user, tini.
+    """Whether process ``pid`` is still our launcher, not one that adopts orphans (init, systemd --user, tini).
 
     In a container torchrun itself can be process 1.
     """
     folder = Path(f"/proc/{pid}")
     try:
-        if MARK in os.environ:  # the torchrun that vgglab.launch has started carries the same one
+        if MARK in os.environ:  # a torchrun started by vgglab.launch has the same value
             return f"{MARK}={os.environ[MARK]}".encode() in (folder / "environ").read_bytes().split(b"\0")
         is_python = "python" in (folder / "exe").resolve().name
         return is_python and (pid != 1 or b"torch" in (folder / "cmdline").read_bytes())
-    except OSError:  # no /proc, or somebody else's process
+    except OSError:  # no /proc, or another user's process
         return pid != 1
 
 
@@ -129,7 +130,7 @@ def _end() -> None:
 
 
 def skip_cleanup_at_exit(keep: Any) -> None:
-    """Have ``exit_process`` skip Python's shutdown and the destructor of ``keep`` (why: ``devices/stock.py``)."""
+    """Make ``exit_process`` skip Python's shutdown and the destructor of ``keep``; ``devices/stock.py`` says why."""
     global _kept
     _kept = (keep,)
 
@@ -147,18 +148,18 @@ def exit_process(code: int) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Print on stderr, if possible."""
+    """Print a line to stderr; ignore errors."""
     with contextlib.suppress(OSError):
         print(f"vgglab.train: {line}", file=sys.stderr)
 
 
 def num_cores() -> int:
-    """The number of cores that this process may use; in a container or under Slurm not all of them."""
+    """The number of cores that this process may use; in a container or under Slurm it may be fewer than all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_restarts() -> int:
-    """How often the launcher has restarted the ranks of this job."""
+    """How many times the launcher has restarted the ranks of this job."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -171,7 +172,7 @@ def _launch_folder() -> Path | None:
 
 
 def remember_run(path: Path) -> None:
-    """Record the run directory for a restart."""
+    """Record the run directory, so that a restart can find it."""
     folder = _launch_folder()
     if folder is not None and folder.is_dir():
         with contextlib.suppress(OSError):
@@ -185,7 +186,7 @@ def remembered_run(folder: Path) -> Path | None:
 
 
 def run_of_earlier_attempt() -> Path | None:
-    """The run directory used before a restart; None in a first attempt.
+    """The run directory used before a restart; None in the first attempt.
 
     Raises:
         UserError: there are several machines, and ``--run-dir`` was not given.
@@ -193,7 +194,7 @@ def run_of_earlier_attempt() -> Path | None:
     if num_restarts() == 0:
         return None
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-        raise UserError("--max-restarts on several machines needs a --run-dir that all of them can see")
+        raise UserError("--max-restarts on several machines needs a --run-dir on a shared file system")
     folder = _launch_folder()
     return remembered_run(folder) if folder else None
 
@@ -205,12 +206,12 @@ def set_run_dir(path: Path) -> None:
 
 
 def run_dir() -> Path | None:
-    """The run directory of this process; None before there is one."""
+    """The run directory of this process; None if it has not been set."""
     return _run_dir
 
 
 def resume_advice(path: Path) -> str:
-    """The flags that continue a run in this directory, whether or not it has a checkpoint."""
+    """A phrase with the flags that continue the run in this directory, whether or not it has a checkpoint."""
     return f"continue with --run-dir {path} --resume auto"
 
 
@@ -223,28 +224,28 @@ def name() -> str:
 def report_failure(error: BaseException, exit_code: int) -> None:
     """Record why this rank failed, in the run directory and where torchrun looks for it.
 
-    ``log/failure-rank<r>.json``: rank, time, error in one line, traceback, exit code. If several ranks leave such a
-    file, the earliest is the root cause.
+    ``log/failure-rank<r>.json``: rank, time, error in one line, traceback, exit code. If several ranks write such a
+    file, ``failures`` puts the root cause first.
     """
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    launched_for = os.environ.get(MARK)  # its log folder is there before any rank is
+    launched_for = os.environ.get(MARK)  # its log folder is created before any rank starts
     path = _run_dir or (Path(launched_for) if launched_for else None)
     if path and not _run_dir and exit_code == EXIT_BAD_INPUT and exists(path / "events.jsonl"):
-        path = None  # what is refused is no failure of the run that is there
+        path = None  # bad input is not a failure of the run that already exists
     line, rank = f"{type(error).__name__}: {error}", int(os.environ.get("RANK", 0))
     _write_failure(path, rank, line, exit_code, text, has_lost_peers(error))
     if name() and os.environ.get("TORCHELASTIC_ERROR_FILE") and "torch" in sys.modules:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        with contextlib.suppress(Exception):  # its summary is a courtesy
+        with contextlib.suppress(Exception):  # torchrun's summary is optional
             get_error_handler().record_exception(error)
 
 
 def report_killed(rank: int, number: int, folder: Path) -> str:
-    """Record the failure of a rank that was killed by a signal, on behalf of its launcher; return the record.
+    """Record the failure of a rank that was killed by a signal, on behalf of its launcher; return the error.
 
     Args:
-        folder: of the launch, as in ``remembered_run``.
+        folder: the folder of the launch, as in ``remembered_run``.
     """
     signal_name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
     hint = "; if nobody killed it, the machine ran out of memory" if number == signal.SIGKILL else ""
@@ -289,7 +290,7 @@ def failures(path: Path) -> list[dict[str, Any]]:
 
 
 def forget_failures(path: Path) -> None:
-    """Delete the records of failures, when a run continues."""
+    """Delete the failure records of a run that is being continued."""
     for file in (path / "log").glob("failure-rank*.json"):
-        with contextlib.suppress(OSError):  # a folder of that name
+        with contextlib.suppress(OSError):  # it is a folder
             file.unlink()

@@ -1,9 +1,9 @@
 """Start and supervise the ranks of one machine: ``python -m vgglab.train --nproc 8``.
 
-On one machine this replaces torchrun. Its store listens on every network interface, and anyone who can reach the
-machine can write data there that the launcher then unpickles. Here the ranks meet in a file that only their owner can
-read, and gloo and NCCL are restricted to the loopback interface. (The T20's ``torch_gcu`` uses
-``MASTER_PORT`` only; the vendor decides where its store listens.)
+On one machine this replaces torchrun, whose store listens on every network interface: anyone who can reach the machine
+can write data there, which the launcher then unpickles. Here the ranks connect through a file that only its owner can
+read, and gloo and NCCL are restricted to the loopback interface. (``torch_gcu`` on the T20 supports only
+``MASTER_PORT``; which interfaces its store listens on is up to the vendor's library.)
 
 Standard library only: the launcher does not import torch.
 """
@@ -26,24 +26,24 @@ from vgglab.dist.interrupts import STOP_SIGNALS, handling
 from vgglab.errors import UserError
 
 POLL_SECONDS = 0.05
-FINAL = (0, ranks.EXIT_BAD_INPUT, ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED)  # another attempt would end no better
+FINAL = (0, ranks.EXIT_BAD_INPUT, ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED)  # a restart would not help
 
 
 def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> int:
-    """Run the training command once per rank; restart all of them after one has died.
+    """Run the training command once per rank; if a rank dies, restart all of them, up to ``max_restarts`` times.
 
     Termination signals and Ctrl-C are passed on to every rank: after the first Ctrl-C they save and stop, after the
     second they stop at once. Ranks that are still running after the grace period, or after a third Ctrl-C, are killed.
     When a rank fails, the others are asked to stop, and killed after the grace period.
 
     Returns:
-        The exit code of the rank that failed first (1 if it was killed); 75 or 130 after a signal.
+        0, or the exit code of the rank that failed first (1 if it was killed), or 75 or 130 after a signal.
 
     Raises:
-        UserError: there is no temporary folder for the file in which the ranks meet.
+        UserError: the temporary folder for the rendezvous file cannot be created.
     """
     try:
-        folder = tempfile.TemporaryDirectory(prefix="vgglab-")  # of mode 0700, with a random name
+        folder = tempfile.TemporaryDirectory(prefix="vgglab-")  # mode 0700, random name
     except OSError as error:
         raise UserError(f"TMPDIR: cannot create a folder in {tempfile.gettempdir()} ({error.strerror})") from None
     with folder as path:
@@ -66,18 +66,18 @@ class _Attempt:
             **{name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
-            "TORCHELASTIC_RESTART_COUNT": str(number),  # by the name that torchrun has given it
+            "TORCHELASTIC_RESTART_COUNT": str(number),  # torchrun's name for it
             ranks.RENDEZVOUS: str(folder / f"attempt{number}"),
             ranks.TIED_TO_LAUNCHER: "1",
         }
         self.num_ranks, self.folder = num_ranks, folder
-        self.signals: list[int] = []  # that this process got
+        self.signals: list[int] = []  # received by this process
         self.failure: int | None = None  # the exit code of the rank that failed first
 
     def run(self) -> int:
-        """Run to the end and return the exit code for all ranks."""
+        """Start the ranks, wait until all have ended, and return the exit code of the launcher."""
         with handling([*STOP_SIGNALS, signal.SIGINT], lambda number, _: self.signals.append(number)):
-            # Each has a session, so that killing one kills its workers, and a pipe that ends it with this process.
+            # Each rank has its own session, so that its workers can be killed too, and a pipe that ends it with us.
             running = {
                 rank: subprocess.Popen(
                     self.command,
@@ -117,7 +117,7 @@ class _Attempt:
         """Keep the first failure, and record it for a rank that was killed and could not do so itself."""
         if code >= 0:
             self.failure = code
-        elif self.signals:  # it was asked to stop before it had anything to save, or killed at the second Ctrl-C
+        elif self.signals:  # it was stopped before it had anything to save, or killed after the second Ctrl-C
             self.failure = ranks.EXIT_STOPPED
         else:
             self.failure = 1
@@ -126,8 +126,8 @@ class _Attempt:
 
 
 def _defaults(num_ranks: int) -> dict[str, str]:
-    """Defaults that the environment can override: share the cores among the ranks, connect only on this machine."""
-    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # of Linux, of macOS
+    """Environment variables that the user can override: cores shared among the ranks, connections on loopback only."""
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
     return {
         "OMP_NUM_THREADS": str(max(1, ranks.num_cores() // num_ranks)),
         **{f"{library}_SOCKET_IFNAME": name for name in loopback for library in ("GLOO", "NCCL")},

@@ -1,4 +1,4 @@
-"""Checkpoints: ``last.pt``, ``previous.pt`` and ``best.pt``, with all tensors on the CPU; never incomplete.
+"""Checkpoints: ``last.pt``, ``previous.pt`` and ``best.pt``, with all tensors on the CPU; never partially written.
 
 A checkpoint contains everything a run needs to continue as if it had never stopped: weights, optimizer state, loss
 scale and progress. There is no random state to save: the seed of each step, image and epoch is computed from the run's
@@ -31,7 +31,7 @@ MAX_COUNT = 10**14  # of steps or images; readers of events accept ten times as 
 
 
 class CannotSave(Exception):
-    """The checkpoint could not be written; existing checkpoints are intact."""
+    """Raised when a checkpoint cannot be written; existing checkpoints are intact."""
 
 
 def save(
@@ -44,13 +44,13 @@ def save(
     is_best: bool,
     average: nn.Module | None = None,
 ) -> None:
-    """Write ``last.pt`` and keep the one before as ``previous.pt``; if ``is_best``, it also becomes ``best.pt``.
+    """Write ``last.pt``, keeping the old one as ``previous.pt``; if ``is_best``, also save the new one as ``best.pt``.
 
     The key ``model`` holds the weights that were evaluated; if they are an ``average``, the key ``trained`` holds those
     to continue training with.
 
     Raises:
-        CannotSave: no space, or no permission.
+        CannotSave: the file cannot be written, for example because the disk is full.
         UserError: the weights contain nan or infinity.
     """
     content = {
@@ -86,7 +86,7 @@ def _write(folder: Path, content: Any, is_best: bool) -> None:
     last, unfinished = folder / "last.pt", folder / "unfinished.tmp"
     with open(unfinished, "wb", opener=refusing_links) as file:
         patient = _PatientFile(file)
-        torch.save(content, patient)  # type: ignore[arg-type]  # all it asks for is write and flush
+        torch.save(content, patient)  # type: ignore[arg-type]  # it needs only write and flush
         if patient.error:
             raise patient.error
         file.flush()
@@ -94,7 +94,7 @@ def _write(folder: Path, content: Any, is_best: bool) -> None:
     if last.exists():
         _share(last, folder / "previous.tmp")
         (folder / "previous.tmp").replace(folder / "previous.pt")
-    unfinished.replace(last)  # the old last.pt stays until the new one is whole
+    unfinished.replace(last)  # the old last.pt stays until the new one is complete
     if is_best:
         _share(last, unfinished)
         unfinished.replace(folder / "best.pt")
@@ -102,9 +102,9 @@ def _write(folder: Path, content: Any, is_best: bool) -> None:
 
 
 class _PatientFile:
-    """A file that accepts all data and keeps the first error for later.
+    """A file that accepts all data and stores the first error instead of raising it.
 
-    torch's archive writer aborts the process if the disk fills in the middle of a file.
+    torch's archive writer aborts the process if a write fails in the middle of a file.
     """
 
     def __init__(self, file: Any) -> None:
@@ -124,7 +124,7 @@ class _PatientFile:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush a folder to disk, because new names in it are safe only then."""
+    """Flush a folder to disk; only then do new names in it survive a crash of the machine."""
     if os.name != "posix":
         return
     number = os.open(folder, os.O_RDONLY)
@@ -135,7 +135,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _share(source: Path, target: Path) -> None:
-    """Give the file a second name, which stays when the next save replaces ``source``."""
+    """Hard-link or copy ``source`` to ``target``, which stays when the next save replaces ``source``."""
     with contextlib.suppress(FileNotFoundError):
         target.unlink()
     try:
@@ -175,20 +175,20 @@ def read(path: str | Path) -> Checkpoint:
             f"cannot be read ({error.strerror}); give a checkpoint or a run directory that has one"
         ) from None
     except NotACheckpoint as error:
-        raise UserError(f"not a checkpoint that can be loaded safely ({error})") from None
+        raise UserError(f"is not a checkpoint that can be loaded safely ({error})") from None
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not _are_weights(weights):
         raise UserError("contains no model weights")
     is_ours = content.get("format") == FORMAT and isinstance(content.get("config"), dict)
     if is_ours and not all(_is_plain(value) for value in content["config"].values()):
-        raise UserError("is damaged (a setting is of no type that a setting has)")
+        raise UserError("is damaged (a setting has an invalid type)")
     return Checkpoint(content if is_ours else {"model": weights})
 
 
 def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[str]]:
     """The newest intact checkpoint in the run directories ``folders``, its content, and why others were skipped.
 
-    None and empty content if there is none.
+    If there is none, the first two are None and an empty dict.
     """
     files = [file for folder in folders for file in folder.glob("checkpoints/*.pt") if file.exists()]
     passed_over: list[str] = []
@@ -227,7 +227,7 @@ def _are_weights(found: Any) -> bool:
 
 
 def copy_best(resumed: str | Path, folder: Path) -> None:
-    """Copy the ``best.pt`` next to the resumed checkpoint, which counts until the run has a better one."""
+    """Copy ``best.pt`` from the folder of the resumed checkpoint; it is the best until the run has a better one."""
     best = locate(resumed).with_name("best.pt")
     if best.exists() and best.parent.absolute() != folder.absolute():
         folder.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,7 @@ def copy_best(resumed: str | Path, folder: Path) -> None:
 
 
 class Checkpoint(Dict[str, Any]):
-    """The content of a checkpoint file. If it contains only weights, all keys but ``model`` are missing."""
+    """The content of a checkpoint file. If the file contains only weights, ``model`` is the only key."""
 
     def restore_model(self, model: nn.Module, name: str, to_train: bool = False) -> None:
         """Load the weights into ``model``: those that were evaluated, or with ``to_train`` those to continue with.
@@ -258,7 +258,7 @@ class Checkpoint(Dict[str, Any]):
             if saved[key].shape != value.shape:
                 there, here = tuple(saved[key].shape), tuple(value.shape)
                 flags = "--num-classes, --head and --image-size"
-                raise UserError(f"does not fit --model {name}: {key} is {there} there and {here} here; check {flags}")
+                raise UserError(f"does not fit --model {name}: {key}: shape {there}, expected {here}; check {flags}")
         with _refusing_damage():
             model.load_state_dict(saved)
 
@@ -294,7 +294,7 @@ class Checkpoint(Dict[str, Any]):
         for group, own in zip(optimizer.param_groups, options):
             group.update(own)
             for weight in group["params"] if own.get("momentum") and optimizer_name == "rmsprop" else ():
-                if weight in optimizer.state:  # else its first step makes it
+                if weight in optimizer.state:  # if not, the first step creates it
                     optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
         return {"best": best, **counts}
 
@@ -314,4 +314,4 @@ def _check_kept(kept: dict[str, Any], shape: torch.Size, needed: Sequence[str]) 
     for name, value in kept.items():
         is_number = value is None or isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
         if not is_number and getattr(value, "shape", None) != shape:
-            raise ValueError(f"the optimizer's {name}")
+            raise ValueError(f"the optimizer's {name} has the wrong shape")

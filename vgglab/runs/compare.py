@@ -2,8 +2,8 @@
 
     python -m vgglab.compare runs/A runs/B                    # bit for bit
     python -m vgglab.compare runs/A runs/B --tolerance 3e-4   # relative, e.g. between two kinds of hardware
-    python -m vgglab.compare runs/A runs/B --png both.png     # both, drawn; --json ends with one JSON object
-    python -m vgglab.compare runs/A runs/B runs/C --png all.png  # A with each of the others; one JSON list
+    python -m vgglab.compare runs/A runs/B --png both.png     # plots both; --json also prints a JSON object
+    python -m vgglab.compare runs/A runs/B runs/C --png all.png  # A with each of the others; --json prints a list
 
 Exit codes: 0 the runs are the same, 1 they differ, 2 bad input (explained in one line).
 """
@@ -21,7 +21,7 @@ STARTING_POINT = ("num_train_images", "num_eval_images", "num_classes", "num_par
 FIGURES = {
     "train": ("lr", "loss", "acc1"),
     "eval": ("loss", "acc1", "acc5", "num_images"),
-}  # the cause before its effect
+}  # causes before their effects
 ORDER = tuple(FIGURES)
 
 
@@ -36,20 +36,20 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The comparison of two runs. ``first``: the first difference in the steps that both recorded, None if equal."""
+    """The comparison of two runs. ``first`` is the first difference in the steps that both logged, or None."""
 
-    settings: dict[str, tuple[Any, Any]]  # by name, where they differ
-    starting_point: dict[str, tuple[Any, Any]]  # likewise
+    settings: dict[str, tuple[Any, Any]]  # those that differ, by name
+    starting_point: dict[str, tuple[Any, Any]]  # the same for STARTING_POINT
     first: Difference | None
-    largest_relative: float  # of all losses
-    num_steps: int  # that were compared
-    last_steps: tuple[int, int]  # of either run
+    largest_relative: float  # difference of the loss
+    num_steps: int  # steps compared
+    last_steps: tuple[int, int]  # of each run
     acc1: tuple[float | None, float | None]  # in percent, at the last evaluation
-    damage: list[str]  # what was left out of either run
+    damage: list[str]  # what was ignored in each run because it is damaged
 
     @property
     def is_same(self) -> bool:
-        """Whether all metrics are equal and both runs have the same number of steps."""
+        """Whether all metrics agree within the tolerance and both runs end at the same step."""
         return self.first is None and self.last_steps[0] == self.last_steps[1] and self.num_steps > 0
 
     def __repr__(self) -> str:
@@ -57,14 +57,14 @@ class Comparison(NamedTuple):
 
 
 def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
-    """Compare two runs; ``tolerance`` is relative.
+    """Compare two runs; relative differences up to ``tolerance`` are ignored.
 
     Raises:
-        UserError: a run has no events yet.
+        UserError: a run has no events yet, or its ``config.json`` is missing.
     """
     for run in (one, other):
         if not run.events("start"):
-            raise UserError(f"{run.path}: nothing to compare yet")
+            raise UserError(f"{run.path}: has no events yet, so there is nothing to compare")
         if not run.config:
             raise UserError(f"{run.path}: config.json is missing; its settings cannot be compared")
     first, largest, num_steps, last_common = None, 0.0, 0, None
@@ -91,7 +91,7 @@ def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
 
 
 def _in_step(one: Run, other: Run) -> Iterator[tuple[Event, Event]]:
-    """Pairs of events of the same kind at the same step, read as streams, so that no run is held in memory."""
+    """Yield pairs of events of the same kind at the same step; both files are streamed, not held in memory."""
     rows, others = _figures(one), _figures(other)
     row, other_row = next(rows, None), next(others, None)
     while row is not None and other_row is not None:
@@ -105,7 +105,7 @@ def _in_step(one: Run, other: Run) -> Iterator[tuple[Event, Event]]:
 
 
 def _figures(run: Run) -> Iterator[Event]:
-    """The figures in order; the evaluation after a step follows it."""
+    """Yield training and evaluation events in order; an evaluation follows the training event of its step."""
     latest = (-1, -1)
     for event in run.events():
         if event["event"] in FIGURES and _place(event) > latest:
@@ -122,7 +122,7 @@ def _last_step(run: Run) -> int:
 
 
 def _relative(one: Any, other: Any) -> float:
-    """The relative difference: 0 if equal, or both missing or not a number; infinite if only one of them is."""
+    """The relative difference: 0 if the values are equal or both missing; infinite if only one is missing."""
     if one == other or (one is None and other is None):
         return 0.0
     if one is None or other is None:
@@ -135,7 +135,7 @@ def _differing(one: dict[str, Any], other: dict[str, Any], names: Sequence[str])
 
 
 def _compared(settings: dict[str, Any]) -> list[str]:
-    """The settings to compare: not those about folders and logging. Unknown settings are compared."""
+    """The settings to compare: all, even unknown ones, except those for folders, logging and launching."""
     left_out = settings_that_affect("record", "location", "launch", "others")
     return [name for name in settings if name not in left_out]
 
@@ -149,15 +149,15 @@ def as_text(found: Comparison) -> str:
     lines = [f"settings: {_pairs(found.settings)}", f"starting point: {_pairs(found.starting_point)}"]
     if found.first is not None:
         step, event, figure, (one, other), relative = found.first
-        where = "evaluation at" if event == "eval" else "training,"
-        lines.append(f"first difference: {where} step {step}, {figure} {one} and {other} (relative {relative:.1e})")
+        where = "evaluation at" if event == "eval" else "training"
+        lines.append(f"first difference: {where} step {step}, {figure} {one} vs. {other} (relative {relative:.1e})")
         lines.append(f"largest relative difference of the loss: {found.largest_relative:.1e}")
     elif found.num_steps:
         lines.append(f"no difference in the {found.num_steps} steps that both runs logged")
     else:
         lines.append("no logged step in common; run both with the same --print-freq")
     if found.last_steps[0] != found.last_steps[1]:
-        lines.append(f"one run is longer: step {found.last_steps[0]} and step {found.last_steps[1]}")
+        lines.append(f"the runs end at different steps: {found.last_steps[0]} and {found.last_steps[1]}")
     known = ["none" if acc1 is None else f"{acc1:.2f} %" for acc1 in found.acc1]
     lines.append(f"top-1 at the last evaluation: {known[0]} and {known[1]}")
     lines += found.damage
@@ -165,4 +165,4 @@ def as_text(found: Comparison) -> str:
 
 
 def _pairs(differing: dict[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f"{name} {one} and {other}" for name, (one, other) in differing.items()) or "the same"
+    return ", ".join(f"{name} {one} vs. {other}" for name, (one, other) in differing.items()) or "the same"

@@ -1,4 +1,4 @@
-"""Find runs in folders; the runs of several seeds are one level deeper."""
+"""Find runs in folders; the runs of a series of seeds are one level deeper."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vgglab.runs.run import Run, is_a_run
 
 
 def run_folders(folders: Iterable[Path]) -> Iterator[Path]:
-    """The run directories among these folders and in them, without duplicates, sorted by name within a folder.
+    """Yield these folders and their subfolders that are run directories, without duplicates, sorted by name in each.
 
     Raises:
         UserError: a folder does not exist.
@@ -26,7 +26,7 @@ def run_folders(folders: Iterable[Path]) -> Iterator[Path]:
 
 
 def series_in(folders: Iterable[Path]) -> dict[Path, list[Run]]:
-    """The runs that differ only in their seed, grouped by folder; folders with one such run are left out."""
+    """Return the runs that differ only in their seed, by folder; folders with a single such run are left out."""
     found: dict[Path, list[Run]] = {}
     for path in run_folders(folders):
         if path.name.startswith("seed-"):

@@ -15,19 +15,19 @@ from vgglab.errors import UserError
 if TYPE_CHECKING:
     from vgglab.runs.run import Event, Run
 
-STEADY = 1.2  # a tenth of the steps slower than this many medians is worth a remark
+STEADY = 1.2  # warn if the slowest tenth of the steps takes more than this multiple of the median
 FEWEST_STEPS_TO_JUDGE = 20
 OF_STEPS = (
     "step_seconds_p50", "step_seconds_p90", "step_seconds_p99", "num_measured_steps", "data_wait_share",
     "num_intervals", "phase_seconds", "host_reads",
 )  # fmt: skip
-TIMED = ("phase_seconds", "host_reads")  # fields of events with --timers, by name and for all steps of an interval
+TIMED = ("phase_seconds", "host_reads")  # event fields with --timers: sums over an interval, by name
 
 
 def read_report(run: Run, recompute: bool = False) -> dict[str, Any]:
-    """The report of a run directory that may come from anywhere.
+    """Return the report of a run directory, which may be damaged or written by another version.
 
-    Takes valid metrics from ``report.json``, unless ``recompute``.
+    The metrics come from ``report.json`` if it is valid, unless ``recompute`` is set.
 
     Raises:
         UserError: as in ``build_report``; also if the files are incomplete.
@@ -39,14 +39,14 @@ def read_report(run: Run, recompute: bool = False) -> dict[str, Any]:
 
 
 def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Compute the fields of the original example's report, and more to judge them by.
+    """Compute the report: the fields of the original example's report, then others that help to interpret them.
 
     ``acc1`` and ``acc5`` are the best of all evaluations, in percent, independently of each other, as in the original
     example; ``acc1_last`` and ``acc5_last`` are those of the last evaluation.
     ``train_fps_*`` are images per second of the whole job, including data loading. Each interval between two log lines
-    is one measurement; the first ``skip_steps`` steps do not count. If no interval is left the figures are null, and
-    also for a simulated card, whose speed means nothing. ``training_time`` (h:mm:ss) is from the first event to the
-    last, including evaluation and checkpoints.
+    is one measurement; the first ``skip_steps`` steps do not count. They are null if no interval is left, and
+    for a simulated card, whose speed means nothing. ``training_time`` (h:mm:ss) is the time from the first event to
+    the last, including evaluation and checkpoints.
 
     Args:
         figures: the metrics from the events; None to compute them.
@@ -59,7 +59,7 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
         raise UserError(f"{run.path}: nothing to report yet")
     if not config or not env:
         raise UserError(
-            f"{run.path}: {'env.json' if config else 'config.json'} is missing; there is no report without it"
+            f"{run.path}: {'env.json' if config else 'config.json'} is missing; no report can be computed without it"
         )
     if figures is None:
         figures = _figures(run, config["batch_size"] * env["world_size"])
@@ -78,7 +78,7 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
         "train_fps_min": figures["train_fps_min"],
         "train_fps_max": figures["train_fps_max"],
         "training_time": figures["training_time"],
-        # Up to here the original example's fields in their order; from here on ours.
+        # Above: the original example's fields, in its order. Below: fields that vgglab adds.
         "acc1_last": figures["acc1_last"],
         "acc5_last": figures["acc5_last"],
         "status": run.status,
@@ -114,7 +114,7 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
 
 def _figures(run: Run, images_per_step: int) -> dict[str, Any]:
     """Compute the metrics from the events; the names are those in ``storage/schema.py``."""
-    # First: if the run writes more meanwhile, the checksum is of fewer events and so invalid.
+    # First, so that the checksum does not match if the run writes more events meanwhile.
     checksum = run.events_checksum()
     events, is_simulated = run.events(), run.env["simulated"]
     if not events:
@@ -125,7 +125,7 @@ def _figures(run: Run, images_per_step: int) -> dict[str, Any]:
             others.append(event)
         elif not is_simulated:
             first_step = event.get("first_step_seconds") if first_step is None else first_step
-            # A run may continue on other hardware: the speed of a simulated card or of fewer ranks does not count.
+            # A resumed run may have used other hardware: skip a simulated card, or another number of ranks.
             if not event.get("simulated") and event["interval_images"] == event["interval_steps"] * images_per_step:
                 speed.add(event)
     last = next((event for event in reversed(others) if event["event"] == "eval"), None)
@@ -152,7 +152,7 @@ def _best(events: list[Event], figure: str) -> float | None:
     """The best of all evaluations, including those before a resume (from the start event)."""
     seen: list[float] = []
     for event in events:
-        if event["event"] == "start":  # which has the best so far, or none if other images were evaluated before
+        if event["event"] == "start":  # it has the best so far, or none if earlier evaluations used other images
             seen = [event["best"][figure]] if event["best"] else []
         elif event["event"] == "eval":
             seen.append(event[figure])
@@ -160,7 +160,7 @@ def _best(events: list[Event], figure: str) -> float | None:
 
 
 class Speed:
-    """Statistics of the measured intervals between log lines, added one by one, because there can be a million."""
+    """Collects statistics of the measured intervals between log lines, one by one, because there can be a million."""
 
     def __init__(self) -> None:
         self.num_intervals = self._num_images = 0
@@ -168,12 +168,12 @@ class Speed:
         self.lowest: float | None = None  # images per second of an interval
         self.highest: float | None = None
         self._step_seconds = array("d")
-        self._mean_step_seconds: list[tuple[float, int]] = []  # and of how many steps: where they were not timed singly
+        self._mean_step_seconds: list[tuple[float, int]] = []  # (seconds, steps), if not timed individually
         self._num_timed_steps: dict[str, int] = {}
-        self._timed: dict[str, dict[str, float]] = {}  # what --timers have added up, by field and name
+        self._timed: dict[str, dict[str, float]] = {}  # sums of the --timers values, by field and name
 
     def add(self, event: Event) -> None:
-        """Add a training event, unless its steps are among those skipped."""
+        """Add a training event, unless its steps fall within ``skip_steps``."""
         if not event["is_measured"] or not event.keys() >= {"images_per_second", "data_seconds"}:
             return
         rate, seconds, num_steps = event["images_per_second"], event["interval_seconds"], event["interval_steps"]
@@ -201,12 +201,12 @@ class Speed:
         return self._num_images / self._seconds if self.num_intervals else None
 
     def _of_a_step(self, field: str) -> dict[str, float] | None:
-        """The mean seconds of each phase per step; None without --timers."""
+        """The mean per step of each value of a ``--timers`` field; None without ``--timers``."""
         sums = self._timed.get(field)
         return {name: value / self._num_timed_steps[field] for name, value in sums.items()} if sums else None
 
     def of_steps(self) -> dict[str, Any]:
-        """Percentiles of single steps, share of time spent waiting for data, and mean seconds of each phase."""
+        """Percentiles of step times, share of time spent waiting for data, and means of the ``--timers`` fields."""
         ordered = [*merge(zip(sorted(self._step_seconds), repeat(1)), sorted(self._mean_step_seconds))]
         return {
             "step_seconds_p50": _percentile(ordered, 50),
@@ -220,18 +220,18 @@ class Speed:
 
 
 def remark_on_steadiness(report: dict[str, Any]) -> str:
-    """A warning if step times varied too much, otherwise empty."""
+    """A warning if step times varied too much, else empty."""
     num_steps, median, slow = (report[name] for name in ("num_measured_steps", "step_seconds_p50", "step_seconds_p90"))
     if num_steps < FEWEST_STEPS_TO_JUDGE or slow <= STEADY * median:
         return ""
     return (
-        f"not steady: a tenth of the {num_steps} measured steps took {slow / median:.2f} x the median or longer; "
-        "quote the median, and see whether something else is running"
+        f"step times are not steady: 10 % of the {num_steps} measured steps took {slow / median:.2f} x the median or "
+        "longer; quote the median, and check whether another program is running"
     )
 
 
 def _percentile(ordered: list[tuple[float, int]], percent: int) -> float | None:
-    """Percentile by nearest rank; ``counts`` holds how often each value occurs."""
+    """The nearest-rank percentile; ``ordered`` has (value, number of occurrences) pairs, smallest value first."""
     left = -(-sum(number for _, number in ordered) * percent // 100)
     for value, number in ordered:
         left -= number

@@ -1,17 +1,17 @@
 """The run directory: the only interface between training and display.
 
     config.json    the final settings, written before the first step
-    env.json       versions, commit, command line, hardware, simulated or not
+    env.json       versions, commit, command line, hardware, whether it is simulated
     events.jsonl   one JSON object per line, append-only; the first has the schema version
-    log/           rank<r>.txt: the output of each rank; rank<r>.jsonl: its own metrics, at each log line;
-                   skipped-rank<r>.jsonl: images that it skipped; failure-rank<r>.json: why it failed;
+    log/           rank<r>.txt: the output of each rank; rank<r>.jsonl: its own metrics, one line per log line;
+                   skipped-rank<r>.jsonl: the images it skipped; failure-rank<r>.json: why it failed;
                    launcher.txt: the output of the launcher and all ranks
     checkpoints/   last.pt, previous.pt and best.pt
     report.json    final metrics, computed from the files above (report.py)
-    launch.json    the process started by vgglab.launch, if that was used
+    launch.json    the process that vgglab.launch started; absent if it was not used
     lock           held by rank 0 while it writes
 
-``RunWriter`` (``writer.py``) writes it; ``Run`` reads it, also while the run is active. Standard library only.
+``RunWriter`` (``writer.py``) writes it; ``Run`` reads it, even while the run is active. Standard library only.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from vgglab.storage.schema import RANK, SKIPPED, Document, Test, line_in, read_d
 SCHEMA = 1
 RUN_FILES = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
 LOCK = "lock"  # held by rank 0 as long as it writes
-LAUNCHED = "launch.json"  # who started a run that cannot yet speak for itself
-MAX_LOG_BYTES = 2**26  # bytes
-MAX_SKIPPED_BYTES, MAX_LISTS = 2**20, 128  # of lists of skipped images: about 10,000 lines each, of so many ranks
-NUM_RECENT = 8  # lines, enough to tell a slow rank from a slow moment
+LAUNCHED = "launch.json"  # records the launched process, before the run has written anything itself
+MAX_LOG_BYTES = 2**26  # the most that ``logs`` returns
+MAX_SKIPPED_BYTES, MAX_LISTS = 2**20, 128  # per list of skipped images (about 10,000 lines), and number of lists
+NUM_RECENT = 8  # log lines per rank: enough to tell a slow rank from a brief delay
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}[+-]\d{4}")
 ENDS = ("done", "interrupted", "failed")
-ACTIVE = ("starting", "running")  # of a run's status; the others are ends
+ACTIVE = ("starting", "running")  # statuses of a run that has not ended
 _TYPES: dict[str, Test] = {
     "int": schema.whole, "float": schema.number, "str": schema.text, "bool": schema.switch, "None": schema.nothing
 }  # fmt: skip
@@ -66,7 +66,7 @@ schema.DOCUMENTS["config.json"] = {
 
 
 def run_path(config: Request) -> Path:
-    """The run directory: ``run_dir``, otherwise ``<output_dir>/runs/<time>-<data>-<model>-<device>x<ranks>-<id>``.
+    """The run directory: ``run_dir`` if set, else ``<output_dir>/runs/<time>-<data>-<model>-<device>x<ranks>-<id>``.
 
     A launcher names the folder before the device is known, so ``<device>`` can be ``auto``.
     """
@@ -84,7 +84,7 @@ def holds_a_run(path: Path) -> bool:
 
 
 def is_a_run(path: Path) -> bool:
-    """Whether the folder contains a run, even one that is only starting."""
+    """Whether the folder contains a run, including one that is still starting."""
     return holds_a_run(path) or exists(path / LAUNCHED)
 
 
@@ -102,20 +102,20 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         """Raises UserError if the folder does not exist or contains no run."""
-        self.path = Path(path).absolute()  # to be found after a change of folder, too
+        self.path = Path(path).absolute()  # valid even after os.chdir
         self._events = EventFile(self.path / "events.jsonl")
         if not is_a_run(self.path):
             raise UserError(f"{self.path} is not a run directory")
 
     @property
     def name(self) -> str:
-        """The name of the run's folder; for one of several seeds, with the name of the parent folder."""
+        """The name of the run's folder; for one of several seeds, ``<parent folder>/seed-<n>``."""
         is_of_several = self.path.name.startswith("seed-")
         return printable(f"{self.path.parent.name}/{self.path.name}" if is_of_several else self.path.name)
 
     @property
     def created(self) -> float:
-        """When the first file was written, in seconds since 1970; to sort runs."""
+        """When the first file was written, in seconds since 1970; used to sort runs."""
         files = [self.path / name for name in (LAUNCHED, "config.json")]
         return min((file.stat().st_mtime for file in files if file.exists()), default=self.path.stat().st_mtime)
 
@@ -134,7 +134,7 @@ class Run:
         return read_document(self.path / "env.json")
 
     def damage(self) -> list[str]:
-        """What was ignored in the files because it is damaged or not written by vgglab; one phrase each."""
+        """A list of phrases: what was ignored in the files because it is damaged or was not written by vgglab."""
         found: list[str] = []
         if self.valid_report() is None:
             try:
@@ -148,7 +148,7 @@ class Run:
                 found.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing at its end")
         for number, file in enumerate(self._files("skipped-rank*.jsonl")):
             if number >= MAX_LISTS or file.stat().st_size > MAX_SKIPPED_BYTES:
-                found.append(f"log/{file.name}: too long to be read, so skipped images are undercounted")
+                found.append(f"log/{file.name}: too long to read in full, so skipped images are undercounted")
         for pattern, lines in (("skipped-rank", self._skipped_lines()), ("rank", self._recent_lines())):
             num_damaged = sum(line is None for line in lines)
             if num_damaged:
@@ -172,9 +172,9 @@ class Run:
         return self._events.next_number()
 
     def events(self, kind: str | None = None) -> Sequence[Event]:
-        """All events so far, or those of one kind, without a line that is still being written.
+        """All events so far, or those of one kind, except a line that is still being written.
 
-        A list, or for more than 20,000 events a sequence that reads training events on access.
+        Returns a list; for more than 20,000 events, a sequence that reads training events on access.
 
         If the run was resumed from a checkpoint, events after that checkpoint from the earlier attempt are left out.
         """
@@ -189,7 +189,7 @@ class Run:
         if report is not None or (latest is not None and latest["event"] == "end"):
             return "starting" if self._is_launched_anew() else (report or latest or {})["status"]
         if self._is_dead() or not is_a_run(self.path):
-            return "failed"  # killed before it could record that, or removed
+            return "failed"  # killed before it could record its end, or removed
         return "starting" if latest is None else "running"
 
     @property
@@ -224,7 +224,7 @@ class Run:
         ``env.json`` names the previous rank 0 until the new one is ready. If neither is recorded, the lock decides.
         """
         rank_0, launcher = readable_document(self.path / "env.json"), self._launcher()
-        has_no_writer = holder(self.path / LOCK) == 0  # nor has a copy of a run that is still active
+        has_no_writer = holder(self.path / LOCK) == 0  # also true for a copy of an active run
         if not rank_0 and not launcher:
             return has_no_writer
         return self.is_here and not is_running(launcher) and (has_no_writer or not is_running(rank_0))
@@ -240,7 +240,7 @@ class Run:
         return read_report(self)
 
     def valid_report(self) -> Document | None:
-        """``report.json``, if it matches the events and the run has ended, so that they need not be read; else None."""
+        """``report.json``, if it matches the events and the run has ended, so events need not be read; else None."""
         documents = self._documents()
         saved = documents["report.json"]
         is_whole = saved.has_checksum and saved.keys() >= schema.DOCUMENTS["report.json"].keys() and not saved.damage
@@ -272,11 +272,11 @@ class Run:
         return [events[-1] for events in self.recent_metrics()]
 
     def recent_metrics(self) -> list[list[dict[str, Any]]]:
-        """The last few metrics of each rank, newest last."""
+        """The metrics of each rank at its last few log lines, newest last."""
         recent = []
         for file in self._files("rank*.jsonl"):
             events = [event for event in _lines_at_the_end(file) if event]
-            # What a former process wrote, before the run went on in place, is not how the rank does now.
+            # Ignore what an earlier process wrote, before the run was resumed in this directory.
             events = [event for event in events if event["pid"] == events[-1]["pid"]]
             if events and events[-1]["rank"] < self.env.get("world_size", math.inf):
                 recent.append(events[-NUM_RECENT:])
@@ -294,7 +294,7 @@ class Run:
         """The lines of all lists of skipped images, without an incomplete last line; None for a damaged line."""
         found = []
         for file in self._files("skipped-rank*.jsonl")[:MAX_LISTS]:
-            first = 1 if file.stat().st_size > MAX_SKIPPED_BYTES else 0  # its start is cut off
+            first = 1 if file.stat().st_size > MAX_SKIPPED_BYTES else 0  # the first line is incomplete
             lines = tail_of(file, MAX_SKIPPED_BYTES).splitlines(True)[first:]
             found += [line_in(line, SKIPPED) for line in lines if line.endswith(b"\n")]
         return found
@@ -304,7 +304,7 @@ class Run:
         answers = []
         for figures in self.ranks():
             stack = request_stack(figures["pid"], self.path / "log" / f"rank{figures['rank']}.txt")
-            answers.append(f"rank {figures['rank']}:\n{stack or '  not running'}")
+            answers.append(f"rank {figures['rank']}:\n{stack or '  not running on this machine'}")
         return "\n".join(answers) or "no rank has logged anything yet"
 
     def failures(self) -> list[dict[str, Any]]:
@@ -324,7 +324,7 @@ class Run:
         if not asked and self.status in ACTIVE:
             who = f"process {self.env.get('pid')} on {self.env.get('host')}"
             raise UserError(
-                f"{self.path}: cannot confirm that {who} belongs to this run; if it does, end it there with kill"
+                f"{self.path}: cannot confirm that {who} belongs to this run; if it does, kill it on that host"
             )
         for pid in asked:
             with contextlib.suppress(ProcessLookupError):
@@ -347,7 +347,7 @@ class Run:
         return marked or ([env["pid"]] if is_writer else [])
 
     def checkpoint(self, which: str = "best") -> Path:
-        """The file of the checkpoint ``best`` or ``last``. Raises UserError if there is none."""
+        """The path of the checkpoint ``best`` or ``last``. Raises UserError if there is none."""
         file = self.path / "checkpoints" / f"{which}.pt"
         if not file.exists():
             raise UserError(f"{self.path} has no {which} checkpoint")

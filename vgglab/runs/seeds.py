@@ -1,8 +1,8 @@
 """Train with several seeds, one after the other, to judge differences between runs.
 
-    python -m vgglab.train --recipe quick --seeds 5          # seeds 1 to 5, or from --seed on
+    python -m vgglab.train --recipe quick --seeds 5          # seeds 1 to 5; --seed sets the first
     python -m vgglab.train --recipe quick --seeds 3,17,23
-    vgglab.launch("--recipe quick", seeds=5)                 # in a cell; with nproc= on several cards
+    vgglab.launch("--recipe quick", seeds=5)                 # in a notebook; nproc= for several cards
 
 If the series was stopped, the same command with ``--run-dir`` continues it. All runs are in one folder,
 ``<output-dir>/runs/<time>-...-seeds/seed-<n>/``; ``vgglab.Seeds(folder)`` reads it.
@@ -25,12 +25,12 @@ from vgglab.settings.config import Request
 
 
 def seeds_of(config: Request) -> list[int]:
-    """The seeds given by ``--seeds``. Raises UserError."""
+    """The seeds given by ``--seeds``. Raises UserError if they are invalid."""
     if config.resume or config.test_only or config.fix_seed:
-        raise UserError("--seeds: trains from the beginning; leave out --resume, --test-only and --fix-seed")
+        raise UserError("--seeds: each seed is trained from scratch; leave out --resume, --test-only and --fix-seed")
     words = (config.seeds or "").split(",")
     if not all(word.strip().isascii() and word.strip().isdigit() for word in words):
-        raise UserError(f"--seeds: {config.seeds!r} is neither a number of seeds such as 5 nor a list such as 3,17,23")
+        raise UserError(f"--seeds: {config.seeds!r} is invalid; give a number of seeds (5) or a list (3,17,23)")
     numbers = [int(word) for word in words]
     if len(numbers) > 1:
         if config.seed is not None:
@@ -42,23 +42,23 @@ def seeds_of(config: Request) -> list[int]:
         raise UserError("--seeds: must be at least 1")
     first = 1 if config.seed is None else config.seed
     if first + numbers[0] > 2**32:
-        raise UserError(f"--seeds {numbers[0]}: from --seed {first} on, the last would exceed 4294967295")
+        raise UserError(f"--seeds {numbers[0]}: starting at --seed {first}, the last seed would exceed 4294967295")
     return list(range(first, first + numbers[0]))
 
 
 def folder_of(config: Request) -> Path:
-    """The folder for all seeds: ``run_dir`` or a new one. Raises UserError if it contains something else."""
+    """The folder for all seeds: ``run_dir`` or a new one. Raises UserError if it contains anything but ``seed-*``."""
     path = Path(config.run_dir) if config.run_dir else Path(f"{run_path(config)}-seeds")
     others = [file.name for file in path.glob("*") if not file.name.startswith("seed-")]
     if others:
         raise UserError(
-            f"--run-dir {path}: contains {others[0]}, which is not the run of a seed; choose another folder"
+            f"--run-dir {path}: contains {others[0]}, which is not a folder named seed-<n>; choose another folder"
         )
     return path
 
 
 def is_done(path: Path) -> bool:
-    """Whether this seed was already trained before the series was continued."""
+    """Whether the run in this folder is done, so that a continued series skips it."""
     return is_a_run(path) and Run(path).status == "done"
 
 
@@ -88,12 +88,12 @@ def train_each(argv: Sequence[str], config: Request, table: Callable[[Mapping[st
     for number in numbers:
         print(f"vgglab.train: seed {number}, {numbers.index(number) + 1} of {len(numbers)}", flush=True)
         if is_done(path / f"seed-{number}"):
-            print("vgglab.train: is already done", flush=True)
+            print("vgglab.train: already done", flush=True)
             continue
         words = [*without_seeds(argv), *for_one(number, path)]
         code = _run(ranks.training_command(words))
         if code in (ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED):
-            ranks.say(f"to continue with all seeds, run the same command with --run-dir {path}")
+            ranks.say(f"to continue the series, run the same command with --run-dir {path}")
         if code:
             return code
     print(table({printable(path.name): Seeds(path).runs}))
@@ -136,7 +136,7 @@ class Seeds:
 
     @property
     def runs(self) -> list[Run]:
-        """The runs that have started, by seed."""
+        """The runs that have started, sorted by seed."""
         found = {folder.name[len("seed-") :]: folder for folder in self.path.glob("seed-*")}
         begun = [seed for seed, folder in found.items() if seed.isascii() and seed.isdigit() and is_a_run(folder)]
         for seed in set(begun) - set(self._runs):

@@ -1,4 +1,4 @@
-"""Writing a run directory; its files are described in ``run.py``."""
+"""Write a run directory; ``run.py`` describes its files."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from vgglab.trainer import TrainingState
 
 Listener = Callable[[Event], None]
-MAKE_ROOM = "make room (or remount the disk as writable)"
+MAKE_ROOM = "free some disk space (or remount the disk as writable)"
 
 
 class RankWriter:
-    """Writes what every rank writes: its log and its own metrics. Events are ignored; only rank 0 writes them."""
+    """Writes the files of each rank: its log and its own metrics. Ignores events, which only rank 0 writes."""
 
     def __init__(self, path: Path, rank: int, is_simulated: bool = False) -> None:
         self.path = path
         self.rank = rank
         self._skipped: set[str] = set()
-        self._mark = {"simulated": True} if is_simulated else {}  # on all that a simulated card has part in
-        self.lost: dict[str, int] = {}  # what could not be written: how often, by name
-        self.lost_last_checkpoint = ""  # why that of the last step could not be written; empty if it was
+        self._mark = {"simulated": True} if is_simulated else {}  # added to all data from a simulated card
+        self.lost: dict[str, int] = {}  # number of failed writes, by the name of what was lost
+        self.lost_last_checkpoint = ""  # why the checkpoint of the last step could not be written; else empty
 
     def event(self, kind: str, **values: Any) -> None:
         pass
@@ -55,7 +55,7 @@ class RankWriter:
             self.event("warning", text=warning)
 
     def write_recovered(self, what: str) -> None:
-        """Forget the failed writes of ``what``, because a later one replaces them."""
+        """Forget the failed writes of ``what``, because a later write succeeded and replaces them."""
         self.lost.pop(what, None)
 
     @property
@@ -64,14 +64,14 @@ class RankWriter:
         return bool(self.lost_last_checkpoint or "checkpoints" in self.lost)
 
     def what_is_missing(self) -> str:
-        """The last line of a run: what could not be written and how to continue; empty if everything was written."""
+        """The final message of a run: what could not be written and how to continue; else empty."""
         unwritten = ", ".join(f"{number} {name}" if number > 1 else name for name, number in self.lost.items())
         if self.lost_last_checkpoint:
             also = f"; also not written: {unwritten}" if unwritten else ""
             return f"{self.lost_last_checkpoint}{also}; {MAKE_ROOM}, then {self.resume_advice}"
         if unwritten:
             advice = f"{MAKE_ROOM}, then python -m vgglab.report {self.path}"
-            return f"{self.path}: trained to the end, but not written: {unwritten}; {advice}"
+            return f"{self.path}: training finished, but could not write: {unwritten}; {advice}"
         return ""
 
     def save_checkpoint(self, *_: Any) -> None:
@@ -79,7 +79,7 @@ class RankWriter:
 
     @property
     def process_started(self) -> float:
-        """When this process started, by ``time.monotonic``."""
+        """When this process started, on the clock of ``time.monotonic``."""
         return ranks.STARTED
 
     @property
@@ -87,13 +87,13 @@ class RankWriter:
         return ranks.resume_advice(self.path)
 
     def skipped(self, image: str, reason: str) -> None:
-        """Record an image that this rank has skipped, once, in ``log/skipped-rank<r>.jsonl``."""
+        """Record in ``log/skipped-rank<r>.jsonl`` that this rank has skipped an image; repetitions are ignored."""
         if image in self._skipped:
             return
         self._skipped.add(image)
         self._append(f"log/skipped-rank{self.rank}.jsonl", {"image": image, "reason": reason})
         if len(self._skipped) == 1:
-            text = f"skipped {image} ({reason}); every skipped image is listed in {self.path / 'log'}"
+            text = f"skipped {image} ({reason}); all skipped images are listed in {self.path / 'log'}"
             self.event("warning", text=text)
 
     def rank_event(self, **values: Any) -> None:
@@ -120,7 +120,7 @@ class RankWriter:
             opener = None if is_written_there else refusing_links
             log = open(os.devnull if is_written_there else file, "ab", buffering=0, opener=opener)  # noqa: SIM115
         with log:
-            # Written from C, so it also works deep inside a collective that hangs, where Python's handlers wait.
+            # The handler is in C, so it works even in a hanging collective, where Python's handlers do not run.
             faulthandler.register(STACK_SIGNAL, file=1 if is_written_there else log)
             had_handler = faulthandler.is_enabled()
             if not is_written_there:
@@ -145,12 +145,12 @@ class RankWriter:
                     faulthandler.disable()
                     if had_handler and sys.__stderr__ is not None:
                         faulthandler.enable(sys.__stderr__)
-                signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # unregistered, it would end a rank that was asked too late
+                signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # else a late request would kill the rank
                 sys.stdout, sys.stderr = screens
 
 
 class RunWriter(RankWriter):
-    """Writes a run directory, on rank 0; ``listeners`` are called with each event after it was written.
+    """Writes a run directory, on rank 0; ``listeners`` are called with each event after it is written.
 
     With ``is_continued`` it appends to an existing run; if steps are repeated, the later events replace the earlier.
     """
@@ -162,7 +162,7 @@ class RunWriter(RankWriter):
         self.listeners = list(listeners)
         self._is_new = not is_continued
         self._started = time.monotonic()
-        self._num_lines = 0  # lines that the disk refused count too, so that a reader sees the gap
+        self._num_lines = 0  # including lines that could not be written, so that a reader sees the gap
         if not is_continued:
             make_run_folder(path)
         with writing(path):
@@ -170,8 +170,8 @@ class RunWriter(RankWriter):
                 self._lock = lock.Lock(path / LOCK)
             except lock.LockHeld:
                 raise UserError(f"--run-dir {path}: {Run(path).writer()}") from None
-            os.close(refusing_links(str(path / "events.jsonl"), os.O_CREAT | os.O_WRONLY))  # from here on it is a run
-        if is_continued:  # read under the lock: an earlier writer may just have been writing its last lines
+            os.close(refusing_links(str(path / "events.jsonl"), os.O_CREAT | os.O_WRONLY))  # now it is a run
+        if is_continued:  # after taking the lock, because an earlier writer may have added lines until then
             events = EventFile(path / "events.jsonl")
             self._started -= max((event["seconds"] for event in events.read()[-1:]), default=0.0)
             self._num_lines = events.next_number()
@@ -198,13 +198,13 @@ class RunWriter(RankWriter):
             raise
 
     def _remove(self) -> None:
-        """Delete the files of a run that could not start, so that the same command works once there is room."""
+        """Delete the files of a run that could not start, so that the same command works once there is disk space."""
         for name in (*RUN_FILES, LOCK):
             with contextlib.suppress(OSError):
                 (self.path / name).with_suffix(".tmp").unlink()
             with contextlib.suppress(OSError):
                 (self.path / name).unlink()
-        for folder in (self.path / "log", self.path):  # what else is in there stays
+        for folder in (self.path / "log", self.path):  # a folder with other files in it is kept
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -239,7 +239,7 @@ class RunWriter(RankWriter):
         is_best: bool,
         average: nn.Module | None,
     ) -> None:
-        """Write a checkpoint (arguments: ``checkpoint.save``). If that fails: a warning; for the last one, an error.
+        """Write a checkpoint (arguments: ``checkpoint.save``). A failure is a warning; for the last one, an error.
 
         Raises:
             UserError: a weight is not finite.
@@ -248,15 +248,15 @@ class RunWriter(RankWriter):
         try:
             checkpoint.save(folder, network, optimizer, scaler, state, settings, is_best, average)
         except checkpoint.CannotSave as error:
-            left = "the one before is intact" if (folder / "last.pt").exists() else "there is none before it"
+            left = "the previous checkpoint is intact" if (folder / "last.pt").exists() else "there is no earlier one"
             text = f"the checkpoint of step {state.step} was not written ({error}); {left}"
             if state.epoch == settings["epochs"]:
-                self.write_recovered("checkpoints")  # it is reported in the last line
+                self.write_recovered("checkpoints")  # reported in the final message instead
                 self.lost_last_checkpoint = f"{folder}: {text}"
             else:
                 self.write_failed("checkpoints", text)
         else:
-            self.write_recovered("checkpoints")  # a later one is as good
+            self.write_recovered("checkpoints")  # this checkpoint replaces the lost ones
             self.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)
 
     def close(self) -> None:
@@ -272,18 +272,18 @@ class _Tee:
     """A text stream that copies what is printed to a log. A failed write does not end the run."""
 
     def __init__(self, screen: Any, log: Any, lost: Callable[[OSError], None]) -> None:
-        """``log``: None if the screen is the log. ``lost`` is called with the error if the log cannot be written."""
+        """``log`` is None if the screen is already the log. ``lost`` is called with the error of a failed write."""
         self._screen, self._log, self._lost = screen, log, lost
 
     def write(self, text: str) -> int:
-        if self._log is not None and "\r" not in text:  # a progress bar's redrawing belongs on the screen only
+        if self._log is not None and "\r" not in text:  # progress bars are redrawn on the screen only
             try:
                 self._log.write(text.encode(errors="backslashreplace"))
             except OSError as error:
                 self._lost(error)
         try:
             self._screen.write(text)
-        except AttributeError:  # there is none
+        except AttributeError:  # there is no screen
             pass
         except OSError as error:
             if self._log is None:

@@ -29,12 +29,12 @@ class NotebookRun(Run):
         return Report(super().report())
 
     def watch(self) -> None:
-        """Show the run in a notebook: a live dashboard, or a picture if the front end has no widgets."""
+        """Show the run in a notebook: a live dashboard, or a static picture if the front end has no widgets."""
         live.watch(self)
 
 
 class Runs(Sequence[NotebookRun]):
-    """The runs in some folders, oldest first; displayed as a table.
+    """The runs in one or more folders, oldest first; displayed as a table.
 
     >>> vgglab.Runs()[-1].watch()
     >>> vgglab.Runs("shared/runs", "runs")
@@ -70,17 +70,17 @@ class NotebookSeeds(Seeds):
     run_type = NotebookRun
 
     def curves(self) -> Any:
-        """Plot loss and accuracy with a band over the seeds."""
+        """Plot the mean loss and accuracy over the seeds, with a band from minimum to maximum."""
         from vgglab.view.figures import bands  # matplotlib is not needed for reading
 
         return bands({printable(self.path.name): self.runs})
 
     def table(self) -> Table:
-        """Number, mean and standard deviation of each metric, over the seeds whose runs have finished."""
+        """A table of the count, mean and standard deviation of each metric over the seeds that have finished."""
         return seeds_table({printable(self.path.name): self.runs})
 
     def __repr__(self) -> str:
-        return repr(self.table()) if self.table().rows else f"{printable(self.path.name)}: no seed is done yet"
+        return repr(self.table()) if self.table().rows else f"{printable(self.path.name)}: no seed has finished yet"
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()

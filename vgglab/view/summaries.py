@@ -40,7 +40,7 @@ def status_in_words(run: Run) -> str:
     """``run.status``, or a note that its files are damaged."""
     try:
         return run.status
-    except UserError as error:  # a file of it is damaged: one run must not take the others' table along
+    except UserError as error:  # one of its files is damaged: one run must not take the others' table along
         return f"unreadable: {error}"
 
 
