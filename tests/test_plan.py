@@ -67,7 +67,7 @@ def test_what_is_not_one_training_from_its_beginning_is_refused(flags):
 @pytest.mark.parametrize(
     ("flags", "more", "says"),
     [
-        (["--recipe=seed", "--epochs=3"], {}, "ends inside --warmup"),
+        (["--recipe=seed", "--epochs=3"], {}, "ends during the warm-up"),
         (["--recipe=seed"], {"ranks": 64}, "8 x that of --recipe seed"),
         (["--recipe=modern", "--model=vgg16", "--batch-size=512"], {}, "unlikely to learn at a learning rate of 0.2"),
         (["--recipe=paper", "--init=normal"], {}, "does not learn from these weights"),

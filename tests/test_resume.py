@@ -282,7 +282,7 @@ def test_resume_auto_does_not_overwrite_checkpoints_none_of_which_can_be_used(jo
     line = refused("--resume=auto", f"--run-dir={run.path}")
     assert f"no checkpoint in {run.path} can be used: " in line
     assert all(f"{file} not a checkpoint" in line for file in files)
-    assert f"move {run.path}/checkpoints away" in line
+    assert f"move {run.path}/checkpoints elsewhere" in line
     assert (run.path / "checkpoints" / "last.pt").read_bytes() == b"damaged"
     assert Run(run.path).status == "done"
 

@@ -183,7 +183,7 @@ def test_row_23_pretrained_with_other_classes_replaces_the_last_layer(train):
     shorter = ("--training-step-per-epoch=1", "--eval-step-per-epoch=1")
     result = train("--pretrained", "--image-size=224", "--lr=0", *shorter)
     assert result.code == 0
-    assert "--pretrained: classifier.6 newly initialised: the published weights have another shape" in result.out
+    assert "--pretrained: classifier.6 initialised at random, because" in result.out
     trained = load_tensors(result.run.checkpoint("last"))["model"]
     assert torch.equal(trained["features.0.weight"], published["features.0.weight"])
     assert torch.equal(trained["classifier.3.weight"], published["classifier.3.weight"])
@@ -230,7 +230,7 @@ def test_row_29_hidden_folders_are_no_classes_and_empty_ones_are_named(train, re
 def test_row_31_a_run_shorter_than_its_warmup_says_so(train):
     """Seed: its performance command never reached the base rate, silently."""
     result = train("--warmup=5")
-    assert "--epochs 1 ends inside --warmup 5: the learning rate only reaches 20% of its base" in result.out
+    assert "--epochs 1 ends during the warm-up (--warmup 5): the learning rate only reaches 20%" in result.out
     assert any("--warmup 5" in text for text in result.run.report()["warnings"])
 
 

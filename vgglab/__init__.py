@@ -4,9 +4,9 @@
     >>> run = vl.launch("--data-path digits --model vgg11_bn --epochs 2")
     >>> vl.Run("runs/<name>").watch()
 
-The names below are what notebooks and scripts import; anything else is internal and may change. Each is loaded when it
-is first used: importing this package imports neither torch nor matplotlib, so that run directories can be read on a
-machine without them.
+Notebooks and scripts import only the names below; everything else is internal and may change. Each name is loaded on
+first use: importing this package imports neither torch nor matplotlib, so run directories can be read on a machine
+without them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 from vgglab.errors import RunFailed, UserError
 from vgglab.version import __version__
 
-# `launch` is a module and a function: imported here, the name means the function for good.
+# `launch` is both a module and a function; after this import, the name always refers to the function.
 from vgglab.launch import launch  # isort: skip
 from vgglab.view.display import NotebookRun as Run, NotebookSeeds as Seeds, Runs  # isort: skip
 
-# ``python -m vgglab.plan`` and its like are found in commands/.
+# Lets ``python -m vgglab.plan`` and similar commands find their modules in commands/.
 __path__.append(os.path.join(os.path.dirname(__file__), "commands"))
 
-# Where the others are: a function or class as module:name, a module by its own name.
+# Where the names loaded on first use are defined: ``module:name`` for a function or class, ``module`` for a module.
 _ELSEWHERE = {
     "Profiles": "vgglab.lab.profiles:Profiles",
     "anatomy": "vgglab.lab.anatomy",

@@ -13,11 +13,11 @@ from vgglab.commands import call
 COMMANDS = {
     "Learn": {
         "notebooks": "copy the notebooks into a folder",
-        "lab": "open them in JupyterLab",
-        "anatomy": "a network layer by layer: shapes, parameters, operations, time",
+        "lab": "open the notebooks in JupyterLab",
+        "anatomy": "show a network layer by layer: shapes, parameters, operations, time",
     },
     "Train": {
-        "plan": "before a long run: hours, steps, disk space, learning rates",
+        "plan": "estimate a long run: hours, steps, disk space, learning rates",
         "train": "train, resume, evaluate",
         "data": "find images that cannot be read",
         "bench": "measure the speed of data loading and of training steps",
@@ -26,7 +26,7 @@ COMMANDS = {
     "Look at runs": {
         "results": "compare many runs in tables or on a web page",
         "compare": "find the first difference between two runs",
-        "report": "recompute report.json of a run",
+        "report": "recompute the report.json of a run",
         "book": "run all notebooks and build a web site from them",
     },
 }
@@ -37,12 +37,12 @@ def usage() -> str:
     lines = ["usage: vgglab COMMAND [option ...]", ""]
     for group, commands in COMMANDS.items():
         lines += [f"{group}:", *(f"  {name:11s}{about}" for name, about in commands.items()), ""]
-    return "\n".join([*lines, "vgglab COMMAND --help shows the options. To complete commands in bash:",
+    return "\n".join([*lines, "vgglab COMMAND --help shows the options. To enable tab completion in bash:",
                       '  eval "$(register-python-argcomplete vgglab)"'])  # fmt: skip
 
 
 def main() -> NoReturn:
-    """The entry point of the command ``vgglab``, also for ``python -m vgglab``."""
+    """Entry point of ``vgglab`` and ``python -m vgglab``: run the given command, then exit."""
     if "_ARGCOMPLETE" in os.environ:
         _complete()
     name, argv = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
@@ -67,7 +67,7 @@ def main() -> NoReturn:
 
 
 def _complete() -> None:
-    """Shell completion; only the flags of the command being typed are loaded."""
+    """Answer a request for shell completion, loading only the flags of the command being typed."""
     import argparse
 
     try:

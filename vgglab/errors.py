@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Iterator
 
-# What could command a terminal, turn the direction of reading, forge a line, or cannot be encoded at all.
+# Characters that control a terminal, reverse the reading direction, fake a line break, or cannot be encoded.
 NOT_PRINTED = [*range(9), *range(11, 32), *range(127, 160), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F)]
 NOT_PRINTED += [*range(0x2066, 0x206A), *range(0xD800, 0xE000)]
 _PRINTED = dict.fromkeys(NOT_PRINTED, "\N{REPLACEMENT CHARACTER}")
 
 
 def printable(value: Any) -> Any:
-    """Remove characters that control a terminal or reverse the reading direction; newlines and tabs stay."""
+    """Replace characters that control a terminal or reverse the reading direction; newlines and tabs are kept."""
     if isinstance(value, str):
         return value if value.isascii() and value.isprintable() else value.translate(_PRINTED)
     if isinstance(value, dict):
@@ -20,36 +20,36 @@ def printable(value: Any) -> Any:
     return [printable(item) for item in value] if isinstance(value, list) else value
 
 
-# What to do about a loss or a weight that is not a finite number.
-NOT_FINITE = "the last checkpoint was saved before that; lower --lr or lengthen --warmup"
+# Advice in errors about a loss or weight that is not finite.
+NOT_FINITE = "the last checkpoint is from an earlier step; lower --lr or lengthen --warmup"
 
 
 class UserError(Exception):
     """An error that the user can fix.
 
-    The message is one line that names the flag or the file and what to do about it. The commands
-    print it on stderr and exit with code 2; everything else is a bug and keeps its traceback.
+    The message is one line that names the flag or file and says how to fix the problem. Commands print
+    it to stderr and exit with code 2; any other exception is a bug and keeps its traceback.
     """
 
     def __str__(self) -> str:
         return " ".join(printable(super().__str__()).splitlines())
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows in a cell: the message without a traceback."""
+        """Return what IPython shows in a cell: the message without a traceback."""
         return [f"{type(self).__name__}: {self}"]
 
 
 class BadImage(UserError):
-    """A listed image that cannot be used; the message names the file."""
+    """An image of the data set that cannot be read; the message names the file."""
 
     def __init__(self, message: str, file: str = "", reason: str = "") -> None:
-        super().__init__(message)  # one argument is enough: workers send exceptions by their message
+        super().__init__(message)  # the rest is optional: an error in a worker is re-raised from its message alone
         self.file, self.reason = file, reason
 
 
 @contextlib.contextmanager
 def error_context(culprit: str) -> Iterator[None]:
-    """Prefix each UserError raised in the block with the flag or file: ``--resume x.pt: holds no weights``."""
+    """Prefix each UserError raised in the block with the flag or file: ``--resume x.pt: is damaged``."""
     try:
         yield
     except UserError as error:

@@ -1,8 +1,8 @@
 """Start a run from a notebook or a script, in a separate process that is observed through its run directory.
 
-Training never runs inside the kernel, so a failing cell cannot affect it. It does not outlive the kernel either: its
-processes hold the reading end of a pipe and end when the kernel, which holds the other end, does. The environment of
-each process names the run directory, so that leftover processes can be found.
+Training never runs inside the kernel, so a failing cell cannot affect it. Unless detached, it does not outlive the
+kernel either: its processes hold the read end of a pipe and exit when the kernel, which holds the write end, exits. The
+environment of each process names the run directory, so that leftover processes can be found.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from vgglab.view import seeds_board
 from vgglab.view.display import NotebookRun, NotebookSeeds
 
 NUM_LOG_LINES_SHOWN = 30
-_pipes: set[IO[bytes]] = set()  # of active runs: the ends of the pipes that this process holds
+_pipes: set[IO[bytes]] = set()  # the write ends of the pipes to active runs
 
 
 def _close_pipes() -> None:
-    """Called in a forked child, which could outlive this process and would keep its runs alive."""
+    """Close the pipes in a forked child, which could outlive this process and keep its runs alive."""
     for pipe in _pipes:
         pipe.close()
 
@@ -59,29 +59,29 @@ def launch(
 ) -> LaunchedRun | LaunchedSeeds:
     """Train in new processes and show the progress; the run directory exists when this returns.
 
-    In a live notebook this returns at once and leaves a dashboard; elsewhere (papermill, a script) it
-    returns when the run has ended.
+    In a live notebook this returns at once and the dashboard keeps updating; elsewhere (papermill, a
+    script) it returns when the run has ended.
 
     Args:
         flags: as on the command line, e.g. ``"--data-path digits --epochs 2"``, or as a list.
         watch: show the run while it is active; if False, this returns at once.
-        nproc, max_restarts: as the flags ``--nproc`` and ``--max-restarts``.
-        nnodes, node_rank, rendezvous: for several machines: their number, the number of this one, and ``host:port`` of
-            the first; torchrun starts the ranks.
-        python: another interpreter to train with, e.g. the one with the card vendor's stack.
+        nproc, max_restarts: same as the flags ``--nproc`` and ``--max-restarts``.
+        nnodes, node_rank, rendezvous: for training on several machines: how many there are, the index of this one
+            (from 0), and ``host:port`` of the first; torchrun starts the ranks.
+        python: the interpreter to train with if not this one, e.g. one that has the card vendor's packages.
         detach: let the run outlive this process; ``vgglab.Run(path)`` can watch and stop it later.
         settings: flags as keywords, e.g. ``data_path="digits", epochs=2``; ``True`` sets a switch, ``None`` is ignored.
-            With ``seeds=5``, one run per seed, one after the other.
+            ``seeds=5`` trains five runs in sequence, one per seed.
 
     Raises:
-        UserError: an argument or a flag is unknown or out of range; if this waits, also whatever the run refuses.
+        UserError: an argument or a flag is unknown or out of range; if this waits, also any UserError of the run.
         RunFailed: the run failed (if this waits for it).
     """
     argv = shlex.split(flags) if isinstance(flags, str) else [str(flag) for flag in flags]
     settings.update({name: n for name, n in (("nproc", nproc), ("max_restarts", max_restarts)) if n is not None})
     argv += [_as_flag(name, value) for name, value in settings.items() if value is not None]
     config = parse_flags(argv)
-    ranks.grace_period_seconds()  # refused before there is a run directory
+    ranks.grace_period_seconds()  # raises for an invalid value, before the run directory is created
     config = replace(config, world_size=config.nproc * _checked_count("nnodes", nnodes))
     if config.seeds is not None:
         if nnodes > 1 or detach:
@@ -90,7 +90,7 @@ def launch(
             )
         return _launch_each(argv, config, watch, python)
     if nnodes > 1 and (not rendezvous or config.run_dir is None):
-        raise UserError("nnodes: several machines need rendezvous='<first machine>:<port>' and a run_dir they share")
+        raise UserError("nnodes: with several machines, set rendezvous='<first machine>:<port>' and a shared run_dir")
     path = run_path(config)
     is_multiple = config.world_size > 1 or config.max_restarts > 0
     argv_of_run = [*argv, f"--run-dir={path}"]
@@ -127,13 +127,13 @@ def _checked_count(name: str, value: Any) -> int:
 
 
 def _torchrun(python: str, config: Request, nnodes: int, node_rank: int, rendezvous: str | None) -> list[str]:
-    """What goes before the command of a rank, so that torchrun starts it on several machines.
+    """Return the torchrun command to put before the command of a rank, to start it on several machines.
 
-    Not the script ``torchrun``, which may not be on the PATH, and only with flags that torch 1.10 accepts.
+    It does not use the script ``torchrun``, which may not be on the PATH, and uses only flags that torch 1.10 accepts.
     """
     command = [python, "-u", "-c", ranks.TORCHRUN, f"--nproc_per_node={config.nproc}", "--rdzv_backend=c10d"]
     command += [f"--max_restarts={config.max_restarts}", f"--rdzv_endpoint={rendezvous}", "--rdzv_id=vgglab"]
-    # With c10d the machines agree on their order, so node_rank only decides who creates the run directory.
+    # With c10d the machines agree on their order, so node_rank only decides which one creates the run directory.
     return [*command, f"--nnodes={nnodes}", f"--node_rank={node_rank}", "--no_python"]
 
 
@@ -165,7 +165,7 @@ def _start_alone(command: list[str], argv: list[str], path: Path, log: Path, det
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=_environment(path, detach),
-                start_new_session=True,  # the kernel's Ctrl-C is not the run's: stop() asks it properly
+                start_new_session=True,  # shields the run from Ctrl-C in the kernel; stop() sends SIGTERM
             )
     except OSError as error:
         raise UserError(f"python: {command[0]!r} cannot be started ({error.strerror})") from None
@@ -183,7 +183,7 @@ def _start_alone(command: list[str], argv: list[str], path: Path, log: Path, det
 
 
 def _environment(path: Path, detach: bool) -> dict[str, str]:
-    """The environment of a run: this one, with the run directory, and with this package on ``PYTHONPATH`` if needed."""
+    """The environment of a run: that of this process, the run directory, and ``PYTHONPATH`` for this package."""
     environment = {**ranks.with_package(os.environ), ranks.MARK: str(path.resolve())}
     if not detach:
         environment[ranks.TIED_TO_LAUNCHER] = "1"
@@ -196,9 +196,9 @@ class LaunchedRun(NotebookRun):
     def __init__(self, path: Path, process: subprocess.Popen, is_multiple: bool = False) -> None:
         super().__init__(path)
         self.process = process
-        self.is_multiple = is_multiple  # there is a launcher in between
+        self.is_multiple = is_multiple  # whether a launcher starts its ranks
         self._was_stopped = False
-        self._ends_before = self.events("end")  # of an earlier launch in the same folder
+        self._ends_before = self.events("end")  # end events of earlier launches in the same folder
 
     def _has_ended(self) -> bool:
         if self.process.poll() is None:
@@ -210,7 +210,7 @@ class LaunchedRun(NotebookRun):
 
     @property
     def status(self) -> str:
-        has_ended = self._has_ended()  # asked first: it may end while its events are read
+        has_ended = self._has_ended()  # checked first: the run may end while its events are read
         if has_ended and self.events("end") in ([], self._ends_before):  # it could not record how it ended
             return "interrupted" if self._was_stopped else "failed"
         status = super().status
@@ -222,7 +222,7 @@ class LaunchedRun(NotebookRun):
         """Wait until the run has ended; interrupting the wait stops the run.
 
         Raises:
-            UserError: the run refused its flags or its data.
+            UserError: the flags or the data of the run are invalid.
             RunFailed: the run failed.
             TimeoutError: the run is still active.
         """
@@ -247,7 +247,7 @@ class LaunchedRun(NotebookRun):
         return self
 
     def stop(self, grace_seconds: float | None = None) -> str:
-        """Ask the run to save and stop; kill it after the grace period. Returns one line about what was done."""
+        """Ask the run to save and stop; kill it if it outlasts the grace period. Returns a one-line summary."""
         if self._has_ended():
             return f"{self.name}: it had already ended; {self.status}"
         grace_seconds = ranks.grace_period_seconds(grace_seconds)
@@ -256,7 +256,7 @@ class LaunchedRun(NotebookRun):
         try:
             self.process.wait(grace_seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)  # its own session, so this reaches its workers too
+            os.killpg(self.process.pid, signal.SIGKILL)  # the run has its own session, so this kills its workers too
             self.process.wait()
         processes.kill_all(self.path)
         return f"{self.name}: process {self.process.pid} was asked to save and stop; {self.status}"
@@ -266,7 +266,7 @@ class LaunchedRun(NotebookRun):
         code = self.process.returncode
         if code == 0 or self.status == "interrupted":
             return
-        processes.kill_all(self.path)  # where the launcher itself was killed
+        processes.kill_all(self.path)  # in case the launcher itself was killed
         lines = self.logs().strip().splitlines() or [f"{self.path}: its log is empty; is the disk full?"]
         if code == ranks.EXIT_BAD_INPUT and not self.is_multiple:
             raise UserError(lines[-1].replace("vgglab.train: error: ", ""))
@@ -277,7 +277,7 @@ class LaunchedRun(NotebookRun):
             refusals = [line for line in self.logs("launcher").splitlines() if "error: " in line]
             raise UserError(refusals[-1].partition("error: ")[2] if refusals else lines[-1])
         if cause and self.is_multiple:
-            how = "failed" if cause["exit_code"] >= 0 else cause["error"]  # which says what killed it
+            how = "failed" if cause["exit_code"] >= 0 else cause["error"]  # this error says what killed the rank
             raise RunFailed(f"the run in {self.path}: rank {cause['rank']} {how}\n{cause['traceback']}".rstrip())
         tail = "\n".join(lines[-NUM_LOG_LINES_SHOWN:])
         raise RunFailed(f"the run in {self.path} ended with exit code {code}\n{tail}")

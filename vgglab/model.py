@@ -3,7 +3,7 @@
 Source: K. Simonyan and A. Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
 Recognition", 2014 (arXiv:1409.1556), table 1, configurations A, B, D and E.
 
-Layers have the same names as in torchvision (``features.N``, ``classifier.0/3/6``), so that weights can be exchanged
+Layers have the same names as in torchvision (``features.N``, ``classifier.0/3/6``), so weights are interchangeable
 and give the same logits.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vgglab.devices.compat import load_tensors
 from vgglab.errors import UserError
 
-# Table 1 of the paper, read downwards: a number is a 3x3 convolution with so many channels,
+# Table 1 of the paper, from top to bottom: a number is a 3x3 convolution with that many output channels,
 # "M" a 2x2 max pooling that halves height and width.
 # fmt: off
 CONFIGURATIONS: dict[str, list[int | str]] = {
@@ -31,11 +31,11 @@ CONFIGURATIONS: dict[str, list[int | str]] = {
 }
 # fmt: on
 
-# The classifier behind the features: (side of the pooled feature map, width of the hidden layers).
+# The classifier after the features: (side of the pooled feature map, width of the hidden layers).
 # "imagenet" is the paper's: 512 x 7 x 7 = 25088 inputs, 4096 wide, 103 million weights in the
-# first of its three layers. A 32x32 image ends as a 1x1 map; "small" keeps the three layers and pays for 512 inputs.
+# first of its three layers. A 32x32 image is reduced to a 1x1 map, so "small" has three layers with only 512 inputs.
 HEADS = {"imagenet": (7, 4096), "small": (1, 512)}
-FEATURE_STRIDE = 32  # five poolings, each halves the image
+FEATURE_STRIDE = 32  # five poolings, each of which halves the image
 
 
 class VGG(nn.Module):
@@ -45,10 +45,10 @@ class VGG(nn.Module):
         layers: an entry of ``CONFIGURATIONS``.
         batch_norm: add batch norm after every convolution (not in the paper, which predates it).
         num_classes: number of outputs.
-        dropout_rate: of both dropout layers in the classifier (paper, section 3.1: 0.5).
+        dropout_rate: rate of both dropout layers in the classifier (paper, section 3.1: 0.5).
         head: a key of ``HEADS``.
         init_weights: initialise the weights (``_init_weights``); False keeps PyTorch's default.
-        init: the method: ``kaiming``, ``xavier`` or ``normal``.
+        init: initialisation method: ``kaiming``, ``xavier`` or ``normal``.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class VGG(nn.Module):
             _init_weights(self, init)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` for normalised images ``(N, 3, height, width)``, at least 32x32."""
+        """Return logits ``(N, num_classes)`` for normalised images ``(N, 3, height, width)``, at least 32x32 pixels."""
         maps = self.features(images)  # (N, 512, height/32, width/32)
         maps = self.avgpool(maps)  # (N, 512, side, side)
         return self.classifier(torch.flatten(maps, 1))  # (N, num_classes)
@@ -106,18 +106,19 @@ def _features(layers: list[int | str], batch_norm: bool) -> nn.Sequential:
 
 @torch.no_grad()
 def _init_weights(model: VGG, init: str) -> None:
-    """Initialise convolutions and linear layers by the method ``init``, biases with 0.
+    """Initialise the weights of convolutions and linear layers with the method ``init``, biases with 0.
 
-    Weights are drawn in float64 and rounded once. In float32, PyTorch's normal numbers depend on the processor's vector
-    instructions, so the same seed would give slightly different weights on another machine, and training amplifies the
-    difference.
+    Weights are drawn in float64 and rounded once. In float32, PyTorch's normally distributed numbers depend on the
+    processor's vector instructions, so the same seed would give slightly different weights on another machine, and
+    training amplifies the difference.
 
-    - ``kaiming``: as torchvision, Kaiming for convolutions, N(0, 0.01) for linear layers. That deviation suits layers
-      with 4096 inputs; with 512 each layer would scale its signal by 1/6 (0.01 x sqrt(512 / 2)), so narrow linear
-      layers get Kaiming's sqrt(2 / inputs) instead.
-    - ``xavier``: Glorot and Bengio 2010, uniform, all layers; with it, the authors of the paper found, pre-training is
-      unnecessary (section 3.1).
-    - ``normal``: N(0, 0.01), all layers; as in the paper for its shallowest network (section 3.1).
+    - ``kaiming``: as in torchvision, Kaiming for convolutions, a standard deviation of 0.01 for linear layers. This
+      suits layers with 4096 inputs; with 512 inputs each layer would scale its signal by 1/6 (0.01 x sqrt(512 / 2)),
+      so linear layers with fewer than 4096 inputs use Kaiming's sqrt(2 / inputs) instead.
+    - ``xavier``: Glorot and Bengio 2010, uniform, for all layers; the authors of the VGG paper found that it makes
+      pre-training unnecessary (section 3.1).
+    - ``normal``: a standard deviation of 0.01 for all layers. (For its shallowest network the paper states a variance
+      of 0.01, section 3.1.)
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -129,14 +130,14 @@ def _init_weights(model: VGG, init: str) -> None:
 
 
 def _kaiming(weight: Tensor) -> Tensor:
-    if weight.dim() == 4:  # a convolution's
+    if weight.dim() == 4:  # a convolution
         return nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
     in_features = weight.shape[1]
     is_narrow = in_features < HEADS["imagenet"][1]
     return nn.init.normal_(weight, 0.0, math.sqrt(2.0 / in_features) if is_narrow else 0.01)
 
 
-# Each fills a weight ``(out, in)`` or ``(out, in, 3, 3)`` and returns it.
+# Each function fills a weight tensor ``(out, in)`` or ``(out, in, 3, 3)`` in place and returns it.
 INITS: dict[str, Callable[[Tensor], Tensor]] = {
     "kaiming": _kaiming,
     "xavier": nn.init.xavier_uniform_,
@@ -145,7 +146,7 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def head_for(image_size: int) -> str:
-    """The head for square images with ``image_size`` pixels a side: pooling to 7x7 needs at least 7 x 32 = 224."""
+    """The head for square images of side ``image_size``: ``imagenet`` from 7 x 32 = 224 pixels on, else ``small``."""
     return "imagenet" if image_size >= HEADS["imagenet"][0] * FEATURE_STRIDE else "small"
 
 
@@ -207,7 +208,7 @@ def vgg19_bn(**options: Any) -> VGG:
 
 
 def load_pretrained(model: nn.Module, name: str) -> list[str]:
-    """Load torchvision's published ImageNet weights into ``model``, downloading them at first use.
+    """Load torchvision's published ImageNet weights into ``model``, downloading them on first use.
 
     Layers of a different shape (another number of classes, the small head) keep their initial weights.
 
@@ -215,7 +216,7 @@ def load_pretrained(model: nn.Module, name: str) -> list[str]:
         The names of the linear layers that were not loaded, e.g. ``["classifier.6"]``.
 
     Raises:
-        UserError: the weights are neither in torch's cache nor can they be downloaded.
+        UserError: the weights are not in torch's cache and cannot be downloaded.
     """
     published = _published_weights(name)
     own = model.state_dict()
@@ -225,10 +226,10 @@ def load_pretrained(model: nn.Module, name: str) -> list[str]:
 
 
 def published_file(name: str) -> tuple[str, Path]:
-    """The URL of torchvision's published weights, and their file in torch's cache, which need not exist."""
+    """The URL of torchvision's published weights, and their path in torch's cache, where they may not exist yet."""
     import torchvision.models
 
-    # The address comes from torchvision's own table, which moved in 0.13.
+    # The URL comes from torchvision's own table, which moved in version 0.13.
     if hasattr(torchvision.models, "get_model_weights"):
         url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
     else:
@@ -241,7 +242,7 @@ def _published_weights(name: str) -> dict[str, Tensor]:
     try:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            checksum = file.stem.rsplit("-", 1)[1]  # published as vgg16-397923af.pth
+            checksum = file.stem.rsplit("-", 1)[1]  # the end of the file name, e.g. vgg16-397923af.pth
             torch.hub.download_url_to_file(url, str(file), hash_prefix=checksum)
         return load_tensors(file)
     except (OSError, ValueError, RuntimeError) as error:  # urllib's errors are OSErrors

@@ -26,15 +26,15 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 class OptimizerKind(NamedTuple):
-    """An optimizer that can be chosen."""
+    """An optimizer that ``--optimizer`` can select."""
 
     optimizer: type[Optimizer]
-    options: dict[str, str]  # arguments besides learning rate and weight decay: the settings they come from
-    averages: tuple[str, ...] = ()  # what it keeps for each weight, besides momentum
-    can_fuse: bool = False  # make its step in one kernel
+    options: dict[str, str]  # arguments other than lr and weight_decay, and the settings they come from
+    averages: tuple[str, ...] = ()  # state tensors that it keeps for each weight, besides momentum
+    can_fuse: bool = False  # whether it can update all weights in one kernel
 
     def num_kept(self, config: Request) -> int:
-        """Number of tensors kept per weight, each of the same size; a checkpoint contains them, too."""
+        """Number of state tensors per weight, each of the size of the weight; a checkpoint contains them too."""
         return len(self.averages) + int("momentum" in self.options and config.momentum > 0)
 
 
@@ -47,10 +47,10 @@ OPTIMIZERS = {
 
 
 def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> Optimizer:
-    """Build the optimizer. Weight decay applies to weights and biases; to batch norm only on request.
+    """Build the optimizer. Weight decay applies to weights and biases, but to batch norm only with ``bn_weight_decay``.
 
-    The original example looks for "bn" in the parameter names, which occurs in no VGG layer; here the type of the layer
-    decides.
+    The original example looks for "bn" in the parameter names, which no VGG layer contains; here the type of the layer
+    decides. With ``bias_weight_decay=False``, biases are exempt too.
 
     Args:
         fused: use one kernel per step, if the optimizer ``can_fuse``.
@@ -58,7 +58,7 @@ def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> 
     Raises:
         KeyError: unknown optimizer.
     """
-    spared: list[nn.Parameter] = []  # from weight decay
+    spared: list[nn.Parameter] = []  # exempt from weight decay
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             spared += [] if config.bn_weight_decay else module.parameters(recurse=False)
@@ -66,7 +66,7 @@ def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> 
             spared.append(module.bias)  # type: ignore[arg-type]
     chosen = OPTIMIZERS[config.optimizer]
     options = {name: getattr(config, setting) for name, setting in chosen.options.items()}
-    options.update({"fused": True} if fused else {})  # not a word that old versions of torch know
+    options.update({"fused": True} if fused else {})  # only if needed: old versions of torch do not accept it
     groups = _groups(model.parameters(), spared)
     return without_compiler(chosen.optimizer)(groups, lr=config.lr, weight_decay=config.weight_decay, **options)
 
@@ -83,15 +83,15 @@ class Targets(NamedTuple):
     """The targets of a batch."""
 
     labels: Tensor  # (N,)
-    others: Tensor | None = None  # (N,), of the images that were blended in
-    share: Tensor | None = None  # of the first label, 0 to 1; one number on the device
+    others: Tensor | None = None  # (N,), labels of the images that were blended in
+    share: Tensor | None = None  # weight of the first label, 0 to 1; a scalar on the device
 
 
 class Objective(nn.Module):
     """Cross entropy, with label smoothing, mixup and cutmix if requested.
 
-    Mixup adds two images pixel by pixel (Zhang et al. 2017, "mixup: Beyond Empirical Risk Minimization"), cutmix
-    pastes a rectangle of one into the other (Yun et al. 2019, "CutMix"). Their shares are drawn from Beta(alpha,
+    Mixup is a weighted average of two images (Zhang et al. 2017, "mixup: Beyond Empirical Risk Minimization"); cutmix
+    pastes a rectangle of one into the other (Yun et al. 2019, "CutMix"). The mixing ratio is drawn from Beta(alpha,
     alpha), once per batch; each image is blended with its neighbour in the shuffled batch.
     """
 
@@ -101,19 +101,19 @@ class Objective(nn.Module):
         self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
     def blend(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Targets]:
-        """Blend ``images (N, 3, S, S)`` if requested; uses ``random``, which is seeded in each step."""
+        """Apply mixup or cutmix to ``images (N, 3, S, S)`` if enabled; uses ``random``, which is seeded each step."""
         ways = [(self.mixup, constant_mask), (self.cutmix, box_mask)]
         wanted = [(alpha, mask_of) for alpha, mask_of in ways if alpha > 0]
         if not wanted:
             return images, Targets(labels)
         alpha, mask_of = random.choice(wanted)
         mask = mask_of(random.betavariate(alpha, alpha), images.shape[-1])
-        mask = self._device.move(mask, labels[:1])[0].to(images.dtype)  # (1, 1, S, S): 1 where the first image is
+        mask = self._device.move(mask, labels[:1])[0].to(images.dtype)  # (1, 1, S, S): weight of the first image
         blended = images * mask + images.roll(1, 0) * (1 - mask)
         return blended, Targets(labels, labels.roll(1, 0), mask.mean())
 
     def forward(self, logits: Tensor, targets: Targets) -> Tensor:
-        """The loss, averaged over the batch; ``logits (N, num_classes)``."""
+        """Return the loss, averaged over the batch, for ``logits (N, num_classes)``."""
         if targets.others is None:
             return self.cross_entropy(logits, targets.labels)
         first, second = (self.cross_entropy(logits, labels) for labels in (targets.labels, targets.others))
@@ -121,7 +121,7 @@ class Objective(nn.Module):
 
 
 def constant_mask(share: float, size: int) -> Tensor:
-    """A mask ``(1, 1, size, size)`` that is ``share`` everywhere (mixup)."""
+    """A mask ``(1, 1, size, size)`` filled with ``share`` (mixup)."""
     return torch.full((1, 1, size, size), share)
 
 
@@ -137,9 +137,9 @@ def box_mask(share: float, size: int) -> Tensor:
 
 
 class WeightAverage:
-    """A moving average of the weights, in ``network``; ``decay`` per step, smaller during the first steps.
+    """Keeps a moving average of the weights in ``network``; the decay per step is smaller during the first steps.
 
-    Source: Polyak and Juditsky 1992; exponential, as in the reference scripts of torchvision and timm.
+    Source: Polyak and Juditsky 1992; here exponential, as in the reference scripts of torchvision and timm.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -148,8 +148,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Update after optimizer step ``step`` (from 1). Batch-norm statistics are averages already and are copied."""
-        kept = min(self.decay, (1 + step) / (10 + step))  # the first weights are random, and soon forgotten
+        """Update after optimizer step ``step`` (from 1). Batch-norm statistics, already averages, are copied."""
+        kept = min(self.decay, (1 + step) / (10 + step))  # so that the random initial weights are soon forgotten
         for average, value in zip(self.network.parameters(), network.parameters()):
             average.mul_(kept).add_(value, alpha=1 - kept)
         for own, statistic in zip(self.network.buffers(), network.buffers()):

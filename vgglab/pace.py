@@ -15,7 +15,7 @@ from vgglab.dist import interrupts
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
 
-LOOK_SECONDS = 5.0  # several ranks ask one another at least so often whether to stop
+LOOK_SECONDS = 5.0  # with several ranks, the approximate time between checks whether to stop
 
 
 PHASES = ("data", "copy", "forward", "backward", "all_reduce", "optimizer", "host")
@@ -24,13 +24,13 @@ PHASES = ("data", "copy", "forward", "backward", "all_reduce", "optimizer", "hos
 class Clock:
     """Measures the interval from one log line to the next. Read it only after synchronising the device.
 
-    Each step is timestamped by the device, without waiting. With ``has_phases`` the parts of a step are timestamped
-    too, as ``TimedDevice`` reports them, and reads from the device are counted.
+    Each step is timestamped on the device, without waiting for it. With ``has_phases``, the phases of a step, which
+    ``TimedDevice`` reports, are timestamped too, and reads from the device are counted.
     """
 
     def __init__(self, images_per_step: int, device: Device, process_started: float, has_phases: bool = False) -> None:
         self.images_per_step, self.has_phases = images_per_step, has_phases
-        self._process_started = process_started  # by time.monotonic
+        self._process_started = process_started  # a value of time.monotonic()
         self._device = device
         self._has_seen_a_step = False
         self._reads = HostReads(device_is_host=device.is_host)
@@ -39,13 +39,13 @@ class Clock:
     def restart(self) -> None:
         self.started, self.steps = time.perf_counter(), 0
         self.data_seconds = 0.0
-        self.own_seconds = 0.0  # up to the backward pass, in which the ranks wait for one another
+        self.own_seconds = 0.0  # before the backward pass, in which the ranks wait for one another
         self._asked = 0.0
         self._marks = [self._device.mark()]  # the start, then the end of each step
         self._phases: list[tuple[str, Any]] = [("", self._marks[0])]
 
     def batches(self, batches: Iterable[Any], num_before: int = 0) -> Iterator[tuple[int, Any]]:
-        """Number the batches from ``num_before`` + 1, and add up the time spent waiting for them."""
+        """Yield each batch with its number, from ``num_before`` + 1, and add up the time spent waiting."""
         with self._reads if self.has_phases else nullcontext():
             yield from self._numbered(iter(batches), num_before)
 
@@ -77,7 +77,7 @@ class Clock:
         self._marks.append(self._device.mark())
 
     def own_metrics(self) -> dict[str, Any]:
-        """Seconds of this rank's own work in the interval, to find the rank that the others wait for."""
+        """Return this rank's own times in the interval, to find the rank that the others wait for."""
         return {
             "interval_steps": self.steps,
             "own_seconds": self.own_seconds,
@@ -86,7 +86,7 @@ class Clock:
         }
 
     def read_interval(self) -> dict[str, Any]:
-        """Return the interval that ends now, and start the next one."""
+        """Return the metrics of the interval that ends now, and start the next one."""
         seconds = time.perf_counter() - self.started
         num_images = self.steps * self.images_per_step
         between = self._device.seconds_between
@@ -106,14 +106,14 @@ class Clock:
             spent = dict.fromkeys(PHASES, 0.0)
             for (_, before), (phase, after) in zip(self._phases, self._phases[1:]):
                 spent[phase] += between(before, after)
-            spent["host"] += max(0.0, seconds - sum(spent.values()))  # what no lap has seen
+            spent["host"] += max(0.0, seconds - sum(spent.values()))  # time that belongs to no phase
             interval.update(phase_seconds=spent, host_reads=self._reads.take())
         self.restart()
         return interval
 
 
 class TimedDevice:
-    """Wraps a device and reports the phases of each training step to a clock; passes on all other calls."""
+    """Wraps a device and reports the phases of each training step to a clock; forwards all other calls to it."""
 
     def __init__(self, device: Device, clock: Clock) -> None:
         self._device, self._clock = device, clock
@@ -142,14 +142,14 @@ class TimedDevice:
 class StopCoordinator:
     """Makes all ranks stop after the same step: they communicate at log lines, and every few seconds in between.
 
-    If one rank stopped alone, the others would wait for it forever. A single process checks after every step.
+    If one rank stopped alone, the others would wait for it forever. A run with one rank checks after every step.
     """
 
     all_stop = False
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._steps_between = 1  # they ask after the first step, to know how long one takes
+        self._steps_between = 1  # communicate after the first step, to learn how long a step takes
         self._steps = 0
         self._since = time.perf_counter()
 
@@ -161,7 +161,7 @@ class StopCoordinator:
         return self._steps >= self._steps_between
 
     def sync(self, figures: Tensor) -> list[float]:
-        """Average ``figures (2,)`` over the ranks, set ``all_stop``; return the means and this rank's own first."""
+        """Average ``figures (2,)`` over ranks and set ``all_stop``; return the means and this rank's ``figures[0]``."""
         device = self._device
         seconds = (time.perf_counter() - self._since) / max(self._steps, 1)
         state = torch.tensor([float(interrupts.stop_requested()), seconds]).to(figures.device)

@@ -4,7 +4,7 @@
     python -m vgglab.train --data-path imagenet --batch-size 192  # a folder with train/ and val/
     python -m vgglab.train --help                                 # every flag
 
-One card for 90 epochs, eight cards, and the same started as the original example starts it:
+90 epochs on one card, then on eight cards with each of three launchers (the last as in the original example):
 
     python -u vgglab/train.py --data-path=imagenet --batch-size=192 --num_classes=1000 --epochs=90 --dropout_rate=0.5
     python -m vgglab.train --nproc 8 --data-path imagenet --batch-size 192 --dropout-rate 0.5
@@ -12,10 +12,10 @@ One card for 90 epochs, eight cards, and the same started as the original exampl
     python -u -m torch.distributed.launch --nproc_per_node=8 --master_addr=127.0.0.1 --master_port=34568 \\
         --use_env vgglab/train.py --data-path=imagenet --batch-size=192 --dropout_rate=0.5
 
-Continuing after a stop, and evaluating only:
+To continue after a stop, or only to evaluate:
 
     python -m vgglab.train --resume runs/<run> --epochs 90
-    python -m vgglab.train --run-dir runs/<run> --resume auto  # the same line every time, from a scheduler
+    python -m vgglab.train --run-dir runs/<run> --resume auto  # for a scheduler: the same command every time
     python -m vgglab.train --nproc 8 --max-restarts 3 --checkpoint-every 500
     python -m vgglab.train --resume runs/<run>/checkpoints/best.pt --test-only
 
@@ -35,8 +35,8 @@ import traceback
 from dataclasses import replace
 
 if __name__ == "__main__" and not __package__:
-    # Run as a file, Python puts this file's folder in front of every import, and names like "data" or
-    # "model" would be ours for everybody. What is needed is the package, from the folder above.
+    # When this is run as a file, Python puts its folder first on sys.path, where our "data" or "model"
+    # would shadow other modules of that name. Import the package from the parent folder instead.
     from importlib.util import find_spec
 
     _here = os.path.dirname(os.path.abspath(__file__))
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         ranks.report_failure(error, 1)
         if ranks.has_lost_peers(error) and ranks.name():
-            # Its own traceback would bury that of the rank that failed.
+            # The traceback of this rank would hide that of the rank that failed.
             ranks.say(f"{ranks.name()}lost connection to another rank ({str(error).splitlines()[0]})")
             return 1
         if ranks.name():
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _RefusedByRank0(Exception):
-    """Rank 0 has refused to train and reports why; the other ranks only exit."""
+    """Rank 0 could not create the run directory and reports why; the other ranks just exit."""
 
 
 def run_training(request: Request, given: Sequence[str] = ()) -> None:
@@ -120,10 +120,10 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
         given: the settings chosen by the user; with ``resume`` the others come from the earlier run.
 
     Raises:
-        UserError: for any problem found before the first step, without creating a run directory; later for an image
-            that cannot be read.
+        UserError: for any problem found before the first step, without creating a run directory; during training,
+            for example for an image that cannot be read.
     """
-    import_torch(request.device)  # from here on; a wrong flag is answered without it
+    import_torch(request.device)  # not earlier: invalid flags are reported without importing torch
     from vgglab.data.sets import open_sets
 
     saved, is_in_place = None, False
@@ -132,10 +132,10 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
     if earlier is not None:  # the launcher has restarted the ranks: the same run continues
         request = replace(request, run_dir=str(earlier), resume="auto")
     if request.resume == "auto":
-        is_in_place = request.run_dir is not None and not request.test_only  # that would void what was trained
+        is_in_place = request.run_dir is not None and not request.test_only  # an evaluation would void training events
         checkpoint, notes = _find_checkpoint(request)
         request = replace(request, resume=checkpoint)
-    if is_in_place and not request.resume:  # no checkpoint yet, but it may have settings
+    if is_in_place and not request.resume:  # no checkpoint yet, but perhaps a config.json
         file = Path(str(request.run_dir), "config.json")
         with error_context(f"--resume auto: {file}"):
             request = inheritance.inherit(request, given, readable_document(file))
@@ -178,7 +178,7 @@ def _fused(request: Request) -> bool | None:
     if OPTIMIZERS[request.optimizer].can_fuse:
         return request.fused
     if request.fused:
-        raise UserError(f"--fused: --optimizer {request.optimizer} has no fused step; leave --fused out")
+        raise UserError(f"--fused: --optimizer {request.optimizer} has no fused step; leave out --fused")
     return False
 
 
@@ -191,16 +191,16 @@ def _read_checkpoint(path: str) -> Checkpoint:
     except UserError as error:
         earlier = file.with_name("previous.pt")
         advice = (
-            f"; the checkpoint before it: --resume {earlier}" if file.name == "last.pt" and earlier.exists() else ""
+            f"; use the checkpoint before it: --resume {earlier}" if file.name == "last.pt" and earlier.exists() else ""
         )
         raise UserError(f"--resume {file}: {error}{advice}") from None
 
 
 def _find_checkpoint(request: Request) -> tuple[str | None, list[str]]:
-    """For ``--resume auto``: the newest intact checkpoint, if any, and one line for each that cannot be used.
+    """For ``--resume auto``: return the newest intact checkpoint, if any, and a note for each that cannot be used.
 
     Raises:
-        UserError: none in ``run_dir`` can be used; training from the beginning would overwrite them.
+        UserError: no checkpoint in ``run_dir`` can be used; training from the beginning would overwrite them.
     """
     from vgglab.runs import checkpoint
     from vgglab.runs.run import holds_a_run
@@ -210,7 +210,7 @@ def _find_checkpoint(request: Request) -> tuple[str | None, list[str]]:
     file, _, passed_over = checkpoint.newest(folders)
     notes = [f"--resume auto: {text}, so it was not used" for text in passed_over]
     if file is None and passed_over and request.run_dir:
-        advice = f"to start from the beginning, move {request.run_dir}/checkpoints away"
+        advice = f"to start from the beginning, move {request.run_dir}/checkpoints elsewhere"
         reasons = "; ".join(passed_over)
         raise UserError(f"--resume auto: no checkpoint in {request.run_dir} can be used: {reasons}; {advice}")
     if file is None and (notes or (request.run_dir and holds_a_run(Path(request.run_dir)))):
@@ -223,7 +223,7 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
     from vgglab.model import head_for
     from vgglab.runs.run import run_path
 
-    is_folder = Path(request.data_path).is_dir()  # it has to be found from elsewhere, too
+    is_folder = Path(request.data_path).is_dir()  # stored as an absolute path, to be found from other folders too
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
     share_of_cores = min(MAX_WORKERS, max(1, ranks.num_cores() // ranks_here))
     settings = complete(
@@ -245,14 +245,14 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
     )
     path = str(run_path(settings))
     if request.run_dir is None or device.world_size > 1:
-        path = agreement.broadcast(path, device)  # rank 0's clock names it
+        path = agreement.broadcast(path, device)  # the name contains the time of rank 0
     return replace(settings, run_dir=path)
 
 
 def _prepare_and_work(
     config: Settings, device: Device, sets: DataSets, saved: Checkpoint | None, is_in_place: bool
 ) -> None:
-    """Build the trainer and use it. It must not outlive this call: on torch 1.10, DDP then hangs at exit."""
+    """Build the trainer and run it. It must not outlive this call, or DDP hangs at exit on torch 1.10."""
     from vgglab.runs.writer import RankWriter
     from vgglab.trainer import Trainer
 
@@ -262,14 +262,14 @@ def _prepare_and_work(
         if trainer.state.best is not None and _evaluated(saved.get("config", {})) != _evaluated(config.as_dict()):
             trainer.state.best = None
             trainer.warnings.append(
-                "--resume: the best accuracy so far was measured on other held-out images (--data-path, "
-                "--eval-step-per-epoch, --batch-size or --nproc differ) and is not carried over"
+                "--resume: the best accuracy so far was measured on different held-out images "
+                "(--data-path, --eval-step-per-epoch, --batch-size or --nproc differ), so it is not carried over"
             )
     path = Path(config.run_dir)
     if device.rank == 0:
         _run_rank_0(trainer, path, is_in_place)
         return
-    if not agreement.true_on_all_ranks(True, device):  # rank 0 makes the run directory first
+    if not agreement.true_on_all_ranks(True, device):  # rank 0 creates the run directory first
         raise _RefusedByRank0
     ranks.set_run_dir(path)
     run = RankWriter(path, device.rank, device.is_simulated)
@@ -300,7 +300,7 @@ def _work(trainer: Trainer, run: RankWriter) -> None:
 
 
 def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
-    """Rank 0: write the run directory from the first line to the report, however the run ends."""
+    """Run rank 0: train or evaluate, and write the run directory up to the report, however the run ends."""
     from vgglab.optim import OPTIMIZERS
     from vgglab.runs import checkpoint
     from vgglab.runs.report import build_report, remark_on_steadiness
@@ -333,7 +333,7 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             if not run.has_lock:
                 run.event(
                     "warning",
-                    text=f"{path}: no locks on this file system; do not start a second run in this folder",
+                    text=f"{path}: this file system has no locks; do not start a second run in this folder",
                 )
             trainer.announce(run)
             warnings = [*device.warnings, *trainer.sets.warnings, *trainer.warnings]
@@ -352,7 +352,7 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             status = "interrupted"
             raise
         except BaseException as error:
-            if interrupts.was_interrupted() and ranks.has_lost_peers(error):  # they were faster
+            if interrupts.was_interrupted() and ranks.has_lost_peers(error):  # the other ranks exited first
                 status = "interrupted"
                 raise KeyboardInterrupt from None
             failure = f"{type(error).__name__}: {error}"
@@ -360,35 +360,35 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
         finally:
             with deferring_ctrl_c():
                 run.event("end", status=status, error=failure, **device.usage())
-                with contextlib.suppress(UserError):  # so little was taken that there is none
+                with contextlib.suppress(UserError):  # if there is nothing to report yet
                     run.write_report(build_report(Run(path)))
                 run.close()
         if run.what_is_missing():
             raise UserError(run.what_is_missing())
         report = Run(path).report()
-        best = "" if report["acc1"] is None else f"best top-1 {report['acc1']:.2f} % "
-        terminal.say(f"{best}after {report['training_time']} (h:mm:ss); report: {path / 'report.json'}")
+        best = "" if report["acc1"] is None else f"best top-1 {report['acc1']:.2f} %; "
+        terminal.say(f"{best}total time {report['training_time']} (h:mm:ss); report: {path / 'report.json'}")
 
 
 def run_and_exit(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the training command as the only task of this process, and end the process."""
+    """Run the training command as the only task of this process, then exit."""
     interrupts.ends_with_run = True
     try:
         code = main(argv)
-    except KeyboardInterrupt:  # another one, while the last was being answered
+    except KeyboardInterrupt:  # Ctrl-C again, while the first was being handled
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         ranks.say("interrupted")
         code = ranks.EXIT_INTERRUPTED
-    except Exception:  # shown here: Python would keep it and its frames, and with them the loader's processes
+    except Exception:  # printed here, because Python would keep the frames, and with them the loader's workers
         with contextlib.suppress(OSError):
             traceback.print_exc()
         code = 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
-    gc.collect()  # what the batches have started ends with the last reference to them
+    gc.collect()  # the loader's workers exit when the last reference to the batches is gone
     ranks.exit_process(code)
 
 
 if __name__ == "__main__":
-    from vgglab import train  # not __main__'s own copy: one module, one set of classes
+    from vgglab import train  # not the copy in __main__, so that each class exists only once
 
     train.run_and_exit()

@@ -1,7 +1,7 @@
 """Training: ``Trainer.step`` is one optimizer step, ``Trainer.fit`` the loop around it.
 
-Differences between devices are in the methods of the device, differences between experiments in the settings. Results
-are written to the run directory, as events.
+Devices differ only in the methods of ``Device``, experiments only in their settings. Results are written to the run
+directory, as events.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vgglab.optim import Objective, WeightAverage, build_optimizer, set_learning
 from vgglab.pace import Clock, StopCoordinator, TimedDevice
 from vgglab.settings.schedule import learning_rate
 
-if TYPE_CHECKING:  # what a trainer is given
+if TYPE_CHECKING:  # types of the trainer's arguments
     from vgglab.data.sets import DataSets
     from vgglab.devices.base import Device
     from vgglab.runs.checkpoint import Checkpoint
@@ -35,17 +35,17 @@ if TYPE_CHECKING:  # what a trainer is given
 
 @dataclass
 class TrainingState:
-    """The progress of a run: ``epoch`` epochs, ``images`` images of the next one, ``step`` steps in total."""
+    """The progress of a run: ``epoch`` full epochs, ``images`` images of the current one, ``step`` steps in total."""
 
     epoch: int = 0
     images: int = 0
     step: int = 0
     best: dict[str, float] | None = None  # acc1 and acc5 in percent, each the highest so far
-    num_poor: int = 0  # evaluations in a row without a better top-1, since the last drop of the rate
-    num_drops: int = 0  # of the learning rate, by the plateau schedule
+    num_poor: int = 0  # evaluations in a row without a new best top-1, since the last drop of the learning rate
+    num_drops: int = 0  # drops of the learning rate so far (plateau schedule)
 
     def record_evaluation(self, is_best: bool, patience: int) -> None:
-        """Count evaluations without a better top-1; after ``patience`` of them, the plateau schedule drops the rate."""
+        """Count evaluations without a new best top-1; after ``patience`` of them, count a drop of the learning rate."""
         self.num_poor = 0 if is_best else self.num_poor + 1
         if self.num_poor >= patience:
             self.num_poor, self.num_drops = 0, self.num_drops + 1
@@ -55,24 +55,24 @@ class Trainer:
     """A network, its optimizer and its data on one rank.
 
     Attributes:
-        model: the model as trained; with several ranks it averages gradients.
-        network: the same without that wrapper.
-        average: a moving average of the weights, which is evaluated instead of them; or None.
+        model: the network; with several ranks, inside a wrapper that averages gradients.
+        network: the same without the wrapper.
+        average: a moving average of the weights, which is evaluated in their place; or None.
         batches: the training batches; None with ``test_only``.
         state: the progress.
         warnings: warnings before the first step, one line each.
     """
 
     def __init__(self, config: Settings, device: Device, sets: DataSets, saved: Checkpoint | None = None) -> None:
-        """Build everything, before there is a run directory; restore the checkpoint ``saved``, if given.
+        """Build everything before the run directory is created; restore the checkpoint ``saved``, if given.
 
         Raises:
-            UserError: the checkpoint does not fit, weights cannot be downloaded, or a batch is larger than the data
-                set.
+            UserError: the checkpoint does not match the settings, weights cannot be downloaded, or a batch is larger
+                than the data set.
         """
         self.config, self.device, self.sets = config, device, sets
         self.warnings: list[str] = []
-        device.seed(config.seed)  # the same first weights on every rank
+        device.seed(config.seed)  # the same initial weights on every rank
         self.batches = None if sets.train is None else train_batches(sets, config, device)
         self.held_out = eval_batches(sets, config, device)
         self.model, self.network = device.wrap(self._build_network(saved))
@@ -103,7 +103,7 @@ class Trainer:
             if fresh:
                 names = ", ".join(fresh)
                 self.warnings.append(
-                    f"--pretrained: {names} newly initialised: the published weights have another shape"
+                    f"--pretrained: {names} initialised at random, because the published weights have a different shape"
                 )
         if saved is not None:
             with error_context(f"--resume {config.resume}"):
@@ -114,10 +114,10 @@ class Trainer:
         """Perform one optimizer step on a batch on the device: ``images (N, S, S, 3)`` bytes, ``labels (N,)``.
 
         Returns:
-            The loss, ``()``, and the logits, ``(N, num_classes)``, on the device: reading them waits for it.
+            The loss, ``()``, and the logits, ``(N, num_classes)``, on the device; reading them waits for the device.
         """
         device = self.device
-        device.seed(self.step_seed())  # so that a step after a resume draws what it would have drawn without
+        device.seed(self.step_seed())  # so that random numbers are the same with and without a resume
         images = normalised(images, device.channels_last)  # (N, 3, S, S) floats
         images, targets = self.objective.blend(images, labels)
         with device.autocast():
@@ -133,15 +133,15 @@ class Trainer:
         return loss, logits
 
     def step_seed(self) -> int:
-        """The seed for dropout, mixup and cutmix in the next step on this rank; 32 bits, which every card accepts."""
+        """The seed for dropout, mixup and cutmix in the next step on this rank; 32 bits, as every card accepts."""
         return mix_seeds(self.config.seed, self.state.step, self.device.rank) % 2**32
 
     def fit(self, run: RankWriter) -> None:
         """Train; evaluate and save every ``eval_freq`` epochs and after the last.
 
         Raises:
-            UserError: an image cannot be read, the loss is not finite, or the last checkpoint does not fit on the disk.
-            StopRequested: a signal was received; the checkpoint is written.
+            UserError: an image cannot be read, or the loss or a weight is not finite.
+            StopRequested: a signal was received; a checkpoint has been saved.
         """
         config, state = self.config, self.state
         if state.epoch >= config.epochs:
@@ -168,7 +168,7 @@ class Trainer:
         try:
             is_best = self.evaluate(run, epoch)
         except StopRequested:
-            self.save_and_stop(run)  # all its images seen, its evaluation still to come
+            self.save_and_stop(run)  # the epoch is trained, but not evaluated
         state = self.state
         state.epoch, state.images = epoch + 1, 0
         if self.config.lr_schedule == "plateau" and epoch >= self.config.warmup:
@@ -176,7 +176,7 @@ class Trainer:
         self.save(run, is_best)
 
     def save(self, run: RankWriter, is_best: bool = False) -> None:
-        """Write a checkpoint, on rank 0. If it does not fit on the disk: a warning; for the last one, an error.
+        """Write a checkpoint on rank 0. If that fails, training continues; if it was the last, the run ends as failed.
 
         Raises:
             UserError: a weight is not finite.
@@ -193,11 +193,11 @@ class Trainer:
         self.save(run)
         if self.device.rank != 0:
             raise StopRequested
-        saved = "its checkpoint could not be written" if run.has_lost_checkpoints else "checkpoint saved"
+        saved = "but the checkpoint could not be written" if run.has_lost_checkpoints else "checkpoint saved"
         raise StopRequested(f"after step {self.state.step}, {saved}; {run.resume_advice}")
 
     def announce(self, run: RankWriter) -> None:
-        """Write the first event: what the run will do, so that its progress can be shown."""
+        """Write the first event, which describes what the run will do, so that its progress can be shown."""
         config, sets, state = self.config, self.sets, self.state
         run.event(
             "start",
@@ -228,7 +228,7 @@ class Trainer:
     def evaluate(self, run: RankWriter, last_epoch: int | None = None) -> bool:
         """Evaluate on the held-out images: top-1, top-5 and mean loss. Returns whether top-1 is the best so far.
 
-        ``last_epoch`` is the last that was trained, counted from 0. With fewer than five classes, top-5 is top-n.
+        ``last_epoch`` is the last trained epoch, counted from 0. With n < 5 classes, top-5 means top-n.
 
         Raises:
             StopRequested: a rank was asked to stop, so all ranks stop here.
@@ -268,7 +268,7 @@ class Trainer:
 
 
 class Loop:
-    """The training epochs of a run: the steps, and between them logging, checkpoints and requests to stop."""
+    """Runs the training epochs: the steps and, between them, logging, checkpoints and requests to stop."""
 
     def __init__(self, trainer: Trainer, run: RankWriter, tracer: Tracer) -> None:
         self.trainer, self.run, self.tracer = trainer, run, tracer
@@ -276,7 +276,7 @@ class Loop:
         self.images_per_step = config.batch_size * device.world_size
         self.clock = Clock(self.images_per_step, device, run.process_started, config.timers)
         self.coordinator = StopCoordinator(device)
-        # A run's first steps are slow, also a resumed one's.
+        # The first steps of a run are slow, also after a resume.
         self.last_skipped_step = trainer.state.step + config.skip_steps
 
     def train_epoch(self, epoch: int) -> None:
@@ -297,7 +297,7 @@ class Loop:
 
                 is_saved = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
                 is_logged = is_saved or batch % config.print_freq == 0 or batch == len(batches)
-                is_logged = is_logged or state.step == self.last_skipped_step  # restarts the clock
+                is_logged = is_logged or state.step == self.last_skipped_step  # logging restarts the clock
                 if is_logged or self.coordinator.is_due():
                     self._log_and_sync(epoch, loss, logits, labels, is_logged)
                 if self.coordinator.all_stop:
@@ -309,18 +309,18 @@ class Loop:
     def _timing_each_part(self) -> Iterator[None]:
         """In the block, the device reports the end of each phase of a step to the clock."""
         device = self.trainer.device
-        self.trainer.device = TimedDevice(device, self.clock)  # type: ignore[assignment]  # all else is the device's
+        self.trainer.device = TimedDevice(device, self.clock)  # type: ignore[assignment]  # forwards everything else
         try:
             yield
         finally:
             self.trainer.device = device
 
     def _log_and_sync(self, epoch: int, loss: Tensor, logits: Tensor, labels: Tensor, is_logged: bool) -> None:
-        """Read the loss, averaged over the ranks, and whether they should stop; write a log line."""
-        dtype = torch.get_default_dtype()  # not the loss's, which mixed precision may have made coarse
+        """Read the loss, averaged over the ranks, and whether the ranks should stop; log them if ``is_logged``."""
+        dtype = torch.get_default_dtype()  # not that of the loss, which may be 16-bit with mixed precision
         correct = (logits.detach().argmax(1) == labels).to(dtype).mean()
         mine = torch.stack([loss.detach().to(dtype), correct])
-        mean_loss, mean_correct, own_loss = self.coordinator.sync(mine)  # the loop's only host read
+        mean_loss, mean_correct, own_loss = self.coordinator.sync(mine)  # the only read from the device in the loop
         trainer, step = self.trainer, self.trainer.state.step
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss is not finite ({mean_loss}) at step {step}; {NOT_FINITE}")
@@ -339,7 +339,7 @@ class Loop:
 
 
 def _share_buffers(network: nn.Module, device: Device) -> None:
-    """Copy rank 0's batch-norm statistics to all ranks, so that the saved ones are those evaluated."""
+    """Copy rank 0's batch-norm statistics to all ranks, so that the evaluated statistics are the saved ones."""
     if device.world_size > 1:
         for buffer in network.buffers():
             buffer.copy_(device.sum(buffer if device.rank == 0 else torch.zeros_like(buffer)))
@@ -347,7 +347,7 @@ def _share_buffers(network: nn.Module, device: Device) -> None:
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """``[sum of losses, top-1 hits, top-5 hits, images]`` of a batch, on the device, with the type of ``logits``."""
+    """Return ``[sum of losses, top-1 hits, top-5 hits, images]`` of a batch, on the device, as ``logits.dtype``."""
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, up to 5), best first
     hits = (top == labels[:, None]).to(loss.dtype)

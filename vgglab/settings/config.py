@@ -27,7 +27,7 @@ from vgglab.settings.recipes import RECIPES
 from vgglab.settings.schedule import SCHEDULES
 
 MODELS = tuple(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn"))
-# What these choose needs torch; the tables with the functions are in data/ (sets, crops, decoders), model.py, optim.py.
+# Only the names: what they stand for needs torch and is in data/ (sets, crops, decoders), model.py and optim.py.
 DATA_SETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagenette", "fake")
 CROPS = ("standard", "scale-jitter", "trivial")
 INITS = ("kaiming", "xavier", "normal")
@@ -35,14 +35,14 @@ OPTIMIZERS = ("sgd", "rmsprop")
 DECODERS = ("pil", "fast")
 HEADS = ("auto", "imagenet", "small")
 # The headings of --help.
-WHAT, HOW, WHERE, SAVING = "what to train", "schedule and hyperparameters", "on what", "saving and resuming"
-SEED_OF_FIX_SEED = 1 << 20  # the original example's
-SEED_NUM_CLASSES = 1000  # in all four of the original example's commands, whatever the folder holds
+WHAT, HOW, WHERE, SAVING = "what to train", "schedule and hyperparameters", "hardware", "saving and resuming"
+SEED_OF_FIX_SEED = 1 << 20  # as in the original example
+SEED_NUM_CLASSES = 1000  # in all four commands of the original example, regardless of the data
 
 
 @dataclass(frozen=True)
 class Request:
-    """The settings as requested; None if the run decides. Most defaults are those of the original example."""
+    """The settings as requested; None leaves the choice to the run. Most defaults are those of the original example."""
 
     recipe: str | None = flag(
         "a named set of settings (vgglab/settings/recipes.py); other flags override it",
@@ -51,16 +51,16 @@ class Request:
         section=WHAT,
     )
     data_path: str = flag(
-        f"a folder with train/ and val/ in class folders, or a data set by name: {', '.join(DATA_SETS)} (digits is "
-        "bundled, fake is generated to measure computing alone, the others are downloaded the first time)",
+        f"a folder with train/CLASS/ and val/CLASS/, or the name of a data set: {', '.join(DATA_SETS)} (digits is "
+        "bundled, fake is generated to measure speed without loading images, the others are downloaded on first use)",
         "digits",
         implies=("num_classes",),
         section=WHAT,
     )
-    num_classes: int | None = flag("number of classes; default: as many as the folder has", None, AT_LEAST_1)
+    num_classes: int | None = flag("number of classes; default: as in the data set", None, AT_LEAST_1)
     model: str = flag("the network", "vgg16", choices=MODELS, section=WHAT)
     device: str = flag(
-        "where to train; auto takes the first available",
+        "device to train on; auto selects the first one available",
         "auto",
         choices=DEVICE_CHOICES,
         affects="speed",
@@ -70,7 +70,7 @@ class Request:
     batch_size: int = flag("images per card and step", 32, AT_LEAST_1, names=["-b"], section=HOW)
     epochs: int = flag("passes over the training images", 90, AT_LEAST_1, section=HOW)
     workers: int | None = flag(
-        "loader processes per card; default: 16, but no more than this machine has cores",
+        "loader processes per card; default: 16, or the number of CPU cores per rank if that is smaller",
         None,
         WORKERS,
         names=["-j"],
@@ -79,24 +79,24 @@ class Request:
         section=WHERE,
     )
     image_size: int | None = flag(
-        "side of the square images, in pixels; default: 224, or 32 for the named sets of small images", None, SIZE
+        "side of the square images, in pixels; default: 224, or 32 for digits, fashion-mnist and cifar", None, SIZE
     )
     decoder: str = flag(
-        "image decoder: pil (bit for bit as in torchvision's reference) or fast (simplejpeg, decoding only the rows "
-        "that the crop needs); auto: fast where available",
+        "image decoder: pil (bit for bit as in torchvision's reference) or fast (simplejpeg, which decodes only the "
+        "rows in the crop); auto: fast where available",
         "auto",
         choices=("auto", *DECODERS),
     )
     on_bad_image: str = flag(
-        "what to do with an image that cannot be read: fail, or skip (counted, and listed in the run's log/)",
+        "what to do with an image that cannot be read: fail, or skip (skipped images are listed in the run's log/)",
         "fail",
         choices=("fail", "skip"),
     )
     head: str = flag("classifier: imagenet (the paper's), small, or auto (by image size)", "auto", choices=HEADS)
     dropout_rate: float = flag("dropout rate of the two hidden layers of the classifier", 0.0, FRACTION, section=HOW)
     init: str = flag(
-        "initial weights of the convolutions: kaiming (torchvision's), xavier, or normal (N(0, 0.01), from "
-        "which deep networks without batch norm do not learn)",
+        "initial weights: kaiming (as in torchvision), xavier, or normal (standard deviation 0.01, with which deep "
+        "networks without batch norm do not learn)",
         "kaiming",
         choices=INITS,
         affects="start",
@@ -106,7 +106,7 @@ class Request:
     )
 
     lr: float = flag(
-        "learning rate for a global batch of 256 images; scaled in proportion to the batch",
+        "learning rate for a global batch of 256 images; scaled in proportion to the global batch size",
         0.01,
         NOT_NEGATIVE,
         section=HOW,
@@ -115,7 +115,7 @@ class Request:
     momentum: float = flag("momentum", 0.9, FRACTION)
     nesterov: bool = switch("Nesterov momentum (sgd)")
     rmsprop_alpha: float = flag(
-        "decay of the squared gradients (rmsprop), as in torchvision's reference", 0.9, FRACTION
+        "decay of the mean squared gradient (rmsprop), as in torchvision's reference", 0.9, FRACTION
     )
     rmsprop_eps: float = flag("epsilon in the denominator (rmsprop)", 0.0316, POSITIVE)
     weight_decay: float = flag("weight decay", 1e-4, NOT_NEGATIVE, names=["--wd"])
@@ -125,21 +125,25 @@ class Request:
     )
     lr_schedule: str = flag("how the learning rate decreases after warm-up", "step", choices=tuple(SCHEDULES))
     warmup: int = flag("epochs of linear warm-up of the learning rate", 5, AT_LEAST_0)
-    end_lr: float = flag("final learning rate (cosine), reached one epoch after the last", 0.0, NOT_NEGATIVE)
-    lr_step_size: int | None = flag("step: epochs between two drops; default: drops at 30, 60 and 80", None, AT_LEAST_1)
-    lr_gamma: float = flag("step and plateau: factor of each drop", 0.1, POSITIVE)
-    lr_patience: int = flag("plateau: evaluations without a better top-1 before a drop", 5, AT_LEAST_1)
+    end_lr: float = flag("final learning rate (cosine schedule), reached one epoch after the last", 0.0, NOT_NEGATIVE)
+    lr_step_size: int | None = flag(
+        "epochs between drops (step schedule); default: drops at epochs 30, 60 and 80", None, AT_LEAST_1
+    )
+    lr_gamma: float = flag("factor of each drop (step and plateau schedules)", 0.1, POSITIVE)
+    lr_patience: int = flag("evaluations without a new best top-1 before a drop (plateau schedule)", 5, AT_LEAST_1)
 
     crops: str = flag(
-        "augmentation of training images: standard (random crop and flip), scale-jitter (the paper's: the shorter side "
-        "random from 256 to 512, for crops of 224), trivial (standard, then one operation of TrivialAugment)",
+        "augmentation of training images: standard (random crop and flip), scale-jitter (as in the paper: "
+        "the shorter side is resized to a random length from 256 to 512, for crops of 224), trivial (standard, then "
+        "one operation of TrivialAugment)",
         "standard",
         choices=CROPS,
     )
     label_smoothing: float = flag("label smoothing: share of the target spread over all classes", 0.0, FRACTION)
     mixup: float = flag("mixup strength: lambda ~ Beta(alpha, alpha); 0 disables it", 0.0, NOT_NEGATIVE)
     cutmix: float = flag(
-        "cutmix strength: area ~ Beta(alpha, alpha); 0 disables it; with --mixup, each batch gets one of the two",
+        "cutmix strength: area ~ Beta(alpha, alpha); 0 disables it; with --mixup, one of the two is chosen at random "
+        "for each batch",
         0.0,
         NOT_NEGATIVE,
     )
@@ -150,36 +154,37 @@ class Request:
     )
 
     amp: bool = switch(
-        "mixed precision: bfloat16 on cpu, float16 with static loss scale 128 on cards",
+        "mixed precision: bfloat16 on the CPU, float16 with a static loss scale of 128 on cards",
         names=["--torch-amp"],
         affects="others",
         inherited=False,
         implies=("amp_dtype",),
     )
-    amp_dtype: str | None = flag("type of mixed precision (implies --amp)", None, choices=AMP_DTYPES)
+    amp_dtype: str | None = flag("data type of mixed precision (implies --amp)", None, choices=AMP_DTYPES)
     tf32: bool | None = switch(
-        "float32 matrix products in TF32, on cards that have it; default: off, or as ENFLAME_ENABLE_TF32 sets it (T20)",
+        "compute float32 matrix products in TF32, on cards that support it; default: off, or as set by "
+        "ENFLAME_ENABLE_TF32 (T20)",
         negation="--no-tf32",
         inherited=False,
     )
     fast: bool = switch(
-        "fastest supported mode of the device; results differ by rounding: mixed precision where the hardware has it, "
-        "--channels-last and --fused",
+        "fastest supported mode of the device: mixed precision where the hardware supports it, --channels-last and "
+        "--fused; results differ by rounding",
         affects="others",
         implies=("amp_dtype",),
         section=WHERE,
     )
     channels_last: bool | None = switch(
-        "channels-last (NHWC) memory layout; default: off, or as --fast sets it",
+        "channels-last (NHWC) memory layout; default: off, unless --fast turns it on",
         negation="--no-channels-last",
         inherited=False,
     )
     fused: bool | None = switch(
-        "update all weights in one kernel; default: off, or as --fast sets it",
+        "update all weights in one kernel; default: off, unless --fast turns it on",
         negation="--no-fused",
         inherited=False,
     )
-    compile: bool = switch("torch.compile the network; the first steps take a minute longer")
+    compile: bool = switch("compile the network with torch.compile; the first steps take about a minute longer")
     sync_bn: bool = switch("synchronise batch norm over all ranks")
     broadcast_buffers: bool = switch("broadcast rank 0's buffers to all ranks before each step")
     nproc: int = flag(
@@ -194,26 +199,26 @@ class Request:
     )
     world_size: int = flag("number of ranks; a launcher's WORLD_SIZE takes precedence", 1, AT_LEAST_1, inherited=False)
     dist_url: str = flag("init method for the process group", "env://", affects="location", inherited=False)
-    fix_seed: bool = switch(f"--seed {SEED_OF_FIX_SEED}", affects="others", inherited=False, implies=("seed",))
+    fix_seed: bool = switch(f"same as --seed {SEED_OF_FIX_SEED}", affects="others", inherited=False, implies=("seed",))
     seeds: str | None = flag(
         "train once for each seed: a number of seeds such as 5, or a list such as 3,17,23",
         affects="location",
         inherited=False,
         section=HOW,
     )
-    seed: int | None = flag("random seed; default: drawn and recorded", None, SEED, section=HOW)
+    seed: int | None = flag("random seed; default: drawn at random and recorded", None, SEED, section=HOW)
 
     training_step_per_epoch: int = flag("steps per epoch; -1: all", -1, steps)
     eval_step_per_epoch: int = flag("batches per evaluation; -1: all", -1, steps, affects="figures", inherited=False)
-    skip_steps: int = flag("number of first steps not counted in images/s", 10, AT_LEAST_0, affects="record")
+    skip_steps: int = flag("number of initial steps excluded from images/s", 10, AT_LEAST_0, affects="record")
     print_freq: int = flag("steps between log lines", 10, AT_LEAST_1, affects="record")
     eval_freq: int = flag(
-        "epochs between evaluations and checkpoints (the last always has both)", 1, AT_LEAST_1, affects="figures"
+        "epochs between evaluations and checkpoints (the last epoch always has both)", 1, AT_LEAST_1, affects="figures"
     )
     output_dir: str = flag("the run directory is created in DIR/runs", ".", affects="location", inherited=False)
     run_dir: str | None = flag("use exactly this run directory", affects="location", inherited=False, section=SAVING)
     timers: bool = switch(
-        "measure the parts of each step; gradients are averaged after the backward pass",
+        "time the phases of each step; gradients are then averaged after the backward pass, not during it",
         affects="speed",
         inherited=False,
     )
@@ -228,8 +233,9 @@ class Request:
         "write TensorBoard scalars into the run directory", affects="record", inherited=False, section=SAVING
     )
     resume: str | None = flag(
-        "continue from a checkpoint file, a run directory, or auto: the newest valid one of --run-dir (in place) or of "
-        "<output-dir>/runs, from the beginning if there is none; other settings as in the checkpoint",
+        "continue from a checkpoint file, a run directory, or auto: the newest valid checkpoint in --run-dir (the "
+        "run continues there) or in <output-dir>/runs, or from the beginning if there is none; settings that are not "
+        "given are taken from the checkpoint",
         affects="location",
         inherited=False,
         section=SAVING,
@@ -242,7 +248,7 @@ class Request:
         section=SAVING,
     )
     start_epoch: int = flag(
-        "epoch to start at (from 0) without a checkpoint", 0, AT_LEAST_0, affects="start", inherited=False
+        "epoch (counted from 0) at which to start without a checkpoint", 0, AT_LEAST_0, affects="start", inherited=False
     )
     test_only: bool = switch(
         "only evaluate the weights of --resume or --pretrained", affects="figures", inherited=False, section=SAVING
@@ -253,13 +259,13 @@ class Request:
         inherited=False,
     )
 
-    # The original example's dead ends: accepted so that an old command line gets an answer.
+    # Flags of the original example that are not supported: accepted so that the error says what to use instead.
     apex: bool = switch("not supported: use --amp", affects="others", inherited=False)
     apex_opt_level: str | None = flag("not supported: use --amp", affects="others", inherited=False)
     enable_horovod: bool = switch("not supported: use --nproc", affects="others", inherited=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as in ``config.json``."""
+        """Return plain values, as in ``config.json``, without the settings that only affect the launch."""
         started_by = settings_that_affect("launch")
         return {name: value for name, value in asdict(self).items() if name not in started_by}
 
@@ -276,7 +282,7 @@ class Settings(Request):
 
 
 def complete(request: Request, **filled_in: Any) -> Settings:
-    """The final settings for a request."""
+    """Return the settings for a request, with the missing values filled in."""
     return Settings(**{**vars(request), **filled_in})
 
 

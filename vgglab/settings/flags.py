@@ -28,7 +28,7 @@ AT_LEAST_0 = number(int, 0, 10**9, "a whole number, 0 or more")
 AT_LEAST_1 = number(int, 1, 10**9, "a whole number, 1 or more")
 SIZE = number(int, 32, 4096, "a whole number from 32 (VGG halves the image five times) to 4096")
 WORKERS = number(int, 0, 1024, "a whole number from 0 to 1024")
-NOT_NEGATIVE = number(float, 0.0, 1e30, "a number, 0 or more")  # 1e30: float32 still has room
+NOT_NEGATIVE = number(float, 0.0, 1e30, "a number, 0 or more")  # 1e30 still fits in float32
 POSITIVE = number(float, 1e-30, 10.0, "a number above 0, at most 10")
 FRACTION = number(float, 0.0, 1 - 2**-53, "in [0, 1)")
 
@@ -51,16 +51,16 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-# What a setting decides, and with it whether a resumed run reports a change and a comparison shows a difference.
+# What a setting affects. This decides whether a resumed run reports a change and a comparison shows a difference.
 AFFECTS = {
-    "weights": "what is learned; changing such a setting on resume makes it a different experiment from then on",
-    "start": "the initial weights; nothing after a resume",
+    "weights": "what is learned; changing such a setting on resume makes the rest of the run a different experiment",
+    "start": "the initial weights; no effect after a resume",
     "figures": "which metrics of the network are measured, and when",
-    "speed": "how fast it goes, and on what",
-    "record": "what is written down",
+    "speed": "the speed of the run, and the device",
+    "record": "what is recorded in the run directory",
     "location": "where the run directory is",
     "launch": "how the ranks are started; not recorded",
-    "others": "nothing by itself: other settings follow from it",
+    "others": "nothing directly; it determines other settings",
 }
 
 
@@ -68,8 +68,8 @@ class Policy(NamedTuple):
     """How a setting is treated when runs are resumed or compared; by default, changes are reported."""
 
     affects: str = "weights"  # one of AFFECTS
-    is_inherited: bool = True  # by a resumed run that does not name it
-    implies: tuple[str, ...] = ()  # settings that are chosen with it, and not inherited either
+    is_inherited: bool = True  # a resumed run takes it from the checkpoint, unless it is given
+    implies: tuple[str, ...] = ()  # settings that it determines; if it is given, they are not inherited either
 
 
 def flag(
@@ -85,7 +85,7 @@ def flag(
     """Declare a setting: its help, default, parser and policy; ``names`` are additional names of the flag.
 
     Args:
-        section: its heading in ``--help``; without one only ``--help-all`` shows it.
+        section: its heading in ``--help``; without a section, only ``--help-all`` shows the flag.
         options: further arguments of ``ArgumentParser.add_argument``.
 
     Raises:
@@ -100,7 +100,7 @@ def flag(
 
 def switch(help: str, **options: Any) -> Any:
     """Declare a switch, off by default; accepts ``--flag``, ``--flag true`` and ``--flag false``."""
-    default = None if "negation" in options else False  # with a --no- form, saying nothing is a third answer
+    default = None if "negation" in options else False  # with a --no- form, None means that neither form was given
     return flag(help, default=default, parse=boolean, nargs="?", const=True, metavar="true|false", **options)
 
 
@@ -112,7 +112,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def with_dashes(argument: str) -> str:
-    """Replace underscores in a flag, not in its value: ``--batch-size=3`` for ``--batch_size=3``."""
+    """Replace underscores by dashes in a flag, not in its value: ``--batch_size=3`` becomes ``--batch-size=3``."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")

@@ -13,10 +13,10 @@ from vgglab.settings.schedule import SCHEDULES
 
 
 def inherit(request: Request, given: Sequence[str], earlier: dict[str, Any]) -> Request:
-    """The request, with the settings that are not on this command line taken from the resumed run.
+    """Return the request, with the settings that were not given taken from the resumed run.
 
     Raises:
-        UserError: a setting in the checkpoint is invalid, or contradicts one that was given.
+        UserError: a setting in the checkpoint is invalid, or cannot be combined with one that was given.
     """
     settings = {item.name: item for item in fields(Request)}
     chosen = {*given, *(other for name in given for other in settings[name].metadata["policy"].implies)}
@@ -31,7 +31,7 @@ def inherit(request: Request, given: Sequence[str], earlier: dict[str, Any]) -> 
 
 
 def checked(item: Field, value: Any) -> Any:
-    """A setting read from a file, checked as its flag would be."""
+    """Check a setting read from a file as its flag would be checked, and return its value."""
     if value is None:
         return item.default
     try:
@@ -43,14 +43,14 @@ def checked(item: Field, value: Any) -> Any:
     return parsed
 
 
-ASKED_BY = {"world_size": "nproc"}  # how people set it
+ASKED_BY = {"world_size": "nproc"}  # the flag that sets it
 
 
 def changed_settings(content: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """``--lr 0.01, was 0.1`` for each setting that affects the weights and differs from the checkpoint."""
+    """Return ``--lr 0.01, was 0.1`` for each setting that affects the weights and differs from the checkpoint."""
     before, affecting = content.get("config", {}), settings_that_affect("weights")
     if not SCHEDULES[config["lr_schedule"]].depends_on_epochs:
-        affecting.remove("epochs")  # more of them change nothing in those before
+        affecting.remove("epochs")  # more epochs change nothing in the earlier ones
     return [
         f"--{ASKED_BY.get(name, name).replace('_', '-')} {config[name]}, was {before[name]}"
         for name in config

@@ -55,11 +55,11 @@ class _HelpAll(argparse.Action):
 
 
 def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
-    """The parser of ``vgglab train``; its help shows the flags with a section, or all flags."""
+    """The parser of ``vgglab train``; its help shows the flags that have a section, or all with ``shows_all``."""
     parser = OneLineParser(
         prog="vgglab train",
         usage="vgglab train [--flag value ...]",
-        description="Train VGG; write a run directory.",
+        description="Train VGG and write the results to a run directory.",
         epilog=EPILOG,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -133,15 +133,15 @@ def check(config: Request) -> None:
     if config.nesterov and (config.momentum == 0 or config.optimizer != "sgd"):
         raise UserError("--nesterov: needs --optimizer sgd and a --momentum above 0")
     if config.bn_weight_decay and config.bias_weight_decay is False:
-        raise UserError("--no-bias-weight-decay: contradicts --bn-weight-decay, because batch norm has biases too")
+        raise UserError("--no-bias-weight-decay: conflicts with --bn-weight-decay, because batch norm has biases too")
     if config.test_only and not (config.resume or config.pretrained):
         raise UserError("--test-only: nothing to evaluate; give a checkpoint with --resume, or use --pretrained")
     if config.start_epoch >= config.epochs:
         raise UserError(f"--start-epoch {config.start_epoch}: must be below --epochs {config.epochs}")
     if config.fix_seed and config.seed not in (None, SEED_OF_FIX_SEED):
-        raise UserError(f"--fix-seed: is the same as --seed {SEED_OF_FIX_SEED}; leave out one of the two")
+        raise UserError(f"--fix-seed: means --seed {SEED_OF_FIX_SEED}, not the --seed given; leave out one of the two")
     if config.pretrained and config.resume:
-        raise UserError("--pretrained: contradicts --resume, which brings weights of its own; leave out one of the two")
+        raise UserError("--pretrained: conflicts with --resume, which loads its own weights; leave out one of them")
 
 
 def warnings_about(config: Request) -> list[str]:
@@ -150,7 +150,7 @@ def warnings_about(config: Request) -> list[str]:
     if config.epochs < config.warmup and not config.test_only:
         share = config.epochs / config.warmup
         lines.append(
-            f"--epochs {config.epochs} ends inside --warmup {config.warmup}: "
+            f"--epochs {config.epochs} ends during the warm-up (--warmup {config.warmup}): "
             f"the learning rate only reaches {share:.0%} of its base value"
         )
     if (config.workers or 0) > (os.cpu_count() or 1):
@@ -162,11 +162,11 @@ def warnings_about(config: Request) -> list[str]:
 
 
 def without_effect(config: Request, choice: str, used: Mapping[str, Collection[str]]) -> list[str]:
-    """Warnings about settings that were changed and have no effect with what was chosen, one line each.
+    """Return a warning, one line each, for settings that were changed but have no effect with the chosen option.
 
     Args:
-        choice: a setting with choices.
-        used: the settings that each of these choices uses.
+        choice: the name of a setting with choices.
+        used: for each choice, the settings that it uses.
     """
     chosen = getattr(config, choice)
     others = {name for names in used.values() for name in names} - {*used[chosen]}

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-MADE_FOR = {"seed": "imagenet", "paper": "imagenet", "modern": "imagenet", "quick": "digits"}  # for plans without data
+MADE_FOR = {"seed": "imagenet", "paper": "imagenet", "modern": "imagenet", "quick": "digits"}  # a plan's default data
 RECIPES: dict[Any, dict[str, Any]] = {
-    # The original example's 90-epoch command, per card. Its --num-classes=1000 is ImageNet's and follows from the data.
-    # Cost: 115 million images on ImageNet. Result, published by Enflame for a T20 in FP32: 71.3 % top-1. Not run here
-    # on ImageNet; on Fashion-MNIST with --fast, 90 epochs of 7,680 images, 5 seeds on an H200 (recorded/): VGG16
+    # The original example's 90-epoch command, per card. Its --num-classes=1000 is omitted: it follows from the data.
+    # Cost: 115 million images on ImageNet. Result published by Enflame for a T20 in FP32: 71.3 % top-1. We have not run
+    # it on ImageNet; on Fashion-MNIST with --fast, 90 epochs of 7,680 images, 5 seeds on an H200 (recorded/): VGG16
     # 89.29 % (standard deviation 0.17), VGG16-BN 91.21 % (0.11).
     "seed": {
         "model": "vgg16",
@@ -27,12 +27,12 @@ RECIPES: dict[Any, dict[str, Any]] = {
         "print_freq": 20,
         "skip_steps": 5,
     },
-    # Simonyan and Zisserman 2014, section 3.1: batches of 256, momentum, the rate cut by ten whenever the held-out
-    # accuracy stops improving (three times in their run, of 74 epochs), scale jitter from 256 to 512. The shift of
-    # colours that they name too is left out. They started deep networks from configuration A's weights or, as they
-    # found later, from Glorot's initialisation; this takes the latter.
-    # Cost: 95 million images on ImageNet. Result, published: 25.6 % top-1 error for configuration D (table 3, at the
-    # single test scale 384, which is not this kit's centre crop of 224). Not run here.
+    # Simonyan and Zisserman 2014, section 3.1: batches of 256, momentum, the learning rate divided by ten whenever the
+    # held-out accuracy stops improving (three times in their 74 epochs), scale jitter from 256 to 512. Their colour
+    # shift is left out. They initialised deep networks with weights of configuration A, but later found Glorot's
+    # initialisation sufficient; this recipe uses the latter.
+    # Cost: 95 million images on ImageNet. Published result: 25.6 % top-1 error for configuration D (table 3, at the
+    # single test scale 384, whereas vgglab evaluates a centre crop of 224). We have not run it.
     "paper": {
         "model": "vgg16",
         "batch_size": 256,
@@ -45,12 +45,12 @@ RECIPES: dict[Any, dict[str, Any]] = {
         "weight_decay": 5e-4,
         "crops": "scale-jitter",
     },
-    # What today's practice adds to the same network, after torchvision's second set of recipes (2021), with the larger
-    # weight decay that small sets want. It expects batch norm: --model vgg16_bn.
+    # Current practice for the same network, based on torchvision's second set of recipes (2021), with a larger weight
+    # decay, which small data sets need. It needs batch norm: --model vgg16_bn.
     # Cost: 256 million images on ImageNet, 10 million on CIFAR-10. Result: on Fashion-MNIST with --fast, 90 epochs of
-    # 7,680 images, 5 seeds on an H200 (recorded/): 92.11 % (standard deviation 0.21), and `seed` at as many images
-    # 91.21 %. It is for long trainings: cut down to 8 epochs of 6,400 images (one seed each, 2,560 held-out images) it
-    # reached 23.6 % where `seed`, cut down likewise, reached 79.6 %.
+    # 7,680 images, 5 seeds on an H200 (recorded/): 92.11 % (standard deviation 0.21); `seed` reached 91.21 % on the
+    # same number of images. It is meant for long runs: with only 8 epochs of 6,400 images (one seed each, 2,560
+    # held-out images), it reached 23.6 %, and `seed` 79.6 %.
     "modern": {
         "model": "vgg16_bn",
         "batch_size": 128,
@@ -68,7 +68,7 @@ RECIPES: dict[Any, dict[str, Any]] = {
         "cutmix": 1.0,
         "ema": 0.999,
     },
-    # Minutes on a laptop.
+    # Takes minutes on a laptop.
     # Cost: 8,622 images of 32 pixels on the digits, 2 minutes on 2 cores (make run). Result: see the README.
     "quick": {
         "model": "vgg16_bn",

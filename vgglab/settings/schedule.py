@@ -1,7 +1,7 @@
-"""Learning-rate schedules: the formulas of the original example, and the paper's plateaus. Does not import torch.
+"""Learning-rate schedules: the formulas of the original example, and the paper's plateau rule. Does not import torch.
 
-The rate is constant within an epoch. The original example sets it after each step, so that the first step of a run uses
-the unscaled ``--lr``, and the first step of every other epoch the rate of the epoch before. Here it is set before the
+The rate is constant within an epoch. The original example sets it after each step, so the first step of a run uses the
+unscaled ``--lr``, and the first step of each later epoch uses the rate of the previous epoch. Here it is set before the
 step, as the formula intends.
 """
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from vgglab.settings.config import Request
 
 MILESTONES = (30, 60, 80)
-REFERENCE_BATCH_SIZE = 256  # the global batch size that --lr is meant for
+REFERENCE_BATCH_SIZE = 256  # the global batch size for which --lr is given
 
 
 class Schedule(NamedTuple):
     """How the learning rate decreases after warm-up."""
 
-    rate: Callable[[Request, float, int, int], float]  # of the settings, the base rate, the epoch and the drops so far
-    settings: tuple[str, ...] = ()  # that it uses; only these have an effect
-    depends_on_epochs: bool = False  # on how many there are: more of them change the rate of each
+    rate: Callable[[Request, float, int, int], float]  # from the settings, base rate, epoch and number of drops so far
+    settings: tuple[str, ...] = ()  # the schedule's settings; those of other schedules have no effect
+    depends_on_epochs: bool = False  # whether the rate of an epoch depends on --epochs
 
 
 def _step(config: Request, base: float, epoch: int, num_drops: int) -> float:

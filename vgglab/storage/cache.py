@@ -24,16 +24,16 @@ def cache_folder() -> Path:
 def use_private_temporary_folder() -> None:
     """Put the temporary files of this process and its children into the cache folder, where only its owner can write.
 
-    For libraries that load code from the temporary folder by a name that another user may have taken there.
+    Some libraries load code from a file in the temporary folder whose name another user could have taken first.
 
     Raises:
-        UserError: the folder cannot be created, or is not ours.
+        UserError: the folder cannot be created, or belongs to another user.
     """
-    multiprocessing.util.get_temp_dir()  # the loader's sockets stay where they are: their paths have to be short
+    multiprocessing.util.get_temp_dir()  # the loader's sockets stay in the usual folder: their paths have to be short
     folder = cache_folder() / "temporary"
     with writing(folder, "set VGGLAB_CACHE to a folder of your own"):
         make_folder(folder)
-        if hasattr(os, "geteuid") and folder.stat().st_uid != os.geteuid():  # root may change any folder's mode
+        if hasattr(os, "geteuid") and folder.stat().st_uid != os.geteuid():  # chmod below would not fail for root
             raise OSError(errno.EPERM, "it belongs to another user")
         folder.chmod(0o700)
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder.resolve())
@@ -43,13 +43,13 @@ def use_private_temporary_folder() -> None:
 def one_at_a_time(file: Path) -> Iterator[None]:
     """Allow only one process on this machine at a time into the block.
 
-    Best effort: if the file cannot be written or the file system has no locks, nothing waits. The block must be safe
-    without the lock.
+    Best effort: if the file cannot be written or the file system has no locks, the block runs without a lock, so it
+    must be safe without one.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, ImportError):
             import fcntl
 
             lock = stack.enter_context(open(file, "a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, also when the process is killed
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also if the process is killed
         yield

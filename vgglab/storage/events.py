@@ -13,13 +13,13 @@ from vgglab.errors import UserError
 from vgglab.storage.files import MAX_BYTES, refusing_links
 from vgglab.storage.schema import CHECK, Content, event_in, is_intact
 
-Event = Content  # what a line holds
+Event = Content  # the fields of a line
 MAX_EVENTS_BYTES = 2**30  # bytes
 CHUNK = 2**20  # bytes
-MAX_PARSED = 20_000  # lines; of a longer file a training line is kept as its place, and parsed when it is asked for
+MAX_PARSED = 20_000  # lines; after that, only the byte offset of a training line is kept, and it is parsed on access
 TRAINING_LINE = re.compile(rb'\{"event": "train", "seconds": [^,]*, "epoch": \d+, "step": (\d{1,15}), ')
 NUMBER = re.compile(rb'"line": (\d{1,15}), "check": "\w{8}"\}\n$')
-MAX_STARTS = 1000  # of a run that was continued; each is a look at all events before it
+MAX_STARTS = 1000  # of a continued run; each start goes through all events before it
 
 
 class LongEvents(Sequence[Event]):
@@ -52,7 +52,7 @@ class LongEvents(Sequence[Event]):
         return next(iter(LongEvents(self._file, self._identity, [chosen])))
 
     def turning_points(self) -> LongEvents:
-        """The events, with only the last one of each sequence of unread training events."""
+        """The events, without unread training events that are followed by another unread one."""
         following = [*self._entries[1:], None]
         pairs = zip(self._entries, following)
         kept = [e for e, after in pairs if not (isinstance(e, int) and isinstance(after, int))]
@@ -68,7 +68,7 @@ def _identity_of(file: BinaryIO) -> Identity:
 
 
 def _opened(file: Path) -> BinaryIO:
-    """Open for reading. Raises UserError, also if it is a link."""
+    """Open a file for reading. Raises UserError if it cannot be read or is a link."""
     try:
         return open(file, "rb", opener=refusing_links)
     except OSError as error:
@@ -85,11 +85,11 @@ def _event_at(lines: BinaryIO, offset: int) -> Event:
 
 
 class EventFile:
-    """The lines so far; each access reads only those added since the last one."""
+    """The events written so far; each access reads only the lines added since the previous access."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._reading = threading.Lock()  # a dashboard's thread and a cell may look at the same moment
+        self._reading = threading.Lock()  # a dashboard's thread and a cell may read at the same time
         self._start_again()
 
     def _start_again(self) -> None:
@@ -98,12 +98,12 @@ class EventFile:
         self._next_line = 0
         self._num_starts = self._last_step = 0
         self._identity: Identity = (0, 0)
-        self._has_checksums = False  # from the first line with one on, all must have one
+        self._has_checksums = False  # once a line has a checksum, all later lines must have one
 
     def read(self, kind: str | None = None) -> Sequence[Event]:
         """All valid events, or those of one kind; a list unless the file is long.
 
-        If the run was resumed from a checkpoint, earlier events from after that checkpoint are left out.
+        If the run was resumed from a checkpoint, events that were written between it and the resume are left out.
 
         Raises:
             UserError: the file exists but cannot be read.
@@ -115,19 +115,19 @@ class EventFile:
                 size = os.fstat(lines.fileno()).st_size
                 if size > MAX_EVENTS_BYTES:
                     raise UserError(
-                        f"{self.file}: has more than {MAX_EVENTS_BYTES >> 30} GiB and was not written by vgglab"
+                        f"{self.file}: has more than {MAX_EVENTS_BYTES >> 30} GiB, so vgglab did not write it"
                     )
                 identity = _identity_of(lines)
-                if size < self._num_bytes_seen or identity != self._identity:  # the first look, or another run
+                if size < self._num_bytes_seen or identity != self._identity:  # the first access, or a different file
                     self._start_again()
                     self._identity = identity
                 lines.seek(self._num_bytes_seen)
                 for line in iter(lambda: lines.readline(MAX_BYTES), b""):
-                    if not line.endswith(b"\n") and len(line) < MAX_BYTES:  # it is being written
+                    if not line.endswith(b"\n") and len(line) < MAX_BYTES:  # still being written
                         break
                     self._take(line)
                     self._num_bytes_seen += len(line)
-        elif any(isinstance(e, int) for e in self._seen):  # removed: what was not read yet is gone
+        elif any(isinstance(e, int) for e in self._seen):  # the file was deleted, and its unread lines with it
             self._start_again()
         chosen = [e for e in self._seen if kind in (None, "train" if isinstance(e, int) else e["event"])]
         if any(isinstance(e, int) for e in chosen):
@@ -142,7 +142,7 @@ class EventFile:
             self._next_line += 1
             return
         event = event_in(line, self._has_checksums)
-        number = event.pop("line", None) if event else None  # None, too, in runs of earlier versions
+        number = event.pop("line", None) if event else None  # also None in runs of earlier versions
         if event is None or (number is not None and number < self._next_line):  # damaged, or a duplicate
             self._num_damaged += 1
             return
@@ -153,7 +153,7 @@ class EventFile:
         if event["event"] == "start":
             self._num_starts += 1
             if self._num_starts > MAX_STARTS:
-                raise UserError(f"{self.file}: has more than {MAX_STARTS} start events and was not written by vgglab")
+                raise UserError(f"{self.file}: has more than {MAX_STARTS} start events, so vgglab did not write it")
             self._leave_out_after(event)
             self._last_step = event["first_step"]
         self._last_step = max(self._last_step, event.get("step", 0))
@@ -170,7 +170,7 @@ class EventFile:
         return True
 
     def _leave_out_after(self, start: Event) -> None:
-        """Remove the events of steps that a run restarted at ``start`` repeats."""
+        """Remove the events of steps that are repeated after the run restarted at ``start``."""
         redone = set()
         with _opened(self.file) as lines:
             for entry in reversed(self._seen):
@@ -214,12 +214,12 @@ class EventFile:
         return self._next_line
 
     def damage(self, is_over: bool) -> list[str]:
-        """Phrases about ignored lines. If the run ``is_over``, an incomplete last line counts as damaged."""
+        """Phrases about missing and damaged lines. If the run ``is_over``, an incomplete last line is damaged."""
         self.read()
         num_damaged, found = self._num_damaged, []
         if is_over and self.file.is_file() and self.file.stat().st_size > self._num_bytes_seen:
-            num_damaged += 1  # the last, cut short
-        num_missing = self._num_missing - self._num_damaged  # a damaged line is missing, too
+            num_damaged += 1  # the last line is incomplete
+        num_missing = self._num_missing - self._num_damaged  # damaged lines count as missing too
         if num_missing > 0:
             found.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing")
         if num_damaged:

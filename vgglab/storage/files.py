@@ -11,7 +11,7 @@ from typing import Iterator
 
 from vgglab.errors import UserError
 
-MAX_BYTES = 2**24  # of a document, or of a line
+MAX_BYTES = 2**24  # the largest document or line that is read
 
 
 def exists(path: Path) -> bool:
@@ -59,7 +59,7 @@ def writing(path: Path, advice: str = "choose another folder with --output-dir o
 
 
 def refusing_links(file: str, flags: int) -> int:
-    """An ``opener`` for ``open`` that refuses links, which lead elsewhere, and pipes, which would block."""
+    """An ``opener`` for ``open`` that refuses links, which may point elsewhere, and pipes, which would block."""
     safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         number = os.open(file, flags | safe, 0o666)
@@ -78,13 +78,13 @@ def refusing_links(file: str, flags: int) -> int:
 def make_folder(folder: Path) -> None:
     """Create a folder if necessary. Raises OSError, also if it is a symbolic link owned by another user."""
     if folder.is_symlink() and hasattr(os, "geteuid") and folder.lstat().st_uid not in (0, os.geteuid()):
-        raise OSError(errno.ELOOP, f"{folder} is a link of another user")
+        raise OSError(errno.ELOOP, f"{folder} is a symbolic link owned by another user")
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def inode_of(path: Path) -> str:
-    """What a folder keeps when it is renamed but not when it is copied; as text, because it may exceed 2**53.
+    """The inode number of a folder, which stays the same when it is renamed, but not when it is copied.
 
-    Empty if there is no such folder.
+    As text, because it may exceed 2**53; empty if there is no such folder.
     """
     return str(path.stat().st_ino) if path.exists() else ""

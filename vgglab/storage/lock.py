@@ -19,7 +19,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MAX_WAIT_SECONDS = 30.0
-_ours: set[tuple[int, int]] = set()  # a process that closes a file, opened for whatever reason, gives up its lock on it
+_ours: set[tuple[int, int]] = set()  # our locks; opening and closing such a file again would release its lock
 
 
 class LockHeld(Exception):
@@ -27,7 +27,7 @@ class LockHeld(Exception):
 
 
 class Lock:
-    """Acquire the lock, until this process ends or calls ``close``.
+    """Acquires a lock and holds it until this process ends or calls ``close``.
 
     Attributes:
         is_held: False if the file system does not support locks.
@@ -61,11 +61,11 @@ class Lock:
 
 def holder(file: Path) -> int | None:
     """The ID of the process that holds the lock; 0 if none does, None if unknown. Does not acquire the lock."""
-    if fcntl is None or struct.calcsize("P") != 8 or os.uname().sysname != "Linux":  # the layout of struct flock
+    if fcntl is None or struct.calcsize("P") != 8 or os.uname().sysname != "Linux":  # other layouts of struct flock
         return None
     try:
         found = file.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:  # by another name it could be another run's lock
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:  # a link: perhaps to another run's lock
             return None
         if _identity(file) in _ours:
             return os.getpid()
@@ -82,7 +82,7 @@ def exclusive_access(folder: Path) -> Iterator[None]:
     """Allow only one process or thread at a time into the block, if the file system can lock a folder.
 
     Raises:
-        UserError: another process, which may be anybody's, has locked the folder for ``MAX_WAIT_SECONDS``.
+        UserError: another process, perhaps another user's, has kept the folder locked for ``MAX_WAIT_SECONDS``.
     """
     number = os.open(folder, os.O_RDONLY)
     deadline = time.monotonic() + MAX_WAIT_SECONDS
@@ -92,7 +92,7 @@ def exclusive_access(folder: Path) -> Iterator[None]:
                 fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise UserError(f"{folder}: another process has locked this folder; choose another one") from None
+                    raise UserError(f"{folder}: another process has locked this folder; use another folder") from None
                 time.sleep(0.05)
                 continue
             except OSError:  # a file system without such locks

@@ -1,8 +1,8 @@
 """The format of the files in a run directory: fields, types, ranges and checksums.
 
-A run directory may come from anybody, so everything in it is read through this module. Each line and each document has
-a checksum (``check``: CRC-32 of the other fields as JSON), so that a flipped bit is noticed. Files of earlier versions
-have none. Standard library only.
+A run directory may come from an untrusted source, so everything in it is read through this module. Each line and each
+document has a checksum (``check``: CRC-32 of the other fields as JSON), so that a flipped bit is detected. Files of
+earlier versions have no checksums. Standard library only.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Content = dict  # of a line or a document
 Test = Callable[[Any], bool]
 CHECK = "check"
 # Beyond these, arithmetic and the axes of figures overflow.
-MAX_SECONDS = 1e12  # seconds; or images a second
-MIN_DIVISOR = 1e-12  # of those that something is divided by
+MAX_SECONDS = 1e12  # seconds, or images per second
+MIN_DIVISOR = 1e-12  # the smallest number accepted as a divisor
 MAX_INT = 10**15
 MAX_FLOAT = 1e40  # float32 ends at 3.4e38
-MAX_NESTING = 8  # objects and lists inside one another
+MAX_NESTING = 8  # levels of nested objects and lists
 
 
 def text(value: Any) -> bool:
@@ -96,7 +96,7 @@ def table_of(test: Test, *names: str) -> Test:
     return lambda value: isinstance(value, dict) and value.keys() >= set(names) and all(map(test, value.values()))
 
 
-# What each event has, and what it may have besides.
+# The required fields of each event, and optional fields of any event.
 EVENTS: dict[str, dict[str, Test]] = {
     "start": {
         "data": text, "is_fake": switch, "num_train_images": count, "num_eval_images": count,
@@ -123,7 +123,7 @@ OPTIONAL: dict[str, Test] = {
     "first_step_seconds": seconds, "phase_seconds": table_of(seconds), "host_reads": either(number, table_of(number)),
     "peak_bytes": maybe(count), "line": count,
 }  # fmt: skip
-# A line of a rank's own figures, and one that names an image that it has left out.
+# A line with the metrics of a rank, a line about an image that it skipped, and the record of its failure.
 RANK: dict[str, Test] = {
     "rank": count, "pid": whole, "time": seconds, "step": count, "loss": maybe(number), "interval_steps": count_from_1,
     "own_seconds": seconds, "interval_seconds": positive,
@@ -134,14 +134,14 @@ FAILURE: dict[str, Test] = {"rank": count, "time": seconds, "host": text, "error
 
 PROCESS: dict[str, Test] = {"host": text, "pid": whole, "process": text}
 
-DOCUMENTS: dict[str, dict[str, Test]] = {  # that of config.json: runs/run.py
+DOCUMENTS: dict[str, dict[str, Test]] = {  # for config.json, see runs/run.py
     "env.json": {
         **PROCESS, "simulated": switch, "device": text, "world_size": count_from_1, "hardware": text,
         "versions": table_of(maybe(text)), "commit": maybe(text), "argv": list_of(text), "executable": text,
         "cwd": text, "started": text, "amp_dtype": maybe(text), "tf32": maybe(switch), "channels_last": switch,
         "fused": switch, "compiled": switch, "num_cpus": count, "num_threads": count,
     },
-    "report.json": {  # what was computed from the events; the other figures are read where they come from
+    "report.json": {  # fields computed from the events; the others are read from their sources
         "num_lines": count, "events_checksum": text, "acc1": maybe(number), "acc5": maybe(number),
         "acc1_last": maybe(number), "acc5_last": maybe(number), "images_per_second": maybe(positive),
         "train_fps_min": maybe(positive), "train_fps_max": maybe(positive), "training_time": text,
@@ -170,12 +170,12 @@ def with_checksum(content: Content) -> Content:
 
 
 def parse(data: bytes) -> Content | None:
-    """Parse a JSON object in UTF-8; None for anything else, or for deeper nesting than vgglab writes."""
+    """Parse a JSON object in UTF-8; None for anything else or deeper nesting than vgglab writes."""
     try:
-        content = json.loads(data.decode("utf-8"), parse_constant=_refuse)  # which would guess the encoding of bytes
+        content = json.loads(data.decode("utf-8"), parse_constant=_refuse)  # from bytes, loads would guess the encoding
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
-    # With so few brackets it cannot be deep.
+    # With this few brackets, it cannot be nested too deeply.
     is_shallow = data.count(b"{") + data.count(b"[") <= MAX_NESTING or _is_shallow(content, MAX_NESTING)
     return content if isinstance(content, dict) and is_shallow else None
 
@@ -198,14 +198,14 @@ def is_intact(line: bytes) -> bool:
 
 
 def has_changed(content: Content) -> bool:
-    """Whether the content differs from its checksum, which is removed."""
+    """Remove the checksum from ``content``; return whether it does not match."""
     return CHECK in content and content.pop(CHECK) != checksum(content)
 
 
 def event_in(line: bytes, needs_checksum: bool = False) -> Content | None:
-    """Parse a line of ``events.jsonl``; None if it is damaged or not an event. The line number is in ``line``."""
+    """Parse a line of ``events.jsonl``; None if it is damaged or not an event. The field ``line`` is its number."""
     content = parse(line)
-    # Lines were given numbers and checksums at the same time: one with a number alone has been edited.
+    # Line numbers and checksums were introduced together: a line with only a number has been edited.
     is_without = content is not None and CHECK not in content and (needs_checksum or "line" in content)
     if content is None or is_without:
         return None
@@ -242,7 +242,7 @@ class Document(Content):
     def __init__(self, file: Path, content: Content, damage: list[str]) -> None:
         super().__init__(content)
         self.file = file
-        self.damage = damage  # a phrase each
+        self.damage = damage  # one phrase per problem
         self.has_checksum = False
 
     def __missing__(self, name: str) -> None:
@@ -250,7 +250,7 @@ class Document(Content):
 
 
 def read_document(file: Path) -> Document:
-    """Read a JSON file; empty if it does not exist, without fields of a wrong type. Raises UserError if not JSON."""
+    """Read a JSON file, except fields of a wrong type; empty if there is none. Raises UserError if not JSON."""
     if not exists(file):
         return Document(file, {}, [])
     data = read_bytes(file)
@@ -284,7 +284,7 @@ def write_document(file: Path, content: Content) -> None:
 
 
 def append_line(file: Path, content: Content) -> None:
-    """Append a line, on a new line even after an incomplete one. Raises OSError; later lines may succeed again."""
+    """Append a line; after an incomplete line, start a new one. Raises OSError, after which later calls may succeed."""
     line = json.dumps(with_checksum(content)).encode() + b"\n"
     with open(file, "a+b", buffering=0, opener=refusing_links) as lines:
         if lines.seek(0, os.SEEK_END):
