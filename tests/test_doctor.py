@@ -77,7 +77,7 @@ def test_text_for_a_terminal_and_one_line_for_a_bad_flag(light):
     text = shell("python", "-m", "vgglab.doctor", env=environment(light, ENFLAME_LOG_DEBUG_LEVEL="DEBUG")).stdout
     assert "--device auto" in text
     assert text.strip().endswith("no problems found")
-    assert "debugging makes every step slow" in text
+    assert "debug output slows down every step" in text
     bad = shell("python", "-m", "vgglab.doctor", "--nonsense")
     assert (bad.returncode, len(bad.stderr.strip().splitlines())) == (2, 1)
 
@@ -107,7 +107,7 @@ def test_a_library_that_raises_when_torch_loads_it(tmp_path, light):
     assert "libtopsrt.so" in all_text(findings)
     assert "LD_LIBRARY_PATH=/opt/tops/lib" in all_text(findings)
     assert findings["facts"]["torch"] is not None
-    assert findings["auto"].startswith("refused: ")
+    assert findings["auto"].startswith("error: ")
     refusal = train_on_gcu(tmp_path, broken)
     assert (refusal.returncode, len(refusal.stderr.strip().splitlines())) == (2, 1)
     assert "libtopsrt.so" in refusal.stderr
@@ -136,7 +136,7 @@ def test_a_library_of_no_known_generation(tmp_path, light):
 def test_a_driver_that_does_not_answer(light):
     code, findings = diagnose(EAGER, light, VGGLAB_SIM_CARDS="0")
     assert code == 1
-    assert findings["facts"]["driver"] == "does not answer"
+    assert findings["facts"]["driver"] == "no response"
     assert "finds no card" in all_text(findings)
     assert findings["auto"] != "gcu"
 
@@ -157,7 +157,7 @@ def test_the_lazy_generation_is_known_by_its_name(light):
         "lazy",
         8,
         True,
-        "answers",
+        "responds",
     )
     assert findings["auto"] == "gcu"
 

@@ -213,7 +213,7 @@ def test_widgets_where_somebody_watches_and_a_picture_where_nobody_does(kind, mo
 
 def test_in_a_terminal_it_prints(capsys):
     explore(anatomy.of, PHOTOGRAPH, "vgg16", 32, "features.28")
-    assert "196 x 196 pixels, more than the image: the rest is padding" in capsys.readouterr().out
+    assert "196 x 196 pixels, larger than the image; the rest is padding" in capsys.readouterr().out
 
 
 def test_the_photograph_may_be_a_file(tmp_path):
@@ -224,7 +224,7 @@ def test_the_photograph_may_be_a_file(tmp_path):
     assert by_path.picture().png() == by_pixels.picture().png()
     (tmp_path / "text.png").write_text("no image")
     for wrong in (tmp_path / "text.png", tmp_path / "missing.png", None, np.zeros((4, 4, 5), np.uint8)):
-        with pytest.raises(UserError, match=r"^photograph: a path, or pixels") as refusal:
+        with pytest.raises(UserError, match=r"^photograph: must be a path or") as refusal:
             explore(anatomy.of, wrong)
         assert len(str(refusal.value).splitlines()) == 1
     with pytest.raises(UserError, match=r"vgg11 has no 'features\.99'"):

@@ -189,7 +189,7 @@ def test_no_cards_is_one_line_and_under_auto_a_warning(on_gcu, double, variables
     assert all(word in outcome.err for word in ["--device gcu: ", *words])
     fallback = on_gcu(double, device="auto", **variables)
     assert fallback.run.config["device"] != "gcu"
-    assert any("--device auto took" in event["text"] for event in fallback.run.events("warning"))
+    assert any("--device auto selected" in event["text"] for event in fallback.run.events("warning"))
 
 
 # What a careless change would do, and which double says no. Each is applied to a copy of the package.
@@ -235,7 +235,7 @@ MUTATIONS = {
         "devices/gcu_lazy.py",
         "JitRunMode.ASYNC if",
         "JitRunMode.SAFEASYNC if",
-        "Enflame's scripts have",
+        "Enflame's scripts use",
     ),
     "weights left out of unlazy": (LAZY, "devices/gcu_lazy.py", "[*kept, *outputs]", "[*outputs]", "leaves out"),
     "gradients kept in the graph": (
@@ -285,7 +285,7 @@ MUTATIONS = {
         "devices/gcu_eager.py",
         "self._gcu.set_device(self.local_rank)",
         "self",
-        "comes before init_process_group",
+        "must come before init_process_group",
     ),
 }
 NEEDS_RANKS = ("DDP", "joining")

@@ -206,7 +206,7 @@ def test_a_hidden_item_in_the_loop_is_seen_in_the_picture_by_its_line(train, mon
     figure = where_time_goes([usual, hidden], ["usual", "hidden"])
     assert len(figure.png()) > 5000
     [remark] = [text for text in words_in(figure) if "host waits" in text]
-    assert f"1 a step at test_performance.py:{line}" in remark
+    assert f"1 per step at test_performance.py:{line}" in remark
 
 
 def test_what_is_counted_is_left_as_it_was(train):

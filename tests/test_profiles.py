@@ -96,7 +96,7 @@ REPORT = {"simulated": False, "num_measured_steps": 3, "skip_steps": 10, "device
         ({}, "2.50"),
         ({"speed": None, "simulated": True, "num_measured_steps": 0}, "not measured (a simulated card has no speed)"),
         ({"speed": None, "num_measured_steps": 0}, "not measured (all steps fell within --skip-steps 10)"),
-        ({"speed": None}, "not measured (not on cpu)"),
+        ({"speed": None}, "not measured (not available on cpu)"),
     ],
 )
 def test_a_figure_that_is_missing_says_why(change, shown):

@@ -83,7 +83,7 @@ def test_a_benchmark_has_a_row_for_each_way(images, tmp_path):
     (run.path / "bench.json").write_text(json.dumps({"results": [row, {**row, "way": "float32"}]}))
     first, second = results.collect([run.path])
     assert (first.plain_ratio, first.precision, first.layout) == (2.5, "bfloat16", "channels last")
-    assert second.source.endswith("way float32")
+    assert second.source.endswith("mode float32")
 
 
 def counted(bench, peak):

@@ -209,7 +209,7 @@ def test_what_goes_wrong_in_a_dashboard_is_shown_and_tried_again(monkeypatch):
 
     live.keep_fresh(refresh, is_over, status)
     assert len(calls) == 4  # the last one sees the end
-    assert "this dashboard cannot read its run: OSError(&#x27;the disk &lt;is&gt; away&#x27;)" in calls[2]
+    assert "this dashboard cannot be updated: OSError(&#x27;the disk &lt;is&gt; away&#x27;)" in calls[2]
 
 
 def test_the_powers_of_a_logarithmic_axis_are_drawn_as_powers():

@@ -1,7 +1,7 @@
-"""Images and labels: from a name or a folder to batches.
+"""Load a data set, given by its name or folder, and make batches of images and labels.
 
-``sets.py`` finds the images, ``digits.py`` writes the bundled set, ``loader.py`` makes batches. Notebooks use the names
-below. Each is loaded on first use, because most of them need torch.
+``sets.py`` finds the images, ``digits.py`` writes the bundled data set, ``loader.py`` makes batches. Notebooks use the
+names below. Each is imported on first use, because most of them need torch.
 """
 
 import importlib

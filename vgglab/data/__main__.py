@@ -1,4 +1,4 @@
-"""``python -m vgglab.data``, the older spelling of ``vgglab data``."""
+"""``python -m vgglab.data``, the older form of ``vgglab data``."""
 
 import sys
 

@@ -1,10 +1,10 @@
-"""Check a data set before training: files that cannot be read, and files that are unusual.
+"""Check a data set before training: find unreadable and unusual image files.
 
     python -m vgglab.data check imagenet
     python -m vgglab.data check imagenet --json
 
-Every file is decoded in full, by several processes. Unreadable files are listed by name, unusual ones
-are counted, with an example. Exit codes: 0 all files can be read, 1 some cannot, 2 bad input.
+Every file is decoded in full, by several processes. Unreadable files are listed by name. Unusual files are counted
+by kind, with an example of each. Exit codes: 0 all files can be read, 1 some cannot, 2 invalid arguments.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from vgglab.settings.parser import parse_flags
 
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = 1
-# What is noted of a file that can be read, and what training does with it.
+# The kinds of unusual files that can be read, and how training handles them.
 KINDS = {
-    "grey": "greyscale; the channel is used three times",
+    "grey": "greyscale; the channel is repeated three times",
     "cmyk": "converted to RGB by Pillow",
     "palette": "converted to RGB; transparency is dropped",
     "transparent": "transparency is dropped",
@@ -38,7 +38,7 @@ KINDS = {
     "animated": "the first frame is used",
     "turned": "EXIF orientation is ignored, as in torchvision's reference",
     "misnamed": "the file extension does not match the format",
-    "odd": "the pixels can be read, but not the metadata (EXIF)",
+    "odd": "the pixels can be read, but the EXIF metadata cannot",
 }
 NUM_AT_A_TIME = 64
 
@@ -52,12 +52,12 @@ class Verdict(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """The result for a data set; the fields of the JSON object."""
+    """The result for a data set; its fields are those of the ``--json`` output."""
 
     num_files: int
     unreadable: dict[str, str]  # file -> why
     kinds: dict[str, list[str]]  # one of KINDS -> files
-    disagreements: list[str]  # differences between lists and folders
+    disagreements: list[str]  # differences between the list files and the folders
 
     def __repr__(self) -> str:
         lines = [f"{self.num_files} files: {len(self.unreadable)} cannot be read"]
@@ -71,7 +71,7 @@ class Findings(NamedTuple):
 
 
 def examine(file: str) -> Verdict:
-    """Decode one file in full."""
+    """Decode one file in full and return the verdict on it."""
     try:
         open_picture(file, "pil").pixels()
         with warnings.catch_warnings():
@@ -102,14 +102,14 @@ def _kinds_of(file: str) -> tuple[str, ...]:
 
 
 def check_images(data_path: str, workers: int | None = None) -> Findings:
-    """Examine every image file of a set, training and held-out, with a progress bar on stderr.
+    """Check every image file of a data set, training and held-out; show a progress bar on stderr.
 
     Args:
-        data_path: as in training: a folder, or a set by its name.
+        data_path: a folder or the name of a data set, as in training.
         workers: number of reader processes; None for one per core.
 
     Raises:
-        UserError: as in ``open_sets``, except for files that cannot be read.
+        UserError: as in ``open_sets``; unreadable files do not raise, they are in the result.
     """
     sets = open_sets(parse_flags([f"--data-path={data_path}", "--on-bad-image=skip"]))
     if not isinstance(sets.val.images, FileImages):
@@ -130,12 +130,12 @@ def check_images(data_path: str, workers: int | None = None) -> Findings:
                 kinds.setdefault(kind, []).append(verdict.file)
     except BrokenProcessPool:
         raise UserError(
-            "a process that was reading images was killed, probably for lack of memory; use fewer processes with -j"
+            "a reader process was killed, probably because memory ran out; use fewer processes with -j"
         ) from None
     finally:
-        for process in list(pool._processes.values()):  # each heeds its parent alone
+        for process in list(pool._processes.values()):  # they ignore termination signals, except from this process
             process.terminate()
-        pool.shutdown()  # wait: otherwise Python 3.8 closes a pipe that its own thread still reads
+        pool.shutdown()  # waits: if it did not, Python 3.8 would close a pipe that its own thread is still reading
     return Findings(len(files), unreadable, kinds, sets.warnings)
 
 

@@ -1,10 +1,10 @@
 """Decode image files, but only the rows that are needed.
 
-Two decoders. ``pil`` gives bit for bit the pixels of torchvision's reference script. ``fast`` reads ordinary JPEGs with
-libjpeg-turbo through simplejpeg and leaves out the rows below the crop: a JPEG says how many rows it has in two
-bytes of its header, and a decoder that reads a smaller number there stops early. The pixels are the same; shrinking
-them on a tensor instead of in Pillow changes a value by one step in 255, occasionally by two
-(``tests/test_decode.py``). Other files are decoded by Pillow.
+There are two decoders. ``pil`` gives the same pixels as torchvision's reference script, bit for bit. ``fast`` decodes
+ordinary JPEGs with libjpeg-turbo (package simplejpeg) and skips the rows below the crop: two bytes of the header hold
+the number of rows, and if a smaller number is written there, the decoder stops early. The decoded pixels are the same.
+Resizing them with torch instead of Pillow changes values by 1 (of 255), occasionally by 2 (``tests/test_decode.py``).
+``fast`` leaves all other files to Pillow.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ BASELINE = (0xC0, 0xC1)  # start-of-frame markers of sequential JPEGs with Huffm
 START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 START_OF_SCAN = 0xDA
 END_OF_IMAGE = b"\xff\xd9"
-TAIL_BYTES = 4096  # some cameras and editors leave a little something behind the image
+TAIL_BYTES = 4096  # where to look for the end marker: some cameras and editors append data to the image
 
 
 def best_decoder() -> str:
-    """``fast`` if simplejpeg is installed and torch resizes uint8 with antialiasing (2.1 and later), else ``pil``."""
+    """``fast`` if simplejpeg is installed and torch can resize uint8 with antialiasing (2.1+), otherwise ``pil``."""
     try:
         import simplejpeg  # noqa: F401
     except ImportError:
@@ -57,20 +57,20 @@ class Picture:
     """An image file whose header has been read; its pixels are decoded on request."""
 
     def __init__(self, file: str) -> None:
-        """Raises BadImage if the file is missing, empty, not an image, or too large for one."""
+        """Read the header. Raises BadImage if the file is missing, empty, not an image, or has too many pixels."""
         self.file = file
         try:
             with warnings.catch_warnings():
-                # At 89 million pixels Pillow warns of a decompression bomb, at twice that it refuses: here the first.
+                # A decompression bomb: Pillow warns above 89 million pixels, raises above twice that; here both raise.
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                warnings.filterwarnings("ignore", module="PIL", category=UserWarning)  # on odd EXIF data and the like
-                self._image = Image.open(file)  # of an animation the first picture
-        except Exception as error:  # decoders raise nearly anything for a broken file
+                warnings.filterwarnings("ignore", module="PIL", category=UserWarning)  # e.g. about bad EXIF data
+                self._image = Image.open(file)  # for an animation, the first frame
+        except Exception as error:  # decoders can raise almost any exception for a damaged file
             raise bad_image(file, reason_of(error)) from None
         self.width, self.height = self._image.size
 
     def pixels(self, rows: int | None = None) -> Pixels:
-        """At least the first ``rows`` rows of the image, in RGB; call it only once. Raises BadImage."""
+        """Decode at least the first ``rows`` rows (default: all) to RGB. Call this only once. Raises BadImage."""
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="PIL", category=UserWarning)
@@ -90,20 +90,20 @@ class JpegPicture:
     def pixels(self, rows: int | None = None) -> Pixels:
         import simplejpeg
 
-        # The last row of a cut image lacks the colours of the row below it, so one more is decoded.
+        # A row's colours are interpolated with those of the row below, so at least one more row is decoded.
         block = self._frame.block_height
         enough = self.height if rows is None else (rows // block + 1) * block
         if enough < self.height:
             struct.pack_into(">H", self._data, self._frame.height_at, enough)
         try:
-            # Not strict, as Pillow is not: what remains of the data after the last row would be an error.
+            # strict=True would report the undecoded rest of the data as an error; Pillow ignores it, too.
             return torch.from_numpy(simplejpeg.decode_jpeg(self._data, strict=False))
-        except ValueError:  # an unusual colour space; Pillow supports more of them
+        except ValueError:  # an unusual colour space; Pillow supports more
             return Picture(self.file).pixels()
 
 
 def open_picture(file: str, decoder: str) -> Picture | JpegPicture:
-    """Read enough of ``file`` to know its size. Raises BadImage, or KeyError for an unknown decoder."""
+    """Open an image file and read its width and height. Raises BadImage, or KeyError for an unknown decoder."""
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would block
             raise bad_image(file, "not a regular file")
@@ -113,7 +113,7 @@ def open_picture(file: str, decoder: str) -> Picture | JpegPicture:
 
 
 def _open_jpeg(file: str) -> Picture | JpegPicture:
-    """Use Pillow for anything that is not an ordinary JPEG."""
+    """Open a file for the decoder ``fast``; anything that is not an ordinary JPEG is left to Pillow."""
     if not file.lower().endswith((".jpeg", ".jpg")):
         return Picture(file)
     try:
@@ -126,10 +126,10 @@ def _open_jpeg(file: str) -> Picture | JpegPicture:
 
 
 class Decoder(NamedTuple):
-    """How images are read."""
+    """The two functions that define a decoder."""
 
     open_file: Callable[[str], Picture | JpegPicture]
-    from_array: Callable[[Tensor], Pixels]  # of (H, W, 3) uint8: what the pixels of a file would have been
+    from_array: Callable[[Tensor], Pixels]  # converts (H, W, 3) uint8 to what the decoder returns for a file
 
 
 DECODERS = {
@@ -144,7 +144,7 @@ class _Frame(NamedTuple):
     height: int
     width: int
     height_at: int  # position of the height in the file, 2 bytes
-    block_height: int  # rows that are coded together: 8, or 16 and more where colours are stored at a lower resolution
+    block_height: int  # rows that are coded together: 8, or 16 and more with chroma subsampling
 
 
 def _frame_of(data: bytearray) -> _Frame | None:
@@ -154,7 +154,7 @@ def _frame_of(data: bytearray) -> _Frame | None:
     try:
         marker, at = _next_segment(data, 2, START_OF_FRAME)
         _, scan_at = _next_segment(data, at, {START_OF_SCAN})
-        # Only from here on: a thumbnail in the header has its own end marker.
+        # Search after the header only: a thumbnail in it has its own end marker.
         if data.rfind(END_OF_IMAGE, max(scan_at, len(data) - TAIL_BYTES)) < 0:
             return None
         precision, height, width, num_components = struct.unpack_from(">BHHB", data, at + 4)
@@ -175,7 +175,7 @@ def _next_segment(data: bytearray, at: int, wanted: set[int]) -> tuple[int, int]
         marker = data[at + 1]
         if marker in wanted:
             return marker, at
-        at += 1 if marker == 0xFF else 2 + (data[at + 2] << 8 | data[at + 3])  # 0xFF more: padding
+        at += 1 if marker == 0xFF else 2 + (data[at + 2] << 8 | data[at + 3])  # a second 0xFF is padding
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -183,12 +183,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in SIXTEEN_BITS:
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     elif image.mode == "F":
-        raise ValueError("floating-point pixels on an unknown scale")
+        raise ValueError("floating-point pixels with an unknown value range")
     return image.convert("RGB")
 
 
 def bad_image(file: str, reason: str) -> BadImage:
-    """The exception for a file, with advice for the user."""
+    """Return the exception for an unreadable file, with advice for the user."""
     advice = "repair or remove it, or skip such files with --on-bad-image skip"
     return BadImage(f"{file!r} cannot be read as an image ({reason}); {advice}", file, reason)
 

@@ -1,8 +1,8 @@
-"""The bundled set: scikit-learn's 1797 handwritten digits, as a folder of image files.
+"""The bundled data set: scikit-learn's 1797 handwritten digits, as a folder of image files.
 
-Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998: 8x8 pixels of
-17 grey levels. They are written once, enlarged to 32x32, in ImageNet's folder layout, so that training on them
-exercises the same code as training on ImageNet.
+Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998: 8x8 pixels with
+17 grey levels. On first use they are enlarged to 32x32 and written in ImageNet's folder layout, so that training on
+them runs the same code as training on ImageNet.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from vgglab.errors import UserError
 from vgglab.storage.cache import cache_folder
 
-NAME = "digits-1"  # raise the number when what is written changes
+NAME = "digits-1"  # increment the number when the written files change
 EVERY_NTH_IS_HELD_OUT = 5
 IMAGE_SIZE = 32
 
 
 def digits_folder() -> Path:
-    """The folder with ``train/``, ``val/`` and the two list files; written on first use.
+    """Return the folder with ``train/``, ``val/`` and the two list files; it is written on first use.
 
     Raises:
         UserError: scikit-learn is missing, or the cache cannot be written.
@@ -38,9 +38,9 @@ def digits_folder() -> Path:
     try:
         _write(unfinished)
         unfinished.chmod(0o755)
-        unfinished.rename(folder)  # all of it or nothing, also when several ranks start at once
+        unfinished.rename(folder)  # atomic, even if several ranks start at once
     except OSError:
-        if not folder.is_dir():  # else another process was faster, with the same images
+        if not folder.is_dir():  # if it is, another process has written the same images first
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -58,7 +58,7 @@ def _write(folder: Path) -> None:
     digits = load_digits()
     lines: dict[str, list[str]] = {"train": [], "val": []}
     for number, (pixels, label) in enumerate(zip(digits.images, digits.target)):
-        # Spread over the whole set, so that both parts are alike.
+        # Held-out images are taken from the whole data set, so that both splits are similar.
         split = "val" if number % EVERY_NTH_IS_HELD_OUT == 0 else "train"
         file = f"{label}/{number:04d}.png"
         grey = (pixels * (255 / 16)).round().astype("uint8")  # (8, 8), 0 to 16 becomes 0 to 255

@@ -1,6 +1,6 @@
-"""Where the pixels of a split come from: image files, arrays in memory, or a generator (``fake``).
+"""The image sources of a split: files, arrays in memory, or generated images (``fake``).
 
-Each kind has a length, a name for each image in messages, and a method that opens one for a transform.
+Each source has a length, a name for each image (used in messages), and a method that opens an image for a transform.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Images(Protocol):
         """The name of an image in messages: its file, or its position in a named set."""
 
     def open(self, index: int, decoder: str) -> AnyPicture:
-        """Open an image, of which any part can then be read. Raises BadImage."""
+        """Open an image; its pixels are decoded later. Raises BadImage if it cannot be read."""
 
 
 class FileImages:
@@ -44,7 +44,7 @@ class FileImages:
 
 
 class ArrayPicture:
-    """One image of an array."""
+    """One image from an array of images."""
 
     def __init__(self, pixels: Tensor, decoder: str) -> None:
         """``pixels``: (H, W) grey or (H, W, 3), uint8."""
@@ -73,7 +73,7 @@ class ArrayImages:
 
 
 class FakeImages:
-    """Random pixels, drawn once and reused: loading costs almost nothing, so a benchmark measures the rest."""
+    """Random images, generated once and reused: loading takes almost no time, so a benchmark measures the rest."""
 
     NUM_DRAWN = 64
 

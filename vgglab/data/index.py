@@ -15,21 +15,21 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 class Listing(NamedTuple):
     """The sorted image names of a folder."""
 
-    names: str  # joined by "/", which no name contains: a million small strings would cost 100 MB
+    names: str  # joined by "/", which no name contains: a million small strings would take 100 MB
     num_folders: int = 0  # subfolders, whose images are ignored
 
     def split(self) -> list[str]:
         return self.names.split("/") if self.names else []
 
 
-Index = Dict[str, Listing]  # class folder -> its images, in sorted order; "" for those outside the folders
+Index = Dict[str, Listing]  # class folder -> its images, in sorted order; "" for images outside class folders
 
 
 class Paths(Sequence[str]):
-    """A list of paths in two flat buffers.
+    """A sequence of paths, stored in two flat buffers.
 
-    A list of a million strings has a million reference counts, and a forked loader process copies a memory page for
-    each one it touches: its memory would grow throughout the epoch.
+    A list of a million strings has a million reference counts. A forked worker that changes one copies the whole memory
+    page, so with a list its memory use would grow throughout the epoch.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
@@ -49,12 +49,12 @@ class Paths(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]  # raises IndexError, counts from the end
+        number = range(len(self))[index]  # raises IndexError, resolves negative indices
         return os.fsdecode(bytes(self._bytes[self._ends[number] : self._ends[number + 1]]))
 
 
 def read_index(folder: Path) -> Index:
-    """All image files of a split, by class folder; hidden files and folders are left out.
+    """List all image files of a split by class folder, without hidden files and folders.
 
     Raises:
         UserError: a class folder is a broken link.

@@ -1,7 +1,7 @@
-"""``train_list.txt`` and ``val_list.txt``: lines ``path label`` that define a data set.
+"""Read the list files ``train_list.txt`` and ``val_list.txt``, whose lines ``path label`` define a data set.
 
-The path is relative to the root or to the split's folder and may contain spaces; labels count from 0. If such a file
-exists, it is used, and differences from the folders are counted and reported.
+The path is relative to the root or to the split's folder and may contain spaces; labels start at 0. If a list file
+exists, it takes precedence over the class folders, and differences between the two are counted and reported.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ListFile(NamedTuple):
 
 
 def read_list(root: Path, split: str) -> ListFile | None:
-    """The list file of a split, or None if there is none.
+    """Read the list file of a split; return None if there is none.
 
     Raises:
         UserError: a line is not a path and a label, or points outside the data set; or the list is empty.
@@ -63,7 +63,7 @@ def _parse(line: str, where: str) -> tuple[str, int]:
     path = path.strip()
     is_number = label.isascii() and label.isdigit() and len(label) <= len(str(MAX_LABEL))
     if not path or not is_number or int(label) > MAX_LABEL:
-        raise UserError(f"{where}: {line.strip()[:80]!r} is not a path and a label (0 or larger)")
+        raise UserError(f"{where}: {line.strip()[:80]!r} is not a path and a label (a whole number, 0 or larger)")
     if path.startswith("/") or ".." in path.split("/"):
         raise UserError(f"{where}: {path!r} points outside the data set; paths are relative to its root")
     return posixpath.normpath(path), int(label)
@@ -73,14 +73,14 @@ def classes_of(listed: ListFile) -> list[str]:
     """A name for each label: its folder if folder and label match one to one, otherwise ``label <number>``.
 
     Raises:
-        UserError: the labels are not consecutive from 0, for example if they count from 1.
+        UserError: the labels are not consecutive from 0, for example because they start at 1.
     """
     used = sorted(set(listed.labels))
     if used[-1] + 1 != len(used):
         missing = next(number for number, label in enumerate([*used, -1]) if number != label)
         raise UserError(
             f"{listed.name}: labels from {used[0]} to {used[-1]}, but {missing} does not occur; "
-            "labels count from 0 without gaps"
+            "labels count from 0 and must have no gaps"
         )
     names: dict[int, set[str]] = {label: set() for label in used}
     labels: dict[str, set[int]] = {}
@@ -117,7 +117,7 @@ def _is_no_folder(path: Path) -> bool:
 
 
 def disagreements(listed: ListFile, index: Index) -> list[str]:
-    """Differences from the folders, one line each, with counts."""
+    """Describe the differences between a list file and the folders, one line each, with counts."""
     lines = []
     num_twice = len(listed.paths) - len(set(listed.paths))
     if num_twice:
@@ -128,7 +128,7 @@ def disagreements(listed: ListFile, index: Index) -> list[str]:
     num_unlisted = sum(count for count in unlisted.values() if count > 0)
     if num_unlisted:
         first = next(name for name, count in unlisted.items() if count > 0)
-        lines.append(f"{listed.name}: does not list {num_unlisted} image files in the folders, e.g. in {first or '.'}/")
+        lines.append(f"{listed.name}: does not list {num_unlisted} image files of the folders, e.g. in {first or '.'}/")
     usual: dict[str, Counter] = {}
     for folder, label in zip(listed.folders(), listed.labels):
         if folder:
@@ -137,28 +137,28 @@ def disagreements(listed: ListFile, index: Index) -> list[str]:
     if num_odd:
         first = next(folder for folder, counts in usual.items() if len(counts) > 1)
         lines.append(
-            f"{listed.name}: {num_odd} of {len(listed.paths)} images have a different label from most of their folder, "
-            f"e.g. in {first}/; the list is used"
+            f"{listed.name}: {num_odd} of {len(listed.paths)} images have a different label from most of their "
+            f"folder's images, e.g. in {first}/; the list is used"
         )
     in_order = {folder: number for number, folder in enumerate(sorted(folder for folder in index if folder))}
     others = [f for f, counts in usual.items() if f in in_order and counts.most_common(1)[0][0] != in_order[f]]
     if others and not num_odd:
         lines.append(
-            f"{listed.name}: numbers {len(others)} of {len(usual)} class folders differently from their sorted order, "
+            f"{listed.name}: numbers {len(others)} of {len(usual)} class folders differently from alphabetical order, "
             f"e.g. {others[0]}/; the list is used"
         )
     return lines
 
 
 def refuse_other_labels(listed: ListFile, classes: list[str], other: str) -> None:
-    """Refuse a split whose labels differ from those of training: its accuracy would be meaningless.
+    """Raise an error if a split's labels differ from those of training: its accuracy would be meaningless.
 
     Args:
         classes: folders of the training images; the index of a folder is its label.
         other: where the labels come from, for the message.
 
     Raises:
-        UserError: a folder has another label in training, or a label does not exist there.
+        UserError: a folder has a different label in training, or a label does not occur in training.
     """
     label_of = {name: label for label, name in enumerate(classes)}
     wrong = [
@@ -170,11 +170,11 @@ def refuse_other_labels(listed: ListFile, classes: list[str], other: str) -> Non
         path, label, right = wrong[0]
         raise UserError(
             f"{listed.name}: {len(wrong)} of {len(listed.paths)} labels disagree with {other}, "
-            f"e.g. {path} is {label} here and {right} there; make them agree"
+            f"e.g. {path} has label {label} instead of {right}; use the same labels in both splits"
         )
     too_high = [label for label in listed.labels if label >= len(classes)]
     if too_high:
         raise UserError(
-            f"{listed.name}: {len(too_high)} of {len(listed.paths)} labels exceed the {len(classes)} classes of "
-            f"{other}, e.g. {too_high[0]}"
+            f"{listed.name}: {len(too_high)} of {len(listed.paths)} labels are too large for the "
+            f"{len(classes)} classes of {other}, e.g. {too_high[0]}"
         )

@@ -1,7 +1,7 @@
-"""Batches: the order of images, and their transforms.
+"""Make batches: choose the order of the images, load them and transform them.
 
-Both depend only on the seed, the epoch and the image's index in the data set. The number of workers and the number of
-ranks that share a global batch change nothing.
+Order and random transforms depend only on the seed, the epoch and the image's index in the data set, not on the number
+of workers or on the number of ranks that share a global batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vgglab.settings.config import Settings
 
 OnSkipped = Callable[[str, str], None]
-STRIDE = 1_000_000_007  # a prime above any number of images or epochs
+STRIDE = 1_000_000_007  # a prime larger than any number of images or epochs
 
 
 def mix_seeds(*parts: int) -> int:
@@ -36,19 +36,19 @@ def mix_seeds(*parts: int) -> int:
 
 
 class Sample(NamedTuple):
-    """One image to load, by its index in the split; ``seed`` seeds its random transforms."""
+    """An image to load, given by its index in the split; ``seed`` seeds its random transforms."""
 
     image: int
     seed: int
 
 
 class Batch(NamedTuple):
-    """A batch from a loader process, as bytes: a quarter of the size of float32."""
+    """A batch from a worker, with pixels as uint8: a quarter of the size of float32."""
 
     images: Tensor  # (N, S, S, 3) uint8
     labels: Tensor  # (N,) int64
     indices: tuple[int, ...]  # of the images in their split
-    skipped: tuple[tuple[str, str], ...]  # (image, reason) of those that were left out
+    skipped: tuple[tuple[str, str], ...]  # (image, reason) of each skipped image
 
 
 class BatchReader(Dataset):
@@ -62,7 +62,7 @@ class BatchReader(Dataset):
         return len(self.split)
 
     def __getitem__(self, samples: list[Sample]) -> Batch:
-        """Load one batch. Raises BadImage, unless bad images are skipped."""
+        """Load one batch. Raises BadImage for an unreadable image, unless such images are skipped."""
         images = torch.empty(len(samples), self.size, self.size, 3, dtype=torch.uint8)
         indices: list[int] = []
         skipped = []
@@ -81,7 +81,7 @@ class BatchReader(Dataset):
 
 
 class BatchSampler(Protocol):
-    """The images of each batch of a pass; the first ``first`` batches are skipped, after a resume."""
+    """Yields the images of each batch in one pass; after a resume, the first ``first`` batches are skipped."""
 
     epoch: int
     first: int
@@ -92,15 +92,15 @@ class BatchSampler(Protocol):
 
 
 class TrainBatchSampler(Sampler):
-    """Shuffled batches of one rank; a last batch that is not full on every rank is dropped.
+    """Shuffled batches for one rank; the last batch is dropped unless it is full on every rank.
 
-    Step k of an epoch takes ``global_batch_size`` images, from index ``k x global_batch_size``, of one permutation that
-    all ranks share; the device's sampler distributes them. So one rank with batch size 64 and two with 32 see the same
-    images in each step.
+    All ranks share one permutation of the images. Step k of an epoch takes the next ``global_batch_size`` images of it,
+    from index ``k x global_batch_size``; the device's sampler distributes them over the ranks. So one rank with batch
+    size 64 and two ranks with batch size 32 use the same images in each step.
     """
 
     epoch = 0
-    first = 0  # batches of this epoch that were done before a resume
+    first = 0  # batches of this epoch that were completed before a resume
 
     def __init__(self, num_images: int, batch_size: int, device: Device, seed: int, max_batches: int = -1) -> None:
         num_batches = num_images // (batch_size * device.world_size)
@@ -118,19 +118,20 @@ class TrainBatchSampler(Sampler):
         epoch_seed = mix_seeds(self.seed, self.epoch)
         order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(epoch_seed))
         self.sampler.set_epoch(self.epoch)
-        mine = order[torch.tensor(list(self.sampler))]  # a tensor: as a list, ImageNet's would be 50 MB of numbers
+        mine = order[torch.tensor(list(self.sampler))]  # a tensor, because a list of ImageNet's indices takes 50 MB
         for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
             picked = mine[start : start + self.batch_size].tolist()
             yield [Sample(image, mix_seeds(epoch_seed, image)) for image in picked]
 
 
 class EvalBatchSampler(Sampler):
-    """Every image once, in order; rank r of n takes images r, r + n, r + 2n, ... without padding.
+    """Batches with every image once, in order; rank r of n takes images r, r + n, r + 2n, ... without padding.
 
-    With ``max_batches`` per rank, that many images spread evenly over the data set, because its start is one class.
+    With ``max_batches``, each rank takes that many batches, spread evenly over the data set, whose first images all
+    belong to one class.
     """
 
-    epoch = first = 0  # the same in each
+    epoch = first = 0  # not used: all passes are the same
 
     def __init__(self, num_images: int, batch_size: int, device: Device, max_batches: int = -1) -> None:
         num_wanted = num_images if max_batches == -1 else max_batches * batch_size * device.world_size
@@ -156,19 +157,19 @@ def _without_remarks() -> Iterator[None]:
 
 
 class Batches:
-    """The batches of one rank; a pass has ``len(self)`` of them."""
+    """The batches of one rank; ``len()`` is their number in one pass."""
 
     def __init__(self, reader: BatchReader, sampler: BatchSampler, workers: int, device: Device) -> None:
         self._sampler = sampler
         # A separate generator: drawing the workers' seeds must not change the random numbers of dropout.
         options: dict[str, Any] = {"generator": torch.Generator(), "pin_memory": device.pins_memory}
         if workers:
-            # The held-out images' workers end with each pass: idle, they would double the processes.
+            # Workers for held-out images exit after each pass: kept idle, they would double the number of processes.
             is_training = isinstance(sampler, TrainBatchSampler)
             options.update(persistent_workers=is_training, multiprocessing_context=device.worker_start)
             options.update(worker_init_fn=leave_signals_to_parent)
         with _without_remarks():
-            # What the sampler yields is a whole batch already; batch_size=None has it handed on as it is.
+            # The sampler already yields whole batches; batch_size=None passes them on unchanged.
             self._loader = DataLoader(
                 reader, sampler=sampler, batch_size=None, collate_fn=_as_it_is, num_workers=workers, **options
             )
@@ -177,13 +178,13 @@ class Batches:
         return len(self._sampler)
 
     def epoch(self, epoch: int, first: int = 0, on_skipped: OnSkipped | None = None) -> Iterator[Batch]:
-        """The batches of one pass, from batch ``first`` on.
+        """Yield the batches of one pass, starting with batch ``first``.
 
         Args:
             on_skipped: called with the name of each skipped image and the reason.
 
         Raises:
-            UserError: an image cannot be read; with ``--on-bad-image skip`` only if that applies to a whole batch.
+            UserError: an image cannot be read, or, with ``--on-bad-image skip``, no image of a training batch can.
         """
         self._sampler.epoch, self._sampler.first = epoch, first
         with starting_workers(), _without_remarks():
@@ -195,13 +196,13 @@ class Batches:
                         on_skipped(image, reason)
                 if batch.indices:
                     yield batch
-                elif isinstance(self._sampler, TrainBatchSampler):  # the other ranks count on a step here
+                elif isinstance(self._sampler, TrainBatchSampler):  # the other ranks would wait for this rank's step
                     raise UserError(
-                        f"--on-bad-image skip: no image of a batch can be read, e.g. {batch.skipped[0][0]!r}; raise "
-                        "--batch-size, or count the unreadable images with vgglab data check"
+                        f"--on-bad-image skip: no image of a batch can be read, e.g. {batch.skipped[0][0]!r}; "
+                        "increase --batch-size, or find the unreadable images with vgglab data check"
                     )
         except UserError as error:
-            # From a worker process it arrives with that process's traceback around it.
+            # An error in a worker arrives inside that worker's traceback; only its last line is kept.
             last_line = str(error).strip().splitlines()[-1]
             raise UserError(last_line.split(f"{type(error).__name__}: ", 1)[-1]) from None
 

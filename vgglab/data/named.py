@@ -1,6 +1,6 @@
-"""Named data sets: in the cache folder, or downloaded into it by torchvision on first use.
+"""Named data sets, kept in the cache folder; torchvision downloads most of them on first use.
 
-torchvision shows the progress, verifies checksums, and skips files that exist.
+torchvision shows the progress, verifies checksums, and skips files that already exist.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from vgglab.data.transform import Preparation
 from vgglab.errors import UserError
 from vgglab.storage.cache import cache_folder, one_at_a_time
 
-# Debian's package dataset-fashion-mnist brings the four files here.
+# Debian's package dataset-fashion-mnist installs the four files here.
 PACKAGED_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-NUM_FAKE = {"train": 1_281_167, "val": 50_000}  # ImageNet's numbers
+NUM_FAKE = {"train": 1_281_167, "val": 50_000}  # as many as in ImageNet
 NUM_FAKE_CLASSES = 1000
 
 
 class NamedSet(NamedTuple):
-    """A named data set: ``folder`` returns a root with train/ and val/, or ``split`` the images of one split."""
+    """A named data set: either ``folder`` returns a root with train/ and val/, or ``split`` returns one split."""
 
     preparation: Preparation
-    archives: str  # what to put where by hand; empty for a set that is never fetched
+    archives: str  # files to download by hand if the download fails; empty if there is nothing to download
     folder: Callable[[], Path] | None = None
-    split: Callable[[str, int], Split] | None = None  # of "train" or "val", in images of this size
+    split: Callable[[str, int], Split] | None = None  # takes "train" or "val", and the image size
 
 
 def _fashion_mnist(split: str, size: int) -> Split:
     raw = cache_folder() / "FashionMNIST" / "raw"
     for packed in PACKAGED_FASHION_MNIST.glob("*.gz"):
-        _unpack(packed, raw / packed.stem)  # unpacked here, because Debian's archives have other checksums
+        _unpack(packed, raw / packed.stem)  # torchvision would reject Debian's archives, whose checksums differ
     found = _torchvision("FashionMNIST", train=split == "train")
     return Split(ArrayImages(found.data, f"fashion-mnist/{split}"), found.targets.tolist(), list(found.classes))
 
 
 def _unpack(packed: Path, target: Path) -> None:
-    """Unpack into a temporary folder, then rename it, because several ranks may start at once."""
+    """Unpack into a temporary file, then rename it, because several ranks may start at once."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def _cifar(name: str, split: str, size: int) -> Split:
 
 
 def _imagenette() -> Path:
-    """Imagenette, in the version whose shorter sides are 320 pixels."""
+    """The folder of Imagenette, in the version whose shorter side is 320 pixels; downloaded if it is missing."""
     root = cache_folder() / "imagenette2-320"
     if not (root / "train").is_dir():
         _torchvision("Imagenette", split="train", size="320px")
@@ -71,7 +71,7 @@ def _imagenette() -> Path:
 
 
 def _torchvision(name: str, **options: Any) -> Any:
-    """Load a data set through torchvision, downloading it if necessary; the other ranks of this machine wait."""
+    """Load a data set through torchvision, downloading it if necessary; other ranks on this machine wait."""
     from torchvision import datasets
 
     if not hasattr(datasets, name):
@@ -88,13 +88,13 @@ def _fake(split: str, size: int) -> Split:
 
 
 def _small(flip: bool) -> Preparation:
-    """Preparation of images of about 32 pixels, whose crops must not be tiny. ``flip``: False for digits."""
+    """Preparation for images of about 32 pixels, from which crops must not be tiny. ``flip``: False for digits."""
     return Preparation(32, crop_scale=(0.7, 1.0), resize_ratio=1.0, flip=flip)
 
 
 NAMED_SETS = {
     "digits": NamedSet(_small(flip=False), "", folder=digits_folder),
-    "fashion-mnist": NamedSet(_small(flip=True), "its four .gz files in FashionMNIST/raw", split=_fashion_mnist),
+    "fashion-mnist": NamedSet(_small(flip=True), "FashionMNIST/raw (four .gz files)", split=_fashion_mnist),
     "cifar10": NamedSet(_small(flip=True), "cifar-10-python.tar.gz", split=partial(_cifar, "CIFAR10")),
     "cifar100": NamedSet(_small(flip=True), "cifar-100-python.tar.gz", split=partial(_cifar, "CIFAR100")),
     "imagenette": NamedSet(Preparation(), "imagenette2-320.tgz", folder=_imagenette),
@@ -109,10 +109,10 @@ def explain_failed_download(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # no network, a damaged file, no room: torchvision raises nearly anything
+    except Exception as error:  # no network, a damaged file, a full disk: torchvision can raise almost any exception
         reason = " ".join(str(error).split())[:200]
         archives = NAMED_SETS[name].archives
         raise UserError(
             f"--data-path {name}: cannot be downloaded ({reason}); "
-            f"without a network connection put {archives} into {cache_folder()}"
+            f"without a network connection, put {archives} into {cache_folder()}"
         ) from None

@@ -45,17 +45,17 @@ class DataSets:
 
     @property
     def is_fake(self) -> bool:
-        """Whether the images are generated, so that neither accuracy nor loading speed means anything."""
+        """Whether the images are random pixels, which makes accuracy and loading speed meaningless."""
         return isinstance(self.val.images, FakeImages)
 
     def train_transform(self) -> Any:
-        """The transform of a training image: ``(picture, seed)`` to ``(image_size, image_size, 3)`` bytes."""
+        """The transform for training images, from ``(picture, seed)`` to ``(image_size, image_size, 3)`` uint8."""
         if self.is_fake:
             return NoCrop()
         return CROPS[self.crops](self.image_size, self.preparation)
 
     def eval_transform(self) -> Any:
-        """The transform of a held-out image: the same signature, nothing random."""
+        """The transform for held-out images: the same signature, but deterministic."""
         return NoCrop() if self.is_fake else CentreCrop(self.image_size, self.preparation.resize_ratio)
 
 
@@ -120,7 +120,7 @@ def _folder(data_path: str) -> Path:
     if not root.is_dir():
         names = ", ".join(NAMED_SETS)
         raise UserError(
-            f"--data-path {data_path}: no such folder; give one that contains train/ and val/, or a data set: {names}"
+            f"--data-path {data_path}: no such folder; use one that contains train/ and val/, or a data set: {names}"
         )
     return root
 
@@ -134,7 +134,7 @@ def _read_splits(root: Path, config: Request, warnings: list[str]) -> tuple[Spli
 
 
 def _training_classes(root: Path) -> list[str] | None:
-    """The training classes, which define the labels even for evaluation only; None if there are none."""
+    """The training classes, which define the labels even with --test-only; None if there is no training data."""
     listed = lists.read_list(root, "train")
     if listed is not None:
         return lists.classes_of(listed)
@@ -147,9 +147,9 @@ def read_split(root: Path, split: str, classes: list[str] | None, is_strict: boo
     """Read the images of ``<root>/<split>/`` from ``<split>_list.txt`` if it exists, otherwise from the class folders.
 
     Args:
-        classes: the training classes, whose index is the label; None if the split has its own.
-        is_strict: refuse a list that names files that do not exist.
-        warnings: receives one line for each difference between list and folders.
+        classes: the training classes, whose index is the label; None if this split defines them.
+        is_strict: raise an error if the list contains files that do not exist.
+        warnings: receives one line for each kind of difference between the list and the folders, with counts.
     """
     folder = root / split
     if not folder.is_dir():
@@ -183,7 +183,7 @@ def _listed_split(
 
 
 def _left_out(split: str, index: Index, classes: list[str] | None) -> list[str]:
-    """Files that are ignored because of where they are, one line each, with counts."""
+    """Describe what is ignored or missing in the class folders, one line for each kind, with counts."""
     lines, loose = [], index[""].split()
     if loose:
         lines.append(f"{split}/: {len(loose)} images outside class folders are ignored, e.g. {loose[0]}")
@@ -226,9 +226,9 @@ def _num_classes(config: Request, classes: list[str]) -> tuple[int, list[str]]:
     if asked is None or asked == found:
         return found, []
     if asked == SEED_NUM_CLASSES and asked > found:
-        # The original commands all set 1000. That trains; it wastes outputs, and weights for
-        # ImageNet's 1000 classes are numbered differently.
-        return asked, [f"--num-classes {asked}: the folder has {found} classes; the other outputs stay unused"]
+        # The original example's commands all set 1000. Training works with it, but wastes outputs, and the
+        # classes are numbered differently from those of ImageNet weights.
+        return asked, [f"--num-classes {asked}: the folder has {found} classes; the remaining outputs stay unused"]
     raise UserError(
         f"--num-classes {asked}: {config.data_path} has {found} classes; leave the flag out or set it to {found}"
     )

@@ -1,8 +1,8 @@
-"""Transforms between an image file and the network.
+"""Transforms from decoded images to the network's input.
 
-In the loader: a crop of the final size, possibly mirrored, ``(S, S, 3)`` bytes. On the card, for the whole batch at
-once: conversion to float32 and normalisation. The crops are those of torchvision's reference script
-(``RandomResizedCrop``; ``Resize``, then ``CenterCrop``); each image has its own seed.
+The loader crops and resizes each image and mirrors some, with a seed for each image; the result is ``(S, S, 3)`` uint8.
+The card then converts the whole batch to float32 and normalises it. The crops are those of torchvision's reference
+script (``RandomResizedCrop``; ``Resize``, then ``CenterCrop``).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from vgglab.data.images import AnyPicture
 
-# Mean and standard deviation of ImageNet's training images per channel (red, green, blue), of values in [0, 1].
+# Mean and standard deviation of ImageNet's training images per channel (red, green, blue), for values in [0, 1].
 CHANNEL_MEAN = (0.485, 0.456, 0.406)
 CHANNEL_STD = (0.229, 0.224, 0.225)
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # width to height of a random crop
 BILINEAR = getattr(Image, "Resampling", Image).BILINEAR  # Pillow 9.1 moved it
 
-Pixels = Union[Tensor, Image.Image]  # (H, W, 3) uint8, or an RGB image of Pillow's
+Pixels = Union[Tensor, Image.Image]  # (H, W, 3) uint8, or an RGB Pillow image
 
 
 class Box(NamedTuple):
@@ -38,10 +38,13 @@ class Box(NamedTuple):
 
 
 class Preparation(NamedTuple):
-    """How images become squares. ``resize_ratio``: 256/224 for ImageNet, where a centre crop follows the resizing."""
+    """How images are made square.
+
+    ``resize_ratio`` is the length of the shorter side before the centre crop, relative to ``image_size``.
+    """
 
     image_size: int = 224
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop; torchvision's default
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the area in a random crop; as in torchvision
     flip: bool = True
     resize_ratio: float = 256 / 224
 
@@ -63,10 +66,10 @@ class RandomCrop(NamedTuple):
 
 
 class JitteredCrop(NamedTuple):
-    """Training as in the paper: the shorter side drawn from 256 to 512, then a random square of 224, mirrored or not.
+    """Training as in the VGG paper: resize the shorter side to a random 256 to 512 pixels, then crop 224 x 224.
 
-    Other values of ``size`` scale in proportion. Source: Simonyan and Zisserman 2014, section 3.1, "training image
-    size".
+    The position is random, and half of the crops are mirrored. With another ``size``, all numbers scale in proportion.
+    Source: Simonyan and Zisserman 2014, section 3.1, "training image size".
     """
 
     size: int
@@ -76,7 +79,7 @@ class JitteredCrop(NamedTuple):
         """Return ``(size, size, 3)`` uint8. Raises BadImage."""
         draw = random.Random(seed)
         height, width = picture.height, picture.width
-        # A square of 224 out of an image shrunk to 256..512 is this part of the shorter side.
+        # The side of a 224 crop at a shorter side of 256 to 512, in pixels of the original image.
         side = max(1, round(min(height, width) * 224 / draw.uniform(256, 512)))
         box = Box(draw.randint(0, height - side), draw.randint(0, width - side), side, side)
         is_mirrored = self.flip and draw.random() < 0.5
@@ -85,7 +88,7 @@ class JitteredCrop(NamedTuple):
 
 
 class TrivialAugmentCrop(NamedTuple):
-    """One operation of TrivialAugment on the result of ``crop``, its strength drawn uniformly.
+    """Training: ``crop``, then one random operation of TrivialAugment, with a random strength (uniform).
 
     Source: Müller and Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation", 2021. Computed
     by torchvision on Pillow images, which is faster than on tensors.
@@ -98,8 +101,8 @@ class TrivialAugmentCrop(NamedTuple):
         from torchvision.transforms import TrivialAugmentWide
 
         image = Image.fromarray(self.crop(picture, seed).numpy())
-        before = torch.get_rng_state()  # torchvision draws from the generator of all
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed turns to every card too, at each image
+        before = torch.get_rng_state()  # torchvision uses the global generator
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every card, for each image
         try:
             return as_tensor(TrivialAugmentWide()(image))
         finally:
@@ -107,7 +110,7 @@ class TrivialAugmentCrop(NamedTuple):
 
 
 class CentreCrop(NamedTuple):
-    """Evaluation: resize the shorter side to ``size x resize_ratio``, then crop the centre. Nothing random."""
+    """Evaluation: resize the shorter side to ``size x resize_ratio``, then crop the centre. ``seed`` is ignored."""
 
     size: int
     resize_ratio: float
@@ -137,10 +140,10 @@ def _half(pixels: int) -> int:
 
 
 def random_box(height: int, width: int, scale: tuple[float, float], draw: random.Random) -> Box:
-    """Draw a part of the image with ``scale`` times its area and an aspect ratio from 3/4 to 4/3.
+    """Draw a random box: its share of the image's area is in the range ``scale``, its aspect ratio from 3/4 to 4/3.
 
-    Source: Szegedy et al., "Going Deeper with Convolutions", 2014, section 6; the numbers are torchvision's. If ten
-    draws do not fit into the image, the result is the largest centred part with an allowed ratio.
+    Source: Szegedy et al., "Going Deeper with Convolutions", 2014, section 6; the numbers are torchvision's. If none of
+    ten boxes fits into the image, the result is the largest centred box with an allowed aspect ratio.
     """
     low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
     for _ in range(10):
@@ -162,7 +165,7 @@ def resize(pixels: Pixels, height: int, width: int) -> Pixels:
         return pixels if pixels.size == (width, height) else pixels.resize((width, height), BILINEAR)
     if pixels.shape[:2] == (height, width):
         return pixels
-    planes = pixels.permute(2, 0, 1)[None]  # (1, 3, H, W), in memory as it was
+    planes = pixels.permute(2, 0, 1)[None]  # (1, 3, H, W), with the same memory layout
     options: dict[str, Any] = {"mode": "bilinear", "antialias": True}
     return nn.functional.interpolate(planes, size=(height, width), **options)[0].permute(1, 2, 0)
 
@@ -176,7 +179,7 @@ def cut(pixels: Pixels, box: Box) -> Pixels:
 
 
 def as_tensor(pixels: Pixels) -> Tensor:
-    """Return ``(H, W, 3)`` uint8."""
+    """Convert pixels to a ``(H, W, 3)`` uint8 tensor."""
     if isinstance(pixels, Tensor):
         return pixels
     flat = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
@@ -186,8 +189,8 @@ def as_tensor(pixels: Pixels) -> Tensor:
 def normalised(images: Tensor, channels_last: bool = False) -> Tensor:
     """Normalise with ImageNet's mean and standard deviation: ``(N, S, S, 3)`` uint8 to ``(N, 3, S, S)`` floats.
 
-    The floats have PyTorch's default type, normally float32. With ``channels_last`` the channels of a pixel stay
-    adjacent in memory. The rounding is the same as in torchvision's ``ToTensor`` and ``Normalize``.
+    The floats have PyTorch's default type, normally float32. With ``channels_last`` they have the channels-last
+    (NHWC) memory layout. Rounding is the same as in torchvision's ``ToTensor`` and ``Normalize``.
     """
     dtype = torch.get_default_dtype()
     mean, std = _constants(images.device, dtype)
@@ -198,7 +201,7 @@ def normalised(images: Tensor, channels_last: bool = False) -> Tensor:
 
 @functools.lru_cache(maxsize=None)
 def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and deviation on the device, copied once: an unpinned copy in every step would make the host wait."""
+    """Mean and standard deviation on the device, copied once: an unpinned copy per step would make the host wait."""
     both = [torch.tensor(values, dtype=dtype).view(3, 1, 1) for values in (CHANNEL_MEAN, CHANNEL_STD)]
     mean, std = (constant.to(device) for constant in both)
     return mean, std

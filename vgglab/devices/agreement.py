@@ -1,4 +1,4 @@
-"""Values that all ranks must share, sent by rank 0 as numbers over the collective library."""
+"""Make all ranks agree on a value; values are exchanged as sums of numbers by the collective library."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from vgglab.devices.base import Device
 
 MAX_PATH_BYTES = 4096
-MAX_DRAWN_SEED = 2**20  # exact as a float32, in which it travels between ranks
+MAX_DRAWN_SEED = 2**20  # exact in float32, the type in which it is sent
 
 
 def draw_seed(device: Device) -> int:
-    """A random seed, drawn by rank 0 and sent to all ranks (the other ranks add 0 to a sum)."""
+    """Draw a random seed on rank 0 and send it to all ranks, as a sum to which the others contribute 0."""
     import torch
 
     drawn = random.SystemRandom().randrange(MAX_DRAWN_SEED) if device.rank == 0 else 0
@@ -21,7 +21,7 @@ def draw_seed(device: Device) -> int:
 
 
 def broadcast(text: str, device: Device) -> str:
-    """The text that rank 0 passes in, sent to all ranks in the same way."""
+    """Return rank 0's text on every rank; it is sent as a sum of character codes."""
     import torch
 
     mine = text.encode() if device.rank == 0 else b""
@@ -30,7 +30,7 @@ def broadcast(text: str, device: Device) -> str:
 
 
 def true_on_all_ranks(condition: bool, device: Device) -> bool:
-    """Whether a condition holds on every rank."""
+    """Return whether a condition is true on every rank."""
     import torch
 
     return device.fetch(device.sum(torch.tensor([float(not condition)])))[0] == 0

@@ -14,27 +14,27 @@ from vgglab.errors import UserError
 
 
 class Device(ABC):
-    """One card (or the CPU) as seen by one process, and its place among the ranks.
+    """One card (or the CPU) as used by one process, and the rank of that process.
 
     Attributes:
         kind: the name in ``config.json`` and the report.
-        rank, local_rank, world_size: number of this process among all, among those on its machine, and how many there
-            are.
+        rank, local_rank, world_size: index of this process among all, its index among those on its machine, and
+            the number of processes.
         worker_start: how loader workers are started (``fork`` or ``spawn``).
-        pins_memory: whether copies from page-locked memory overlap with computation.
+        pins_memory: whether the loader pins memory, so that copies overlap with computation.
         sampler: the class that distributes the indices of an epoch over the ranks; created with
             ``(indices, num_replicas=, rank=, shuffle=False)``, and ``set_epoch`` is called once per epoch.
-        amp_dtype: the type of mixed precision in use; ``None`` for full float32.
+        amp_dtype: the data type of mixed precision; ``None`` for full float32.
         tf32: whether float32 matrix products may be computed in TF32.
-        channels_last: whether the channels of a pixel are adjacent in memory.
+        channels_last: whether the channels-last (NHWC) memory layout is used.
         fuses: whether the optimizer should use one kernel per step.
         compiles: whether the network is compiled.
         can_average: whether weights may be read outside the step, for a moving average.
-        is_host: whether it computes on the CPU, so that reading a value waits for nothing.
+        is_host: whether the device is the CPU, so that reading a value needs no synchronisation.
         is_simulated: whether the card is simulated, so that its speed means nothing.
-        num_cards: cards that this process can see; None on the CPU, which any number of ranks share.
+        num_cards: number of cards visible to this process; None on the CPU, which any number of ranks can share.
         supports: which of ``channels_last``, ``fused`` and ``compile`` the device supports; the others are refused.
-        warnings: one line each.
+        warnings: messages for the user, one line each.
     """
 
     kind: str
@@ -51,7 +51,7 @@ class Device(ABC):
     is_simulated: bool = False
     num_cards: int | None = None
     supports: frozenset[str] = frozenset()
-    _scaler: Any = None  # of the loss, where float16 needs one
+    _scaler: Any = None  # the loss scaler, if float16 needs one
 
     def __init__(self, options: DeviceOptions) -> None:
         self.rank = int(os.environ.get("RANK", 0))
@@ -64,15 +64,15 @@ class Device(ABC):
                 raise UserError(f"--{name.replace('_', '-')}: not supported on {self.kind}; leave it out")
         if self.world_size > 1 and "RANK" not in os.environ:
             raise UserError(
-                f"--world-size {self.world_size}: no other ranks were started; --nproc {self.world_size} starts them"
+                f"--world-size {self.world_size}: no other ranks were started; use --nproc {self.world_size} instead"
             )
 
     def _take_card_of(self, num_cards: int) -> None:
-        """Store the number of cards. Raises UserError if there is none for this rank."""
+        """Store the number of cards. Raises UserError if there is no card for this rank."""
         self.num_cards = num_cards
         if self.local_rank >= num_cards:
             raise UserError(
-                f"--nproc: rank {self.rank} needs card {self.local_rank} (counted from 0), this machine has {num_cards}"
+                f"--nproc: rank {self.rank} needs card {self.local_rank} (counted from 0); this machine has {num_cards}"
             )
 
     @abstractmethod
@@ -88,17 +88,17 @@ class Device(ABC):
         """Move the batch to the device and convert its types; ``images`` are uint8, ``(N, S, S, 3)``."""
 
     def feed(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images and labels of each batch, on the device; if possible, the next batch is copied during a step."""
+        """Yield each batch's images and labels on the device; if possible, copy the next batch during a step."""
         for batch in batches:
             yield self.move(batch.images, batch.labels)
 
     @abstractmethod
     def mark(self) -> Any:
-        """A timestamp on the device's clock, without synchronising; the host's clock if the device has none."""
+        """Record a timestamp on the device's clock without synchronising; on the host's if the device has none."""
 
     @abstractmethod
     def seconds_between(self, earlier: Any, later: Any) -> float:
-        """Seconds between two marks; the device must have been synchronised since."""
+        """Seconds between two marks; synchronise the device before calling this."""
 
     @abstractmethod
     def autocast(self) -> ContextManager[Any]:
@@ -120,7 +120,7 @@ class Device(ABC):
         """Perform one optimizer step; ``outputs`` are the tensors that will be read after it."""
 
     def scaler_state(self) -> dict[str, Any]:
-        """The state of the loss scaler, for a checkpoint; reads from the device. Empty if there is none."""
+        """The state of the loss scaler, for a checkpoint; reads from the device. Empty without a loss scaler."""
         return {} if self._scaler is None else self._scaler.state_dict()
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
@@ -135,11 +135,11 @@ class Device(ABC):
 
     @abstractmethod
     def flush(self, tensors: Sequence[Tensor]) -> None:
-        """Compute these tensors now, on a lazy device, which only records operations; others have computed them."""
+        """On a lazy device, which only records operations, compute these tensors now; on others, do nothing."""
 
     @abstractmethod
     def fetch(self, tensor: Tensor) -> list[float]:
-        """The values of a one-dimensional tensor. The only host read in the loop; it waits for the device."""
+        """Read the values of a one-dimensional tensor; waits for the device. The loop has no other host reads."""
 
     @abstractmethod
     def sum(self, tensor: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class Device(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What is actually used, for ``env.json``: hardware, precision, simulated or not."""
+        """Describe what is used, for ``env.json``: hardware, precision, and whether the card is simulated."""
 
     @abstractmethod
     def usage(self) -> dict[str, Any]:

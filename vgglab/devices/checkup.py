@@ -1,7 +1,7 @@
 """Examine the hardware and libraries of this machine in child processes, and report problems.
 
 Nothing here imports torch in this process: a broken installation may raise, abort or hang on import, so each check runs
-in a child process (``ask``). The possible failures are those of the two torch_gcu contracts.
+in a child process (``ask``). The checks cover the known failures of both generations of torch_gcu.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ALLOC_KEYS = {
     "backend", "max_split_size_mb", "garbage_collection_threshold", "roundup_power2_divisions",
     "pinned_use_gcu_host_register", "pinned_num_register_threads", "release_lock_on_topsmalloc",
 }  # fmt: skip
-NOT_PROBED = {"error": "not asked"}
+NOT_PROBED = {"error": "PyTorch is not installed"}
 
 TORCH = """
 import torch
@@ -62,13 +62,13 @@ AUTO = "from vgglab.devices import open_device; facts = {'kind': open_device('au
 
 
 def ask(code: str, **environment: str) -> dict[str, Any]:
-    """Run the lines in a new process and return its ``facts``, or ``{"error": one line}`` however it fails."""
+    """Run the code in a new process and return its ``facts``; on any failure, return ``{"error": one line}``."""
     wrapped = (
         "import sys\nsys.path[:] = filter(None, sys.path)\nimport gc, json\ngc.disable()\ntry:\n"
         + "".join(f"    {line}\n" for line in code.strip().splitlines())
         + "    answer = facts\nexcept BaseException as error:\n"
         + "    answer = {'error': ' '.join(str(error.__cause__ or error).split()) or type(error).__name__}\n"
-        + "print()\nprint(json.dumps(answer))\ngc.freeze()\n"  # a third faster; what was imported stays to the end
+        + "print()\nprint(json.dumps(answer))\ngc.freeze()\n"  # no garbage collection at exit: a third faster
     )
     home = str(Path(__file__).resolve().parent.parent.parent)
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), home]))
@@ -115,15 +115,15 @@ class Checkup:
 
         has_torch = find_spec("torch") is not None
         if not has_torch:
-            self.problem("PyTorch is not installed", "pip install torch torchvision, with this interpreter")
+            self.problem("PyTorch is not installed", "run pip install torch torchvision with this interpreter")
         self._torch(has_torch)
         has_gcu = find_spec("torch_gcu") is not None
         cards = self._torch_gcu(has_gcu and has_torch)
         self._environment(cards)
         auto = ask(AUTO) if has_torch else NOT_PROBED
-        self.facts["--device auto"] = auto.get("kind") or f"refused: {auto['error']}"
+        self.facts["--device auto"] = auto.get("kind") or f"error: {auto['error']}"
         if not has_gcu:
-            self.notes.append("no torch_gcu here: --device gcu-sim is a simulated card")
+            self.notes.append("torch_gcu is not installed; --device gcu-sim uses a simulated card")
 
     def _torch(self, has_torch: bool) -> None:
         self.facts["torch"], self.facts["torchvision"] = installed("torch"), installed("torchvision")
@@ -144,7 +144,7 @@ class Checkup:
         as_user = ask(AS_THE_USER) if _what_torch_loads() else {}
         if "error" in as_user:
             self.problem(
-                f"`import torch` fails on the card's library: {as_user['error']}",
+                f"`import torch` fails to load the card's library: {as_user['error']}",
                 f"set LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to run without the card",
             )
 
@@ -155,11 +155,11 @@ class Checkup:
         self.facts["gcu cards"] = cards.get("cards", [])
         self.facts["eccl"] = cards.get("eccl", False)
         self.facts["driver"] = (
-            "unknown without torch_gcu" if not is_here else "answers" if cards.get("num_cards") else "does not answer"
+            "unknown without torch_gcu" if not is_here else "responds" if cards.get("num_cards") else "no response"
         )
         self.facts["/opt/tops/lib"] = Path("/opt/tops/lib").is_dir()
         if "error" in cards:
-            # gcu.load's own line ends with the advice to come here.
+            # The message of gcu.load ends with the advice to run this check.
             reason = cards["error"].replace("; python -m vgglab.doctor shows what to fix", "")
             self.problem(
                 reason,
@@ -175,7 +175,7 @@ class Checkup:
             fix = f"check the driver, LD_LIBRARY_PATH=/opt/tops/lib and {VISIBLE_CARDS}"
             self.problem(cards["why_none"].replace("; python -m vgglab.doctor shows what to fix", ""), fix)
         if cards["num_cards"] > 1 and not cards["eccl"]:
-            self.problem("several cards but no eccl to connect them", "install tops-eccl of the same release")
+            self.problem("several cards, but eccl is not installed", "install tops-eccl from the same release")
         if cards.get("is_beside_cuda"):
             self.problem(
                 "torch_gcu.distributed is empty because torch sees a CUDA device", "set CUDA_VISIBLE_DEVICES=''"
@@ -189,13 +189,13 @@ class Checkup:
                 "S60 with torch_gcu 2.10: much of the backward pass runs on the host, so training is slow"
             )
         if cards["generation"] == "eager":
-            self.notes.append("one warning for each 64-bit type is expected: the card stores them in 32 bits")
+            self.notes.append("one warning per 64-bit type is expected: the card stores these types in 32 bits")
 
     def _versions(self, cards: dict[str, Any]) -> None:
         torch_release = _release(self.facts["torch"])
         wanted = (1, 10) if cards["generation"] == "lazy" else _release(cards["version"])
         if torch_release != wanted:
-            text = f"torch {self.facts['torch']} with a torch_gcu made for torch {wanted[0]}.{wanted[1]}"
+            text = f"torch {self.facts['torch']} does not match torch_gcu, which needs {wanted[0]}.{wanted[1]}"
             self.problem(text, f"pip install torch=={wanted[0]}.{wanted[1]}.0 and the matching torchvision")
 
     def _environment(self, cards: dict[str, Any]) -> None:
@@ -206,26 +206,26 @@ class Checkup:
                 self.problem(f"{name}={variables[name]} is read as false", f"{name}: use true or false, in lower case")
         for entry in filter(None, variables.get("PYTORCH_GCU_ALLOC_CONF", "").split(",")):
             if entry.partition(":")[0].strip() not in ALLOC_KEYS:
-                self.problem(f"PYTORCH_GCU_ALLOC_CONF: {entry} is not supported", f"leave out {entry}")
+                self.problem(f"PYTORCH_GCU_ALLOC_CONF: {entry} is not supported", f"remove {entry}")
         if ("RANK" in variables) != ("WORLD_SIZE" in variables):
             self.problem("one of RANK and WORLD_SIZE is set without the other", "unset it, or start with torchrun")
         self._remarks(variables, cards)
 
     def _remarks(self, variables: dict[str, str], cards: dict[str, Any]) -> None:
         if variables.get(AUTOLOAD, "1") != "1":
-            text = "`import torch` alone does not load torch_gcu; vgglab imports it"
+            text = "`import torch` alone does not load torch_gcu; vgglab imports it explicitly"
             self.notes.append(f"{AUTOLOAD}={variables[AUTOLOAD]}: {text}")
         if TF32_SWITCH in variables and cards.get("generation") == "eager":
-            self.notes.append(f"{TF32_SWITCH} has no effect in this generation")
+            self.notes.append(f"{TF32_SWITCH} has no effect with this generation of torch_gcu")
         if "PYTORCH_NO_GCU_MEMORY_CACHING" in variables:
-            self.notes.append("PYTORCH_NO_GCU_MEMORY_CACHING switches the cache off whatever its value; unset it")
+            self.notes.append("PYTORCH_NO_GCU_MEMORY_CACHING turns off the memory cache, whatever its value; unset it")
         for name in ("ENFLAME_LOG_DEBUG_LEVEL", "ENFLAME_PT_OP_DEBUG_CONFIG"):
             if name in variables:
-                self.notes.append(f"{name} is set: debugging makes every step slow")
+                self.notes.append(f"{name} is set: debug output slows down every step")
 
 
 def _what_torch_loads() -> list[Any]:
-    """Check the libraries that ``import torch`` loads, if there are any."""
+    """The entry points of libraries that ``import torch`` loads; empty if there are none."""
     found: Any = entry_points()
     group = "torch.backends"
     return list(found.select(group=group) if hasattr(found, "select") else found.get(group, []))  # before Python 3.10

@@ -15,10 +15,10 @@ MAX_SECONDS = 1.0
 def sum_over_ranks(*tensors: Tensor) -> None:
     """All-reduce (sum) each tensor in place.
 
-    Returns only after gloo's threads have released the tensors, for which they register with Python. A loader worker
-    that is forked at that moment hangs on Python 3.8 to 3.11 (python/cpython issue 112275), and all ranks with it. So
-    gloo gets separate tensor objects on the same memory, and this waits until they are released (at most a second,
-    because another library may keep them).
+    Returns only after gloo's threads have released the tensors. To do so, a thread registers with Python; if a loader
+    worker is forked at that moment, it hangs on Python 3.8 to 3.11 (python/cpython issue 112275), and so do all ranks.
+    So gloo gets separate tensor objects that share the memory, and this function waits until they are released (at most
+    one second, because another library may keep them).
     """
     lent = []
     for tensor in tensors:
@@ -30,4 +30,4 @@ def sum_over_ranks(*tensors: Tensor) -> None:
     while torch.distributed.get_backend() == "gloo" and any(one() is not None for one in lent):
         if time.monotonic() > deadline:
             return
-        time.sleep(0.0001)  # gloo's threads need Python's lock to let go
+        time.sleep(0.0001)  # gloo's threads need the GIL to release the tensors

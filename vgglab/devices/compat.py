@@ -1,4 +1,4 @@
-"""Differences between torch 1.10 (the vendor's old stack) and current versions, and ways around slow imports."""
+"""Differences between torch 1.10 (the vendor's old stack) and current versions, and workarounds for slow imports."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-# Where torch itself defines what it wraps its optimizers' methods in.
+# The files of torch that define the wrappers around optimizer methods.
 WRAPPERS = (os.path.join("torch", "_compile.py"), os.path.join("torch", "optim", "optimizer.py"))
 
 
 def without_compiler(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
-    """The same optimizer class, without importing torch's compiler, which takes seconds.
+    """Return the optimizer class in a form that does not import torch's compiler, which takes seconds.
 
     torch (2.15) wraps some methods to exclude them from compiled networks; on the first call the wrappers import the
-    whole compiler. This unwraps them. Methods that a card's library has replaced are not touched.
+    whole compiler. This function unwraps the methods, except those that a card's library has replaced.
     """
     plain = {}
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step"):
         method = getattr(optimizer, name)
         inside = inspect.unwrap(method, stop=_is_not_torchs)
         if inside is not method:
-            plain[name] = torch.no_grad()(inside) if name == "step" else inside  # as the wrapper has it
+            plain[name] = torch.no_grad()(inside) if name == "step" else inside  # like the wrapper
     return type(optimizer.__name__, (optimizer,), plain) if plain else optimizer
 
 
@@ -46,8 +46,8 @@ def _is_not_torchs(wrapper: Any) -> bool:
 def parallel_without_compiler(network: nn.Module, **options: Any) -> DistributedDataParallel:
     """``DistributedDataParallel`` for a network that is not compiled, without importing the compiler.
 
-    torch (2.15) imports the compiler to read one of its settings, replaced here by its default, and in
-    ``_inside_ddp_forward``, the context manager around each forward pass, to exclude it from compilation.
+    torch (2.15) imports the compiler in two places: to read one of its settings (here it gets the default instead), and
+    in ``_inside_ddp_forward``, the context manager around each forward pass (here its wrapper is removed).
     """
     around = getattr(getattr(DistributedDataParallel, "_inside_ddp_forward", None), "__wrapped__", None)
     plain: dict[str, Any] = {}
@@ -64,19 +64,19 @@ def parallel_without_compiler(network: nn.Module, **options: Any) -> Distributed
         del torch._dynamo
 
 
-DOS_FOLDER = 0x10  # in the attributes of a file in an archive
+DOS_FOLDER = 0x10  # the folder bit in the attributes of a zip entry
 
 
 def damage_of(file: Path) -> str:
-    """What is damaged in an archive written by ``torch.save``; empty if nothing is. torch itself does not check."""
+    """Describe the damage in an archive written by ``torch.save``; empty if intact. ``torch.load`` does not check."""
     try:
         if not zipfile.is_zipfile(file):  # another format, or incomplete: torch reports which
             return ""
         with zipfile.ZipFile(file) as archive:
             part = archive.testzip()
-            # Of what calls itself a folder torch reads nothing: the weights are then what happened to be in memory.
+            # torch reads no data from an entry marked as a folder: the weights would be uninitialised memory.
             folders = [entry.filename for entry in archive.infolist() if entry.external_attr & DOS_FOLDER]
-    # RuntimeError: a bit marks it as encrypted.
+    # RuntimeError: a damaged bit marks an entry as encrypted.
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         return str(error)
     if folders:
@@ -93,7 +93,7 @@ def load_tensors(path: str | Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        NotACheckpoint: it does not contain only tensors, numbers, strings, lists and dicts.
+        NotACheckpoint: it is damaged, or contains anything but tensors, numbers, strings, lists and dicts.
     """
     try:
         with warnings.catch_warnings():
@@ -104,7 +104,7 @@ def load_tensors(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", pickle_module=_PlainPickle)
     except OSError:
         raise
-    except Exception as error:  # a damaged zip or pickle raises nearly anything
+    except Exception as error:  # a damaged zip or pickle can raise almost any exception
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotACheckpoint(first_line) from None
 

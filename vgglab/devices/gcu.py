@@ -1,7 +1,7 @@
-"""Find torch_gcu: whether it is installed, can be imported and has cards, and which generation it is.
+"""Find out whether torch_gcu is installed, can be imported and finds cards, and which generation it is.
 
 Two libraries of that name exist. The older (T20 cards, torch 1.10) is lazy and has no ``torch.gcu``; the newer
-(S60, torch 2.10) is eager. Contracts: Enflame's ``torch_gcu`` packages of both generations.
+(S60, torch 2.10) is eager. The interfaces are those of Enflame's ``torch_gcu`` packages.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
 
 
 def open_adapter(kind: str, options: DeviceOptions) -> Device:
-    """The adapter for the installed torch_gcu. Raises UserError if there is none that works."""
+    """Return the adapter for the installed torch_gcu. Raises UserError if it is missing, broken or finds no card."""
     torch_gcu = load(options)
     if count_cards(torch_gcu) == 0:
         raise UserError(f"--device gcu: {why_no_cards()}")
@@ -59,35 +59,35 @@ def load(options: DeviceOptions) -> Any:
     if _is_lazy_on_disk():
         _settle_tf32(options.tf32)
     try:
-        # Explicitly, although `import torch` may have done it: the lazy generation has no autoload, and a
-        # parent that had loaded the eager one leaves autoload off for its children. It comes before anything
-        # that makes a TensorBoard writer: importing sets flags of the driver that must be there by then.
+        # `import torch` may have done this already, but the lazy generation has no autoload, and a parent process
+        # that has loaded the eager one turns autoload off for its children. Import before a TensorBoard writer
+        # is created: the import sets driver flags that must be set by then.
         torch_gcu = importlib.import_module("torch_gcu")
-    except (Exception, SystemExit) as error:  # a broken install raises nearly anything
+    except (Exception, SystemExit) as error:  # a broken installation can raise almost any exception
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"--device gcu: torch_gcu cannot be loaded ({reason}); {ADVICE}") from None
-    # Loader workers touch CPU tensors only: they need not wait for the card's library. (The import
-    # itself may have left the variable at 0; whoever needs a card imports torch_gcu as above.)
+    # Loader workers use CPU tensors only, so they should not load the card's library. (The import itself
+    # may have set the variable to 0 already; a process that needs a card imports torch_gcu as above.)
     os.environ[AUTOLOAD] = "0"
     return torch_gcu
 
 
 def _is_lazy_on_disk() -> bool:
-    """Whether the installed torch_gcu is the lazy generation, without importing it: only that one has ``core``."""
+    """Whether the installed torch_gcu is the lazy generation, without importing it: only this one has ``core/``."""
     spec = find_spec("torch_gcu") if "torch_gcu" not in sys.modules else sys.modules["torch_gcu"].__spec__
     return any(Path(folder, "core").is_dir() for folder in (spec and spec.submodule_search_locations) or ())
 
 
 def _settle_tf32(wanted: bool | None) -> None:
-    """Set the environment variable for TF32, which must be done before the import and never changed later."""
+    """Set the environment variable for TF32: it must be set before the import and must not change afterwards."""
     value = wants_tf32(wanted)
     if "torch_gcu" in sys.modules and os.environ.get(TF32_SWITCH) != str(value).lower():
         raise UserError(f"--tf32: torch_gcu is already loaded; set {TF32_SWITCH}={str(value).lower()} before starting")
-    os.environ[TF32_SWITCH] = str(value).lower()  # "False" would not be understood
+    os.environ[TF32_SWITCH] = str(value).lower()  # torch_gcu expects lower case
 
 
 def wants_tf32(wanted: bool | None) -> bool:
-    """Whether to use TF32: from the flag, otherwise the environment; FP32 by default, as in the original README."""
+    """Whether to use TF32: set by the flag, otherwise by the environment; off by default, as in the original README."""
     return os.environ.get(TF32_SWITCH, "false").lower() in ("true", "1") if wanted is None else wanted
 
 
@@ -99,7 +99,7 @@ def is_lazy(torch_gcu: Any) -> bool:
         return True
     if hasattr(torch, "gcu"):
         return False
-    raise UserError(f"--device gcu: this is an unknown generation of torch_gcu; {ADVICE}")
+    raise UserError(f"--device gcu: unknown generation of torch_gcu; {ADVICE}")
 
 
 def count_cards(torch_gcu: Any) -> int:
@@ -117,5 +117,5 @@ def why_no_cards() -> str:
     if visible is not None and len(set(cards)) < len(cards):
         return f"{VISIBLE_CARDS}={visible} names a card twice, so torch_gcu finds none; name each card once"
     if visible is not None and (visible.strip() == "" or cards[0].startswith("-")):
-        return f"{VISIBLE_CARDS}={visible} hides every card; unset it or name some cards"
+        return f"{VISIBLE_CARDS}={visible} hides every card; unset it, or name at least one card"
     return f"torch_gcu finds no card: check the driver, and that LD_LIBRARY_PATH contains /opt/tops/lib; {ADVICE}"

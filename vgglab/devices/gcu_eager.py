@@ -1,4 +1,4 @@
-"""Today's torch_gcu (S60: torch 2.10, device ``gcu``, backend ``eccl``), and the simulated card.
+"""Adapter for the current torch_gcu (S60: torch 2.10, device ``gcu``, backend ``eccl``) and the simulated card.
 
 Eager execution: the loop is plain PyTorch, and comments mark the differences from CUDA.
 ``torch_gcu.transfer_to_gcu`` is never imported, because it rewrites ``torch.cuda`` globally.
@@ -22,13 +22,13 @@ class EagerGcu(StockDevice):
     """A card of the eager generation."""
 
     kind = "gcu"
-    worker_start = "spawn"  # a forked child that touches the card is an error
+    worker_start = "spawn"  # using the card in a forked child is an error
     pins_memory = True  # without it, non_blocking copies block
     _backend = "eccl"
 
     def __init__(self, options: DeviceOptions, torch_gcu: Any) -> None:
         super().__init__(options)
-        self._gcu: Any = torch.gcu  # type: ignore[attr-defined]  # torch_gcu has put it there
+        self._gcu: Any = torch.gcu  # type: ignore[attr-defined]  # added by torch_gcu
         self._version = str(getattr(torch_gcu, "__version__", "unknown"))
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._take_card_of(self._gcu.device_count())
@@ -36,8 +36,8 @@ class EagerGcu(StockDevice):
         self._check()
         self._torch_device = torch.device("gcu", self.local_rank)
         if self.amp_dtype == "float16":
-            # By keyword: its first argument is not a device's name, as torch.amp.GradScaler's is.
-            # Not to be combined with fused optimizers, which refuse it.
+            # By keyword: unlike in torch.amp.GradScaler, the first argument is not a device name.
+            # Fused optimizers do not support this scaler.
             self._scaler = self._gcu.amp.GradScaler(init_scale=LOSS_SCALE, growth_interval=SCALE_GROWTH_INTERVAL)
 
     def _check(self) -> None:
@@ -50,7 +50,7 @@ class EagerGcu(StockDevice):
             raise UserError("--device gcu: several ranks need eccl, which is not installed; install tops-eccl")
 
     def open(self) -> None:
-        self._gcu.set_device(self.local_rank)  # before joining: eccl takes the current card
+        self._gcu.set_device(self.local_rank)  # before joining the ranks: eccl uses the current card
         super().open()
 
     def mark(self) -> Any:

@@ -1,4 +1,4 @@
-"""The T20 cards' torch_gcu (torch 1.10, Python 3.8, device ``xla``).
+"""Adapter for the torch_gcu of T20 cards (torch 1.10, Python 3.8, device ``xla``).
 
 Lazy execution: operations are only recorded; a graph is compiled and run when outputs are requested. So each training
 step ends with exactly one such request, which names everything to be kept, and no value is read before it: a read would
@@ -30,9 +30,9 @@ class LazyGcu(Device):
 
     kind = "gcu"
     worker_start = "spawn"  # as in the vendor's script
-    pins_memory = False  # on torch 1.10 that works with CUDA only
-    _parallel: nn.Module | None = None  # the network as wrapped for several ranks
-    can_average = False  # it would have to be part of the step's graph, and its factor a new constant in each
+    pins_memory = False  # torch 1.10 pins memory for CUDA only
+    _parallel: nn.Module | None = None  # the network in DistributedDataParallel
+    can_average = False  # the average would be in the step's graph, with a new constant in each step
 
     def __init__(self, options: DeviceOptions, torch_gcu: Any, tf32: bool) -> None:
         super().__init__(options)
@@ -42,10 +42,10 @@ class LazyGcu(Device):
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._take_card_of(torch_gcu.device_count())
         self.amp_dtype = "float16" if options.amp == "auto" else options.amp
-        self.tf32 = tf32  # settled before torch_gcu was imported, not to be changed now
+        self.tf32 = tf32  # set before torch_gcu was imported; cannot be changed now
         self._check()
         self.sampler = torch_gcu.utils.data.distributed.DistributedSampler
-        # gcu_device, not device: that one is a context manager.
+        # Not torch_gcu.device, which is a context manager.
         self._torch_device = torch_gcu.gcu_device(self.local_rank)
         self._mode = torch_gcu.JitRunMode.ASYNC if self.world_size > 1 else torch_gcu.JitRunMode.SAFEASYNC
         self._scaler = self._loss_scaler() if self.amp_dtype else None
@@ -54,14 +54,14 @@ class LazyGcu(Device):
         if self._options.sync_bn and self.world_size > 1:
             raise UserError("--sync-bn: not supported by this torch_gcu; leave it out")
         if self.world_size > 1 and not hasattr(self._gcu.distributed, "init_process_group"):
-            # It defines nothing where torch sees CUDA.
+            # The module is empty if torch sees a CUDA device.
             raise UserError(
                 "--device gcu: torch_gcu.distributed is empty if torch sees a CUDA device; set CUDA_VISIBLE_DEVICES=''"
             )
 
     def _loss_scaler(self) -> Any:
-        # use_zero_grad: on overflow the gradients are zeroed on the card. The other path reads from the card in
-        # each step, and in the release at hand it fails at once.
+        # use_zero_grad: on overflow the gradients are zeroed on the card. The alternative reads from the card
+        # in each step, and raises an error in this release.
         return self._gcu.amp.GradScaler(
             init_scale=LOSS_SCALE, growth_interval=SCALE_GROWTH_INTERVAL, use_zero_grad=True
         )
@@ -76,17 +76,17 @@ class LazyGcu(Device):
     def close(self) -> None:
         if self.world_size > 1 and self._gcu.distributed.is_initialized():
             self._gcu.distributed.destroy_process_group()
-            if self.is_simulated:  # the double has gloo underneath: see StockDevice.close
+            if self.is_simulated:  # the test double uses gloo: see StockDevice.close
                 ranks.skip_cleanup_at_exit(keep=self._parallel)
 
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        # int32, as the vendor's script has it. Batches of one shape only: a new shape is a new graph to compile;
-        # so training leaves out the last batch if it is not full, and evaluation pays for one more graph.
-        # The vendor's scripts send float32, and whether a T20 accepts bytes is not documented.
+        # Labels are int32, as in the vendor's script. Each new batch shape requires compiling another graph, so
+        # training drops the last batch if it is not full, and evaluation compiles a second graph for it. Images
+        # are sent as float32, as in the vendor's scripts: whether a T20 accepts uint8 is not documented.
         return images.float().to(self._torch_device), labels.int().to(self._torch_device)
 
     def mark(self) -> float:
-        return time.perf_counter()  # it has no events; an interval ends with a read, so its time is right
+        return time.perf_counter()  # no events here; each interval ends with a host read, so host time is correct
 
     def seconds_between(self, earlier: float, later: float) -> float:
         return later - earlier
@@ -100,7 +100,7 @@ class LazyGcu(Device):
         network = model.to(self._torch_device)
         if self.world_size == 1:
             return network, network
-        # Its own class. Without device_ids it would take all cards of the machine; views into buckets it refuses.
+        # torch_gcu's own class. Without device_ids it uses all cards; it does not support gradient_as_bucket_view.
         parallel = self._gcu.nn.parallel.DistributedDataParallel(
             network, device_ids=[self.local_rank], broadcast_buffers=self._options.broadcast_buffers
         )
@@ -112,7 +112,7 @@ class LazyGcu(Device):
 
     def step(self, optimizer: Optimizer, model: nn.Module, outputs: Sequence[Tensor]) -> None:
         if self._scaler is None:
-            # A list of the card's tensors and nothing else: a stranger in it has all of them dropped, silently.
+            # The list may contain only tensors on the card: any other entry makes torch_gcu silently drop them all.
             self._gcu.optimizer_step(optimizer, list(outputs), model=model, mode=self._mode)
             return
         self._scaler.step(optimizer)
@@ -136,7 +136,7 @@ class LazyGcu(Device):
 
     def seed(self, seed: int) -> None:
         random.seed(seed)
-        torch.manual_seed(seed)  # does not reach the cards on torch 1.10
+        torch.manual_seed(seed)  # does not seed the cards on torch 1.10
         self._gcu.manual_seed_all(seed)
 
     def describe(self) -> dict[str, Any]:
@@ -152,4 +152,4 @@ class LazyGcu(Device):
         }
 
     def usage(self) -> dict[str, Any]:
-        return {}  # this generation counts what is allocated now, not the most there was
+        return {}  # this generation reports current memory use, but not the peak

@@ -10,7 +10,7 @@ from vgglab.errors import UserError
 
 
 def open_adapter(kind: str, options: DeviceOptions) -> SimulatedGcu:
-    """Open the simulated card. Raises UserError if this process cannot simulate one."""
+    """Return the adapter for the simulated card. Raises UserError if this process cannot simulate one."""
     return SimulatedGcu(options)
 
 

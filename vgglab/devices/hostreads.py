@@ -1,6 +1,7 @@
 """Find the lines where the host reads a value from the device, and so waits for all work submitted so far.
 
-With one such read per step, such as a forgotten ``.item()``, the device is idle while the host prepares the next step.
+A single such read per step, for example a forgotten ``.item()``, leaves the device idle while the host prepares the
+next step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
 PACKAGE = Path(__file__).parent.parent
-# A read by these counts for their caller. What the loader reads is on the host already.
+# Reads in these files are attributed to their caller. Reads in the loader are ignored: its tensors are on the host.
 TRANSPARENT_PATHS, LOADER_PATHS = (str(PACKAGE / "devices"), "/torch/", "\\torch\\"), str(PACKAGE / "data")
 
 
@@ -25,7 +26,7 @@ class HostReads:
 
     def __init__(self, device_is_host: bool) -> None:
         self.counts: Counter[str] = Counter()
-        self._device_is_host = device_is_host  # its values are read without a copy, and by the same calls
+        self._device_is_host = device_is_host  # then reads of CPU tensors are counted, too
 
     def __enter__(self) -> HostReads:
         self._inherited = [name for name in READS if name not in vars(Tensor)]

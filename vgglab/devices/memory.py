@@ -1,7 +1,7 @@
 """Memory: recognise out-of-memory errors; on the CPU, keep freed memory and set a limit.
 
 The C library returns large freed blocks to the system. VGG's activations are freed and allocated again in each step,
-and the system has to clear the pages every time. Keeping them saves that time and changes no result.
+and the system has to clear the pages each time. Keeping the blocks saves this time and does not change results.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import resource
 import sys
 from pathlib import Path
 
-# Messages of torch and oneDNN when memory is lacking; the last is for oneDNN's own buffers.
+# Parts of the out-of-memory messages of torch and oneDNN; the last is for oneDNN's own buffers.
 NO_MEMORY = (
     "out of memory", "can't allocate memory", "could not create a memory", "bad_alloc", "could not create a primitive",
 )  # fmt: skip
@@ -24,13 +24,13 @@ NEVER, TOP_PAD_BYTES = 2**31 - 1, 64 * 2**20
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means out of memory, on the host or on a card."""
+    """Whether an exception means that memory ran out, on the host or on a card."""
     is_torchs = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
     return is_torchs or isinstance(error, MemoryError)
 
 
 def keep_freed_memory() -> bool:
-    """Make this process and its forks keep freed memory. Returns False if the C library is not glibc."""
+    """Make this process and its forked children keep freed memory. Returns False if the C library is not glibc."""
     if not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
@@ -43,8 +43,8 @@ def keep_freed_memory() -> bool:
 def limit_to_free_memory(share: float = 0.95) -> int | None:
     """Limit the memory of this process, so that it gets an error before the kernel's OOM killer acts.
 
-    Returns the limit in bytes, a share of the free memory of the machine and its container; None if the system does not
-    report it (Linux does).
+    Returns how many more bytes it can allocate: ``share`` times the free memory of the machine and its container; None
+    if the system does not report the free memory (Linux does).
     """
     with contextlib.suppress(OSError, ValueError, AttributeError):
         free = int(share * _free_bytes())
@@ -58,10 +58,10 @@ def limit_to_free_memory(share: float = 0.95) -> int | None:
 def _free_bytes() -> int:
     [kilobytes] = re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
     free = 1024 * int(kilobytes)
-    with contextlib.suppress(OSError, ValueError):  # of the container (cgroup v2); "max" is no number
+    with contextlib.suppress(OSError, ValueError):  # the container's limit (cgroup v2); "max" means no limit
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text(encoding="ascii"))
-        # What the system keeps of files it gives back when asked.
+        # The system's cache of file contents counts as free: it is released on demand.
         [files] = re.findall(r"^inactive_file (\d+)", (group / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)
         free = min(free, limit - int((group / "memory.current").read_text(encoding="ascii")) + int(files))
     return free

@@ -1,4 +1,4 @@
-"""cpu, cuda and mps: plain PyTorch."""
+"""Adapter for cpu, cuda and mps, using plain PyTorch."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ AMP_DEFAULTS = {"cpu": "bfloat16", "cuda": "float16"}
 
 
 def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
-    """Why this machine has no device of this kind, in one line; None if it has one."""
+    """Return None if this machine has a device of this kind, otherwise "" (no reason worth reporting)."""
     is_there = {"cuda": torch.cuda.is_available, "mps": _has_mps, "cpu": lambda: True}[kind]
     return None if is_there() else ""
 
 
 def open_adapter(kind: str, options: DeviceOptions) -> NativeDevice:
-    """Open the device. Raises UserError if it is unavailable or an option is not supported."""
+    """Return the adapter. Raises UserError if the device is unavailable or an option is not supported."""
     return NativeDevice(kind, options)
 
 
@@ -47,7 +47,7 @@ class NativeDevice(StockDevice):
     """A device that PyTorch supports itself."""
 
     supports = frozenset({"channels_last", "fused", "compile"})
-    worker_start = "fork"  # workers touch CPU tensors only, and a forked one need not import torch again
+    worker_start = "fork"  # workers use CPU tensors only, and a forked worker does not have to import torch again
 
     def __init__(self, kind: str, options: DeviceOptions) -> None:
         super().__init__(options)
@@ -65,7 +65,7 @@ class NativeDevice(StockDevice):
         self._scaler = _loss_scaler() if self.amp_dtype == "float16" else None
         self._backend = BACKENDS.get(kind, "")
         self._torch_device = torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
-        if kind == "cuda":  # here and not in open(): so a plain loop in the benchmark computes in the same precision
+        if kind == "cuda":  # not in open(), so that the benchmark's plain loop uses the same precision
             _use_tf32(self.tf32)
 
     def _check(self) -> None:
@@ -117,7 +117,7 @@ class NativeDevice(StockDevice):
         for images, labels in prefetch(map(send, batches)):
             torch.cuda.current_stream().wait_stream(copying)
             for tensor in (images, labels):
-                tensor.record_stream(torch.cuda.current_stream())  # its memory is not for others before it is used
+                tensor.record_stream(torch.cuda.current_stream())  # its memory stays reserved until this stream is done
             yield images, labels
 
     def mark(self) -> Any:
@@ -154,7 +154,7 @@ class NativeDevice(StockDevice):
     def usage(self) -> dict[str, Any]:
         if self.kind == "cuda":
             return {"peak_bytes": torch.cuda.max_memory_allocated()}
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process, in KiB, on macOS in bytes
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process; in KiB, but in bytes on macOS
         return {"peak_bytes": most if sys.platform == "darwin" else most * 1024} if self.kind == "cpu" else {}
 
 
@@ -171,15 +171,15 @@ def prefetch(items: Iterable[Item]) -> Iterator[Item]:
 def _use_tf32(is_wanted: bool) -> None:
     """Set TF32 for both matrix products and convolutions, whose defaults in torch differ.
 
-    Uses the older settings: torch 2.9 has newer ones, but torch.compile reads the older ones, which is an error after
-    the newer ones were set.
+    Uses the older of torch's two interfaces: torch.compile reads it, and raises an error if the newer
+    one (torch 2.9) was used to set TF32.
     """
     torch.backends.cuda.matmul.allow_tf32 = is_wanted
     torch.backends.cudnn.allow_tf32 = is_wanted
 
 
 def _fast_dtype(kind: str) -> str | None:
-    """The fastest type for mixed precision; None if it would only be emulated."""
+    """The fastest data type for mixed precision; None if the device would only emulate it."""
     if kind == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     return "bfloat16" if kind == "cpu" and _cpu_computes_bfloat16() and _cpu_pools_bfloat16() else None
@@ -206,7 +206,7 @@ def _can_fuse(kind: str) -> bool:
 
 
 def _cpu_pools_bfloat16() -> bool:
-    """Whether this torch has bfloat16 max pooling on the CPU; torch 1.10 does not."""
+    """Whether this torch supports bfloat16 max pooling on the CPU; torch 1.10 does not."""
     try:
         nn.functional.max_pool2d(torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16), 2)
     except RuntimeError:

@@ -28,44 +28,44 @@ LOSS_SCALE, SCALE_GROWTH_INTERVAL = 128.0, 1_000_000_000
 
 
 class StockDevice(Device):
-    """A device that differs from the others only in the attributes below."""
+    """Base class of the devices that use plain PyTorch; subclasses set the attributes below."""
 
     sampler = DistributedSampler
     _torch_device: torch.device
     _backend: str  # of torch.distributed
     _averages_apart = False
-    _parallel: nn.Module | None = None  # the network as wrapped for several ranks
+    _parallel: nn.Module | None = None  # the network in DistributedDataParallel
 
     def open(self) -> None:
-        assert self._scaler is not None or self.amp_dtype != "float16", "small gradients would become zero"
+        assert self._scaler is not None or self.amp_dtype != "float16", "float16 needs a loss scaler"
         if self.world_size > 1:
-            assert self._backend in ranks.COLLECTIVES, "its lost connections would be taken for the cause"
+            assert self._backend in ranks.COLLECTIVES, "its connection errors would not be recognised"
             store: torch.distributed.Store
             if ranks.RENDEZVOUS in os.environ:
                 store = torch.distributed.FileStore(os.environ[ranks.RENDEZVOUS], self.world_size)
             else:
                 store, _, _ = next(rendezvous(self._options.init_method, self.rank, self.world_size))
-            # torchrun hands the ranks of a restart the store in which those before them have left their addresses.
+            # After a restart, torchrun passes on the store that still contains the addresses of the previous ranks.
             store = torch.distributed.PrefixStore(f"attempt_{ranks.num_restarts()}", store)
             torch.distributed.init_process_group(
                 self._backend,
                 store=store,
                 rank=self.rank,
                 world_size=self.world_size,
-                timeout=timedelta(minutes=30),  # torch's own for gloo; nccl's 10 is short for a first epoch's files
+                timeout=timedelta(minutes=30),  # the default for gloo; nccl's 10 may be too short for the first epoch
             )
 
     def close(self) -> None:
         if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
             if self._backend == "gloo" or self.is_simulated:
-                # DistributedDataParallel keeps the group and its gloo threads for good (seen on torch 2.15), and one
-                # of them that lets go of a tensor while Python takes itself apart aborts the process. On torch 1.10
-                # letting go of the wrapped network waits for such a thread, which waits for Python's lock.
+                # DistributedDataParallel never releases the group and its gloo threads (seen on torch 2.15). If such
+                # a thread releases a tensor while Python shuts down, the process aborts. On torch 1.10, destroying
+                # the wrapped network waits for such a thread, which waits for the GIL: a deadlock.
                 ranks.skip_cleanup_at_exit(keep=self._parallel)
 
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        # Labels stay int64: the loss's kernels on the CPU and on eager cards refuse int32.
+        # Labels stay int64: the loss has no int32 kernels on the CPU and on eager cards.
         return (
             images.to(self._torch_device, non_blocking=True),
             labels.to(self._torch_device, non_blocking=True),
@@ -79,13 +79,13 @@ class StockDevice(Device):
         if self.world_size == 1 or self._averages_apart:
             return self._compiled(network), network
         if self._options.sync_bn:
-            is_cuda = self._torch_device.type == "cuda"  # elsewhere PyTorch's own has no kernels
+            is_cuda = self._torch_device.type == "cuda"  # PyTorch's own supports no other device
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if is_cuda else synchronise(network)
         device_ids = None if self._torch_device.index is None else [self._torch_device.index]
-        # torch 2.15 renames the option and warns of the old name.
+        # torch 2.15 renames the option and warns about the old name.
         has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
         name = "forward_sync_buffers" if has_new_name else "broadcast_buffers"
-        # Gradients live in the buckets that travel: without it VGG16's 553 MB of them are held twice.
+        # Gradients are views of the all-reduce buckets; otherwise VGG16's 553 MB of gradients are stored twice.
         options: dict[str, Any] = {name: self._options.broadcast_buffers, "gradient_as_bucket_view": True}
         wrap = DistributedDataParallel if self.compiles else parallel_without_compiler
         self._parallel = wrap(network, device_ids=device_ids, **options)
@@ -94,7 +94,7 @@ class StockDevice(Device):
     def _compiled(self, model: nn.Module) -> nn.Module:
         if not self.compiles:
             return model
-        use_private_temporary_folder()  # the compiler keeps code in it, and loads what it finds there
+        use_private_temporary_folder()  # the compiler stores code there and loads what it finds
         return torch.compile(model)  # type: ignore[return-value]
 
     @torch.no_grad()
@@ -131,4 +131,4 @@ class StockDevice(Device):
 
     def seed(self, seed: int) -> None:
         random.seed(seed)
-        torch.manual_seed(seed)  # reaches every card's generator too
+        torch.manual_seed(seed)  # also seeds the generator of every card

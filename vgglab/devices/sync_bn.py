@@ -1,8 +1,8 @@
-"""Batch norm over all ranks from plain operations, for devices without kernels for PyTorch's ``nn.SyncBatchNorm``.
+"""Batch norm over all ranks, using plain operations, for devices without kernels for PyTorch's ``nn.SyncBatchNorm``.
 
-Each rank normalises with the mean and variance of the global batch (Ioffe & Szegedy 2015, algorithm 1), so that
-several ranks compute what one rank would with all images. It takes two all-reduces, first for the mean and then for the
-variance around it, and agrees with one rank to float32 rounding. Sums of squares would need only one and be less exact.
+Each rank normalises with the mean and variance of the global batch (Ioffe & Szegedy 2015, algorithm 1). The result is
+that of one rank with all images, up to float32 rounding. This takes two all-reduces, one for the mean and then one for
+the variance around it. With sums of squares, one would be enough, but the result would be less accurate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` with the training statistics of all ranks; all batches must have the same size."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``(N, C, H, W)``; computed in float32, or in float64 for such an input."""
+        """Normalise ``(N, C, H, W)``; computed in float32, or in float64 for float64 input."""
         if not self.training:
             return super().forward(input)
         assert self.momentum is not None
@@ -49,14 +49,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         with torch.no_grad():
             self.get_buffer("num_batches_tracked").add_(1)
             self.get_buffer("running_mean").lerp_(mean, self.momentum)
-            unbiased = variance * (count / (count - 1))  # as PyTorch keeps it
+            unbiased = variance * (count / (count - 1))  # the running variance is unbiased in PyTorch
             self.get_buffer("running_var").lerp_(unbiased, self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
 def synchronise(model: nn.Module) -> nn.Module:
-    """Replace every ``nn.BatchNorm2d`` by a ``SyncBatchNorm2d`` with the same weights and statistics."""
+    """Turn every ``nn.BatchNorm2d`` into a ``SyncBatchNorm2d`` with the same weights and statistics."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d  # same parameters, same buffers, same names in a checkpoint

@@ -29,7 +29,7 @@ class Tracer:
             self._start()
 
     def _start(self) -> None:
-        self._profiler = torch.profiler.profile()  # all that this torch can record here
+        self._profiler = torch.profiler.profile()  # by default it records all supported activities
         self._profiler.__enter__()
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""Layer-by-layer analysis, benchmarks, small experiments, feature maps, and planning of runs."""
+"""Layer-by-layer analysis, benchmarks, small experiments, feature maps, and run planning."""

@@ -1,13 +1,13 @@
-"""A network layer by layer: its cost, counted from the shapes or measured on this machine.
+"""Analyse a network layer by layer: its cost, computed from the shapes or measured on this machine.
 
     python -m vgglab.anatomy --model vgg16 --image-size 224
-    python -m vgglab.anatomy --batch-size 8 --measure  # with times and the limits of the machine
+    python -m vgglab.anatomy --batch-size 8 --measure  # also measure times and the machine's limits
     python -m vgglab.anatomy --model vgg11_bn --json   # the last line of stdout is one JSON object
 
     >>> vgglab.anatomy.of("vgg16")
     >>> vgglab.anatomy.of(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()), image_size=8)
 
-It supports chains such as VGG: each layer takes the output of the one before it.
+Only sequential networks such as VGG are supported: each layer takes the output of the previous layer.
 Exit codes: 0 done, 1 a bug (with traceback), 2 bad input (explained in one line), 130 interrupted.
 """
 
@@ -42,9 +42,9 @@ KINDS: dict[str, tuple[type, ...]] = {
     "flatten": (nn.Flatten, nn.Identity),
 }
 FLOAT32_BYTES = 4
-HAS_META = int(torch.__version__.split(".")[0]) >= 2  # tensors with a shape and no memory, for every operation here
+HAS_META = int(torch.__version__.split(".")[0]) >= 2  # the meta device (shapes, no memory) supports all layers
 
-# A layer as the forward pass came by: its name, itself, the shapes of its input and its output.
+# One layer of the forward pass: name, module, input shape, output shape.
 Call = Tuple[str, nn.Module, Tuple[int, ...], Tuple[int, ...]]
 
 
@@ -54,17 +54,18 @@ def of(
     """Count the parameters, operations and bytes of each layer of a network, without running it.
 
     Args:
-        model: a name (``vgg16``, ``vgg16_bn``, ...; below 224 pixels with the small classifier, as in training), or a
-            network that consists of the layers in ``KINDS``; it is not changed.
-        image_size: side of the square images, in pixels; the first convolution determines the number of channels.
-        batch_size: images per batch; the weights are read once for all of them.
+        model: a name (``vgg16``, ``vgg16_bn``, ...), built with the small classifier for images below 224 pixels, as in
+            training; or a network made of the layers in ``KINDS``, which is not modified.
+        image_size: side of the square images, in pixels; their number of channels is that of the first convolution.
+        batch_size: images per batch; the weights are counted as read once per batch.
         num_classes: number of classes, if ``model`` is a name.
 
     Raises:
-        UserError: unknown name, a layer that is not in ``KINDS``, images of the wrong size, or not a chain of layers.
+        UserError: unknown name, a layer that is not in ``KINDS``, an unsupported image size, or a network that is not
+            sequential.
     """
     if min(image_size, batch_size, num_classes) < 1:
-        raise UserError("image_size, batch_size and num_classes: whole numbers, 1 or more")
+        raise UserError("image_size, batch_size and num_classes must be whole numbers, 1 or more")
     name = model if isinstance(model, str) else type(model).__name__
     if isinstance(model, str):
         with torch.device("meta") if HAS_META else nullcontext():
@@ -78,14 +79,14 @@ def of(
     shape = (batch_size, channels, image_size, image_size)
     try:
         calls = _calls(network, shape)
-    except (RuntimeError, ValueError) as error:  # torch's words for shapes that do not fit
+    except (RuntimeError, ValueError) as error:  # torch's message for shapes that do not match
         raise UserError(f"{name}, {image_size} x {image_size} pixels: {str(error).splitlines()[0]}") from error
     return Anatomy(name, image_size, batch_size, tuple(_rows(calls, shape)), tuple(call[1] for call in calls))
 
 
 def _hollow(model: nn.Module) -> nn.Module:
-    """A copy to trace: in float32, without weight values and without hooks."""
-    known: dict[int, Any] = {}  # what deepcopy takes for copies that it has made already
+    """Return a copy for tracing: in float32, without weight values or hooks."""
+    known: dict[int, Any] = {}  # deepcopy's memo: it treats these as copied already
     if HAS_META:
         known.update((id(value), value.to("meta")) for value in model.buffers())
         known.update((id(value), nn.Parameter(value.to("meta"), value.requires_grad)) for value in model.parameters())
@@ -96,7 +97,7 @@ def _hollow(model: nn.Module) -> nn.Module:
 
 
 def _calls(network: nn.Module, shape: tuple[int, ...]) -> list[Call]:
-    """The layers in the order of the forward pass, with their shapes; nothing is computed."""
+    """Return the layers in the order of the forward pass, with their shapes, without computing anything."""
     calls: list[Call] = []
 
     def record(name: str, module: nn.Module, images: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def _calls(network: nn.Module, shape: tuple[int, ...]) -> list[Call]:
         module.forward = partial(record, name, module)
     try:
         with torch.no_grad():
-            network.eval()(torch.empty(shape))  # uninitialised pages take no memory
+            network.eval()(torch.empty(shape))  # pages that are never written take no memory
     finally:
         for _, module in leaves:
             del module.forward
@@ -119,22 +120,22 @@ def _calls(network: nn.Module, shape: tuple[int, ...]) -> list[Call]:
 def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
     image_size = shape[-1]
     counted: set[int] = set()  # parameters, by identity
-    field = jump = 1  # a pixel sees itself
+    field = jump = 1  # at the input: one pixel
     start = 0
-    learns = False  # something before this layer
+    learns = False  # whether an earlier layer is trained
     for name, module, input_shape, output_shape in calls:
         if prod(input_shape) != prod(shape):
-            why = "anatomy supports chains in which every change of shape is a layer (nn.MaxPool2d, not F.max_pool2d)"
-            raise UserError(f"{name} does not fit the output of the layer before it; {why}")
+            why = "use a sequential network in which every change of shape is a layer (nn.MaxPool2d, not F.max_pool2d)"
+            raise UserError(f"{name}: its input does not match the output of the previous layer; {why}")
         shape = output_shape
         weights = list(module.parameters())
         states = [buffer for buffer in module.buffers() if buffer.is_floating_point()]  # batch norm's mean and variance
         values = prod(input_shape) + sum(tensor.numel() for tensor in [*weights, *states]) + prod(output_shape)
         multiply_adds = _multiply_adds(module, output_shape)
         num_gradients = learns + weights[0].requires_grad if multiply_adds else 0
-        # The usual recursion: k neighbours span k - 1 jumps, padding begins so many jumps earlier, a stride multiplies
-        # the jump. Source: Araujo, Norris, Sim, "Computing receptive fields of convolutional neural networks", Distill,
-        # 2019, doi 10.23915/distill.00021.
+        # The standard recursion: a kernel of size k adds k - 1 jumps, each padded pixel moves the start back by a jump,
+        # and the stride multiplies the jump. Source: Araujo, Norris, Sim, "Computing receptive fields of convolutional
+        # neural networks", Distill, 2019, doi 10.23915/distill.00021.
         extent, stride, padding = window(module, input_shape[-1], output_shape[-1])
         field, start, jump = field + (extent - 1) * jump, start - padding * jump, jump * stride
         if isinstance(module, nn.Linear):
@@ -158,7 +159,7 @@ def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
 
 
 def _multiply_adds(module: nn.Module, output_shape: tuple[int, ...]) -> int:
-    """Multiply-adds for one image: each output value is a sum over the inputs covered by its weights."""
+    """Return the multiply-adds for one image: the number of output values times the weights applied for each."""
     if isinstance(module, nn.Conv2d):
         return prod(output_shape[1:]) * module.weight[0].numel()  # (channels in / groups) x height x width
     return prod(output_shape[1:]) * module.in_features if isinstance(module, nn.Linear) else 0
@@ -175,21 +176,21 @@ def _leaves(network: nn.Module) -> list[tuple[str, nn.Module]]:
 def measure(what: Anatomy | str | nn.Module, device: Device | str = "auto", repeats: int = 5) -> Anatomy:
     """Time the forward and backward pass of each layer separately, and measure the limits of the machine.
 
-    A layer gets new weights and random input of its shape, in float32 and training mode. It runs once to warm up, then
-    ``repeats`` times; the result is the median. A layer can exceed 100 % slightly, because the limits are themselves
-    measured with torch: a convolution may be better optimised than the matrix product, a layer that mostly reads is
-    faster than a copy, and small layers find their data in the cache.
+    Each layer runs in float32 and training mode, with newly initialised weights and random input. After one warm-up
+    pass, ``repeats`` passes are timed; the median is reported. A layer can slightly exceed 100 % of the limits, because
+    these are measured with torch too: a convolution may be better optimised than the matrix product, a layer that
+    mostly reads is faster than a copy, and the data of small layers may be in the cache.
 
     Args:
-        what: a result of ``of``, or an argument for it.
+        what: a result of ``of``, or a model as for ``of``.
         device: a name as for ``--device``, or an open device from ``vgglab.devices.open_device``.
         repeats: number of timed passes.
 
     Returns:
-        The same rows with ``forward_seconds`` and ``backward_seconds`` of the whole batch, and ``ceilings``.
+        The same rows with ``forward_seconds`` and ``backward_seconds`` for the whole batch, and ``ceilings``.
 
     Raises:
-        UserError: as in ``of``; also for a simulated card, or batch norm with a single value per channel.
+        UserError: as in ``of``; also if the card is simulated, or if batch norm gets only one value per channel.
     """
     anatomy = what if isinstance(what, Anatomy) else of(what)
     if isinstance(device, str):
@@ -200,28 +201,28 @@ def measure(what: Anatomy | str | nn.Module, device: Device | str = "auto", repe
         finally:
             card.close()
     roof = ceilings(device, repeats)
-    layers, learns = [], False  # learns: something before this layer
+    layers, learns = [], False  # learns: whether an earlier layer is trained
     for layer, module in zip(anatomy.layers, anatomy.modules):
         try:
             forward, backward = _layer_seconds(layer, module, learns, device, repeats)
-        except ValueError as error:  # torch's words on batch norm
-            raise UserError(f"{layer.name}: {str(error).splitlines()[0]}; a larger batch has more") from error
+        except ValueError as error:  # torch's message about batch norm
+            raise UserError(f"{layer.name}: {str(error).splitlines()[0]}; use a larger batch") from error
         layers.append(layer._replace(forward_seconds=forward, backward_seconds=backward))
         learns = learns or any(weight.requires_grad for weight in module.parameters())
-    roof = Ceilings(*map(max, roof, ceilings(device, repeats)))  # a machine that was busy at first showed a lower one
+    roof = Ceilings(*map(max, roof, ceilings(device, repeats)))  # other load may have lowered the first result
     return replace(anatomy, layers=tuple(layers), ceilings=roof)
 
 
 def _layer_seconds(layer: Layer, module: nn.Module, learns: bool, device: Device, repeats: int) -> tuple[float, float]:
     module = copy.deepcopy(module).to_empty(device="cpu").train()
-    getattr(module, "reset_parameters", int)()  # to_empty leaves whatever was in memory
+    getattr(module, "reset_parameters", int)()  # to_empty does not initialise the weights
     module = device.wrap(module)[1]
     images = moved(torch.randn(layer.input_shape), device).requires_grad_(learns)
     wanted = [images] * learns + [weight for weight in module.parameters() if weight.requires_grad]
     gradient = moved(torch.randn(layer.output_shape), device)
     forward, backward = [], []
     for _ in range(1 + repeats):
-        fed = timed(images.clone, device)[1]  # a layer that works in place needs its own each time
+        fed = timed(images.clone, device)[1]  # an in-place layer overwrites its input
         seconds, output = timed(partial(module, fed), device)
         forward.append(seconds)
         pull = partial(torch.autograd.grad, output, wanted, gradient)

@@ -1,4 +1,4 @@
-"""The limits of a machine, measured: arithmetic and memory bandwidth."""
+"""Measure the limits of a machine: peak FLOP/s and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from vgglab.devices.base import Device
 from vgglab.errors import UserError
 from vgglab.view.anatomy_table import Ceilings
 
-# A matrix product grows until it takes so long that starting it and reading the clock no longer count.
+# Matrices are enlarged until a product takes long enough to make launch and timer overhead negligible.
 PRODUCT_SECONDS, SMALLEST_SIDE, LARGEST_SIDE = 0.05, 512, 8192
-COPIED_BYTES = 2**28  # each of three tensors: far above any cache, of a core (32 MiB) or a card (50 MiB)
+COPIED_BYTES = 2**28  # of each of three tensors: far more than the cache of a CPU (32 MiB) or a card (50 MiB)
 
 
 def ceilings(device: Device, repeats: int = 5) -> Ceilings:
-    """Measure the peak FLOP/s and memory bandwidth of ``device``, the best of ``repeats``; needs 0.8 GB of memory.
+    """Measure the peak FLOP/s and memory bandwidth of ``device`` (best of ``repeats``); needs 0.8 GB of memory.
 
-    FLOP/s: square matrix products in float32. Bandwidth: a copy (2 tensors) and ``a = b + 2 c`` (3 tensors), counted as
-    in J. McCalpin's STREAM: the bytes that the program names, not those that a cache reads before it writes.
+    FLOP/s are those of square float32 matrix products. Bandwidth is that of a copy (2 tensors) or of ``a = b + 2 c``
+    (3 tensors), whichever is higher. Bytes are counted as in J. McCalpin's STREAM: those that the program reads and
+    writes, without the cache's write-allocate traffic.
 
     Raises:
-        UserError: a simulated card, which has no speed.
+        UserError: the card is simulated, so it has no speed.
     """
     peak = product_flop_per_second(device, "float32", repeats)
-    a, b, c = (moved(torch.ones(COPIED_BYTES // 4), device) for _ in range(3))  # 4 bytes a float32
+    a, b, c = (moved(torch.ones(COPIED_BYTES // 4), device) for _ in range(3))  # 4 bytes per float32
     copying = 2 * COPIED_BYTES / _fastest(partial(a.copy_, b), device, repeats)
     adding = 3 * COPIED_BYTES / _fastest(partial(torch.add, b, c, alpha=2, out=a), device, repeats)
     return Ceilings(peak, max(copying, adding))
 
 
 def product_flop_per_second(device: Device, dtype: str, repeats: int = 5) -> float:
-    """FLOP/s of the fastest square matrix product in ``dtype``; each of its n^3 multiply-adds is two operations.
+    """Return the FLOP/s of the fastest square matrix product in ``dtype``, counting a multiply-add as two operations.
 
     Raises:
-        UserError: a simulated card, which has no speed.
+        UserError: the card is simulated, so it has no speed.
     """
     if device.is_simulated:
         raise UserError(f"--device {device.kind}: a simulated card has no speed to measure")
@@ -56,11 +57,11 @@ def _fastest(run: Callable[[], Tensor], device: Device, repeats: int) -> float:
 
 
 def timed(run: Callable[[], Any], device: Device) -> tuple[float, Any]:
-    """Seconds of ``run`` to the end of the work on the device, and its result: a tensor, or a tuple of tensors."""
+    """Call ``run``; return the seconds until its work on the device is done, and its result (a tensor, or a tuple)."""
     started = time.perf_counter()
     result = run()
     last = result[-1] if isinstance(result, tuple) else result
-    device.fetch(last.detach().reshape(-1)[:1])  # to read a value is to wait until it is there
+    device.fetch(last.detach().reshape(-1)[:1])  # reading a value waits until it is computed
     return time.perf_counter() - started, result
 
 

@@ -1,6 +1,6 @@
 """Small experiments on an untrained network: signal strength by layer, first steps, learning-rate range test.
 
-For notebooks on the CPU with small images: plain loops, nothing is recorded.
+Meant for notebooks on the CPU with small images: plain loops that write no files.
 
     >>> network = vl.model.build("vgg16", num_classes=10, head="small", init="normal")
     >>> vl.experiments.signals(network, images, labels)
@@ -16,23 +16,25 @@ from torch import Tensor, nn
 
 from vgglab.devices.compat import without_compiler
 
-Batch = Any  # a pair (images (N, 3, S, S) normalised, labels (N,))
+Batch = Any  # a pair: normalised images (N, 3, S, S), labels (N,)
 
 
 class Signal(NamedTuple):
-    """Standard deviations, over a whole batch, of the activations and gradients of one layer that has weights."""
+    """Standard deviations of the activations and gradients of one layer with weights, over a whole batch."""
 
     layer: str
     activation: float  # of its output
-    gradient: float  # of the loss by its output
-    weight_gradient: float  # of the loss by its weights, over the deviation of the weights themselves
+    gradient: float  # of the loss with respect to its output
+    weight_gradient: float  # of the loss with respect to its weights, divided by the deviation of the weights
 
 
 def signals(model: nn.Module, images: Tensor, labels: Tensor) -> list[Signal]:
-    """Measure signals in one forward and backward pass in training mode; weights stay, gradients are cleared.
+    """Measure each layer's ``Signal`` in one forward and backward pass in training mode.
 
-    In a network that can learn, neither signal shrinks or grows by orders of magnitude from layer to layer (Glorot and
-    Bengio 2010; He et al. 2015, "Delving Deep into Rectifiers").
+    The weights are not changed, and the gradients are cleared afterwards.
+
+    In a network that can learn, neither activations nor gradients shrink or grow by orders of magnitude from layer to
+    layer (Glorot and Bengio 2010; He et al. 2015, "Delving Deep into Rectifiers").
     """
     outputs: dict[str, Tensor] = {}
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
@@ -41,7 +43,7 @@ def signals(model: nn.Module, images: Tensor, labels: Tensor) -> list[Signal]:
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
             output.retain_grad()
             outputs[name] = output
-            return output.clone()  # what follows may work in place
+            return output.clone()  # the next layer may modify it in place
 
         return hook
 
@@ -65,7 +67,7 @@ def signals(model: nn.Module, images: Tensor, labels: Tensor) -> list[Signal]:
 
 
 def first_steps(model: nn.Module, batches: Iterable[Batch], lr: float, momentum: float = 0.9) -> list[float]:
-    """The loss of each step of plain SGD, until the batches end or the loss is not finite."""
+    """Train with SGD and return the loss of each step; stop when the batches end or the loss is not finite."""
     optimizer = without_compiler(torch.optim.SGD)(model.parameters(), lr=lr, momentum=momentum)
     return list(_losses(model, batches, optimizer))
 
@@ -73,10 +75,10 @@ def first_steps(model: nn.Module, batches: Iterable[Batch], lr: float, momentum:
 def learning_rate_range(
     model: nn.Module, batches: Sequence[Batch], lowest: float, highest: float, momentum: float = 0.9
 ) -> tuple[list[float], list[float]]:
-    """Learning-rate range test: rates from ``lowest`` to ``highest`` in geometric steps, and the loss at each.
+    """Run a learning-rate range test from ``lowest`` to ``highest`` in geometric steps; return the rates and losses.
 
-    Source: L. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015, section 3.3. It ends early if
-    the loss is not finite.
+    Source: L. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015, section 3.3. The test
+    ends early if the loss is not finite.
     """
     optimizer = without_compiler(torch.optim.SGD)(model.parameters(), lr=lowest, momentum=momentum)
     factor = (highest / lowest) ** (1 / max(1, len(batches) - 1))
@@ -101,11 +103,11 @@ def _losses(model: nn.Module, batches: Iterable[Batch], optimizer: torch.optim.O
 
 
 def copy_layers(shallow: nn.Module, deep: nn.Module, num_convolutions: int = 4) -> list[str]:
-    """Initialise ``deep`` as the paper did, with the first convolutions and the linear layers of a shallower network.
+    """Initialise ``deep`` as in the paper: copy the first convolutions and the linear layers of a shallower network.
 
-    A convolution is copied to the same position in the same block (the layers between two poolings). Returns the names
-    of the copied layers. Source: Simonyan and Zisserman 2014, section 3.1: four convolutions of net A and its
-    three linear layers.
+    A convolution is copied to the same position in the same block (the layers between two pooling layers). Returns
+    the names of the copied layers. Source: Simonyan and Zisserman 2014, section 3.1, where the first four convolutions
+    and the three linear layers of net A are copied.
     """
     given, taken = _by_place(shallow), _by_place(deep)
     convolutions = [place for place in given if place[0] != "linear"][:num_convolutions]
@@ -118,7 +120,7 @@ def copy_layers(shallow: nn.Module, deep: nn.Module, num_convolutions: int = 4) 
 
 
 def _by_place(network: nn.Module) -> dict[tuple[Any, int], tuple[str, nn.Module]]:
-    """The layers with weights, by (block, number in the block) or ("linear", number)."""
+    """Return the layers with weights, keyed by (block, number in the block) or ("linear", number)."""
     found: dict[tuple[Any, int], tuple[str, nn.Module]] = {}
     block, number = 0, 0
     for name, layer in network.named_modules():

@@ -16,11 +16,11 @@ from vgglab.errors import UserError
 
 
 def read_photograph(file: str, data: bytes | None = None, longest: int = 384) -> Tensor:
-    """Read a photograph as ``(H, W, 3)`` uint8, upright, its longer side at most ``longest`` pixels.
+    """Read a photograph as upright ``(H, W, 3)`` uint8 pixels, with a longer side of at most ``longest``.
 
     Args:
-        file: its path, or its name if ``data`` is given.
-        data: the content of the file, decoded as an image whatever the file name.
+        file: path of the photograph; if ``data`` is given, only its name.
+        data: content of the file; its image format is detected from the content, not from the name.
 
     Raises:
         UserError: not an image, damaged, or so large that it may be a decompression bomb.
@@ -32,13 +32,13 @@ def read_photograph(file: str, data: bytes | None = None, longest: int = 384) ->
                 upright = to_rgb(ImageOps.exif_transpose(image))  # orientation from the EXIF data
         upright.thumbnail((longest, longest))
         return as_tensor(upright)
-    except Exception as error:  # decoders raise nearly anything for a broken file
+    except Exception as error:  # decoders raise all kinds of exceptions for a damaged file
         advice = "use a JPEG or PNG file that an image viewer can open"
         raise UserError(f"photograph: {file!r} cannot be read as an image ({reason_of(error)}); {advice}") from None
 
 
 def named_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """The convolutional part of a VGG in order, by block and number: ``conv1_1``, ``relu1_1``, ..., ``pool5``."""
+    """Return the layers of ``network.features`` in order, named by block and number: ``conv1_1``, ..., ``pool5``."""
     kinds = {nn.Conv2d: "conv", nn.BatchNorm2d: "norm", nn.ReLU: "relu"}
     layers: dict[str, nn.Module] = {}
     block, number = 1, 0
@@ -53,10 +53,10 @@ def named_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def without_inplace_relu(network: nn.Module) -> nn.Module:
-    """Put the network into evaluation mode and make its ReLUs keep their input.
+    """Put the network into evaluation mode and disable the in-place mode of its ReLUs.
 
-    VGG's ReLUs work in place to save memory. A hook on the layer before would then see the output of the ReLU, and
-    gradients with respect to that layer could not be computed.
+    VGG's ReLUs work in place to save memory. A hook on the preceding layer would then see the output of the
+    ReLU, and gradients with respect to the output of that layer could not be computed.
     """
     for layer in network.modules():
         if isinstance(layer, nn.ReLU):
@@ -65,12 +65,12 @@ def without_inplace_relu(network: nn.Module) -> nn.Module:
 
 
 def feature_maps(network: nn.Module, images: Tensor, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The outputs of ``layers`` for normalised ``images`` (N, 3, H, W), by name: ``(N, channels, h, w)`` each."""
+    """Return the output of each layer for normalised ``images`` (N, 3, H, W), by name: ``(N, channels, h, w)``."""
     maps: dict[str, Tensor] = {}
 
     def keep_as(name: str) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            maps[name] = output.clone()  # a ReLU in place behind it would overwrite it
+            maps[name] = output.clone()  # an in-place ReLU after the layer would overwrite it
 
         return keep
 
@@ -86,14 +86,14 @@ def feature_maps(network: nn.Module, images: Tensor, layers: Mapping[str, nn.Mod
 def effective_receptive_fields(
     network: nn.Module, images: Tensor, layers: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
-    """How strongly each pixel affects the centre unit of each layer: ``(N, H, W)`` by layer, with sum 1 per image.
+    """Return how strongly each pixel affects the centre unit of each layer, ``(N, H, W)`` with sum 1 per image.
 
-    Computed as the absolute gradient of that unit, summed over its channels, with respect to the normalised ``images``
-    (N, 3, H, W); the result is summed over the colour channels. All zeros if the unit is inactive. The weights of the
-    network get no gradients.
+    The activations of the unit are summed over its channels and differentiated with respect to the normalised
+    ``images`` (N, 3, H, W); the absolute gradient is summed over the colour channels. The result is all zeros if the
+    unit is inactive. The weights of the network get no gradients.
 
     Source: Luo, Li, Urtasun and Zemel, "Understanding the Effective Receptive Field in Deep Convolutional Neural
-    Networks", 2016, section 3; they average over many images, this does not.
+    Networks", 2016, section 3, which averages over many images; this function does not.
     """
     images = images.detach().clone().requires_grad_()
     fields = {}

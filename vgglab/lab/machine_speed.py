@@ -3,9 +3,9 @@
     >>> slowdown()
     1.0
 
-A notebook spends its time partly in training steps and partly in Python code that starts processes and imports torch. A
-processor may be slow at only one of them, so both are measured: a training step of VGG11, and compiling a module of the
-standard library. Both use one core, because on a busy machine several threads would mostly wait for each other.
+A notebook spends part of its time in training steps and part in Python code that starts processes and imports torch. A
+processor may be slow at only one of these, so both are measured: a training step of VGG11, and the compilation of a
+standard-library module. Both use one core, because on a busy machine several threads would mostly wait for each other.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from vgglab.lab.timings import COMPILE_SECONDS, STEP_SECONDS
 from vgglab.storage.cache import cache_folder
 
 STEPS_FOR_SECONDS, COMPILING_FOR_SECONDS = 1.2, 0.5
-FRESH_SECONDS = 600.0  # for so long a measurement counts for all kernels of this machine
+FRESH_SECONDS = 600.0  # how long a measurement is reused by all kernels on this machine
 
 
 @lru_cache(maxsize=None)
 def slowdown() -> float:
-    """How many times slower this machine is than the reference machine: 3.0 for a third of its speed."""
-    with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError):  # no HOME, no file, an odd one
+    """Return how many times slower this machine is than the reference machine; 3.0 means a third of its speed."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError):  # no HOME, no file, or an invalid file
         file = cache_folder() / "machine_speed.json"
         if 0 <= time.time() - file.stat().st_mtime < FRESH_SECONDS:
             return _ratio(*json.loads(file.read_text(encoding="utf-8")))
@@ -45,17 +45,17 @@ def _ratio(step_seconds: float, compile_seconds: float) -> float:
 
 
 def measure() -> tuple[float, float]:
-    """Median seconds of a training step and of compiling a module; the first of each is left out."""
+    """Return the median seconds of a training step and of compiling a module, excluding the first run of each."""
     source = Path(argparse.__file__).read_text(encoding="utf-8")
     compile_seconds = _seconds_of(partial(compile, source, "argparse", "exec"), COMPILING_FOR_SECONDS)
     try:
         import torch
-    except ImportError:  # 08_report shows runs that were copied to a machine without it
+    except ImportError:  # 08_report can show copied runs on a machine without torch
         return STEP_SECONDS * compile_seconds / COMPILE_SECONDS, compile_seconds
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        with torch.random.fork_rng(devices=[]):  # does not change the caller's random state
             return _seconds_of(_training_step(), STEPS_FOR_SECONDS), compile_seconds
     finally:
         torch.set_num_threads(threads)

@@ -4,9 +4,9 @@
     python -m vgglab.plan --recipe modern --data-path imagenet --run runs/<a short measured run>
     python -m vgglab.plan --recipe quick --images-per-second 100 --json   # the last line of stdout is one JSON object
 
-Accepts every training flag. Without ``--data-path``, a recipe is planned for the size of ImageNet (``quick`` for the
-digits). ``--images-per-second`` is the speed of one card; n cards are assumed to be n times as fast, multiplied by
-``--scaling``.
+Accepts every training flag. Without ``--data-path``, a recipe is planned for a data set of the size of ImageNet, and
+``quick`` for the digits. ``--images-per-second`` is the speed of one card; n cards are assumed to be n times as fast,
+or n x ``--scaling`` times with that flag.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from vgglab.settings.schedule import learning_rate
 from vgglab.view.tables import html_facts
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
-FORWARD_SHARE = 1 / 3  # of a training step's operations: evaluation has no backward pass
+FORWARD_SHARE = 1 / 3  # operations of an evaluation step relative to a training step: it has no backward pass
 MAX_RATE_RATIO, MAX_CARDS = (
     4.0,
     8,
-)  # times the recipe's own rate, which the original example has scaled up to so many cards
-# Rules of thumb: somewhat above the original example's 0.06 on eight cards; and from the paper, section 3.1.
+)  # largest ratio to the recipe's rate, which the original example scales for up to this many cards
+# Rules of thumb: slightly above the original example's 0.06 on eight cards; the depth is from the paper, section 3.1.
 LARGEST_RATE_WITHOUT_NORM, DEEPEST_FROM_NORMAL = 0.1, 11
 
 
 class Plan(NamedTuple):
-    """The plan; the fields of the JSON object. Times in seconds, sizes in bytes."""
+    """A plan, with the fields of the JSON object. Times are in seconds, sizes in bytes."""
 
     data: str
     num_train_images: int
@@ -48,14 +48,14 @@ class Plan(NamedTuple):
     epochs: int
     steps_per_epoch: int
     steps: int
-    images_per_second: float  # of all ranks
-    training_seconds: float  # steps only
-    evaluation_seconds: float  # counted at a third of a training image's work
+    images_per_second: float  # of all ranks together
+    training_seconds: float  # without evaluation
+    evaluation_seconds: float  # an image counts as a third of a training image
     total_seconds: float
-    num_checkpoints: int  # that are written; at most three stay
-    checkpoint_bytes: int  # of one
+    num_checkpoints: int  # number written; at most three are kept
+    checkpoint_bytes: int  # size of one checkpoint
     disk_bytes: int  # last, previous, best, and the one being written
-    rates: list[tuple[int, float]]  # (epoch from 0, learning rate), where it changes
+    rates: list[tuple[int, float]]  # (epoch, from 0; learning rate) at each change
     warnings: list[str]
 
     def __repr__(self) -> str:
@@ -68,21 +68,21 @@ class Plan(NamedTuple):
 def plan_training(
     config: Request, images_per_second: float, ranks: int = 1, scaling: float = 1.0, given: Sequence[str] = ()
 ) -> Plan:
-    """Compute the plan.
+    """Compute the plan of a training run.
 
     Args:
         config: the settings of the run.
         images_per_second: training speed of one card.
         ranks: number of cards.
-        scaling: parallel efficiency, above 0: the speed of all ranks divided by ``ranks`` times that of one card.
-        given: the settings that were given in addition to the recipe.
+        scaling: parallel efficiency, above 0: the speed of all ranks, divided by ``ranks`` times the speed of one card.
+        given: names of the settings that were given in addition to the recipe.
 
     Raises:
         UserError: data set not found, or smaller than one batch.
     """
     if config.test_only or config.resume or config.seeds:
         raise UserError(
-            "--test-only, --resume and --seeds: a plan covers one training run from its beginning; leave them out"
+            "--test-only, --resume and --seeds: a plan covers one training run from the start; leave them out"
         )
     data, num_train, num_eval, num_classes, image_size = _data(config, given)
     global_batch = config.batch_size * ranks
@@ -125,7 +125,7 @@ def plan_training(
 
 
 def _data(config: Request, given: Sequence[str]) -> tuple[str, int, int, int, int]:
-    """Description, number of training and held-out images, number of classes, and image size."""
+    """Return the description, numbers of training and held-out images, number of classes, and image size."""
     if "data_path" not in given and config.recipe is not None and MADE_FOR[config.recipe] == "imagenet":
         return "ImageNet", IMAGENET["train"], IMAGENET["val"], IMAGENET["classes"], config.image_size or 224
     sets = open_sets(config)
@@ -134,7 +134,7 @@ def _data(config: Request, given: Sequence[str]) -> tuple[str, int, int, int, in
 
 
 def _checkpoint_bytes(config: Request, num_classes: int, image_size: int) -> int:
-    """Bytes of a checkpoint: the weights and batch-norm statistics, and as much for each average kept of them."""
+    """Return the bytes of a checkpoint: weights, batch-norm statistics, their averages (--ema), and optimizer state."""
     head = head_for(image_size) if config.head == "auto" else config.head
     with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes are enough
         built = build(config.model, num_classes=num_classes, head=head, init_weights=False)
@@ -159,7 +159,7 @@ def _warnings(config: Request, ranks: int) -> list[str]:
         if not 1 / MAX_RATE_RATIO < factor < MAX_RATE_RATIO:
             lines.append(
                 f"the learning rate is {base:.3g} after scaling by batch size and ranks, {factor:.2g} x that of "
-                f"--recipe {config.recipe} on up to {MAX_CARDS} cards: lower --lr, or lengthen --warmup"
+                f"--recipe {config.recipe} on up to {MAX_CARDS} cards: adjust --lr, or increase --warmup"
             )
     depth, has_norm = int(config.model[3:].partition("_")[0]), config.model.endswith("_bn")
     if not has_norm and base > LARGEST_RATE_WITHOUT_NORM:
@@ -168,7 +168,8 @@ def _warnings(config: Request, ranks: int) -> list[str]:
         )
     if not has_norm and config.init == "normal" and depth > DEEPEST_FROM_NORMAL:
         lines.append(
-            f"--init normal: without batch norm {config.model} does not learn from these weights; use kaiming or xavier"
+            f"--init normal: without batch norm, {config.model} does not learn from these weights; "
+            "use kaiming or xavier"
         )
     if config.lr_schedule == "plateau":
         lines.append("--lr-schedule plateau: drops depend on validation accuracy, so they cannot be planned")
@@ -176,7 +177,7 @@ def _warnings(config: Request, ranks: int) -> list[str]:
 
 
 def as_text(planned: Plan) -> str:
-    """The plan as text."""
+    """Return the plan as text."""
     return "\n".join(f"{name:<14}{text}" for name, text in _facts(planned))
 
 
@@ -184,11 +185,14 @@ def _facts(planned: Plan) -> list[tuple[str, str]]:
     cards = "1 card" if planned.ranks == 1 else f"{planned.ranks} cards"
     evaluation, rates = _long(planned.evaluation_seconds), _few(planned.rates)
     return [
-        ("data", f"{planned.data}: {planned.num_train_images:,} training images, {planned.num_eval_images:,} held out"),
+        (
+            "data",
+            f"{planned.data}: {planned.num_train_images:,} training and {planned.num_eval_images:,} held-out images",
+        ),
         (
             "steps",
-            f"{planned.steps:,} of {planned.global_batch_size} images: {planned.epochs} epochs of "
-            f"{planned.steps_per_epoch:,}",
+            f"{planned.steps:,} with {planned.global_batch_size} images each: {planned.epochs} epochs of "
+            f"{planned.steps_per_epoch:,} steps",
         ),
         (
             "time",
@@ -197,16 +201,16 @@ def _facts(planned: Plan) -> list[tuple[str, str]]:
         ),
         (
             "checkpoints",
-            f"{planned.num_checkpoints} of {planned.checkpoint_bytes / 1e9:.2f} GB are written, at most three kept, "
-            f"plus one being written: up to {planned.disk_bytes / 1e9:.2f} GB on disk",
+            f"{planned.num_checkpoints} written, {planned.checkpoint_bytes / 1e9:.2f} GB each; at most three are kept, "
+            f"plus the one being written: up to {planned.disk_bytes / 1e9:.2f} GB on disk",
         ),
-        ("rate", ", ".join(f"{rate:.3g} from epoch {epoch + 1}" for epoch, rate in rates)),
+        ("learning rate", ", ".join(f"{rate:.3g} from epoch {epoch + 1}" for epoch, rate in rates)),
         *(("warning", text) for text in planned.warnings),
     ]
 
 
 def _few(rates: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """All learning rates if there are few; a selection for a smooth schedule."""
+    """Return all learning rates if there are at most 12, otherwise 10 to 19, evenly spaced."""
     step = max(1, len(rates) // 10)
     return rates if len(rates) <= 12 else rates[::step]
 

@@ -20,13 +20,13 @@ from vgglab.runs.run import Run
 from vgglab.settings.config import Request, Settings, complete
 from vgglab.settings.inheritance import checked
 
-MAX_CLASSES = 10**6  # of a run that is read; ImageNet-21k has 21,841
+MAX_CLASSES = 10**6  # largest number accepted from a run's settings; ImageNet-21k has 21,841
 
 
 class Prediction(NamedTuple):
     """The prediction for one image: its class, the predicted class, and the probability of the latter (0 to 1)."""
 
-    file: str  # or its index in a set that is not files
+    file: str  # or the index of the image, if the data set has no files
     actual: str
     predicted: str
     probability: float
@@ -38,12 +38,12 @@ class Prediction(NamedTuple):
         return self.actual == self.predicted
 
     def pixels(self) -> Any:
-        """The whole image as an array ``(H, W, 3)`` of bytes."""
+        """Return the whole image as a uint8 array ``(H, W, 3)``."""
         return as_tensor(self.split.images.open(self.position, "pil").pixels()).numpy()
 
 
 def load_network(run: Run | str | Path, which: str = "best") -> VGG:
-    """The network of a run with the weights of its ``best`` or ``last`` checkpoint, on the CPU, in evaluation mode.
+    """Load the network of a run from its ``best`` or ``last`` checkpoint, on the CPU and in evaluation mode.
 
     Raises:
         UserError: the run has no such checkpoint.
@@ -59,7 +59,7 @@ def load_network(run: Run | str | Path, which: str = "best") -> VGG:
 
 @torch.no_grad()
 def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
-    """Predict all held-out images of a run with its ``best`` or ``last`` checkpoint, on the CPU, in order.
+    """Predict the classes of a run's held-out images, in order, with its ``best`` or ``last`` checkpoint, on the CPU.
 
     Raises:
         UserError: the run has no such checkpoint, or its images no longer exist.
@@ -80,11 +80,11 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
 
 
 def _settings_of(run: Run) -> Settings:
-    """The settings of the run, changed to use all held-out images, from any current folder."""
+    """Return the settings of the run, changed to evaluate all held-out images in this process."""
     known = [item for item in fields(Request) if item.name in run.config]
     with error_context(f"{run.path}/config.json"):
         config = Request(**{item.name: checked(item, run.config[item.name]) for item in known})
         if config.num_classes is None or config.num_classes > MAX_CLASSES:
             raise UserError("has no valid num_classes")
-    # The decoder is chosen here, where simplejpeg may not be.
+    # "auto", because simplejpeg may be missing on this machine.
     return complete(config, test_only=True, workers=0, eval_step_per_epoch=-1, decoder="auto")

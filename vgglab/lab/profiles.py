@@ -1,6 +1,6 @@
-"""The size of a notebook run: ``quick``, ``small`` or ``full``, shown with the expected time before it starts.
+"""Profiles: how large a notebook runs (``quick``, ``small`` or ``full``), shown with the expected time.
 
-Values set by hand or by a batch run are checked here before training.
+Parameter values set by hand or with papermill are checked here before training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vgglab.view.progress import duration
 from vgglab.view.tables import html_table, html_text, show, text_table
 
 NAMES = ("quick", "small", "full")
-ALL = -1  # of steps: no limit
+ALL = -1  # as a number of steps: no limit
 
 
 class Profiles:
@@ -34,19 +34,19 @@ class Profiles:
     ) -> None:
         """
         Args:
-            notebook: its name without ``.ipynb``, to look up its time.
-            at_least: the minimum of an integer parameter, by name; 1 by default.
-            one_of: the allowed values of a text parameter, by name.
-            settings: a value for each profile, by parameter name.
+            notebook: name of the notebook without ``.ipynb``, to look up its running time.
+            at_least: minimum values of integer parameters, by name; the default is 1.
+            one_of: allowed values of text parameters, by name.
+            settings: the values for the three profiles, by parameter name.
         """
         self.settings, self.at_least, self.one_of = settings, at_least or {}, one_of or {}
         self.seconds: float | None = SECONDS.get(notebook)
 
     def choose(self, profile: str, **given: Any) -> list[Any]:
-        """Return the values of the profile in the order of ``given``, whose values override unless None; show a table.
+        """Show the profile table and return the profile's values, overridden by those in ``given`` that are not None.
 
-        A value must have the same type as in the profiles: text, an integer (or -1 for all, if a profile has that), or
-        a number above 0 if they have fractions.
+        The values are returned in the order of ``given``. A value must have the same type as in the profiles: text, an
+        integer (-1 for all is allowed if a profile has it), or any number above 0 if a profile has a decimal.
 
         Raises:
             UserError: an unknown profile or an invalid value; the message names the parameter.
@@ -85,7 +85,7 @@ def _number(name: str, value: Any) -> float:
 
 
 class ProfileTable:
-    """The profiles as a table; the selected one is marked, with the expected time and values set by hand."""
+    """The profiles as a table, with the selected profile marked, values set by hand, and the expected time."""
 
     def __init__(self, profiles: Profiles, index: int, chosen: Mapping[str, Any], by_hand: set[str]) -> None:
         self.headings = ["", *(f"{name} (selected)" if n == index else name for n, name in enumerate(NAMES))]
@@ -102,7 +102,7 @@ class ProfileTable:
             expected = f"about {duration(_rounded(profiles.seconds * times_as_long))}"
             self.remark = (
                 f"The expected time is an estimate for this machine: {duration(profiles.seconds)} on {MACHINE}, and a "
-                f"short measurement took {times_as_long:.1f} times as long here."
+                f"short benchmark took {times_as_long:.1f} times as long here."
             )
         self.rows.append(["expected time", expected, *["not timed"] * (len(NAMES) - 1)])
         if by_hand:

@@ -1,6 +1,7 @@
-"""Output shapes of layers, computed from the formulas in their documentation.
+"""Output shapes of layers, computed from the formulas in torch's documentation.
 
-torch's meta device gives the same shapes, but imports torch's compiler: 1.6 CPU-seconds (torch 2.15 on an AMD EPYC).
+torch's meta device gives the same shapes, but imports torch's compiler, which takes 1.6 CPU-seconds (torch 2.15 on an
+AMD EPYC).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ ADAPTIVE_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 def output_of(module: nn.Module, images: Tensor) -> Tensor:
-    """An uninitialised tensor with the shape of a layer's output for ``images``, ``(N, C, H, W)`` or ``(N, C)``.
+    """Return an uninitialised tensor with the shape of the output for ``images``, ``(N, C, H, W)`` or ``(N, C)``.
 
     Raises:
         ValueError: the layer does not accept that shape.
@@ -40,7 +41,7 @@ def _expect(wanted: int, found: int, what: str) -> None:
 
 
 def _side(module: Any, axis: int, side: int) -> int:
-    """Output height (axis 0) or width (1) of a convolution or pooling, by the formulas in torch's documentation."""
+    """Return the output height (axis 0) or width (axis 1) of a convolution or pooling layer."""
     if isinstance(module, ADAPTIVE_POOLS):
         wanted = _pair(module.output_size)[axis]
         return side if wanted is None else wanted
@@ -52,13 +53,13 @@ def _side(module: Any, axis: int, side: int) -> int:
     if not getattr(module, "ceil_mode", False):
         return room // stride + 1
     rounded_up = -(-room // stride) + 1
-    return rounded_up - ((rounded_up - 1) * stride >= side + padding)  # the last window must begin on the image
+    return rounded_up - ((rounded_up - 1) * stride >= side + padding)  # a last window in the right padding is dropped
 
 
 def window(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int, int]:
-    """Extent of the inputs of one output, the stride, and the padding, in inputs along the longer side.
+    """Return the extent of the inputs of one output (with dilation), the stride, and the padding.
 
-    The extent includes dilation.
+    Where they differ by axis, the larger value is returned.
     """
     if isinstance(module, (nn.Conv2d, *POOLS)):
         sides = zip(_pair(module.kernel_size), _pair(getattr(module, "dilation", 1)))
@@ -66,7 +67,7 @@ def window(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int, in
         padding = {"same": (extent - 1) // 2, "valid": 0}.get(str(module.padding), module.padding)
         return extent, max(_pair(module.stride)), max(_pair(padding))
     if isinstance(module, ADAPTIVE_POOLS):
-        # Output i pools from floor(i * in / out) up to ceil((i + 1) * in / out); where windows differ, the widest.
+        # Output i pools from floor(i * in / out) to ceil((i + 1) * in / out), exclusive; the widest window counts.
         starts = [i * size_in // size_out for i in range(size_out + 1)]
         ends = [-(-(i + 1) * size_in // size_out) for i in range(size_out)]
         return max(e - s for s, e in zip(starts, ends)), max(b - a for a, b in zip(starts, starts[1:])), 0

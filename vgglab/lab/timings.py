@@ -1,7 +1,7 @@
-"""The time of each notebook with the profile ``quick``, executed alone on a reference machine.
+"""The running time of each notebook with the profile ``quick``, with nothing else running on the reference machine.
 
-``python tests/time_notebooks.py "name of the machine"`` writes ``timings.json``. It also contains the two measurements
-that ``vgglab/lab/machine_speed.py`` compares with the current machine.
+``python tests/time_notebooks.py "name of the machine"`` writes ``timings.json``. This file also contains the two
+measurements with which ``vgglab/lab/machine_speed.py`` compares the current machine.
 """
 
 from __future__ import annotations

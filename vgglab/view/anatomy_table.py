@@ -1,4 +1,4 @@
-"""The layers of a network as a table, and the limits of a machine for its roofline; plain values only.
+"""A table of the layers of a network, and the limits of a machine for a roofline; plain values, without torch.
 
 ``vgglab.anatomy`` computes the rows; its ``--json`` output can be shown on a machine without torch.
 """
@@ -28,24 +28,24 @@ class Window(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One layer in the order of the forward pass; a row of the table.
+    """One layer, a row of the table; rows are in the order of the forward pass.
 
     Attributes:
         name: as in ``model.named_modules()``.
         kind: conv, linear, batch norm, relu, pool, dropout or flatten.
-        output_shape: ``(N, C, H, W)`` or ``(N, features)``, N images in the batch; ``input_shape`` likewise.
-        num_parameters: number of parameters; shared ones count for the first layer that has them.
-        multiply_adds: multiplications with an addition in the forward pass, for one image. Convolutions and linear
-            layers without biases; the few operations of other layers count 0, as in torch's own counter.
-        bytes_moved: bytes moved by the forward pass in float32, for the whole batch; the minimum: input and weights are
-            read once, the output is written once. Flatten moves nothing.
+        output_shape: ``(N, C, H, W)`` or ``(N, features)``, with N images in the batch; ``input_shape`` likewise.
+        num_parameters: number of parameters; shared parameters are counted in the first layer that uses them.
+        multiply_adds: multiply-adds of the forward pass for one image: those of convolutions and linear layers, without
+            biases. The few operations of other layers are counted as 0, as in torch's FLOP counter.
+        bytes_moved: minimum number of bytes moved by the forward pass in float32, for the whole batch: input and
+            weights are read once, the output is written once. Flatten moves nothing.
         receptive_field: side of the square of pixels that one output can depend on. It can be larger than the image,
             because it includes padding. After a linear layer it is the whole image.
         field_start: first pixel of that square for the first output in a row; negative if in the padding.
         jump: distance in pixels between the squares of neighbouring outputs: the product of all strides so far.
-        training_multiply_adds: the same for the forward and backward pass: as many again for the gradient of the
-            weights, and for that of the input if an earlier layer is trained. So the first layer costs twice its
-            forward pass, the others three times.
+        training_multiply_adds: multiply-adds of the forward and backward pass for one image. The gradient of the
+            weights takes as many as the forward pass, and so does the gradient of the input, which is needed if an
+            earlier layer is trained. So the first layer costs twice its forward pass, the others three times.
         forward_seconds, backward_seconds: seconds for the whole batch; None until measured.
     """
 
@@ -101,8 +101,8 @@ class Ceilings(NamedTuple):
     architectures", Communications of the ACM 52(4), 2009.
     """
 
-    flop_per_second: float  # computing
-    bytes_per_second: float  # moving
+    flop_per_second: float  # peak compute
+    bytes_per_second: float  # memory bandwidth
 
     @property
     def ridge(self) -> float:
@@ -122,8 +122,8 @@ class Anatomy(Sequence[Layer]):
     image_size: int  # side, in pixels
     batch_size: int
     layers: tuple[Layer, ...]
-    modules: tuple[Any, ...]  # what the rows are about; their weights have shapes and no values
-    ceilings: Ceilings | None = None  # once measured
+    modules: tuple[Any, ...]  # the module of each row; weights have shapes but no values
+    ceilings: Ceilings | None = None  # None until measured
 
     def __getitem__(self, index: Any) -> Any:
         return self.layers[index]
@@ -149,7 +149,8 @@ class Anatomy(Sequence[Layer]):
     def title(self) -> str:
         what = "multiply-adds and FLOP for one image"
         return (
-            f"{self.model}, {self.image_size} x {self.image_size} pixels: {what}, bytes for {self.batch_size} at once"
+            f"{self.model}, {self.image_size} x {self.image_size} pixels: {what}, "
+            f"bytes for a batch of {self.batch_size}"
         )
 
     def __repr__(self) -> str:
@@ -159,7 +160,7 @@ class Anatomy(Sequence[Layer]):
         return as_html(self, self.ceilings, self.title)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values: totals, layers and, if measured, the limits of the machine."""
+        """Return plain values: totals, layers and, if measured, the limits of the machine."""
         names = "model image_size batch_size num_parameters multiply_adds training_flop".split()
         layers = [{**layer._asdict(), "flop": layer.flop, "intensity": layer.intensity} for layer in self]
         roof = self.ceilings and self.ceilings._asdict()
@@ -167,7 +168,7 @@ class Anatomy(Sequence[Layer]):
 
 
 def as_text(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str = "") -> str:
-    """The table as text: one row per layer, totals in the last; with times if they were measured."""
+    """Return the table as text: one row per layer, totals in the last row, and times if they were measured."""
     heads, lines = _table(rows, ceilings)
     table = [*zip(*(f"{head}\n".split("\n")[:2] for head in heads)), *lines]
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -201,7 +202,7 @@ def _about(ceilings: Ceilings | None) -> list[str]:
         return []
     peak, bandwidth = ceilings.flop_per_second / 1e9, ceilings.bytes_per_second / 1e9
     meet = f"which meet at {ceilings.ridge:.1f} FLOP per byte"
-    return [f"this machine's ceilings, measured: {peak:.1f} GFLOP/s and {bandwidth:.1f} GB/s, {meet}"]
+    return [f"measured ceilings of this machine: {peak:.1f} GFLOP/s and {bandwidth:.1f} GB/s, {meet}"]
 
 
 def _table(rows: Sequence[Layer], ceilings: Ceilings | None) -> tuple[list[str], list[list[str]]]:
@@ -243,7 +244,7 @@ def _measured_cells(row: Layer, ceilings: Ceilings | None) -> list[str]:
 
 
 def _scaled(value: float, unit: float, digits: int = 1) -> str:
-    """A number as text: empty for 0, with two significant digits if small: 1,849.7, 0.25, 0.0041."""
+    """Format a number: empty for 0, with two significant digits below 1, such as 1,849.7, 0.25 or 0.0041."""
     value /= unit
     if not value:
         return ""

@@ -2,7 +2,7 @@
 
     >>> explore(vgglab.anatomy.of, photograph)
 
-Widgets in a live notebook; a figure with text in a headless one.
+Shows widgets in a live notebook, and a figure with text in a headless one.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from vgglab.view.live import front_end
 from vgglab.view.tables import html_table, html_text, text_table
 
 DEPTHS = tuple(name for name in MODELS if not name.endswith("_bn"))
-SMALLEST, LARGEST, STEP = 32, 448, 32  # image sizes on the slider, in pixels: five poolings halve them evenly
+SMALLEST, LARGEST, STEP = 32, 448, 32  # image sizes on the slider, in pixels; five pooling layers halve them
 HEIGHT = 6.4  # inches
 
 
 def explore(
     anatomy_of: Callable[..., Anatomy], photograph: Any, model: str = "vgg16", image_size: int = 224, layer: str = ""
 ) -> None:
-    """Show the explorer, or only its first view if the front end has no widgets.
+    """Show the explorer, or only its initial view if the front end has no widgets.
 
     Args:
         anatomy_of: ``vgglab.anatomy.of``, or a function with the same arguments.
-        photograph: a path, or bytes ``(height, width, 3)``; its central square is shown.
+        photograph: a path, or a uint8 array ``(height, width, 3)``; the central square is shown.
         model: one of ``settings.config.MODELS``, e.g. ``vgg16`` or ``vgg16_bn``.
         image_size: side of the images in pixels.
         layer: the layer shown first; "" for the last convolution.
@@ -62,12 +62,12 @@ class Explorer:
     ) -> None:
         self._anatomy_of, self._photograph = anatomy_of, _square(photograph)
         self._known: dict[tuple[str, int], Anatomy] = {}
-        self._lock = threading.RLock()  # a front end may call back on two threads at once
+        self._lock = threading.RLock()  # a front end may run callbacks on two threads at once
         self._is_following = False
         self.choose(model, image_size, layer)
 
     def choose(self, model: str, image_size: int, layer: str = "") -> None:
-        """Select a layer; "" for the last convolution.
+        """Select a network, an image size and a layer; "" selects the last convolution.
 
         Raises:
             UserError: as in ``vgglab.anatomy.of``; also if the layer does not exist.
@@ -97,14 +97,14 @@ class Explorer:
         weights, work = layer.num_parameters, layer.multiply_adds
         field = f"{layer.receptive_field} x {layer.receptive_field} pixels"
         if layer.receptive_field > whole.image_size:
-            field += ", more than the image: the rest is padding"
+            field += ", larger than the image; the rest is padding"
         is_vector = len(layer.output_shape) == 2
         step = "none: each output sees the whole image" if is_vector else f"{layer.jump} pixel{'s' * (layer.jump > 1)}"
         return [
             ["layer", f"{layer.name}, {layer.kind}"],
             ["shape", " to ".join("x".join(map(str, shape[1:])) for shape in (layer.input_shape, layer.output_shape))],
-            ["parameters", f"{weights:,}, {weights / whole.num_parameters:.1%} of all"],
-            ["multiply-adds", f"{work / 1e6:,.1f} million, {work / whole.multiply_adds:.1%} of all"],
+            ["parameters", f"{weights:,}, {weights / whole.num_parameters:.1%} of the total"],
+            ["multiply-adds", f"{work / 1e6:,.1f} million, {work / whole.multiply_adds:.1%} of the total"],
             ["activation memory", f"{layer.activation_bytes / 1e6:,.3f} MB per image, in float32"],
             ["receptive field", field],
             ["stride to the next output", step],
@@ -133,19 +133,19 @@ class Explorer:
         if has_neighbour:
             corner = (frame.left - jump, frame.top)
             panel.add_patch(Rectangle(corner, frame.side, frame.side, fill=False, color="white", linestyle="--"))
-        for width, color in ((4.5, "white"), (2.5, ORANGE)):  # seen on any photograph
+        for width, color in ((4.5, "white"), (2.5, ORANGE)):  # visible on any photograph
             corner = (frame.left, frame.top)
             panel.add_patch(Rectangle(corner, frame.side, frame.side, fill=False, color=color, linewidth=width))
         low, high = min(0, frame.left, frame.top), max(size, frame.left + frame.side, frame.top + frame.side)
         margin = 0.03 * (high - low)
         panel.set(xlim=(low - margin, high + margin), ylim=(high + margin, low - margin), facecolor="#EEEEEE")
         panel.set_xlabel("pixels" + ("; grey is padding" if low < 0 or high > size else ""), fontsize=9)
-        title = f"orange: what one output of {self.layer.name} sees{'; dashed: its neighbour' * has_neighbour}"
+        title = f"orange: receptive field of a {self.layer.name} output{'; dashed: its neighbour' * has_neighbour}"
         panel.set_title(title, fontsize=9, color=INK)
         panel.tick_params(colors=INK, labelsize=9)
 
     def widget(self) -> Any:
-        """The controls, the figure and the table; usable with Tab and arrow keys (open a list with the space bar)."""
+        """The controls, the figure and the table; usable with Tab and the arrow keys (the space bar opens a list)."""
         import ipywidgets as widgets
 
         wide = {"description_width": "initial"}
@@ -179,7 +179,7 @@ class Explorer:
 
     def _on_change(self, _: Any) -> None:
         with self._lock:
-            if self._is_following:  # what follows sets the layers' control itself
+            if self._is_following:  # _follow sets the layer control, which calls this again
                 return
             self._is_following = True
             try:
@@ -206,7 +206,7 @@ class Explorer:
 
 
 def _counterpart(before: Anatomy, layer: Layer, after: Anatomy) -> Layer | None:
-    """The corresponding layer in another network: the same kind and number, or the last of that kind."""
+    """Return the corresponding layer of another network: the same kind and number, or else the last of that kind."""
     index = [row.name for row in before if row.kind == layer.kind].index(layer.name)
     alike = [row for row in after if row.kind == layer.kind]
     return alike[min(index, len(alike) - 1)] if alike else None
@@ -222,7 +222,7 @@ def _square(photograph: Any) -> Any:
         image = Image.open(photograph) if is_file else Image.fromarray(numpy.asarray(photograph))
         image = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, TypeError, ValueError, AttributeError, Image.DecompressionBombError) as error:
-        wanted = "a path, or pixels (height, width, 3) of bytes"
+        wanted = "must be a path or a uint8 array (height, width, 3)"
         raise UserError(f"photograph: {wanted}; this one cannot be read: {error}") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

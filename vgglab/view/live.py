@@ -22,13 +22,13 @@ from vgglab.view.tables import html_text
 from vgglab.view.terminal import Terminal
 
 REFRESH_SECONDS = 0.5
-PICTURE_SECONDS = 2.0  # drawing takes the kernel's time, from whatever cell runs there
+PICTURE_SECONDS = 2.0  # drawing slows down the cell that is running in the kernel
 STATIC_REFRESH_SECONDS = 3.0
 NUM_LOG_LINES = 6
 
 
 def front_end() -> str:
-    """``live`` (widgets), ``static`` (a headless notebook), or ``terminal`` (no notebook)."""
+    """Return ``live`` (widgets), ``static`` (a headless notebook), or ``terminal`` (no notebook)."""
     try:
         from IPython import get_ipython
     except ImportError:
@@ -39,7 +39,7 @@ def front_end() -> str:
     forced = os.environ.get("VGGLAB_UI")
     if forced in ("live", "static"):
         return forced
-    # Jupyter's server names the session for kernels that a person has opened; papermill does not.
+    # Jupyter's server sets JPY_SESSION_NAME for kernels that a person has opened; papermill does not.
     is_watched = (
         "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules or "__vsc_ipynb_file__" in shell.user_ns
     )
@@ -52,11 +52,11 @@ def _has_widgets() -> bool:
         import ipywidgets  # noqa: F401
     except ImportError:
         return False
-    return not ipykernel.__version__.startswith("7.0.")  # loses updates from threads: a dashboard would not move
+    return not ipykernel.__version__.startswith("7.0.")  # loses widget updates from threads: a dashboard would freeze
 
 
 def watch(run: Run) -> None:
-    """Show ``run``: a live dashboard, returning at once; or, without widgets, follow it to its end."""
+    """Show ``run`` in a live dashboard and return at once; without widgets, follow the run to its end."""
     kind = front_end()
     if kind == "live":
         Dashboard(run).show()
@@ -77,7 +77,7 @@ def _follow(run: Run, block: Any) -> None:
     finally:
         block.update()
     if hasattr(run, "wait"):
-        run.wait()  # raises what the run died of
+        run.wait()  # raises the error that ended the run
 
 
 def _has_ended(run: Run) -> bool:
@@ -163,7 +163,7 @@ class Dashboard:
 
         self.refresh()
         data = dict(self.widget._repr_mimebundle_())
-        # What is left to read where the kernel, and the widget with it, is gone.
+        # Shown instead of the widget when the kernel no longer exists.
         data["text/plain"] = f"vgglab.Run({str(self.run.path)!r}).watch() shows this run again"
         display(data, raw=True)
         threading.Thread(target=self._keep_fresh, daemon=True, name="vgglab dashboard").start()
@@ -191,14 +191,14 @@ class Dashboard:
     def _on_stop(self, _: Any) -> None:
         self.stop_button.disabled = True
         self.stop_button.description = "Stopping"
-        # Off the kernel's thread: the run may take its grace to end.
+        # Not on the kernel's thread: stopping can take the whole grace period.
         threading.Thread(target=_stop, args=(self.run,), daemon=True).start()
 
 
 def keep_fresh(refresh: Callable[[], None], is_over: Callable[[], bool], status: Any) -> None:
-    """Call ``refresh`` until the run is over, and once more; show errors in ``status`` and retry.
+    """Call ``refresh`` repeatedly until the run is over, and once after that; show errors in ``status`` and continue.
 
-    If the thread died silently, its last metrics would look current.
+    If an error ended the thread silently, the last metrics shown would look current.
     """
     is_last = False
     while not is_last:
@@ -206,7 +206,7 @@ def keep_fresh(refresh: Callable[[], None], is_over: Callable[[], bool], status:
             is_last = is_over()
             refresh()
         except Exception as error:
-            status.value = html_text(f"this dashboard cannot read its run: {error!r}", "b")
+            status.value = html_text(f"this dashboard cannot be updated: {error!r}", "b")
         if not is_last:
             time.sleep(REFRESH_SECONDS)
 
@@ -218,12 +218,12 @@ def ranks_of(run: Run) -> list[RankRow]:
 
 
 def last_lines(run: Run) -> list[str]:
-    """The end of rank 0's log, or of the launcher's log before that exists."""
+    """Return the last lines of rank 0's log, or of the launcher's log until rank 0 has one."""
     return run.last_lines(0, NUM_LOG_LINES) or run.last_lines("launcher", NUM_LOG_LINES)
 
 
 def is_continued(seen: Sequence[Event], events: Sequence[Event]) -> bool:
-    """Whether all events seen are still valid: resuming from a checkpoint invalidates later ones."""
+    """Whether all events seen so far are still valid; resuming from a checkpoint invalidates those after it."""
     try:
         return [*events[: len(seen)][-1:]] == [*seen[-1:]]
     except UserError:  # the file was replaced
@@ -231,7 +231,7 @@ def is_continued(seen: Sequence[Event], events: Sequence[Event]) -> bool:
 
 
 class Follower:
-    """The progress of a run, updated from new events only, because there can be tens of thousands."""
+    """The progress of a run. Only new events are read, because a run can have tens of thousands."""
 
     def __init__(self, run: Run) -> None:
         self.run, self._progress = run, Progress()
@@ -251,7 +251,7 @@ class Follower:
             self._progress.add(event)
         self._seen = events
         progress = copy.copy(self._progress)
-        if (progress.status in ACTIVE) != (self.run.status in ACTIVE):  # killed, or launched again in its place
+        if (progress.status in ACTIVE) != (self.run.status in ACTIVE):  # killed, or restarted in the same directory
             progress.status = progress.doing = self.run.status
             progress.eta_seconds = None
         return progress
@@ -271,7 +271,7 @@ def summary(run: Run, progress: Progress) -> str:
         loss = progress.train["loss"]
         parts.append("loss not finite" if loss is None else f"loss {loss:.4f}")
         is_simulated, rate = progress.train.get("simulated"), progress.train.get("images_per_second")
-        speed = "no speed" if rate is None else f"{rate:.1f} images/s"
+        speed = "speed not measured" if rate is None else f"{rate:.1f} images/s"
         parts.append("simulated card" if is_simulated else speed)
     if progress.eval:
         of_what = " of generated images" * (run.config.get("data_path") == "fake")

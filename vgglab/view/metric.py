@@ -6,7 +6,7 @@ from typing import Any, Mapping
 
 
 def metric(report: Mapping[str, Any], name: str, form: str = ".2f", factor: float = 1.0) -> str:
-    """``report[name]`` times ``factor``, in the format ``form``; or "not measured (<reason>)"."""
+    """Return ``report[name]`` times ``factor`` in the format ``form``, or "not measured (<reason>)"."""
     value = report[name]
     return f"not measured ({why_not(report)})" if value is None else f"{factor * value:{form}}"
 
@@ -17,4 +17,4 @@ def why_not(report: Mapping[str, Any]) -> str:
         return "a simulated card has no speed"
     if not report["num_measured_steps"]:
         return f"all steps fell within --skip-steps {report['skip_steps']}"
-    return f"not on {report['device']}"
+    return f"not available on {report['device']}"

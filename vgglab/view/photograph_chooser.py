@@ -1,4 +1,4 @@
-"""A button in a live notebook with which the reader chooses a photograph."""
+"""A button for choosing a photograph in a live notebook."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vgglab.view.tables import html_text
 
 
 def choose_photograph(look: Callable[[str, bytes], tuple[str, NotebookFigure]], example: str | Path) -> Any:
-    """Show ``look(name, data)`` for the file ``example``, and the button if the front end has widgets."""
+    """Print the text of ``look(name, data)`` for ``example``; return the button, or without widgets the picture."""
     line, picture = look(Path(example).name, Path(example).read_bytes())
     print(line)
     return PhotographChooser(look) if front_end() == "live" else picture
@@ -21,12 +21,12 @@ def choose_photograph(look: Callable[[str, bytes], tuple[str, NotebookFigure]], 
 class PhotographChooser:
     """A button to choose a file, and below it the result of ``look``; for a live notebook.
 
-    The button can be reached with Tab and pressed with Enter or the space bar. The content of the file goes only to
-    ``look``; if that raises a UserError, its message is shown instead of a picture.
+    The button can be reached with Tab and pressed with Enter or the space bar. The content of the file is passed only
+    to ``look``; if this raises a UserError, its message is shown instead of a picture.
     """
 
     def __init__(self, look: Callable[[str, bytes], tuple[str, NotebookFigure]]) -> None:
-        """``look(name, data)`` returns a line of text and a picture; it raises UserError if the file is no image."""
+        """``look(name, data)`` returns a line of text and a picture; raises UserError if the file is not an image."""
         import ipywidgets as widgets
 
         self.look = look

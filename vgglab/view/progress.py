@@ -11,7 +11,7 @@ class Progress:
     Attributes:
         doing: the current activity, e.g. ``epoch 2 of 6``.
         step, num_steps: optimizer steps done and in total, including those before a resume.
-        eta_seconds: estimated time left, without evaluations until the first one is done; None before the first step.
+        eta_seconds: estimated time left; includes evaluations only after the first one; None before the first step.
         train, eval: the latest event of each kind, or empty.
         status: ``starting``, ``running``, ``done``, ``interrupted`` or ``failed``.
     """
@@ -38,7 +38,7 @@ class Progress:
 
     def _on_train(self, event: dict[str, Any]) -> None:
         self.train, self.step = event, event["step"]
-        if not self._start:  # of before the run went on from a checkpoint: the start that counts comes behind it
+        if not self._start:  # logged before the run was resumed; the start event that counts comes later
             self.doing = f"epoch {event['epoch'] + 1}"
             return
         self.doing = f"epoch {event['epoch'] + 1} of {self._start['epochs']}"

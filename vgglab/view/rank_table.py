@@ -10,9 +10,9 @@ from vgglab.runs.run import Run
 from vgglab.view.tables import html_text
 
 HEADINGS = ("rank", "step", "images/s", "loss", "peak memory", "time before sync", "")
-# A straggler's own part of a step is this much longer than the others', and they lose this share of a step by it.
+# A straggler's own part of a step exceeds the others' median by this factor, and by this share of a step.
 SLOWER, SHARE_LOST = 1.25, 0.10
-NO_NEWS_SECONDS = 30.0  # and ten times the usual
+NO_NEWS_SECONDS = 30.0  # and at least ten times the usual interval
 
 
 class RankRow(NamedTuple):
@@ -20,11 +20,11 @@ class RankRow(NamedTuple):
 
     rank: int
     step: int
-    images_per_second: float | None  # of this rank's part of the batch
+    images_per_second: float | None  # for this rank's part of the batch
     loss: float | None  # of its last batch, before averaging
     peak_bytes: int | None
-    own_seconds: float | None  # of a step, before it waits for the others: loading, copying, forward, as the host
-    # sees them; of the last few log lines, as is_straggler
+    own_seconds: float | None  # per step, before the wait for the other ranks: loading, copying and forward pass,
+    # measured on the host over the last few log lines, like is_straggler
     is_straggler: bool
 
     def cells(self) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ def _own_seconds(events: list[dict[str, Any]]) -> float:
 
 
 def stall_warning(run: Run) -> str:
-    """A warning if a run has not logged anything for much longer than usual, otherwise empty.
+    """Return a warning if a run has not logged anything for much longer than usual, otherwise an empty string.
 
     Given only between training steps, because an evaluation or the first step may take a long time.
     """
@@ -86,14 +86,14 @@ def stall_warning(run: Run) -> str:
 
 
 def as_text(rows: list[RankRow]) -> str:
-    """The table as text."""
+    """Return the table as text."""
     table = [HEADINGS, *(row.cells() for row in rows)]
     widths = [max(len(cells[column]) for cells in table) for column in range(len(HEADINGS))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)).rstrip() for cells in table)
 
 
 def as_html(rows: list[RankRow]) -> str:
-    """The table as HTML; a straggler is shown in bold and also marked in words."""
+    """Return the table as HTML; a straggler is shown in bold, and marked in the last column."""
     head = "".join(f"<th style='text-align: right; padding: 0 1em'>{heading}</th>" for heading in HEADINGS)
     lines = []
     for row in rows:

@@ -1,6 +1,6 @@
 """Speed and accuracy of many runs, compared with Enflame's published results.
 
-    python -m vgglab.view.results                      # every run below runs/, as text
+    python -m vgglab.view.results                      # all runs under runs/, as text
     python -m vgglab.view.results runs --html page.html
 
 Speeds are those of the measured steps. A simulated card has no speed, so its runs are in a separate table.
@@ -19,7 +19,7 @@ from vgglab.storage.schema import read_document
 from vgglab.view.seeds_table import seeds_table
 from vgglab.view.tables import POLICY, Table
 
-# From Enflame's README, for one T20 and for eight; it does not say which of the two 431.6 refers to.
+# From Enflame's README, for one T20 and for eight; it does not say whether 431.6 is per card or in total.
 PUBLISHED = (
     ("one card, batch 256, Enflame's first README", 1, 256, 590.3, None),
     ("eight cards, Enflame's first README, which does not say whether per card or in total", 8, 192, 431.6, None),
@@ -31,12 +31,12 @@ PUBLISHED = (
 TITLE = "<title>vgglab: results</title>"
 SERIES = "Several seeds, completed runs only"
 SCALING = (
-    "Scaling: images/s of several ranks, divided by their number times the images/s of one rank, in the run of the "
-    "same kind whose name is nearest (names begin with the time). The machine may have been busier then."
+    "Scaling: images/s of n ranks, divided by n times the images/s of one rank. The run with one rank is the one with "
+    "the same settings that is nearest in time, by its name; the machine may have been busier then."
 )
 OVER_PEAK = (
-    "Above 100 % of the peak: operations are counted from the shapes of the layers, but a convolution can be computed "
-    "with fewer of them (Winograd's algorithm). The matrix product that is used to measure the peak cannot."
+    "A share of peak can exceed 100 %: operations are counted from the shapes of the layers, but a convolution can be "
+    "computed with fewer operations (Winograd's algorithm). The matrix product that measures the peak cannot."
 )
 
 
@@ -44,26 +44,26 @@ class Result(NamedTuple):
     """One row: the run and its results; None if something was not measured."""
 
     model: str
-    data: str  # the set's name, or the folder's
+    data: str  # name of the data set or of its folder
     hardware: str
     precision: str  # float32, tf32, or the type of mixed precision
-    layout: str  # what of the fast path was used besides
+    layout: str  # memory layout and other options in use, such as fused
     ranks: int | None
     batch_size: int
     image_size: int
     images_per_second: float | None  # of all ranks, at the median step
     num_steps: int | None  # that were measured
-    slow_ratio: float | None  # the 90th percentile of the steps over the median
-    plain_ratio: float | None  # images/s over those of a plain PyTorch loop in the same run
+    slow_ratio: float | None  # 90th percentile of the step time, divided by the median
+    plain_ratio: float | None  # images/s divided by those of a plain PyTorch loop in the same run
     acc1: float | None
     torch: str
-    source: str  # the run directory, or who has published it
+    source: str  # the run directory, or where it was published
     is_simulated: bool = False
     is_fake: bool = False
-    efficiency: float | None = None  # images/s over ranks x those of one rank of the same kind
+    efficiency: float | None = None  # images/s divided by ranks x images/s of one rank with the same settings
     flop_per_image: int | None = None  # forward and backward
     peak_flop_per_second: float | None = None  # of one card: a matrix product in this precision
-    report: Mapping[str, Any] = {}  # of a run, for columns that show one of its fields as it is
+    report: Mapping[str, Any] = {}  # of the run, for columns that show a field unchanged
 
     @property
     def share_of_peak(self) -> float | None:
@@ -89,10 +89,10 @@ COLUMNS: dict[str, Callable[[Result], str]] = {
     "layout": lambda row: row.layout,
     "ranks": lambda row: _number(row.ranks, "{}"),
     "batch per card": lambda row: str(row.batch_size),
-    "size": lambda row: str(row.image_size),
+    "image size": lambda row: str(row.image_size),
     "images/s": lambda row: _number(row.images_per_second, "{:.1f}"),
     "steps": lambda row: _number(row.num_steps, "{}"),
-    "slowest tenth": lambda row: _number(row.slow_ratio, "{:.2f} x median"),
+    "p90 step time": lambda row: _number(row.slow_ratio, "{:.2f} x median"),
     "x plain loop": lambda row: _number(row.plain_ratio, "{:.2f}"),
     "share of peak": lambda row: _number(row.share_of_peak, "{:.0%}"),
     "scaling": lambda row: _number(row.efficiency, "{:.0%}"),
@@ -112,7 +112,7 @@ def published() -> list[Result]:
 
 
 def collect(folders: Iterable[Path]) -> list[Result]:
-    """One row for each run in or below the folders, and for each mode measured by a benchmark.
+    """Return one row for each run in or under the folders, and for each mode measured by a benchmark.
 
     Raises:
         UserError: a folder does not exist.
@@ -126,9 +126,9 @@ def collect(folders: Iterable[Path]) -> list[Result]:
                 benchmarks += [_of_benchmark(row, Run(path)) for row in rows]
             elif Run(path).has_begun:
                 runs += _results_of(path)
-            elif Run(path).status not in ACTIVE:  # the others have only just begun
-                print(f"left out: {printable(path.name)}: has no readable events", file=sys.stderr)
-        except UserError as error:  # one must not take the others along
+            elif Run(path).status not in ACTIVE:  # active runs may have only just begun
+                print(f"left out: {printable(path.name)}: no readable events", file=sys.stderr)
+        except UserError as error:  # one unreadable run must not hide the others
             print(f"left out: {printable(path.name)}: {error}", file=sys.stderr)
         except (ValueError, KeyError, TypeError):
             print(f"left out: {printable(path.name)}: is damaged or was written by another version", file=sys.stderr)
@@ -179,7 +179,7 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
         plain_ratio=None if device["simulated"] else row["ratio"],
         acc1=None,
         torch=run.env["versions"].get("torch") or "",
-        source="; ".join([f"{run.name}, way {row['way']}", *run.damage()]),
+        source="; ".join([f"{run.name}, mode {row['way']}", *run.damage()]),
         is_simulated=device["simulated"],
         flop_per_image=row.get("flop_per_image"),
         peak_flop_per_second=row.get("peak_flop_per_second"),
@@ -187,7 +187,7 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
 
 
 def series_of(folders: Iterable[Path]) -> dict[str, list[Run]]:
-    """The series of runs with several seeds in these folders, by the name of their folder."""
+    """Return the series of runs in these folders that differ only in their seed, by folder name."""
     return {printable(folder.name): runs for folder, runs in series_in(folders).items()}
 
 
@@ -237,26 +237,26 @@ def _with_peak(runs: list[Result], benchmarks: list[Result]) -> list[Result]:
 
 
 def tables(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> list[Table]:
-    """The tables: measured runs, simulated runs, and ``series``, the runs that differ only in their seed."""
+    """Return the tables: measured runs, simulated runs, and ``series``, the runs that differ only in their seed."""
     real = [row for row in results if not row.is_simulated]
     simulated = [row for row in results if row.is_simulated]
     notes = [SCALING] if any(row.efficiency for row in real) else []
     notes += [OVER_PEAK] if any((row.share_of_peak or 0) > 1 for row in real) else []
-    title = "Measured here; rows marked as published are Enflame's and were not measured here"
+    title = "Measured runs; rows marked 'published' are results from Enflame, which were not measured here"
     found = [Table([*COLUMNS], [row.cells() for row in real + published()], title, " ".join(notes))]
     if simulated:
-        title = "On a simulated card: the losses are real; its speed means nothing and is not shown"
+        title = "On a simulated card: the losses are real; the speed is meaningless and not shown"
         found.append(Table([*COLUMNS], [row.cells() for row in simulated], title))
     return [*found, seeds_table(series)._replace(title=SERIES)] if series else found
 
 
 def as_text(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
-    """The tables as text."""
+    """Return the tables as text."""
     return "\n\n".join(map(repr, tables(results, series)))
 
 
 def as_html(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
-    """A complete HTML page that loads nothing from elsewhere."""
+    """Return a complete HTML page that loads nothing from elsewhere."""
     shown = "".join(table._repr_html_() for table in tables(results, series))
     style = (
         "body{font:16px/1.4 sans-serif;margin:2em;color:#333}table{border-collapse:collapse}"
@@ -268,7 +268,7 @@ def as_html(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | Non
     )
 
 
-if __name__ == "__main__":  # as it was called before there was ``vgglab results``
+if __name__ == "__main__":  # the former command, now ``vgglab results``
     from vgglab.commands import call
 
     sys.exit(call("results"))

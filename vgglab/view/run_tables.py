@@ -22,7 +22,7 @@ __all__ = [
     "warnings_table",
 ]
 
-# The original example's report, by its names and in its order.
+# The fields of the original example's report, with its names and in its order.
 SEED_FIELDS = (
     "model local_rank batch_size epochs training_step_per_epoch eval_step_per_epoch acc1 acc5 device skip_steps "
     "train_fps_mean train_fps_min train_fps_max training_time"
@@ -89,7 +89,7 @@ def warnings_table(runs: Sequence[Run]) -> Table:
         for text in dict.fromkeys(event["text"] for event in run.events("warning")):
             said.setdefault(text, []).append(run.name)
     rows = [[text, names[0] if len(names) == 1 else f"{len(names)} runs"] for text, names in said.items()]
-    return Table(["warning", "of"], rows)
+    return Table(["warning", "run"], rows)
 
 
 def _shown(value: Any) -> str:

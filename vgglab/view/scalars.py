@@ -1,4 +1,4 @@
-"""TensorBoard scalars with the names of the original example, written while the run is active."""
+"""TensorBoard scalars, named as in the original example and written while the run is active."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from vgglab.errors import UserError
 
-SPARE_BYTES = 2**20  # TensorBoard keeps some of what it is given in memory for two minutes
+SPARE_BYTES = 2**20  # TensorBoard buffers data in memory for up to two minutes
 
 
 class Scalars:
-    """A listener for ``RunWriter``; the x axis is the optimizer step.
+    """A listener for ``RunWriter`` that writes TensorBoard scalars over the optimizer step.
 
     Raises:
         UserError: tensorboard is not installed.
-        OSError: on a call, if the disk is full.
+        OSError: when it is called and the disk is full.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,7 +29,7 @@ class Scalars:
         self._folder = folder
         self._open = lambda: SummaryWriter(str(folder), purge_step=self._purge_step)
         self._writer: Any = None
-        self._purge_step: int | None = None  # of a run that continues in place: later scalars are void
+        self._purge_step: int | None = None  # of a run resumed in place: scalars from this step on are discarded
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["event"] == "start" and event["first_step"]:
@@ -45,7 +45,7 @@ class Scalars:
             values = {"eval_accuracy_epoch": event["acc1"]}
         else:
             return
-        # Its thread, which writes later, would end with a separate traceback.
+        # TensorBoard's thread writes later, and would fail with a separate traceback.
         if shutil.disk_usage(self._folder.parent).free < SPARE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._writer is None:

@@ -1,4 +1,4 @@
-"""Several seeds in a notebook: progress, table so far and a Stop button; without widgets, only the final table."""
+"""Several seeds in a notebook: progress, the table so far and a Stop button; without widgets, only the final table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vgglab.view.tables import html_text
 
 
 def watch(seeds: Any) -> None:
-    """Show ``LaunchedSeeds``: a live table, returning at once; or, without widgets, wait and show the final table."""
+    """Show ``LaunchedSeeds`` in a live table and return at once; without widgets, wait and show the final table."""
     kind = front_end()
     if kind == "live":
         Board(seeds).show()
@@ -37,7 +37,7 @@ class Board:
         self.status, self.table = widgets.HTML(), widgets.HTML()
         self.bar = widgets.IntProgress(max=len(seeds.numbers), layout=widgets.Layout(width="100%"))
         self.stop_button = widgets.Button(
-            description="Stop", icon="stop", tooltip="Stop this run and start no further one"
+            description="Stop", icon="stop", tooltip="Stop this run and do not start the next one"
         )
         self.stop_button.on_click(self._on_stop)
         self.widget = widgets.VBox([self.status, self.bar, self.table, self.stop_button])
@@ -64,4 +64,4 @@ class Board:
 
     def _on_stop(self, _: Any) -> None:
         self.stop_button.disabled, self.stop_button.description = True, "Stopping"
-        threading.Thread(target=self.seeds.stop, daemon=True).start()  # off the kernel's thread: it takes its grace
+        threading.Thread(target=self.seeds.stop, daemon=True).start()  # stopping can take the whole grace period

@@ -9,13 +9,13 @@ from vgglab.runs.run import Run
 from vgglab.view.summaries import damage_of, report_of, status_in_words
 from vgglab.view.tables import Table
 
-ENOUGH = 5  # seeds from which on one may be called better than another
+ENOUGH = 5  # minimum number of seeds for calling one group better than another
 FIGURES = {
     "last top-1 %": lambda run: run.events("eval")[-1]["acc1"] if run.events("eval") else None,
     "best top-1 %": lambda run: run.report()["acc1"],
     "last held-out loss": lambda run: run.events("eval")[-1]["loss"] if run.events("eval") else None,
 }
-HEADINGS = ("", "figure", "n", "mean", "standard deviation", "lowest", "highest")
+HEADINGS = ("", "metric", "n", "mean", "standard deviation", "lowest", "highest")
 
 
 class Row(NamedTuple):
@@ -25,7 +25,7 @@ class Row(NamedTuple):
     figure: str
     n: int
     mean: float
-    deviation: float | None  # of the sample; None for a single run
+    deviation: float | None  # sample standard deviation; None for a single run
     lowest: float
     highest: float
 
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 def rows_of(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
-    """One row for each group and metric; unfinished runs do not count."""
+    """Return one row for each group and metric, over finished runs only."""
     rows = []
     for group, runs in groups.items():
         done = [run for run in runs if status_in_words(run) == "done" and report_of(run) is not None]
@@ -49,10 +49,10 @@ def rows_of(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
 
 
 def remark(rows: Sequence[Row]) -> str:
-    """A warning if there are too few seeds to compare, otherwise empty."""
+    """Return a warning if there are too few seeds to compare, otherwise an empty string."""
     if all(row.n >= ENOUGH for row in rows):
         return ""
-    return f"fewer than {ENOUGH} seeds: they show the spread, not which group is better"
+    return f"fewer than {ENOUGH} seeds: enough to show the spread, too few to tell which group is better"
 
 
 def _damage(groups: Mapping[str, Sequence[Run]]) -> list[str]:

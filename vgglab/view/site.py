@@ -1,7 +1,7 @@
-"""Executed notebooks as a small web site: one page each and an index, all of which work offline.
+"""Executed notebooks as a small web site: one page for each and an index, all usable offline.
 
-nbconvert creates the pages. Its template loads scripts from the web that these notebooks do not need (mathematics,
-diagrams, widgets): they are removed, and links to the other pages are added.
+nbconvert creates the pages. Its template loads scripts for mathematics, diagrams and widgets from the web; these
+notebooks do not need them, so they are removed. Links to the other pages are added.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PAGE = """
 {%- block body_footer -%}<nav><!-- nav --></nav>{{ super() }}{%- endblock -%}
 """
 
-# The prompts leave their margin to the text on a narrow window; what is too wide scrolls by itself.
+# In a narrow window, the prompts are hidden to make room for the text; wide content scrolls separately.
 STYLE = """
 body.jp-Notebook{padding:0 1em;overflow-x:hidden}main{max-width:62em;margin:auto}
 nav{font:15px/1.6 sans-serif;margin:1em 0}nav a{margin-right:1.2em}
@@ -53,7 +53,7 @@ li{margin:.8em 0}small{color:#666}code{background:#f3f3f3;padding:0 .2em}
 
 
 class Chapter(NamedTuple):
-    """An executed notebook, its duration, and the reason if it failed."""
+    """An executed notebook, its duration, and the error if it failed."""
 
     file: Path
     seconds: float
@@ -65,14 +65,14 @@ class Chapter(NamedTuple):
 
     @property
     def link(self) -> str:
-        return quote(self.page)  # which leaves no character that HTML has a use for
+        return quote(self.page)  # leaves no characters that are special in HTML
 
 
 def refuse_foreign(folder: Path, stems: Sequence[str]) -> None:
-    """Refuse to overwrite files that are not pages made here.
+    """Refuse to overwrite files that this command did not write.
 
     Raises:
-        UserError: a file with the name of a page is not one made here.
+        UserError: a file with the name of a page was not written by this command.
     """
     for page in [folder / f"{stem}.html" for stem in ("index", *stems)]:
         if page.is_symlink() or page.is_dir():
@@ -81,7 +81,7 @@ def refuse_foreign(folder: Path, stems: Sequence[str]) -> None:
             is_ours = not page.exists() or GENERATOR in page.read_text(encoding="utf-8", errors="replace")
         if not is_ours:
             raise UserError(
-                f"--out {folder}: has a {page.name} that was not written by this command; choose another folder"
+                f"--out {folder}: {page.name} was not written by this command; choose another folder"
             )
 
 
@@ -111,7 +111,7 @@ def write_site(
                 f"<li>{html_text(chapter.file.stem, 'span')}{html_text(f'failed: {chapter.fault}', 'div', FAILED)}</li>"
             )
     said = " ".join(f"-p {name} {value}" for name, value in parameters.items())
-    how = f"with {html_text(said, 'code')}" if said else "with their own settings"
+    how = f"with {html_text(said, 'code')}" if said else "with their default settings"
     (folder / "index.html").write_text(
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'>{GENERATOR}{POLICY}"
         "<meta name='viewport' content='width=device-width, initial-scale=1'><title>vgglab: the notebooks</title>"

@@ -53,7 +53,7 @@ def damage_of(run: Run) -> list[str]:
 
 
 def status_line(run: Run) -> str:
-    """The status of a run, and what was ignored in its files."""
+    """Return the status of a run, and notes on damaged parts of its files, which were ignored."""
     return "; ".join([status_in_words(run), *damage_of(run)])
 
 

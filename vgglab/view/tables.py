@@ -1,4 +1,4 @@
-"""Tables and paragraphs as text and as HTML. All text from a run is converted to HTML here, and escaped.
+"""Tables and paragraphs as text and as HTML. All text from a run is escaped here when it is converted to HTML.
 
 Columns without content are omitted from text tables.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from typing import Any, NamedTuple, Sequence
 
-# For complete pages: no script runs in them, and nothing is fetched.
+# For complete pages: scripts are blocked, and nothing is fetched.
 POLICY = (
     "<meta http-equiv='Content-Security-Policy' "
     "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:\">"
@@ -66,7 +66,7 @@ def html_text(text: str, tag: str = "p", style: str = "") -> str:
 
 
 def show(table: Any) -> None:
-    """Show HTML in a notebook, otherwise text."""
+    """Show a table as HTML in a notebook, otherwise as text."""
     try:
         from IPython.display import display
     except ImportError:

@@ -10,7 +10,7 @@ from vgglab.view.progress import Progress, duration
 
 try:
     from tqdm import tqdm
-except ImportError:  # the vendor's image may not have it: lines, then
+except ImportError:  # may be missing from the vendor's image; lines are printed then
     tqdm = None
 
 
@@ -46,7 +46,7 @@ class Terminal:
         size = f"{event['num_parameters'] / 1e6:.1f} million parameters"
         self.say(f"{event['data']}: {to_learn_from}{event['num_eval_images']} held-out images; {size}")
         if event.get("simulated"):
-            self.say("simulated card: the losses are real, the time says nothing about a card")
+            self.say("simulated card: the losses are real, but the times say nothing about a real card")
         if tqdm is not None and sys.stderr.isatty() and self.progress.num_steps > self.progress.step:
             layout = "{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix}"
             self.bar = tqdm(

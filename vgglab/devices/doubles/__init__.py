@@ -1,8 +1,8 @@
-"""Contract doubles: stand-ins for the vendor's two ``torch_gcu`` libraries, for tests and for looking at the contract.
+"""Contract doubles: stand-ins for the vendor's two ``torch_gcu`` libraries, for tests and for study.
 
 They compute on the CPU, log every call in order, and raise ``ContractBroken`` at the line that breaks the contract.
 ``LAZY`` and ``EAGER`` are folders for ``PYTHONPATH``; with one of them in front, ``--device gcu`` finds a torch_gcu,
-and everything it writes is marked ``simulated``:
+and everything that a run writes is marked ``simulated``:
 
     PYTHONPATH=$(python -m vgglab.devices.doubles lazy) python -m vgglab.train --device gcu
 
@@ -22,7 +22,7 @@ EAGER = Path(__file__).resolve().parent / "eager"
 
 
 def load_lazy() -> Any:
-    """Import the lazy double as ``torch_gcu``, for a notebook; ``torch.Tensor.to`` stays changed in this process."""
+    """Import the lazy double as ``torch_gcu``, for a notebook; ``torch.Tensor.to`` stays patched in this process."""
     if str(LAZY) not in sys.path:
         sys.path.insert(0, str(LAZY))
     import torch_gcu  # type: ignore[import-not-found]

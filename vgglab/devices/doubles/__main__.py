@@ -1,4 +1,4 @@
-"""``python -m vgglab.devices.doubles lazy|eager``: the folder for ``PYTHONPATH``."""
+"""``python -m vgglab.devices.doubles lazy|eager``: print the folder for ``PYTHONPATH``."""
 
 import sys
 

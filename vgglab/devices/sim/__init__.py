@@ -2,13 +2,12 @@
 
     >>> from vgglab.devices import sim
     >>> sim.install()
-    >>> torch.ones(2, device="gcu:1") + 1      # torch.gcu, .gcu() and backend "eccl" are there too
+    >>> torch.ones(2, device="gcu:1") + 1      # torch.gcu, .gcu() and backend "eccl" work, too
 
-What it reproduces of the card's contract: tensors on different devices do not mix, 64-bit types lose their upper half,
-every host read is counted, forked processes may not use the card, and ``eccl`` accepts only tensors on it. What it
-cannot
-show: speed, the card's rounding (results are those of the CPU), missing kernels, and the memory limit.
-``VGGLAB_SIM_CARDS`` is the number of simulated cards (default 8, as in the original example's commands).
+It follows these rules of the card: operations do not mix devices, 64-bit types are stored in 32 bits, forked processes
+must not use the card, and ``eccl`` accepts only tensors on a card. It also counts host reads. It does not simulate
+speed, the card's rounding (results are those of the CPU), missing kernels, or the memory limit.
+``VGGLAB_SIM_CARDS`` sets the number of simulated cards (default 8, as in the original example's commands).
 
 It uses PyTorch's experimental Python backend for the PrivateUse1 key (torch >= 2.10), which a process can register only
 once.
@@ -27,7 +26,7 @@ import sys
 import torch
 
 __version__ = "simulated"
-IS_CONTRACT_DOUBLE = True  # read where a real torch_gcu is expected in this module's place
+IS_CONTRACT_DOUBLE = True  # for code that expects a real torch_gcu instead of this module
 
 _NEEDED = "needs torch 2.10 or newer"
 
@@ -45,25 +44,25 @@ def install() -> None:
     if is_installed():
         return
     if hasattr(torch, "gcu") or not getattr(sys.modules.get("torch_gcu"), "IS_CONTRACT_DOUBLE", True):
-        raise CannotSimulate("a real torch_gcu is loaded in this process; start another one for the simulated card")
+        raise CannotSimulate("a real torch_gcu is loaded in this process; start a new process for the simulated card")
     try:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as register
     except ImportError:
-        raise CannotSimulate(f"{_NEEDED}, this is {torch.__version__}") from None
+        raise CannotSimulate(f"{_NEEDED}, but this is {torch.__version__}") from None
     from vgglab.devices.sim import api, autocast, eccl, tensor
 
-    if hasattr(torch.Tensor, "is_gcu"):  # the lazy generation's too, and PyTorch adds it only once
-        raise CannotSimulate("a lazy torch_gcu is loaded in this process; install the simulated card before it")
+    if hasattr(torch.Tensor, "is_gcu"):  # set by a lazy torch_gcu, too; PyTorch adds it only once
+        raise CannotSimulate("a lazy torch_gcu is loaded in this process; call sim.install() before loading it")
     register("gcu", api.as_module(), tensor.Hook(), tensor.Guard())
     tensor.register()
     autocast.register()
     eccl.register()
-    # A Python backend counts as one card to the autograd engine, which has one thread a card; with backward
-    # in the calling thread the other cards work too.
+    # The autograd engine has one thread per card and counts a Python backend as one card. With the backward
+    # pass in the calling thread, the other cards work, too.
     torch.autograd.set_multithreading_enabled(False)
-    # Module.to() keeps its Parameter objects, as it does for real cards: an optimizer made before stays right.
+    # Module.to() keeps the Parameter objects, as for real cards, so an existing optimizer stays valid.
     torch.__future__.set_swap_module_params_on_conversion(True)
-    # There is no page-locked memory to be had for a Python backend: asking for it is no error, and no gain.
+    # A Python backend has no page-locked memory: pin_memory() returns the tensor unchanged.
     torch.Tensor.pin_memory = lambda tensor, device=None: tensor  # type: ignore
 
 
@@ -73,7 +72,7 @@ def is_installed() -> bool:
 
 
 def num_host_reads() -> int:
-    """How often this process has read a value from a card, and so waited for it."""
+    """The number of times that this process has read a value from a card, and so waited for the card."""
     from vgglab.devices.sim.card import state
 
     return state.num_host_reads

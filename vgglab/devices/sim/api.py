@@ -1,7 +1,7 @@
-"""``torch.gcu`` of the simulated card: the calls from the vendor's user guide that vgglab and its notebooks use.
+"""``torch.gcu`` of the simulated card: the functions from the vendor's user guide that vgglab and its notebooks use.
 
 Names, arguments and results are those of torch_gcu 2.10 (``torch_gcu/gcu/__init__.py``, ``memory.py``, ``random.py``,
-``streams.py``). Properties are not invented: ``total_memory`` is the memory of this machine.
+``streams.py``). ``total_memory`` is the memory of this machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IS_SIMULATED = True
 
 
 class Properties(NamedTuple):
-    """The properties of a card. Major 3 is an S60; the processor counts were read on one."""
+    """The properties of a card. Major version 3 is an S60; the processor counts were read from one."""
 
     name: str
     major: int
@@ -47,7 +47,7 @@ def current_device() -> int:
 def set_device(device: Any) -> None:
     """Select the current card. A negative index does nothing; a device object needs an index."""
     if isinstance(device, (str, torch.device)) and torch.device(device).index is None:
-        raise ValueError(f"{device}: which card? say gcu:0")
+        raise ValueError(f"{device}: the card number is missing; use gcu:0, for example")
     index = _index(device)
     if index >= 0:
         state.touch()
@@ -113,7 +113,7 @@ def _is_in_bad_fork() -> bool:
 
 
 def synchronize(device: Any = None) -> None:
-    """Does nothing: every operation has finished when it returns."""
+    """Return at once: every operation has finished when its call returns."""
     init()
 
 
@@ -125,7 +125,7 @@ def max_memory_allocated(device: Any = None) -> int:
     return state.peak.get(_index(device), 0)
 
 
-# No memory is kept back for later: what is reserved is what is in use.
+# There is no caching allocator: reserved memory is memory in use.
 memory_reserved, max_memory_reserved = memory_allocated, max_memory_allocated
 
 
@@ -148,7 +148,7 @@ def manual_seed(seed: int) -> None:
 
 
 def manual_seed_all(seed: int) -> None:
-    """Seed all cards; ``torch.manual_seed`` calls this, too."""
+    """Seed all cards; ``torch.manual_seed`` also calls this function."""
     for card in {*range(device_count()), *state.generators}:
         state.generator(card).manual_seed(int(seed))
 
@@ -175,7 +175,7 @@ def set_rng_state_all(new_states: list[torch.Tensor]) -> None:
 
 
 class Event:
-    """A timestamp; ``elapsed_time`` is in milliseconds of the CPU that does the computing."""
+    """A timestamp; ``elapsed_time`` returns milliseconds of CPU wall-clock time."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         self._is_timed = enable_timing
@@ -195,14 +195,14 @@ class Event:
 
     def elapsed_time(self, end: Event) -> float:
         if not (self._is_timed and end._is_timed):
-            raise RuntimeError("both events must be made with enable_timing=True")
+            raise RuntimeError("both events must be created with enable_timing=True")
         if self._recorded is None or end._recorded is None:
-            raise RuntimeError("both events must be recorded before their distance is asked for")
+            raise RuntimeError("both events must be recorded before elapsed_time is called")
         return 1000 * (end._recorded - self._recorded)
 
 
 def _index(device: Any) -> int:
-    """The number of a card, from a number, a name, a device, or None for the current one."""
+    """Return the index of a card, given as an index, a name, a device, or None (the current card)."""
     if isinstance(device, int):
         return device
     if device is None:
@@ -234,7 +234,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def scale(self, outputs: Any) -> Any:
         if isinstance(outputs, torch.Tensor) and outputs.device.type != "gcu":
-            raise ValueError(f"the loss must be on gcu, it is on {outputs.device}")
+            raise ValueError(f"the loss must be on gcu, but is on {outputs.device}")
         return super().scale(outputs)
 
 

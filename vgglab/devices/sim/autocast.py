@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 KEY = "AutocastPrivateUse1"
-# What VGG needs of the lists in PyTorch's "Autocast Op Reference"; everything else runs in the type it is given.
+# The operations of VGG in the lists of PyTorch's "Autocast Op Reference"; all others keep the type of their inputs.
 IN_LOW_PRECISION = "conv2d convolution linear addmm mm matmul bmm baddbmm addbmm".split()
 IN_FLOAT32 = "log_softmax.int softmax.int nll_loss nll_loss_nd cross_entropy_loss mse_loss l1_loss".split()
 IN_FLOAT32 += "sum sum.dim_IntList prod cumsum exp log pow.Tensor_Scalar norm.Scalar".split()
@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def _casting(name: str, dtype: torch.dtype | None) -> Any:
-    """The operation with its float tensors cast to ``dtype``; None for autocast's low precision."""
+    """Return the operation with its float tensors cast to ``dtype``, or to autocast's low precision for None."""
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.aten, packet), overload or "default")
     without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, KEY))

@@ -10,7 +10,7 @@ import torch
 
 CARDS = "VGGLAB_SIM_CARDS"
 DEFAULT_CARDS = 8
-KEEP_64_BITS = "TORCH_GCU_ENABLE_INT64_AND_UINT64"  # the vendor's opt-in; float64 stays narrow with it
+KEEP_64_BITS = "TORCH_GCU_ENABLE_INT64_AND_UINT64"  # the vendor's opt-in for integers; float64 stays float32
 NARROW = {
     torch.int64: torch.int32,
     torch.uint64: torch.uint32,
@@ -24,7 +24,7 @@ FORKED = (
 
 
 class State:
-    """The state that ``torch.gcu`` reports. Sizes in bytes, one entry per card."""
+    """The state that ``torch.gcu`` reports. Sizes are in bytes, with one entry per card."""
 
     def __init__(self) -> None:
         self.current = 0
@@ -33,7 +33,7 @@ class State:
         self.num_host_reads = 0
         self.allocated: dict[int, int] = {}
         self.peak: dict[int, int] = {}
-        self.storages: dict[int, int] = {}  # address -> how many tensors lie in it
+        self.storages: dict[int, int] = {}  # storage address -> number of tensors that use it
         self.generators: dict[int, torch.Generator] = {}
         self.warned_of: set[torch.dtype] = set()
         os.register_at_fork(after_in_child=self._after_fork)
@@ -42,7 +42,7 @@ class State:
         self.is_forked_child = self.is_initialized
 
     def touch(self) -> None:
-        """Called at the start of every operation on a card."""
+        """Record that this process uses a card. Raises RuntimeError in a forked child of such a process."""
         if self.is_forked_child:
             raise RuntimeError(FORKED)
         self.is_initialized = True
@@ -58,7 +58,7 @@ state = State()
 
 
 def num_cards() -> int:
-    """The number of visible cards: ``VGGLAB_SIM_CARDS``, restricted by ``TOPS_VISIBLE_DEVICES`` as on the vendor's."""
+    """The number of visible cards: ``VGGLAB_SIM_CARDS``, restricted by ``TOPS_VISIBLE_DEVICES`` like real ones."""
     text = os.environ.get(CARDS, str(DEFAULT_CARDS))
     if not text.isdigit() or int(text) > 64:
         raise ValueError(f"{CARDS}={text} is not a whole number from 0 to 64")
@@ -67,7 +67,7 @@ def num_cards() -> int:
         return int(text)
     names = [name.strip() for name in visible.split(",")]
     if len(set(names)) < len(names):
-        return 0  # a card named twice: none at all
+        return 0  # if a card is named twice, no card is visible
     count = 0
     for name in names:
         if not name.isdigit() or int(name) >= int(text):
@@ -91,14 +91,14 @@ def is_narrow(dtype: torch.dtype) -> bool:
 
 
 def narrow_(numbers: torch.Tensor) -> None:
-    """Drop the upper half of 64-bit values, in place, with a warning once per type."""
+    """Reduce 64-bit values to what 32 bits can hold, in place; warn once per type."""
     if not is_narrow(numbers.dtype):
         return
     if numbers.dtype not in state.warned_of:
         state.warned_of.add(numbers.dtype)
         small = str(NARROW[numbers.dtype]).replace("torch.", "")
         warnings.warn(
-            f"GCU keeps {str(numbers.dtype).replace('torch.', '')} as {small}: values beyond it are lost "
+            f"GCU stores {str(numbers.dtype).replace('torch.', '')} as {small}: the extra bits are lost "
             "(expected on this card; shown once)",
             stacklevel=2,
         )
@@ -122,7 +122,7 @@ class Held:
             state.peak[card] = max(total, state.peak.get(card, 0))
 
     def __del__(self) -> None:
-        # A tracer's tensor has no numbers; and where Python ends, this module's names may be gone before its objects.
+        # A tracer's tensor has no numbers. When Python exits, this module's names may be cleared before its objects.
         if state is None or not hasattr(self, "num_bytes"):
             return
         state.storages[self.address] -= 1

@@ -26,7 +26,7 @@ def _create(store: Any, rank: int, size: int, timeout: Any) -> ProcessGroup:
 
 
 class SimulatedEccl(ProcessGroup):
-    """Accepts only tensors on gcu. A collective has finished when its call returns, so nothing overlaps."""
+    """A process group for tensors on gcu only. Each collective has finished when its call returns: no overlap."""
 
     def __init__(self, gloo: Any, rank: int, size: int) -> None:
         super().__init__(rank, size)
@@ -37,7 +37,7 @@ class SimulatedEccl(ProcessGroup):
 
     def allreduce(self, tensors: Any, options: Any = None) -> Any:
         is_mean = options is not None and options.reduceOp == dist.ReduceOp.AVG
-        if is_mean:  # not known to gloo
+        if is_mean:  # gloo has no AVG
             options.reduceOp = dist.ReduceOp.SUM
         work = self._run("allreduce", tensors, tensors, *([] if options is None else [options]))
         if is_mean:
@@ -81,13 +81,13 @@ class SimulatedEccl(ProcessGroup):
         call = getattr(self._gloo, name)
         call(*pytree.tree_map(_numbers_of, args)).wait()
         for result in pytree.tree_leaves(results):
-            narrow_(result._held.numbers)  # 64-bit values travel as 32 bits
+            narrow_(result._held.numbers)  # 64-bit values are sent as 32 bits
         return _finished(results)
 
 
 def _numbers_of(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and not isinstance(value, SimTensor):
-        raise RuntimeError(f"eccl serves tensors on gcu only, this one is on {value.device}")
+        raise RuntimeError(f"eccl accepts only tensors on gcu, but this one is on {value.device}")
     return value._held.numbers if isinstance(value, SimTensor) else value
 
 

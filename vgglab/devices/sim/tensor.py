@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 from vgglab.devices.sim.card import Held, check_card, is_narrow, narrow_, state, with_cards_random_numbers
 
 aten = torch.ops.aten
-# These take tensors of several devices on real cards too.
+# Operations that accept tensors on different devices, as on real cards.
 MIXES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default, aten.index.Tensor, aten.index_put_.default}
-# These hand a value, or a shape that depends on values, to the host.
+# Operations that return a value, or a shape that depends on values, to the host.
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default}
 CHANGES_SHAPE = {aten.resize_.default, aten.set_.source_Tensor, aten.t_.default, aten.transpose_.default}
 CHANGES_SHAPE |= {aten.squeeze_.default, aten.squeeze_.dim, aten.unsqueeze_.default, aten.swapaxes_.default}
@@ -68,7 +68,7 @@ class SimTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict) -> Any:
         if not self.is_leaf:
-            raise RuntimeError("only tensors made by the user support deepcopy, not results of operations")
+            raise RuntimeError("deepcopy supports only tensors created by the user, not results of operations")
         with torch.no_grad():
             copy: Any = self.detach().clone()
         if isinstance(self, torch.nn.Parameter):
@@ -91,21 +91,21 @@ class Hook(torch._C._acc.PrivateUse1Hooks):
 
 
 class Guard(torch._C._acc.DeviceGuard):
-    """The device guard of the key; ``torch.gcu.set_device`` selects cards."""
+    """The device guard of the PrivateUse1 key; ``torch.gcu.set_device`` selects cards."""
 
     def type_(self) -> Any:
         return torch._C._autograd.DeviceType.PrivateUse1
 
 
-_libraries: list[torch.library.Library] = []  # registrations last as long as these
+_libraries: list[torch.library.Library] = []  # keeps the registrations alive
 
 
 def register() -> None:
-    """Handle all operations of the PrivateUse1 key here, above all factories."""
+    """Register ``carry_out`` for all operations of the PrivateUse1 key, mainly for factory functions."""
     everything = torch.library.Library("_", "IMPL")
     everything.fallback(lambda op, *args, **kwargs: carry_out(op, args, kwargs), "PrivateUse1")
     copies = torch.library.Library("aten", "IMPL")
-    # torch.tensor(..., device="gcu") calls this one past __torch_dispatch__, where no fallback is looked for.
+    # torch.tensor(..., device="gcu") calls this operation without __torch_dispatch__ and without the fallback.
     copies.impl("_copy_from", _copy_from, "PrivateUse1")
     _libraries.extend([everything, copies])
     torch.serialization.register_package(0, lambda storage: None, _refuse_location)
@@ -113,7 +113,7 @@ def register() -> None:
 
 def _refuse_location(storage: Any, location: str) -> None:
     if location.startswith("gcu"):
-        raise NotImplementedError("the simulated card loads no files; use map_location='cpu', then move the tensors")
+        raise NotImplementedError("cannot load to the simulated card; use map_location='cpu', then move the tensors")
 
 
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -128,7 +128,7 @@ def carry_out(op: Any, args: tuple, kwargs: dict) -> Any:
     if op not in MIXES:
         _refuse_mixing(tensors)
     if op in CHANGES_SHAPE:
-        raise NotImplementedError(f"{op} changes a tensor's shape in place, which the simulated card does not offer")
+        raise NotImplementedError(f"{op} changes a tensor's shape in place, which the simulated card does not support")
     _refuse_unsupported(op, args, kwargs)
     card, is_for_host = _target(op, on_cards, args, kwargs.get("device"))
     if on_cards and (is_for_host or op in READS):
@@ -155,7 +155,7 @@ def carry_out(op: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _refuse_mixing(tensors: list[torch.Tensor]) -> None:
-    """Refuse tensors on different devices; only single values may come from the CPU, as on every card."""
+    """Raise an error for tensors on different devices; as on real cards, CPU scalars are allowed."""
     devices = {str(tensor.device) for tensor in tensors if isinstance(tensor, SimTensor) or tensor.dim() > 0}
     if len(devices) > 1:
         first, second = sorted(devices, reverse=True)[:2]
@@ -165,7 +165,7 @@ def _refuse_mixing(tensors: list[torch.Tensor]) -> None:
 
 
 def _refuse_unsupported(op: Any, args: tuple, kwargs: dict) -> None:
-    """Refuse operators that the vendor's list excludes and that a metric might use."""
+    """Raise an error for operations that a metric might use, but that the vendor lists as unsupported."""
     if op is aten.topk.default and (kwargs.get("sorted", args[4] if len(args) > 4 else True)) is False:
         raise RuntimeError("topk with sorted=False is not supported on GCU")
     dtype = kwargs.get("dtype")
@@ -202,7 +202,7 @@ def _on_cpu(value: Any) -> Any:
 def _run(op: Any, args: tuple, kwargs: dict) -> Any:
     special = SPECIAL.get(op, op)
     if op in PRODUCTS and any(isinstance(value, torch.Tensor) and value.dtype is torch.float16 for value in args):
-        # As cards do it: products of float16 are summed in float32. The CPU's own float16 is very slow, too.
+        # As on cards, float16 products are summed in float32. Also, float16 on the CPU is very slow.
         result = special(*[_cast(value, torch.float16, torch.float32) for value in args], **kwargs)
         return pytree.tree_map(lambda value: _cast(value, torch.float32, torch.float16), result)
     return special(*args, **kwargs)
@@ -227,7 +227,7 @@ def _dropout_backward(gradient: torch.Tensor, mask: torch.Tensor, scale: float) 
 
 
 def _fill_(numbers: torch.Tensor, value: float) -> torch.Tensor:
-    """Fill; a number that the 32-bit type cannot hold is clamped as on the card, not wrapped."""
+    """Fill in place; as on the card, a number too large for the 32-bit type is clamped, not wrapped."""
     if numbers.dtype is torch.int64 and is_narrow(numbers.dtype):
         value = max(-(2**31), min(2**31 - 1, int(value)))
     return numbers.fill_(value)

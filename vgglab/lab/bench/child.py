@@ -1,7 +1,7 @@
-"""A training mode in a separate process that performs steps on request.
+"""A separate process that performs training steps in one mode, on request.
 
-On a noisy machine, two processes with interleaved steps are disturbed equally. Process-wide settings, such as what the
-C library does with freed memory, do not affect the other process.
+On a noisy machine, two processes with interleaved steps are disturbed equally. Process-wide settings, such as how
+the C library handles freed memory, do not affect the other process.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Mode(NamedTuple):
 
     name: str
     flags: tuple[str, ...] = ()
-    is_plain: bool = False  # a loop of the kind that torchvision's reference script has, in float32
-    is_prepared: bool = True  # the process is set up as the kit sets up its own
-    is_torchvisions: bool = False  # its network, too
+    is_plain: bool = False  # a float32 loop like that of torchvision's reference script
+    is_prepared: bool = True  # the process is set up as for training with vgglab
+    is_torchvisions: bool = False  # the network is torchvision's, too
 
 
 class Network(NamedTuple):
@@ -57,9 +57,9 @@ class Network(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """The first answer of the process: it is ready."""
+    """The first answer of the process, sent when it is ready for requests."""
 
-    device: dict[str, Any]  # the device's own description
+    device: dict[str, Any]  # from device.describe()
     network: Network
     num_warm_up_steps: int
 
@@ -71,16 +71,16 @@ class Refusal(NamedTuple):
     does_not_fit: bool = False
 
 
-# The first step takes memory and makes what the optimizer keeps; on a card the next ones still load kernels.
+# The first step allocates memory and the optimizer's state; on a card, the next few still load kernels.
 WARM_UP_ON_HOST, WARM_UP_ON_CARD = 1, 5
-PEAK_REPEATS = 2  # of the largest matrix product, each time it is asked for
+PEAK_REPEATS = 2  # of each matrix product, for each "peak" request
 
 
 def work(connection: Connection, mode: Mode, flags: list[str]) -> None:
-    """Answer the requests that come over the connection; None ends it, with the device usage as the last answer.
+    """Answer the requests from the connection until None arrives, which is answered with the device usage.
 
-    The first answer, before any request, is ``Ready``. A number of steps is answered with the seconds of each,
-    ``"peak"`` with the FLOP per second of a matrix product in the same precision. Every answer can be a ``Refusal``.
+    ``Ready`` is sent before the first request. A number of steps is answered with the seconds of each step, and
+    ``"peak"`` with the FLOP/s of a matrix product in the same precision. Any answer can be a ``Refusal`` instead.
     """
     try:
         request = parse_flags([*flags, *mode.flags])
@@ -122,9 +122,9 @@ def work(connection: Connection, mode: Mode, flags: list[str]) -> None:
 
 
 def _steps(connection: Connection, device: Device) -> Iterator[None]:
-    """Perform and time the requested steps, each to the end of the work on the device.
+    """Yield once for each requested step and time it until its work on the device is done.
 
-    Ends when the request is None.
+    Other requests are answered here, too. Returns after None.
     """
     usage: dict[str, Any] = {}
     while True:
@@ -133,14 +133,14 @@ def _steps(connection: Connection, device: Device) -> Iterator[None]:
             connection.send(usage or device.usage())
             return
         if asked == "peak":
-            usage = usage or device.usage()  # the matrices of the measuring are not of this mode
+            usage = usage or device.usage()  # read before the matrices of the measurement add to it
             connection.send(product_flop_per_second(device, device.amp_dtype or "float32", PEAK_REPEATS))
             continue
         seconds = []
         for _ in range(asked):
             started = time.perf_counter()
             yield
-            device.fetch(device.sum(torch.zeros(1)))  # comes when all before it is done
+            device.fetch(device.sum(torch.zeros(1)))  # returns when all earlier work is done
             seconds.append(time.perf_counter() - started)
         connection.send(seconds)
 

@@ -3,9 +3,9 @@
     python -m vgglab.bench data --data-path imagenet
     python -m vgglab.bench data --data-path imagenet --json   # the last line of stdout is one JSON object
 
-First on one core: vgglab and the reference load the same images, a few at a time, interleaved, from the file to a
-normalised float32 batch. The ratio is the median over the pairs. Then the loader as training uses it, with one process
-and with one per core. All files are read once beforehand, so disk reads are not timed.
+First, on one core, vgglab and the reference load the same chunks of images, interleaved, from the files to a normalised
+float32 batch. The files of a chunk are read once beforehand, so disk reads are not timed. The ratio is the median over
+the pairs of chunks. Then the loader is measured as training uses it, with one process and with one per core.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from vgglab.dist import ranks
 from vgglab.errors import UserError
 from vgglab.settings.config import Request
 
-# What a card computes, in images/s of VGG16's training: Enflame's published figure, and a round one of a fast card.
+# Training speed of VGG16 on a card, in images/s: the number published by Enflame, and a round number for a fast card.
 CARDS = {"T20, as published": 590.3, "a fast card": 2400.0}
 
 
 class LoadingResult(NamedTuple):
-    """The results, in images per second; the fields of the JSON object."""
+    """The results, in images per second, with the fields of the JSON object."""
 
-    images_per_second: float  # the kit's, one core, from the file to the normalised batch
-    reference_images_per_second: float  # torchvision's reference, likewise
+    images_per_second: float  # vgglab on one core, from the file to the normalised batch
+    reference_images_per_second: float  # torchvision's reference on one core
     ratio: float  # median over the pairs of chunks
     ratio_range: tuple[float, float]
-    decode_images_per_second: float  # reading and decoding alone, all rows: what no loader that does so can pass
+    decode_images_per_second: float  # reading and decoding whole images: the limit of loaders that do so
     num_pairs: int
     by_workers: dict[int, dict[str, float]]  # loader processes -> images_per_second, reference_images_per_second
     decoder: str
     image_size: int
     num_images: int
     num_cores: int
-    workers_needed: dict[str, int]  # for a card, by CARDS or --card
+    workers_needed: dict[str, int]  # loader processes needed to keep up with each card
 
 
 class ReferenceImages(Dataset):
@@ -84,13 +84,13 @@ class ReferenceImages(Dataset):
 def measure_loading(
     config: Request, seconds: float, workers: Sequence[int] | None = None, card: float | None = None
 ) -> LoadingResult:
-    """Measure how fast the training images of ``config`` are loaded, against torchvision's reference.
+    """Measure how fast the training images of ``config`` are loaded, compared with torchvision's reference.
 
     Args:
-        config: its data, image size, batch size and decoder.
-        seconds: approximate duration of each part, on one core and with each number of loader processes.
-        workers: the numbers of loader processes; None for one, and one per core.
-        card: the training speed in images/s to keep up with; None for those of all known cards.
+        config: the settings; only data set, image size, batch size and decoder are used.
+        seconds: approximate duration of each part: on one core, and with each number of loader processes.
+        workers: numbers of loader processes to measure; None for two: one process, and one per core.
+        card: the training speed to keep up with, in images/s; None for all cards in ``CARDS``.
 
     Raises:
         UserError: as in ``open_sets``; also if an image cannot be read.
@@ -99,7 +99,7 @@ def measure_loading(
     split = sets.train
     assert split is not None
     if sets.is_fake:
-        raise UserError("--data-path fake: has no files to read; give a folder or another data set")
+        raise UserError("--data-path fake: generated images have no files to read; use a folder or another data set")
     device = open_device("cpu")
     device.open()
     with _on_one_core():
@@ -128,14 +128,14 @@ def measure_loading(
 
 
 def _chunks(split: Split, sets: DataSets, config: Request, seconds: float) -> Iterator[tuple[float, float, float, int]]:
-    """For each chunk: seconds of vgglab, of the reference and of decoding alone, and the number of images."""
+    """Yield for each chunk the seconds of vgglab, of the reference and of decoding alone, and the number of images."""
     reader = BatchReader(split, sets.train_transform(), sets.image_size, sets.decoder, skips_bad_images=False)
     reference = ReferenceImages(split, sets.image_size)
     size = min(config.batch_size, len(split))
     until, number = time.perf_counter() + seconds, 0
     while number < 4 or time.perf_counter() < until:
         indices = [(number * size + offset) % len(split) for offset in range(size)]
-        _decode(split, indices, sets.decoder)  # files into the system's memory, for both
+        _decode(split, indices, sets.decoder)  # reads the files into the page cache, for both
         samples = [Sample(index, mix_seeds(number, index)) for index in indices]
         runs: list[Callable[[], Any]] = [
             partial(_ours, reader, samples),
@@ -171,10 +171,10 @@ def _seconds_of(run: Callable[[], Any]) -> float:
 def _by_workers(
     count: int, sets: DataSets, config: Request, device: Device, core_rate: float, seconds: float
 ) -> dict[str, float]:
-    """Images per second with ``count`` loader processes; this process only receives the batches."""
+    """Return the images per second with ``count`` loader processes; this process only receives the batches."""
     assert sets.train is not None
     size = min(config.batch_size, len(sets.train))
-    num_first = 2 * count  # that many batches each process makes ahead: when they are out, it goes at its own pace
+    num_first = 2 * count  # batches loaded ahead, two per process; once they are used up, only loading counts
     num_batches = num_first + max(4, math.ceil(core_rate * min(count, ranks.num_cores()) * seconds / 4 / size))
     indices = [[(n * size + k) % len(sets.train) for k in range(size)] for n in range(num_batches)]
     samples = FixedBatchSampler(
@@ -193,7 +193,7 @@ def _by_workers(
 
 
 class FixedBatchSampler(List[List[Sample]]):
-    """A sampler that returns given batches."""
+    """A sampler that returns predefined batches."""
 
     epoch = first = 0
 
@@ -208,7 +208,7 @@ def _rate(batches: Iterator[Any], num_first: int, size: int) -> float:
 
 @contextlib.contextmanager
 def _on_one_core() -> Iterator[None]:
-    """Restrict this process to one thread on one core (Linux; elsewhere to one thread)."""
+    """Restrict this process to one thread on one core (on Linux; elsewhere only to one thread)."""
     threads = torch.get_num_threads()
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     torch.set_num_threads(1)
@@ -223,7 +223,7 @@ def _on_one_core() -> Iterator[None]:
 
 
 def as_text(figures: LoadingResult, data_path: str) -> str:
-    """The results as text."""
+    """Return the results as text."""
     low, high = figures.ratio_range
     lines = [
         f"{data_path}: {figures.num_images} training images, cropped to {figures.image_size}x{figures.image_size}, "
@@ -232,7 +232,8 @@ def as_text(figures: LoadingResult, data_path: str) -> str:
         "one core, images/s           vgglab   torchvision's reference   decoding alone",
         f"{'':22s}{figures.images_per_second:13.0f}{figures.reference_images_per_second:26.0f}"
         f"{figures.decode_images_per_second:17.0f}",
-        f"vgglab is {figures.ratio:.2f} x the reference (median of {figures.num_pairs} pairs, {low:.2f} to {high:.2f})",
+        f"vgglab: {figures.ratio:.2f} x the reference's speed (median of {figures.num_pairs} pairs, "
+        f"{low:.2f} to {high:.2f})",
         "",
         "loader processes, images/s   vgglab   torchvision's reference",
     ]
@@ -241,6 +242,6 @@ def as_text(figures: LoadingResult, data_path: str) -> str:
         lines.append(f"{count:22d}{ours:13.0f}{theirs:26.0f}")
     lines.append("")
     for name, count in figures.workers_needed.items():
-        here = f", of which this machine has {figures.num_cores}" if count > figures.num_cores else ""
+        here = f"; cores of this machine: {figures.num_cores}" if count > figures.num_cores else ""
         lines.append(f"{name}: needs {count} loader processes, each on a separate core{here}")
     return "\n".join(lines)

@@ -1,14 +1,14 @@
 """Measure the speed of training steps in each mode against a plain PyTorch loop in the same run.
 
-    python -m vgglab.bench step                                      # VGG16, 224x224, the best device there is
-    python -m vgglab.bench step --batch-size 8,16 --ways fast        # some batch sizes, one mode
-    python -m vgglab.bench step --batch-size max --ways fast         # the largest that fits
+    python -m vgglab.bench step                                      # VGG16, 224x224, the best device available
+    python -m vgglab.bench step --batch-size 8,16 --ways fast        # two batch sizes, one mode
+    python -m vgglab.bench step --batch-size max --ways fast         # the largest batch that fits
     python -m vgglab.bench step --against torchvision --json         # the last line of stdout is one JSON object
 
 The images are generated once and kept in memory, so loading is not included (``python -m vgglab.bench data`` measures
-it). Each mode and the plain loop are separate processes whose steps are interleaved; a ratio is the median over the
-repetitions. The share of the peak is the number of operations per second, divided by that of a matrix product of the
-same precision in the same process. The result is also written to a run directory, as ``bench.json``.
+it). Each mode and the plain loop run in separate processes with interleaved steps; a ratio is the median over the
+repetitions. The share of peak is the achieved FLOP/s divided by the FLOP/s of a matrix product with the same precision
+in the same process. The result is also written to a run directory, as ``bench.json``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODES = {
     "tf32": Mode("tf32", ("--tf32",)),
     "fast": Mode("fast", ("--fast",)),
     "compile": Mode("compile", ("--fast", "--compile")),
-    # A plain loop with the kit's process settings: its distance from float32 is what Trainer.step costs or gains.
+    # A plain loop with vgglab's process settings; the difference from float32 is the cost or gain of Trainer.step.
     "bare": Mode("bare", is_plain=True),
     "torchvision": Mode("torchvision", is_plain=True, is_prepared=False, is_torchvisions=True),
 }
@@ -53,7 +53,7 @@ FLAGS = (
     "--skip-steps=0",
 )
 CONTEXT = multiprocessing.get_context("spawn")  # each process is a fresh interpreter that inherits no state
-FIRST_SIZE, LARGEST_SIZE, CLOSE_ENOUGH = 16, 2**16, 1 / 16  # where the search for the largest batch begins and ends
+FIRST_SIZE, LARGEST_SIZE, CLOSE_ENOUGH = 16, 2**16, 1 / 16  # start, limit and tolerance of the largest-batch search
 
 
 class DoesNotFit(UserError):
@@ -61,24 +61,24 @@ class DoesNotFit(UserError):
 
 
 class StepResult(NamedTuple):
-    """The result for one mode, with that of the plain loop if both fit into memory; images per second."""
+    """The speed of one mode and, if both fit into memory, of the plain loop, in images per second."""
 
     way: str
     batch_size: int
-    images_per_second: float  # at the median step
-    reference_images_per_second: float | None  # the plain loop, likewise; None if this mode ran alone
-    ratio: float | None  # median over the turns
+    images_per_second: float  # from the median step time
+    reference_images_per_second: float | None  # of the plain loop; None if this mode ran alone
+    ratio: float | None  # median over the repetitions
     ratio_range: tuple[float, float] | None
     num_turns: int
     flop_per_image: int  # forward and backward, counted from the shapes
     peak_flop_per_second: float | None  # of a matrix product in this precision; None for a simulated card
     share_of_peak: float | None
-    peak_bytes: int | None  # of memory
-    device: dict[str, Any]  # the device's own description
+    peak_bytes: int | None  # peak memory
+    device: dict[str, Any]  # from device.describe()
 
 
 class Child:
-    """A process that performs steps on request. Raises UserError if the mode is unavailable, or DoesNotFit."""
+    """A process that performs steps on request. Raises UserError (mode unavailable) or DoesNotFit (out of memory)."""
 
     def __init__(self, mode: Mode, flags: Sequence[str]) -> None:
         self.connection, other = CONTEXT.Pipe()
@@ -98,7 +98,7 @@ class Child:
         self.steps(self.ready.num_warm_up_steps)
 
     def look_for_peak(self) -> None:
-        """Measure a matrix product; the best measurement is used, because other load only slows it down."""
+        """Measure the speed of a matrix product; the highest is used, because other load can only lower it."""
         if not self.ready.device["simulated"]:
             self.connection.send("peak")
             self._peaks.append(self._answer())
@@ -111,7 +111,7 @@ class Child:
         return usage
 
     def figures(self, batch_size: int, own_seconds: Sequence[float], pairs: Sequence[float] = ()) -> StepResult:
-        """End the process and return the result; ``pairs`` are the seconds of the plain loop, by repetition."""
+        """End the process and return the result; ``pairs``: step seconds of the plain loop, one per repetition."""
         rate = batch_size / median(own_seconds)
         ratios = sorted(theirs / own for own, theirs in zip(own_seconds, pairs))
         peak = max(self._peaks) or None
@@ -134,12 +134,12 @@ class Child:
     def _answer(self) -> Any:
         try:
             answer = self.connection.recv()
-        except (EOFError, ConnectionResetError):  # reset: it died with a request unread
+        except (EOFError, ConnectionResetError):  # reset: it died before reading a request
             self.process.join()
             code = self.process.exitcode or 0
-            if code < 0:  # by the system, most likely
-                raise DoesNotFit(f"{self.mode.name}: its process was killed, probably for lack of memory") from None
-            raise RuntimeError(f"{self.mode.name}: its process failed, see above") from None
+            if code < 0:  # killed by a signal, probably by the OOM killer
+                raise DoesNotFit(f"{self.mode.name}: its process was killed, probably because memory ran out") from None
+            raise RuntimeError(f"{self.mode.name}: its process failed; see the error above") from None
         if isinstance(answer, Refusal):
             self.process.join()
             raise (DoesNotFit if answer.does_not_fit else UserError)(answer.reason)
@@ -148,7 +148,7 @@ class Child:
 
 @lru_cache(maxsize=None)
 def _training_flop(network: Network) -> int:
-    """FLOP of the forward and backward pass for one image. Counted once, because the imports take seconds."""
+    """Return the FLOP of the forward and backward pass for one image; cached, because the imports take seconds."""
     with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes without weights
         hollow = network.build()
     return anatomy.of(hollow, network.image_size).training_flop
@@ -163,10 +163,10 @@ def mode_named(name: str) -> Mode:
 def measure_steps(
     flags: Sequence[str], ways: Sequence[str], batch_size: int, turns: int, steps: int
 ) -> list[StepResult]:
-    """Time each mode in alternation with the plain loop, after a warm-up of one step, or of five on a card.
+    """Time each mode interleaved with the plain loop, after one warm-up step (five on a card).
 
     Args:
-        flags: training flags, such as ``--model=vgg11``; those of the benchmark, such as generated images, are added.
+        flags: training flags, such as ``--model=vgg11``; the benchmark adds its own, such as ``--data-path=fake``.
         ways: the modes, by their names in ``MODES``.
         turns: number of repetitions of each mode and of the plain loop.
         steps: steps per repetition; their median is used.
@@ -195,10 +195,10 @@ def measure_steps(
 
 
 def largest(flags: Sequence[str], mode: str, turns: int, steps: int) -> StepResult:
-    """Find the largest batch that fits, to one part in sixteen, and its speed; nothing else runs on the device.
+    """Find the largest batch that fits, to within 1/16, and measure its speed with nothing else on the device.
 
-    Each attempt is a separate process that performs two steps, because the optimizer's state exists only after the
-    first.
+    Each attempt runs two steps in a separate process, because the optimizer's state is only allocated in the first
+    step.
 
     Raises:
         UserError: an unknown or unsupported mode, or out of memory even for a single image.
@@ -220,7 +220,7 @@ def largest(flags: Sequence[str], mode: str, turns: int, steps: int) -> StepResu
             seconds = [median(child.steps(steps)) for _ in range(turns)]
             child.look_for_peak()
             return child.figures(fits, seconds)
-        except DoesNotFit:  # so close to the edge that the same does not always fit
+        except DoesNotFit:  # so close to the limit that the same batch does not always fit
             if fits == 1:
                 raise
             fits -= max(1, int(fits * CLOSE_ENOUGH))
@@ -237,8 +237,8 @@ def _alone(flags: Sequence[str], mode: str, batch_size: int) -> Child:
 
 
 def as_text(results: Sequence[StepResult]) -> str:
-    """The results as text."""
-    lines = ["mode            batch   images/s   plain loop   ratio (range)         peak memory   of matmul's speed"]
+    """Return the results as text."""
+    lines = ["mode            batch   images/s   plain loop   ratio (range)         peak memory       share of peak"]
     for row in results:
         beside = f"{'':13s}   {'alone':19s}"
         if row.reference_images_per_second and row.ratio and row.ratio_range:
@@ -248,15 +248,15 @@ def as_text(results: Sequence[StepResult]) -> str:
         share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
         lines.append(f"{row.way:15s}{row.batch_size:6d}{row.images_per_second:11.2f}{beside}{memory:>14s}{share:>20s}")
     if any(row.ratio is None for row in results):
-        lines.append(f"the largest batch that fits, to {CLOSE_ENOUGH:.0%}; a plain loop next to it would not fit")
+        lines.append(f"the largest batch that fits, to within {CLOSE_ENOUGH:.0%}; it leaves no memory for a plain loop")
     return "\n".join(lines)
 
 
 def save_steps(results: Sequence[StepResult], flags: Sequence[str], output_dir: str = ".") -> Path:
-    """Write the results to a new run directory below ``output_dir``, where the results page finds them."""
+    """Write the results to a new run directory under ``output_dir``, where ``vgglab results`` finds them."""
     device = dict(results[-1].device)
     request = parse_flags([*flags, *FLAGS, f"--output-dir={output_dir}"])
-    request = replace(request, device=device["device"])  # what auto came to
+    request = replace(request, device=device["device"])  # what auto selected
     path = run_path(replace(request, data_path="bench-step"))
     run = RunWriter(path, is_simulated=device["simulated"])
     run.write_config(request.as_dict())

@@ -1,6 +1,6 @@
 """Shared by all figures: colours, panels, and how a notebook shows them.
 
-Figures use ``matplotlib.figure.Figure`` and never pyplot, which is not safe in the thread of the dashboard.
+Figures use ``matplotlib.figure.Figure`` and never pyplot, which is not safe in the dashboard's thread.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-# Okabe and Ito's palette: told apart with any colour vision. Lines differ by dash and marker as well.
+# Okabe and Ito's palette: distinguishable with any colour vision. Lines also differ in dash pattern or marker.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 INK, GRID = "#333333", "#DDDDDD"
 DASHES = ("-", "--", ":", "-.")
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
-MAX_TOLD = 10  # panels of a picture, in words
+MAX_TOLD = 10  # panels described in the alternative text
 
 
 class NotebookFigure(Figure):

@@ -1,6 +1,6 @@
 """Figures of features: kernels, feature maps, heat maps over photographs, nearest neighbours.
 
-Images are arrays ``(H, W, 3)`` of bytes, maps ``(channels, h, w)``, heat maps ``(H, W)`` or smaller.
+Images are uint8 arrays ``(H, W, 3)``; maps are ``(channels, h, w)``; heat maps are ``(H, W)`` or smaller.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vgglab.view.figures.base import BLUE, GREEN, GRID, INK, ORANGE, NotebookFig
 
 
 def kernel_grid(kernels: Any, num_columns: int = 16) -> NotebookFigure:
-    """First-layer kernels ``(K, 3, h, w)`` as colour images, each scaled from its minimum to its maximum."""
+    """Show first-layer kernels ``(K, 3, h, w)`` as colour images, each scaled from its minimum to its maximum."""
     kernels = np.asarray(kernels).transpose(0, 2, 3, 1)  # (K, h, w, 3)
     least, most = kernels.min(axis=(1, 2, 3), keepdims=True), kernels.max(axis=(1, 2, 3), keepdims=True)
     images = (kernels - least) / np.maximum(most - least, 1e-12)
@@ -30,7 +30,7 @@ def kernel_grid(kernels: Any, num_columns: int = 16) -> NotebookFigure:
 
 
 def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> NotebookFigure:
-    """One row per layer: the image, then the ``num_maps`` channels that vary most over it.
+    """Show one row per layer: the ``num_maps`` channels that vary most over the image, which is in the first row.
 
     Axes are in pixels of the map; each map is scaled from 0 (black) to its maximum.
     """
@@ -55,7 +55,7 @@ def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> Notebook
 
 
 def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles: Sequence[str]) -> NotebookFigure:
-    """The images in the first row; below, one row per kind of heat map, drawn over the images.
+    """Show the images in the first row, and below one row per kind of heat map, drawn over the images.
 
     The heat map is resized to the image and drawn from its minimum to its maximum; the colour bar shows the scale.
     """
@@ -71,7 +71,7 @@ def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles:
             least, greatest = drawn.get_clim()
             if least < greatest:
                 figure.colorbar(drawn, ax=row[column], shrink=0.9, pad=0.03).ax.tick_params(labelsize=7, colors=INK)
-            else:  # a bar would make up a range
+            else:  # a colour bar would show a range that does not exist
                 row[column].set_xlabel(f"{least:.2g} everywhere", fontsize=7, color=INK)
             if column == 0:
                 row[column].set_ylabel(name, fontsize=8, color=INK)
@@ -87,10 +87,10 @@ def _lay_over(panel: Any, image: Any, heat: Any) -> Any:
 
 
 def receptive_fields(image: Any, fields: Mapping[str, Any]) -> NotebookFigure:
-    """Draw, for each layer, the pixels that affect its centre unit over the image; a frame marks their extent.
+    """Mark on the image the pixels that affect the centre unit of each layer; a frame shows their extent.
 
-    ``fields``: by layer, ``(H, W)`` with sum 1, from ``features.effective_receptive_fields``; the square root is drawn,
-    so that weak influence is visible. Axes in pixels of the image.
+    ``fields``: by layer, ``(H, W)`` with sum 1, from ``features.effective_receptive_fields``; the square root is drawn
+    to make weak influence visible. Axes are in pixels of the image.
     """
     from matplotlib.patches import Rectangle
 
@@ -121,7 +121,7 @@ def _grey(image: Any) -> Any:
 
 
 def bounding_box(field: Any) -> tuple[int, int, int, int]:
-    """The smallest box around all non-zero values: top, left, and the first row and column after it."""
+    """Return the smallest box around all non-zero values: top, left, and the first row and column after it."""
     rows, columns = np.nonzero(np.asarray(field).sum(axis=1))[0], np.nonzero(np.asarray(field).sum(axis=0))[0]
     if not len(rows):
         return 0, 0, 0, 0
@@ -131,9 +131,9 @@ def bounding_box(field: Any) -> tuple[int, int, int, int]:
 def neighbour_rows(
     images: Sequence[Any], meanings: Sequence[str], rows: Sequence[tuple[str, int, Sequence[int]]]
 ) -> NotebookFigure:
-    """One row per (criterion, index of an image, indices of its neighbours); ``meanings`` are the captions.
+    """Show one row per (criterion, index of an image, indices of its neighbours); ``meanings`` are the captions.
 
-    A neighbour with a different caption is crossed out and framed.
+    A neighbour with a different caption has a cross and a thick orange frame.
     """
     num_columns = 1 + max(len(indices) for _, _, indices in rows)
     figure = NotebookFigure(1.25 * num_columns, 1.5 * len(rows))

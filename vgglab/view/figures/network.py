@@ -11,30 +11,31 @@ from vgglab.errors import UserError
 from vgglab.view.anatomy_table import Anatomy, Ceilings, Layer
 from vgglab.view.figures.base import BLUE, GREEN, INK, ORANGE, PURPLE, NotebookFigure, new_figure
 
-WIDTH, HEIGHT = 5.2, 3.6  # inches; a telephone shows it at three quarters of its size, with letters still to be read
+WIDTH, HEIGHT = 5.2, 3.6  # inches; still legible at three quarters of this size, on a phone
 LOOKS = {
     "conv": (BLUE, "", "convolution, then ReLU"),
     "pool": (GREEN, "//", "pool (width not to scale)"),
-    "linear": (ORANGE, "..", "linear (height on its own scale)"),
+    "linear": (ORANGE, "..", "linear (height on a separate scale)"),
     "batch norm": (PURPLE, "", "batch norm, before the ReLU"),
 }
-LABEL_GAP = 0.034  # between two labels of the roofline, as a part of its width
-# Parts of the width that all maps take together, 1.
+LABEL_GAP = 0.034  # between two labels of the roofline, as a fraction of its width
+# Fractions of the total width of all maps.
 GAP, POOL, LINEAR, LEAST, LETTER = 0.007, 0.014, 0.05, 0.002, 0.02
 
 
 def architecture(anatomy: Anatomy, marked: str = "") -> NotebookFigure:
-    """The whole network in one row, from the image on the left to the classes on the right.
+    """Draw the whole network in one row, from the image on the left to the classes on the right.
 
-    The height of a convolution is the side of its maps in pixels, its width the number of channels. A pooling is a
-    hatched bar with the height of its output. The height of a linear layer is its number of features, on another scale.
+    The height of a convolution is the side of its maps in pixels, and its width is the number of channels. A pooling
+    layer is a hatched bar with the height of its output. The height of a linear layer is its number of features, on a
+    separate scale.
 
     Args:
         anatomy: a result of ``vgglab.anatomy.of``, of any depth and image size.
-        marked: the name of a layer to point at; a layer without a box is shown at the box of its input.
+        marked: the name of a layer to point at; a layer without a box is marked at the box of its input.
 
     Raises:
-        UserError: the layer does not exist, or there is no box to show it at.
+        UserError: the layer does not exist, or the network has no layer that is drawn as a box.
     """
     picture = NotebookFigure(WIDTH, HEIGHT)
     draw(picture.subplots(), anatomy, marked)
@@ -44,7 +45,7 @@ def architecture(anatomy: Anatomy, marked: str = "") -> NotebookFigure:
 def draw(panel: Any, anatomy: Anatomy, marked: str = "") -> None:
     """Draw ``architecture`` on matplotlib axes. The ``gid`` of a box is the name of its layer."""
     if marked and marked not in [layer.name for layer in anatomy]:
-        raise UserError(f"no layer {marked!r} in {anatomy.model}; its first is {anatomy[0].name}")
+        raise UserError(f"no layer {marked!r} in {anatomy.model}; its first layer is {anatomy[0].name}")
     boxes = _boxes(anatomy)
     if not boxes:
         raise UserError(f"nothing to draw: {anatomy.model} has no convolution, pool or linear layer")
@@ -53,7 +54,7 @@ def draw(panel: Any, anatomy: Anatomy, marked: str = "") -> None:
     for layer, left, width, height in boxes:
         _box(panel, layer.name, layer.kind, (left, 0), width, height)
     by_name = {box[0].name: box for box in boxes}
-    current, owners = boxes[0], {}  # owners: of each layer the box whose values it writes or works on
+    current, owners = boxes[0], {}  # owners: for each layer, its box or that of its input
     for layer in anatomy:
         owners[layer.name] = current = by_name.get(layer.name, current)
         if layer.kind == "batch norm":
@@ -77,7 +78,7 @@ def _boxes(anatomy: Anatomy) -> list[tuple[Layer, float, float, float]]:
         boxes.append((layer, left, width, float(layer.output_shape[2])))
         left += width + gap
     most = max((layer.output_shape[-1] for layer in linear), default=1)
-    # The first linear box is right of the last number written above a map.
+    # The first linear box is to the right of the last number written above a map.
     numbers_end = [at + 1.3 * LETTER * len(_side(layer)) for layer, at, *_ in boxes[-2:]]
     left = max([left + 4 * GAP, *numbers_end])
     for layer in linear:
@@ -103,10 +104,10 @@ def _box(panel: Any, name: str, kind: str, corner: tuple[float, float], width: f
 
 def _write_sizes(panel: Any, boxes: Sequence[tuple[Layer, float, float, float]], size: int) -> None:
     """Write the side of the maps above the first box of each size, and the channels below the convolutions."""
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # an arrow may pass
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # an arrow may pass behind
     look: dict[str, Any] = {"fontsize": 9, "color": INK, "zorder": 5, "bbox": behind}
     maps = [box for box in boxes if box[0].kind in ("conv", "pool")]
-    before, taken = 0.0, (0.0, 0.0)  # height of the box before; where the last numbers end, and their height
+    before, taken = 0.0, (0.0, 0.0)  # height of the previous box; right end and height of the last number
     for layer, left, _, height in maps:
         if height != before:
             side = _side(layer)
@@ -155,7 +156,7 @@ def _finish(panel: Any, anatomy: Anatomy, boxes: Sequence[tuple[Layer, float, fl
     panel.set_yticks([0, *(side for side in sides if side >= size / 8)])
     panel.set_xticks([])
     panel.set_ylabel("side of the maps in pixels", fontsize=9)
-    panel.set_xlabel("numbers below: channels, the width of a box", fontsize=9)
+    panel.set_xlabel("numbers below the boxes: channels (box width)", fontsize=9)
     panel.set_title(f"{anatomy.model}, {size} x {size} pixels", fontsize=10, loc="left", color=INK)
     panel.spines[["top", "right", "bottom"]].set_visible(False)
     panel.spines["left"].set_bounds(0, size)
@@ -164,7 +165,7 @@ def _finish(panel: Any, anatomy: Anatomy, boxes: Sequence[tuple[Layer, float, fl
 
 
 def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> NotebookFigure:
-    """Measured layers below the roofline, on logarithmic axes: FLOP per byte, and GFLOP/s of the forward pass.
+    """Plot measured layers under the roofline, on logarithmic axes: GFLOP/s of the forward pass over FLOP per byte.
 
     Only layers with multiply-adds are shown. A layer far below the roofline could be faster.
 
@@ -178,7 +179,7 @@ def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> NotebookFigure:
     speeds = [(row.flop_per_second or 0) / 1e9 for row in shown]
     peak, ridge = ceilings.flop_per_second / 1e9, ceilings.ridge
     left, right = min(ridge, *(r.intensity for r in shown)) / 2, max(ridge, *(r.intensity for r in shown)) * 2
-    bottom = min(*speeds, ceilings.attainable(left) / 1e9) / 30  # the labels are below the layers
+    bottom = min(*speeds, ceilings.attainable(left) / 1e9) / 30  # leaves space for the labels below the layers
     moving = f"memory bandwidth, {ceilings.bytes_per_second / 1e9:.1f} GB/s"
     panel.plot([left, ridge], [ceilings.attainable(left) / 1e9, peak], "--", color=GREEN, linewidth=2, label=moving)
     panel.plot([ridge, right], [peak, peak], "-", color=PURPLE, linewidth=2, label=f"peak compute, {peak:.1f} GFLOP/s")
@@ -201,15 +202,15 @@ def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> NotebookFigure:
 def _labels(
     rows: Sequence[Layer], speeds: Sequence[float], left: float, right: float
 ) -> list[tuple[str, float, float, float]]:
-    """The names, the positions of their markers, and label positions (0 to 1) that do not overlap."""
+    """Return the layer names, the positions of their markers, and label positions (0 to 1) without overlap."""
     marks = sorted(zip((row.intensity for row in rows), speeds, (row.name for row in rows)))
     wanted = [math.log(mark[0] / left) / math.log(right / left) for mark in marks]
     gap = min(LABEL_GAP, 1 / (len(marks) + 1))
     places: list[float] = []
-    for place in wanted:  # pushed to the right where it is crowded,
+    for place in wanted:  # pushed to the right if too close to the previous one,
         places.append(max([place, *(p + gap for p in places[-1:])]))
     most = 1 - gap / 2
-    for number in reversed(range(len(places))):  # and back from the edge
+    for number in reversed(range(len(places))):  # and pushed back from the right edge
         places[number] = min(places[number], most)
         most = places[number] - gap
     return [(name, intensity, speed, place) for (intensity, speed, name), place in zip(marks, places)]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def curves(run: Run) -> NotebookFigure:
-    """Loss and top-1 accuracy over the optimizer steps, on training batches and on the held-out images."""
+    """Plot loss and top-1 accuracy over the optimizer steps, for training batches and held-out images."""
     train, held_out = _drawn(run, "train"), _drawn(run, "eval")
     figure, (loss, accuracy) = new_figure(2)
     for start in run.events("start"):
@@ -39,7 +39,7 @@ def curves(run: Run) -> NotebookFigure:
 def _curve(panel: Any, train: list[dict], held_out: list[dict], figure: str) -> None:
     if train:
         steps, values, each = [e["step"] for e in train], _values(train, figure), -(-len(train) // MAX_POINTS)
-        if each > 1:  # a long run; a mean is nan, and so a gap, where one of its values is
+        if each > 1:  # a long run; if a value is nan, so is the mean, which leaves a gap
             indices = range(0, len(train) - each + 1, each)
             steps = [steps[index + each - 1] for index in indices]
             values = [sum(values[index : index + each]) / each for index in indices]
@@ -57,7 +57,7 @@ def _curve(panel: Any, train: list[dict], held_out: list[dict], figure: str) -> 
 
 
 def _drawn(run: Run, kind: str) -> list[Event]:
-    """The events of a curve; for a very long run an evenly spaced selection."""
+    """Return the events of a curve; for a very long run, an evenly spaced selection."""
     events = run.events(kind)
     return list(events[:: -(-len(events) // MAX_READ) or 1])
 
@@ -71,35 +71,35 @@ def _values(events: list[dict], figure: str) -> list[float]:
     return [float("nan") if event[figure] is None else event[figure] for event in events]
 
 
-MAX_READ = 20_000  # events
-MAX_POINTS = 1000  # of a curve: a dashboard draws it every other second
+MAX_READ = 20_000  # events read for a curve
+MAX_POINTS = 1000  # of a curve, which a dashboard redraws every two seconds
 
 
 def curves_beside(
     runs: Sequence[Run], names: Sequence[str] = (), first_difference: int | None = None
 ) -> NotebookFigure:
-    """Training loss and held-out top-1 of several runs in the same panels; a line marks the first difference of two."""
-    figure, (loss, accuracy) = new_figure(2, height=3 + 0.2 * (len(runs) + 1))  # a line of it for each name
+    """Plot training loss and held-out top-1 of several runs; a line marks the step at which two runs first differ."""
+    figure, (loss, accuracy) = new_figure(2, height=3 + 0.2 * (len(runs) + 1))  # one legend line per name
     for number, run in enumerate(runs):
         name = _in_legend(names[number] if names else run.name)
         look = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "label": name}
         for panel, kind, value in ((loss, "train", "loss"), (accuracy, "eval", "acc1")):
             events = _drawn(run, kind)
-            if not events:  # a name without a line would only hide others'
+            if not events:  # a name without a curve would only fill the legend
                 continue
             marker = "o" if kind == "eval" or len(events) == 1 else None
             panel.plot([e["step"] for e in events], _values(events, value), marker=marker, markersize=4, **look)
     if first_difference is not None:
         for panel in (loss, accuracy):
             panel.axvline(first_difference, color=INK, linewidth=1, linestyle=":", label="first difference")
-    below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, -0.18)}  # the names of runs are long
+    below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, -0.18)}  # run names are long
     _finish(loss, "training loss, cross entropy", **below)
     _finish(accuracy, "held-out top-1 in %", **below)
     return figure
 
 
 def bands(groups: Mapping[str, Sequence[Run]]) -> NotebookFigure:
-    """Training loss and held-out top-1 of groups of seeds: the mean, and a band from minimum to maximum."""
+    """Plot training loss and held-out top-1 of groups of seeds: the mean, and a band from minimum to maximum."""
     figure, (loss, accuracy) = new_figure(2)
     for number, (name, runs) in enumerate(groups.items()):
         look = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
@@ -118,10 +118,10 @@ def bands(groups: Mapping[str, Sequence[Run]]) -> NotebookFigure:
 
 
 def _in_step(runs: Sequence[Run], kind: str, value: str) -> tuple[list[int], list[list[float]]]:
-    """The steps that all runs have recorded, and the values of each run at them."""
+    """Return the steps that all runs have recorded, and for each step the values of the runs."""
     events = [_drawn(run, kind) for run in runs]
     by_run = [dict(zip([e["step"] for e in of_run], _values(of_run, value))) for of_run in events]
-    by_run = [values for values in by_run if values]  # one has only begun
+    by_run = [values for values in by_run if values]  # leaves out runs that have just begun
     steps = sorted(set.intersection(*[set(values) for values in by_run])) if by_run else []
     return steps, [[values[step] for values in by_run] for step in steps]
 
@@ -135,7 +135,7 @@ def _finish(panel: Any, label: str, **legend: Any) -> None:
 
 
 def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> NotebookFigure:
-    """Images with their predictions; wrong ones are framed and crossed out, with the true class."""
+    """Show images with their predictions; wrong ones have an orange frame, a cross and the true class."""
     num_rows = max(1, -(-len(predictions) // num_columns))
     figure = NotebookFigure(1.5 * num_columns, 1.85 * num_rows)
     for panel in figure.subplots(num_rows, num_columns, squeeze=False).flat:
@@ -145,7 +145,7 @@ def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> 
         panel.set_axis_on()
         panel.set_xticks([])
         panel.set_yticks([])
-        answer = f"says {prediction.predicted}, {prediction.probability:.0%}"
+        answer = f"{prediction.predicted}, {prediction.probability:.0%}"
         title = f"✓ {answer}" if prediction.is_right else f"✗ {answer}\n(actually {prediction.actual})"
         panel.set_title(title, fontsize=9, color=INK if prediction.is_right else ORANGE)
         for spine in panel.spines.values():
@@ -162,16 +162,16 @@ PHASE_LOOK = {
     "optimizer": (GREEN, "optimizer"),
     "host": ("#999999", "host and everything else"),
 }
-OFTEN = 0.5  # host reads a step; those of the log lines are fewer
+OFTEN = 0.5  # host reads per step; log lines cause fewer
 WARNING_LOOK: dict[str, Any] = {"va": "center", "fontsize": 8, "color": ORANGE}
 HATCHES = ("", "//", "", "..", "xx", "\\\\", "")
 
 
 def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> NotebookFigure:
-    """One stacked bar per run: mean milliseconds of each phase of a step; for runs with --timers.
+    """Plot one stacked bar per run: mean milliseconds of each phase of a step; needs runs with --timers.
 
     Without ``names``, a bar is labelled with batch size, precision and layout. Lines of code at which the host reads a
-    value from the device more often than in every second step are listed below the bar.
+    value from the device more than once in two steps are listed below the bar.
     """
     if not runs:
         raise UserError("where_time_goes: needs runs that were trained with --timers")
@@ -188,7 +188,7 @@ def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> NotebookF
             )  # fmt: skip
             left += width
         panel.text(left, index, f" {left:.0f} ms", va="center", fontsize=9, color=INK)
-        often = [f"{number:.2g} a step at {where}" for where, number in reads.items() if number > OFTEN]
+        often = [f"{number:.2g} per step at {where}" for where, number in reads.items() if number > OFTEN]
         if often:
             text = f"! the host waits for the device: {', '.join(often)}"
             panel.annotate(text, (0, index + 0.42), (3, 0), textcoords="offset points", **WARNING_LOOK)

@@ -1,15 +1,15 @@
-"""A double of the eager generation of torch_gcu: the simulated card, loaded like the vendor's package, with a call log.
+"""Double of the eager generation of torch_gcu: the simulated card, loaded like the vendor's package, with a call log.
 
 It adds what the simulated card alone does not show: how ``import torch`` loads the package (``torch.backends`` entry
 point, ``TORCH_DEVICE_BACKEND_AUTOLOAD``; ``torch_gcu/__init__.py`` of the vendor's repository), the order of calls
-around distributed training, and what an adapter must leave alone.
+around distributed training, and what an adapter must not touch.
 """
 
 import os
 
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _before = os.environ.get(_AUTOLOAD)
-os.environ[_AUTOLOAD] = "0"  # who imports this package first keeps it so, and so do its children
+os.environ[_AUTOLOAD] = "0"  # stays 0 if this is imported before torch, for child processes, too
 
 IS_CONTRACT_DOUBLE = True
 __version__ = "2.10.0"

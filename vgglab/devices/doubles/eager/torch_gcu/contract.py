@@ -1,4 +1,4 @@
-"""The log of calls in order, and the rules that can be checked on it."""
+"""The log of calls in order, and the rules that it is checked against."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ class Log:
         raise ContractBroken(text)
 
     def count(self, name):
-        """How often a call has been made."""
+        """The number of calls with this name."""
         return sum(called == name for called, _ in self.calls)
 
 
@@ -79,7 +79,7 @@ def _backward(tensor, *args, **kwargs):
 def _step(optimizer, *args, **kwargs):
     log.num_steps_since_backward += 1
     if log.num_steps_since_backward > 1:
-        log.broken("two optimizer.step() for one backward pass")
+        log.broken("two optimizer.step() calls after one backward pass")
     log.call("optimizer.step")
 
 
@@ -90,9 +90,9 @@ def _select(device):
 
 def _join(backend=None, *args, **kwargs):
     if backend != "eccl":
-        log.broken(f"process group of backend {backend}; this card's is eccl")
+        log.broken(f"process group with backend {backend}; this card needs eccl")
     if log.card != local_rank():
-        log.broken("set_device(LOCAL_RANK) comes before init_process_group")
+        log.broken("set_device(LOCAL_RANK) must come before init_process_group")
     log.call("init_process_group", backend=backend)
 
 
@@ -105,9 +105,9 @@ def _wrap(parallel, module, device_ids=None, *args, **kwargs):
 def _empty_cache():
     log.call("empty_cache")
     if log.count("empty_cache") > 1:
-        log.broken("empty_cache() again and again fragments this card's memory until it is full")
+        log.broken("repeated calls of empty_cache() fragment this card's memory until none is left")
 
 
 def _record(event, stream=None):
     if event._recorded is not None:
-        log.broken("an event is recorded a second time; make a new one per measurement")
+        log.broken("an event was recorded twice; create a new one for each measurement")

@@ -1,8 +1,8 @@
-"""A double of the lazy generation of torch_gcu: its functions and rules, without a card.
+"""Double of the lazy generation of torch_gcu: its functions and rules, without a card.
 
 The interface is that of Enflame's Python package for torch 1.10 (``core/model.py``, ``core/device.py``,
 ``core/random.py``, ``amp/``, ``distributed/``); see ``vgglab/devices/doubles/__init__.py``. Like the real one, it
-changes ``torch.Tensor`` on import and uses the torch.device type ``xla``.
+patches ``torch.Tensor`` on import and uses the torch.device type ``xla``.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""``torch_gcu.amp`` of the contract. ``autocast`` changes no results here; only the order of calls is checked."""
+"""The double of ``torch_gcu.amp``. ``autocast`` does not change results here; only the order of calls is checked."""
 
 import torch
 
@@ -12,7 +12,7 @@ scalers = []
 class autocast:
     def __init__(self, enabled=True, dtype=torch.float16, cache_enabled=True):
         if dtype not in (torch.float16, torch.bfloat16):
-            raise RuntimeError(f"autocast to {dtype}")
+            raise RuntimeError(f"autocast does not support {dtype}")
         self.dtype = dtype
 
     def __enter__(self):
@@ -49,7 +49,7 @@ class GradScaler:
 
     def step(self, optimizer):
         if not self._use_zero_grad:
-            raise TypeError("unlazy() got an unexpected keyword argument")  # as the release at hand fails
+            raise TypeError("unlazy() got an unexpected keyword argument")  # the error of the vendor's release
         log.part_of_step("scaler.step")
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         with Plain():
@@ -58,7 +58,7 @@ class GradScaler:
             for gradient in gradients:
                 gradient.zero_() if self._has_overflowed else gradient.div_(self._scale)
         with allowed_to_step():
-            return optimizer.step()  # also on overflow: momentum and weight decay act
+            return optimizer.step()  # on overflow, too: momentum and weight decay still apply
 
     def update(self):
         log.part_of_step("scaler.update", has_overflowed=self._has_overflowed)

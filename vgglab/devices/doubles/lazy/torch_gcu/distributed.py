@@ -1,4 +1,4 @@
-"""``torch_gcu.distributed`` of the contract: eccl's calls, with gloo under them."""
+"""The double of ``torch_gcu.distributed``: eccl's functions, implemented with gloo."""
 
 import torch.distributed as gloo
 
@@ -10,9 +10,9 @@ ReduceOp = gloo.ReduceOp
 
 def init_process_group(backend, init_method="env://", world_size=-1, rank=-1):
     if backend != "eccl":
-        raise RuntimeError("only support eccl")
+        raise RuntimeError("only the backend eccl is supported")
     if gloo.is_initialized():
-        raise RuntimeError("the process group is there already")
+        raise RuntimeError("the process group is already initialised")
     log.call("init_process_group")
     gloo.init_process_group("gloo", init_method=init_method, world_size=world_size, rank=rank)
     barrier()

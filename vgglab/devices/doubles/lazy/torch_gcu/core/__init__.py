@@ -1,1 +1,1 @@
-"""The part that is native code in the real library."""
+"""The double of the part that is native code in the real library."""

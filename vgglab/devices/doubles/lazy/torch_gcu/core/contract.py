@@ -8,7 +8,7 @@ AMP_STEP = ["zero_grad", "scale", "backward", "scaler.step", "scaler.update", "u
 
 
 class ContractBroken(AssertionError):
-    """The vendor's training loop does not do this; the message says what it does."""
+    """The vendor's training loop does not do this; the message says what the loop does instead."""
 
 
 class Log:
@@ -18,7 +18,7 @@ class Log:
         calls: all calls so far, as ``(name, details)``.
         num_graphs: graphs compiled and run, including those forced by a read.
         num_graph_breaks: reads of values that were not requested as outputs of their step.
-        is_strict: raise ``ContractBroken`` at the line; otherwise only count.
+        is_strict: raise ``ContractBroken`` where a rule is broken; if False, only log it.
         window: number of the step being recorded.
     """
 
@@ -27,7 +27,7 @@ class Log:
         self.num_graphs = self.num_graph_breaks = self.window = 0
         self.is_strict = True
         self.is_training = False  # a forward pass with gradients has been recorded since the last flush
-        self.step = []  # what a step consists of, as far as it has come
+        self.step = []  # the calls of the current step so far
         self.scaled_loss = None
         self.tf32_at_import = None
         self._file = os.environ.get("VGGLAB_DOUBLE_LOG")
@@ -41,7 +41,7 @@ class Log:
     def part_of_step(self, name, **details):
         self.call(name, **details)
         if name in self.step:
-            self.broken(f"a second {name} before the flush: the step before was never run, weights do not change")
+            self.broken(f"a second {name} before the flush: the previous step never ran, so the weights did not change")
         self.step.append(name)
 
     def broken(self, text):
@@ -64,13 +64,13 @@ class Log:
         if self.is_training or self.step:
             self.step.append(name)
             if self.step not in (FLOAT32_STEP, AMP_STEP):
-                self.broken(f"a step of {self.step}; the vendor's loop has {FLOAT32_STEP} or {AMP_STEP}")
+                self.broken(f"the step was {self.step}; the vendor's loop has {FLOAT32_STEP} or {AMP_STEP}")
         self.call(name)
         self.is_training, self.step, self.scaled_loss = False, [], None
         self.window += 1
 
     def count(self, name):
-        """How often a call has been made."""
+        """The number of calls with this name."""
         return sum(called == name for called, _ in self.calls)
 
 

@@ -1,4 +1,4 @@
-"""``torch_gcu.core.device`` of the contract."""
+"""The double of ``torch_gcu.core.device``."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ def set_device(device):
 
 
 def gcu_device(device=None):
-    """``torch.device("xla:N")``; without an argument the current one."""
+    """Return ``torch.device("xla:N")``; without an argument, the current device."""
     index = current_device() if device is None else _index(device)
     if index is None or not 0 <= index < device_count():
         raise IndexError(f"there is no card {index}")

@@ -1,4 +1,4 @@
-"""``torch_gcu.core.model`` of the contract: what ends a step."""
+"""The double of ``torch_gcu.core.model``: the functions that end a step."""
 
 import enum
 import os
@@ -8,7 +8,7 @@ import torch
 from torch_gcu.core.contract import log
 from torch_gcu.core.tensor import is_on_card, settle
 
-stepping: list = []  # not empty while one of ours is calling optimizer.step()
+stepping: list = []  # not empty while a function of torch_gcu calls optimizer.step()
 
 
 class JitRunMode(enum.Enum):
@@ -20,7 +20,7 @@ class JitRunMode(enum.Enum):
 def optimizer_step(
     optimizer, extra_output=None, optimizer_args=None, model=None, mode=JitRunMode.SAFEASYNC, device=None
 ):
-    """``optimizer.step()`` once, then one graph: weights, optimizer state, ``extra_output``, buffers."""
+    """Call ``optimizer.step()`` once, then run one graph with weights, optimizer state, outputs and buffers."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}")
     if model is not None and not isinstance(model, torch.nn.Module):
@@ -33,7 +33,7 @@ def optimizer_step(
     log.flush("optimizer_step")
     outputs = extra_output if isinstance(extra_output, (list, tuple)) else [extra_output]
     if not all(is_on_card(tensor) for tensor in outputs):
-        outputs = []  # dropped, silently: reading them later is a break
+        outputs = []  # silently dropped: reading them later is a graph break
     for tensor in [*_kept(model, optimizer), *outputs]:
         settle(tensor)
     return result
@@ -44,7 +44,7 @@ def unlazy(tensors, mode=JitRunMode.SAFEASYNC):
     if not isinstance(tensors, (list, tuple)) or not all(is_on_card(tensor) for tensor in tensors):
         raise TypeError("unlazy takes a list or tuple of tensors on the card")
     if not tensors:
-        log.broken("unlazy of nothing")
+        log.broken("unlazy was called without tensors")
     _check_mode(mode)
     if log.scaled_loss is not None:
         _check_amp_outputs(tensors)
@@ -74,7 +74,7 @@ def sync_lived_tensor(device=None, mode=JitRunMode.SAFEASYNC):
 
 
 def collect_amp_training_params(model, optimizer, scaler):
-    """Weights, optimizer state, buffers, the scaler's scale and growth tracker."""
+    """Return weights, optimizer state, buffers, and the scaler's scale and growth tracker."""
     from torch_gcu.amp import GradScaler
 
     if not isinstance(scaler, GradScaler):
@@ -98,7 +98,7 @@ def _kept(model, optimizer):
 def _check_mode(mode):
     wanted = JitRunMode.ASYNC if int(os.environ.get("WORLD_SIZE", 1)) > 1 else JitRunMode.SAFEASYNC
     if mode is not wanted:
-        log.broken(f"mode is {mode}; Enflame's scripts have {wanted} here")
+        log.broken(f"mode is {mode}; Enflame's scripts use {wanted} here")
 
 
 class allowed_to_step:

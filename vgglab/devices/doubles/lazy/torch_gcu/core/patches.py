@@ -1,4 +1,4 @@
-"""The changes to torch made by importing torch_gcu, and those with which the double observes its use."""
+"""Patches to torch: those that importing torch_gcu makes, and those that let the double check calls."""
 
 import functools
 import os
@@ -28,7 +28,7 @@ def install():
     StockSampler.__init__ = _refused(StockSampler, "torch_gcu.utils.data.distributed.DistributedSampler")
 
 
-@functools.wraps(original_to)  # by its name it is known again where tensors on the card are handled
+@functools.wraps(original_to)  # carry_out recognises it by its name
 def _tensor_to(tensor, *args, **kwargs):
     device = target_device(args, kwargs)
     if not is_on_card(tensor) and device is not None and device.type == "xla":
@@ -58,9 +58,9 @@ def _watched_step(step):
     @functools.wraps(step)
     def watched(optimizer, *args, **kwargs):
         if _on_card(optimizer) and not stepping:
-            log.broken("a bare optimizer.step(): nothing runs on a lazy card until torch_gcu.optimizer_step or unlazy")
+            log.broken("a bare optimizer.step(): nothing runs on a lazy card until optimizer_step or unlazy is called")
         if _on_card(optimizer):
-            # What has to survive the step, by name; optimizers know their parameters only.
+            # What the step must keep, by name; an optimizer has only its parameters.
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             log.must_be_kept = {f"parameter {number}": p for number, p in enumerate(parameters)}
         return step(optimizer, *args, **kwargs)
@@ -85,8 +85,8 @@ def _refused(stock, instead):
 
     @functools.wraps(original)
     def checked(self, *args, **kwargs):
-        if type(self) is stock and device_count() > 0:  # where there is no card, the CPU may be trained on
-            log.broken(f"torch's own {stock.__name__}: with this generation use {instead}")
+        if type(self) is stock and device_count() > 0:  # without a card, training on the CPU is allowed
+            log.broken(f"torch's own {stock.__name__} does not work on a lazy card; use {instead}")
         original(self, *args, **kwargs)
 
     return checked
@@ -94,9 +94,9 @@ def _refused(stock, instead):
 
 def _save(content, *args, **kwargs):
     if _holds_card_tensors(content):
-        log.broken("torch.save of a tensor on the card: not to be read where torch_gcu is not; save a copy from .cpu()")
+        log.broken("torch.save of a tensor on the card: loading it needs torch_gcu; save a copy made with .cpu()")
     if int(os.environ.get("RANK", 0)) != 0:
-        log.broken("torch.save on a rank other than 0")
+        log.broken("torch.save was called on a rank other than 0")
     log.call("save")
     return original_save(content, *args, **kwargs)
 

@@ -1,7 +1,7 @@
 """A tensor on the card: recorded, and computed only when a flush requests it. (The double computes it at once.)
 
 ``done`` tensors have a value: inputs, weights, and the outputs of a flush. All others are pending. Reading a pending
-tensor splits the step in two; reading it after its step was flushed without it recomputes it.
+tensor splits the step in two; reading it after a flush that did not include it recomputes it.
 """
 
 import torch
@@ -88,7 +88,7 @@ def carry_out(func, args, kwargs):
 
 
 def _recorded(value, operands):
-    """A result as a tensor on the card, with the tensors it depends on."""
+    """Return a result as a pending tensor on the card; ``operands`` are the tensors it depends on."""
     on_card = [tensor for tensor in operands if is_on_card(tensor)]
     if is_on_card(value):  # changed in place: its new value is pending
         result = value
@@ -114,9 +114,9 @@ def read(tensor, how):
     if tensor._tainted or tensor._window < log.window:
         log.graph_break(f"{how}() of a tensor that was not among the outputs of its step: it is computed again")
     elif log.is_training or log.step:
-        log.graph_break(f"{how}() between the forward pass and the flush: the step is cut into two graphs")
+        log.graph_break(f"{how}() between the forward pass and the flush: the step is split into two graphs")
     else:
-        log.num_graphs += 1  # outside a step a read runs what is pending, as the vendor's evaluation does
+        log.num_graphs += 1  # outside a step, a read runs all pending operations, as in the vendor's evaluation
     settle(tensor)
 
 

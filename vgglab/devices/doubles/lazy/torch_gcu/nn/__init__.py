@@ -1,1 +1,1 @@
-"""``torch_gcu.nn`` of the contract."""
+"""The double of ``torch_gcu.nn``."""

@@ -1,1 +1,1 @@
-"""``torch_gcu.utils`` of the contract."""
+"""The double of ``torch_gcu.utils``."""

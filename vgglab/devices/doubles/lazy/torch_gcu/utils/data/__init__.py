@@ -1,1 +1,1 @@
-"""``torch_gcu.utils.data`` of the contract."""
+"""The double of ``torch_gcu.utils.data``."""

@@ -1,4 +1,4 @@
-"""``torch_gcu.utils.data.distributed`` of the contract."""
+"""The double of ``torch_gcu.utils.data.distributed``."""
 
 from torch.utils.data.distributed import DistributedSampler as StockSampler
 
@@ -15,6 +15,6 @@ class DistributedSampler(StockSampler):
 
     def __iter__(self):
         if not self._has_epoch:
-            log.broken("an epoch without set_epoch")
+            log.broken("set_epoch was not called before this epoch")
         self._has_epoch = False
         return super().__iter__()
