@@ -80,9 +80,7 @@ def refuse_foreign(folder: Path, stems: Sequence[str]) -> None:
         else:
             is_ours = not page.exists() or GENERATOR in page.read_text(encoding="utf-8", errors="replace")
         if not is_ours:
-            raise UserError(
-                f"--out {folder}: {page.name} was not written by this command; choose another folder"
-            )
+            raise UserError(f"--out {folder}: {page.name} was not written by this command; choose another folder")
 
 
 def write_site(
