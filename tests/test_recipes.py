@@ -17,7 +17,7 @@ from vgglab.optim import Objective, build_optimizer
 from vgglab.settings.config import Request
 from vgglab.settings.inheritance import checked
 from vgglab.settings.parser import parse_flags
-from vgglab.settings.recipes import MADE_FOR, RECIPES
+from vgglab.settings.recipes import RECIPE_DATA, RECIPES
 
 SEED_COMMAND = (
     "--device=cpu --data-path=imagenet_raw --batch-size=192 --epochs=90 --model=vgg16 --workers=8 "
@@ -51,8 +51,8 @@ def test_a_flag_overrides_a_recipe_wherever_it_stands(order):
 
 
 def test_a_plan_knows_which_data_each_recipe_is_for():
-    assert MADE_FOR.keys() == RECIPES.keys()
-    assert {*MADE_FOR.values()} <= {"imagenet", "digits"}
+    assert RECIPE_DATA.keys() == RECIPES.keys()
+    assert {*RECIPE_DATA.values()} <= {"imagenet", "digits"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

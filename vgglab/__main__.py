@@ -83,7 +83,7 @@ def _complete() -> None:
         elif name == "train":
             from vgglab.settings.parser import build_parser
 
-            commands.add_parser(name, parents=[build_parser(shows_all=True)], add_help=False)
+            commands.add_parser(name, parents=[build_parser(show_all=True)], add_help=False)
         else:
             module = importlib.import_module(f"vgglab.commands.{name}")
             commands.add_parser(name, parents=[module.parser()], add_help=False)

@@ -67,7 +67,7 @@ class VGG(nn.Module):
         if init not in INITS:
             raise UserError(f"unknown init {init!r}; choose from {', '.join(INITS)}")
         side, width = HEADS[head]
-        self.features = _features(layers, batch_norm)
+        self.features = _make_features(layers, batch_norm)
         self.avgpool = nn.AdaptiveAvgPool2d((side, side))
         self.classifier = nn.Sequential(
             nn.Linear(512 * side * side, width),
@@ -88,7 +88,7 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(maps, 1))  # (N, num_classes)
 
 
-def _features(layers: list[int | str], batch_norm: bool) -> nn.Sequential:
+def _make_features(layers: list[int | str], batch_norm: bool) -> nn.Sequential:
     modules: list[nn.Module] = []
     in_channels = 3
     for layer in layers:

@@ -25,22 +25,22 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-class OptimizerKind(NamedTuple):
+class OptimizerSpec(NamedTuple):
     """An optimizer that ``--optimizer`` can select."""
 
     optimizer: type[Optimizer]
     options: dict[str, str]  # arguments other than lr and weight_decay, and the settings they come from
     averages: tuple[str, ...] = ()  # state tensors that it keeps for each weight, besides momentum
-    can_fuse: bool = False  # whether it can update all weights in one kernel
+    supports_fused: bool = False  # whether it can update all weights in one kernel
 
-    def num_kept(self, config: Request) -> int:
+    def num_state_tensors(self, config: Request) -> int:
         """Number of state tensors per weight, each of the size of the weight; a checkpoint contains them too."""
-        return len(self.averages) + int("momentum" in self.options and config.momentum > 0)
+        return len(self.state_keys) + int("momentum" in self.options and config.momentum > 0)
 
 
 OPTIMIZERS = {
-    "sgd": OptimizerKind(SGD, {"momentum": "momentum", "nesterov": "nesterov"}, can_fuse=True),
-    "rmsprop": OptimizerKind(
+    "sgd": OptimizerSpec(SGD, {"momentum": "momentum", "nesterov": "nesterov"}, supports_fused=True),
+    "rmsprop": OptimizerSpec(
         RMSprop, {"momentum": "momentum", "alpha": "rmsprop_alpha", "eps": "rmsprop_eps"}, ("square_avg",)
     ),
 }
@@ -53,7 +53,7 @@ def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> 
     decides. With ``bias_weight_decay=False``, biases are exempt too.
 
     Args:
-        fused: use one kernel per step, if the optimizer ``can_fuse``.
+        fused: use one kernel per step, if the optimizer ``supports_fused``.
 
     Raises:
         KeyError: unknown optimizer.
@@ -67,11 +67,11 @@ def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> 
     chosen = OPTIMIZERS[config.optimizer]
     options = {name: getattr(config, setting) for name, setting in chosen.options.items()}
     options.update({"fused": True} if fused else {})  # only if needed: old versions of torch do not accept it
-    groups = _groups(model.parameters(), spared)
+    groups = _parameter_groups(model.parameters(), spared)
     return without_compiler(chosen.optimizer)(groups, lr=config.lr, weight_decay=config.weight_decay, **options)
 
 
-def _groups(parameters: Iterable[nn.Parameter], spared: list[nn.Parameter]) -> list[dict[str, Any]]:
+def _parameter_groups(parameters: Iterable[nn.Parameter], spared: list[nn.Parameter]) -> list[dict[str, Any]]:
     spared_ids = {id(p) for p in spared}
     groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in spared_ids]}]
     if spared:

@@ -15,7 +15,7 @@ from vgglab.dist import interrupts
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
 
-LOOK_SECONDS = 5.0  # with several ranks, the approximate time between checks whether to stop
+SYNC_SECONDS = 5.0  # with several ranks, the approximate time between checks whether to stop
 
 
 PHASES = ("data", "copy", "forward", "backward", "all_reduce", "optimizer", "host")
@@ -145,7 +145,7 @@ class StopCoordinator:
     If one rank stopped alone, the others would wait for it forever. A run with one rank checks after every step.
     """
 
-    all_stop = False
+    should_stop = False
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -161,13 +161,13 @@ class StopCoordinator:
         return self._steps >= self._steps_between
 
     def sync(self, figures: Tensor) -> list[float]:
-        """Average ``figures (2,)`` over ranks and set ``all_stop``; return the means and this rank's ``figures[0]``."""
+        """Average ``metrics (2,)`` over ranks, set ``should_stop``; return the means and this rank's ``metrics[0]``."""
         device = self._device
         seconds = (time.perf_counter() - self._since) / max(self._steps, 1)
         state = torch.tensor([float(interrupts.stop_requested()), seconds]).to(figures.device)
         both = torch.cat([device.sum(torch.cat([figures, state])) / device.world_size, figures])
         *means, share_stopping, mean_seconds, own, _ = device.fetch(both)
-        self.all_stop = share_stopping > 0
-        self._steps_between = max(1, int(LOOK_SECONDS / max(mean_seconds, 1e-6)))
+        self.should_stop = share_stopping > 0
+        self._steps_between = max(1, int(SYNC_SECONDS / max(mean_seconds, 1e-6)))
         self._steps, self._since = 0, time.perf_counter()
         return [*means, own]

@@ -12,8 +12,8 @@ from vgglab.commands import call
 from vgglab.errors import UserError
 from vgglab.runs.compare import Comparison, as_text, compare_runs
 from vgglab.runs.run import Run
-from vgglab.settings.flags import NOT_NEGATIVE, OneLineParser, with_dashes
-from vgglab.storage.schema import finite
+from vgglab.settings.flags import NON_NEGATIVE, OneLineParser, with_dashes
+from vgglab.storage.schema import finite_or_none
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, at least two")
-    parser.add_argument("--tolerance", type=NOT_NEGATIVE, default=0.0, help="relative difference to ignore (default 0)")
+    parser.add_argument("--tolerance", type=NON_NEGATIVE, default=0.0, help="relative difference to ignore (default 0)")
     parser.add_argument("--png", type=Path, help="plot the curves of all runs, and save them as this PNG file")
     parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
     return parser
@@ -58,7 +58,7 @@ def _finite(value: Any) -> Any:
     """The same content, with None for numbers that JSON cannot represent."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else finite(value)
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else finite_or_none(value)
 
 
 def _write_new(file: Path, content: bytes) -> None:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
     planned = plan_training(config, speed, ranks, options.scaling, flags_given(flags))
     if options.run is not None:
-        planned.warnings.extend(_other_job(config, Run(options.run)))
+        planned.warnings.extend(_mismatch_warnings(config, Run(options.run)))
     print(as_text(planned))
     if options.json:
         print(json.dumps(planned._asdict()))
@@ -65,7 +65,7 @@ def _speed(options: Any) -> float:
     return report["images_per_second"] / report["world_size"]
 
 
-def _other_job(config: Request, run: Run) -> list[str]:
+def _mismatch_warnings(config: Request, run: Run) -> list[str]:
     """A warning if the run that supplies the speed differs from the planned one; else empty."""
     report, wanted = run.report(), config.as_dict()
     wanted["image_size"] = config.image_size or report["image_size"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from vgglab.dist.ranks import MARK, STACK_SIGNAL
 
-KILLED_SECONDS = 60  # a killed process has ended by then, unless the operating system hangs
+KILL_TIMEOUT_SECONDS = 60  # a killed process has ended by then, unless the operating system hangs
 
 
 def is_alive(pid: int) -> bool:
@@ -30,31 +30,31 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def signature(pid: int) -> dict[str, Any]:
+def identity(pid: int) -> dict[str, Any]:
     """The identity of a process as recorded in a run directory, so that no other process is mistaken for it.
 
     ``process`` is the boot ID of the machine and the start time of the process since boot, both independent of the
     clock; it is empty without ``/proc``.
     """
-    return {"host": socket.gethostname(), "pid": pid, "process": _began(pid)}
+    return {"host": socket.gethostname(), "pid": pid, "process": _start_time(pid)}
 
 
 def is_running(signed: dict[str, Any]) -> bool:
-    """Whether the process with this ``signature`` is alive and on this machine."""
+    """Whether the process with this ``identity`` is alive and on this machine."""
     pid = signed.get("pid")
     if type(pid) is not int or not 0 < pid < 2**31 or signed.get("host") != socket.gethostname():
         return False
-    return is_alive(pid) and signed.get("process") == _began(pid)
+    return is_alive(pid) and signed.get("process") == _start_time(pid)
 
 
-def _began(pid: int) -> str:
+def _start_time(pid: int) -> str:
     with contextlib.suppress(OSError, IndexError):
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
     return ""
 
 
-def processes_of(path: Path) -> list[int]:
+def find_processes(path: Path) -> list[int]:
     """The IDs of the processes of a run on this machine, found by an environment variable (Linux only)."""
     wanted = f"{MARK}={path.resolve()}".encode(errors="surrogateescape")
     found = []
@@ -71,7 +71,7 @@ def request_stack(pid: int, log: Path, seconds: float = 2.0) -> str:
 
     Works only on Linux and on the machine of the rank. The rank writes the stack to ``log``, where it remains.
     """
-    if not (_is_plain(log) and _has_open(pid, log) and _answers(pid)):
+    if not (_is_regular_file(log) and _has_open(pid, log) and _handles_stack_signal(pid)):
         return ""
     size, deadline, said = log.stat().st_size, time.monotonic() + seconds, b""
     os.kill(pid, STACK_SIGNAL)
@@ -84,7 +84,7 @@ def request_stack(pid: int, log: Path, seconds: float = 2.0) -> str:
     return main_thread
 
 
-def _is_plain(file: Path) -> bool:
+def _is_regular_file(file: Path) -> bool:
     """Whether this is a regular file with a single name; a link could lead to the log of another process."""
     with contextlib.suppress(OSError):
         found = file.lstat()
@@ -92,7 +92,7 @@ def _is_plain(file: Path) -> bool:
     return False
 
 
-def _answers(pid: int) -> bool:
+def _handles_stack_signal(pid: int) -> bool:
     """Whether a process handles ``STACK_SIGNAL``, which would kill a process that does not."""
     with contextlib.suppress(OSError, ValueError):
         caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
@@ -110,9 +110,9 @@ def _has_open(pid: int, file: Path) -> bool:
 
 
 def kill_all(path: Path) -> None:
-    """Kill the remaining processes of a run on this machine, and wait up to ``KILLED_SECONDS`` for them to end."""
-    deadline = time.monotonic() + KILLED_SECONDS
-    while time.monotonic() < deadline and (left := processes_of(path)):
+    """Kill the remaining processes of a run on this machine, and wait up to ``KILL_TIMEOUT_SECONDS``."""
+    deadline = time.monotonic() + KILL_TIMEOUT_SECONDS
+    while time.monotonic() < deadline and (left := find_processes(path)):
         for pid in left:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)

@@ -18,11 +18,11 @@ from vgglab.settings.config import settings_that_affect
 from vgglab.storage.events import Event
 
 STARTING_POINT = ("num_train_images", "num_eval_images", "num_classes", "num_parameters", "steps_per_epoch", "data")
-FIGURES = {
+METRICS = {
     "train": ("lr", "loss", "acc1"),
     "eval": ("loss", "acc1", "acc5", "num_images"),
 }  # causes before their effects
-ORDER = tuple(FIGURES)
+EVENT_ORDER = tuple(METRICS)
 
 
 class Difference(NamedTuple):
@@ -68,9 +68,9 @@ def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
         if not run.config:
             raise UserError(f"{run.path}: config.json is missing; its settings cannot be compared")
     first, largest, num_steps, last_common = None, 0.0, 0, None
-    for row, other_row in _in_step(one, other):
+    for row, other_row in _matching_events(one, other):
         num_steps, last_common = num_steps + (row["step"] != last_common), row["step"]
-        for figure in FIGURES[row["event"]]:
+        for figure in METRICS[row["event"]]:
             values = row.get(figure), other_row.get(figure)
             relative = _relative(*values)
             if figure == "loss":
@@ -90,12 +90,12 @@ def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
     )
 
 
-def _in_step(one: Run, other: Run) -> Iterator[tuple[Event, Event]]:
+def _matching_events(one: Run, other: Run) -> Iterator[tuple[Event, Event]]:
     """Yield pairs of events of the same kind at the same step; both files are streamed, not held in memory."""
-    rows, others = _figures(one), _figures(other)
+    rows, others = _metric_events(one), _metric_events(other)
     row, other_row = next(rows, None), next(others, None)
     while row is not None and other_row is not None:
-        place, other_place = _place(row), _place(other_row)
+        place, other_place = _position(row), _position(other_row)
         if place == other_place:
             yield row, other_row
         if place <= other_place:
@@ -104,21 +104,21 @@ def _in_step(one: Run, other: Run) -> Iterator[tuple[Event, Event]]:
             other_row = next(others, None)
 
 
-def _figures(run: Run) -> Iterator[Event]:
+def _metric_events(run: Run) -> Iterator[Event]:
     """Yield training and evaluation events in order; an evaluation follows the training event of its step."""
     latest = (-1, -1)
     for event in run.events():
-        if event["event"] in FIGURES and _place(event) > latest:
-            latest = _place(event)
+        if event["event"] in METRICS and _position(event) > latest:
+            latest = _position(event)
             yield event
 
 
-def _place(event: Event) -> tuple[int, int]:
-    return event["step"], ORDER.index(event["event"])
+def _position(event: Event) -> tuple[int, int]:
+    return event["step"], EVENT_ORDER.index(event["event"])
 
 
 def _last_step(run: Run) -> int:
-    return max((events[-1]["step"] for events in map(run.events, FIGURES) if events), default=0)
+    return max((events[-1]["step"] for events in map(run.events, METRICS) if events), default=0)
 
 
 def _relative(one: Any, other: Any) -> float:

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 from vgglab.dist import ranks
-from vgglab.dist.interrupts import STOP_SIGNALS, handling
+from vgglab.dist.interrupts import STOP_SIGNALS, handle_signals
 from vgglab.errors import UserError, printable
-from vgglab.runs.run import Run, is_a_run, run_path
+from vgglab.runs.run import Run, is_run_dir, run_path
 from vgglab.settings.config import Request
 
 
-def seeds_of(config: Request) -> list[int]:
+def parse_seeds(config: Request) -> list[int]:
     """The seeds given by ``--seeds``. Raises UserError if they are invalid."""
     if config.resume or config.test_only or config.fix_seed:
         raise UserError("--seeds: each seed is trained from scratch; leave out --resume, --test-only and --fix-seed")
@@ -46,7 +46,7 @@ def seeds_of(config: Request) -> list[int]:
     return list(range(first, first + numbers[0]))
 
 
-def folder_of(config: Request) -> Path:
+def seeds_folder(config: Request) -> Path:
     """The folder for all seeds: ``run_dir`` or a new one. Raises UserError if it contains anything but ``seed-*``."""
     path = Path(config.run_dir) if config.run_dir else Path(f"{run_path(config)}-seeds")
     others = [file.name for file in path.glob("*") if not file.name.startswith("seed-")]
@@ -59,10 +59,10 @@ def folder_of(config: Request) -> Path:
 
 def is_done(path: Path) -> bool:
     """Whether the run in this folder is done, so that a continued series skips it."""
-    return is_a_run(path) and Run(path).status == "done"
+    return is_run_dir(path) and Run(path).status == "done"
 
 
-def without_seeds(argv: Sequence[str]) -> list[str]:
+def remove_seeds_flag(argv: Sequence[str]) -> list[str]:
     """The command line without ``--seeds``, to which the flags of one seed can be added."""
     kept, skips_value = [], False
     for word in argv:
@@ -75,25 +75,25 @@ def without_seeds(argv: Sequence[str]) -> list[str]:
     return kept
 
 
-def train_each(argv: Sequence[str], config: Request, table: Callable[[Mapping[str, Sequence[Run]]], Any]) -> int:
+def train_seeds(argv: Sequence[str], config: Request, table: Callable[[Mapping[str, Sequence[Run]]], Any]) -> int:
     """Train each seed in a separate process until one fails, print a table of the runs, and return the exit code.
 
     Raises:
         UserError: invalid seeds, or more than one rank.
     """
-    numbers = seeds_of(config)
+    numbers = parse_seeds(config)
     if "RANK" in os.environ or config.world_size > 1:
         raise UserError("--seeds: on several cards use vgglab.launch(..., nproc=N, seeds=...), or one --seed at a time")
-    path = folder_of(config)
+    path = seeds_folder(config)
     for number in numbers:
         print(f"vgglab.train: seed {number}, {numbers.index(number) + 1} of {len(numbers)}", flush=True)
         if is_done(path / f"seed-{number}"):
             print("vgglab.train: already done", flush=True)
             continue
-        words = [*without_seeds(argv), *for_one(number, path)]
+        words = [*remove_seeds_flag(argv), *flags_for_seed(number, path)]
         code = _run(ranks.training_command(words))
         if code in (ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED):
-            ranks.say(f"to continue the series, run the same command with --run-dir {path}")
+            ranks.print_line(f"to continue the series, run the same command with --run-dir {path}")
         if code:
             return code
     print(table({printable(path.name): Seeds(path).runs}))
@@ -101,7 +101,7 @@ def train_each(argv: Sequence[str], config: Request, table: Callable[[Mapping[st
     return 0
 
 
-def for_one(number: int, folder: Path) -> list[str]:
+def flags_for_seed(number: int, folder: Path) -> list[str]:
     """The flags for the run of one seed, new or continued."""
     return [f"--seed={number}", f"--run-dir={folder / f'seed-{number}'}", "--resume=auto"]
 
@@ -111,14 +111,14 @@ def _run(command: list[str]) -> int:
 
     It has its own session, so that Ctrl-C in a terminal reaches it only through this process.
     """
-    environment = {**ranks.with_package(os.environ), ranks.TIED_TO_LAUNCHER: "1"}
+    environment = {**ranks.with_package_path(os.environ), ranks.TIED_TO_LAUNCHER: "1"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
 
     def pass_on(number: int, _: Any) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
 
-    with handling([*STOP_SIGNALS, signal.SIGINT], pass_on):
+    with handle_signals([*STOP_SIGNALS, signal.SIGINT], pass_on):
         return process.wait()
 
 
@@ -138,7 +138,7 @@ class Seeds:
     def runs(self) -> list[Run]:
         """The runs that have started, sorted by seed."""
         found = {folder.name[len("seed-") :]: folder for folder in self.path.glob("seed-*")}
-        begun = [seed for seed, folder in found.items() if seed.isascii() and seed.isdigit() and is_a_run(folder)]
+        begun = [seed for seed, folder in found.items() if seed.isascii() and seed.isdigit() and is_run_dir(folder)]
         for seed in set(begun) - set(self._runs):
             self._runs[seed] = self.run_type(found[seed])
         return [self._runs[seed] for seed in sorted(begun, key=int)]  # kept, as each reads on from where it was

@@ -8,7 +8,7 @@ from typing import Any, Sequence
 
 from vgglab.errors import UserError
 from vgglab.settings.config import Request, settings_that_affect
-from vgglab.settings.parser import check
+from vgglab.settings.parser import check_conflicts
 from vgglab.settings.schedule import SCHEDULES
 
 
@@ -21,17 +21,17 @@ def inherit(request: Request, given: Sequence[str], earlier: dict[str, Any]) -> 
     settings = {item.name: item for item in fields(Request)}
     chosen = {*given, *(other for name in given for other in settings[name].metadata["policy"].implies)}
     inherited = {
-        item.name: checked(item, earlier[item.name])
+        item.name: check_setting(item, earlier[item.name])
         for item in settings.values()
         if item.name in earlier and item.name not in chosen and item.metadata["policy"].is_inherited
     }
     request = replace(request, **inherited)
-    check(request)
+    check_conflicts(request)
     return request
 
 
-def checked(item: Field, value: Any) -> Any:
-    """Check a setting read from a file as its flag would be checked, and return its value."""
+def check_setting(item: Field, value: Any) -> Any:
+    """Check a setting read from a file as its flag would be check_setting, and return its value."""
     if value is None:
         return item.default
     try:
@@ -43,7 +43,7 @@ def checked(item: Field, value: Any) -> Any:
     return parsed
 
 
-ASKED_BY = {"world_size": "nproc"}  # the flag that sets it
+FLAG_FOR = {"world_size": "nproc"}  # the flag that sets it
 
 
 def changed_settings(content: dict[str, Any], config: dict[str, Any]) -> list[str]:
@@ -52,7 +52,7 @@ def changed_settings(content: dict[str, Any], config: dict[str, Any]) -> list[st
     if not SCHEDULES[config["lr_schedule"]].depends_on_epochs:
         affecting.remove("epochs")  # more epochs change nothing in the earlier ones
     return [
-        f"--{ASKED_BY.get(name, name).replace('_', '-')} {config[name]}, was {before[name]}"
+        f"--{FLAG_FOR.get(name, name).replace('_', '-')} {config[name]}, was {before[name]}"
         for name in config
         if name in affecting and name in before and before[name] != config[name]
     ]

@@ -13,7 +13,7 @@ from dataclasses import Field, fields, replace
 from typing import Any, Collection, Mapping, Sequence
 
 from vgglab.errors import UserError
-from vgglab.settings.config import HOW, SAVING, SEED_OF_FIX_SEED, WHAT, WHERE, Request
+from vgglab.settings.config import DEVICE, FIXED_SEED, SAVING, TASK, TUNING, Request
 from vgglab.settings.flags import OneLineParser, with_dashes
 from vgglab.settings.recipes import RECIPES
 from vgglab.settings.schedule import SCHEDULES
@@ -50,12 +50,12 @@ class _HelpAll(argparse.Action):
     """Print the help with all flags and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        build_parser(shows_all=True).print_help()
+        build_parser(show_all=True).print_help()
         parser.exit()
 
 
-def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
-    """The parser of ``vgglab train``; its help shows the flags that have a section, or all with ``shows_all``."""
+def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
+    """The parser of ``vgglab train``; its help shows the flags that have a section, or all with ``show_all``."""
     parser = OneLineParser(
         prog="vgglab train",
         usage="vgglab train [--flag value ...]",
@@ -63,24 +63,24 @@ def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
         epilog=EPILOG,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=_Full if shows_all else _Brief,
+        formatter_class=_Full if show_all else _Brief,
     )
     parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="all flags, each with its full description")
-    sections = {title: parser.add_argument_group(title) for title in (WHAT, HOW, WHERE, SAVING)}
-    others = parser.add_argument_group("all other flags") if shows_all else parser
+    sections = {title: parser.add_argument_group(title) for title in (TASK, TUNING, DEVICE, SAVING)}
+    others = parser.add_argument_group("all other flags") if show_all else parser
     for item in fields(Request):
         options = dict(item.metadata)
         del options["policy"]
         group = sections.get(options.pop("section"), others)
         text = options.pop("help")
-        if shows_all:
+        if show_all:
             text = _help(item, text, getattr(options["parse"], "allowed", ""))
         else:
             text = argparse.SUPPRESS if group is others else _help(item, re.split("[;:] ", text)[0])
         names = [with_dashes("--" + item.name), *options.pop("names", [])]
         negation = options.pop("negation", None)
         if negation:
-            help_of_negation = f"turn {names[0]} off" if shows_all else argparse.SUPPRESS
+            help_of_negation = f"turn {names[0]} off" if show_all else argparse.SUPPRESS
             group.add_argument(negation, dest=item.name, action="store_const", const=False, help=help_of_negation)
         group.add_argument(*names, dest=item.name, type=options.pop("parse"), help=text, **options)
     return parser
@@ -105,8 +105,8 @@ def parse_flags(argv: Sequence[str]) -> Request:
     if unknown:
         raise UserError(_unknown_flag(unknown[0], parser))
     request = Request(**{**RECIPES.get(vars(known).get("recipe"), {}), **vars(known)})
-    check(request)
-    return replace(request, seed=SEED_OF_FIX_SEED) if request.fix_seed else request
+    check_conflicts(request)
+    return replace(request, seed=FIXED_SEED) if request.fix_seed else request
 
 
 def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
@@ -124,7 +124,7 @@ def flags_given(argv: Sequence[str]) -> list[str]:
     return [*RECIPES.get(known.get("recipe"), {}), *known]
 
 
-def check(config: Request) -> None:
+def check_conflicts(config: Request) -> None:
     """Raise UserError if settings contradict each other."""
     if config.apex or config.apex_opt_level is not None:
         raise UserError("--apex: not supported; use --amp for mixed precision")
@@ -138,13 +138,13 @@ def check(config: Request) -> None:
         raise UserError("--test-only: nothing to evaluate; give a checkpoint with --resume, or use --pretrained")
     if config.start_epoch >= config.epochs:
         raise UserError(f"--start-epoch {config.start_epoch}: must be below --epochs {config.epochs}")
-    if config.fix_seed and config.seed not in (None, SEED_OF_FIX_SEED):
-        raise UserError(f"--fix-seed: means --seed {SEED_OF_FIX_SEED}, not the --seed given; leave out one of the two")
+    if config.fix_seed and config.seed not in (None, FIXED_SEED):
+        raise UserError(f"--fix-seed: means --seed {FIXED_SEED}, not the --seed given; leave out one of the two")
     if config.pretrained and config.resume:
         raise UserError("--pretrained: conflicts with --resume, which loads its own weights; leave out one of them")
 
 
-def warnings_about(config: Request) -> list[str]:
+def settings_warnings(config: Request) -> list[str]:
     """Warnings about settings that are allowed but probably not intended, one line each."""
     lines = []
     if config.epochs < config.warmup and not config.test_only:
@@ -155,13 +155,13 @@ def warnings_about(config: Request) -> list[str]:
         )
     if (config.workers or 0) > (os.cpu_count() or 1):
         lines.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
-    lines += without_effect(config, "lr_schedule", {name: kind.settings for name, kind in SCHEDULES.items()})
+    lines += unused_settings(config, "lr_schedule", {name: kind.settings for name, kind in SCHEDULES.items()})
     if config.cache_dataset:
         lines.append("--cache-dataset has no effect: image folders are listed at each start")
     return lines
 
 
-def without_effect(config: Request, choice: str, used: Mapping[str, Collection[str]]) -> list[str]:
+def unused_settings(config: Request, choice: str, used: Mapping[str, Collection[str]]) -> list[str]:
     """Return a warning, one line each, for settings that were changed but have no effect with the chosen option.
 
     Args:

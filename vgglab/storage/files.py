@@ -36,7 +36,7 @@ def read_bytes(file: Path, most: int = MAX_BYTES) -> bytes | None:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def tail_of(file: Path, num_bytes: int = 4096) -> bytes:
+def read_tail(file: Path, num_bytes: int = 4096) -> bytes:
     """The last ``num_bytes`` of a file; empty if it is a link or cannot be read."""
     try:
         if file.is_symlink() or not file.is_file():
@@ -50,7 +50,7 @@ def tail_of(file: Path, num_bytes: int = 4096) -> bytes:
 
 
 @contextlib.contextmanager
-def writing(path: Path, advice: str = "choose another folder with --output-dir or --run-dir") -> Iterator[None]:
+def write_errors(path: Path, advice: str = "choose another folder with --output-dir or --run-dir") -> Iterator[None]:
     """Turn an OSError in the block into a UserError that names ``path``."""
     try:
         yield
@@ -58,7 +58,7 @@ def writing(path: Path, advice: str = "choose another folder with --output-dir o
         raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
 
 
-def refusing_links(file: str, flags: int) -> int:
+def nofollow_opener(file: str, flags: int) -> int:
     """An ``opener`` for ``open`` that refuses links, which may point elsewhere, and pipes, which would block."""
     safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Iterator
 
 from vgglab.errors import UserError
-from vgglab.storage.files import refusing_links
+from vgglab.storage.files import nofollow_opener
 
 try:
     import fcntl
@@ -41,7 +41,7 @@ class Lock:
         self.is_held = False
         if fcntl is None:
             return
-        self._file = open(file, "ab", opener=refusing_links)  # noqa: SIM115
+        self._file = open(file, "ab", opener=nofollow_opener)  # noqa: SIM115
         self._identity = _identity(file)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,7 +69,7 @@ def holder(file: Path) -> int | None:
             return None
         if _identity(file) in _ours:
             return os.getpid()
-        with open(file, "rb", opener=refusing_links) as target:
+        with open(file, "rb", opener=nofollow_opener) as target:
             asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
             kind, *_, pid = struct.unpack("hhqqi4x", fcntl.fcntl(target, fcntl.F_GETLK, asked))
     except OSError:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 from vgglab.errors import UserError, printable
-from vgglab.storage.files import exists, read_bytes, refusing_links
+from vgglab.storage.files import exists, nofollow_opener, read_bytes
 
 Content = dict  # of a line or a document
-Test = Callable[[Any], bool]
+Validator = Callable[[Any], bool]
 CHECK = "check"
 # Beyond these, arithmetic and the axes of figures overflow.
 MAX_SECONDS = 1e12  # seconds, or images per second
@@ -33,12 +33,12 @@ def text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def switch(value: Any) -> bool:
+def boolean(value: Any) -> bool:
     return isinstance(value, bool)
 
 
 def number(value: Any) -> bool:
-    return whole(value) or (type(value) is float and abs(value) < MAX_FLOAT)
+    return integer(value) or (type(value) is float and abs(value) < MAX_FLOAT)
 
 
 def seconds(value: Any) -> bool:
@@ -49,113 +49,114 @@ def positive(value: Any) -> bool:
     return number(value) and MIN_DIVISOR < value < MAX_SECONDS
 
 
-def whole(value: Any) -> bool:
+def integer(value: Any) -> bool:
     return type(value) is int and abs(value) < MAX_INT
 
 
 def count(value: Any) -> bool:
-    return whole(value) and value >= 0
+    return integer(value) and value >= 0
 
 
 def count_from_1(value: Any) -> bool:
-    return whole(value) and value >= 1
+    return integer(value) and value >= 1
 
 
-def nothing(value: Any) -> bool:
+def null(value: Any) -> bool:
     return value is None
 
 
-def maybe(test: Test) -> Test:
-    return either(nothing, test)
+def nullable(test: Validator) -> Validator:
+    return any_of(null, test)
 
 
-def either(*tests: Test) -> Test:
+def any_of(*tests: Validator) -> Validator:
     return lambda value: any(test(value) for test in tests)
 
 
-def one_of(*words: str) -> Test:
+def one_of(*words: str) -> Validator:
     return lambda value: value in words
 
 
-def list_of(test: Test) -> Test:
+def list_of(test: Validator) -> Validator:
     return lambda value: isinstance(value, list) and all(map(test, value))
 
 
-def record(needed: dict[str, Test], **optional: Test) -> Test:
+def record(required: dict[str, Validator], **optional: Validator) -> Validator:
     """A test for a JSON object with these fields."""
-    tests = {**optional, **needed}
+    tests = {**optional, **required}
     return lambda value: (
         isinstance(value, dict)
-        and value.keys() >= needed.keys()
+        and value.keys() >= required.keys()
         and all(tests[name](item) for name, item in value.items() if name in tests)
     )
 
 
-def table_of(test: Test, *names: str) -> Test:
+def dict_of(test: Validator, *names: str) -> Validator:
     """A test for a JSON object whose values all pass ``test``, and which has the keys ``names``."""
     return lambda value: isinstance(value, dict) and value.keys() >= set(names) and all(map(test, value.values()))
 
 
 # The required fields of each event, and optional fields of any event.
-EVENTS: dict[str, dict[str, Test]] = {
+EVENTS: dict[str, dict[str, Validator]] = {
     "start": {
-        "data": text, "is_fake": switch, "num_train_images": count, "num_eval_images": count,
+        "data": text, "is_fake": boolean, "num_train_images": count, "num_eval_images": count,
         "num_classes": count_from_1, "num_parameters": count, "epochs": count, "first_epoch": count,
         "first_step": count, "num_steps": count, "steps_per_epoch": count,
-        "best": maybe(table_of(number, "acc1", "acc5")),
+        "best": nullable(dict_of(number, "acc1", "acc5")),
     },
     "train": {
-        "epoch": count, "step": count, "loss": maybe(number), "acc1": maybe(number), "lr": number,
-        "is_measured": switch, "interval_images": count, "interval_steps": count_from_1, "interval_seconds": positive,
+        "epoch": count, "step": count, "loss": nullable(number), "acc1": nullable(number), "lr": number,
+        "is_measured": boolean, "interval_images": count, "interval_steps": count_from_1, "interval_seconds": positive,
     },
-    "eval_start": {"epoch": maybe(whole), "num_batches": count},
+    "eval_start": {"epoch": nullable(integer), "num_batches": count},
     "eval": {
-        "epoch": maybe(whole), "step": count, "loss": maybe(number), "acc1": number, "acc5": number,
+        "epoch": nullable(integer), "step": count, "loss": nullable(number), "acc1": number, "acc5": number,
         "num_images": count,
     },
-    "checkpoint": {"epoch": whole, "step": count, "is_best": switch},
+    "checkpoint": {"epoch": integer, "step": count, "is_best": boolean},
     "warning": {"text": text},
-    "end": {"status": one_of("done", "interrupted", "failed"), "error": maybe(text)},
+    "end": {"status": one_of("done", "interrupted", "failed"), "error": nullable(text)},
 }  # fmt: skip
-OPTIONAL: dict[str, Test] = {
-    "schema": count, "step": count, "epoch": maybe(whole),
-    "simulated": switch, "images_per_second": positive, "data_seconds": seconds, "step_seconds": list_of(seconds),
-    "first_step_seconds": seconds, "phase_seconds": table_of(seconds), "host_reads": either(number, table_of(number)),
-    "peak_bytes": maybe(count), "line": count,
+OPTIONAL: dict[str, Validator] = {
+    "schema": count, "step": count, "epoch": nullable(integer),
+    "simulated": boolean, "images_per_second": positive, "data_seconds": seconds, "step_seconds": list_of(seconds),
+    "first_step_seconds": seconds, "phase_seconds": dict_of(seconds), "host_reads": any_of(number, dict_of(number)),
+    "peak_bytes": nullable(count), "line": count,
 }  # fmt: skip
 # A line with the metrics of a rank, a line about an image that it skipped, and the record of its failure.
-RANK: dict[str, Test] = {
-    "rank": count, "pid": whole, "time": seconds, "step": count, "loss": maybe(number), "interval_steps": count_from_1,
-    "own_seconds": seconds, "interval_seconds": positive,
+RANK: dict[str, Validator] = {
+    "rank": count, "pid": integer, "time": seconds, "step": count, "loss": nullable(number),
+    "interval_steps": count_from_1, "own_seconds": seconds, "interval_seconds": positive,
 }  # fmt: skip
-SKIPPED: dict[str, Test] = {"image": text, "reason": text}
-FAILURE: dict[str, Test] = {"rank": count, "time": seconds, "host": text, "error": text, "traceback": text,
-                            "exit_code": whole, "has_lost_peers": switch}  # fmt: skip
+SKIPPED: dict[str, Validator] = {"image": text, "reason": text}
+FAILURE: dict[str, Validator] = {"rank": count, "time": seconds, "host": text, "error": text, "traceback": text,
+                                 "exit_code": integer, "has_lost_peers": boolean}  # fmt: skip
 
-PROCESS: dict[str, Test] = {"host": text, "pid": whole, "process": text}
+PROCESS: dict[str, Validator] = {"host": text, "pid": integer, "process": text}
 
-DOCUMENTS: dict[str, dict[str, Test]] = {  # for config.json, see runs/run.py
+DOCUMENTS: dict[str, dict[str, Validator]] = {  # for config.json, see runs/run.py
     "env.json": {
-        **PROCESS, "simulated": switch, "device": text, "world_size": count_from_1, "hardware": text,
-        "versions": table_of(maybe(text)), "commit": maybe(text), "argv": list_of(text), "executable": text,
-        "cwd": text, "started": text, "amp_dtype": maybe(text), "tf32": maybe(switch), "channels_last": switch,
-        "fused": switch, "compiled": switch, "num_cpus": count, "num_threads": count,
+        **PROCESS, "simulated": boolean, "device": text, "world_size": count_from_1, "hardware": text,
+        "versions": dict_of(nullable(text)), "commit": nullable(text), "argv": list_of(text), "executable": text,
+        "cwd": text, "started": text, "amp_dtype": nullable(text), "tf32": nullable(boolean), "channels_last": boolean,
+        "fused": boolean, "compiled": boolean, "num_cpus": count, "num_threads": count,
     },
     "report.json": {  # fields computed from the events; the others are read from their sources
-        "num_lines": count, "events_checksum": text, "acc1": maybe(number), "acc5": maybe(number),
-        "acc1_last": maybe(number), "acc5_last": maybe(number), "images_per_second": maybe(positive),
-        "train_fps_min": maybe(positive), "train_fps_max": maybe(positive), "training_time": text,
-        "data_is_fake": switch, "step_seconds_p50": maybe(seconds), "step_seconds_p90": maybe(seconds),
-        "step_seconds_p99": maybe(seconds), "num_measured_steps": count, "data_wait_share": maybe(number),
-        "num_intervals": count, "phase_seconds": maybe(table_of(number)), "host_reads": maybe(table_of(number)),
-        "first_step_seconds": maybe(seconds), "peak_bytes": maybe(count),
+        "num_lines": count, "events_checksum": text, "acc1": nullable(number), "acc5": nullable(number),
+        "acc1_last": nullable(number), "acc5_last": nullable(number), "images_per_second": nullable(positive),
+        "train_fps_min": nullable(positive), "train_fps_max": nullable(positive), "training_time": text,
+        "data_is_fake": boolean, "step_seconds_p50": nullable(seconds), "step_seconds_p90": nullable(seconds),
+        "step_seconds_p99": nullable(seconds), "num_measured_steps": count, "data_wait_share": nullable(number),
+        "num_intervals": count, "phase_seconds": nullable(dict_of(number)), "host_reads": nullable(dict_of(number)),
+        "first_step_seconds": nullable(seconds), "peak_bytes": nullable(count),
         "warnings": list_of(text),
     },
     "launch.json": {**PROCESS, "inode": text, "argv": list_of(text), "command": list_of(text)},
     "bench.json": {"results": list_of(record(
-        {"way": text, "batch_size": count_from_1, "num_turns": count, "images_per_second": maybe(number),
-         "ratio": maybe(number), "device": record({"hardware": text, "simulated": switch, "amp_dtype": maybe(text)})},
-        flop_per_image=maybe(count), peak_flop_per_second=maybe(number),
+        {"way": text, "batch_size": count_from_1, "num_turns": count, "images_per_second": nullable(number),
+         "ratio": nullable(number),
+         "device": record({"hardware": text, "simulated": boolean, "amp_dtype": nullable(text)})},
+        flop_per_image=nullable(count), peak_flop_per_second=nullable(number),
     ))},
 }  # fmt: skip
 
@@ -202,7 +203,7 @@ def has_changed(content: Content) -> bool:
     return CHECK in content and content.pop(CHECK) != checksum(content)
 
 
-def event_in(line: bytes, needs_checksum: bool = False) -> Content | None:
+def parse_event(line: bytes, needs_checksum: bool = False) -> Content | None:
     """Parse a line of ``events.jsonl``; None if it is damaged or not an event. The field ``line`` is its number."""
     content = parse(line)
     # Line numbers and checksums were introduced together: a line with only a number has been edited.
@@ -219,17 +220,17 @@ def event_in(line: bytes, needs_checksum: bool = False) -> Content | None:
     return _checked(line, content, EVENTS.get(kind, {}))
 
 
-def line_in(line: bytes, needed: dict[str, Test]) -> Content | None:
-    """Parse a line or document; None if it is damaged or one of the ``needed`` fields is missing or invalid."""
+def parse_line(line: bytes, required: dict[str, Validator]) -> Content | None:
+    """Parse a line or document; None if it is damaged or one of the ``required`` fields is missing or invalid."""
     content = parse(line)
-    return None if content is None or has_changed(content) else _checked(line, content, needed)
+    return None if content is None or has_changed(content) else _checked(line, content, required)
 
 
-def _checked(line: bytes, content: Content, needed: dict[str, Test]) -> Content | None:
-    if not content.keys() >= needed.keys():
+def _checked(line: bytes, content: Content, required: dict[str, Validator]) -> Content | None:
+    if not content.keys() >= required.keys():
         return None
     for name, value in content.items():
-        test = needed.get(name) or OPTIONAL.get(name)
+        test = required.get(name) or OPTIONAL.get(name)
         if test and not test(value):
             return None
     is_plain = line.isascii() and b"\\" not in line and b"\x7f" not in line  # as nearly all lines are
@@ -267,7 +268,7 @@ def read_document(file: Path) -> Document:
     return document
 
 
-def readable_document(file: Path) -> Document:
+def try_read_document(file: Path) -> Document:
     """Like ``read_document``, but a file that cannot be read gives an empty document with the reason in ``damage``."""
     try:
         return read_document(file)
@@ -278,7 +279,7 @@ def readable_document(file: Path) -> Document:
 def write_document(file: Path, content: Content) -> None:
     """Write a document completely or not at all. Raises OSError."""
     beside = file.with_suffix(".tmp")
-    with open(beside, "wb", opener=refusing_links) as target:
+    with open(beside, "wb", opener=nofollow_opener) as target:
         target.write(json.dumps(with_checksum(content), indent=2).encode() + b"\n")
     beside.replace(file)
 
@@ -286,7 +287,7 @@ def write_document(file: Path, content: Content) -> None:
 def append_line(file: Path, content: Content) -> None:
     """Append a line; after an incomplete line, start a new one. Raises OSError, after which later calls may succeed."""
     line = json.dumps(with_checksum(content)).encode() + b"\n"
-    with open(file, "a+b", buffering=0, opener=refusing_links) as lines:
+    with open(file, "a+b", buffering=0, opener=nofollow_opener) as lines:
         if lines.seek(0, os.SEEK_END):
             lines.seek(-1, os.SEEK_END)
             line = b"\n" * (lines.read(1) != b"\n") + line
@@ -294,6 +295,6 @@ def append_line(file: Path, content: Content) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def finite(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
     """The value, or None for a number that JSON cannot represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
