@@ -93,13 +93,13 @@ def launch(
         raise UserError("nnodes: with several machines, set rendezvous='<first machine>:<port>' and a shared run_dir")
     path = run_path(config)
     has_launcher = config.world_size > 1 or config.max_restarts > 0
-    argv_of_run = [*argv, f"--run-dir={path}"]
-    command = ranks.training_command(argv_of_run, python or sys.executable)
+    run_argv = [*argv, f"--run-dir={path}"]
+    command = ranks.training_command(run_argv, python or sys.executable)
     if nnodes > 1:
         command = [*_torchrun(command[0], config, nnodes, node_rank, rendezvous), *command]
-    goes_on = config.resume == "auto" and config.run_dir is not None and is_run_dir(path)
+    is_continued = config.resume == "auto" and config.run_dir is not None and is_run_dir(path)
     log = path / "log" / ("launcher.txt" if has_launcher else "rank0.txt")
-    is_new = not goes_on and node_rank == 0
+    is_new = not is_continued and node_rank == 0
     run = LaunchedRun(path, _start(command, argv, path, log, detach, node_rank, is_new), has_launcher)
     if watch:
         run.watch()
@@ -107,10 +107,10 @@ def launch(
 
 
 def _launch_seeds(argv: Sequence[str], config: Request, watch: bool, python: str | None) -> LaunchedSeeds:
-    words = remove_seeds_flag(argv)
+    run_argv = remove_seeds_flag(argv)
 
-    def start(number: int, path: Path) -> LaunchedRun:
-        run = launch([*words, *flags_for_seed(number, path)], watch=False, python=python)
+    def start(seed: int, path: Path) -> LaunchedRun:
+        run = launch([*run_argv, *flags_for_seed(seed, path)], watch=False, python=python)
         assert isinstance(run, LaunchedRun)
         return run
 
@@ -173,8 +173,8 @@ def _start_process(command: list[str], argv: list[str], path: Path, log: Path, d
         _pipes.add(process.stdin)
     try:
         with write_errors(path):
-            launcher = {**processes.identity(process.pid), "inode": inode_of(path)}
-            write_document(path / LAUNCH_FILE, {**launcher, "argv": argv, "command": command})
+            record = {**processes.identity(process.pid), "inode": inode_of(path)}
+            write_document(path / LAUNCH_FILE, {**record, "argv": argv, "command": command})
     except UserError:
         process.kill()
         process.communicate()
@@ -274,11 +274,11 @@ class LaunchedRun(NotebookRun):
         if cause and cause["exit_code"] == ranks.EXIT_BAD_INPUT:
             raise UserError(cause["error"].partition(": ")[2])
         if code == ranks.EXIT_BAD_INPUT:
-            refusals = [line for line in self.logs("launcher").splitlines() if "error: " in line]
-            raise UserError(refusals[-1].partition("error: ")[2] if refusals else lines[-1])
+            errors = [line for line in self.logs("launcher").splitlines() if "error: " in line]
+            raise UserError(errors[-1].partition("error: ")[2] if errors else lines[-1])
         if cause and self.has_launcher:
-            how = "failed" if cause["exit_code"] >= 0 else cause["error"]  # this error says what killed the rank
-            raise RunFailed(f"the run in {self.path}: rank {cause['rank']} {how}\n{cause['traceback']}".rstrip())
+            outcome = "failed" if cause["exit_code"] >= 0 else cause["error"]  # this error says what killed the rank
+            raise RunFailed(f"the run in {self.path}: rank {cause['rank']} {outcome}\n{cause['traceback']}".rstrip())
         tail = "\n".join(lines[-NUM_LOG_LINES_SHOWN:])
         raise RunFailed(f"the run in {self.path} ended with exit code {code}\n{tail}")
 
@@ -286,10 +286,10 @@ class LaunchedRun(NotebookRun):
 class LaunchedSeeds(NotebookSeeds):
     """A series of seeds started by ``launch``; its runs are executed one after the other."""
 
-    def __init__(self, path: Path, numbers: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
+    def __init__(self, path: Path, seed_values: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
         self.path = path.absolute()
         self._runs = {}
-        self.seed_values = numbers
+        self.seed_values = seed_values
         self.current: LaunchedRun | None = None
         self.failure: Exception | None = None
         self._start, self._is_stopped, self._lock = start, threading.Event(), threading.Lock()
@@ -297,13 +297,13 @@ class LaunchedSeeds(NotebookSeeds):
         self._thread.start()
 
     def _train_seeds(self) -> None:
-        for number in self.seed_values:
+        for seed in self.seed_values:
             if self._is_stopped.is_set():
                 return
             try:
-                if is_done(self.path / f"seed-{number}"):
+                if is_done(self.path / f"seed-{seed}"):
                     continue
-                run = self._start(number, self.path)
+                run = self._start(seed, self.path)
                 with self._lock:  # stop() either finds this run, or has already set _is_stopped
                     self.current = run
                 if self._is_stopped.is_set():

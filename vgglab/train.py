@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_training(config, flags_given(argv))
     except UserError as error:
         ranks.report_failure(error, ranks.EXIT_BAD_INPUT)
-        one_line = " ".join(str(error).splitlines())
-        ranks.print_line(f"error: {ranks.prefix()}{one_line}")
+        line = " ".join(str(error).splitlines())
+        ranks.print_line(f"error: {ranks.prefix()}{line}")
         return ranks.EXIT_BAD_INPUT
     except KeyboardInterrupt:
         path = ranks.run_dir()
@@ -189,9 +189,9 @@ def _read_checkpoint(path: str) -> Checkpoint:
     try:
         return checkpoint.read(file)
     except UserError as error:
-        earlier = file.with_name("previous.pt")
+        before = file.with_name("previous.pt")
         advice = (
-            f"; use the checkpoint before it: --resume {earlier}" if file.name == "last.pt" and earlier.exists() else ""
+            f"; use the checkpoint before it: --resume {before}" if file.name == "last.pt" and before.exists() else ""
         )
         raise UserError(f"--resume {file}: {error}{advice}") from None
 
@@ -224,8 +224,8 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
     from vgglab.runs.run import run_path
 
     is_folder = Path(request.data_path).is_dir()  # stored as an absolute path, to be found from other folders too
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
-    share_of_cores = min(MAX_WORKERS, max(1, ranks.num_cores() // ranks_here))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
+    default_workers = min(MAX_WORKERS, max(1, ranks.num_cores() // local_ranks))
     settings = complete(
         request,
         device=device.kind,
@@ -240,7 +240,7 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
         image_size=sets.image_size,
         decoder=sets.decoder,
         head=head_for(sets.image_size) if request.head == "auto" else request.head,
-        workers=share_of_cores if request.workers is None else request.workers,
+        workers=default_workers if request.workers is None else request.workers,
         seed=agreement.draw_seed(device) if request.seed is None else request.seed,
     )
     path = str(run_path(settings))
@@ -259,7 +259,7 @@ def _build_and_run(
     trainer = Trainer(config, device, sets, saved)
     if saved is not None and not config.test_only:
         trainer.warnings += [f"--resume: {change}" for change in inheritance.changed_settings(saved, config.as_dict())]
-        if trainer.state.best is not None and _evaluated(saved.get("config", {})) != _evaluated(config.as_dict()):
+        if trainer.state.best is not None and _eval_key(saved.get("config", {})) != _eval_key(config.as_dict()):
             trainer.state.best = None
             trainer.warnings.append(
                 "--resume: the best accuracy so far was measured on different held-out images "
@@ -277,10 +277,10 @@ def _build_and_run(
         _train_or_evaluate(trainer, run)
 
 
-def _evaluated(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+def _eval_key(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     """The settings that determine which held-out images are evaluated."""
-    data, limit, batch, ranks_ = (settings.get(name) for name in EVALUATION_SETTINGS)
-    return (data, limit) if limit == -1 else (data, limit, batch, ranks_)
+    data_path, limit, batch_size, num_ranks = (settings.get(name) for name in EVALUATION_SETTINGS)
+    return (data_path, limit) if limit == -1 else (data_path, limit, batch_size, num_ranks)
 
 
 def _train_or_evaluate(trainer: Trainer, run: RankWriter) -> None:
@@ -345,9 +345,9 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             _train_or_evaluate(trainer, run)
             failure = run.lost_last_checkpoint or None
             status = "failed" if failure else "done"
-            remark = "" if device.is_simulated else steadiness_warning(build_report(Run(path)))
-            if remark:
-                run.event("warning", text=remark)
+            warning = "" if device.is_simulated else steadiness_warning(build_report(Run(path)))
+            if warning:
+                run.event("warning", text=warning)
         except (KeyboardInterrupt, StopRequested):
             status = "interrupted"
             raise

@@ -99,9 +99,9 @@ class Trainer:
             init=config.init,
         )
         if config.pretrained:
-            fresh = load_pretrained(network, config.model)
-            if fresh:
-                names = ", ".join(fresh)
+            new_layers = load_pretrained(network, config.model)
+            if new_layers:
+                names = ", ".join(new_layers)
                 self.warnings.append(
                     f"--pretrained: {names} initialised at random, because the published weights have a different shape"
                 )
@@ -220,9 +220,9 @@ class Trainer:
         if not self.batches:
             return 0
         config, state = self.config, self.state
-        done_of_epoch = min(state.images // (config.batch_size * config.world_size), len(self.batches))
-        left = (config.epochs - state.epoch) * len(self.batches) - done_of_epoch
-        return state.step + max(left, 0)
+        done_in_epoch = min(state.images // (config.batch_size * config.world_size), len(self.batches))
+        remaining = (config.epochs - state.epoch) * len(self.batches) - done_in_epoch
+        return state.step + max(remaining, 0)
 
     @torch.no_grad()
     def evaluate(self, run: RankWriter, last_epoch: int | None = None) -> bool:
@@ -246,14 +246,14 @@ class Trainer:
                 logits = network(normalised(images, device.channels_last))
             totals = totals.to(logits.device) + _count_hits(logits.to(totals.dtype), labels)
             device.flush([totals])
-        asked_to_stop = torch.tensor([float(interrupts.stop_requested())]).to(totals.device)
-        *figures, num_stopping = device.fetch(device.sum(torch.cat([totals, asked_to_stop])))
+        stop_flag = torch.tensor([float(interrupts.stop_requested())]).to(totals.device)
+        *sums, num_stopping = device.fetch(device.sum(torch.cat([totals, stop_flag])))
         if num_stopping:
             raise StopRequested
-        loss_sum, hits1, hits5, num_images = figures
+        loss_sum, top1_hits, top5_hits, num_images = sums
         if num_images == 0:
             raise UserError("--on-bad-image skip: none of the held-out images can be read; run vgglab data check")
-        result = {"acc1": 100 * hits1 / num_images, "acc5": 100 * hits5 / num_images}
+        result = {"acc1": 100 * top1_hits / num_images, "acc5": 100 * top5_hits / num_images}
         is_best = state.best is None or result["acc1"] > state.best["acc1"]
         state.best = {name: max(value, (state.best or result)[name]) for name, value in result.items()}
         run.event(
@@ -287,9 +287,9 @@ class Loop:
         trainer.model.train()
         clock.restart()
         first_batch = min(state.images // self.images_per_step, len(batches))
-        arriving = trainer.device.feed(batches.epoch(epoch, first_batch, self.run.skipped))
+        device_batches = trainer.device.feed(batches.epoch(epoch, first_batch, self.run.skipped))
         with self._timing_phases():
-            for batch, (images, labels) in clock.batches(arriving, first_batch):
+            for batch, (images, labels) in clock.batches(device_batches, first_batch):
                 loss, logits = trainer.step(images, labels)
                 clock.end_step()
                 self.tracer.end_step()
@@ -319,8 +319,8 @@ class Loop:
         """Read the loss, averaged over the ranks, and whether the ranks should stop; log them if ``is_logged``."""
         dtype = torch.get_default_dtype()  # not that of the loss, which may be 16-bit with mixed precision
         correct = (logits.detach().argmax(1) == labels).to(dtype).mean()
-        mine = torch.stack([loss.detach().to(dtype), correct])
-        mean_loss, mean_correct, own_loss = self.coordinator.sync(mine)  # the only read from the device in the loop
+        local = torch.stack([loss.detach().to(dtype), correct])
+        mean_loss, mean_correct, own_loss = self.coordinator.sync(local)  # the only read from the device in the loop
         trainer, step = self.trainer, self.trainer.state.step
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss is not finite ({mean_loss}) at step {step}; {NOT_FINITE_ADVICE}")

@@ -64,7 +64,7 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
     jobs: list[Job] = []
     own_files = {source.resolve() for source in known}
     for source, names in known.items():
-        own = {name: value for name, value in parameters.items() if name in names}
+        job_parameters = {name: value for name, value in parameters.items() if name in names}
         is_alone = _metadata_of(source).get("vgglab") == {"alone": True}
         target = out / source.name
         if source.stem == "index" or source.name in [job.target.name for job in jobs]:
@@ -73,8 +73,8 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
             raise UserError(
                 f"--out {out}: {source.name} already exists and was not written by this command; choose another folder"
             )
-        string_names = {name for name in own if names[name]}
-        jobs.append(Job(source, target, own, string_names, is_alone))
+        string_names = {name for name in job_parameters if names[name]}
+        jobs.append(Job(source, target, job_parameters, string_names, is_alone))
     return sorted(jobs, key=lambda job: (not job.is_alone, -SECONDS.get(job.source.stem, 0)))
 
 
@@ -143,15 +143,15 @@ class Book:
         cores = max(1, (os.cpu_count() or 1) // num_parallel)
         environment = {"VGGLAB_UI": "static", "OMP_NUM_THREADS": str(cores), **os.environ}
         start = time.monotonic()
-        code, said = self._run(words, environment)
+        code, output = self._run(words, environment)
         if code and not _has_begun(job.target):
-            code, said = self._run(words, environment)
+            code, output = self._run(words, environment)
         seconds = time.monotonic() - start
-        fault = "" if code == 0 else describe_failure(job.target) or said.strip()[-500:] or "exited without output"
-        print(f"{job.source.stem:20s}{'FAILED' if fault else 'done'} in {duration(seconds)}", flush=True)
-        if fault:
-            print(fault, file=sys.stderr, flush=True)
-        return Chapter(job.target, seconds, fault)
+        failure = "" if code == 0 else describe_failure(job.target) or output.strip()[-500:] or "exited without output"
+        print(f"{job.source.stem:20s}{'FAILED' if failure else 'done'} in {duration(seconds)}", flush=True)
+        if failure:
+            print(failure, file=sys.stderr, flush=True)
+        return Chapter(job.target, seconds, failure)
 
     def _run(self, words: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
         with self._lock:
@@ -160,8 +160,8 @@ class Book:
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             process = subprocess.Popen(words, env=environment, **pipes)
             self._processes.append(process)
-        said, _ = process.communicate()
-        return process.returncode, said
+        output, _ = process.communicate()
+        return process.returncode, output
 
     def stop(self) -> None:
         """Terminate the running jobs. Kernels end with papermill, and runs end with their kernel."""
@@ -231,13 +231,13 @@ def _run_and_build(arguments: argparse.Namespace) -> int:
         chapters = Book(arguments.at_once).execute(jobs)
     write_site(chapters, arguments.out, dict(arguments.p), with_code=not arguments.no_code)
     failed = {chapter.file.name for chapter in chapters if chapter.fault}
-    took = duration(time.monotonic() - start)
+    elapsed = duration(time.monotonic() - start)
     if failed:
-        again = _repeat_command([job.source for job in jobs if job.target.name in failed], arguments)
-        print(f"{len(failed)} of {len(chapters)} notebooks failed after {took}; to run only those again: {again}")
+        command = _repeat_command([job.source for job in jobs if job.target.name in failed], arguments)
+        print(f"{len(failed)} of {len(chapters)} notebooks failed after {elapsed}; to run only those again: {command}")
         return 1
     noun = "notebook" if len(chapters) == 1 else "notebooks"
-    print(f"{len(chapters)} {noun} done in {took}; open {arguments.out / 'index.html'} in a browser")
+    print(f"{len(chapters)} {noun} done in {elapsed}; open {arguments.out / 'index.html'} in a browser")
     return 0
 
 

@@ -34,14 +34,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    options, jupyters = parser().parse_known_args(argv)
+    options, jupyter_argv = parser().parse_known_args(argv)
     if find_spec("jupyterlab") is None:
         raise UserError("JupyterLab is not installed; pip install 'vgglab[lab]'")
     if not options.folder.exists():
         copy_notebooks(options.folder)
     first = min(options.folder.glob("*.ipynb"), default=options.folder)
     root = ["--allow-root"] if hasattr(os, "getuid") and os.getuid() == 0 else []
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(first), *root, *jupyters])
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(first), *root, *jupyter_argv])
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ PACKAGE = Path(vgglab.__file__).resolve().parent
 def find_notebooks() -> list[Path]:
     """Return the notebooks of this installation: in the package (wheel) or next to it (checkout)."""
     for folder in (PACKAGE / "notebooks", PACKAGE.parent / "notebooks"):
-        found = sorted(folder.glob("[0-9]*.ipynb"))
-        if found:
-            return found
+        notebooks = sorted(folder.glob("[0-9]*.ipynb"))
+        if notebooks:
+            return notebooks
     raise UserError(f"no notebooks in {PACKAGE}; reinstall vgglab")
 
 

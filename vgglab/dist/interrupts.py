@@ -38,14 +38,14 @@ def defer_ctrl_c() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield
         return
-    waiting: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    deferred: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda signum, _: deferred.append(signum))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-        for number in waiting:
-            signal.raise_signal(number)
+        for signum in deferred:
+            signal.raise_signal(signum)
 
 
 @contextlib.contextmanager
@@ -106,16 +106,16 @@ def _unraisable_interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def handle_signals(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
+def handle_signals(signums: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
     """In the block, these signals call ``handler``; a signal that the parent process ignores stays ignored."""
-    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, handler) for number in heeded}
+    handled = [signum for signum in signums if signal.getsignal(signum) != signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, handler) for signum in handled}
     try:
         yield
     finally:
-        for number, earlier in previous.items():
-            is_answered = number == signal.SIGINT and exits_with_run and was_interrupted()
-            signal.signal(number, signal.SIG_IGN if is_answered else earlier)
+        for signum, original in previous.items():
+            is_ignored = signum == signal.SIGINT and exits_with_run and was_interrupted()
+            signal.signal(signum, signal.SIG_IGN if is_ignored else original)
 
 
 def ignore_signals_in_worker(_: int = 0) -> None:
@@ -124,8 +124,8 @@ def ignore_signals_in_worker(_: int = 0) -> None:
     torchrun signals whole process groups. SIGTERM ends the worker only if the parent sent it, as Python does at
     exit; if the worker ignored that too, both would wait for each other forever.
     """
-    for number in {*STOP_SIGNALS, signal.SIGINT} - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
+    for signum in {*STOP_SIGNALS, signal.SIGINT} - {signal.SIGTERM}:
+        signal.signal(signum, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux; it tells who sent the signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # already blocked after block_signals_during_start()
         threading.Thread(target=_exit_when_parent_signals, args=(os.getppid(),), daemon=True).start()
@@ -139,18 +139,18 @@ def _exit_when_parent_signals(parent: int) -> None:
     os._exit(0)
 
 
-def _record_signal(number: int, _: Any) -> None:
+def _record_signal(signum: int, _: Any) -> None:
     global _is_stopping
-    if number == signal.SIGINT and was_interrupted():
+    if signum == signal.SIGINT and was_interrupted():
         if not _is_stopping:  # while stopping, it could only disturb the shutdown of the workers
             _is_stopping = True
             raise KeyboardInterrupt
-    elif number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+    elif signum == signal.SIGINT and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # not print(): the signal may have interrupted one, and it is not reentrant
             os.write(
                 2, b"\nCtrl-C: finishing this step, then stopping; press it again to stop at once, without saving\n"
             )
-    _received.append(number)
+    _received.append(signum)
 
 
 def stop_requested() -> bool:

@@ -44,7 +44,7 @@ TORCHRUN_CODE = WITHOUT_CWD + "from torch.distributed.run import main; main()"
 LOST_PEER_PHRASES = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "socket", *COLLECTIVES)
 
 PROCESS_STARTED = time.monotonic()  # when this process began; this module is among the first to be imported
-_kept: tuple[Any, ...] = ()  # objects that must never be destroyed
+_kept_alive: tuple[Any, ...] = ()  # objects that must never be destroyed
 _run_dir: Path | None = None  # where a failure of this process is recorded
 
 
@@ -52,10 +52,10 @@ def grace_period_seconds(chosen: float | None = None) -> float:
     """Seconds that a run has to save and stop before it is killed. Raises UserError for an invalid setting."""
     if chosen is not None:
         return chosen
-    given = os.environ.get("VGGLAB_GRACE_SECONDS", "10")  # a slow disk, or a busy machine, may need longer
-    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]+)?", given):
-        raise UserError(f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds from 0 to 99999, such as 10")
-    return float(given)
+    value = os.environ.get("VGGLAB_GRACE_SECONDS", "10")  # a slow disk, or a busy machine, may need longer
+    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]+)?", value):
+        raise UserError(f"VGGLAB_GRACE_SECONDS: {value!r} is not a number of seconds from 0 to 99999, such as 10")
+    return float(value)
 
 
 def training_command(argv: Sequence[str], python: str = sys.executable) -> list[str]:
@@ -65,10 +65,10 @@ def training_command(argv: Sequence[str], python: str = sys.executable) -> list[
 
 def with_package_path(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment, with this package added to ``PYTHONPATH`` if it is not installed."""
-    home = Path(__file__).resolve().parent.parent.parent
-    if home.name in ("site-packages", "dist-packages"):
+    folder = Path(__file__).resolve().parent.parent.parent
+    if folder.name in ("site-packages", "dist-packages"):
         return dict(environment)
-    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(home)]))}
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(folder)]))}
 
 
 def tie_to_launcher() -> None:
@@ -131,8 +131,8 @@ def _end() -> None:
 
 def skip_cleanup_at_exit(keep: Any) -> None:
     """Make ``exit_process`` skip Python's shutdown and the destructor of ``keep``; ``devices/stock.py`` says why."""
-    global _kept
-    _kept = (keep,)
+    global _kept_alive
+    _kept_alive = (keep,)
 
 
 def exit_process(code: int) -> NoReturn:
@@ -142,7 +142,7 @@ def exit_process(code: int) -> NoReturn:
             stream.flush()
         except OSError:  # a full disk: Python would try again and change the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if not _kept:
+    if not _kept_alive:
         sys.exit(code)
     os._exit(code)
 
@@ -181,8 +181,8 @@ def record_run_dir(path: Path) -> None:
 
 def recorded_run_dir(folder: Path) -> Path | None:
     """The run directory of this launch, or of the attempt before a restart; None if there is none yet."""
-    note = folder / RUN_PATH_FILE
-    return Path(note.read_text(encoding="utf-8")) if note.exists() else None
+    file = folder / RUN_PATH_FILE
+    return Path(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def previous_run_dir() -> Path | None:
@@ -228,8 +228,8 @@ def report_failure(error: BaseException, exit_code: int) -> None:
     file, ``failures`` puts the root cause first.
     """
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    launched_for = os.environ.get(MARK)  # its log folder is created before any rank starts
-    path = _run_dir or (Path(launched_for) if launched_for else None)
+    launch_dir = os.environ.get(MARK)  # its log folder is created before any rank starts
+    path = _run_dir or (Path(launch_dir) if launch_dir else None)
     if path and not _run_dir and exit_code == EXIT_BAD_INPUT and exists(path / "events.jsonl"):
         path = None  # bad input is not a failure of the run that already exists
     line, rank = f"{type(error).__name__}: {error}", int(os.environ.get("RANK", 0))
@@ -241,23 +241,23 @@ def report_failure(error: BaseException, exit_code: int) -> None:
             get_error_handler().record_exception(error)
 
 
-def report_killed(rank: int, number: int, folder: Path) -> str:
+def report_killed(rank: int, signum: int, folder: Path) -> str:
     """Record the failure of a rank that was killed by a signal, on behalf of its launcher; return the error.
 
     Args:
         folder: the folder of the launch, as in ``recorded_run_dir``.
     """
-    signal_name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
-    hint = "; if nobody killed it, the machine ran out of memory" if number == signal.SIGKILL else ""
+    signal_name = signal.Signals(signum).name if signum in list(signal.Signals) else f"signal {signum}"
+    hint = "; if nobody killed it, the machine ran out of memory" if signum == signal.SIGKILL else ""
     line = f"was killed ({signal_name}){hint}"
-    launched_for = os.environ.get(MARK)
-    path = recorded_run_dir(folder) or (Path(launched_for) if launched_for else None)
+    launch_dir = os.environ.get(MARK)
+    path = recorded_run_dir(folder) or (Path(launch_dir) if launch_dir else None)
     log = path / "log" / f"rank{rank}.txt" if path else None
     stack = ""
-    if number in CRASH_SIGNALS and log and log.exists():
+    if signum in CRASH_SIGNALS and log and log.exists():
         _, found, after = log.read_text(encoding="utf-8", errors="replace").rpartition(CRASH_HEADER)
         stack = found + after if found else ""
-    _write_failure(path, rank, line, -number, stack)
+    _write_failure(path, rank, line, -signum, stack)
     return line
 
 
@@ -277,16 +277,16 @@ def _write_failure(
 def has_lost_peers(error: BaseException) -> bool:
     """Whether an error means that the connection to another rank was lost."""
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in LOST_PEER_PHRASES)
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in LOST_PEER_PHRASES)
 
 
 def failures(path: Path) -> list[dict[str, Any]]:
     """The failures of a run's ranks, root cause first; ranks that only lost a connection come last."""
-    found = []
+    records = []
     for file in sorted((path / "log").glob("failure-rank*.json")):
         with contextlib.suppress(UserError):
-            found.append(parse_line(read_bytes(file) or b"", FAILURE))
-    return sorted(filter(None, found), key=lambda failure: (failure["has_lost_peers"], failure["time"]))
+            records.append(parse_line(read_bytes(file) or b"", FAILURE))
+    return sorted(filter(None, records), key=lambda failure: (failure["has_lost_peers"], failure["time"]))
 
 
 def delete_failures(path: Path) -> None:

@@ -76,7 +76,7 @@ class _Attempt:
 
     def run(self) -> int:
         """Start the ranks, wait until all have ended, and return the exit code of the launcher."""
-        with handle_signals([*STOP_SIGNALS, signal.SIGINT], lambda number, _: self.signals.append(number)):
+        with handle_signals([*STOP_SIGNALS, signal.SIGINT], lambda signum, _: self.signals.append(signum)):
             # Each rank has its own session, so that its workers can be killed too, and a pipe that ends it with us.
             running = {
                 rank: subprocess.Popen(
@@ -91,9 +91,9 @@ class _Attempt:
             while running:
                 time.sleep(POLL_SECONDS)
                 while num_sent < len(self.signals):
-                    number = self.signals[num_sent]
+                    signum = self.signals[num_sent]
                     num_ctrl_c = self.signals[: num_sent + 1].count(signal.SIGINT)
-                    _send(signal.SIGKILL if number == signal.SIGINT and num_ctrl_c > 2 else number, running.values())
+                    _send(signal.SIGKILL if signum == signal.SIGINT and num_ctrl_c > 2 else signum, running.values())
                     if num_ctrl_c == 2:
                         deadline = min(deadline, time.monotonic() + ranks.grace_period_seconds())
                     num_sent += 1
@@ -135,16 +135,16 @@ def _default_environment(num_ranks: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-def _send(number: int, processes) -> None:
+def _send(signum: int, processes) -> None:
     """Send a signal to each process; SIGKILL also goes to their workers."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
-            if number == signal.SIGKILL:
-                os.killpg(process.pid, number)
+            if signum == signal.SIGKILL:
+                os.killpg(process.pid, signum)
             else:
-                process.send_signal(number)
+                process.send_signal(signum)

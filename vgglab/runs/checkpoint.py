@@ -85,10 +85,10 @@ def save(
 def _write(folder: Path, content: Any, is_best: bool) -> None:
     last, unfinished = folder / "last.pt", folder / "unfinished.tmp"
     with open(unfinished, "wb", opener=nofollow_opener) as file:
-        patient = _NonRaisingFile(file)
-        torch.save(content, patient)  # type: ignore[arg-type]  # it needs only write and flush
-        if patient.error:
-            raise patient.error
+        wrapper = _NonRaisingFile(file)
+        torch.save(content, wrapper)  # type: ignore[arg-type]  # it needs only write and flush
+        if wrapper.error:
+            raise wrapper.error
         file.flush()
         os.fsync(file.fileno())
     if last.exists():
@@ -127,11 +127,11 @@ def _flush_folder(folder: Path) -> None:
     """Flush a folder to disk; only then do new names in it survive a crash of the machine."""
     if os.name != "posix":
         return
-    number = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -179,10 +179,10 @@ def read(path: str | Path) -> Checkpoint:
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not _is_state_dict(weights):
         raise UserError("contains no model weights")
-    is_ours = content.get("format") == FORMAT and isinstance(content.get("config"), dict)
-    if is_ours and not all(_is_plain(value) for value in content["config"].values()):
+    is_complete = content.get("format") == FORMAT and isinstance(content.get("config"), dict)
+    if is_complete and not all(_is_plain(value) for value in content["config"].values()):
         raise UserError("is damaged (a setting has an invalid type)")
-    return Checkpoint(content if is_ours else {"model": weights})
+    return Checkpoint(content if is_complete else {"model": weights})
 
 
 def find_newest(folders: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[str]]:
@@ -221,9 +221,9 @@ def locate(path: str | Path) -> Path:
     return Path(path, "checkpoints", "last.pt") if Path(path).is_dir() else Path(path)
 
 
-def _is_state_dict(found: Any) -> bool:
-    is_table = isinstance(found, dict) and bool(found)
-    return is_table and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
+def _is_state_dict(value: Any) -> bool:
+    is_dict = isinstance(value, dict) and bool(value)
+    return is_dict and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
 
 
 def copy_best(resumed: str | Path, folder: Path) -> None:
@@ -243,22 +243,22 @@ class Checkpoint(Dict[str, Any]):
         Raises:
             UserError: the weights belong to a different network.
         """
-        written_by = self.get("config", {}).get("model", name)
-        if written_by != name:
-            raise UserError(f"is a checkpoint of {written_by}, but this run uses --model {name}")
+        saved_name = self.get("config", {}).get("model", name)
+        if saved_name != name:
+            raise UserError(f"is a checkpoint of {saved_name}, but this run uses --model {name}")
         own, saved = model.state_dict(), self["model"]
         if for_training and "trained" in self:
             saved = self["trained"]
         if not _is_state_dict(saved):
             raise UserError("is damaged (its entry 'trained' contains no weights)")
         for key in sorted(set(own) ^ set(saved)):
-            where = "is missing" if key in own else "is not a layer of this network"
-            raise UserError(f"does not fit --model {name}: {key} {where}")
+            problem = "is missing" if key in own else "is not a layer of this network"
+            raise UserError(f"does not fit --model {name}: {key} {problem}")
         for key, value in own.items():
             if saved[key].shape != value.shape:
-                there, here = tuple(saved[key].shape), tuple(value.shape)
+                found, shape = tuple(saved[key].shape), tuple(value.shape)
                 flags = "--num-classes, --head and --image-size"
-                raise UserError(f"does not fit --model {name}: {key}: shape {there}, expected {here}; check {flags}")
+                raise UserError(f"does not fit --model {name}: {key}: shape {found}, expected {shape}; check {flags}")
         with _explain_damage():
             model.load_state_dict(saved)
 
@@ -270,30 +270,30 @@ class Checkpoint(Dict[str, Any]):
         """
         if self.get("format") != FORMAT:
             raise UserError("contains weights only; use it with --test-only")
-        written_by = self["config"].get("optimizer")
-        if written_by != optimizer_name:
-            raise UserError(f"was written with --optimizer {written_by}; this run uses --optimizer {optimizer_name}")
+        saved_name = self["config"].get("optimizer")
+        if saved_name != optimizer_name:
+            raise UserError(f"was written with --optimizer {saved_name}; this run uses --optimizer {optimizer_name}")
         options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         with _explain_damage():
-            there = [len(group["params"]) for group in self["optimizer"]["param_groups"]]
-            if there != [len(group["params"]) for group in optimizer.param_groups]:
+            saved_sizes = [len(group["params"]) for group in self["optimizer"]["param_groups"]]
+            if saved_sizes != [len(group["params"]) for group in optimizer.param_groups]:
                 raise UserError(
                     "was trained with weight decay on other layers; check --bias-weight-decay, --bn-weight-decay"
                 )
             optimizer.load_state_dict(self["optimizer"])
-            averages = OPTIMIZERS[optimizer_name].state_keys
-            needed = ("step", *averages) if averages and self["step"] else ()
+            state_keys = OPTIMIZERS[optimizer_name].state_keys
+            required = ("step", *state_keys) if state_keys and self["step"] else ()
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
             for weight in weights:
-                _check_optimizer_state(optimizer.state.get(weight, {}), weight.shape, needed)
+                _check_optimizer_state(optimizer.state.get(weight, {}), weight.shape, required)
             best = None if self["best"] is None else {name: float(self["best"][name]) for name in ("acc1", "acc5")}
             counts = {name: self.get(name, 0) for name in ("epoch", "images", "step", "num_poor", "num_drops")}
             are_counts = all(type(value) is int and 0 <= value < MAX_COUNT for value in counts.values())
             if not are_counts or (best and not all(0 <= value <= 100 for value in best.values())):
                 raise ValueError("epoch, step, image count or accuracy out of range")
-        for group, own in zip(optimizer.param_groups, options):
-            group.update(own)
-            for weight in group["params"] if own.get("momentum") and optimizer_name == "rmsprop" else ():
+        for group, group_options in zip(optimizer.param_groups, options):
+            group.update(group_options)
+            for weight in group["params"] if group_options.get("momentum") and optimizer_name == "rmsprop" else ():
                 if weight in optimizer.state:  # if not, the first step creates it
                     optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
         return {"best": best, **counts}
@@ -307,11 +307,11 @@ def _explain_damage() -> Iterator[None]:
         raise UserError(f"is damaged ({str(error).splitlines()[0]})") from None
 
 
-def _check_optimizer_state(kept: dict[str, Any], shape: torch.Size, needed: Sequence[str]) -> None:
+def _check_optimizer_state(state: dict[str, Any], shape: torch.Size, required: Sequence[str]) -> None:
     """Check the optimizer state of a weight. Raises KeyError for a missing entry, ValueError for a wrong shape."""
-    for name in needed:
-        kept[name]
-    for name, value in kept.items():
+    for name in required:
+        state[name]
+    for name, value in state.items():
         is_number = value is None or isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
         if not is_number and getattr(value, "shape", None) != shape:
             raise ValueError(f"the optimizer's {name} has the wrong shape")

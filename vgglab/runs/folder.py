@@ -27,8 +27,8 @@ def run_dirs(folders: Iterable[Path]) -> Iterator[Path]:
 
 def find_series(folders: Iterable[Path]) -> dict[Path, list[Run]]:
     """Return the runs that differ only in their seed, by folder; folders with a single such run are left out."""
-    found: dict[Path, list[Run]] = {}
+    series: dict[Path, list[Run]] = {}
     for path in run_dirs(folders):
         if path.name.startswith("seed-"):
-            found.setdefault(path.parent, []).append(Run(path))
-    return {folder: runs for folder, runs in found.items() if len(runs) > 1}
+            series.setdefault(path.parent, []).append(Run(path))
+    return {folder: runs for folder, runs in series.items() if len(runs) > 1}

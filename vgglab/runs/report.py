@@ -150,13 +150,13 @@ def _compute_metrics(run: Run, images_per_step: int) -> dict[str, Any]:
 
 def _best(events: list[Event], metric: str) -> float | None:
     """The best of all evaluations, including those before a resume (from the start event)."""
-    seen: list[float] = []
+    values: list[float] = []
     for event in events:
         if event["event"] == "start":  # it has the best so far, or none if earlier evaluations used other images
-            seen = [event["best"][metric]] if event["best"] else []
+            values = [event["best"][metric]] if event["best"] else []
         elif event["event"] == "eval":
-            seen.append(event[metric])
-    return max(seen, default=None)
+            values.append(event[metric])
+    return max(values, default=None)
 
 
 class SpeedStatistics:
@@ -232,10 +232,10 @@ def steadiness_warning(report: dict[str, Any]) -> str:
 
 def _percentile(ordered: list[tuple[float, int]], percent: int) -> float | None:
     """The nearest-rank percentile; ``ordered`` has (value, number of occurrences) pairs, smallest value first."""
-    left = -(-sum(number for _, number in ordered) * percent // 100)
+    remaining = -(-sum(number for _, number in ordered) * percent // 100)
     for value, number in ordered:
-        left -= number
-        if left <= 0:
+        remaining -= number
+        if remaining <= 0:
             return value
     return None
 

@@ -72,9 +72,9 @@ def run_path(config: Request) -> Path:
     """
     if config.run_dir:
         return Path(config.run_dir)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    timestamp = time.strftime("%Y%m%d-%H%M%S")
     data = (Path(config.data_path).name or Path(config.data_path).resolve().name)[:40]
-    name = f"{stamp}-{data}-{config.model}-{config.device}x{config.world_size}-{uuid.uuid4().hex[:6]}"
+    name = f"{timestamp}-{data}-{config.model}-{config.device}x{config.world_size}-{uuid.uuid4().hex[:6]}"
     return Path(config.output_dir, "runs", name)
 
 
@@ -110,8 +110,8 @@ class Run:
     @property
     def name(self) -> str:
         """The name of the run's folder; for one of several seeds, ``<parent folder>/seed-<n>``."""
-        is_of_several = self.path.name.startswith("seed-")
-        return printable(f"{self.path.parent.name}/{self.path.name}" if is_of_several else self.path.name)
+        is_in_series = self.path.name.startswith("seed-")
+        return printable(f"{self.path.parent.name}/{self.path.name}" if is_in_series else self.path.name)
 
     @property
     def created(self) -> float:
@@ -135,26 +135,26 @@ class Run:
 
     def damage(self) -> list[str]:
         """A list of phrases: what was ignored in the files because it is damaged or was not written by vgglab."""
-        found: list[str] = []
+        phrases: list[str] = []
         if self.valid_report() is None:
             try:
-                found += self._events.damage(has_ended=self.status not in ACTIVE)
+                phrases += self._events.damage(has_ended=self.status not in ACTIVE)
             except UserError as error:
                 return [str(error)]
             if self._events.read():
-                found += _document_damage(self._documents(), self._events.has_checksums)
+                phrases += _document_damage(self._documents(), self._events.has_checksums)
             num_recorded = try_read_document(self.path / "report.json").get("num_lines", 0)
             num_missing = num_recorded - self._events.next_line_number()
             if num_missing > 0:
-                found.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing at its end")
+                phrases.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing at its end")
         for number, file in enumerate(self._files("skipped-rank*.jsonl")):
             if number >= MAX_SKIPPED_LISTS or file.stat().st_size > MAX_SKIPPED_BYTES:
-                found.append(f"log/{file.name}: too long to read in full, so skipped images are undercounted")
+                phrases.append(f"log/{file.name}: too long to read in full, so skipped images are undercounted")
         for pattern, lines in (("skipped-rank", self._skipped_lines()), ("rank", self._recent_lines())):
             num_damaged = sum(line is None for line in lines)
             if num_damaged:
-                found.append(f"log/{pattern}*.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
-        return found
+                phrases.append(f"log/{pattern}*.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
+        return phrases
 
     def _documents(self) -> dict[str, Document]:
         return {name: try_read_document(self.path / name) for name in ("config.json", "env.json", "report.json")}
@@ -185,8 +185,8 @@ class Run:
     def status(self) -> str:
         """``starting``, ``running``, ``done``, ``interrupted`` or ``failed``."""
         report = self.valid_report()
-        seen = self._events.read() if report is None else []
-        latest = seen[-1] if seen else None
+        events = self._events.read() if report is None else []
+        latest = events[-1] if events else None
         if report is not None or (latest is not None and latest["event"] == "end"):
             return "starting" if self._was_relaunched() else (report or latest or {})["status"]
         if self._is_dead() or not is_run_dir(self.path):
@@ -196,26 +196,26 @@ class Run:
     @property
     def is_here(self) -> bool:
         """Whether the run was started on this machine."""
-        return any(known.get("host") == socket.gethostname() for known in self._recorded_processes()[:1])
+        return any(process.get("host") == socket.gethostname() for process in self._recorded_processes()[:1])
 
     def _recorded_processes(self) -> list[Document]:
         """The processes recorded in ``env.json`` (rank 0) and ``launch.json`` (the launched process), in this order."""
-        return [known for known in (try_read_document(self.path / "env.json"), self._launcher()) if known]
+        return [process for process in (try_read_document(self.path / "env.json"), self._launcher()) if process]
 
     def _launcher(self) -> Document:
         """The process that launched this run; empty if there is none, or if the folder is a copy of a launched run."""
-        launched = try_read_document(self.path / LAUNCH_FILE)
-        if "inode" in launched and launched["inode"] != inode_of(self.path):  # earlier versions did not record it
-            launched.clear()
-        return launched
+        launcher = try_read_document(self.path / LAUNCH_FILE)
+        if "inode" in launcher and launcher["inode"] != inode_of(self.path):  # earlier versions did not record it
+            launcher.clear()
+        return launcher
 
     def writer(self) -> str:
         """A message that says which process is writing here, and what to do about it."""
-        owners = self._recorded_processes()
-        owner: dict[str, Any] = next(filter(is_running, owners), owners[0] if owners else {})
-        if not is_running(owner) and holder(self.path / LOCK_FILE) == 0:
+        processes = self._recorded_processes()
+        process: dict[str, Any] = next(filter(is_running, processes), processes[0] if processes else {})
+        if not is_running(process) and holder(self.path / LOCK_FILE) == 0:
             return "its writer has just ended; try again"
-        who = f"process {owner.get('pid')} on {owner.get('host')}"
+        who = f"process {process.get('pid')} on {process.get('host')}"
         return f"{who} is writing there; vgglab.Run({str(self.path)!r}).watch() shows it, .stop() ends it"
 
     def _is_dead(self) -> bool:
@@ -244,13 +244,13 @@ class Run:
         """``report.json``, if it matches the events and the run has ended, so events need not be read; else None."""
         documents = self._documents()
         saved = documents["report.json"]
-        is_whole = saved.has_checksum and saved.keys() >= schema.DOCUMENTS["report.json"].keys() and not saved.damage
-        is_of_an_end = saved.get("damage") == [] and saved.get("status") in END_STATUSES
-        if not is_whole or not is_of_an_end or _document_damage(documents, has_checksums=True):
+        is_complete = saved.has_checksum and saved.keys() >= schema.DOCUMENTS["report.json"].keys() and not saved.damage
+        is_final = saved.get("damage") == [] and saved.get("status") in END_STATUSES
+        if not is_complete or not is_final or _document_damage(documents, has_checksums=True):
             return None
         sources = {**documents["config.json"], **documents["env.json"]}
-        is_of_these = all(saved.get(name) == sources.get(name) for name in ("batch_size", "world_size", "simulated"))
-        return saved if is_of_these and self._events.has_checksum(saved["events_checksum"]) else None
+        is_current = all(saved.get(name) == sources.get(name) for name in ("batch_size", "world_size", "simulated"))
+        return saved if is_current and self._events.has_checksum(saved["events_checksum"]) else None
 
     def logs(self, rank: int | str = 0) -> str:
         """The output of a rank so far; ``"launcher"`` for the output of the launcher."""
@@ -293,20 +293,20 @@ class Run:
 
     def _skipped_lines(self) -> list[dict[str, Any] | None]:
         """The lines of all lists of skipped images, without an incomplete last line; None for a damaged line."""
-        found = []
+        parsed = []
         for file in self._files("skipped-rank*.jsonl")[:MAX_SKIPPED_LISTS]:
             first = 1 if file.stat().st_size > MAX_SKIPPED_BYTES else 0  # the first line is incomplete
             lines = read_tail(file, MAX_SKIPPED_BYTES).splitlines(True)[first:]
-            found += [parse_line(line, SKIPPED) for line in lines if line.endswith(b"\n")]
-        return found
+            parsed += [parse_line(line, SKIPPED) for line in lines if line.endswith(b"\n")]
+        return parsed
 
     def stacks(self) -> str:
         """The current Python stack of each rank on this machine, newest call first (Linux)."""
-        answers = []
-        for figures in self.ranks():
-            stack = request_stack(figures["pid"], self.path / "log" / f"rank{figures['rank']}.txt")
-            answers.append(f"rank {figures['rank']}:\n{stack or '  not running on this machine'}")
-        return "\n".join(answers) or "no rank has logged anything yet"
+        stacks = []
+        for metrics in self.ranks():
+            stack = request_stack(metrics["pid"], self.path / "log" / f"rank{metrics['rank']}.txt")
+            stacks.append(f"rank {metrics['rank']}:\n{stack or '  not running on this machine'}")
+        return "\n".join(stacks) or "no rank has logged anything yet"
 
     def failures(self) -> list[dict[str, Any]]:
         """The failures of the ranks (``rank``, ``error``, ``traceback``, ...), root cause first."""
@@ -321,31 +321,31 @@ class Run:
         Raises:
             UserError: the run is active, but its process cannot be identified.
         """
-        deadline, asked = time.monotonic() + grace_period_seconds(grace_seconds), self._processes_to_signal()
-        if not asked and self.status in ACTIVE:
-            who = f"process {self.env.get('pid')} on {self.env.get('host')}"
+        deadline, pids = time.monotonic() + grace_period_seconds(grace_seconds), self._processes_to_signal()
+        if not pids and self.status in ACTIVE:
+            process = f"process {self.env.get('pid')} on {self.env.get('host')}"
             raise UserError(
-                f"{self.path}: cannot confirm that {who} belongs to this run; if it does, kill it on that host"
+                f"{self.path}: cannot confirm that {process} belongs to this run; if it does, kill it on that host"
             )
-        for pid in asked:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        while any(map(is_alive, asked)) and time.monotonic() < deadline:
+        while any(map(is_alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.1)
         kill_all(self.path)
-        done = f"process {asked[0]} was asked to save and stop" if asked else "it had already ended"
-        return f"{self.name}: {done}; {self.status}"
+        outcome = f"process {pids[0]} was asked to save and stop" if pids else "it had already ended"
+        return f"{self.name}: {outcome}; {self.status}"
 
     def _processes_to_signal(self) -> list[int]:
         """The processes to signal, never process 1: those launched for this run, or the one that holds its lock.
 
         The files alone prove nothing, because anybody can write them.
         """
-        marked, env, launched = find_processes(self.path), self.env, self._launcher()
-        if is_running(launched) and launched["pid"] in marked:
-            return [launched["pid"]]
+        pids, env, launcher = find_processes(self.path), self.env, self._launcher()
+        if is_running(launcher) and launcher["pid"] in pids:
+            return [launcher["pid"]]
         is_writer = is_running(env) and holder(self.path / LOCK_FILE) == env["pid"] > 1
-        return marked or ([env["pid"]] if is_writer else [])
+        return pids or ([env["pid"]] if is_writer else [])
 
     def checkpoint(self, which: str = "best") -> Path:
         """The path of the checkpoint ``best`` or ``last``. Raises UserError if there is none."""
@@ -357,18 +357,18 @@ class Run:
 
 def _document_damage(documents: dict[str, Document], has_checksums: bool) -> list[str]:
     """Damage in the JSON files; ``has_checksums``: whether the version that wrote them adds checksums."""
-    found = []
+    phrases = []
     for name, document in documents.items():
-        found += document.damage
+        phrases += document.damage
         if not document and not document.damage and name != "report.json":
-            found.append(f"{name}: is missing")
+            phrases.append(f"{name}: is missing")
         elif document and has_checksums and not document.has_checksum:
-            found.append(f"{name}: has no checksum; it was changed after it was written")
-    return found
+            phrases.append(f"{name}: has no checksum; it was changed after it was written")
+    return phrases
 
 
 def _last_rank_lines(file: Path) -> list[dict[str, Any] | None]:
     """The last lines of a rank's file, without incomplete first and last lines; None for a damaged line."""
     tail = read_tail(file)
-    whole = tail.splitlines(True)[1 if file.stat().st_size > len(tail) else 0 :]
-    return [parse_line(line, RANK) for line in whole if line.endswith(b"\n") and not line.isspace()]
+    lines = tail.splitlines(True)[1 if file.stat().st_size > len(tail) else 0 :]
+    return [parse_line(line, RANK) for line in lines if line.endswith(b"\n") and not line.isspace()]

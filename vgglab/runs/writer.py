@@ -67,8 +67,8 @@ class RankWriter:
         """The final message of a run: what could not be written and how to continue; else empty."""
         unwritten = ", ".join(f"{number} {name}" if number > 1 else name for name, number in self.lost.items())
         if self.lost_last_checkpoint:
-            also = f"; also not written: {unwritten}" if unwritten else ""
-            return f"{self.lost_last_checkpoint}{also}; {DISK_SPACE_ADVICE}, then {self.resume_advice}"
+            suffix = f"; also not written: {unwritten}" if unwritten else ""
+            return f"{self.lost_last_checkpoint}{suffix}; {DISK_SPACE_ADVICE}, then {self.resume_advice}"
         if unwritten:
             advice = f"{DISK_SPACE_ADVICE}, then python -m vgglab.report {self.path}"
             return f"{self.path}: training finished, but could not write: {unwritten}; {advice}"
@@ -115,24 +115,24 @@ class RankWriter:
     def record_output(self) -> Iterator[None]:
         """Copy the output of this process to ``log/rank<r>.txt``, unless a launcher already redirects it there."""
         file = self.path / "log" / f"rank{self.rank}.txt"
-        is_written_there = file.exists() and os.path.samestat(os.fstat(1), file.stat())
+        is_redirected = file.exists() and os.path.samestat(os.fstat(1), file.stat())
         with write_errors(file):
-            opener = None if is_written_there else nofollow_opener
-            log = open(os.devnull if is_written_there else file, "ab", buffering=0, opener=opener)  # noqa: SIM115
+            opener = None if is_redirected else nofollow_opener
+            log = open(os.devnull if is_redirected else file, "ab", buffering=0, opener=opener)  # noqa: SIM115
         with log:
             # The handler is in C, so it works even in a hanging collective, where Python's handlers do not run.
-            faulthandler.register(STACK_SIGNAL, file=1 if is_written_there else log)
-            had_handler = faulthandler.is_enabled()
-            if not is_written_there:
+            faulthandler.register(STACK_SIGNAL, file=1 if is_redirected else log)
+            was_enabled = faulthandler.is_enabled()
+            if not is_redirected:
                 faulthandler.enable(file=log)
-            screens = sys.stdout, sys.stderr
+            streams = sys.stdout, sys.stderr
             name = f"lines of log/{file.name}"
 
-            def lost(error: OSError) -> None:
+            def on_error(error: OSError) -> None:
                 self.write_failed(name, f"{file} cannot be written ({error.strerror}); output is no longer saved there")
 
-            copy = None if is_written_there else log
-            sys.stdout, sys.stderr = _Tee(sys.stdout, copy, lost), _Tee(sys.stderr, copy, lost)
+            copy = None if is_redirected else log
+            sys.stdout, sys.stderr = _Tee(sys.stdout, copy, on_error), _Tee(sys.stderr, copy, on_error)
             try:
                 yield
             except Exception:
@@ -141,12 +141,12 @@ class RankWriter:
                 raise
             finally:
                 faulthandler.unregister(STACK_SIGNAL)
-                if not is_written_there:
+                if not is_redirected:
                     faulthandler.disable()
-                    if had_handler and sys.__stderr__ is not None:
+                    if was_enabled and sys.__stderr__ is not None:
                         faulthandler.enable(sys.__stderr__)
                 signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # else a late request would kill the rank
-                sys.stdout, sys.stderr = screens
+                sys.stdout, sys.stderr = streams
 
 
 class RunWriter(RankWriter):
@@ -248,8 +248,8 @@ class RunWriter(RankWriter):
         try:
             checkpoint.save(folder, network, optimizer, scaler, state, settings, is_best, average)
         except checkpoint.SaveError as error:
-            left = "the previous checkpoint is intact" if (folder / "last.pt").exists() else "there is no earlier one"
-            text = f"the checkpoint of step {state.step} was not written ({error}); {left}"
+            backup = "the previous checkpoint is intact" if (folder / "last.pt").exists() else "there is no earlier one"
+            text = f"the checkpoint of step {state.step} was not written ({error}); {backup}"
             if state.epoch == settings["epochs"]:
                 self.write_recovered("checkpoints")  # reported in the final message instead
                 self.lost_last_checkpoint = f"{folder}: {text}"
@@ -271,31 +271,31 @@ class RunWriter(RankWriter):
 class _Tee:
     """A text stream that copies what is printed to a log. A failed write does not end the run."""
 
-    def __init__(self, screen: Any, log: Any, lost: Callable[[OSError], None]) -> None:
-        """``log`` is None if the screen is already the log. ``lost`` is called with the error of a failed write."""
-        self._screen, self._log, self._lost = screen, log, lost
+    def __init__(self, stream: Any, log: Any, on_error: Callable[[OSError], None]) -> None:
+        """``log`` is None if the stream already is the log. ``on_error`` is called when a write has failed."""
+        self._stream, self._log, self._on_error = stream, log, on_error
 
     def write(self, text: str) -> int:
         if self._log is not None and "\r" not in text:  # progress bars are redrawn on the screen only
             try:
                 self._log.write(text.encode(errors="backslashreplace"))
             except OSError as error:
-                self._lost(error)
+                self._on_error(error)
         try:
-            self._screen.write(text)
-        except AttributeError:  # there is no screen
+            self._stream.write(text)
+        except AttributeError:  # the process has no such stream
             pass
         except OSError as error:
             if self._log is None:
-                self._lost(error)
+                self._on_error(error)
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
-            self._screen.flush()
+            self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._screen, name)
+        return getattr(self._stream, name)
 
 
 def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
@@ -327,14 +327,14 @@ def _commit() -> str | None:
     """The commit of the checkout that contains this file, with ``-dirty`` if there are changes; None outside one."""
     import subprocess
 
-    here = Path(__file__).resolve().parent.parent
-    if not (here.parent / ".git").exists():
+    package = Path(__file__).resolve().parent.parent
+    if not (package.parent / ".git").exists():
         return None
     try:
-        answer = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10,
+            cwd=package, capture_output=True, text=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() or None
+    return result.stdout.strip() or None

@@ -266,8 +266,8 @@ class Request:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as in ``config.json``, without the settings that only affect the launch."""
-        started_by = settings_that_affect("launch")
-        return {name: value for name, value in asdict(self).items() if name not in started_by}
+        launch_settings = settings_that_affect("launch")
+        return {name: value for name, value in asdict(self).items() if name not in launch_settings}
 
 
 @dataclass(frozen=True)
@@ -281,9 +281,9 @@ class Settings(Request):
     run_dir: str = ""
 
 
-def complete(request: Request, **filled_in: Any) -> Settings:
+def complete(request: Request, **values: Any) -> Settings:
     """Return the settings for a request, with the missing values filled in."""
-    return Settings(**{**vars(request), **filled_in})
+    return Settings(**{**vars(request), **values})
 
 
 def settings_that_affect(*kinds: str) -> set[str]:

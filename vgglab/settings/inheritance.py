@@ -46,13 +46,13 @@ def check_setting(item: Field, value: Any) -> Any:
 FLAG_FOR = {"world_size": "nproc"}  # the flag that sets it
 
 
-def changed_settings(content: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def changed_settings(checkpoint: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """Return ``--lr 0.01, was 0.1`` for each setting that affects the weights and differs from the checkpoint."""
-    before, affecting = content.get("config", {}), settings_that_affect("weights")
+    before, names = checkpoint.get("config", {}), settings_that_affect("weights")
     if not SCHEDULES[config["lr_schedule"]].depends_on_epochs:
-        affecting.remove("epochs")  # more epochs change nothing in the earlier ones
+        names.remove("epochs")  # more epochs change nothing in the earlier ones
     return [
         f"--{FLAG_FOR.get(name, name).replace('_', '-')} {config[name]}, was {before[name]}"
         for name in config
-        if name in affecting and name in before and before[name] != config[name]
+        if name in names and name in before and before[name] != config[name]
     ]

@@ -27,7 +27,7 @@ exit codes: 0 done; 1 a bug, with a traceback; 2 bad input, explained in one lin
 SIGHUP after saving a checkpoint; 130 interrupted"""
 
 
-class _Full(argparse.HelpFormatter):
+class _FullFormatter(argparse.HelpFormatter):
     """Formats help with the line breaks of the epilog."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -35,7 +35,7 @@ class _Full(argparse.HelpFormatter):
         return "\n".join(line if line.startswith("  ") else fill(line, width, indent) for line in text.splitlines())
 
 
-class _Brief(_Full):
+class _BriefFormatter(_FullFormatter):
     """Formats help with one line per flag, if the terminal is wide enough."""
 
     def __init__(self, prog: str) -> None:
@@ -63,7 +63,7 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
         epilog=EPILOG,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=_Full if show_all else _Brief,
+        formatter_class=_FullFormatter if show_all else _BriefFormatter,
     )
     parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="all flags, each with its full description")
     sections = {title: parser.add_argument_group(title) for title in (TASK, TUNING, DEVICE, SAVING)}
@@ -80,17 +80,17 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
         names = [with_dashes("--" + item.name), *options.pop("names", [])]
         negation = options.pop("negation", None)
         if negation:
-            help_of_negation = f"turn {names[0]} off" if show_all else argparse.SUPPRESS
-            group.add_argument(negation, dest=item.name, action="store_const", const=False, help=help_of_negation)
+            negation_help = f"turn {names[0]} off" if show_all else argparse.SUPPRESS
+            group.add_argument(negation, dest=item.name, action="store_const", const=False, help=negation_help)
         group.add_argument(*names, dest=item.name, type=options.pop("parse"), help=text, **options)
     return parser
 
 
 def _help(item: Field, text: str, allowed: str = "") -> str:
-    is_worth_saying = item.default is not None and item.default is not False
-    default = f"default {item.default}" if is_worth_saying else ""
-    remarks = "; ".join(filter(None, (allowed, default)))
-    return f"{text} ({remarks})" if remarks else text
+    shows_default = item.default is not None and item.default is not False
+    default = f"default {item.default}" if shows_default else ""
+    notes = "; ".join(filter(None, (allowed, default)))
+    return f"{text} ({notes})" if notes else text
 
 
 def parse_flags(argv: Sequence[str]) -> Request:
@@ -100,11 +100,11 @@ def parse_flags(argv: Sequence[str]) -> Request:
         UserError: an unknown flag, a value out of range, or flags that contradict each other.
     """
     parser = build_parser()
-    dashed = [with_dashes(argument) for argument in argv]
-    known, unknown = parser.parse_known_args(dashed)
+    arguments = [with_dashes(argument) for argument in argv]
+    parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise UserError(_unknown_flag(unknown[0], parser))
-    request = Request(**{**RECIPES.get(vars(known).get("recipe"), {}), **vars(known)})
+    request = Request(**{**RECIPES.get(vars(parsed).get("recipe"), {}), **vars(parsed)})
     check_conflicts(request)
     return replace(request, seed=FIXED_SEED) if request.fix_seed else request
 
@@ -113,15 +113,15 @@ def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
     if not argument.startswith("-"):
         return f"{argument!r} is not expected here; did you mean --data-path {argument}?"
     name = argument.partition("=")[0]
-    close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
-    hint = f"; did you mean {close[0]}?" if close else "; --help-all lists all flags"
+    matches = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
+    hint = f"; did you mean {matches[0]}?" if matches else "; --help-all lists all flags"
     return f"{name}: no such flag{hint}"
 
 
 def flags_given(argv: Sequence[str]) -> list[str]:
     """The names of the settings given on a command line, directly or by a recipe."""
-    known = vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0])
-    return [*RECIPES.get(known.get("recipe"), {}), *known]
+    parsed = vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0])
+    return [*RECIPES.get(parsed.get("recipe"), {}), *parsed]
 
 
 def check_conflicts(config: Request) -> None:
@@ -146,30 +146,30 @@ def check_conflicts(config: Request) -> None:
 
 def settings_warnings(config: Request) -> list[str]:
     """Warnings about settings that are allowed but probably not intended, one line each."""
-    lines = []
+    warnings = []
     if config.epochs < config.warmup and not config.test_only:
         share = config.epochs / config.warmup
-        lines.append(
+        warnings.append(
             f"--epochs {config.epochs} ends during the warm-up (--warmup {config.warmup}): "
             f"the learning rate only reaches {share:.0%} of its base value"
         )
     if (config.workers or 0) > (os.cpu_count() or 1):
-        lines.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
-    lines += unused_settings(config, "lr_schedule", {name: kind.settings for name, kind in SCHEDULES.items()})
+        warnings.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
+    warnings += unused_settings(config, "lr_schedule", {name: kind.settings for name, kind in SCHEDULES.items()})
     if config.cache_dataset:
-        lines.append("--cache-dataset has no effect: image folders are listed at each start")
-    return lines
+        warnings.append("--cache-dataset has no effect: image folders are listed at each start")
+    return warnings
 
 
-def unused_settings(config: Request, choice: str, used: Mapping[str, Collection[str]]) -> list[str]:
+def unused_settings(config: Request, choice: str, used_settings: Mapping[str, Collection[str]]) -> list[str]:
     """Return a warning, one line each, for settings that were changed but have no effect with the chosen option.
 
     Args:
         choice: the name of a setting with choices.
-        used: for each choice, the settings that it uses.
+        used_settings: for each choice, the settings that it uses.
     """
     chosen = getattr(config, choice)
-    others = {name for names in used.values() for name in names} - {*used[chosen]}
+    unused = {name for names in used_settings.values() for name in names} - {*used_settings[chosen]}
     changed = [item.name for item in fields(Request) if getattr(config, item.name) != item.default]
-    flags = [with_dashes(f"--{name}") for name in changed if name in others]
+    flags = [with_dashes(f"--{name}") for name in changed if name in unused]
     return [f"{flag} has no effect with {with_dashes(f'--{choice}')} {chosen}" for flag in flags]

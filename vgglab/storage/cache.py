@@ -15,9 +15,9 @@ from vgglab.storage.files import make_folder, write_errors
 
 def cache_folder() -> Path:
     """``$VGGLAB_CACHE`` if set, otherwise ``vgglab`` in the user's cache folder."""
-    named = os.environ.get("VGGLAB_CACHE")
-    if named:
-        return Path(named)
+    configured = os.environ.get("VGGLAB_CACHE")
+    if configured:
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgglab"
 
 

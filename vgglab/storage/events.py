@@ -53,9 +53,9 @@ class LongEvents(Sequence[Event]):
 
     def boundary_events(self) -> LongEvents:
         """The events, without unread training events that are followed by another unread one."""
-        following = [*self._entries[1:], None]
-        pairs = zip(self._entries, following)
-        kept = [e for e, after in pairs if not (isinstance(e, int) and isinstance(after, int))]
+        next_entries = [*self._entries[1:], None]
+        pairs = zip(self._entries, next_entries)
+        kept = [e for e, next_entry in pairs if not (isinstance(e, int) and isinstance(next_entry, int))]
         return LongEvents(self._file, self._identity, kept)
 
 
@@ -161,12 +161,12 @@ class EventFile:
 
     def _is_next_training_line(self, line: bytes) -> bool:
         """Whether this is an intact training line with the next number, which need not be parsed yet."""
-        found = TRAIN_LINE.match(line)
-        is_plain = found is not None and b"\\" not in line and line.count(b'"event": ') == 1 and is_intact(line)
+        match = TRAIN_LINE.match(line)
+        is_plain = match is not None and b"\\" not in line and line.count(b'"event": ') == 1 and is_intact(line)
         number = LINE_NUMBER.search(line) if is_plain else None
-        if found is None or number is None or int(number[1]) != self._next_line or int(found[1]) <= self._last_step:
+        if match is None or number is None or int(number[1]) != self._next_line or int(match[1]) <= self._last_step:
             return False
-        self._last_step = int(found[1])
+        self._last_step = int(match[1])
         return True
 
     def _drop_repeated_events(self, start: Event) -> None:
@@ -216,15 +216,15 @@ class EventFile:
     def damage(self, has_ended: bool) -> list[str]:
         """Phrases about missing and damaged lines. If the run ``has_ended``, an incomplete last line is damaged."""
         self.read()
-        num_damaged, found = self._num_damaged, []
+        num_damaged, phrases = self._num_damaged, []
         if has_ended and self.file.is_file() and self.file.stat().st_size > self._num_bytes_read:
             num_damaged += 1  # the last line is incomplete
         num_missing = self._num_missing - self._num_damaged  # damaged lines count as missing too
         if num_missing > 0:
-            found.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing")
+            phrases.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing")
         if num_damaged:
-            found.append(f"events.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
-        return found
+            phrases.append(f"events.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
+        return phrases
 
 
 def _is_before(event: Event, start: Event) -> bool:

@@ -65,35 +65,35 @@ def null(value: Any) -> bool:
     return value is None
 
 
-def nullable(test: Validator) -> Validator:
-    return any_of(null, test)
+def nullable(validator: Validator) -> Validator:
+    return any_of(null, validator)
 
 
-def any_of(*tests: Validator) -> Validator:
-    return lambda value: any(test(value) for test in tests)
+def any_of(*validators: Validator) -> Validator:
+    return lambda value: any(validator(value) for validator in validators)
 
 
 def one_of(*words: str) -> Validator:
     return lambda value: value in words
 
 
-def list_of(test: Validator) -> Validator:
-    return lambda value: isinstance(value, list) and all(map(test, value))
+def list_of(validator: Validator) -> Validator:
+    return lambda value: isinstance(value, list) and all(map(validator, value))
 
 
 def record(required: dict[str, Validator], **optional: Validator) -> Validator:
     """A test for a JSON object with these fields."""
-    tests = {**optional, **required}
+    validators = {**optional, **required}
     return lambda value: (
         isinstance(value, dict)
         and value.keys() >= required.keys()
-        and all(tests[name](item) for name, item in value.items() if name in tests)
+        and all(validators[name](item) for name, item in value.items() if name in validators)
     )
 
 
-def dict_of(test: Validator, *names: str) -> Validator:
-    """A test for a JSON object whose values all pass ``test``, and which has the keys ``names``."""
-    return lambda value: isinstance(value, dict) and value.keys() >= set(names) and all(map(test, value.values()))
+def dict_of(validator: Validator, *names: str) -> Validator:
+    """A validator for a JSON object whose values all pass ``validator``, and which has the keys ``names``."""
+    return lambda value: isinstance(value, dict) and value.keys() >= set(names) and all(map(validator, value.values()))
 
 
 # The required fields of each event, and optional fields of any event.
@@ -173,7 +173,7 @@ def with_checksum(content: Content) -> Content:
 def parse(data: bytes) -> Content | None:
     """Parse a JSON object in UTF-8; None for anything else or deeper nesting than vgglab writes."""
     try:
-        content = json.loads(data.decode("utf-8"), parse_constant=_refuse)  # from bytes, loads would guess the encoding
+        content = json.loads(data.decode("utf-8"), parse_constant=_reject)  # from bytes, loads would guess the encoding
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
     # With this few brackets, it cannot be nested too deeply.
@@ -188,7 +188,7 @@ def _is_shallow(value: Any, levels: int) -> bool:
     return levels > 0 and all(_is_shallow(part, levels - 1) for part in parts)
 
 
-def _refuse(constant: str) -> None:
+def _reject(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
@@ -207,8 +207,8 @@ def parse_event(line: bytes, needs_checksum: bool = False) -> Content | None:
     """Parse a line of ``events.jsonl``; None if it is damaged or not an event. The field ``line`` is its number."""
     content = parse(line)
     # Line numbers and checksums were introduced together: a line with only a number has been edited.
-    is_without = content is not None and CHECK not in content and (needs_checksum or "line" in content)
-    if content is None or is_without:
+    lacks_checksum = content is not None and CHECK not in content and (needs_checksum or "line" in content)
+    if content is None or lacks_checksum:
         return None
     if is_intact(line):
         del content[CHECK]
@@ -217,21 +217,21 @@ def parse_event(line: bytes, needs_checksum: bool = False) -> Content | None:
     kind = content.get("event")
     if not isinstance(kind, str) or not seconds(content.get("seconds")):
         return None
-    return _checked(line, content, EVENTS.get(kind, {}))
+    return _validated(line, content, EVENTS.get(kind, {}))
 
 
 def parse_line(line: bytes, required: dict[str, Validator]) -> Content | None:
     """Parse a line or document; None if it is damaged or one of the ``required`` fields is missing or invalid."""
     content = parse(line)
-    return None if content is None or has_changed(content) else _checked(line, content, required)
+    return None if content is None or has_changed(content) else _validated(line, content, required)
 
 
-def _checked(line: bytes, content: Content, required: dict[str, Validator]) -> Content | None:
+def _validated(line: bytes, content: Content, required: dict[str, Validator]) -> Content | None:
     if not content.keys() >= required.keys():
         return None
     for name, value in content.items():
-        test = required.get(name) or OPTIONAL.get(name)
-        if test and not test(value):
+        validator = required.get(name) or OPTIONAL.get(name)
+        if validator and not validator(value):
             return None
     is_plain = line.isascii() and b"\\" not in line and b"\x7f" not in line  # as nearly all lines are
     return content if is_plain else printable(content)
@@ -260,10 +260,10 @@ def read_document(file: Path) -> Document:
         raise UserError(f"{file}: is damaged; the run cannot be read")
     has_checksum = CHECK in content
     damage = [f"{file.name}: was changed after it was written"] if has_changed(content) else []
-    tests = DOCUMENTS.get(file.name, {})
-    left_out = [name for name, value in content.items() if name in tests and not tests[name](value)]
-    damage += [f"{file.name}: {printable(name)} has the wrong type and is ignored" for name in left_out]
-    document = Document(file, printable({name: v for name, v in content.items() if name not in left_out}), damage)
+    validators = DOCUMENTS.get(file.name, {})
+    invalid = [name for name, value in content.items() if name in validators and not validators[name](value)]
+    damage += [f"{file.name}: {printable(name)} has the wrong type and is ignored" for name in invalid]
+    document = Document(file, printable({name: v for name, v in content.items() if name not in invalid}), damage)
     document.has_checksum = has_checksum
     return document
 
@@ -278,10 +278,10 @@ def try_read_document(file: Path) -> Document:
 
 def write_document(file: Path, content: Content) -> None:
     """Write a document completely or not at all. Raises OSError."""
-    beside = file.with_suffix(".tmp")
-    with open(beside, "wb", opener=nofollow_opener) as target:
+    temporary = file.with_suffix(".tmp")
+    with open(temporary, "wb", opener=nofollow_opener) as target:
         target.write(json.dumps(with_checksum(content), indent=2).encode() + b"\n")
-    beside.replace(file)
+    temporary.replace(file)
 
 
 def append_line(file: Path, content: Content) -> None:
