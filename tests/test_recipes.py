@@ -98,21 +98,21 @@ def blended(**settings):
 
 def test_mixup_adds_neighbours_and_cutmix_pastes_them():
     _, images, labels, mixed, targets = blended(mixup=1.0)
-    share, others = targets.share.item(), images.roll(1, 0)
+    share, others = targets.ratio.item(), images.roll(1, 0)
     assert 0 < share < 1
     assert torch.allclose(mixed, share * images + (1 - share) * others)
-    assert targets.others.tolist() == labels.roll(1).tolist()
+    assert targets.mixed_labels.tolist() == labels.roll(1).tolist()
     _, images, _, mixed, targets = blended(cutmix=1.0)
     is_own = (mixed == images).all(dim=1)  # (N, S, S)
     is_other = (mixed == images.roll(1, 0)).all(dim=1)
     assert (is_own | is_other).all()
-    assert targets.share.item() == pytest.approx(is_own.float().mean().item())
-    assert 0 < targets.share.item() < 1
+    assert targets.ratio.item() == pytest.approx(is_own.float().mean().item())
+    assert 0 < targets.ratio.item() < 1
 
 
 def test_the_loss_of_a_blend_is_the_cross_entropy_to_its_soft_target():
     objective, _, labels, _, targets = blended(cutmix=1.0, label_smoothing=0.1)
-    logits, share = torch.randn(4, 3), targets.share
+    logits, share = torch.randn(4, 3), targets.ratio
     hot = nn.functional.one_hot
     soft = share * hot(labels, 3) + (1 - share) * hot(labels.roll(1), 3)
     soft = 0.9 * soft + 0.1 / 3

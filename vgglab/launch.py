@@ -156,13 +156,13 @@ def _start(
 
 def _start_process(command: list[str], argv: list[str], path: Path, log: Path, detach: bool) -> subprocess.Popen:
     with write_errors(path):
-        output = open(log, "ab", opener=nofollow_opener)  # noqa: SIM115
+        log_file = open(log, "ab", opener=nofollow_opener)  # noqa: SIM115
     try:
-        with output:
+        with log_file:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL if detach else subprocess.PIPE,
-                stdout=output,
+                stdout=log_file,
                 stderr=subprocess.STDOUT,
                 env=_environment(path, detach),
                 start_new_session=True,  # shields the run from Ctrl-C in the kernel; stop() sends SIGTERM

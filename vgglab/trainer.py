@@ -295,14 +295,14 @@ class Loop:
                 self.tracer.end_step()
                 state.images = batch * self.images_per_step
 
-                is_saved = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
-                is_logged = is_saved or batch % config.print_freq == 0 or batch == len(batches)
-                is_logged = is_logged or state.step == self.last_skipped_step  # logging restarts the clock
-                if is_logged or self.coordinator.is_due():
-                    self._log_and_sync(epoch, loss, logits, labels, is_logged)
+                should_save = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
+                should_log = should_save or batch % config.print_freq == 0 or batch == len(batches)
+                should_log = should_log or state.step == self.last_skipped_step  # logging restarts the clock
+                if should_log or self.coordinator.is_due():
+                    self._log_and_sync(epoch, loss, logits, labels, should_log)
                 if self.coordinator.should_stop:
                     trainer.save_and_stop(self.run)
-                if is_saved:
+                if should_save:
                     trainer.save(self.run)
 
     @contextmanager
@@ -315,8 +315,8 @@ class Loop:
         finally:
             self.trainer.device = device
 
-    def _log_and_sync(self, epoch: int, loss: Tensor, logits: Tensor, labels: Tensor, is_logged: bool) -> None:
-        """Read the loss, averaged over the ranks, and whether the ranks should stop; log them if ``is_logged``."""
+    def _log_and_sync(self, epoch: int, loss: Tensor, logits: Tensor, labels: Tensor, should_log: bool) -> None:
+        """Read the loss, averaged over the ranks, and whether the ranks should stop; log them if ``should_log``."""
         dtype = torch.get_default_dtype()  # not that of the loss, which may be 16-bit with mixed precision
         correct = (logits.detach().argmax(1) == labels).to(dtype).mean()
         local = torch.stack([loss.detach().to(dtype), correct])
@@ -324,7 +324,7 @@ class Loop:
         trainer, step = self.trainer, self.trainer.state.step
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss is not finite ({mean_loss}) at step {step}; {NOT_FINITE_ADVICE}")
-        if is_logged:
+        if should_log:
             self.run.rank_event(step=step, loss=own_loss, **self.clock.own_metrics(), **trainer.device.usage())
             self.run.event(
                 "train",

@@ -104,7 +104,7 @@ def bench_step(options: Any) -> None:
     results = []
     for size in sizes:
         if size == "max":
-            results += [largest(flags, way, options.turns, options.steps) for way in dict.fromkeys(modes)]
+            results += [largest(flags, mode, options.turns, options.steps) for mode in dict.fromkeys(modes)]
         else:
             results += measure_steps(flags, modes, int(size), options.turns, options.steps)
     path = save_steps(results, flags, options.output_dir)

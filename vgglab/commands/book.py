@@ -62,14 +62,14 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
                 f"-p {name}: no such parameter; choose from {', '.join(sorted(set().union(*known.values())))}"
             )
     jobs: list[Job] = []
-    own_files = {source.resolve() for source in known}
+    source_files = {source.resolve() for source in known}
     for source, names in known.items():
         job_parameters = {name: value for name, value in parameters.items() if name in names}
         is_alone = _metadata_of(source).get("vgglab") == {"alone": True}
         target = out / source.name
         if source.stem == "index" or source.name in [job.target.name for job in jobs]:
             raise UserError(f"{source}: another page is also named {source.stem}.html; rename this notebook")
-        if target.resolve() in own_files or not _may_overwrite(target):
+        if target.resolve() in source_files or not _may_overwrite(target):
             raise UserError(
                 f"--out {out}: {source.name} already exists and was not written by this command; choose another folder"
             )
@@ -85,8 +85,8 @@ def _parameters_of(source: Path) -> dict[str, bool]:
     if not source.is_file():
         raise UserError(f"{source}: no such notebook")
     try:
-        found = inspect_notebook(str(source))
-        return {name: str(found[name]["default"]).startswith(("'", '"')) for name in found}
+        parameters = inspect_notebook(str(source))
+        return {name: str(parameters[name]["default"]).startswith(("'", '"')) for name in parameters}
     except Exception as error:  # papermill raises many types of exceptions for an invalid file
         raise UserError(f"{source}: cannot be read as a notebook ({type(error).__name__})") from None
 

@@ -79,12 +79,12 @@ def defer_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with handle_signals([*STOP_SIGNALS, signal.SIGINT], _record_signal), _unraisable_interrupts():
+    with handle_signals([*STOP_SIGNALS, signal.SIGINT], _record_signal), _silence_unraisable_interrupts():
         yield
 
 
 @contextlib.contextmanager
-def _unraisable_interrupts() -> Iterator[None]:
+def _silence_unraisable_interrupts() -> Iterator[None]:
     """In the block, do not print a KeyboardInterrupt raised in a finalizer; the next Ctrl-C then raises it again.
 
     Python cannot propagate it, only print it. The run still stops after the current step.
@@ -126,7 +126,7 @@ def ignore_signals_in_worker(_: int = 0) -> None:
     """
     for signum in {*STOP_SIGNALS, signal.SIGINT} - {signal.SIGTERM}:
         signal.signal(signum, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux; it tells who sent the signal
+    if hasattr(signal, "sigwaitinfo"):  # Linux only; it reports the sender of the signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # already blocked after block_signals_during_start()
         threading.Thread(target=_exit_when_parent_signals, args=(os.getppid(),), daemon=True).start()
     else:
@@ -142,7 +142,7 @@ def _exit_when_parent_signals(parent: int) -> None:
 def _record_signal(signum: int, _: Any) -> None:
     global _is_stopping
     if signum == signal.SIGINT and was_interrupted():
-        if not _is_stopping:  # while stopping, it could only disturb the shutdown of the workers
+        if not _is_stopping:  # while stopping, it would only disturb the shutdown of the workers
             _is_stopping = True
             raise KeyboardInterrupt
     elif signum == signal.SIGINT and os.environ.get("RANK", "0") == "0":

@@ -80,10 +80,10 @@ def tie_to_launcher() -> None:
     if os.environ.pop(TIED_TO_LAUNCHER, None) is not None:
         # A Jupyter kernel may be ignoring Ctrl-C when it starts this process, which inherits that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        threading.Thread(target=_end_with_launcher, daemon=True, name="launcher").start()
+        threading.Thread(target=_exit_with_launcher, daemon=True, name="launcher").start()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # If torchrun is killed, its ranks keep training, because each has its own session.
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True, name="guard").start()
+        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True, name="guard").start()
 
 
 def open_closed_streams() -> None:
@@ -93,17 +93,17 @@ def open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
-def _end_with_launcher() -> None:
+def _exit_with_launcher() -> None:
     while os.read(0, 1024):
         pass
-    _end()
+    _stop_and_exit()
 
 
-def _end_with_parent(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     if _is_torchrun(parent):
         while os.getppid() == parent:
             time.sleep(PARENT_POLL_SECONDS)
-    _end()
+    _stop_and_exit()
 
 
 def _is_torchrun(pid: int) -> bool:
@@ -121,7 +121,7 @@ def _is_torchrun(pid: int) -> bool:
         return pid != 1
 
 
-def _end() -> None:
+def _stop_and_exit() -> None:
     """Ask this process to save and stop; kill it and its workers after the grace period."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace_period_seconds())
@@ -255,8 +255,8 @@ def report_killed(rank: int, signum: int, folder: Path) -> str:
     log = path / "log" / f"rank{rank}.txt" if path else None
     stack = ""
     if signum in CRASH_SIGNALS and log and log.exists():
-        _, found, after = log.read_text(encoding="utf-8", errors="replace").rpartition(CRASH_HEADER)
-        stack = found + after if found else ""
+        _, header, after = log.read_text(encoding="utf-8", errors="replace").rpartition(CRASH_HEADER)
+        stack = header + after if header else ""
     _write_failure(path, rank, line, -signum, stack)
     return line
 

@@ -77,7 +77,7 @@ class _Attempt:
     def run(self) -> int:
         """Start the ranks, wait until all have ended, and return the exit code of the launcher."""
         with handle_signals([*STOP_SIGNALS, signal.SIGINT], lambda signum, _: self.signals.append(signum)):
-            # Each rank has its own session, so that its workers can be killed too, and a pipe that ends it with us.
+            # Each rank has its own session, so that its workers can be killed too, and a pipe, so it exits with us.
             running = {
                 rank: subprocess.Popen(
                     self.command,

@@ -68,7 +68,7 @@ def save(
     }
     if average is not None:
         content["trained"] = model.state_dict()
-    content = _on_cpu(content)
+    content = _to_cpu(content)
     for name, value in content["model"].items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{name} is not finite after step {state.step}; {NOT_FINITE_ADVICE}")
@@ -144,14 +144,14 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _on_cpu(value: Any) -> Any:
+def _to_cpu(value: Any) -> Any:
     """The same structure with every tensor on the CPU, so that it can be read without the card."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
+        return {key: _to_cpu(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_on_cpu(item) for item in value)
+        return type(value)(_to_cpu(item) for item in value)
     return value
 
 

@@ -64,15 +64,15 @@ def is_done(path: Path) -> bool:
 
 def remove_seeds_flag(argv: Sequence[str]) -> list[str]:
     """The command line without ``--seeds``, to which the flags of one seed can be added."""
-    kept, skips_value = [], False
+    remaining, skip_value = [], False
     for word in argv:
-        if skips_value:
-            skips_value = False
+        if skip_value:
+            skip_value = False
         elif word == "--seeds":
-            skips_value = True
+            skip_value = True
         elif not word.startswith("--seeds="):
-            kept.append(word)
-    return kept
+            remaining.append(word)
+    return remaining
 
 
 def train_seeds(argv: Sequence[str], config: Request, table: Callable[[Mapping[str, Sequence[Run]]], Any]) -> int:
@@ -141,4 +141,4 @@ class Seeds:
         started = [seed for seed, folder in folders.items() if seed.isascii() and seed.isdigit() and is_run_dir(folder)]
         for seed in set(started) - set(self._runs):
             self._runs[seed] = self.run_type(folders[seed])
-        return [self._runs[seed] for seed in sorted(started, key=int)]  # kept, as each reads on from where it was
+        return [self._runs[seed] for seed in sorted(started, key=int)]  # reused, so that each reads only new events

@@ -314,7 +314,7 @@ def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
         "world_size": world_size,
         **device,
         "versions": versions,
-        "commit": _commit(),
+        "commit": _git_commit(),
         "argv": sys.argv,
         "executable": sys.executable,
         "cwd": os.getcwd(),
@@ -323,7 +323,7 @@ def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def _git_commit() -> str | None:
     """The commit of the checkout that contains this file, with ``-dirty`` if there are changes; None outside one."""
     import subprocess
 

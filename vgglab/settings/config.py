@@ -288,4 +288,4 @@ def complete(request: Request, **values: Any) -> Settings:
 
 def settings_that_affect(*kinds: str) -> set[str]:
     """The names of the settings that affect one of ``kinds``, which are listed in ``flags.AFFECTS``."""
-    return {item.name for item in fields(Request) if item.metadata["policy"].affects in kinds}
+    return {field.name for field in fields(Request) if field.metadata["policy"].affects in kinds}

@@ -12,34 +12,34 @@ from vgglab.settings.parser import check_conflicts
 from vgglab.settings.schedule import SCHEDULES
 
 
-def inherit(request: Request, given: Sequence[str], earlier: dict[str, Any]) -> Request:
+def inherit(request: Request, given: Sequence[str], saved: dict[str, Any]) -> Request:
     """Return the request, with the settings that were not given taken from the resumed run.
 
     Raises:
         UserError: a setting in the checkpoint is invalid, or cannot be combined with one that was given.
     """
-    settings = {item.name: item for item in fields(Request)}
+    settings = {field.name: field for field in fields(Request)}
     chosen = {*given, *(other for name in given for other in settings[name].metadata["policy"].implies)}
     inherited = {
-        item.name: check_setting(item, earlier[item.name])
-        for item in settings.values()
-        if item.name in earlier and item.name not in chosen and item.metadata["policy"].is_inherited
+        field.name: check_setting(field, saved[field.name])
+        for field in settings.values()
+        if field.name in saved and field.name not in chosen and field.metadata["policy"].is_inherited
     }
     request = replace(request, **inherited)
     check_conflicts(request)
     return request
 
 
-def check_setting(item: Field, value: Any) -> Any:
+def check_setting(field: Field, value: Any) -> Any:
     """Check a setting read from a file as its flag would be check_setting, and return its value."""
     if value is None:
-        return item.default
+        return field.default
     try:
-        parsed = item.metadata["parse"](str(value))
+        parsed = field.metadata["parse"](str(value))
     except (argparse.ArgumentTypeError, ValueError) as error:
-        raise UserError(f"its {item.name} is damaged: {error}") from None
-    if parsed not in item.metadata.get("choices", (parsed,)):
-        raise UserError(f"its {item.name} is damaged: {value!r}")
+        raise UserError(f"its {field.name} is damaged: {error}") from None
+    if parsed not in field.metadata.get("choices", (parsed,)):
+        raise UserError(f"its {field.name} is damaged: {value!r}")
     return parsed
 
 

@@ -68,27 +68,27 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
     parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="all flags, each with its full description")
     sections = {title: parser.add_argument_group(title) for title in (TASK, TUNING, DEVICE, SAVING)}
     others = parser.add_argument_group("all other flags") if show_all else parser
-    for item in fields(Request):
-        options = dict(item.metadata)
+    for field in fields(Request):
+        options = dict(field.metadata)
         del options["policy"]
         group = sections.get(options.pop("section"), others)
         text = options.pop("help")
         if show_all:
-            text = _help(item, text, getattr(options["parse"], "allowed", ""))
+            text = _help(field, text, getattr(options["parse"], "allowed", ""))
         else:
-            text = argparse.SUPPRESS if group is others else _help(item, re.split("[;:] ", text)[0])
-        names = [with_dashes("--" + item.name), *options.pop("names", [])]
+            text = argparse.SUPPRESS if group is others else _help(field, re.split("[;:] ", text)[0])
+        names = [with_dashes("--" + field.name), *options.pop("names", [])]
         negation = options.pop("negation", None)
         if negation:
             negation_help = f"turn {names[0]} off" if show_all else argparse.SUPPRESS
-            group.add_argument(negation, dest=item.name, action="store_const", const=False, help=negation_help)
-        group.add_argument(*names, dest=item.name, type=options.pop("parse"), help=text, **options)
+            group.add_argument(negation, dest=field.name, action="store_const", const=False, help=negation_help)
+        group.add_argument(*names, dest=field.name, type=options.pop("parse"), help=text, **options)
     return parser
 
 
-def _help(item: Field, text: str, allowed: str = "") -> str:
-    shows_default = item.default is not None and item.default is not False
-    default = f"default {item.default}" if shows_default else ""
+def _help(field: Field, text: str, allowed: str = "") -> str:
+    shows_default = field.default is not None and field.default is not False
+    default = f"default {field.default}" if shows_default else ""
     notes = "; ".join(filter(None, (allowed, default)))
     return f"{text} ({notes})" if notes else text
 
@@ -170,6 +170,6 @@ def unused_settings(config: Request, choice: str, used_settings: Mapping[str, Co
     """
     chosen = getattr(config, choice)
     unused = {name for names in used_settings.values() for name in names} - {*used_settings[chosen]}
-    changed = [item.name for item in fields(Request) if getattr(config, item.name) != item.default]
+    changed = [field.name for field in fields(Request) if getattr(config, field.name) != field.default]
     flags = [with_dashes(f"--{name}") for name in changed if name in unused]
     return [f"{flag} has no effect with {with_dashes(f'--{choice}')} {chosen}" for flag in flags]

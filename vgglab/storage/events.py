@@ -89,7 +89,7 @@ class EventFile:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._reading = threading.Lock()  # a dashboard's thread and a cell may read at the same time
+        self._lock = threading.Lock()  # a dashboard's thread and a cell may read at the same time
         self._reset()
 
     def _reset(self) -> None:
@@ -111,7 +111,7 @@ class EventFile:
         if self.file.is_symlink():
             raise UserError(f"{self.file}: is a symbolic link and was not read")
         if self.file.is_file():
-            with self._reading, _open(self.file) as lines:
+            with self._lock, _open(self.file) as lines:
                 size = os.fstat(lines.fileno()).st_size
                 if size > MAX_EVENTS_BYTES:
                     raise UserError(

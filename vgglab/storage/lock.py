@@ -19,7 +19,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MAX_WAIT_SECONDS = 30.0
-_held: set[tuple[int, int]] = set()  # our locks; opening and closing such a file again would release its lock
+_held: set[tuple[int, int]] = set()  # files that we have locked; opening and closing one again would release its lock
 
 
 class LockHeld(Exception):

@@ -194,8 +194,8 @@ def _reject(constant: str) -> None:
 
 def is_intact(line: bytes) -> bool:
     """Whether a line is unchanged, byte for byte, according to its checksum; faster than ``has_changed``."""
-    body, found, check = line.rpartition(b', "check": "')
-    return found != b"" and check == b'%08x"}\n' % zlib.crc32(b"}", zlib.crc32(body))
+    body, separator, check = line.rpartition(b', "check": "')
+    return separator != b"" and check == b'%08x"}\n' % zlib.crc32(b"}", zlib.crc32(body))
 
 
 def has_changed(content: Content) -> bool:
