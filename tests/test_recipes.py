@@ -15,7 +15,7 @@ from vgglab.devices.compat import load_tensors
 from vgglab.model import build
 from vgglab.optim import Objective, build_optimizer
 from vgglab.settings.config import Request
-from vgglab.settings.inheritance import checked
+from vgglab.settings.inheritance import check_setting
 from vgglab.settings.parser import parse_flags
 from vgglab.settings.recipes import RECIPE_DATA, RECIPES
 
@@ -59,7 +59,7 @@ def test_a_plan_knows_which_data_each_recipe_is_for():
 def test_a_recipe_has_values_that_its_flags_accept(recipe):
     for item in fields(Request):
         if item.name in RECIPES[recipe]:
-            assert checked(item, RECIPES[recipe][item.name]) == RECIPES[recipe][item.name]
+            assert check_setting(item, RECIPES[recipe][item.name]) == RECIPES[recipe][item.name]
 
 
 @pytest.mark.parametrize("name", CROPS)
