@@ -9,7 +9,7 @@ from conftest import PROJECT
 from vgglab.errors import UserError
 from vgglab.optim import OPTIMIZERS
 from vgglab.settings.config import Request
-from vgglab.settings.parser import parse_flags, warnings_about, without_effect
+from vgglab.settings.parser import parse_flags, settings_warnings, unused_settings
 from vgglab.settings.schedule import SCHEDULES, learning_rate
 
 # Flags and defaults of the original example. Left open here: the number of classes (the folder's), the workers (16,
@@ -150,11 +150,11 @@ def test_every_setting_is_used_somewhere():
 def test_a_setting_without_effect_is_a_warning():
     """``--end-lr`` with the step schedule was recorded and did nothing."""
     config = parse_flags(["--end-lr=0.1", "--rmsprop-eps=0.1", "--lr-gamma=0.2"])
-    assert warnings_about(config) == ["--end-lr has no effect with --lr-schedule step"]
+    assert settings_warnings(config) == ["--end-lr has no effect with --lr-schedule step"]
     config = replace(config, lr_schedule="cosine")
-    assert warnings_about(config) == ["--lr-gamma has no effect with --lr-schedule cosine"]
+    assert settings_warnings(config) == ["--lr-gamma has no effect with --lr-schedule cosine"]
     options = {name: kind.options.values() for name, kind in OPTIMIZERS.items()}
-    assert without_effect(config, "optimizer", options) == ["--rmsprop-eps has no effect with --optimizer sgd"]
+    assert unused_settings(config, "optimizer", options) == ["--rmsprop-eps has no effect with --optimizer sgd"]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

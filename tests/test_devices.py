@@ -11,7 +11,7 @@ from processes import python, ranks
 from vgglab import Run
 from vgglab.devices import KINDS, open_device
 from vgglab.errors import UserError
-from vgglab.runs.report import _figures, build_report
+from vgglab.runs.report import _compute_metrics, build_report
 from vgglab.storage.schema import DOCUMENTS
 from vgglab.train import main
 
@@ -103,7 +103,7 @@ def test_each_figure_of_the_report_is_known_to_its_reader_and_a_simulated_card_h
     """A new figure needs a type in the schema, and null as its value on a simulated card."""
     run = run_ranks(tmp_path, images, "gcu-sim", 1, "--skip-steps=0", "--timers")
     report = build_report(run)
-    assert _figures(run, report["global_batch_size"]).keys() == DOCUMENTS["report.json"].keys()
+    assert _compute_metrics(run, report["global_batch_size"]).keys() == DOCUMENTS["report.json"].keys()
     numbers = {name for name, value in report.items() if isinstance(value, (int, float)) and type(value) is not bool}
     assert numbers <= NO_SPEED
     assert [report[name] for name in ("phase_seconds", "host_reads", "first_step_seconds")] == [None] * 3

@@ -248,7 +248,7 @@ MUTATIONS = {
     "card tensors in a checkpoint": (
         LAZY,
         "runs/checkpoint.py",
-        "    content = _on_cpu(content)\n",
+        "    content = _to_cpu(content)\n",
         "",
         "torch.save of a tensor",
     ),

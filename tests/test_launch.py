@@ -15,7 +15,7 @@ from conftest import PATIENCE_SECONDS, TINY, shell, wait_until
 from processes import Child, python
 
 import vgglab
-from vgglab.runs.run import is_a_run
+from vgglab.runs.run import is_run_dir
 
 MARK = f"VGGLAB_TEST_MARK_{os.getpid()}"  # another suite on this machine has other ones
 
@@ -198,7 +198,7 @@ def test_ctrl_backslash_ends_a_run_with_its_workers_and_the_run_can_go_on(images
     """SIGQUIT reaches every process in the terminal's foreground group, and none of them cleans up."""
     flags = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--resume=auto", "--workers=2"]
     process = Child(["-m", "vgglab.train", *flags, "--epochs=100000"], preexec_fn=no_core_dump)
-    wait_until(lambda: is_a_run(tmp_path / "run") and vgglab.Run(tmp_path / "run").events("checkpoint"))
+    wait_until(lambda: is_run_dir(tmp_path / "run") and vgglab.Run(tmp_path / "run").events("checkpoint"))
     os.killpg(process.pid, signal.SIGQUIT)
     assert process.wait() == -signal.SIGQUIT
     wait_until(lambda: not has_group(process.pid))

@@ -25,8 +25,8 @@ from vgglab.devices.memory import keep_freed_memory
 from vgglab.errors import UserError
 from vgglab.lab.bench import step
 from vgglab.pace import PHASES
-from vgglab.runs.report import Speed, remark_on_steadiness
-from vgglab.runs.run import holds_a_run
+from vgglab.runs.report import SpeedStatistics, steadiness_warning
+from vgglab.runs.run import has_run_files
 from vgglab.storage.cache import use_private_temporary_folder
 from vgglab.view import results
 
@@ -116,7 +116,7 @@ def test_fast_on_a_gcu_is_its_mixed_precision(images, tmp_path):
 
 def test_each_step_is_timed_and_the_first_since_the_start_of_the_process(images, tmp_path):
     # As if importing torch took 1000 s.
-    code = "import sys; from vgglab.dist import ranks; ranks.STARTED -= 1000\n"
+    code = "import sys; from vgglab.dist import ranks; ranks.PROCESS_STARTED -= 1000\n"
     code += "from vgglab.train import main; main(sys.argv[1:])"
     flags = ["--print-freq=2", "--epochs=3", "--skip-steps=3", f"--run-dir={tmp_path / 'run'}"]
     result = python("-c", code, *TINY, f"--data-path={images}", *flags)
@@ -136,12 +136,12 @@ def test_each_step_is_timed_and_the_first_since_the_start_of_the_process(images,
 
 def test_uneven_steps_are_remarked_upon():
     def remark(*intervals):
-        speed = Speed()
+        speed = SpeedStatistics()
         for step_seconds in intervals:
             figures = {"interval_steps": len(step_seconds), "interval_images": 1, "interval_seconds": sum(step_seconds)}
             more = {"is_measured": True, "images_per_second": 1.0, "data_seconds": 0.0, "step_seconds": step_seconds}
             speed.add({**figures, **more})
-        return remark_on_steadiness(speed.of_steps())
+        return steadiness_warning(speed.step_statistics())
 
     assert remark([0.1] * 10, [0.11] * 10) == ""
     assert remark([0.1] * 17, [0.3] * 3).startswith(
@@ -237,7 +237,7 @@ def test_a_run_that_is_asked_to_leave_while_it_is_traced_leaves_its_trace(images
     words = [sys.executable, "-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}"]
     words += ["--epochs=1000", "--trace=100000", "--skip-steps=1", "--print-freq=1"]
     process = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: holds_a_run(tmp_path / "run") and len(Run(tmp_path / "run").events("train")) > 3)
+    wait_until(lambda: has_run_files(tmp_path / "run") and len(Run(tmp_path / "run").events("train")) > 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_SECONDS) == 75
     assert (tmp_path / "run" / "trace.json").exists()

@@ -15,9 +15,9 @@ from vgglab.devices.compat import load_tensors
 from vgglab.model import build
 from vgglab.optim import Objective, build_optimizer
 from vgglab.settings.config import Request
-from vgglab.settings.inheritance import checked
+from vgglab.settings.inheritance import check_setting
 from vgglab.settings.parser import parse_flags
-from vgglab.settings.recipes import MADE_FOR, RECIPES
+from vgglab.settings.recipes import RECIPE_DATA, RECIPES
 
 SEED_COMMAND = (
     "--device=cpu --data-path=imagenet_raw --batch-size=192 --epochs=90 --model=vgg16 --workers=8 "
@@ -51,15 +51,15 @@ def test_a_flag_overrides_a_recipe_wherever_it_stands(order):
 
 
 def test_a_plan_knows_which_data_each_recipe_is_for():
-    assert MADE_FOR.keys() == RECIPES.keys()
-    assert {*MADE_FOR.values()} <= {"imagenet", "digits"}
+    assert RECIPE_DATA.keys() == RECIPES.keys()
+    assert {*RECIPE_DATA.values()} <= {"imagenet", "digits"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_has_values_that_its_flags_accept(recipe):
     for item in fields(Request):
         if item.name in RECIPES[recipe]:
-            assert checked(item, RECIPES[recipe][item.name]) == RECIPES[recipe][item.name]
+            assert check_setting(item, RECIPES[recipe][item.name]) == RECIPES[recipe][item.name]
 
 
 @pytest.mark.parametrize("name", CROPS)
@@ -98,21 +98,21 @@ def blended(**settings):
 
 def test_mixup_adds_neighbours_and_cutmix_pastes_them():
     _, images, labels, mixed, targets = blended(mixup=1.0)
-    share, others = targets.share.item(), images.roll(1, 0)
+    share, others = targets.ratio.item(), images.roll(1, 0)
     assert 0 < share < 1
     assert torch.allclose(mixed, share * images + (1 - share) * others)
-    assert targets.others.tolist() == labels.roll(1).tolist()
+    assert targets.mixed_labels.tolist() == labels.roll(1).tolist()
     _, images, _, mixed, targets = blended(cutmix=1.0)
     is_own = (mixed == images).all(dim=1)  # (N, S, S)
     is_other = (mixed == images.roll(1, 0)).all(dim=1)
     assert (is_own | is_other).all()
-    assert targets.share.item() == pytest.approx(is_own.float().mean().item())
-    assert 0 < targets.share.item() < 1
+    assert targets.ratio.item() == pytest.approx(is_own.float().mean().item())
+    assert 0 < targets.ratio.item() < 1
 
 
 def test_the_loss_of_a_blend_is_the_cross_entropy_to_its_soft_target():
     objective, _, labels, _, targets = blended(cutmix=1.0, label_smoothing=0.1)
-    logits, share = torch.randn(4, 3), targets.share
+    logits, share = torch.randn(4, 3), targets.ratio
     hot = nn.functional.one_hot
     soft = share * hot(labels, 3) + (1 - share) * hot(labels.roll(1), 3)
     soft = 0.9 * soft + 0.1 / 3

@@ -14,8 +14,8 @@ from processes import Child, python
 
 import vgglab
 from vgglab import Run, UserError
-from vgglab.dist.processes import processes_of
-from vgglab.runs.run import ACTIVE, is_a_run
+from vgglab.dist.processes import find_processes
+from vgglab.runs.run import ACTIVE, is_run_dir
 
 BLOCK = 4096
 
@@ -122,7 +122,7 @@ def test_a_disk_that_becomes_read_only_costs_one_line_that_names_all_that_is_mis
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
     words = ["-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={disk / 'run'}", "--epochs=3"]
     process = Child([*words, "--print-freq=1"], env=environment)
-    wait_until(lambda: is_a_run(disk / "run") and Run(disk / "run").events("checkpoint"))
+    wait_until(lambda: is_run_dir(disk / "run") and Run(disk / "run").events("checkpoint"))
     abort()
     (tmp_path / "aborted").touch()
     process.wait()
@@ -145,7 +145,7 @@ def test_a_disk_that_is_full_at_the_start_refuses_the_run_and_nothing_waits(imag
         result = trained(f"--data-path={images}", f"--run-dir={run_dir}")
         assert (result.returncode, result.stderr.count("error:")) == (2, 1)
         assert str(run_dir) in result.stderr
-        if num_blocks and is_a_run(run_dir):  # it had room for its first lines
+        if num_blocks and is_run_dir(run_dir):  # it had room for its first lines
             assert Run(run_dir).status == "failed"
             Run(run_dir).watch()  # returns
             continue
@@ -160,8 +160,8 @@ def test_a_launch_onto_a_full_disk_is_refused_or_fails_and_leaves_no_process(ima
         path = disk / f"run{num_blocks}"
         with pytest.raises(UserError, match=str(path)):
             vgglab.launch([*TINY, f"--data-path={images}", f"--run-dir={path}"], watch=False).wait()
-        assert processes_of(path) == []
-        assert not is_a_run(path) or Run(path).status == "failed"
+        assert find_processes(path) == []
+        assert not is_run_dir(path) or Run(path).status == "failed"
 
 
 PLACES = ("events.jsonl", "lock", "config.tmp", "env.tmp", "report.tmp", "log/rank0.txt", "log/rank0.jsonl",

@@ -12,11 +12,11 @@ import pytest
 from conftest import PROJECT
 
 from vgglab import Run, UserError
-from vgglab.dist.processes import signature
+from vgglab.dist.processes import identity
 from vgglab.lab.plan import plan_training
 from vgglab.runs.compare import compare_runs
 from vgglab.runs.report import build_report
-from vgglab.runs.run import LAUNCHED
+from vgglab.runs.run import LAUNCH_FILE
 from vgglab.settings.parser import parse_flags
 from vgglab.storage.files import inode_of
 from vgglab.storage.lock import Lock
@@ -153,7 +153,7 @@ def test_no_number_in_a_foreign_run_directory_makes_stop_send_a_signal(run, monk
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
     (run.path / "events.jsonl").write_text("".join(events[:-1]))
     env = json.loads((run.path / "env.json").read_text())
-    began = signature(1)["process"] if pid in (1, True) else env["process"]
+    began = identity(1)["process"] if pid in (1, True) else env["process"]
     (run.path / "env.json").write_text(json.dumps({**env, "pid": pid, "process": began}))
     sent = []
     monkeypatch.setattr(os, "kill", lambda *words: sent.append(words))
@@ -166,7 +166,7 @@ def test_a_copy_of_an_active_run_is_not_active(run):
     """It said that it runs, for as long as the run that it was copied from."""
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
     (run.path / "events.jsonl").write_text("".join(events[:-1]))
-    write_document(run.path / "env.json", {**run.env, **signature(os.getpid())})  # a process that lives, without a lock
+    write_document(run.path / "env.json", {**run.env, **identity(os.getpid())})  # a process that lives, without a lock
     assert Run(run.path).status == "failed"
 
 
@@ -174,8 +174,8 @@ def test_a_copy_of_a_launched_run_is_not_active(run, tmp_path):
     """It said that it runs, for as long as the process that had launched the original."""
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
     (run.path / "events.jsonl").write_text("".join(events[:-1]))
-    launcher = {**signature(os.getpid()), "inode": inode_of(run.path)}
-    write_document(run.path / LAUNCHED, {**launcher, "argv": [], "command": []})
+    launcher = {**identity(os.getpid()), "inode": inode_of(run.path)}
+    write_document(run.path / LAUNCH_FILE, {**launcher, "argv": [], "command": []})
     assert Run(run.path).status == "running"
     assert Run(run.path.rename(tmp_path / "renamed")).status == "running"
     assert Run(shutil.copytree(tmp_path / "renamed", tmp_path / "copied")).status == "failed"
@@ -219,7 +219,7 @@ def test_a_run_whose_lock_is_another_name_for_someone_elses_does_not_stop_him(ru
         assert victim.stdout.readline() == b"held\n"
         events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
         (run.path / "events.jsonl").write_text("".join(events[:-1]))
-        write_document(run.path / "env.json", {**run.env, **signature(victim.pid)})
+        write_document(run.path / "env.json", {**run.env, **identity(victim.pid)})
         with pytest.raises(UserError, match="cannot confirm"):
             Run(run.path).stop()
         assert victim.poll() is None
@@ -242,10 +242,10 @@ def test_who_is_named_in_a_foreign_run_directory_is_not_stopped(run, stranger):
     """All that names a process can be read from /proc by everybody; only the run itself holds its lock."""
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
     (run.path / "events.jsonl").write_text("".join(events[:-1]))
-    write_document(run.path / "env.json", {**run.env, **signature(stranger.pid)})
+    write_document(run.path / "env.json", {**run.env, **identity(stranger.pid)})
     assert Run(run.path).stop().endswith("it had already ended; failed")
     for name in ("launch.json", "env.json"):
-        write_document(run.path / name, {**run.env, **signature(stranger.pid), "command": [], "argv": []})
+        write_document(run.path / name, {**run.env, **identity(stranger.pid), "command": [], "argv": []})
     with pytest.raises(UserError, match=r"cannot confirm that process [0-9]+ on .* belongs to this run"):
         Run(run.path).stop()
     assert stranger.poll() is None

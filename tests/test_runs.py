@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY
 
 import vgglab
-from vgglab.dist.processes import signature
+from vgglab.dist.processes import identity
 from vgglab.storage.lock import Lock
 from vgglab.storage.schema import with_checksum
 from vgglab.view.figures import bands
@@ -64,7 +64,7 @@ def dead():
 def owned_by(path, name, pid):
     file = path / name
     content = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**content, **signature(pid)}))
+    file.write_text(json.dumps({**content, **identity(pid)}))
 
 
 def test_only_testing_in_place_is_refused_and_voids_nothing(train):

@@ -47,8 +47,8 @@ def test_a_schedule_says_whether_more_epochs_change_the_rates_of_the_first(sched
     assert (rates[0] != rates[1]) == SCHEDULES[schedule].depends_on_epochs
 
 
-@pytest.mark.parametrize(("name", "num_kept"), [("sgd", 1), ("rmsprop", 2)])
-def test_an_optimizer_keeps_as_many_tensors_as_the_plan_counts(name, num_kept):
+@pytest.mark.parametrize(("name", "num_state_tensors"), [("sgd", 1), ("rmsprop", 2)])
+def test_an_optimizer_keeps_as_many_tensors_as_the_plan_counts(name, num_state_tensors):
     config = parse_flags([f"--optimizer={name}"])
     network = build("vgg11", num_classes=3, head="small")
     optimizer = build_optimizer(config, network)
@@ -56,16 +56,16 @@ def test_an_optimizer_keeps_as_many_tensors_as_the_plan_counts(name, num_kept):
     optimizer.step()
     for parameter in network.parameters():
         kept = [value for value in optimizer.state[parameter].values() if torch.is_tensor(value) and value.dim()]
-        assert len(kept) == num_kept == OPTIMIZERS[name].num_kept(config)
-        assert {*OPTIMIZERS[name].averages} <= optimizer.state[parameter].keys()  # without them no run resumes
+        assert len(kept) == num_state_tensors == OPTIMIZERS[name].num_state_tensors(config)
+        assert {*OPTIMIZERS[name].state_keys} <= optimizer.state[parameter].keys()  # without them no run resumes
     assert sorted(OPTIMIZERS) == ["rmsprop", "sgd"]  # each has a row here
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_with_a_fused_step_is_known_to_have_one(name):
     """Else ``--fast`` leaves it out."""
-    can_fuse = "fused" in inspect.signature(OPTIMIZERS[name].optimizer).parameters
-    assert OPTIMIZERS[name].can_fuse or not can_fuse
+    supports_fused = "fused" in inspect.signature(OPTIMIZERS[name].optimizer).parameters
+    assert OPTIMIZERS[name].supports_fused or not supports_fused
 
 
 def test_end_lr_is_what_cosine_falls_towards():

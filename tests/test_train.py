@@ -613,13 +613,13 @@ def test_ctrl_c_in_a_finalizer_is_not_printed_and_the_next_one_is_answered():
     """A generator of the loop was being closed as the second came: its traceback was the last thing said."""
     code = """
 import signal
-from vgglab.dist.interrupts import deferring_signals
+from vgglab.dist.interrupts import defer_signals
 def batches():
     try:
         yield
     finally:
         signal.raise_signal(signal.SIGINT)
-with deferring_signals():
+with defer_signals():
     signal.raise_signal(signal.SIGINT)
     opened = batches()
     next(opened)

@@ -21,7 +21,7 @@ def main(machine: str) -> int:
     for notebook in notebooks:
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)  # the runs go there
-            chapters += Book(num_at_once=1).execute(jobs_for([notebook], Path(folder), {}))
+            chapters += Book(num_parallel=1).execute(jobs_for([notebook], Path(folder), {}))
             os.chdir(os.path.dirname(folder))
     if any(chapter.fault for chapter in chapters):
         return 1

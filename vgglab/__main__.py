@@ -55,8 +55,8 @@ def main() -> NoReturn:
         print(f"vgglab {__version__}")
         sys.exit(0)
     if name not in NAMES:
-        close = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(NAMES)}"
+        matches = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"did you mean {matches[0]}?" if matches else f"choose from {', '.join(NAMES)}"
         print(f"vgglab: error: {name!r} is not a command; {hint}", file=sys.stderr)
         sys.exit(2)
     if name == "train":
@@ -83,7 +83,7 @@ def _complete() -> None:
         elif name == "train":
             from vgglab.settings.parser import build_parser
 
-            commands.add_parser(name, parents=[build_parser(shows_all=True)], add_help=False)
+            commands.add_parser(name, parents=[build_parser(show_all=True)], add_help=False)
         else:
             module = importlib.import_module(f"vgglab.commands.{name}")
             commands.add_parser(name, parents=[module.parser()], add_help=False)

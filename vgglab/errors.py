@@ -6,22 +6,22 @@ import contextlib
 from typing import Any, Iterator
 
 # Characters that control a terminal, reverse the reading direction, fake a line break, or cannot be encoded.
-NOT_PRINTED = [*range(9), *range(11, 32), *range(127, 160), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F)]
-NOT_PRINTED += [*range(0x2066, 0x206A), *range(0xD800, 0xE000)]
-_PRINTED = dict.fromkeys(NOT_PRINTED, "\N{REPLACEMENT CHARACTER}")
+UNPRINTABLE = [*range(9), *range(11, 32), *range(127, 160), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F)]
+UNPRINTABLE += [*range(0x2066, 0x206A), *range(0xD800, 0xE000)]
+_REPLACEMENTS = dict.fromkeys(UNPRINTABLE, "\N{REPLACEMENT CHARACTER}")
 
 
 def printable(value: Any) -> Any:
     """Replace characters that control a terminal or reverse the reading direction; newlines and tabs are kept."""
     if isinstance(value, str):
-        return value if value.isascii() and value.isprintable() else value.translate(_PRINTED)
+        return value if value.isascii() and value.isprintable() else value.translate(_REPLACEMENTS)
     if isinstance(value, dict):
         return {printable(name): printable(item) for name, item in value.items()}
     return [printable(item) for item in value] if isinstance(value, list) else value
 
 
 # Advice in errors about a loss or weight that is not finite.
-NOT_FINITE = "the last checkpoint is from an earlier step; lower --lr or lengthen --warmup"
+NOT_FINITE_ADVICE = "the last checkpoint is from an earlier step; lower --lr or lengthen --warmup"
 
 
 class UserError(Exception):
@@ -48,12 +48,12 @@ class BadImage(UserError):
 
 
 @contextlib.contextmanager
-def error_context(culprit: str) -> Iterator[None]:
+def error_context(subject: str) -> Iterator[None]:
     """Prefix each UserError raised in the block with the flag or file: ``--resume x.pt: is damaged``."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{culprit}: {error}") from None
+        raise UserError(f"{subject}: {error}") from None
 
 
 class RunFailed(RuntimeError):

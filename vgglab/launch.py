@@ -21,11 +21,11 @@ from typing import IO, Any, Callable, Generator, Sequence
 
 from vgglab.dist import processes, ranks
 from vgglab.errors import RunFailed, UserError
-from vgglab.runs.run import ACTIVE, LAUNCHED, Run, is_a_run, make_run_folder, run_path
-from vgglab.runs.seeds import folder_of, for_one, is_done, seeds_of, without_seeds
+from vgglab.runs.run import ACTIVE, LAUNCH_FILE, Run, is_run_dir, make_run_dir, run_path
+from vgglab.runs.seeds import flags_for_seed, is_done, parse_seeds, remove_seeds_flag, seeds_folder
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags
-from vgglab.storage.files import inode_of, make_folder, refusing_links, writing
+from vgglab.storage.files import inode_of, make_folder, nofollow_opener, write_errors
 from vgglab.storage.lock import exclusive_access
 from vgglab.storage.schema import write_document
 from vgglab.view import seeds_board
@@ -82,45 +82,45 @@ def launch(
     argv += [_as_flag(name, value) for name, value in settings.items() if value is not None]
     config = parse_flags(argv)
     ranks.grace_period_seconds()  # raises for an invalid value, before the run directory is created
-    config = replace(config, world_size=config.nproc * _checked_count("nnodes", nnodes))
+    config = replace(config, world_size=config.nproc * _check_count("nnodes", nnodes))
     if config.seeds is not None:
         if nnodes > 1 or detach:
             raise UserError(
                 "seeds: cannot be combined with nnodes or detach, because this process starts one run after the other"
             )
-        return _launch_each(argv, config, watch, python)
+        return _launch_seeds(argv, config, watch, python)
     if nnodes > 1 and (not rendezvous or config.run_dir is None):
         raise UserError("nnodes: with several machines, set rendezvous='<first machine>:<port>' and a shared run_dir")
     path = run_path(config)
-    is_multiple = config.world_size > 1 or config.max_restarts > 0
-    argv_of_run = [*argv, f"--run-dir={path}"]
-    command = ranks.training_command(argv_of_run, python or sys.executable)
+    has_launcher = config.world_size > 1 or config.max_restarts > 0
+    run_argv = [*argv, f"--run-dir={path}"]
+    command = ranks.training_command(run_argv, python or sys.executable)
     if nnodes > 1:
         command = [*_torchrun(command[0], config, nnodes, node_rank, rendezvous), *command]
-    goes_on = config.resume == "auto" and config.run_dir is not None and is_a_run(path)
-    log = path / "log" / ("launcher.txt" if is_multiple else "rank0.txt")
-    is_new = not goes_on and node_rank == 0
-    run = LaunchedRun(path, _start(command, argv, path, log, detach, node_rank, is_new), is_multiple)
+    is_continued = config.resume == "auto" and config.run_dir is not None and is_run_dir(path)
+    log = path / "log" / ("launcher.txt" if has_launcher else "rank0.txt")
+    is_new = not is_continued and node_rank == 0
+    run = LaunchedRun(path, _start(command, argv, path, log, detach, node_rank, is_new), has_launcher)
     if watch:
         run.watch()
     return run
 
 
-def _launch_each(argv: Sequence[str], config: Request, watch: bool, python: str | None) -> LaunchedSeeds:
-    words = without_seeds(argv)
+def _launch_seeds(argv: Sequence[str], config: Request, watch: bool, python: str | None) -> LaunchedSeeds:
+    run_argv = remove_seeds_flag(argv)
 
-    def start(number: int, path: Path) -> LaunchedRun:
-        run = launch([*words, *for_one(number, path)], watch=False, python=python)
+    def start(seed: int, path: Path) -> LaunchedRun:
+        run = launch([*run_argv, *flags_for_seed(seed, path)], watch=False, python=python)
         assert isinstance(run, LaunchedRun)
         return run
 
-    seeds = LaunchedSeeds(folder_of(config), seeds_of(config), start)
+    seeds = LaunchedSeeds(seeds_folder(config), parse_seeds(config), start)
     if watch:
         seeds.watch()
     return seeds
 
 
-def _checked_count(name: str, value: Any) -> int:
+def _check_count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name}: {value!r} is not a whole number of at least 1")
     return value
@@ -131,7 +131,7 @@ def _torchrun(python: str, config: Request, nnodes: int, node_rank: int, rendezv
 
     It does not use the script ``torchrun``, which may not be on the PATH, and uses only flags that torch 1.10 accepts.
     """
-    command = [python, "-u", "-c", ranks.TORCHRUN, f"--nproc_per_node={config.nproc}", "--rdzv_backend=c10d"]
+    command = [python, "-u", "-c", ranks.TORCHRUN_CODE, f"--nproc_per_node={config.nproc}", "--rdzv_backend=c10d"]
     command += [f"--max_restarts={config.max_restarts}", f"--rdzv_endpoint={rendezvous}", "--rdzv_id=vgglab"]
     # With c10d the machines agree on their order, so node_rank only decides which one creates the run directory.
     return [*command, f"--nnodes={nnodes}", f"--node_rank={node_rank}", "--no_python"]
@@ -145,24 +145,24 @@ def _start(
     command: list[str], argv: list[str], path: Path, log: Path, detach: bool, node_rank: int, is_new: bool
 ) -> subprocess.Popen:
     if is_new:
-        make_run_folder(path)
-    with writing(path):
+        make_run_dir(path)
+    with write_errors(path):
         make_folder(log.parent)
     with exclusive_access(log.parent):
-        if node_rank == 0 and is_a_run(path) and Run(path).status in ACTIVE:
+        if node_rank == 0 and is_run_dir(path) and Run(path).status in ACTIVE:
             raise UserError(f"run_dir {path}: {Run(path).writer()}")
-        return _start_alone(command, argv, path, log, detach)
+        return _start_process(command, argv, path, log, detach)
 
 
-def _start_alone(command: list[str], argv: list[str], path: Path, log: Path, detach: bool) -> subprocess.Popen:
-    with writing(path):
-        output = open(log, "ab", opener=refusing_links)  # noqa: SIM115
+def _start_process(command: list[str], argv: list[str], path: Path, log: Path, detach: bool) -> subprocess.Popen:
+    with write_errors(path):
+        log_file = open(log, "ab", opener=nofollow_opener)  # noqa: SIM115
     try:
-        with output:
+        with log_file:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL if detach else subprocess.PIPE,
-                stdout=output,
+                stdout=log_file,
                 stderr=subprocess.STDOUT,
                 env=_environment(path, detach),
                 start_new_session=True,  # shields the run from Ctrl-C in the kernel; stop() sends SIGTERM
@@ -172,9 +172,9 @@ def _start_alone(command: list[str], argv: list[str], path: Path, log: Path, det
     if process.stdin is not None:
         _pipes.add(process.stdin)
     try:
-        with writing(path):
-            launcher = {**processes.signature(process.pid), "inode": inode_of(path)}
-            write_document(path / LAUNCHED, {**launcher, "argv": argv, "command": command})
+        with write_errors(path):
+            record = {**processes.identity(process.pid), "inode": inode_of(path)}
+            write_document(path / LAUNCH_FILE, {**record, "argv": argv, "command": command})
     except UserError:
         process.kill()
         process.communicate()
@@ -184,7 +184,7 @@ def _start_alone(command: list[str], argv: list[str], path: Path, log: Path, det
 
 def _environment(path: Path, detach: bool) -> dict[str, str]:
     """The environment of a run: that of this process, the run directory, and ``PYTHONPATH`` for this package."""
-    environment = {**ranks.with_package(os.environ), ranks.MARK: str(path.resolve())}
+    environment = {**ranks.with_package_path(os.environ), ranks.MARK: str(path.resolve())}
     if not detach:
         environment[ranks.TIED_TO_LAUNCHER] = "1"
     return environment
@@ -193,12 +193,12 @@ def _environment(path: Path, detach: bool) -> dict[str, str]:
 class LaunchedRun(NotebookRun):
     """A run started by this process. ``await run`` in a cell waits for it while the Stop button keeps working."""
 
-    def __init__(self, path: Path, process: subprocess.Popen, is_multiple: bool = False) -> None:
+    def __init__(self, path: Path, process: subprocess.Popen, has_launcher: bool = False) -> None:
         super().__init__(path)
         self.process = process
-        self.is_multiple = is_multiple  # whether a launcher starts its ranks
+        self.has_launcher = has_launcher  # whether a launcher starts its ranks
         self._was_stopped = False
-        self._ends_before = self.events("end")  # end events of earlier launches in the same folder
+        self._earlier_ends = self.events("end")  # end events of earlier launches in the same folder
 
     def _has_ended(self) -> bool:
         if self.process.poll() is None:
@@ -211,7 +211,7 @@ class LaunchedRun(NotebookRun):
     @property
     def status(self) -> str:
         has_ended = self._has_ended()  # checked first: the run may end while its events are read
-        if has_ended and self.events("end") in ([], self._ends_before):  # it could not record how it ended
+        if has_ended and self.events("end") in ([], self._earlier_ends):  # it could not record how it ended
             return "interrupted" if self._was_stopped else "failed"
         status = super().status
         if not has_ended and status in ("failed", "interrupted", "done"):
@@ -268,17 +268,17 @@ class LaunchedRun(NotebookRun):
             return
         processes.kill_all(self.path)  # in case the launcher itself was killed
         lines = self.logs().strip().splitlines() or [f"{self.path}: its log is empty; is the disk full?"]
-        if code == ranks.EXIT_BAD_INPUT and not self.is_multiple:
+        if code == ranks.EXIT_BAD_INPUT and not self.has_launcher:
             raise UserError(lines[-1].replace("vgglab.train: error: ", ""))
         cause = next(iter(self.failures()), None)
         if cause and cause["exit_code"] == ranks.EXIT_BAD_INPUT:
             raise UserError(cause["error"].partition(": ")[2])
         if code == ranks.EXIT_BAD_INPUT:
-            refusals = [line for line in self.logs("launcher").splitlines() if "error: " in line]
-            raise UserError(refusals[-1].partition("error: ")[2] if refusals else lines[-1])
-        if cause and self.is_multiple:
-            how = "failed" if cause["exit_code"] >= 0 else cause["error"]  # this error says what killed the rank
-            raise RunFailed(f"the run in {self.path}: rank {cause['rank']} {how}\n{cause['traceback']}".rstrip())
+            errors = [line for line in self.logs("launcher").splitlines() if "error: " in line]
+            raise UserError(errors[-1].partition("error: ")[2] if errors else lines[-1])
+        if cause and self.has_launcher:
+            outcome = "failed" if cause["exit_code"] >= 0 else cause["error"]  # this error says what killed the rank
+            raise RunFailed(f"the run in {self.path}: rank {cause['rank']} {outcome}\n{cause['traceback']}".rstrip())
         tail = "\n".join(lines[-NUM_LOG_LINES_SHOWN:])
         raise RunFailed(f"the run in {self.path} ended with exit code {code}\n{tail}")
 
@@ -286,24 +286,24 @@ class LaunchedRun(NotebookRun):
 class LaunchedSeeds(NotebookSeeds):
     """A series of seeds started by ``launch``; its runs are executed one after the other."""
 
-    def __init__(self, path: Path, numbers: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
+    def __init__(self, path: Path, seed_values: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
         self.path = path.absolute()
         self._runs = {}
-        self.numbers = numbers
+        self.seed_values = seed_values
         self.current: LaunchedRun | None = None
         self.failure: Exception | None = None
         self._start, self._is_stopped, self._lock = start, threading.Event(), threading.Lock()
-        self._thread = threading.Thread(target=self._train_each, daemon=True, name="vgglab seeds")
+        self._thread = threading.Thread(target=self._train_seeds, daemon=True, name="vgglab seeds")
         self._thread.start()
 
-    def _train_each(self) -> None:
-        for number in self.numbers:
+    def _train_seeds(self) -> None:
+        for seed in self.seed_values:
             if self._is_stopped.is_set():
                 return
             try:
-                if is_done(self.path / f"seed-{number}"):
+                if is_done(self.path / f"seed-{seed}"):
                     continue
-                run = self._start(number, self.path)
+                run = self._start(seed, self.path)
                 with self._lock:  # stop() either finds this run, or has already set _is_stopped
                     self.current = run
                 if self._is_stopped.is_set():

@@ -67,7 +67,7 @@ class VGG(nn.Module):
         if init not in INITS:
             raise UserError(f"unknown init {init!r}; choose from {', '.join(INITS)}")
         side, width = HEADS[head]
-        self.features = _features(layers, batch_norm)
+        self.features = _make_features(layers, batch_norm)
         self.avgpool = nn.AdaptiveAvgPool2d((side, side))
         self.classifier = nn.Sequential(
             nn.Linear(512 * side * side, width),
@@ -88,7 +88,7 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(maps, 1))  # (N, num_classes)
 
 
-def _features(layers: list[int | str], batch_norm: bool) -> nn.Sequential:
+def _make_features(layers: list[int | str], batch_norm: bool) -> nn.Sequential:
     modules: list[nn.Module] = []
     in_channels = 3
     for layer in layers:
@@ -156,15 +156,15 @@ def build(name: str, **options: Any) -> VGG:
     Raises:
         UserError: unknown name.
     """
-    depth = name[: -len("_bn")] if name.endswith("_bn") else name
-    if depth not in CONFIGURATIONS:
+    base_name = name[: -len("_bn")] if name.endswith("_bn") else name
+    if base_name not in CONFIGURATIONS:
         raise UserError(f"unknown network {name!r}; choose from {', '.join(model_names())}")
-    return VGG(CONFIGURATIONS[depth], batch_norm=name.endswith("_bn"), **options)
+    return VGG(CONFIGURATIONS[base_name], batch_norm=name.endswith("_bn"), **options)
 
 
 def model_names() -> list[str]:
     """The names of all eight networks."""
-    return [depth + suffix for depth in CONFIGURATIONS for suffix in ("", "_bn")]
+    return [base_name + suffix for base_name in CONFIGURATIONS for suffix in ("", "_bn")]
 
 
 def vgg11(**options: Any) -> VGG:
@@ -219,10 +219,10 @@ def load_pretrained(model: nn.Module, name: str) -> list[str]:
         UserError: the weights are not in torch's cache and cannot be downloaded.
     """
     published = _published_weights(name)
-    own = model.state_dict()
-    fitting = {key: value for key, value in published.items() if own[key].shape == value.shape}
-    model.load_state_dict(fitting, strict=False)
-    return sorted({key.rsplit(".", 1)[0] for key in published if key not in fitting})
+    current = model.state_dict()
+    matching = {key: value for key, value in published.items() if current[key].shape == value.shape}
+    model.load_state_dict(matching, strict=False)
+    return sorted({key.rsplit(".", 1)[0] for key in published if key not in matching})
 
 
 def published_file(name: str) -> tuple[str, Path]:

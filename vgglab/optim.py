@@ -25,22 +25,22 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-class OptimizerKind(NamedTuple):
+class OptimizerSpec(NamedTuple):
     """An optimizer that ``--optimizer`` can select."""
 
     optimizer: type[Optimizer]
     options: dict[str, str]  # arguments other than lr and weight_decay, and the settings they come from
     averages: tuple[str, ...] = ()  # state tensors that it keeps for each weight, besides momentum
-    can_fuse: bool = False  # whether it can update all weights in one kernel
+    supports_fused: bool = False  # whether it can update all weights in one kernel
 
-    def num_kept(self, config: Request) -> int:
+    def num_state_tensors(self, config: Request) -> int:
         """Number of state tensors per weight, each of the size of the weight; a checkpoint contains them too."""
-        return len(self.averages) + int("momentum" in self.options and config.momentum > 0)
+        return len(self.state_keys) + int("momentum" in self.options and config.momentum > 0)
 
 
 OPTIMIZERS = {
-    "sgd": OptimizerKind(SGD, {"momentum": "momentum", "nesterov": "nesterov"}, can_fuse=True),
-    "rmsprop": OptimizerKind(
+    "sgd": OptimizerSpec(SGD, {"momentum": "momentum", "nesterov": "nesterov"}, supports_fused=True),
+    "rmsprop": OptimizerSpec(
         RMSprop, {"momentum": "momentum", "alpha": "rmsprop_alpha", "eps": "rmsprop_eps"}, ("square_avg",)
     ),
 }
@@ -53,29 +53,29 @@ def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> 
     decides. With ``bias_weight_decay=False``, biases are exempt too.
 
     Args:
-        fused: use one kernel per step, if the optimizer ``can_fuse``.
+        fused: use one kernel per step, if the optimizer ``supports_fused``.
 
     Raises:
         KeyError: unknown optimizer.
     """
-    spared: list[nn.Parameter] = []  # exempt from weight decay
+    no_decay: list[nn.Parameter] = []  # exempt from weight decay
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            spared += [] if config.bn_weight_decay else module.parameters(recurse=False)
+            no_decay += [] if config.bn_weight_decay else module.parameters(recurse=False)
         elif config.bias_weight_decay is False and isinstance(getattr(module, "bias", None), nn.Parameter):
-            spared.append(module.bias)  # type: ignore[arg-type]
-    chosen = OPTIMIZERS[config.optimizer]
-    options = {name: getattr(config, setting) for name, setting in chosen.options.items()}
+            no_decay.append(module.bias)  # type: ignore[arg-type]
+    spec = OPTIMIZERS[config.optimizer]
+    options = {name: getattr(config, setting) for name, setting in spec.options.items()}
     options.update({"fused": True} if fused else {})  # only if needed: old versions of torch do not accept it
-    groups = _groups(model.parameters(), spared)
-    return without_compiler(chosen.optimizer)(groups, lr=config.lr, weight_decay=config.weight_decay, **options)
+    groups = _parameter_groups(model.parameters(), no_decay)
+    return without_compiler(spec.optimizer)(groups, lr=config.lr, weight_decay=config.weight_decay, **options)
 
 
-def _groups(parameters: Iterable[nn.Parameter], spared: list[nn.Parameter]) -> list[dict[str, Any]]:
-    spared_ids = {id(p) for p in spared}
-    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in spared_ids]}]
-    if spared:
-        groups.append({"params": spared, "weight_decay": 0.0})
+def _parameter_groups(parameters: Iterable[nn.Parameter], no_decay: list[nn.Parameter]) -> list[dict[str, Any]]:
+    no_decay_ids = {id(p) for p in no_decay}
+    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in no_decay_ids]}]
+    if no_decay:
+        groups.append({"params": no_decay, "weight_decay": 0.0})
     return groups
 
 
@@ -83,8 +83,8 @@ class Targets(NamedTuple):
     """The targets of a batch."""
 
     labels: Tensor  # (N,)
-    others: Tensor | None = None  # (N,), labels of the images that were blended in
-    share: Tensor | None = None  # weight of the first label, 0 to 1; a scalar on the device
+    mixed_labels: Tensor | None = None  # (N,), labels of the images that were blended in
+    ratio: Tensor | None = None  # weight of the first label, 0 to 1; a scalar on the device
 
 
 class Objective(nn.Module):
@@ -102,35 +102,35 @@ class Objective(nn.Module):
 
     def blend(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Targets]:
         """Apply mixup or cutmix to ``images (N, 3, S, S)`` if enabled; uses ``random``, which is seeded each step."""
-        ways = [(self.mixup, constant_mask), (self.cutmix, box_mask)]
-        wanted = [(alpha, mask_of) for alpha, mask_of in ways if alpha > 0]
-        if not wanted:
+        methods = [(self.mixup, constant_mask), (self.cutmix, box_mask)]
+        enabled = [(alpha, make_mask) for alpha, make_mask in methods if alpha > 0]
+        if not enabled:
             return images, Targets(labels)
-        alpha, mask_of = random.choice(wanted)
-        mask = mask_of(random.betavariate(alpha, alpha), images.shape[-1])
+        alpha, make_mask = random.choice(enabled)
+        mask = make_mask(random.betavariate(alpha, alpha), images.shape[-1])
         mask = self._device.move(mask, labels[:1])[0].to(images.dtype)  # (1, 1, S, S): weight of the first image
         blended = images * mask + images.roll(1, 0) * (1 - mask)
         return blended, Targets(labels, labels.roll(1, 0), mask.mean())
 
     def forward(self, logits: Tensor, targets: Targets) -> Tensor:
         """Return the loss, averaged over the batch, for ``logits (N, num_classes)``."""
-        if targets.others is None:
+        if targets.mixed_labels is None:
             return self.cross_entropy(logits, targets.labels)
-        first, second = (self.cross_entropy(logits, labels) for labels in (targets.labels, targets.others))
-        return targets.share * first + (1 - targets.share) * second  # type: ignore[operator]
+        loss_1, loss_2 = (self.cross_entropy(logits, labels) for labels in (targets.labels, targets.mixed_labels))
+        return targets.ratio * loss_1 + (1 - targets.ratio) * loss_2  # type: ignore[operator]
 
 
-def constant_mask(share: float, size: int) -> Tensor:
-    """A mask ``(1, 1, size, size)`` filled with ``share`` (mixup)."""
-    return torch.full((1, 1, size, size), share)
+def constant_mask(ratio: float, size: int) -> Tensor:
+    """A mask ``(1, 1, size, size)`` filled with ``ratio`` (mixup)."""
+    return torch.full((1, 1, size, size), ratio)
 
 
-def box_mask(share: float, size: int) -> Tensor:
-    """A mask ``(1, 1, size, size)``: 0 in a rectangle with about 1 - ``share`` of the area, 1 elsewhere (cutmix)."""
-    side = size * math.sqrt(1 - share)
-    middle_y, middle_x = random.uniform(0, size), random.uniform(0, size)
-    top, bottom = (min(size, max(0, round(middle_y + half))) for half in (-side / 2, side / 2))
-    left, right = (min(size, max(0, round(middle_x + half))) for half in (-side / 2, side / 2))
+def box_mask(ratio: float, size: int) -> Tensor:
+    """A mask ``(1, 1, size, size)``: 0 in a rectangle with about 1 - ``ratio`` of the area, 1 elsewhere (cutmix)."""
+    side = size * math.sqrt(1 - ratio)
+    centre_y, centre_x = random.uniform(0, size), random.uniform(0, size)
+    top, bottom = (min(size, max(0, round(centre_y + half))) for half in (-side / 2, side / 2))
+    left, right = (min(size, max(0, round(centre_x + half))) for half in (-side / 2, side / 2))
     mask = torch.ones(1, 1, size, size)
     mask[:, :, top:bottom, left:right] = 0
     return mask
@@ -149,8 +149,8 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Update after optimizer step ``step`` (from 1). Batch-norm statistics, already averages, are copied."""
-        kept = min(self.decay, (1 + step) / (10 + step))  # so that the random initial weights are soon forgotten
+        decay = min(self.decay, (1 + step) / (10 + step))  # so that the random initial weights are soon forgotten
         for average, value in zip(self.network.parameters(), network.parameters()):
-            average.mul_(kept).add_(value, alpha=1 - kept)
-        for own, statistic in zip(self.network.buffers(), network.buffers()):
-            own.copy_(statistic)
+            average.mul_(decay).add_(value, alpha=1 - decay)
+        for buffer, statistic in zip(self.network.buffers(), network.buffers()):
+            buffer.copy_(statistic)

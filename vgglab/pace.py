@@ -15,7 +15,7 @@ from vgglab.dist import interrupts
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
 
-LOOK_SECONDS = 5.0  # with several ranks, the approximate time between checks whether to stop
+SYNC_SECONDS = 5.0  # with several ranks, the approximate time between checks whether to stop
 
 
 PHASES = ("data", "copy", "forward", "backward", "all_reduce", "optimizer", "host")
@@ -32,7 +32,7 @@ class Clock:
         self.images_per_step, self.has_phases = images_per_step, has_phases
         self._process_started = process_started  # a value of time.monotonic()
         self._device = device
-        self._has_seen_a_step = False
+        self._has_timed_first_step = False
         self._reads = HostReads(device_is_host=device.is_host)
         self.restart()
 
@@ -40,24 +40,24 @@ class Clock:
         self.started, self.steps = time.perf_counter(), 0
         self.data_seconds = 0.0
         self.own_seconds = 0.0  # before the backward pass, in which the ranks wait for one another
-        self._asked = 0.0
+        self._wait_started = 0.0
         self._marks = [self._device.mark()]  # the start, then the end of each step
         self._phases: list[tuple[str, Any]] = [("", self._marks[0])]
 
-    def batches(self, batches: Iterable[Any], num_before: int = 0) -> Iterator[tuple[int, Any]]:
-        """Yield each batch with its number, from ``num_before`` + 1, and add up the time spent waiting."""
+    def batches(self, batches: Iterable[Any], num_done: int = 0) -> Iterator[tuple[int, Any]]:
+        """Yield each batch with its number, from ``num_done`` + 1, and add up the time spent waiting."""
         with self._reads if self.has_phases else nullcontext():
-            yield from self._numbered(iter(batches), num_before)
+            yield from self._number_batches(iter(batches), num_done)
 
-    def _numbered(self, iterator: Iterator[Any], number: int) -> Iterator[tuple[int, Any]]:
+    def _number_batches(self, iterator: Iterator[Any], number: int) -> Iterator[tuple[int, Any]]:
         while True:
-            asked = time.perf_counter()
+            wait_started = time.perf_counter()
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            self._asked = asked
-            self.data_seconds += time.perf_counter() - asked
+            self._wait_started = wait_started
+            self.data_seconds += time.perf_counter() - wait_started
             self.steps += 1
             number += 1
             self.end_phase("data")
@@ -70,7 +70,7 @@ class Clock:
 
     def end_own_work(self) -> None:
         """Record that this rank has done its own work (loading, copying, forward pass) and now waits for the others."""
-        self.own_seconds += time.perf_counter() - self._asked
+        self.own_seconds += time.perf_counter() - self._wait_started
 
     def end_step(self) -> None:
         self.end_phase("optimizer")
@@ -89,25 +89,25 @@ class Clock:
         """Return the metrics of the interval that ends now, and start the next one."""
         seconds = time.perf_counter() - self.started
         num_images = self.steps * self.images_per_step
-        between = self._device.seconds_between
+        seconds_between = self._device.seconds_between
         interval: dict[str, Any] = {
             "images_per_second": num_images / seconds,
             "interval_images": num_images,
             "interval_steps": self.steps,
             "interval_seconds": seconds,
             "data_seconds": self.data_seconds,
-            "step_seconds": [round(between(*pair), 7) for pair in zip(self._marks, self._marks[1:])],
+            "step_seconds": [round(seconds_between(*pair), 7) for pair in zip(self._marks, self._marks[1:])],
         }
-        if not self._has_seen_a_step:
-            self._has_seen_a_step = True
+        if not self._has_timed_first_step:
+            self._has_timed_first_step = True
             later_steps = sum(interval["step_seconds"][1:])
             interval["first_step_seconds"] = time.monotonic() - self._process_started - later_steps
         if self.has_phases:
-            spent = dict.fromkeys(PHASES, 0.0)
+            phase_seconds = dict.fromkeys(PHASES, 0.0)
             for (_, before), (phase, after) in zip(self._phases, self._phases[1:]):
-                spent[phase] += between(before, after)
-            spent["host"] += max(0.0, seconds - sum(spent.values()))  # time that belongs to no phase
-            interval.update(phase_seconds=spent, host_reads=self._reads.take())
+                phase_seconds[phase] += seconds_between(before, after)
+            phase_seconds["host"] += max(0.0, seconds - sum(phase_seconds.values()))  # time that belongs to no phase
+            interval.update(phase_seconds=phase_seconds, host_reads=self._reads.take())
         self.restart()
         return interval
 
@@ -145,29 +145,29 @@ class StopCoordinator:
     If one rank stopped alone, the others would wait for it forever. A run with one rank checks after every step.
     """
 
-    all_stop = False
+    should_stop = False
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._steps_between = 1  # communicate after the first step, to learn how long a step takes
+        self._steps_per_sync = 1  # communicate after the first step, to learn how long a step takes
         self._steps = 0
-        self._since = time.perf_counter()
+        self._last_sync = time.perf_counter()
 
     def is_due(self) -> bool:
         """Whether the ranks should communicate after this step; the same on every rank."""
         self._steps += 1
         if self._device.world_size == 1:
             return interrupts.stop_requested()
-        return self._steps >= self._steps_between
+        return self._steps >= self._steps_per_sync
 
-    def sync(self, figures: Tensor) -> list[float]:
-        """Average ``figures (2,)`` over ranks and set ``all_stop``; return the means and this rank's ``figures[0]``."""
+    def sync(self, metrics: Tensor) -> list[float]:
+        """Average ``metrics (2,)`` over ranks, set ``should_stop``; return the means and this rank's ``metrics[0]``."""
         device = self._device
-        seconds = (time.perf_counter() - self._since) / max(self._steps, 1)
-        state = torch.tensor([float(interrupts.stop_requested()), seconds]).to(figures.device)
-        both = torch.cat([device.sum(torch.cat([figures, state])) / device.world_size, figures])
-        *means, share_stopping, mean_seconds, own, _ = device.fetch(both)
-        self.all_stop = share_stopping > 0
-        self._steps_between = max(1, int(LOOK_SECONDS / max(mean_seconds, 1e-6)))
-        self._steps, self._since = 0, time.perf_counter()
-        return [*means, own]
+        seconds = (time.perf_counter() - self._last_sync) / max(self._steps, 1)
+        state = torch.tensor([float(interrupts.stop_requested()), seconds]).to(metrics.device)
+        values = torch.cat([device.sum(torch.cat([metrics, state])) / device.world_size, metrics])
+        *means, stop_fraction, mean_seconds, local, _ = device.fetch(values)
+        self.should_stop = stop_fraction > 0
+        self._steps_per_sync = max(1, int(SYNC_SECONDS / max(mean_seconds, 1e-6)))
+        self._steps, self._last_sync = 0, time.perf_counter()
+        return [*means, local]

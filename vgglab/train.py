@@ -50,13 +50,13 @@ from typing import TYPE_CHECKING, Any, Mapping, NoReturn, Sequence
 
 from vgglab.devices import agreement, import_torch, open_device
 from vgglab.dist import interrupts, ranks, slurm, spawn
-from vgglab.dist.interrupts import StopRequested, deferring_ctrl_c, deferring_signals
+from vgglab.dist.interrupts import StopRequested, defer_ctrl_c, defer_signals
 from vgglab.errors import UserError, error_context
 from vgglab.runs import seeds
 from vgglab.settings import inheritance
 from vgglab.settings.config import Request, Settings, complete
-from vgglab.settings.parser import flags_given, parse_flags, warnings_about, without_effect
-from vgglab.storage.schema import readable_document
+from vgglab.settings.parser import flags_given, parse_flags, settings_warnings, unused_settings
+from vgglab.storage.schema import try_read_document
 from vgglab.view.seeds_table import seeds_table
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from vgglab.runs.writer import RankWriter
     from vgglab.trainer import Trainer
 
-DECIDE_EVALUATION = ("data_path", "eval_step_per_epoch", "batch_size", "world_size")
+EVALUATION_SETTINGS = ("data_path", "eval_step_per_epoch", "batch_size", "world_size")
 MAX_WORKERS = 16  # the original example's default
 
 
@@ -78,38 +78,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         slurm.adopt_slurm_environment()
         config = parse_flags(argv)
         if config.seeds is not None:
-            return seeds.train_each(argv, config, seeds_table)
+            return seeds.train_seeds(argv, config, seeds_table)
         if (config.nproc > 1 or config.max_restarts) and "RANK" not in os.environ:
             return spawn.train_on_ranks(argv, config.nproc, config.max_restarts)
         run_training(config, flags_given(argv))
     except UserError as error:
         ranks.report_failure(error, ranks.EXIT_BAD_INPUT)
-        one_line = " ".join(str(error).splitlines())
-        ranks.say(f"error: {ranks.name()}{one_line}")
+        line = " ".join(str(error).splitlines())
+        ranks.print_line(f"error: {ranks.prefix()}{line}")
         return ranks.EXIT_BAD_INPUT
     except KeyboardInterrupt:
         path = ranks.run_dir()
         advice = f"; {ranks.resume_advice(path)}" if path else ""
-        ranks.say(f"{ranks.name()}interrupted{advice}")
+        ranks.print_line(f"{ranks.prefix()}interrupted{advice}")
         return ranks.EXIT_INTERRUPTED
     except StopRequested as stopped:
-        ranks.say(f"{ranks.name()}stopped {interrupts.reason()} {stopped}".rstrip())
+        ranks.print_line(f"{ranks.prefix()}stopped {interrupts.reason()} {stopped}".rstrip())
         return ranks.EXIT_INTERRUPTED if interrupts.was_interrupted() else ranks.EXIT_STOPPED
-    except _RefusedByRank0:
+    except _AbortedByRank0:
         return ranks.EXIT_BAD_INPUT
     except Exception as error:
         ranks.report_failure(error, 1)
-        if ranks.has_lost_peers(error) and ranks.name():
+        if ranks.has_lost_peers(error) and ranks.prefix():
             # The traceback of this rank would hide that of the rank that failed.
-            ranks.say(f"{ranks.name()}lost connection to another rank ({str(error).splitlines()[0]})")
+            ranks.print_line(f"{ranks.prefix()}lost connection to another rank ({str(error).splitlines()[0]})")
             return 1
-        if ranks.name():
-            ranks.say(f"{ranks.name()}failed:")
+        if ranks.prefix():
+            ranks.print_line(f"{ranks.prefix()}failed:")
         raise
     return 0
 
 
-class _RefusedByRank0(Exception):
+class _AbortedByRank0(Exception):
     """Rank 0 could not create the run directory and reports why; the other ranks just exit."""
 
 
@@ -128,7 +128,7 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
 
     saved, is_in_place = None, False
     notes: list[str] = []
-    earlier = ranks.run_of_earlier_attempt()
+    earlier = ranks.previous_run_dir()
     if earlier is not None:  # the launcher has restarted the ranks: the same run continues
         request = replace(request, run_dir=str(earlier), resume="auto")
     if request.resume == "auto":
@@ -138,7 +138,7 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
     if is_in_place and not request.resume:  # no checkpoint yet, but perhaps a config.json
         file = Path(str(request.run_dir), "config.json")
         with error_context(f"--resume auto: {file}"):
-            request = inheritance.inherit(request, given, readable_document(file))
+            request = inheritance.inherit(request, given, try_read_document(file))
     if request.resume:
         saved = _read_checkpoint(request.resume)
         with error_context(f"--resume {request.resume}"):
@@ -162,7 +162,7 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
     try:
         settings = _resolve(request, device, sets)
         device.warnings += notes
-        _prepare_and_work(settings, device, sets, saved, is_in_place)
+        _build_and_run(settings, device, sets, saved, is_in_place)
     finally:
         device.close()
 
@@ -175,7 +175,7 @@ def _fused(request: Request) -> bool | None:
     """
     from vgglab.optim import OPTIMIZERS
 
-    if OPTIMIZERS[request.optimizer].can_fuse:
+    if OPTIMIZERS[request.optimizer].supports_fused:
         return request.fused
     if request.fused:
         raise UserError(f"--fused: --optimizer {request.optimizer} has no fused step; leave out --fused")
@@ -189,9 +189,9 @@ def _read_checkpoint(path: str) -> Checkpoint:
     try:
         return checkpoint.read(file)
     except UserError as error:
-        earlier = file.with_name("previous.pt")
+        before = file.with_name("previous.pt")
         advice = (
-            f"; use the checkpoint before it: --resume {earlier}" if file.name == "last.pt" and earlier.exists() else ""
+            f"; use the checkpoint before it: --resume {before}" if file.name == "last.pt" and before.exists() else ""
         )
         raise UserError(f"--resume {file}: {error}{advice}") from None
 
@@ -203,17 +203,17 @@ def _find_checkpoint(request: Request) -> tuple[str | None, list[str]]:
         UserError: no checkpoint in ``run_dir`` can be used; training from the beginning would overwrite them.
     """
     from vgglab.runs import checkpoint
-    from vgglab.runs.run import holds_a_run
+    from vgglab.runs.run import has_run_files
 
     runs = Path(request.output_dir, "runs")
     folders = [Path(request.run_dir)] if request.run_dir else sorted(runs.glob("*"))
-    file, _, passed_over = checkpoint.newest(folders)
-    notes = [f"--resume auto: {text}, so it was not used" for text in passed_over]
-    if file is None and passed_over and request.run_dir:
+    file, _, unusable = checkpoint.find_newest(folders)
+    notes = [f"--resume auto: {text}, so it was not used" for text in unusable]
+    if file is None and unusable and request.run_dir:
         advice = f"to start from the beginning, move {request.run_dir}/checkpoints elsewhere"
-        reasons = "; ".join(passed_over)
+        reasons = "; ".join(unusable)
         raise UserError(f"--resume auto: no checkpoint in {request.run_dir} can be used: {reasons}; {advice}")
-    if file is None and (notes or (request.run_dir and holds_a_run(Path(request.run_dir)))):
+    if file is None and (notes or (request.run_dir and has_run_files(Path(request.run_dir)))):
         notes.append(f"--resume auto: no valid checkpoint in {request.run_dir or runs}; starting from the beginning")
     return (None if file is None else str(file)), notes
 
@@ -224,8 +224,8 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
     from vgglab.runs.run import run_path
 
     is_folder = Path(request.data_path).is_dir()  # stored as an absolute path, to be found from other folders too
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
-    share_of_cores = min(MAX_WORKERS, max(1, ranks.num_cores() // ranks_here))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
+    default_workers = min(MAX_WORKERS, max(1, ranks.num_cores() // local_ranks))
     settings = complete(
         request,
         device=device.kind,
@@ -240,7 +240,7 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
         image_size=sets.image_size,
         decoder=sets.decoder,
         head=head_for(sets.image_size) if request.head == "auto" else request.head,
-        workers=share_of_cores if request.workers is None else request.workers,
+        workers=default_workers if request.workers is None else request.workers,
         seed=agreement.draw_seed(device) if request.seed is None else request.seed,
     )
     path = str(run_path(settings))
@@ -249,7 +249,7 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
     return replace(settings, run_dir=path)
 
 
-def _prepare_and_work(
+def _build_and_run(
     config: Settings, device: Device, sets: DataSets, saved: Checkpoint | None, is_in_place: bool
 ) -> None:
     """Build the trainer and run it. It must not outlive this call, or DDP hangs at exit on torch 1.10."""
@@ -259,7 +259,7 @@ def _prepare_and_work(
     trainer = Trainer(config, device, sets, saved)
     if saved is not None and not config.test_only:
         trainer.warnings += [f"--resume: {change}" for change in inheritance.changed_settings(saved, config.as_dict())]
-        if trainer.state.best is not None and _evaluated(saved.get("config", {})) != _evaluated(config.as_dict()):
+        if trainer.state.best is not None and _eval_key(saved.get("config", {})) != _eval_key(config.as_dict()):
             trainer.state.best = None
             trainer.warnings.append(
                 "--resume: the best accuracy so far was measured on different held-out images "
@@ -270,20 +270,20 @@ def _prepare_and_work(
         _run_rank_0(trainer, path, is_in_place)
         return
     if not agreement.true_on_all_ranks(True, device):  # rank 0 creates the run directory first
-        raise _RefusedByRank0
+        raise _AbortedByRank0
     ranks.set_run_dir(path)
     run = RankWriter(path, device.rank, device.is_simulated)
-    with run.recording_output(), deferring_signals():
-        _work(trainer, run)
+    with run.record_output(), defer_signals():
+        _train_or_evaluate(trainer, run)
 
 
-def _evaluated(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+def _eval_key(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     """The settings that determine which held-out images are evaluated."""
-    data, limit, batch, ranks_ = (settings.get(name) for name in DECIDE_EVALUATION)
-    return (data, limit) if limit == -1 else (data, limit, batch, ranks_)
+    data_path, limit, batch_size, num_ranks = (settings.get(name) for name in EVALUATION_SETTINGS)
+    return (data_path, limit) if limit == -1 else (data_path, limit, batch_size, num_ranks)
 
 
-def _work(trainer: Trainer, run: RankWriter) -> None:
+def _train_or_evaluate(trainer: Trainer, run: RankWriter) -> None:
     from vgglab.devices.memory import is_out_of_memory
 
     try:
@@ -303,8 +303,8 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
     """Run rank 0: train or evaluate, and write the run directory up to the report, however the run ends."""
     from vgglab.optim import OPTIMIZERS
     from vgglab.runs import checkpoint
-    from vgglab.runs.report import build_report, remark_on_steadiness
-    from vgglab.runs.run import Run, holds_a_run
+    from vgglab.runs.report import build_report, steadiness_warning
+    from vgglab.runs.run import Run, has_run_files
     from vgglab.runs.writer import RunWriter
     from vgglab.view.scalars import Scalars
     from vgglab.view.terminal import Terminal
@@ -312,7 +312,7 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
     config, device = trainer.config, trainer.device
     terminal = Terminal()
     scalars = [Scalars(path / "tensorboard")] if config.tensorboard else []
-    is_continued = is_in_place and holds_a_run(path)
+    is_continued = is_in_place and has_run_files(path)
     try:
         run = RunWriter(path, [terminal, *scalars], device.is_simulated, is_continued)
         run.write_config(config.as_dict())
@@ -320,34 +320,34 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
     except UserError:
         agreement.true_on_all_ranks(False, device)
         raise
-    ranks.forget_failures(path)
-    ranks.remember_run(path)
+    ranks.delete_failures(path)
+    ranks.record_run_dir(path)
     ranks.set_run_dir(path)
     agreement.true_on_all_ranks(True, device)
     status, failure = "failed", None
-    with run.recording_output(), deferring_signals():
+    with run.record_output(), defer_signals():
         try:
-            terminal.say(f"run directory: {path}")
+            terminal.print_line(f"run directory: {path}")
             if config.resume and not config.test_only:
-                terminal.say(f"resuming from {config.resume}")
+                terminal.print_line(f"resuming from {config.resume}")
             if not run.has_lock:
                 run.event(
                     "warning",
                     text=f"{path}: this file system has no locks; do not start a second run in this folder",
                 )
-            trainer.announce(run)
+            trainer.record_start(run)
             warnings = [*device.warnings, *trainer.sets.warnings, *trainer.warnings]
             options = {name: kind.options.values() for name, kind in OPTIMIZERS.items()}
-            for text in [*warnings, *warnings_about(config), *without_effect(config, "optimizer", options)]:
+            for text in [*warnings, *settings_warnings(config), *unused_settings(config, "optimizer", options)]:
                 run.event("warning", text=text)
             if config.resume and not config.test_only:
                 checkpoint.copy_best(config.resume, path / "checkpoints")
-            _work(trainer, run)
+            _train_or_evaluate(trainer, run)
             failure = run.lost_last_checkpoint or None
             status = "failed" if failure else "done"
-            remark = "" if device.is_simulated else remark_on_steadiness(build_report(Run(path)))
-            if remark:
-                run.event("warning", text=remark)
+            warning = "" if device.is_simulated else steadiness_warning(build_report(Run(path)))
+            if warning:
+                run.event("warning", text=warning)
         except (KeyboardInterrupt, StopRequested):
             status = "interrupted"
             raise
@@ -358,26 +358,26 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             failure = f"{type(error).__name__}: {error}"
             raise
         finally:
-            with deferring_ctrl_c():
+            with defer_ctrl_c():
                 run.event("end", status=status, error=failure, **device.usage())
                 with contextlib.suppress(UserError):  # if there is nothing to report yet
                     run.write_report(build_report(Run(path)))
                 run.close()
-        if run.what_is_missing():
-            raise UserError(run.what_is_missing())
+        if run.unwritten_message():
+            raise UserError(run.unwritten_message())
         report = Run(path).report()
         best = "" if report["acc1"] is None else f"best top-1 {report['acc1']:.2f} %; "
-        terminal.say(f"{best}total time {report['training_time']} (h:mm:ss); report: {path / 'report.json'}")
+        terminal.print_line(f"{best}total time {report['training_time']} (h:mm:ss); report: {path / 'report.json'}")
 
 
 def run_and_exit(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the training command as the only task of this process, then exit."""
-    interrupts.ends_with_run = True
+    interrupts.exits_with_run = True
     try:
         code = main(argv)
     except KeyboardInterrupt:  # Ctrl-C again, while the first was being handled
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        ranks.say("interrupted")
+        ranks.print_line("interrupted")
         code = ranks.EXIT_INTERRUPTED
     except Exception:  # printed here, because Python would keep the frames, and with them the loader's workers
         with contextlib.suppress(OSError):

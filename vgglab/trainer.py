@@ -19,7 +19,7 @@ from vgglab.data.transform import normalised
 from vgglab.devices.tracing import Tracer
 from vgglab.dist import interrupts
 from vgglab.dist.interrupts import StopRequested
-from vgglab.errors import NOT_FINITE, UserError, error_context
+from vgglab.errors import NOT_FINITE_ADVICE, UserError, error_context
 from vgglab.model import build, load_pretrained
 from vgglab.optim import Objective, WeightAverage, build_optimizer, set_learning_rate
 from vgglab.pace import Clock, StopCoordinator, TimedDevice
@@ -99,15 +99,15 @@ class Trainer:
             init=config.init,
         )
         if config.pretrained:
-            fresh = load_pretrained(network, config.model)
-            if fresh:
-                names = ", ".join(fresh)
+            new_layers = load_pretrained(network, config.model)
+            if new_layers:
+                names = ", ".join(new_layers)
                 self.warnings.append(
                     f"--pretrained: {names} initialised at random, because the published weights have a different shape"
                 )
         if saved is not None:
             with error_context(f"--resume {config.resume}"):
-                saved.restore_model(network, config.model, to_train=not config.test_only)
+                saved.restore_model(network, config.model, for_training=not config.test_only)
         return network
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,7 +196,7 @@ class Trainer:
         saved = "but the checkpoint could not be written" if run.has_lost_checkpoints else "checkpoint saved"
         raise StopRequested(f"after step {self.state.step}, {saved}; {run.resume_advice}")
 
-    def announce(self, run: RankWriter) -> None:
+    def record_start(self, run: RankWriter) -> None:
         """Write the first event, which describes what the run will do, so that its progress can be shown."""
         config, sets, state = self.config, self.sets, self.state
         run.event(
@@ -220,9 +220,9 @@ class Trainer:
         if not self.batches:
             return 0
         config, state = self.config, self.state
-        done_of_epoch = min(state.images // (config.batch_size * config.world_size), len(self.batches))
-        left = (config.epochs - state.epoch) * len(self.batches) - done_of_epoch
-        return state.step + max(left, 0)
+        done_in_epoch = min(state.images // (config.batch_size * config.world_size), len(self.batches))
+        remaining = (config.epochs - state.epoch) * len(self.batches) - done_in_epoch
+        return state.step + max(remaining, 0)
 
     @torch.no_grad()
     def evaluate(self, run: RankWriter, last_epoch: int | None = None) -> bool:
@@ -235,7 +235,7 @@ class Trainer:
         """
         device, batches, state = self.device, self.held_out, self.state
         network = self.network if self.average is None else self.average.network
-        _share_buffers(network, device)
+        _broadcast_buffers(network, device)
         run.event("eval_start", epoch=last_epoch, num_batches=len(batches))
         network.eval()
         totals = torch.zeros(4)  # [loss, top-1 hits, top-5 hits, images], summed on the card
@@ -244,16 +244,16 @@ class Trainer:
                 break
             with device.autocast():
                 logits = network(normalised(images, device.channels_last))
-            totals = totals.to(logits.device) + _count(logits.to(totals.dtype), labels)
+            totals = totals.to(logits.device) + _count_hits(logits.to(totals.dtype), labels)
             device.flush([totals])
-        asked_to_stop = torch.tensor([float(interrupts.stop_requested())]).to(totals.device)
-        *figures, num_stopping = device.fetch(device.sum(torch.cat([totals, asked_to_stop])))
+        stop_flag = torch.tensor([float(interrupts.stop_requested())]).to(totals.device)
+        *sums, num_stopping = device.fetch(device.sum(torch.cat([totals, stop_flag])))
         if num_stopping:
             raise StopRequested
-        loss_sum, hits1, hits5, num_images = figures
+        loss_sum, top1_hits, top5_hits, num_images = sums
         if num_images == 0:
             raise UserError("--on-bad-image skip: none of the held-out images can be read; run vgglab data check")
-        result = {"acc1": 100 * hits1 / num_images, "acc5": 100 * hits5 / num_images}
+        result = {"acc1": 100 * top1_hits / num_images, "acc5": 100 * top5_hits / num_images}
         is_best = state.best is None or result["acc1"] > state.best["acc1"]
         state.best = {name: max(value, (state.best or result)[name]) for name, value in result.items()}
         run.event(
@@ -287,26 +287,26 @@ class Loop:
         trainer.model.train()
         clock.restart()
         first_batch = min(state.images // self.images_per_step, len(batches))
-        arriving = trainer.device.feed(batches.epoch(epoch, first_batch, self.run.skipped))
-        with self._timing_each_part():
-            for batch, (images, labels) in clock.batches(arriving, first_batch):
+        device_batches = trainer.device.feed(batches.epoch(epoch, first_batch, self.run.skipped))
+        with self._timing_phases():
+            for batch, (images, labels) in clock.batches(device_batches, first_batch):
                 loss, logits = trainer.step(images, labels)
                 clock.end_step()
                 self.tracer.end_step()
                 state.images = batch * self.images_per_step
 
-                is_saved = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
-                is_logged = is_saved or batch % config.print_freq == 0 or batch == len(batches)
-                is_logged = is_logged or state.step == self.last_skipped_step  # logging restarts the clock
-                if is_logged or self.coordinator.is_due():
-                    self._log_and_sync(epoch, loss, logits, labels, is_logged)
-                if self.coordinator.all_stop:
+                should_save = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
+                should_log = should_save or batch % config.print_freq == 0 or batch == len(batches)
+                should_log = should_log or state.step == self.last_skipped_step  # logging restarts the clock
+                if should_log or self.coordinator.is_due():
+                    self._log_and_sync(epoch, loss, logits, labels, should_log)
+                if self.coordinator.should_stop:
                     trainer.save_and_stop(self.run)
-                if is_saved:
+                if should_save:
                     trainer.save(self.run)
 
     @contextmanager
-    def _timing_each_part(self) -> Iterator[None]:
+    def _timing_phases(self) -> Iterator[None]:
         """In the block, the device reports the end of each phase of a step to the clock."""
         device = self.trainer.device
         self.trainer.device = TimedDevice(device, self.clock)  # type: ignore[assignment]  # forwards everything else
@@ -315,16 +315,16 @@ class Loop:
         finally:
             self.trainer.device = device
 
-    def _log_and_sync(self, epoch: int, loss: Tensor, logits: Tensor, labels: Tensor, is_logged: bool) -> None:
-        """Read the loss, averaged over the ranks, and whether the ranks should stop; log them if ``is_logged``."""
+    def _log_and_sync(self, epoch: int, loss: Tensor, logits: Tensor, labels: Tensor, should_log: bool) -> None:
+        """Read the loss, averaged over the ranks, and whether the ranks should stop; log them if ``should_log``."""
         dtype = torch.get_default_dtype()  # not that of the loss, which may be 16-bit with mixed precision
         correct = (logits.detach().argmax(1) == labels).to(dtype).mean()
-        mine = torch.stack([loss.detach().to(dtype), correct])
-        mean_loss, mean_correct, own_loss = self.coordinator.sync(mine)  # the only read from the device in the loop
+        local = torch.stack([loss.detach().to(dtype), correct])
+        mean_loss, mean_correct, own_loss = self.coordinator.sync(local)  # the only read from the device in the loop
         trainer, step = self.trainer, self.trainer.state.step
         if not math.isfinite(mean_loss):
-            raise UserError(f"the loss is not finite ({mean_loss}) at step {step}; {NOT_FINITE}")
-        if is_logged:
+            raise UserError(f"the loss is not finite ({mean_loss}) at step {step}; {NOT_FINITE_ADVICE}")
+        if should_log:
             self.run.rank_event(step=step, loss=own_loss, **self.clock.own_metrics(), **trainer.device.usage())
             self.run.event(
                 "train",
@@ -338,7 +338,7 @@ class Loop:
             )
 
 
-def _share_buffers(network: nn.Module, device: Device) -> None:
+def _broadcast_buffers(network: nn.Module, device: Device) -> None:
     """Copy rank 0's batch-norm statistics to all ranks, so that the evaluated statistics are the saved ones."""
     if device.world_size > 1:
         for buffer in network.buffers():
@@ -346,7 +346,7 @@ def _share_buffers(network: nn.Module, device: Device) -> None:
         device.flush(list(network.buffers()))
 
 
-def _count(logits: Tensor, labels: Tensor) -> Tensor:
+def _count_hits(logits: Tensor, labels: Tensor) -> Tensor:
     """Return ``[sum of losses, top-1 hits, top-5 hits, images]`` of a batch, on the device, as ``logits.dtype``."""
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, up to 5), best first

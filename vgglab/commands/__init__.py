@@ -26,13 +26,13 @@ def call(name: str, argv: Sequence[str] | None = None) -> int:
             code = importlib.import_module(f"vgglab.commands.{name}").main(sys.argv[1:] if argv is None else argv)
             sys.stdout.flush()
     except UserError as error:
-        say_error(name, error)
+        print_error(name, error)
         return 2
-    except CannotPrint as error:
+    except OutputError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at exit
         if isinstance(error.cause, BrokenPipeError):  # the other end of the pipe was closed
             return EXIT_BROKEN_PIPE
-        say_error(name, UserError(f"the output cannot be written ({error.cause.strerror})"))
+        print_error(name, UserError(f"the output cannot be written ({error.cause.strerror})"))
         return 2
     except KeyboardInterrupt:
         print(f"vgglab.{name}: interrupted", file=sys.stderr)
@@ -40,7 +40,7 @@ def call(name: str, argv: Sequence[str] | None = None) -> int:
     return code
 
 
-class CannotPrint(Exception):
+class OutputError(Exception):
     """Raised when stdout cannot be written to. Any other OSError is a bug and keeps its traceback."""
 
     def __init__(self, cause: OSError) -> None:
@@ -49,17 +49,17 @@ class CannotPrint(Exception):
 
 
 class _Output:
-    """Wraps a stream, and raises CannotPrint instead of OSError."""
+    """Wraps a stream, and raises OutputError instead of OSError."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with _cannot_print():
+        with _raise_output_errors():
             return self._stream.write(text)
 
     def flush(self) -> None:
-        with _cannot_print():
+        with _raise_output_errors():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -67,14 +67,14 @@ class _Output:
 
 
 @contextlib.contextmanager
-def _cannot_print() -> Iterator[None]:
+def _raise_output_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CannotPrint(error) from None
+        raise OutputError(error) from None
 
 
-def say_error(name: str, error: Exception) -> None:
+def print_error(name: str, error: Exception) -> None:
     """Print an error to stderr, as one line."""
     with contextlib.suppress(OSError):
         print(f"vgglab.{name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)

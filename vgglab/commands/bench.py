@@ -74,10 +74,10 @@ def bench_data(options: Any) -> None:
     config = parse_flags(flags)
     from vgglab.lab.bench.data import as_text, measure_loading
 
-    figures = measure_loading(config, options.seconds, counts, options.card)
-    print(as_text(figures, options.data_path), flush=True)
+    metrics = measure_loading(config, options.seconds, counts, options.card)
+    print(as_text(metrics, options.data_path), flush=True)
     if options.json:
-        print(json.dumps(figures._asdict()))
+        print(json.dumps(metrics._asdict()))
 
 
 def _counts(text: str | None) -> list[int] | None:
@@ -97,16 +97,16 @@ def bench_step(options: Any) -> None:
     parse_flags(flags)
     from vgglab.lab.bench.step import USUAL, as_text, largest, measure_steps, mode_named, save_steps
 
-    ways = [name.strip() for name in options.ways.split(",")] if options.ways else list(USUAL)
-    ways += [options.against] if options.against else []
-    for name in ways:
+    modes = [name.strip() for name in options.ways.split(",")] if options.ways else list(USUAL)
+    modes += [options.against] if options.against else []
+    for name in modes:
         mode_named(name)
     results = []
     for size in sizes:
         if size == "max":
-            results += [largest(flags, way, options.turns, options.steps) for way in dict.fromkeys(ways)]
+            results += [largest(flags, mode, options.turns, options.steps) for mode in dict.fromkeys(modes)]
         else:
-            results += measure_steps(flags, ways, int(size), options.turns, options.steps)
+            results += measure_steps(flags, modes, int(size), options.turns, options.steps)
     path = save_steps(results, flags, options.output_dir)
     print(as_text(results))
     print(f"run directory: {path}", flush=True)

@@ -26,16 +26,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
 from vgglab.commands import call
-from vgglab.dist.interrupts import STOP_SIGNALS, handling
+from vgglab.dist.interrupts import STOP_SIGNALS, handle_signals
 from vgglab.errors import UserError
 from vgglab.lab.timings import SECONDS
 from vgglab.settings.flags import OneLineParser
 from vgglab.view.progress import duration
 from vgglab.view.site import Chapter, refuse_foreign, write_site
 
-PATIENCE_SECONDS = 1000  # maximum time for a kernel to start; papermill's default is 60
+KERNEL_START_SECONDS = 1000  # maximum time for a kernel to start; papermill's default is 60
 # Tags of the cells that papermill inserts, which are not counted in cell numbers.
-PAPERMILLS_OWN = {"injected-parameters", "papermill-error-cell-tag"}
+PAPERMILL_TAGS = {"injected-parameters", "papermill-error-cell-tag"}
 
 
 class Job(NamedTuple):
@@ -44,7 +44,7 @@ class Job(NamedTuple):
     source: Path
     target: Path
     parameters: dict[str, str]
-    texts: set[str]  # names of parameters to pass as strings, even if they look like numbers
+    string_names: set[str]  # names of parameters to pass as strings, even if they look like numbers
     is_alone: bool
 
 
@@ -62,19 +62,19 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
                 f"-p {name}: no such parameter; choose from {', '.join(sorted(set().union(*known.values())))}"
             )
     jobs: list[Job] = []
-    own_files = {source.resolve() for source in known}
+    source_files = {source.resolve() for source in known}
     for source, names in known.items():
-        own = {name: value for name, value in parameters.items() if name in names}
+        job_parameters = {name: value for name, value in parameters.items() if name in names}
         is_alone = _metadata_of(source).get("vgglab") == {"alone": True}
         target = out / source.name
         if source.stem == "index" or source.name in [job.target.name for job in jobs]:
             raise UserError(f"{source}: another page is also named {source.stem}.html; rename this notebook")
-        if target.resolve() in own_files or not _was_made_here(target):
+        if target.resolve() in source_files or not _may_overwrite(target):
             raise UserError(
                 f"--out {out}: {source.name} already exists and was not written by this command; choose another folder"
             )
-        texts = {name for name in own if names[name]}
-        jobs.append(Job(source, target, own, texts, is_alone))
+        string_names = {name for name in job_parameters if names[name]}
+        jobs.append(Job(source, target, job_parameters, string_names, is_alone))
     return sorted(jobs, key=lambda job: (not job.is_alone, -SECONDS.get(job.source.stem, 0)))
 
 
@@ -85,8 +85,8 @@ def _parameters_of(source: Path) -> dict[str, bool]:
     if not source.is_file():
         raise UserError(f"{source}: no such notebook")
     try:
-        found = inspect_notebook(str(source))
-        return {name: str(found[name]["default"]).startswith(("'", '"')) for name in found}
+        parameters = inspect_notebook(str(source))
+        return {name: str(parameters[name]["default"]).startswith(("'", '"')) for name in parameters}
     except Exception as error:  # papermill raises many types of exceptions for an invalid file
         raise UserError(f"{source}: cannot be read as a notebook ({type(error).__name__})") from None
 
@@ -104,7 +104,7 @@ def _metadata_of(file: Path) -> dict[str, Any]:
     return _content_of(file).get("metadata", {})
 
 
-def _was_made_here(target: Path) -> bool:
+def _may_overwrite(target: Path) -> bool:
     """Whether the file may be overwritten: it does not exist, or papermill wrote it, completely or in part."""
     if target.is_symlink() or target.is_dir():
         return False
@@ -117,41 +117,41 @@ def _was_made_here(target: Path) -> bool:
 class Book:
     """Executes jobs and prints a line as each one ends; ``stop`` terminates the running jobs."""
 
-    def __init__(self, num_at_once: int) -> None:
-        self.num_at_once = num_at_once
+    def __init__(self, num_parallel: int) -> None:
+        self.num_parallel = num_parallel
         self._processes: list[subprocess.Popen] = []
         self._lock = threading.Lock()
         self._is_stopped = False
 
     def execute(self, jobs: Sequence[Job]) -> list[Chapter]:
         others = [job for job in jobs if not job.is_alone]
-        with ThreadPoolExecutor(self.num_at_once) as pool:
+        with ThreadPoolExecutor(self.num_parallel) as pool:
             try:
-                chapters = [self._execute_one(job, num_beside=1) for job in jobs if job.is_alone]
-                chapters += pool.map(lambda job: self._execute_one(job, self.num_at_once), others)
+                chapters = [self._execute_one(job, num_parallel=1) for job in jobs if job.is_alone]
+                chapters += pool.map(lambda job: self._execute_one(job, self.num_parallel), others)
             except BaseException:
                 self.stop()
                 raise
         return sorted(chapters, key=lambda chapter: chapter.file.name)
 
-    def _execute_one(self, job: Job, num_beside: int) -> Chapter:
+    def _execute_one(self, job: Job, num_parallel: int) -> Chapter:
         words = [sys.executable, "-m", "papermill", "--log-level=ERROR", "--no-progress-bar", "-k", "python3"]
-        words += ["--start-timeout", str(PATIENCE_SECONDS)]  # generous, because the machine may be busy
+        words += ["--start-timeout", str(KERNEL_START_SECONDS)]  # generous, because the machine may be busy
         words += ["--cwd", str(Path.cwd()), str(job.source), str(job.target)]
         for name, value in job.parameters.items():
-            words += ["-r" if name in job.texts else "-p", name, value]
-        cores = max(1, (os.cpu_count() or 1) // num_beside)
+            words += ["-r" if name in job.string_names else "-p", name, value]
+        cores = max(1, (os.cpu_count() or 1) // num_parallel)
         environment = {"VGGLAB_UI": "static", "OMP_NUM_THREADS": str(cores), **os.environ}
         start = time.monotonic()
-        code, said = self._run(words, environment)
+        code, output = self._run(words, environment)
         if code and not _has_begun(job.target):
-            code, said = self._run(words, environment)
+            code, output = self._run(words, environment)
         seconds = time.monotonic() - start
-        fault = "" if code == 0 else fault_of(job.target) or said.strip()[-500:] or "exited without output"
-        print(f"{job.source.stem:20s}{'FAILED' if fault else 'done'} in {duration(seconds)}", flush=True)
-        if fault:
-            print(fault, file=sys.stderr, flush=True)
-        return Chapter(job.target, seconds, fault)
+        failure = "" if code == 0 else describe_failure(job.target) or output.strip()[-500:] or "exited without output"
+        print(f"{job.source.stem:20s}{'FAILED' if failure else 'done'} in {duration(seconds)}", flush=True)
+        if failure:
+            print(failure, file=sys.stderr, flush=True)
+        return Chapter(job.target, seconds, failure)
 
     def _run(self, words: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
         with self._lock:
@@ -160,8 +160,8 @@ class Book:
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             process = subprocess.Popen(words, env=environment, **pipes)
             self._processes.append(process)
-        said, _ = process.communicate()
-        return process.returncode, said
+        output, _ = process.communicate()
+        return process.returncode, output
 
     def stop(self) -> None:
         """Terminate the running jobs. Kernels end with papermill, and runs end with their kernel."""
@@ -177,10 +177,10 @@ def _has_begun(executed: Path) -> bool:
     return any(cell.get("execution_count") for cell in _content_of(executed).get("cells", ()))
 
 
-def fault_of(executed: Path) -> str:
+def describe_failure(executed: Path) -> str:
     """Which cell of an executed notebook failed, and why; empty if none did."""
     cells = _content_of(executed).get("cells", [])
-    cells = [cell for cell in cells if not PAPERMILLS_OWN & set(cell["metadata"].get("tags", ()))]
+    cells = [cell for cell in cells if not PAPERMILL_TAGS & set(cell["metadata"].get("tags", ()))]
     for number, cell in enumerate(cells, 1):
         for output in cell.get("outputs", ()):
             if output["output_type"] == "error":
@@ -207,12 +207,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     try:
-        return _make(parser().parse_args(argv))
+        return _run_and_build(parser().parse_args(argv))
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; pip install 'vgglab[lab]'") from None
 
 
-def _make(arguments: argparse.Namespace) -> int:
+def _run_and_build(arguments: argparse.Namespace) -> int:
     sources = arguments.notebooks or sorted(Path("notebooks").glob("*.ipynb"))
     if not sources:
         raise UserError("no notebooks found; name some, or run this in the folder that contains notebooks/")
@@ -227,17 +227,17 @@ def _make(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"--out {arguments.out}: {error.strerror}; choose another folder") from None
     start = time.monotonic()
-    with handling(STOP_SIGNALS, signal.default_int_handler):  # same effect as Ctrl-C
+    with handle_signals(STOP_SIGNALS, signal.default_int_handler):  # same effect as Ctrl-C
         chapters = Book(arguments.at_once).execute(jobs)
     write_site(chapters, arguments.out, dict(arguments.p), with_code=not arguments.no_code)
     failed = {chapter.file.name for chapter in chapters if chapter.fault}
-    took = duration(time.monotonic() - start)
+    elapsed = duration(time.monotonic() - start)
     if failed:
-        again = _repeat_command([job.source for job in jobs if job.target.name in failed], arguments)
-        print(f"{len(failed)} of {len(chapters)} notebooks failed after {took}; to run only those again: {again}")
+        command = _repeat_command([job.source for job in jobs if job.target.name in failed], arguments)
+        print(f"{len(failed)} of {len(chapters)} notebooks failed after {elapsed}; to run only those again: {command}")
         return 1
     noun = "notebook" if len(chapters) == 1 else "notebooks"
-    print(f"{len(chapters)} {noun} done in {took}; open {arguments.out / 'index.html'} in a browser")
+    print(f"{len(chapters)} {noun} done in {elapsed}; open {arguments.out / 'index.html'} in a browser")
     return 0
 
 

@@ -12,8 +12,8 @@ from vgglab.commands import call
 from vgglab.errors import UserError
 from vgglab.runs.compare import Comparison, as_text, compare_runs
 from vgglab.runs.run import Run
-from vgglab.settings.flags import NOT_NEGATIVE, OneLineParser, with_dashes
-from vgglab.storage.schema import finite
+from vgglab.settings.flags import NON_NEGATIVE, OneLineParser, with_dashes
+from vgglab.storage.schema import finite_or_none
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, at least two")
-    parser.add_argument("--tolerance", type=NOT_NEGATIVE, default=0.0, help="relative difference to ignore (default 0)")
+    parser.add_argument("--tolerance", type=NON_NEGATIVE, default=0.0, help="relative difference to ignore (default 0)")
     parser.add_argument("--png", type=Path, help="plot the curves of all runs, and save them as this PNG file")
     parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
     return parser
@@ -41,24 +41,24 @@ def main(argv: Sequence[str]) -> int:
 
         first = comparisons[0].first if len(others) == 1 else None
         _write_new(options.png, curves_beside([one, *others], first_difference=first and first.step).png())
-    for other, found in zip(others, comparisons):
-        print(as_text(found) if len(others) == 1 else f"{one.name} and {other.name}\n{as_text(found)}\n")
+    for other, comparison in zip(others, comparisons):
+        print(as_text(comparison) if len(others) == 1 else f"{one.name} and {other.name}\n{as_text(comparison)}\n")
     if options.json:
-        objects = [_as_json(found) for found in comparisons]
+        objects = [_as_json(comparison) for comparison in comparisons]
         print(json.dumps(objects[0] if len(others) == 1 else objects))
-    return 0 if all(found.is_same for found in comparisons) else 1
+    return 0 if all(comparison.is_same for comparison in comparisons) else 1
 
 
-def _as_json(found: Comparison) -> dict[str, Any]:
-    first = found.first and found.first._asdict()
-    return {**_finite(found._asdict()), "first": _finite(first), "is_same": found.is_same}
+def _as_json(comparison: Comparison) -> dict[str, Any]:
+    first = comparison.first and comparison.first._asdict()
+    return {**_finite_values(comparison._asdict()), "first": _finite_values(first), "is_same": comparison.is_same}
 
 
-def _finite(value: Any) -> Any:
+def _finite_values(value: Any) -> Any:
     """The same content, with None for numbers that JSON cannot represent."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else finite(value)
+        return {name: _finite_values(item) for name, item in value.items()}
+    return [_finite_values(item) for item in value] if isinstance(value, (list, tuple)) else finite_or_none(value)
 
 
 def _write_new(file: Path, content: bytes) -> None:

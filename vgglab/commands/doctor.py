@@ -40,7 +40,7 @@ class Diagnosis:
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of every fact, as text."""
-        return [(name, _readable(value)) for name, value in self.facts.items()]
+        return [(name, _format(value)) for name, value in self.facts.items()]
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.facts)
@@ -64,7 +64,7 @@ class Diagnosis:
         return html_facts(rows) + html_text(self.verdict())
 
 
-def _readable(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Sequence
 
 from vgglab.commands import call
-from vgglab.commands.notebooks import copy_to
+from vgglab.commands.notebooks import copy_notebooks
 from vgglab.errors import UserError
 from vgglab.settings.flags import OneLineParser
 
-USUAL_FOLDER = Path("vgglab-notebooks")
+DEFAULT_FOLDER = Path("vgglab-notebooks")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,21 +27,21 @@ def parser() -> argparse.ArgumentParser:
         "folder",
         nargs="?",
         type=Path,
-        default=USUAL_FOLDER,
+        default=DEFAULT_FOLDER,
         help="notebook folder; if it does not exist, it is created with copies of the notebooks (default %(default)s)",
     )
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    options, jupyters = parser().parse_known_args(argv)
+    options, jupyter_argv = parser().parse_known_args(argv)
     if find_spec("jupyterlab") is None:
         raise UserError("JupyterLab is not installed; pip install 'vgglab[lab]'")
     if not options.folder.exists():
-        copy_to(options.folder)
+        copy_notebooks(options.folder)
     first = min(options.folder.glob("*.ipynb"), default=options.folder)
     root = ["--allow-root"] if hasattr(os, "getuid") and os.getuid() == 0 else []
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(first), *root, *jupyters])
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(first), *root, *jupyter_argv])
 
 
 if __name__ == "__main__":

@@ -15,22 +15,22 @@ from vgglab.settings.flags import OneLineParser
 PACKAGE = Path(vgglab.__file__).resolve().parent
 
 
-def originals() -> list[Path]:
+def find_notebooks() -> list[Path]:
     """Return the notebooks of this installation: in the package (wheel) or next to it (checkout)."""
     for folder in (PACKAGE / "notebooks", PACKAGE.parent / "notebooks"):
-        found = sorted(folder.glob("[0-9]*.ipynb"))
-        if found:
-            return found
+        notebooks = sorted(folder.glob("[0-9]*.ipynb"))
+        if notebooks:
+            return notebooks
     raise UserError(f"no notebooks in {PACKAGE}; reinstall vgglab")
 
 
-def copy_to(folder: Path) -> list[Path]:
+def copy_notebooks(folder: Path) -> list[Path]:
     """Copy the notebooks and return the copies. Nothing is written if one exists, because it may contain your work.
 
     Raises:
         UserError: a notebook exists, or the folder cannot be written.
     """
-    copies = {folder / original.name: original for original in originals()}
+    copies = {folder / original.name: original for original in find_notebooks()}
     for copy in copies:
         if copy.exists():
             raise UserError(f"{copy}: already exists; choose another folder")
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
-    copies = copy_to(options.folder)
+    copies = copy_notebooks(options.folder)
     print(f"copied {len(copies)} notebooks to {options.folder}; next: vgglab lab {options.folder}")
     return 0
 

@@ -41,12 +41,12 @@ def main(argv: Sequence[str]) -> int:
     speed = _speed(options)
     from vgglab.lab.plan import as_text, plan_training
 
-    planned = plan_training(config, speed, ranks, options.scaling, flags_given(flags))
+    plan = plan_training(config, speed, ranks, options.scaling, flags_given(flags))
     if options.run is not None:
-        planned.warnings.extend(_other_job(config, Run(options.run)))
-    print(as_text(planned))
+        plan.warnings.extend(_mismatch_warnings(config, Run(options.run)))
+    print(as_text(plan))
     if options.json:
-        print(json.dumps(planned._asdict()))
+        print(json.dumps(plan._asdict()))
     return 0
 
 
@@ -60,16 +60,16 @@ def _speed(options: Any) -> float:
         raise UserError("--images-per-second: give the training speed of one card, or name a measured run with --run")
     report = Run(options.run).report()
     if report["images_per_second"] is None:
-        why = "its card was simulated" if report["simulated"] else "all its steps fell within --skip-steps"
-        raise UserError(f"--run {options.run}: contains no measured speed; {why}")
+        reason = "its card was simulated" if report["simulated"] else "all its steps fell within --skip-steps"
+        raise UserError(f"--run {options.run}: contains no measured speed; {reason}")
     return report["images_per_second"] / report["world_size"]
 
 
-def _other_job(config: Request, run: Run) -> list[str]:
+def _mismatch_warnings(config: Request, run: Run) -> list[str]:
     """A warning if the run that supplies the speed differs from the planned one; else empty."""
-    report, wanted = run.report(), config.as_dict()
-    wanted["image_size"] = config.image_size or report["image_size"]
-    names = [name for name in ("model", "image_size", "batch_size") if report[name] != wanted[name]]
+    report, planned = run.report(), config.as_dict()
+    planned["image_size"] = config.image_size or report["image_size"]
+    names = [name for name in ("model", "image_size", "batch_size") if report[name] != planned[name]]
     differing = ", ".join(f"{name.replace('_', ' ')} {report[name]}" for name in names)
     return [f"--run {run.path.name}: its speed was measured with {differing}"] if names else []
 

@@ -6,12 +6,12 @@ import argparse
 import sys
 from typing import Sequence
 
-from vgglab.commands import call, say_error
+from vgglab.commands import call, print_error
 from vgglab.errors import UserError, printable
 from vgglab.runs.report import read_report
 from vgglab.runs.run import Run
 from vgglab.settings.flags import OneLineParser
-from vgglab.storage.files import writing
+from vgglab.storage.files import write_errors
 from vgglab.storage.schema import write_document
 
 
@@ -27,11 +27,11 @@ def main(argv: Sequence[str]) -> int:
         try:
             run = Run(path)
             file = run.path / "report.json"
-            with writing(file):
+            with write_errors(file):
                 write_document(file, read_report(run, recompute=True))
             print(printable(str(file)))
         except UserError as error:  # the other runs may be intact
-            say_error("report", error)
+            print_error("report", error)
             code = 2
     return code
 

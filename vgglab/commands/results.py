@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     results, series = collect(options.folder), series_of(options.folder)
     try:
         if options.html:
-            _refuse_foreign(options.html)
+            _check_overwritable(options.html)
             options.html.write_text(as_html(results, series), encoding="utf-8")
             print(options.html)
         else:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _refuse_foreign(file: Path) -> None:
+def _check_overwritable(file: Path) -> None:
     """Raise UserError if the file exists and is not a results page. Raises OSError if it cannot be read."""
     if file.exists() and TITLE not in file.read_text(encoding="utf-8", errors="replace")[:500]:
         raise UserError(f"--html {file}: already exists and is not a results page; choose another file name")

@@ -21,7 +21,7 @@ from PIL import Image
 from vgglab.data.decode import SIXTEEN_BITS, open_picture
 from vgglab.data.images import FileImages
 from vgglab.data.sets import open_sets
-from vgglab.dist.interrupts import leave_signals_to_parent
+from vgglab.dist.interrupts import ignore_signals_in_worker
 from vgglab.dist.ranks import num_cores
 from vgglab.errors import BadImage, UserError
 from vgglab.settings.parser import parse_flags
@@ -121,7 +121,7 @@ def check_images(data_path: str, workers: int | None = None) -> Findings:
     unreadable: dict[str, str] = {}
     kinds: dict[str, list[str]] = {}
     context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else "spawn")
-    pool = ProcessPoolExecutor(workers or num_cores(), mp_context=context, initializer=leave_signals_to_parent)
+    pool = ProcessPoolExecutor(workers or num_cores(), mp_context=context, initializer=ignore_signals_in_worker)
     try:
         for verdict in _with_bar(pool.map(examine, files, chunksize=NUM_AT_A_TIME), len(files)):
             if verdict.trouble:

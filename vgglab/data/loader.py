@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vgglab.dist.interrupts import leave_signals_to_parent, starting_workers
+from vgglab.dist.interrupts import block_signals_during_start, ignore_signals_in_worker
 from vgglab.errors import BadImage, UserError
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Batches:
             # Workers for held-out images exit after each pass: kept idle, they would double the number of processes.
             is_training = isinstance(sampler, TrainBatchSampler)
             options.update(persistent_workers=is_training, multiprocessing_context=device.worker_start)
-            options.update(worker_init_fn=leave_signals_to_parent)
+            options.update(worker_init_fn=ignore_signals_in_worker)
         with _without_remarks():
             # The sampler already yields whole batches; batch_size=None passes them on unchanged.
             self._loader = DataLoader(
@@ -187,7 +187,7 @@ class Batches:
             UserError: an image cannot be read, or, with ``--on-bad-image skip``, no image of a training batch can.
         """
         self._sampler.epoch, self._sampler.first = epoch, first
-        with starting_workers(), _without_remarks():
+        with block_signals_during_start(), _without_remarks():
             batches = iter(self._loader)
         try:
             for batch in batches:

@@ -21,7 +21,7 @@ from vgglab.data.digits import digits_folder
 from vgglab.data.images import ArrayImages, FakeImages, Split
 from vgglab.data.transform import Preparation
 from vgglab.errors import UserError
-from vgglab.storage.cache import cache_folder, one_at_a_time
+from vgglab.storage.cache import best_effort_lock, cache_folder
 
 # Debian's package dataset-fashion-mnist installs the four files here.
 PACKAGED_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -77,7 +77,7 @@ def _torchvision(name: str, **options: Any) -> Any:
     if not hasattr(datasets, name):
         raise UserError(f"this version of torchvision has no {name}; upgrade torchvision")
     cache_folder().mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(cache_folder() / f"{name}.lock"):
+    with best_effort_lock(cache_folder() / f"{name}.lock"):
         return getattr(datasets, name)(str(cache_folder()), download=True, **options)
 
 

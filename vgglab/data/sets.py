@@ -15,7 +15,7 @@ from vgglab.data.lists import ListFile
 from vgglab.data.named import NAMED_SETS, explain_failed_download
 from vgglab.data.transform import CentreCrop, JitteredCrop, NoCrop, Preparation, RandomCrop, TrivialAugmentCrop
 from vgglab.errors import UserError
-from vgglab.settings.config import SEED_NUM_CLASSES, Request
+from vgglab.settings.config import ORIGINAL_NUM_CLASSES, Request
 
 
 def _standard_crop(size: int, preparation: Preparation) -> RandomCrop:
@@ -225,7 +225,7 @@ def _num_classes(config: Request, classes: list[str]) -> tuple[int, list[str]]:
     found, asked = len(classes), config.num_classes
     if asked is None or asked == found:
         return found, []
-    if asked == SEED_NUM_CLASSES and asked > found:
+    if asked == ORIGINAL_NUM_CLASSES and asked > found:
         # The original example's commands all set 1000. Training works with it, but wastes outputs, and the
         # classes are numbered differently from those of ImageNet weights.
         return asked, [f"--num-classes {asked}: the folder has {found} classes; the remaining outputs stay unused"]

@@ -14,7 +14,7 @@ STOP_SIGNALS = [  # mean save and stop; sent by schedulers (the first two) or wh
 ]
 _received: list[int] = []  # the signals that this process received
 _is_stopping = False  # the run is ending; further Ctrl-C presses are ignored
-ends_with_run = False  # True if the process exits with the run; an interrupted run then ignores Ctrl-C until exit
+exits_with_run = False  # True if the process exits with the run; an interrupted run then ignores Ctrl-C until exit
 
 
 class StopRequested(BaseException):
@@ -30,7 +30,7 @@ class StopRequested(BaseException):
 
 
 @contextlib.contextmanager
-def deferring_ctrl_c() -> Iterator[None]:
+def defer_ctrl_c() -> Iterator[None]:
     """Defer Ctrl-C to the end of the block.
 
     Inside ``torch.save``, a KeyboardInterrupt would surface as an error from torch.
@@ -38,24 +38,24 @@ def deferring_ctrl_c() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield
         return
-    waiting: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    deferred: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda signum, _: deferred.append(signum))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-        for number in waiting:
-            signal.raise_signal(number)
+        for signum in deferred:
+            signal.raise_signal(signum)
 
 
 @contextlib.contextmanager
-def starting_workers() -> Iterator[None]:
-    """Defer Ctrl-C in a block that starts processes with the initializer ``leave_signals_to_parent``.
+def block_signals_during_start() -> Iterator[None]:
+    """Defer Ctrl-C in a block that starts processes with the initializer ``ignore_signals_in_worker``.
 
     Ctrl-C during the fork would be lost in one of Python's hooks. The other signals are blocked when a new process
     starts, because a signal before the initializer has run would kill the worker, and the run with it.
     """
-    with deferring_ctrl_c():
+    with defer_ctrl_c():
         if not hasattr(signal, "pthread_sigmask"):
             yield
             return
@@ -67,7 +67,7 @@ def starting_workers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deferring_signals() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """In the block, ``STOP_SIGNALS`` and Ctrl-C are only recorded; the training loop checks ``stop_requested``.
 
     A second Ctrl-C raises KeyboardInterrupt. A signal that the parent process ignores, such as SIGHUP under nohup,
@@ -79,12 +79,12 @@ def deferring_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with handling([*STOP_SIGNALS, signal.SIGINT], _note), _unraisable_interrupts():
+    with handle_signals([*STOP_SIGNALS, signal.SIGINT], _record_signal), _silence_unraisable_interrupts():
         yield
 
 
 @contextlib.contextmanager
-def _unraisable_interrupts() -> Iterator[None]:
+def _silence_unraisable_interrupts() -> Iterator[None]:
     """In the block, do not print a KeyboardInterrupt raised in a finalizer; the next Ctrl-C then raises it again.
 
     Python cannot propagate it, only print it. The run still stops after the current step.
@@ -106,51 +106,51 @@ def _unraisable_interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def handling(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
+def handle_signals(signums: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
     """In the block, these signals call ``handler``; a signal that the parent process ignores stays ignored."""
-    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, handler) for number in heeded}
+    handled = [signum for signum in signums if signal.getsignal(signum) != signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, handler) for signum in handled}
     try:
         yield
     finally:
-        for number, earlier in previous.items():
-            is_answered = number == signal.SIGINT and ends_with_run and was_interrupted()
-            signal.signal(number, signal.SIG_IGN if is_answered else earlier)
+        for signum, original in previous.items():
+            is_ignored = signum == signal.SIGINT and exits_with_run and was_interrupted()
+            signal.signal(signum, signal.SIG_IGN if is_ignored else original)
 
 
-def leave_signals_to_parent(_: int = 0) -> None:
+def ignore_signals_in_worker(_: int = 0) -> None:
     """Make a loader worker ignore signals that are meant for the rank, which still needs the worker's batches.
 
     torchrun signals whole process groups. SIGTERM ends the worker only if the parent sent it, as Python does at
     exit; if the worker ignored that too, both would wait for each other forever.
     """
-    for number in {*STOP_SIGNALS, signal.SIGINT} - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux; it tells who sent the signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # already blocked after starting_workers()
-        threading.Thread(target=_end_at_parents_word, args=(os.getppid(),), daemon=True).start()
+    for signum in {*STOP_SIGNALS, signal.SIGINT} - {signal.SIGTERM}:
+        signal.signal(signum, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux only; it reports the sender of the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # already blocked after block_signals_during_start()
+        threading.Thread(target=_exit_when_parent_signals, args=(os.getppid(),), daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _end_at_parents_word(parent: int) -> None:
+def _exit_when_parent_signals(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
 
 
-def _note(number: int, _: Any) -> None:
+def _record_signal(signum: int, _: Any) -> None:
     global _is_stopping
-    if number == signal.SIGINT and was_interrupted():
-        if not _is_stopping:  # while stopping, it could only disturb the shutdown of the workers
+    if signum == signal.SIGINT and was_interrupted():
+        if not _is_stopping:  # while stopping, it would only disturb the shutdown of the workers
             _is_stopping = True
             raise KeyboardInterrupt
-    elif number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+    elif signum == signal.SIGINT and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # not print(): the signal may have interrupted one, and it is not reentrant
             os.write(
                 2, b"\nCtrl-C: finishing this step, then stopping; press it again to stop at once, without saving\n"
             )
-    _received.append(number)
+    _received.append(signum)
 
 
 def stop_requested() -> bool:

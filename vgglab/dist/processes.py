@@ -14,7 +14,7 @@ from typing import Any
 
 from vgglab.dist.ranks import MARK, STACK_SIGNAL
 
-KILLED_SECONDS = 60  # a killed process has ended by then, unless the operating system hangs
+KILL_TIMEOUT_SECONDS = 60  # a killed process has ended by then, unless the operating system hangs
 
 
 def is_alive(pid: int) -> bool:
@@ -30,40 +30,40 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def signature(pid: int) -> dict[str, Any]:
+def identity(pid: int) -> dict[str, Any]:
     """The identity of a process as recorded in a run directory, so that no other process is mistaken for it.
 
     ``process`` is the boot ID of the machine and the start time of the process since boot, both independent of the
     clock; it is empty without ``/proc``.
     """
-    return {"host": socket.gethostname(), "pid": pid, "process": _began(pid)}
+    return {"host": socket.gethostname(), "pid": pid, "process": _start_time(pid)}
 
 
-def is_running(signed: dict[str, Any]) -> bool:
-    """Whether the process with this ``signature`` is alive and on this machine."""
-    pid = signed.get("pid")
-    if type(pid) is not int or not 0 < pid < 2**31 or signed.get("host") != socket.gethostname():
+def is_running(recorded: dict[str, Any]) -> bool:
+    """Whether the process with this ``identity`` is alive and on this machine."""
+    pid = recorded.get("pid")
+    if type(pid) is not int or not 0 < pid < 2**31 or recorded.get("host") != socket.gethostname():
         return False
-    return is_alive(pid) and signed.get("process") == _began(pid)
+    return is_alive(pid) and recorded.get("process") == _start_time(pid)
 
 
-def _began(pid: int) -> str:
+def _start_time(pid: int) -> str:
     with contextlib.suppress(OSError, IndexError):
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
     return ""
 
 
-def processes_of(path: Path) -> list[int]:
+def find_processes(path: Path) -> list[int]:
     """The IDs of the processes of a run on this machine, found by an environment variable (Linux only)."""
-    wanted = f"{MARK}={path.resolve()}".encode(errors="surrogateescape")
-    found = []
+    variable = f"{MARK}={path.resolve()}".encode(errors="surrogateescape")
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            if state != "Z" and wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return [pid for pid in found if pid != os.getpid()]
+            if state != "Z" and variable in (folder / "environ").read_bytes().split(b"\0"):
+                pids.append(int(folder.name))
+    return [pid for pid in pids if pid != os.getpid()]
 
 
 def request_stack(pid: int, log: Path, seconds: float = 2.0) -> str:
@@ -71,28 +71,28 @@ def request_stack(pid: int, log: Path, seconds: float = 2.0) -> str:
 
     Works only on Linux and on the machine of the rank. The rank writes the stack to ``log``, where it remains.
     """
-    if not (_is_plain(log) and _has_open(pid, log) and _answers(pid)):
+    if not (_is_regular_file(log) and _has_open(pid, log) and _handles_stack_signal(pid)):
         return ""
-    size, deadline, said = log.stat().st_size, time.monotonic() + seconds, b""
+    size, deadline, output = log.stat().st_size, time.monotonic() + seconds, b""
     os.kill(pid, STACK_SIGNAL)
     while time.monotonic() < deadline:
         time.sleep(0.25)  # on a busy machine, a process may write its stack in parts
-        before, said = said, log.read_bytes()[size:]
-        if said and said == before:
+        previous, output = output, log.read_bytes()[size:]
+        if output and output == previous:
             break
-    *_, main_thread = re.split(r"^(?:Current thread|Thread) .*\n", said.decode(errors="replace"), flags=re.MULTILINE)
+    *_, main_thread = re.split(r"^(?:Current thread|Thread) .*\n", output.decode(errors="replace"), flags=re.MULTILINE)
     return main_thread
 
 
-def _is_plain(file: Path) -> bool:
+def _is_regular_file(file: Path) -> bool:
     """Whether this is a regular file with a single name; a link could lead to the log of another process."""
     with contextlib.suppress(OSError):
-        found = file.lstat()
-        return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+        status = file.lstat()
+        return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
     return False
 
 
-def _answers(pid: int) -> bool:
+def _handles_stack_signal(pid: int) -> bool:
     """Whether a process handles ``STACK_SIGNAL``, which would kill a process that does not."""
     with contextlib.suppress(OSError, ValueError):
         caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
@@ -110,10 +110,10 @@ def _has_open(pid: int, file: Path) -> bool:
 
 
 def kill_all(path: Path) -> None:
-    """Kill the remaining processes of a run on this machine, and wait up to ``KILLED_SECONDS`` for them to end."""
-    deadline = time.monotonic() + KILLED_SECONDS
-    while time.monotonic() < deadline and (left := processes_of(path)):
-        for pid in left:
+    """Kill the remaining processes of a run on this machine, and wait up to ``KILL_TIMEOUT_SECONDS``."""
+    deadline = time.monotonic() + KILL_TIMEOUT_SECONDS
+    while time.monotonic() < deadline and (remaining := find_processes(path)):
+        for pid in remaining:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)

@@ -21,7 +21,7 @@ from typing import Any, Mapping, NoReturn, Sequence
 
 from vgglab.errors import UserError
 from vgglab.storage.files import exists, read_bytes
-from vgglab.storage.schema import FAILURE, line_in, write_document
+from vgglab.storage.schema import FAILURE, parse_line, write_document
 
 TIED_TO_LAUNCHER = "VGGLAB_TIED_TO_LAUNCHER"  # set for a launched process, which ends when the pipe at its stdin closes
 MARK = "VGGLAB_RUN"  # set for a launched process and its descendants: their run directory
@@ -30,21 +30,21 @@ RENDEZVOUS = "VGGLAB_RENDEZVOUS"  # set for ranks that dist/spawn.py starts: the
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # sysexits.h: a temporary failure, try again
 EXIT_INTERRUPTED = 130  # shell convention: 128 + SIGINT
-GUARD_SECONDS = 0.5
-FATAL = "Fatal Python error: "  # what faulthandler prints first after one of these signals
-FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL, signal.SIGBUS)
-RUN_NOTE = "vgglab_run"  # file in the folder of a launch that contains the path of the run directory
+PARENT_POLL_SECONDS = 0.5
+CRASH_HEADER = "Fatal Python error: "  # what faulthandler prints first after one of these signals
+CRASH_SIGNALS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL, signal.SIGBUS)
+RUN_PATH_FILE = "vgglab_run"  # file in the folder of a launch that contains the path of the run directory
 
 COLLECTIVES = ("gloo", "nccl", "eccl")  # collective communication libraries, by the names of torch's backends
 # Not ``-m``, which imports from the current folder first: another user may have put modules there.
 WITHOUT_CWD = "import sys; sys.path[:] = filter(None, sys.path); "
-TRAIN = WITHOUT_CWD + "sys.argv[0] = 'vgglab.train'; from vgglab.train import run_and_exit; run_and_exit()"
-TORCHRUN = WITHOUT_CWD + "from torch.distributed.run import main; main()"
+TRAIN_CODE = WITHOUT_CWD + "sys.argv[0] = 'vgglab.train'; from vgglab.train import run_and_exit; run_and_exit()"
+TORCHRUN_CODE = WITHOUT_CWD + "from torch.distributed.run import main; main()"
 
-LOST_PEERS = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "socket", *COLLECTIVES)
+LOST_PEER_PHRASES = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "socket", *COLLECTIVES)
 
-STARTED = time.monotonic()  # when this process began; this module is among the first to be imported
-_kept: tuple[Any, ...] = ()  # objects that must never be destroyed
+PROCESS_STARTED = time.monotonic()  # when this process began; this module is among the first to be imported
+_kept_alive: tuple[Any, ...] = ()  # objects that must never be destroyed
 _run_dir: Path | None = None  # where a failure of this process is recorded
 
 
@@ -52,23 +52,23 @@ def grace_period_seconds(chosen: float | None = None) -> float:
     """Seconds that a run has to save and stop before it is killed. Raises UserError for an invalid setting."""
     if chosen is not None:
         return chosen
-    given = os.environ.get("VGGLAB_GRACE_SECONDS", "10")  # a slow disk, or a busy machine, may need longer
-    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]+)?", given):
-        raise UserError(f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds from 0 to 99999, such as 10")
-    return float(given)
+    value = os.environ.get("VGGLAB_GRACE_SECONDS", "10")  # a slow disk, or a busy machine, may need longer
+    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]+)?", value):
+        raise UserError(f"VGGLAB_GRACE_SECONDS: {value!r} is not a number of seconds from 0 to 99999, such as 10")
+    return float(value)
 
 
 def training_command(argv: Sequence[str], python: str = sys.executable) -> list[str]:
-    """The command line of a new training process; run it in the environment from ``with_package``."""
-    return [python, "-u", "-c", TRAIN, *argv]
+    """The command line of a new training process; run it in the environment from ``with_package_path``."""
+    return [python, "-u", "-c", TRAIN_CODE, *argv]
 
 
-def with_package(environment: Mapping[str, str]) -> dict[str, str]:
+def with_package_path(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment, with this package added to ``PYTHONPATH`` if it is not installed."""
-    home = Path(__file__).resolve().parent.parent.parent
-    if home.name in ("site-packages", "dist-packages"):
+    folder = Path(__file__).resolve().parent.parent.parent
+    if folder.name in ("site-packages", "dist-packages"):
         return dict(environment)
-    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(home)]))}
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(folder)]))}
 
 
 def tie_to_launcher() -> None:
@@ -80,10 +80,10 @@ def tie_to_launcher() -> None:
     if os.environ.pop(TIED_TO_LAUNCHER, None) is not None:
         # A Jupyter kernel may be ignoring Ctrl-C when it starts this process, which inherits that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        threading.Thread(target=_end_with_launcher, daemon=True, name="launcher").start()
+        threading.Thread(target=_exit_with_launcher, daemon=True, name="launcher").start()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # If torchrun is killed, its ranks keep training, because each has its own session.
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True, name="guard").start()
+        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True, name="guard").start()
 
 
 def open_closed_streams() -> None:
@@ -93,17 +93,17 @@ def open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
-def _end_with_launcher() -> None:
+def _exit_with_launcher() -> None:
     while os.read(0, 1024):
         pass
-    _end()
+    _stop_and_exit()
 
 
-def _end_with_parent(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     if _is_torchrun(parent):
         while os.getppid() == parent:
-            time.sleep(GUARD_SECONDS)
-    _end()
+            time.sleep(PARENT_POLL_SECONDS)
+    _stop_and_exit()
 
 
 def _is_torchrun(pid: int) -> bool:
@@ -121,7 +121,7 @@ def _is_torchrun(pid: int) -> bool:
         return pid != 1
 
 
-def _end() -> None:
+def _stop_and_exit() -> None:
     """Ask this process to save and stop; kill it and its workers after the grace period."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace_period_seconds())
@@ -131,8 +131,8 @@ def _end() -> None:
 
 def skip_cleanup_at_exit(keep: Any) -> None:
     """Make ``exit_process`` skip Python's shutdown and the destructor of ``keep``; ``devices/stock.py`` says why."""
-    global _kept
-    _kept = (keep,)
+    global _kept_alive
+    _kept_alive = (keep,)
 
 
 def exit_process(code: int) -> NoReturn:
@@ -142,12 +142,12 @@ def exit_process(code: int) -> NoReturn:
             stream.flush()
         except OSError:  # a full disk: Python would try again and change the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if not _kept:
+    if not _kept_alive:
         sys.exit(code)
     os._exit(code)
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line to stderr; ignore errors."""
     with contextlib.suppress(OSError):
         print(f"vgglab.train: {line}", file=sys.stderr)
@@ -171,21 +171,21 @@ def _launch_folder() -> Path | None:
     return Path(error_file).parents[2] if error_file else None
 
 
-def remember_run(path: Path) -> None:
+def record_run_dir(path: Path) -> None:
     """Record the run directory, so that a restart can find it."""
     folder = _launch_folder()
     if folder is not None and folder.is_dir():
         with contextlib.suppress(OSError):
-            (folder / RUN_NOTE).write_text(str(path.absolute()), encoding="utf-8")
+            (folder / RUN_PATH_FILE).write_text(str(path.absolute()), encoding="utf-8")
 
 
-def remembered_run(folder: Path) -> Path | None:
+def recorded_run_dir(folder: Path) -> Path | None:
     """The run directory of this launch, or of the attempt before a restart; None if there is none yet."""
-    note = folder / RUN_NOTE
-    return Path(note.read_text(encoding="utf-8")) if note.exists() else None
+    file = folder / RUN_PATH_FILE
+    return Path(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def run_of_earlier_attempt() -> Path | None:
+def previous_run_dir() -> Path | None:
     """The run directory used before a restart; None in the first attempt.
 
     Raises:
@@ -196,7 +196,7 @@ def run_of_earlier_attempt() -> Path | None:
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         raise UserError("--max-restarts on several machines needs a --run-dir on a shared file system")
     folder = _launch_folder()
-    return remembered_run(folder) if folder else None
+    return recorded_run_dir(folder) if folder else None
 
 
 def set_run_dir(path: Path) -> None:
@@ -215,7 +215,7 @@ def resume_advice(path: Path) -> str:
     return f"continue with --run-dir {path} --resume auto"
 
 
-def name() -> str:
+def prefix() -> str:
     """The prefix of messages from this process, ``rank 1 of 8: ``; empty for a single process."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     return f"rank {os.environ.get('RANK', 0)} of {world_size}: " if world_size > 1 else ""
@@ -228,36 +228,36 @@ def report_failure(error: BaseException, exit_code: int) -> None:
     file, ``failures`` puts the root cause first.
     """
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    launched_for = os.environ.get(MARK)  # its log folder is created before any rank starts
-    path = _run_dir or (Path(launched_for) if launched_for else None)
+    launch_dir = os.environ.get(MARK)  # its log folder is created before any rank starts
+    path = _run_dir or (Path(launch_dir) if launch_dir else None)
     if path and not _run_dir and exit_code == EXIT_BAD_INPUT and exists(path / "events.jsonl"):
         path = None  # bad input is not a failure of the run that already exists
     line, rank = f"{type(error).__name__}: {error}", int(os.environ.get("RANK", 0))
     _write_failure(path, rank, line, exit_code, text, has_lost_peers(error))
-    if name() and os.environ.get("TORCHELASTIC_ERROR_FILE") and "torch" in sys.modules:
+    if prefix() and os.environ.get("TORCHELASTIC_ERROR_FILE") and "torch" in sys.modules:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         with contextlib.suppress(Exception):  # torchrun's summary is optional
             get_error_handler().record_exception(error)
 
 
-def report_killed(rank: int, number: int, folder: Path) -> str:
+def report_killed(rank: int, signum: int, folder: Path) -> str:
     """Record the failure of a rank that was killed by a signal, on behalf of its launcher; return the error.
 
     Args:
-        folder: the folder of the launch, as in ``remembered_run``.
+        folder: the folder of the launch, as in ``recorded_run_dir``.
     """
-    signal_name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
-    hint = "; if nobody killed it, the machine ran out of memory" if number == signal.SIGKILL else ""
+    signal_name = signal.Signals(signum).name if signum in list(signal.Signals) else f"signal {signum}"
+    hint = "; if nobody killed it, the machine ran out of memory" if signum == signal.SIGKILL else ""
     line = f"was killed ({signal_name}){hint}"
-    launched_for = os.environ.get(MARK)
-    path = remembered_run(folder) or (Path(launched_for) if launched_for else None)
+    launch_dir = os.environ.get(MARK)
+    path = recorded_run_dir(folder) or (Path(launch_dir) if launch_dir else None)
     log = path / "log" / f"rank{rank}.txt" if path else None
     stack = ""
-    if number in FAULTS and log and log.exists():
-        _, found, after = log.read_text(encoding="utf-8", errors="replace").rpartition(FATAL)
-        stack = found + after if found else ""
-    _write_failure(path, rank, line, -number, stack)
+    if signum in CRASH_SIGNALS and log and log.exists():
+        _, header, after = log.read_text(encoding="utf-8", errors="replace").rpartition(CRASH_HEADER)
+        stack = header + after if header else ""
+    _write_failure(path, rank, line, -signum, stack)
     return line
 
 
@@ -277,19 +277,19 @@ def _write_failure(
 def has_lost_peers(error: BaseException) -> bool:
     """Whether an error means that the connection to another rank was lost."""
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in LOST_PEERS)
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in LOST_PEER_PHRASES)
 
 
 def failures(path: Path) -> list[dict[str, Any]]:
     """The failures of a run's ranks, root cause first; ranks that only lost a connection come last."""
-    found = []
+    records = []
     for file in sorted((path / "log").glob("failure-rank*.json")):
         with contextlib.suppress(UserError):
-            found.append(line_in(read_bytes(file) or b"", FAILURE))
-    return sorted(filter(None, found), key=lambda failure: (failure["has_lost_peers"], failure["time"]))
+            records.append(parse_line(read_bytes(file) or b"", FAILURE))
+    return sorted(filter(None, records), key=lambda failure: (failure["has_lost_peers"], failure["time"]))
 
 
-def forget_failures(path: Path) -> None:
+def delete_failures(path: Path) -> None:
     """Delete the failure records of a run that is being continued."""
     for file in (path / "log").glob("failure-rank*.json"):
         with contextlib.suppress(OSError):  # it is a folder

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Sequence
 
 from vgglab.dist import ranks
-from vgglab.dist.interrupts import STOP_SIGNALS, handling
+from vgglab.dist.interrupts import STOP_SIGNALS, handle_signals
 from vgglab.errors import UserError
 
 POLL_SECONDS = 0.05
-FINAL = (0, ranks.EXIT_BAD_INPUT, ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED)  # a restart would not help
+FINAL_CODES = (0, ranks.EXIT_BAD_INPUT, ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED)  # a restart would not help
 
 
 def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> int:
@@ -49,7 +49,7 @@ def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> in
     with folder as path:
         for attempt in range(max_restarts + 1):
             code = _Attempt(argv, num_ranks, Path(path), attempt).run()
-            if code in FINAL or attempt == max_restarts:
+            if code in FINAL_CODES or attempt == max_restarts:
                 break
             print(f"vgglab.train: restart {attempt + 1} of {max_restarts}", file=sys.stderr)
     return code
@@ -61,8 +61,8 @@ class _Attempt:
     def __init__(self, argv: Sequence[str], num_ranks: int, folder: Path, number: int) -> None:
         self.command = ranks.training_command(argv)
         self.environment = {
-            **_defaults(num_ranks),
-            **ranks.with_package(os.environ),
+            **_default_environment(num_ranks),
+            **ranks.with_package_path(os.environ),
             **{name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
@@ -76,8 +76,8 @@ class _Attempt:
 
     def run(self) -> int:
         """Start the ranks, wait until all have ended, and return the exit code of the launcher."""
-        with handling([*STOP_SIGNALS, signal.SIGINT], lambda number, _: self.signals.append(number)):
-            # Each rank has its own session, so that its workers can be killed too, and a pipe that ends it with us.
+        with handle_signals([*STOP_SIGNALS, signal.SIGINT], lambda signum, _: self.signals.append(signum)):
+            # Each rank has its own session, so that its workers can be killed too, and a pipe, so it exits with us.
             running = {
                 rank: subprocess.Popen(
                     self.command,
@@ -91,16 +91,16 @@ class _Attempt:
             while running:
                 time.sleep(POLL_SECONDS)
                 while num_sent < len(self.signals):
-                    number = self.signals[num_sent]
+                    signum = self.signals[num_sent]
                     num_ctrl_c = self.signals[: num_sent + 1].count(signal.SIGINT)
-                    _send(signal.SIGKILL if number == signal.SIGINT and num_ctrl_c > 2 else number, running.values())
+                    _send(signal.SIGKILL if signum == signal.SIGINT and num_ctrl_c > 2 else signum, running.values())
                     if num_ctrl_c == 2:
                         deadline = min(deadline, time.monotonic() + ranks.grace_period_seconds())
                     num_sent += 1
                 for rank in [rank for rank, process in running.items() if process.poll() is not None]:
                     code = running.pop(rank).returncode
                     if code not in (0, ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED) and self.failure is None:
-                        self._note(rank, code)
+                        self._record_exit(rank, code)
                         _send(signal.SIGTERM, running.values())
                         deadline = time.monotonic() + ranks.grace_period_seconds()
                 if time.monotonic() > deadline:
@@ -113,7 +113,7 @@ class _Attempt:
             return self.failure
         return ranks.EXIT_STOPPED if any(process.returncode for process in processes) else 0
 
-    def _note(self, rank: int, code: int) -> None:
+    def _record_exit(self, rank: int, code: int) -> None:
         """Keep the first failure, and record it for a rank that was killed and could not do so itself."""
         if code >= 0:
             self.failure = code
@@ -125,7 +125,7 @@ class _Attempt:
             print(f"vgglab.train: rank {rank} of {self.num_ranks}: {error}", file=sys.stderr)
 
 
-def _defaults(num_ranks: int) -> dict[str, str]:
+def _default_environment(num_ranks: int) -> dict[str, str]:
     """Environment variables that the user can override: cores shared among the ranks, connections on loopback only."""
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
     return {
@@ -135,16 +135,16 @@ def _defaults(num_ranks: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-def _send(number: int, processes) -> None:
+def _send(signum: int, processes) -> None:
     """Send a signal to each process; SIGKILL also goes to their workers."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
-            if number == signal.SIGKILL:
-                os.killpg(process.pid, number)
+            if signum == signal.SIGKILL:
+                os.killpg(process.pid, signum)
             else:
-                process.send_signal(number)
+                process.send_signal(signum)

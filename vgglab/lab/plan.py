@@ -22,8 +22,8 @@ from vgglab.lab import anatomy
 from vgglab.model import build, head_for
 from vgglab.optim import OPTIMIZERS
 from vgglab.settings.config import Request
-from vgglab.settings.parser import parse_flags, warnings_about
-from vgglab.settings.recipes import MADE_FOR
+from vgglab.settings.parser import parse_flags, settings_warnings
+from vgglab.settings.recipes import RECIPE_DATA
 from vgglab.settings.schedule import learning_rate
 from vgglab.view.tables import html_facts
 
@@ -126,7 +126,7 @@ def plan_training(
 
 def _data(config: Request, given: Sequence[str]) -> tuple[str, int, int, int, int]:
     """Return the description, numbers of training and held-out images, number of classes, and image size."""
-    if "data_path" not in given and config.recipe is not None and MADE_FOR[config.recipe] == "imagenet":
+    if "data_path" not in given and config.recipe is not None and RECIPE_DATA[config.recipe] == "imagenet":
         return "ImageNet", IMAGENET["train"], IMAGENET["val"], IMAGENET["classes"], config.image_size or 224
     sets = open_sets(config)
     assert sets.train is not None
@@ -140,9 +140,9 @@ def _checkpoint_bytes(config: Request, num_classes: int, image_size: int) -> int
         built = build(config.model, num_classes=num_classes, head=head, init_weights=False)
     network = anatomy.of(built, image_size)
     statistics = sum(2 * layer.output_shape[1] for layer in network if layer.kind == "batch norm")
-    num_kept = OPTIMIZERS[config.optimizer].num_kept(config)
+    num_state_tensors = OPTIMIZERS[config.optimizer].num_state_tensors(config)
     copies = 2 if config.ema else 1
-    return 4 * (network.num_parameters * (copies + num_kept) + statistics * copies)
+    return 4 * (network.num_parameters * (copies + num_state_tensors) + statistics * copies)
 
 
 def _rates(config: Request, ranks: int) -> list[tuple[int, float]]:
@@ -151,7 +151,7 @@ def _rates(config: Request, ranks: int) -> list[tuple[int, float]]:
 
 
 def _warnings(config: Request, ranks: int) -> list[str]:
-    lines = warnings_about(config)
+    lines = settings_warnings(config)
     base = config.lr * config.batch_size * ranks / 256
     if config.recipe:
         own = parse_flags([f"--recipe={config.recipe}"])

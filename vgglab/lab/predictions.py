@@ -18,7 +18,7 @@ from vgglab.model import VGG, build
 from vgglab.runs import checkpoint
 from vgglab.runs.run import Run
 from vgglab.settings.config import Request, Settings, complete
-from vgglab.settings.inheritance import checked
+from vgglab.settings.inheritance import check_setting
 
 MAX_CLASSES = 10**6  # largest number accepted from a run's settings; ImageNet-21k has 21,841
 
@@ -83,7 +83,7 @@ def _settings_of(run: Run) -> Settings:
     """Return the settings of the run, changed to evaluate all held-out images in this process."""
     known = [item for item in fields(Request) if item.name in run.config]
     with error_context(f"{run.path}/config.json"):
-        config = Request(**{item.name: checked(item, run.config[item.name]) for item in known})
+        config = Request(**{item.name: check_setting(item, run.config[item.name]) for item in known})
         if config.num_classes is None or config.num_classes > MAX_CLASSES:
             raise UserError("has no valid num_classes")
     # "auto", because simplejpeg may be missing on this machine.

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vgglab.devices.compat import NotACheckpoint, damage_of, load_tensors
-from vgglab.dist.interrupts import deferring_ctrl_c
-from vgglab.errors import NOT_FINITE, UserError
+from vgglab.dist.interrupts import defer_ctrl_c
+from vgglab.errors import NOT_FINITE_ADVICE, UserError
 from vgglab.optim import OPTIMIZERS
-from vgglab.storage.files import make_folder, refusing_links
+from vgglab.storage.files import make_folder, nofollow_opener
 
 if TYPE_CHECKING:
     from vgglab.trainer import TrainingState
@@ -30,7 +30,7 @@ FORMAT = "vgglab-1"
 MAX_COUNT = 10**14  # of steps or images; readers of events accept ten times as many
 
 
-class CannotSave(Exception):
+class SaveError(Exception):
     """Raised when a checkpoint cannot be written; existing checkpoints are intact."""
 
 
@@ -50,7 +50,7 @@ def save(
     to continue training with.
 
     Raises:
-        CannotSave: the file cannot be written, for example because the disk is full.
+        SaveError: the file cannot be written, for example because the disk is full.
         UserError: the weights contain nan or infinity.
     """
     content = {
@@ -68,40 +68,40 @@ def save(
     }
     if average is not None:
         content["trained"] = model.state_dict()
-    content = _on_cpu(content)
+    content = _to_cpu(content)
     for name, value in content["model"].items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{name} is not finite after step {state.step}; {NOT_FINITE}")
-    with deferring_ctrl_c():
+            raise UserError(f"{name} is not finite after step {state.step}; {NOT_FINITE_ADVICE}")
+    with defer_ctrl_c():
         try:
             make_folder(folder)
             _write(folder, content, is_best)
         except OSError as error:
             with contextlib.suppress(OSError):
                 (folder / "unfinished.tmp").unlink()
-            raise CannotSave(error.strerror or str(error)) from None
+            raise SaveError(error.strerror or str(error)) from None
 
 
 def _write(folder: Path, content: Any, is_best: bool) -> None:
     last, unfinished = folder / "last.pt", folder / "unfinished.tmp"
-    with open(unfinished, "wb", opener=refusing_links) as file:
-        patient = _PatientFile(file)
-        torch.save(content, patient)  # type: ignore[arg-type]  # it needs only write and flush
-        if patient.error:
-            raise patient.error
+    with open(unfinished, "wb", opener=nofollow_opener) as file:
+        wrapper = _NonRaisingFile(file)
+        torch.save(content, wrapper)  # type: ignore[arg-type]  # it needs only write and flush
+        if wrapper.error:
+            raise wrapper.error
         file.flush()
         os.fsync(file.fileno())
     if last.exists():
-        _share(last, folder / "previous.tmp")
+        _link_or_copy(last, folder / "previous.tmp")
         (folder / "previous.tmp").replace(folder / "previous.pt")
     unfinished.replace(last)  # the old last.pt stays until the new one is complete
     if is_best:
-        _share(last, unfinished)
+        _link_or_copy(last, unfinished)
         unfinished.replace(folder / "best.pt")
     _flush_folder(folder)
 
 
-class _PatientFile:
+class _NonRaisingFile:
     """A file that accepts all data and stores the first error instead of raising it.
 
     torch's archive writer aborts the process if a write fails in the middle of a file.
@@ -127,14 +127,14 @@ def _flush_folder(folder: Path) -> None:
     """Flush a folder to disk; only then do new names in it survive a crash of the machine."""
     if os.name != "posix":
         return
-    number = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
-def _share(source: Path, target: Path) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     """Hard-link or copy ``source`` to ``target``, which stays when the next save replaces ``source``."""
     with contextlib.suppress(FileNotFoundError):
         target.unlink()
@@ -144,14 +144,14 @@ def _share(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _on_cpu(value: Any) -> Any:
+def _to_cpu(value: Any) -> Any:
     """The same structure with every tensor on the CPU, so that it can be read without the card."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
+        return {key: _to_cpu(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_on_cpu(item) for item in value)
+        return type(value)(_to_cpu(item) for item in value)
     return value
 
 
@@ -177,30 +177,30 @@ def read(path: str | Path) -> Checkpoint:
     except NotACheckpoint as error:
         raise UserError(f"is not a checkpoint that can be loaded safely ({error})") from None
     weights = content.get("model", content) if isinstance(content, dict) else None
-    if not _are_weights(weights):
+    if not _is_state_dict(weights):
         raise UserError("contains no model weights")
-    is_ours = content.get("format") == FORMAT and isinstance(content.get("config"), dict)
-    if is_ours and not all(_is_plain(value) for value in content["config"].values()):
+    is_complete = content.get("format") == FORMAT and isinstance(content.get("config"), dict)
+    if is_complete and not all(_is_plain(value) for value in content["config"].values()):
         raise UserError("is damaged (a setting has an invalid type)")
-    return Checkpoint(content if is_ours else {"model": weights})
+    return Checkpoint(content if is_complete else {"model": weights})
 
 
-def newest(folders: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[str]]:
+def find_newest(folders: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[str]]:
     """The newest intact checkpoint in the run directories ``folders``, its content, and why others were skipped.
 
     If there is none, the first two are None and an empty dict.
     """
     files = [file for folder in folders for file in folder.glob("checkpoints/*.pt") if file.exists()]
-    passed_over: list[str] = []
-    for file in sorted(files, key=_age):
+    unusable: list[str] = []
+    for file in sorted(files, key=_newest_first):
         try:
             content = read(file)
             if content.get("format") == FORMAT:
-                return file, content, passed_over
-            passed_over.append(f"{file} contains weights only")
+                return file, content, unusable
+            unusable.append(f"{file} contains weights only")
         except UserError as error:
-            passed_over.append(f"{file} {error}")
-    return None, {}, passed_over
+            unusable.append(f"{file} {error}")
+    return None, {}, unusable
 
 
 def _is_plain(value: Any) -> bool:
@@ -208,12 +208,12 @@ def _is_plain(value: Any) -> bool:
     return is_line or value is None or type(value) in (bool, int, float)
 
 
-NAMES = ("last.pt", "previous.pt", "best.pt")
+FILE_NAMES = ("last.pt", "previous.pt", "best.pt")
 
 
-def _age(file: Path) -> tuple[float, int]:
-    """Sort key: newest first; of two names for the same file, the first in ``NAMES``."""
-    return -file.stat().st_mtime, NAMES.index(file.name) if file.name in NAMES else len(NAMES)
+def _newest_first(file: Path) -> tuple[float, int]:
+    """Sort key: newest first; of two names for the same file, the first in ``FILE_NAMES``."""
+    return -file.stat().st_mtime, FILE_NAMES.index(file.name) if file.name in FILE_NAMES else len(FILE_NAMES)
 
 
 def locate(path: str | Path) -> Path:
@@ -221,9 +221,9 @@ def locate(path: str | Path) -> Path:
     return Path(path, "checkpoints", "last.pt") if Path(path).is_dir() else Path(path)
 
 
-def _are_weights(found: Any) -> bool:
-    is_table = isinstance(found, dict) and bool(found)
-    return is_table and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
+def _is_state_dict(value: Any) -> bool:
+    is_dict = isinstance(value, dict) and bool(value)
+    return is_dict and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
 
 
 def copy_best(resumed: str | Path, folder: Path) -> None:
@@ -231,35 +231,35 @@ def copy_best(resumed: str | Path, folder: Path) -> None:
     best = locate(resumed).with_name("best.pt")
     if best.exists() and best.parent.absolute() != folder.absolute():
         folder.mkdir(parents=True, exist_ok=True)
-        _share(best, folder / "best.pt")
+        _link_or_copy(best, folder / "best.pt")
 
 
 class Checkpoint(Dict[str, Any]):
     """The content of a checkpoint file. If the file contains only weights, ``model`` is the only key."""
 
-    def restore_model(self, model: nn.Module, name: str, to_train: bool = False) -> None:
-        """Load the weights into ``model``: those that were evaluated, or with ``to_train`` those to continue with.
+    def restore_model(self, model: nn.Module, name: str, for_training: bool = False) -> None:
+        """Load the weights into ``model``: those that were evaluated, or with ``for_training`` those to continue with.
 
         Raises:
             UserError: the weights belong to a different network.
         """
-        written_by = self.get("config", {}).get("model", name)
-        if written_by != name:
-            raise UserError(f"is a checkpoint of {written_by}, but this run uses --model {name}")
+        saved_name = self.get("config", {}).get("model", name)
+        if saved_name != name:
+            raise UserError(f"is a checkpoint of {saved_name}, but this run uses --model {name}")
         own, saved = model.state_dict(), self["model"]
-        if to_train and "trained" in self:
+        if for_training and "trained" in self:
             saved = self["trained"]
-        if not _are_weights(saved):
+        if not _is_state_dict(saved):
             raise UserError("is damaged (its entry 'trained' contains no weights)")
         for key in sorted(set(own) ^ set(saved)):
-            where = "is missing" if key in own else "is not a layer of this network"
-            raise UserError(f"does not fit --model {name}: {key} {where}")
+            problem = "is missing" if key in own else "is not a layer of this network"
+            raise UserError(f"does not fit --model {name}: {key} {problem}")
         for key, value in own.items():
             if saved[key].shape != value.shape:
-                there, here = tuple(saved[key].shape), tuple(value.shape)
+                found, shape = tuple(saved[key].shape), tuple(value.shape)
                 flags = "--num-classes, --head and --image-size"
-                raise UserError(f"does not fit --model {name}: {key}: shape {there}, expected {here}; check {flags}")
-        with _refusing_damage():
+                raise UserError(f"does not fit --model {name}: {key}: shape {found}, expected {shape}; check {flags}")
+        with _explain_damage():
             model.load_state_dict(saved)
 
     def restore_training(self, optimizer: Optimizer, optimizer_name: str) -> dict[str, Any]:
@@ -270,48 +270,48 @@ class Checkpoint(Dict[str, Any]):
         """
         if self.get("format") != FORMAT:
             raise UserError("contains weights only; use it with --test-only")
-        written_by = self["config"].get("optimizer")
-        if written_by != optimizer_name:
-            raise UserError(f"was written with --optimizer {written_by}; this run uses --optimizer {optimizer_name}")
+        saved_name = self["config"].get("optimizer")
+        if saved_name != optimizer_name:
+            raise UserError(f"was written with --optimizer {saved_name}; this run uses --optimizer {optimizer_name}")
         options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        with _refusing_damage():
-            there = [len(group["params"]) for group in self["optimizer"]["param_groups"]]
-            if there != [len(group["params"]) for group in optimizer.param_groups]:
+        with _explain_damage():
+            saved_sizes = [len(group["params"]) for group in self["optimizer"]["param_groups"]]
+            if saved_sizes != [len(group["params"]) for group in optimizer.param_groups]:
                 raise UserError(
                     "was trained with weight decay on other layers; check --bias-weight-decay, --bn-weight-decay"
                 )
             optimizer.load_state_dict(self["optimizer"])
-            averages = OPTIMIZERS[optimizer_name].averages
-            needed = ("step", *averages) if averages and self["step"] else ()
+            state_keys = OPTIMIZERS[optimizer_name].state_keys
+            required = ("step", *state_keys) if state_keys and self["step"] else ()
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
             for weight in weights:
-                _check_kept(optimizer.state.get(weight, {}), weight.shape, needed)
+                _check_optimizer_state(optimizer.state.get(weight, {}), weight.shape, required)
             best = None if self["best"] is None else {name: float(self["best"][name]) for name in ("acc1", "acc5")}
             counts = {name: self.get(name, 0) for name in ("epoch", "images", "step", "num_poor", "num_drops")}
             are_counts = all(type(value) is int and 0 <= value < MAX_COUNT for value in counts.values())
             if not are_counts or (best and not all(0 <= value <= 100 for value in best.values())):
                 raise ValueError("epoch, step, image count or accuracy out of range")
-        for group, own in zip(optimizer.param_groups, options):
-            group.update(own)
-            for weight in group["params"] if own.get("momentum") and optimizer_name == "rmsprop" else ():
+        for group, group_options in zip(optimizer.param_groups, options):
+            group.update(group_options)
+            for weight in group["params"] if group_options.get("momentum") and optimizer_name == "rmsprop" else ():
                 if weight in optimizer.state:  # if not, the first step creates it
                     optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
         return {"best": best, **counts}
 
 
 @contextlib.contextmanager
-def _refusing_damage() -> Iterator[None]:
+def _explain_damage() -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"is damaged ({str(error).splitlines()[0]})") from None
 
 
-def _check_kept(kept: dict[str, Any], shape: torch.Size, needed: Sequence[str]) -> None:
+def _check_optimizer_state(state: dict[str, Any], shape: torch.Size, required: Sequence[str]) -> None:
     """Check the optimizer state of a weight. Raises KeyError for a missing entry, ValueError for a wrong shape."""
-    for name in needed:
-        kept[name]
-    for name, value in kept.items():
+    for name in required:
+        state[name]
+    for name, value in state.items():
         is_number = value is None or isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
         if not is_number and getattr(value, "shape", None) != shape:
             raise ValueError(f"the optimizer's {name} has the wrong shape")

@@ -18,11 +18,11 @@ from vgglab.settings.config import settings_that_affect
 from vgglab.storage.events import Event
 
 STARTING_POINT = ("num_train_images", "num_eval_images", "num_classes", "num_parameters", "steps_per_epoch", "data")
-FIGURES = {
+METRICS = {
     "train": ("lr", "loss", "acc1"),
     "eval": ("loss", "acc1", "acc5", "num_images"),
 }  # causes before their effects
-ORDER = tuple(FIGURES)
+EVENT_ORDER = tuple(METRICS)
 
 
 class Difference(NamedTuple):
@@ -68,15 +68,15 @@ def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
         if not run.config:
             raise UserError(f"{run.path}: config.json is missing; its settings cannot be compared")
     first, largest, num_steps, last_common = None, 0.0, 0, None
-    for row, other_row in _in_step(one, other):
-        num_steps, last_common = num_steps + (row["step"] != last_common), row["step"]
-        for figure in FIGURES[row["event"]]:
-            values = row.get(figure), other_row.get(figure)
+    for event, other_event in _matching_events(one, other):
+        num_steps, last_common = num_steps + (event["step"] != last_common), event["step"]
+        for metric in METRICS[event["event"]]:
+            values = event.get(metric), other_event.get(metric)
             relative = _relative(*values)
-            if figure == "loss":
+            if metric == "loss":
                 largest = max(largest, relative)
             if relative > tolerance and first is None:
-                first = Difference(row["step"], row["event"], figure, values, relative)
+                first = Difference(event["step"], event["event"], metric, values, relative)
     start, other_start = (run.events("start")[0] for run in (one, other))
     return Comparison(
         settings=_differing(one.config, other.config, _compared({**one.config, **other.config})),
@@ -86,39 +86,39 @@ def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
         num_steps=num_steps,
         last_steps=(_last_step(one), _last_step(other)),
         acc1=(_last_acc1(one), _last_acc1(other)),
-        damage=[f"{run.name}: {what}" for run in (one, other) for what in run.damage()],
+        damage=[f"{run.name}: {phrase}" for run in (one, other) for phrase in run.damage()],
     )
 
 
-def _in_step(one: Run, other: Run) -> Iterator[tuple[Event, Event]]:
+def _matching_events(one: Run, other: Run) -> Iterator[tuple[Event, Event]]:
     """Yield pairs of events of the same kind at the same step; both files are streamed, not held in memory."""
-    rows, others = _figures(one), _figures(other)
-    row, other_row = next(rows, None), next(others, None)
-    while row is not None and other_row is not None:
-        place, other_place = _place(row), _place(other_row)
-        if place == other_place:
-            yield row, other_row
-        if place <= other_place:
-            row = next(rows, None)
-        if other_place <= place:
-            other_row = next(others, None)
+    events, other_events = _metric_events(one), _metric_events(other)
+    event, other_event = next(events, None), next(other_events, None)
+    while event is not None and other_event is not None:
+        position, other_position = _position(event), _position(other_event)
+        if position == other_position:
+            yield event, other_event
+        if position <= other_position:
+            event = next(events, None)
+        if other_position <= position:
+            other_event = next(other_events, None)
 
 
-def _figures(run: Run) -> Iterator[Event]:
+def _metric_events(run: Run) -> Iterator[Event]:
     """Yield training and evaluation events in order; an evaluation follows the training event of its step."""
     latest = (-1, -1)
     for event in run.events():
-        if event["event"] in FIGURES and _place(event) > latest:
-            latest = _place(event)
+        if event["event"] in METRICS and _position(event) > latest:
+            latest = _position(event)
             yield event
 
 
-def _place(event: Event) -> tuple[int, int]:
-    return event["step"], ORDER.index(event["event"])
+def _position(event: Event) -> tuple[int, int]:
+    return event["step"], EVENT_ORDER.index(event["event"])
 
 
 def _last_step(run: Run) -> int:
-    return max((events[-1]["step"] for events in map(run.events, FIGURES) if events), default=0)
+    return max((events[-1]["step"] for events in map(run.events, METRICS) if events), default=0)
 
 
 def _relative(one: Any, other: Any) -> float:
@@ -136,33 +136,36 @@ def _differing(one: dict[str, Any], other: dict[str, Any], names: Sequence[str])
 
 def _compared(settings: dict[str, Any]) -> list[str]:
     """The settings to compare: all, even unknown ones, except those for folders, logging and launching."""
-    left_out = settings_that_affect("record", "location", "launch", "others")
-    return [name for name in settings if name not in left_out]
+    ignored = settings_that_affect("record", "location", "launch", "others")
+    return [name for name in settings if name not in ignored]
 
 
 def _last_acc1(run: Run) -> float | None:
     return next((event["acc1"] for event in reversed(run.events("eval"))), None)
 
 
-def as_text(found: Comparison) -> str:
+def as_text(comparison: Comparison) -> str:
     """The result in a few lines of text."""
-    lines = [f"settings: {_pairs(found.settings)}", f"starting point: {_pairs(found.starting_point)}"]
-    if found.first is not None:
-        step, event, figure, (one, other), relative = found.first
+    lines = [
+        f"settings: {_format_pairs(comparison.settings)}",
+        f"starting point: {_format_pairs(comparison.starting_point)}",
+    ]
+    if comparison.first is not None:
+        step, event, metric, (one, other), relative = comparison.first
         where = "evaluation at" if event == "eval" else "training"
-        lines.append(f"first difference: {where} step {step}, {figure} {one} vs. {other} (relative {relative:.1e})")
-        lines.append(f"largest relative difference of the loss: {found.largest_relative:.1e}")
-    elif found.num_steps:
-        lines.append(f"no difference in the {found.num_steps} steps that both runs logged")
+        lines.append(f"first difference: {where} step {step}, {metric} {one} vs. {other} (relative {relative:.1e})")
+        lines.append(f"largest relative difference of the loss: {comparison.largest_relative:.1e}")
+    elif comparison.num_steps:
+        lines.append(f"no difference in the {comparison.num_steps} steps that both runs logged")
     else:
         lines.append("no logged step in common; run both with the same --print-freq")
-    if found.last_steps[0] != found.last_steps[1]:
-        lines.append(f"the runs end at different steps: {found.last_steps[0]} and {found.last_steps[1]}")
-    known = ["none" if acc1 is None else f"{acc1:.2f} %" for acc1 in found.acc1]
-    lines.append(f"top-1 at the last evaluation: {known[0]} and {known[1]}")
-    lines += found.damage
+    if comparison.last_steps[0] != comparison.last_steps[1]:
+        lines.append(f"the runs end at different steps: {comparison.last_steps[0]} and {comparison.last_steps[1]}")
+    accuracies = ["none" if acc1 is None else f"{acc1:.2f} %" for acc1 in comparison.acc1]
+    lines.append(f"top-1 at the last evaluation: {accuracies[0]} and {accuracies[1]}")
+    lines += comparison.damage
     return "\n".join(lines)
 
 
-def _pairs(differing: dict[str, tuple[Any, Any]]) -> str:
+def _format_pairs(differing: dict[str, tuple[Any, Any]]) -> str:
     return ", ".join(f"{name} {one} vs. {other}" for name, (one, other) in differing.items()) or "the same"

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 from vgglab.errors import UserError
-from vgglab.runs.run import Run, is_a_run
+from vgglab.runs.run import Run, is_run_dir
 
 
-def run_folders(folders: Iterable[Path]) -> Iterator[Path]:
+def run_dirs(folders: Iterable[Path]) -> Iterator[Path]:
     """Yield these folders and their subfolders that are run directories, without duplicates, sorted by name in each.
 
     Raises:
@@ -20,15 +20,15 @@ def run_folders(folders: Iterable[Path]) -> Iterator[Path]:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
         for path in (folder, *sorted([*folder.glob("*"), *folder.glob("*/seed-*")])):
-            if is_a_run(path) and path.resolve() not in seen:
+            if is_run_dir(path) and path.resolve() not in seen:
                 seen.add(path.resolve())
                 yield path
 
 
-def series_in(folders: Iterable[Path]) -> dict[Path, list[Run]]:
+def find_series(folders: Iterable[Path]) -> dict[Path, list[Run]]:
     """Return the runs that differ only in their seed, by folder; folders with a single such run are left out."""
-    found: dict[Path, list[Run]] = {}
-    for path in run_folders(folders):
+    series: dict[Path, list[Run]] = {}
+    for path in run_dirs(folders):
         if path.name.startswith("seed-"):
-            found.setdefault(path.parent, []).append(Run(path))
-    return {folder: runs for folder, runs in found.items() if len(runs) > 1}
+            series.setdefault(path.parent, []).append(Run(path))
+    return {folder: runs for folder, runs in series.items() if len(runs) > 1}

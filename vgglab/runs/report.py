@@ -15,13 +15,13 @@ from vgglab.errors import UserError
 if TYPE_CHECKING:
     from vgglab.runs.run import Event, Run
 
-STEADY = 1.2  # warn if the slowest tenth of the steps takes more than this multiple of the median
-FEWEST_STEPS_TO_JUDGE = 20
-OF_STEPS = (
+STEADY_RATIO = 1.2  # warn if the slowest tenth of the steps takes more than this multiple of the median
+MIN_MEASURED_STEPS = 20
+STEP_FIELDS = (
     "step_seconds_p50", "step_seconds_p90", "step_seconds_p99", "num_measured_steps", "data_wait_share",
     "num_intervals", "phase_seconds", "host_reads",
 )  # fmt: skip
-TIMED = ("phase_seconds", "host_reads")  # event fields with --timers: sums over an interval, by name
+TIMER_FIELDS = ("phase_seconds", "host_reads")  # event fields with --timers: sums over an interval, by name
 
 
 def read_report(run: Run, recompute: bool = False) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def read_report(run: Run, recompute: bool = False) -> dict[str, Any]:
         raise UserError(f"{run.path}: is damaged or was written by another version ({error!r})") from error
 
 
-def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def build_report(run: Run, metrics: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Compute the report: the fields of the original example's report, then others that help to interpret them.
 
     ``acc1`` and ``acc5`` are the best of all evaluations, in percent, independently of each other, as in the original
@@ -49,7 +49,7 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
     the last, including evaluation and checkpoints.
 
     Args:
-        figures: the metrics from the events; None to compute them.
+        metrics: the metrics from the events; None to compute them.
 
     Raises:
         UserError: there is nothing to report yet, or ``config.json`` or ``env.json`` is missing.
@@ -61,8 +61,8 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
         raise UserError(
             f"{run.path}: {'env.json' if config else 'config.json'} is missing; no report can be computed without it"
         )
-    if figures is None:
-        figures = _figures(run, config["batch_size"] * env["world_size"])
+    if metrics is None:
+        metrics = _compute_metrics(run, config["batch_size"] * env["world_size"])
     return {
         "model": config.get("model"),
         "local_rank": 0,
@@ -70,32 +70,32 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
         "epochs": config.get("epochs"),
         "training_step_per_epoch": config.get("training_step_per_epoch"),
         "eval_step_per_epoch": config.get("eval_step_per_epoch"),
-        "acc1": figures["acc1"],
-        "acc5": figures["acc5"],
+        "acc1": metrics["acc1"],
+        "acc5": metrics["acc5"],
         "device": config.get("device"),
         "skip_steps": config.get("skip_steps"),
-        "train_fps_mean": figures["images_per_second"],
-        "train_fps_min": figures["train_fps_min"],
-        "train_fps_max": figures["train_fps_max"],
-        "training_time": figures["training_time"],
+        "train_fps_mean": metrics["images_per_second"],
+        "train_fps_min": metrics["train_fps_min"],
+        "train_fps_max": metrics["train_fps_max"],
+        "training_time": metrics["training_time"],
         # Above: the original example's fields, in its order. Below: fields that vgglab adds.
-        "acc1_last": figures["acc1_last"],
-        "acc5_last": figures["acc5_last"],
+        "acc1_last": metrics["acc1_last"],
+        "acc5_last": metrics["acc5_last"],
         "status": run.status,
         "damage": run.damage(),
-        "num_lines": figures["num_lines"],
-        "events_checksum": figures["events_checksum"],
+        "num_lines": metrics["num_lines"],
+        "events_checksum": metrics["events_checksum"],
         "recipe": config.get("recipe"),
         "world_size": env["world_size"],
         "data_path": config.get("data_path"),
-        "data_is_fake": figures["data_is_fake"],
+        "data_is_fake": metrics["data_is_fake"],
         "num_skipped_images": len(run.skipped()),
         "decoder": config.get("decoder"),
         "image_size": config.get("image_size"),
         "lr": config.get("lr"),
         "global_batch_size": config["batch_size"] * env["world_size"],
-        "images_per_second": figures["images_per_second"],
-        **{name: figures[name] for name in OF_STEPS},
+        "images_per_second": metrics["images_per_second"],
+        **{name: metrics[name] for name in STEP_FIELDS},
         "seed": config.get("seed"),
         "amp_dtype": env.get("amp_dtype"),
         "tf32": env.get("tf32"),
@@ -103,23 +103,23 @@ def build_report(run: Run, figures: Mapping[str, Any] | None = None) -> dict[str
         "fused": env.get("fused", False),
         "compiled": env.get("compiled", False),
         "timers": config.get("timers", False),
-        "first_step_seconds": figures["first_step_seconds"],
-        "peak_bytes": figures["peak_bytes"],
+        "first_step_seconds": metrics["first_step_seconds"],
+        "peak_bytes": metrics["peak_bytes"],
         "hardware": env.get("hardware"),
         "simulated": env["simulated"],
         "versions": env.get("versions", {}),
-        "warnings": figures["warnings"],
+        "warnings": metrics["warnings"],
     }
 
 
-def _figures(run: Run, images_per_step: int) -> dict[str, Any]:
+def _compute_metrics(run: Run, images_per_step: int) -> dict[str, Any]:
     """Compute the metrics from the events; the names are those in ``storage/schema.py``."""
     # First, so that the checksum does not match if the run writes more events meanwhile.
     checksum = run.events_checksum()
     events, is_simulated = run.events(), run.env["simulated"]
     if not events:
         raise UserError(f"{run.path}: nothing to report yet")
-    speed, others, first_step = Speed(), [], None
+    speed, others, first_step = SpeedStatistics(), [], None
     for event in events:
         if event["event"] != "train":
             others.append(event)
@@ -141,25 +141,25 @@ def _figures(run: Run, images_per_step: int) -> dict[str, Any]:
         "train_fps_max": speed.highest,
         "training_time": _hours_minutes_seconds(events[-1]["seconds"]),
         "data_is_fake": any(event.get("is_fake") for event in others if event["event"] == "start"),
-        **speed.of_steps(),
+        **speed.step_statistics(),
         "first_step_seconds": first_step,
         "peak_bytes": next((event.get("peak_bytes") for event in others if event["event"] == "end"), None),
         "warnings": list(dict.fromkeys(event["text"] for event in others if event["event"] == "warning")),
     }
 
 
-def _best(events: list[Event], figure: str) -> float | None:
+def _best(events: list[Event], metric: str) -> float | None:
     """The best of all evaluations, including those before a resume (from the start event)."""
-    seen: list[float] = []
+    values: list[float] = []
     for event in events:
         if event["event"] == "start":  # it has the best so far, or none if earlier evaluations used other images
-            seen = [event["best"][figure]] if event["best"] else []
+            values = [event["best"][metric]] if event["best"] else []
         elif event["event"] == "eval":
-            seen.append(event[figure])
-    return max(seen, default=None)
+            values.append(event[metric])
+    return max(values, default=None)
 
 
-class Speed:
+class SpeedStatistics:
     """Collects statistics of the measured intervals between log lines, one by one, because there can be a million."""
 
     def __init__(self) -> None:
@@ -187,7 +187,7 @@ class Speed:
             self._step_seconds.extend(event["step_seconds"])
         else:
             self._mean_step_seconds.append((seconds / num_steps, num_steps))
-        for field in TIMED:
+        for field in TIMER_FIELDS:
             values = event.get(field)
             if isinstance(values, dict):
                 self._num_timed_steps[field] = self._num_timed_steps.get(field, 0) + num_steps
@@ -200,12 +200,12 @@ class Speed:
         """Images per second of the whole job, averaged over time, not over intervals."""
         return self._num_images / self._seconds if self.num_intervals else None
 
-    def _of_a_step(self, field: str) -> dict[str, float] | None:
+    def _mean_per_step(self, field: str) -> dict[str, float] | None:
         """The mean per step of each value of a ``--timers`` field; None without ``--timers``."""
         sums = self._timed.get(field)
         return {name: value / self._num_timed_steps[field] for name, value in sums.items()} if sums else None
 
-    def of_steps(self) -> dict[str, Any]:
+    def step_statistics(self) -> dict[str, Any]:
         """Percentiles of step times, share of time spent waiting for data, and means of the ``--timers`` fields."""
         ordered = [*merge(zip(sorted(self._step_seconds), repeat(1)), sorted(self._mean_step_seconds))]
         return {
@@ -215,14 +215,14 @@ class Speed:
             "num_measured_steps": sum(number for _, number in ordered),
             "data_wait_share": self._data_seconds / self._seconds if self.num_intervals else None,
             "num_intervals": self.num_intervals,
-            **{field: self._of_a_step(field) for field in TIMED},
+            **{field: self._mean_per_step(field) for field in TIMER_FIELDS},
         }
 
 
-def remark_on_steadiness(report: dict[str, Any]) -> str:
+def steadiness_warning(report: dict[str, Any]) -> str:
     """A warning if step times varied too much, else empty."""
     num_steps, median, slow = (report[name] for name in ("num_measured_steps", "step_seconds_p50", "step_seconds_p90"))
-    if num_steps < FEWEST_STEPS_TO_JUDGE or slow <= STEADY * median:
+    if num_steps < MIN_MEASURED_STEPS or slow <= STEADY_RATIO * median:
         return ""
     return (
         f"step times are not steady: 10 % of the {num_steps} measured steps took {slow / median:.2f} x the median or "
@@ -232,10 +232,10 @@ def remark_on_steadiness(report: dict[str, Any]) -> str:
 
 def _percentile(ordered: list[tuple[float, int]], percent: int) -> float | None:
     """The nearest-rank percentile; ``ordered`` has (value, number of occurrences) pairs, smallest value first."""
-    left = -(-sum(number for _, number in ordered) * percent // 100)
+    remaining = -(-sum(number for _, number in ordered) * percent // 100)
     for value, number in ordered:
-        left -= number
-        if left <= 0:
+        remaining -= number
+        if remaining <= 0:
             return value
     return None
 

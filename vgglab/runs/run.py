@@ -28,40 +28,40 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Sequence
 
-from vgglab.dist.processes import is_alive, is_running, kill_all, processes_of, request_stack
+from vgglab.dist.processes import find_processes, is_alive, is_running, kill_all, request_stack
 from vgglab.dist.ranks import failures, grace_period_seconds
 from vgglab.errors import UserError, printable
 from vgglab.runs.report import read_report
 from vgglab.settings.config import Request
 from vgglab.storage import schema
 from vgglab.storage.events import Event, EventFile
-from vgglab.storage.files import exists, inode_of, make_folder, tail_of, writing
+from vgglab.storage.files import exists, inode_of, make_folder, read_tail, write_errors
 from vgglab.storage.lock import holder
-from vgglab.storage.schema import RANK, SKIPPED, Document, Test, line_in, read_document, readable_document
+from vgglab.storage.schema import RANK, SKIPPED, Document, Validator, parse_line, read_document, try_read_document
 
-SCHEMA = 1
+SCHEMA_VERSION = 1
 RUN_FILES = ("config.json", "env.json", "events.jsonl", "report.json", "checkpoints")
-LOCK = "lock"  # held by rank 0 as long as it writes
-LAUNCHED = "launch.json"  # records the launched process, before the run has written anything itself
+LOCK_FILE = "lock"  # held by rank 0 as long as it writes
+LAUNCH_FILE = "launch.json"  # records the launched process, before the run has written anything itself
 MAX_LOG_BYTES = 2**26  # the most that ``logs`` returns
-MAX_SKIPPED_BYTES, MAX_LISTS = 2**20, 128  # per list of skipped images (about 10,000 lines), and number of lists
+MAX_SKIPPED_BYTES, MAX_SKIPPED_LISTS = 2**20, 128  # per list of skipped images (about 10,000 lines), number of lists
 NUM_RECENT = 8  # log lines per rank: enough to tell a slow rank from a brief delay
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}[+-]\d{4}")
-ENDS = ("done", "interrupted", "failed")
+END_STATUSES = ("done", "interrupted", "failed")
 ACTIVE = ("starting", "running")  # statuses of a run that has not ended
-_TYPES: dict[str, Test] = {
-    "int": schema.whole, "float": schema.number, "str": schema.text, "bool": schema.switch, "None": schema.nothing
+_TYPES: dict[str, Validator] = {
+    "int": schema.integer, "float": schema.number, "str": schema.text, "bool": schema.boolean, "None": schema.null
 }  # fmt: skip
 
 
-def _test_of(annotation: str) -> Test:
-    return schema.either(*(_TYPES[name.strip()] for name in annotation.split("|")))
+def _validator_for(annotation: str) -> Validator:
+    return schema.any_of(*(_TYPES[name.strip()] for name in annotation.split("|")))
 
 
 schema.DOCUMENTS["config.json"] = {
-    **{item.name: _test_of(str(item.type)) for item in fields(Request)},
+    **{item.name: _validator_for(str(item.type)) for item in fields(Request)},
     **dict.fromkeys(("batch_size", "world_size"), schema.count_from_1),
-    **dict.fromkeys(("image_size", "num_classes"), schema.maybe(schema.count_from_1)),
+    **dict.fromkeys(("image_size", "num_classes"), schema.nullable(schema.count_from_1)),
 }
 
 
@@ -72,27 +72,27 @@ def run_path(config: Request) -> Path:
     """
     if config.run_dir:
         return Path(config.run_dir)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    timestamp = time.strftime("%Y%m%d-%H%M%S")
     data = (Path(config.data_path).name or Path(config.data_path).resolve().name)[:40]
-    name = f"{stamp}-{data}-{config.model}-{config.device}x{config.world_size}-{uuid.uuid4().hex[:6]}"
+    name = f"{timestamp}-{data}-{config.model}-{config.device}x{config.world_size}-{uuid.uuid4().hex[:6]}"
     return Path(config.output_dir, "runs", name)
 
 
-def holds_a_run(path: Path) -> bool:
+def has_run_files(path: Path) -> bool:
     """Whether the folder contains files of a run."""
     return any(os.path.lexists(path / name) for name in RUN_FILES)
 
 
-def is_a_run(path: Path) -> bool:
+def is_run_dir(path: Path) -> bool:
     """Whether the folder contains a run, including one that is still starting."""
-    return holds_a_run(path) or exists(path / LAUNCHED)
+    return has_run_files(path) or exists(path / LAUNCH_FILE)
 
 
-def make_run_folder(path: Path) -> None:
+def make_run_dir(path: Path) -> None:
     """Create the folder of a new run. Raises UserError if that fails or it already contains a run."""
-    if holds_a_run(path):
+    if has_run_files(path):
         raise UserError(f"--run-dir {path}: already contains a run; choose another folder")
-    with writing(path):
+    with write_errors(path):
         make_folder(path)
         make_folder(path / "log")
 
@@ -104,19 +104,19 @@ class Run:
         """Raises UserError if the folder does not exist or contains no run."""
         self.path = Path(path).absolute()  # valid even after os.chdir
         self._events = EventFile(self.path / "events.jsonl")
-        if not is_a_run(self.path):
+        if not is_run_dir(self.path):
             raise UserError(f"{self.path} is not a run directory")
 
     @property
     def name(self) -> str:
         """The name of the run's folder; for one of several seeds, ``<parent folder>/seed-<n>``."""
-        is_of_several = self.path.name.startswith("seed-")
-        return printable(f"{self.path.parent.name}/{self.path.name}" if is_of_several else self.path.name)
+        is_in_series = self.path.name.startswith("seed-")
+        return printable(f"{self.path.parent.name}/{self.path.name}" if is_in_series else self.path.name)
 
     @property
     def created(self) -> float:
         """When the first file was written, in seconds since 1970; used to sort runs."""
-        files = [self.path / name for name in (LAUNCHED, "config.json")]
+        files = [self.path / name for name in (LAUNCH_FILE, "config.json")]
         return min((file.stat().st_mtime for file in files if file.exists()), default=self.path.stat().st_mtime)
 
     @property
@@ -135,28 +135,29 @@ class Run:
 
     def damage(self) -> list[str]:
         """A list of phrases: what was ignored in the files because it is damaged or was not written by vgglab."""
-        found: list[str] = []
+        phrases: list[str] = []
         if self.valid_report() is None:
             try:
-                found += self._events.damage(is_over=self.status not in ACTIVE)
+                phrases += self._events.damage(has_ended=self.status not in ACTIVE)
             except UserError as error:
                 return [str(error)]
             if self._events.read():
-                found += _damage_in(self._documents(), self._events.has_checksums)
-            num_missing = readable_document(self.path / "report.json").get("num_lines", 0) - self._events.next_number()
+                phrases += _document_damage(self._documents(), self._events.has_checksums)
+            num_recorded = try_read_document(self.path / "report.json").get("num_lines", 0)
+            num_missing = num_recorded - self._events.next_line_number()
             if num_missing > 0:
-                found.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing at its end")
+                phrases.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing at its end")
         for number, file in enumerate(self._files("skipped-rank*.jsonl")):
-            if number >= MAX_LISTS or file.stat().st_size > MAX_SKIPPED_BYTES:
-                found.append(f"log/{file.name}: too long to read in full, so skipped images are undercounted")
+            if number >= MAX_SKIPPED_LISTS or file.stat().st_size > MAX_SKIPPED_BYTES:
+                phrases.append(f"log/{file.name}: too long to read in full, so skipped images are undercounted")
         for pattern, lines in (("skipped-rank", self._skipped_lines()), ("rank", self._recent_lines())):
             num_damaged = sum(line is None for line in lines)
             if num_damaged:
-                found.append(f"log/{pattern}*.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
-        return found
+                phrases.append(f"log/{pattern}*.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
+        return phrases
 
     def _documents(self) -> dict[str, Document]:
-        return {name: readable_document(self.path / name) for name in ("config.json", "env.json", "report.json")}
+        return {name: try_read_document(self.path / name) for name in ("config.json", "env.json", "report.json")}
 
     @property
     def has_begun(self) -> bool:
@@ -169,7 +170,7 @@ class Run:
 
     def num_lines(self) -> int:
         """The number of event lines written, including those that are now damaged or missing."""
-        return self._events.next_number()
+        return self._events.next_line_number()
 
     def events(self, kind: str | None = None) -> Sequence[Event]:
         """All events so far, or those of one kind, except a line that is still being written.
@@ -184,37 +185,37 @@ class Run:
     def status(self) -> str:
         """``starting``, ``running``, ``done``, ``interrupted`` or ``failed``."""
         report = self.valid_report()
-        seen = self._events.read() if report is None else []
-        latest = seen[-1] if seen else None
+        events = self._events.read() if report is None else []
+        latest = events[-1] if events else None
         if report is not None or (latest is not None and latest["event"] == "end"):
-            return "starting" if self._is_launched_anew() else (report or latest or {})["status"]
-        if self._is_dead() or not is_a_run(self.path):
+            return "starting" if self._was_relaunched() else (report or latest or {})["status"]
+        if self._is_dead() or not is_run_dir(self.path):
             return "failed"  # killed before it could record its end, or removed
         return "starting" if latest is None else "running"
 
     @property
     def is_here(self) -> bool:
         """Whether the run was started on this machine."""
-        return any(known.get("host") == socket.gethostname() for known in self._owners()[:1])
+        return any(process.get("host") == socket.gethostname() for process in self._recorded_processes()[:1])
 
-    def _owners(self) -> list[Document]:
+    def _recorded_processes(self) -> list[Document]:
         """The processes recorded in ``env.json`` (rank 0) and ``launch.json`` (the launched process), in this order."""
-        return [known for known in (readable_document(self.path / "env.json"), self._launcher()) if known]
+        return [process for process in (try_read_document(self.path / "env.json"), self._launcher()) if process]
 
     def _launcher(self) -> Document:
         """The process that launched this run; empty if there is none, or if the folder is a copy of a launched run."""
-        launched = readable_document(self.path / LAUNCHED)
-        if "inode" in launched and launched["inode"] != inode_of(self.path):  # earlier versions did not record it
-            launched.clear()
-        return launched
+        launcher = try_read_document(self.path / LAUNCH_FILE)
+        if "inode" in launcher and launcher["inode"] != inode_of(self.path):  # earlier versions did not record it
+            launcher.clear()
+        return launcher
 
     def writer(self) -> str:
         """A message that says which process is writing here, and what to do about it."""
-        owners = self._owners()
-        owner: dict[str, Any] = next(filter(is_running, owners), owners[0] if owners else {})
-        if not is_running(owner) and holder(self.path / LOCK) == 0:
+        processes = self._recorded_processes()
+        process: dict[str, Any] = next(filter(is_running, processes), processes[0] if processes else {})
+        if not is_running(process) and holder(self.path / LOCK_FILE) == 0:
             return "its writer has just ended; try again"
-        who = f"process {owner.get('pid')} on {owner.get('host')}"
+        who = f"process {process.get('pid')} on {process.get('host')}"
         return f"{who} is writing there; vgglab.Run({str(self.path)!r}).watch() shows it, .stop() ends it"
 
     def _is_dead(self) -> bool:
@@ -223,15 +224,15 @@ class Run:
         Either can outlive the other: a launcher restarts ranks, and when a run is launched again in the same folder,
         ``env.json`` names the previous rank 0 until the new one is ready. If neither is recorded, the lock decides.
         """
-        rank_0, launcher = readable_document(self.path / "env.json"), self._launcher()
-        has_no_writer = holder(self.path / LOCK) == 0  # also true for a copy of an active run
+        rank_0, launcher = try_read_document(self.path / "env.json"), self._launcher()
+        has_no_writer = holder(self.path / LOCK_FILE) == 0  # also true for a copy of an active run
         if not rank_0 and not launcher:
             return has_no_writer
         return self.is_here and not is_running(launcher) and (has_no_writer or not is_running(rank_0))
 
-    def _is_launched_anew(self) -> bool:
+    def _was_relaunched(self) -> bool:
         """Whether the last end event belongs to an earlier launch in the same folder."""
-        launched, events = self.path / LAUNCHED, self.path / "events.jsonl"
+        launched, events = self.path / LAUNCH_FILE, self.path / "events.jsonl"
         is_newer = launched.exists() and events.exists() and launched.stat().st_mtime > events.stat().st_mtime
         return is_newer and is_running(self._launcher())
 
@@ -243,23 +244,23 @@ class Run:
         """``report.json``, if it matches the events and the run has ended, so events need not be read; else None."""
         documents = self._documents()
         saved = documents["report.json"]
-        is_whole = saved.has_checksum and saved.keys() >= schema.DOCUMENTS["report.json"].keys() and not saved.damage
-        is_of_an_end = saved.get("damage") == [] and saved.get("status") in ENDS
-        if not is_whole or not is_of_an_end or _damage_in(documents, has_checksums=True):
+        is_complete = saved.has_checksum and saved.keys() >= schema.DOCUMENTS["report.json"].keys() and not saved.damage
+        is_final = saved.get("damage") == [] and saved.get("status") in END_STATUSES
+        if not is_complete or not is_final or _document_damage(documents, has_checksums=True):
             return None
         sources = {**documents["config.json"], **documents["env.json"]}
-        is_of_these = all(saved.get(name) == sources.get(name) for name in ("batch_size", "world_size", "simulated"))
-        return saved if is_of_these and self._events.has_checksum(saved["events_checksum"]) else None
+        is_current = all(saved.get(name) == sources.get(name) for name in ("batch_size", "world_size", "simulated"))
+        return saved if is_current and self._events.has_checksum(saved["events_checksum"]) else None
 
     def logs(self, rank: int | str = 0) -> str:
         """The output of a rank so far; ``"launcher"`` for the output of the launcher."""
         file = self._log(rank)
-        return printable(tail_of(file, MAX_LOG_BYTES).decode("utf-8", errors="replace"))
+        return printable(read_tail(file, MAX_LOG_BYTES).decode("utf-8", errors="replace"))
 
     def last_lines(self, rank: int | str, count: int) -> list[str]:
         """The last lines of ``logs(rank)``, from the last few kilobytes of the file."""
         file = self._log(rank)
-        return printable(tail_of(file).decode("utf-8", errors="replace")).splitlines()[-count:]
+        return printable(read_tail(file).decode("utf-8", errors="replace")).splitlines()[-count:]
 
     def _log(self, rank: int | str) -> Path:
         return self.path / "log" / (f"{rank}.txt" if rank == "launcher" else f"rank{rank}.txt")
@@ -275,7 +276,7 @@ class Run:
         """The metrics of each rank at its last few log lines, newest last."""
         recent = []
         for file in self._files("rank*.jsonl"):
-            events = [event for event in _lines_at_the_end(file) if event]
+            events = [event for event in _last_rank_lines(file) if event]
             # Ignore what an earlier process wrote, before the run was resumed in this directory.
             events = [event for event in events if event["pid"] == events[-1]["pid"]]
             if events and events[-1]["rank"] < self.env.get("world_size", math.inf):
@@ -284,7 +285,7 @@ class Run:
 
     def _recent_lines(self) -> list[dict[str, Any] | None]:
         """The lines of all ranks that ``recent_metrics`` reads; None for a damaged line."""
-        return [line for file in self._files("rank*.jsonl") for line in _lines_at_the_end(file)]
+        return [line for file in self._files("rank*.jsonl") for line in _last_rank_lines(file)]
 
     def skipped(self) -> dict[str, str]:
         """The images that were skipped because they could not be read, with the reasons."""
@@ -292,20 +293,20 @@ class Run:
 
     def _skipped_lines(self) -> list[dict[str, Any] | None]:
         """The lines of all lists of skipped images, without an incomplete last line; None for a damaged line."""
-        found = []
-        for file in self._files("skipped-rank*.jsonl")[:MAX_LISTS]:
+        parsed = []
+        for file in self._files("skipped-rank*.jsonl")[:MAX_SKIPPED_LISTS]:
             first = 1 if file.stat().st_size > MAX_SKIPPED_BYTES else 0  # the first line is incomplete
-            lines = tail_of(file, MAX_SKIPPED_BYTES).splitlines(True)[first:]
-            found += [line_in(line, SKIPPED) for line in lines if line.endswith(b"\n")]
-        return found
+            lines = read_tail(file, MAX_SKIPPED_BYTES).splitlines(True)[first:]
+            parsed += [parse_line(line, SKIPPED) for line in lines if line.endswith(b"\n")]
+        return parsed
 
     def stacks(self) -> str:
         """The current Python stack of each rank on this machine, newest call first (Linux)."""
-        answers = []
-        for figures in self.ranks():
-            stack = request_stack(figures["pid"], self.path / "log" / f"rank{figures['rank']}.txt")
-            answers.append(f"rank {figures['rank']}:\n{stack or '  not running on this machine'}")
-        return "\n".join(answers) or "no rank has logged anything yet"
+        stacks = []
+        for metrics in self.ranks():
+            stack = request_stack(metrics["pid"], self.path / "log" / f"rank{metrics['rank']}.txt")
+            stacks.append(f"rank {metrics['rank']}:\n{stack or '  not running on this machine'}")
+        return "\n".join(stacks) or "no rank has logged anything yet"
 
     def failures(self) -> list[dict[str, Any]]:
         """The failures of the ranks (``rank``, ``error``, ``traceback``, ...), root cause first."""
@@ -320,31 +321,31 @@ class Run:
         Raises:
             UserError: the run is active, but its process cannot be identified.
         """
-        deadline, asked = time.monotonic() + grace_period_seconds(grace_seconds), self._leaders()
-        if not asked and self.status in ACTIVE:
-            who = f"process {self.env.get('pid')} on {self.env.get('host')}"
+        deadline, pids = time.monotonic() + grace_period_seconds(grace_seconds), self._processes_to_signal()
+        if not pids and self.status in ACTIVE:
+            process = f"process {self.env.get('pid')} on {self.env.get('host')}"
             raise UserError(
-                f"{self.path}: cannot confirm that {who} belongs to this run; if it does, kill it on that host"
+                f"{self.path}: cannot confirm that {process} belongs to this run; if it does, kill it on that host"
             )
-        for pid in asked:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        while any(map(is_alive, asked)) and time.monotonic() < deadline:
+        while any(map(is_alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.1)
         kill_all(self.path)
-        done = f"process {asked[0]} was asked to save and stop" if asked else "it had already ended"
-        return f"{self.name}: {done}; {self.status}"
+        outcome = f"process {pids[0]} was asked to save and stop" if pids else "it had already ended"
+        return f"{self.name}: {outcome}; {self.status}"
 
-    def _leaders(self) -> list[int]:
+    def _processes_to_signal(self) -> list[int]:
         """The processes to signal, never process 1: those launched for this run, or the one that holds its lock.
 
         The files alone prove nothing, because anybody can write them.
         """
-        marked, env, launched = processes_of(self.path), self.env, self._launcher()
-        if is_running(launched) and launched["pid"] in marked:
-            return [launched["pid"]]
-        is_writer = is_running(env) and holder(self.path / LOCK) == env["pid"] > 1
-        return marked or ([env["pid"]] if is_writer else [])
+        pids, env, launcher = find_processes(self.path), self.env, self._launcher()
+        if is_running(launcher) and launcher["pid"] in pids:
+            return [launcher["pid"]]
+        is_writer = is_running(env) and holder(self.path / LOCK_FILE) == env["pid"] > 1
+        return pids or ([env["pid"]] if is_writer else [])
 
     def checkpoint(self, which: str = "best") -> Path:
         """The path of the checkpoint ``best`` or ``last``. Raises UserError if there is none."""
@@ -354,20 +355,20 @@ class Run:
         return file
 
 
-def _damage_in(documents: dict[str, Document], has_checksums: bool) -> list[str]:
+def _document_damage(documents: dict[str, Document], has_checksums: bool) -> list[str]:
     """Damage in the JSON files; ``has_checksums``: whether the version that wrote them adds checksums."""
-    found = []
+    phrases = []
     for name, document in documents.items():
-        found += document.damage
+        phrases += document.damage
         if not document and not document.damage and name != "report.json":
-            found.append(f"{name}: is missing")
+            phrases.append(f"{name}: is missing")
         elif document and has_checksums and not document.has_checksum:
-            found.append(f"{name}: has no checksum; it was changed after it was written")
-    return found
+            phrases.append(f"{name}: has no checksum; it was changed after it was written")
+    return phrases
 
 
-def _lines_at_the_end(file: Path) -> list[dict[str, Any] | None]:
+def _last_rank_lines(file: Path) -> list[dict[str, Any] | None]:
     """The last lines of a rank's file, without incomplete first and last lines; None for a damaged line."""
-    tail = tail_of(file)
-    whole = tail.splitlines(True)[1 if file.stat().st_size > len(tail) else 0 :]
-    return [line_in(line, RANK) for line in whole if line.endswith(b"\n") and not line.isspace()]
+    tail = read_tail(file)
+    lines = tail.splitlines(True)[1 if file.stat().st_size > len(tail) else 0 :]
+    return [parse_line(line, RANK) for line in lines if line.endswith(b"\n") and not line.isspace()]

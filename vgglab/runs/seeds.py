@@ -18,35 +18,35 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 from vgglab.dist import ranks
-from vgglab.dist.interrupts import STOP_SIGNALS, handling
+from vgglab.dist.interrupts import STOP_SIGNALS, handle_signals
 from vgglab.errors import UserError, printable
-from vgglab.runs.run import Run, is_a_run, run_path
+from vgglab.runs.run import Run, is_run_dir, run_path
 from vgglab.settings.config import Request
 
 
-def seeds_of(config: Request) -> list[int]:
+def parse_seeds(config: Request) -> list[int]:
     """The seeds given by ``--seeds``. Raises UserError if they are invalid."""
     if config.resume or config.test_only or config.fix_seed:
         raise UserError("--seeds: each seed is trained from scratch; leave out --resume, --test-only and --fix-seed")
     words = (config.seeds or "").split(",")
     if not all(word.strip().isascii() and word.strip().isdigit() for word in words):
         raise UserError(f"--seeds: {config.seeds!r} is invalid; give a number of seeds (5) or a list (3,17,23)")
-    numbers = [int(word) for word in words]
-    if len(numbers) > 1:
+    values = [int(word) for word in words]
+    if len(values) > 1:
         if config.seed is not None:
             raise UserError("--seeds: a list already names every seed; leave out --seed")
-        if len(set(numbers)) < len(numbers) or max(numbers) >= 2**32:
+        if len(set(values)) < len(values) or max(values) >= 2**32:
             raise UserError(f"--seeds: {config.seeds!r} contains a duplicate seed, or one above 4294967295")
-        return numbers
-    if numbers[0] < 1:
+        return values
+    if values[0] < 1:
         raise UserError("--seeds: must be at least 1")
     first = 1 if config.seed is None else config.seed
-    if first + numbers[0] > 2**32:
-        raise UserError(f"--seeds {numbers[0]}: starting at --seed {first}, the last seed would exceed 4294967295")
-    return list(range(first, first + numbers[0]))
+    if first + values[0] > 2**32:
+        raise UserError(f"--seeds {values[0]}: starting at --seed {first}, the last seed would exceed 4294967295")
+    return list(range(first, first + values[0]))
 
 
-def folder_of(config: Request) -> Path:
+def seeds_folder(config: Request) -> Path:
     """The folder for all seeds: ``run_dir`` or a new one. Raises UserError if it contains anything but ``seed-*``."""
     path = Path(config.run_dir) if config.run_dir else Path(f"{run_path(config)}-seeds")
     others = [file.name for file in path.glob("*") if not file.name.startswith("seed-")]
@@ -59,41 +59,41 @@ def folder_of(config: Request) -> Path:
 
 def is_done(path: Path) -> bool:
     """Whether the run in this folder is done, so that a continued series skips it."""
-    return is_a_run(path) and Run(path).status == "done"
+    return is_run_dir(path) and Run(path).status == "done"
 
 
-def without_seeds(argv: Sequence[str]) -> list[str]:
+def remove_seeds_flag(argv: Sequence[str]) -> list[str]:
     """The command line without ``--seeds``, to which the flags of one seed can be added."""
-    kept, skips_value = [], False
+    remaining, skip_value = [], False
     for word in argv:
-        if skips_value:
-            skips_value = False
+        if skip_value:
+            skip_value = False
         elif word == "--seeds":
-            skips_value = True
+            skip_value = True
         elif not word.startswith("--seeds="):
-            kept.append(word)
-    return kept
+            remaining.append(word)
+    return remaining
 
 
-def train_each(argv: Sequence[str], config: Request, table: Callable[[Mapping[str, Sequence[Run]]], Any]) -> int:
+def train_seeds(argv: Sequence[str], config: Request, table: Callable[[Mapping[str, Sequence[Run]]], Any]) -> int:
     """Train each seed in a separate process until one fails, print a table of the runs, and return the exit code.
 
     Raises:
         UserError: invalid seeds, or more than one rank.
     """
-    numbers = seeds_of(config)
+    seed_values = parse_seeds(config)
     if "RANK" in os.environ or config.world_size > 1:
         raise UserError("--seeds: on several cards use vgglab.launch(..., nproc=N, seeds=...), or one --seed at a time")
-    path = folder_of(config)
-    for number in numbers:
-        print(f"vgglab.train: seed {number}, {numbers.index(number) + 1} of {len(numbers)}", flush=True)
-        if is_done(path / f"seed-{number}"):
+    path = seeds_folder(config)
+    for seed in seed_values:
+        print(f"vgglab.train: seed {seed}, {seed_values.index(seed) + 1} of {len(seed_values)}", flush=True)
+        if is_done(path / f"seed-{seed}"):
             print("vgglab.train: already done", flush=True)
             continue
-        words = [*without_seeds(argv), *for_one(number, path)]
-        code = _run(ranks.training_command(words))
+        run_argv = [*remove_seeds_flag(argv), *flags_for_seed(seed, path)]
+        code = _run(ranks.training_command(run_argv))
         if code in (ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED):
-            ranks.say(f"to continue the series, run the same command with --run-dir {path}")
+            ranks.print_line(f"to continue the series, run the same command with --run-dir {path}")
         if code:
             return code
     print(table({printable(path.name): Seeds(path).runs}))
@@ -101,9 +101,9 @@ def train_each(argv: Sequence[str], config: Request, table: Callable[[Mapping[st
     return 0
 
 
-def for_one(number: int, folder: Path) -> list[str]:
+def flags_for_seed(seed: int, folder: Path) -> list[str]:
     """The flags for the run of one seed, new or continued."""
-    return [f"--seed={number}", f"--run-dir={folder / f'seed-{number}'}", "--resume=auto"]
+    return [f"--seed={seed}", f"--run-dir={folder / f'seed-{seed}'}", "--resume=auto"]
 
 
 def _run(command: list[str]) -> int:
@@ -111,14 +111,14 @@ def _run(command: list[str]) -> int:
 
     It has its own session, so that Ctrl-C in a terminal reaches it only through this process.
     """
-    environment = {**ranks.with_package(os.environ), ranks.TIED_TO_LAUNCHER: "1"}
+    environment = {**ranks.with_package_path(os.environ), ranks.TIED_TO_LAUNCHER: "1"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
 
-    def pass_on(number: int, _: Any) -> None:
+    def forward(signum: int, _: Any) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, number)
+            os.kill(process.pid, signum)
 
-    with handling([*STOP_SIGNALS, signal.SIGINT], pass_on):
+    with handle_signals([*STOP_SIGNALS, signal.SIGINT], forward):
         return process.wait()
 
 
@@ -137,8 +137,8 @@ class Seeds:
     @property
     def runs(self) -> list[Run]:
         """The runs that have started, sorted by seed."""
-        found = {folder.name[len("seed-") :]: folder for folder in self.path.glob("seed-*")}
-        begun = [seed for seed, folder in found.items() if seed.isascii() and seed.isdigit() and is_a_run(folder)]
-        for seed in set(begun) - set(self._runs):
-            self._runs[seed] = self.run_type(found[seed])
-        return [self._runs[seed] for seed in sorted(begun, key=int)]  # kept, as each reads on from where it was
+        folders = {folder.name[len("seed-") :]: folder for folder in self.path.glob("seed-*")}
+        started = [seed for seed, folder in folders.items() if seed.isascii() and seed.isdigit() and is_run_dir(folder)]
+        for seed in set(started) - set(self._runs):
+            self._runs[seed] = self.run_type(folders[seed])
+        return [self._runs[seed] for seed in sorted(started, key=int)]  # reused, so that each reads only new events

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 from vgglab.dist import ranks
-from vgglab.dist.processes import signature
+from vgglab.dist.processes import identity
 from vgglab.dist.ranks import STACK_SIGNAL
 from vgglab.errors import UserError
 from vgglab.runs import checkpoint
-from vgglab.runs.run import LOCK, RUN_FILES, SCHEMA, Run, make_run_folder
+from vgglab.runs.run import LOCK_FILE, RUN_FILES, SCHEMA_VERSION, Run, make_run_dir
 from vgglab.storage import lock
 from vgglab.storage.events import Event, EventFile
-from vgglab.storage.files import refusing_links, writing
-from vgglab.storage.schema import append_line, finite, write_document
+from vgglab.storage.files import nofollow_opener, write_errors
+from vgglab.storage.schema import append_line, finite_or_none, write_document
 from vgglab.version import __version__
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vgglab.trainer import TrainingState
 
 Listener = Callable[[Event], None]
-MAKE_ROOM = "free some disk space (or remount the disk as writable)"
+DISK_SPACE_ADVICE = "free some disk space (or remount the disk as writable)"
 
 
 class RankWriter:
@@ -41,7 +41,7 @@ class RankWriter:
         self.path = path
         self.rank = rank
         self._skipped: set[str] = set()
-        self._mark = {"simulated": True} if is_simulated else {}  # added to all data from a simulated card
+        self._extra_fields = {"simulated": True} if is_simulated else {}  # added to all data from a simulated card
         self.lost: dict[str, int] = {}  # number of failed writes, by the name of what was lost
         self.lost_last_checkpoint = ""  # why the checkpoint of the last step could not be written; else empty
 
@@ -63,14 +63,14 @@ class RankWriter:
         """Whether the latest checkpoint could not be written."""
         return bool(self.lost_last_checkpoint or "checkpoints" in self.lost)
 
-    def what_is_missing(self) -> str:
+    def unwritten_message(self) -> str:
         """The final message of a run: what could not be written and how to continue; else empty."""
         unwritten = ", ".join(f"{number} {name}" if number > 1 else name for name, number in self.lost.items())
         if self.lost_last_checkpoint:
-            also = f"; also not written: {unwritten}" if unwritten else ""
-            return f"{self.lost_last_checkpoint}{also}; {MAKE_ROOM}, then {self.resume_advice}"
+            suffix = f"; also not written: {unwritten}" if unwritten else ""
+            return f"{self.lost_last_checkpoint}{suffix}; {DISK_SPACE_ADVICE}, then {self.resume_advice}"
         if unwritten:
-            advice = f"{MAKE_ROOM}, then python -m vgglab.report {self.path}"
+            advice = f"{DISK_SPACE_ADVICE}, then python -m vgglab.report {self.path}"
             return f"{self.path}: training finished, but could not write: {unwritten}; {advice}"
         return ""
 
@@ -80,7 +80,7 @@ class RankWriter:
     @property
     def process_started(self) -> float:
         """When this process started, on the clock of ``time.monotonic``."""
-        return ranks.STARTED
+        return ranks.PROCESS_STARTED
 
     @property
     def resume_advice(self) -> str:
@@ -99,7 +99,7 @@ class RankWriter:
     def rank_event(self, **values: Any) -> None:
         """Append a line to the metrics of this rank."""
         line = {"rank": self.rank, "pid": os.getpid(), "time": round(time.time(), 3)}
-        line.update({key: finite(value) for key, value in values.items()}, **self._mark)
+        line.update({key: finite_or_none(value) for key, value in values.items()}, **self._extra_fields)
         self._append(f"log/rank{self.rank}.jsonl", line)
 
     def _append(self, name: str, content: Event) -> None:
@@ -112,27 +112,27 @@ class RankWriter:
             self.write_failed(f"lines of {name}", text)
 
     @contextlib.contextmanager
-    def recording_output(self) -> Iterator[None]:
+    def record_output(self) -> Iterator[None]:
         """Copy the output of this process to ``log/rank<r>.txt``, unless a launcher already redirects it there."""
         file = self.path / "log" / f"rank{self.rank}.txt"
-        is_written_there = file.exists() and os.path.samestat(os.fstat(1), file.stat())
-        with writing(file):
-            opener = None if is_written_there else refusing_links
-            log = open(os.devnull if is_written_there else file, "ab", buffering=0, opener=opener)  # noqa: SIM115
+        is_redirected = file.exists() and os.path.samestat(os.fstat(1), file.stat())
+        with write_errors(file):
+            opener = None if is_redirected else nofollow_opener
+            log = open(os.devnull if is_redirected else file, "ab", buffering=0, opener=opener)  # noqa: SIM115
         with log:
             # The handler is in C, so it works even in a hanging collective, where Python's handlers do not run.
-            faulthandler.register(STACK_SIGNAL, file=1 if is_written_there else log)
-            had_handler = faulthandler.is_enabled()
-            if not is_written_there:
+            faulthandler.register(STACK_SIGNAL, file=1 if is_redirected else log)
+            was_enabled = faulthandler.is_enabled()
+            if not is_redirected:
                 faulthandler.enable(file=log)
-            screens = sys.stdout, sys.stderr
+            streams = sys.stdout, sys.stderr
             name = f"lines of log/{file.name}"
 
-            def lost(error: OSError) -> None:
+            def on_error(error: OSError) -> None:
                 self.write_failed(name, f"{file} cannot be written ({error.strerror}); output is no longer saved there")
 
-            copy = None if is_written_there else log
-            sys.stdout, sys.stderr = _Tee(sys.stdout, copy, lost), _Tee(sys.stderr, copy, lost)
+            copy = None if is_redirected else log
+            sys.stdout, sys.stderr = _Tee(sys.stdout, copy, on_error), _Tee(sys.stderr, copy, on_error)
             try:
                 yield
             except Exception:
@@ -141,12 +141,12 @@ class RankWriter:
                 raise
             finally:
                 faulthandler.unregister(STACK_SIGNAL)
-                if not is_written_there:
+                if not is_redirected:
                     faulthandler.disable()
-                    if had_handler and sys.__stderr__ is not None:
+                    if was_enabled and sys.__stderr__ is not None:
                         faulthandler.enable(sys.__stderr__)
                 signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # else a late request would kill the rank
-                sys.stdout, sys.stderr = screens
+                sys.stdout, sys.stderr = streams
 
 
 class RunWriter(RankWriter):
@@ -164,17 +164,17 @@ class RunWriter(RankWriter):
         self._started = time.monotonic()
         self._num_lines = 0  # including lines that could not be written, so that a reader sees the gap
         if not is_continued:
-            make_run_folder(path)
-        with writing(path):
+            make_run_dir(path)
+        with write_errors(path):
             try:
-                self._lock = lock.Lock(path / LOCK)
+                self._lock = lock.Lock(path / LOCK_FILE)
             except lock.LockHeld:
                 raise UserError(f"--run-dir {path}: {Run(path).writer()}") from None
-            os.close(refusing_links(str(path / "events.jsonl"), os.O_CREAT | os.O_WRONLY))  # now it is a run
+            os.close(nofollow_opener(str(path / "events.jsonl"), os.O_CREAT | os.O_WRONLY))  # now it is a run
         if is_continued:  # after taking the lock, because an earlier writer may have added lines until then
             events = EventFile(path / "events.jsonl")
             self._started -= max((event["seconds"] for event in events.read()[-1:]), default=0.0)
-            self._num_lines = events.next_number()
+            self._num_lines = events.next_line_number()
 
     @property
     def has_lock(self) -> bool:
@@ -182,7 +182,7 @@ class RunWriter(RankWriter):
         return self._lock.is_held
 
     def write_config(self, config: dict[str, Any]) -> None:
-        self._write(self.path / "config.json", {**config, **self._mark})
+        self._write(self.path / "config.json", {**config, **self._extra_fields})
 
     def write_env(self, device: dict[str, Any], world_size: int) -> None:
         """Write ``env.json``; ``device`` is the result of ``Device.describe``."""
@@ -190,7 +190,7 @@ class RunWriter(RankWriter):
 
     def _write(self, file: Path, content: Event) -> None:
         try:
-            with writing(self.path):
+            with write_errors(self.path):
                 write_document(file, content)
         except UserError:
             if self._is_new:
@@ -199,7 +199,7 @@ class RunWriter(RankWriter):
 
     def _remove(self) -> None:
         """Delete the files of a run that could not start, so that the same command works once there is disk space."""
-        for name in (*RUN_FILES, LOCK):
+        for name in (*RUN_FILES, LOCK_FILE):
             with contextlib.suppress(OSError):
                 (self.path / name).with_suffix(".tmp").unlink()
             with contextlib.suppress(OSError):
@@ -218,8 +218,8 @@ class RunWriter(RankWriter):
         """Append an event: ``kind``, seconds since the start, and ``values``; non-finite numbers become null."""
         event: Event = {"event": kind, "seconds": round(time.monotonic() - self._started, 3)}
         if kind == "start":
-            event["schema"] = SCHEMA
-        event.update({key: finite(value) for key, value in values.items()}, **self._mark)
+            event["schema"] = SCHEMA_VERSION
+        event.update({key: finite_or_none(value) for key, value in values.items()}, **self._extra_fields)
         self._append("events.jsonl", {**event, "line": self._num_lines})
         self._num_lines += 1
         for listener in self.listeners:
@@ -247,9 +247,9 @@ class RunWriter(RankWriter):
         folder = self.path / "checkpoints"
         try:
             checkpoint.save(folder, network, optimizer, scaler, state, settings, is_best, average)
-        except checkpoint.CannotSave as error:
-            left = "the previous checkpoint is intact" if (folder / "last.pt").exists() else "there is no earlier one"
-            text = f"the checkpoint of step {state.step} was not written ({error}); {left}"
+        except checkpoint.SaveError as error:
+            backup = "the previous checkpoint is intact" if (folder / "last.pt").exists() else "there is no earlier one"
+            text = f"the checkpoint of step {state.step} was not written ({error}); {backup}"
             if state.epoch == settings["epochs"]:
                 self.write_recovered("checkpoints")  # reported in the final message instead
                 self.lost_last_checkpoint = f"{folder}: {text}"
@@ -271,31 +271,31 @@ class RunWriter(RankWriter):
 class _Tee:
     """A text stream that copies what is printed to a log. A failed write does not end the run."""
 
-    def __init__(self, screen: Any, log: Any, lost: Callable[[OSError], None]) -> None:
-        """``log`` is None if the screen is already the log. ``lost`` is called with the error of a failed write."""
-        self._screen, self._log, self._lost = screen, log, lost
+    def __init__(self, stream: Any, log: Any, on_error: Callable[[OSError], None]) -> None:
+        """``log`` is None if the stream already is the log. ``on_error`` is called when a write has failed."""
+        self._stream, self._log, self._on_error = stream, log, on_error
 
     def write(self, text: str) -> int:
         if self._log is not None and "\r" not in text:  # progress bars are redrawn on the screen only
             try:
                 self._log.write(text.encode(errors="backslashreplace"))
             except OSError as error:
-                self._lost(error)
+                self._on_error(error)
         try:
-            self._screen.write(text)
-        except AttributeError:  # there is no screen
+            self._stream.write(text)
+        except AttributeError:  # the process has no such stream
             pass
         except OSError as error:
             if self._log is None:
-                self._lost(error)
+                self._on_error(error)
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
-            self._screen.flush()
+            self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._screen, name)
+        return getattr(self._stream, name)
 
 
 def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
@@ -314,27 +314,27 @@ def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
         "world_size": world_size,
         **device,
         "versions": versions,
-        "commit": _commit(),
+        "commit": _git_commit(),
         "argv": sys.argv,
         "executable": sys.executable,
         "cwd": os.getcwd(),
-        **signature(os.getpid()),
+        **identity(os.getpid()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
-def _commit() -> str | None:
+def _git_commit() -> str | None:
     """The commit of the checkout that contains this file, with ``-dirty`` if there are changes; None outside one."""
     import subprocess
 
-    here = Path(__file__).resolve().parent.parent
-    if not (here.parent / ".git").exists():
+    package = Path(__file__).resolve().parent.parent
+    if not (package.parent / ".git").exists():
         return None
     try:
-        answer = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10,
+            cwd=package, capture_output=True, text=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() or None
+    return result.stdout.strip() or None

@@ -14,7 +14,7 @@ from vgglab.settings.flags import (
     AT_LEAST_0,
     AT_LEAST_1,
     FRACTION,
-    NOT_NEGATIVE,
+    NON_NEGATIVE,
     POSITIVE,
     SEED,
     SIZE,
@@ -35,9 +35,9 @@ OPTIMIZERS = ("sgd", "rmsprop")
 DECODERS = ("pil", "fast")
 HEADS = ("auto", "imagenet", "small")
 # The headings of --help.
-WHAT, HOW, WHERE, SAVING = "what to train", "schedule and hyperparameters", "hardware", "saving and resuming"
-SEED_OF_FIX_SEED = 1 << 20  # as in the original example
-SEED_NUM_CLASSES = 1000  # in all four commands of the original example, regardless of the data
+TASK, TUNING, DEVICE, SAVING = "what to train", "schedule and hyperparameters", "hardware", "saving and resuming"
+FIXED_SEED = 1 << 20  # as in the original example
+ORIGINAL_NUM_CLASSES = 1000  # in all four commands of the original example, regardless of the data
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,27 @@ class Request:
         "a named set of settings (vgglab/settings/recipes.py); other flags override it",
         choices=tuple(RECIPES),
         affects="others",
-        section=WHAT,
+        section=TASK,
     )
     data_path: str = flag(
         f"a folder with train/CLASS/ and val/CLASS/, or the name of a data set: {', '.join(DATA_SETS)} (digits is "
         "bundled, fake is generated to measure speed without loading images, the others are downloaded on first use)",
         "digits",
         implies=("num_classes",),
-        section=WHAT,
+        section=TASK,
     )
     num_classes: int | None = flag("number of classes; default: as in the data set", None, AT_LEAST_1)
-    model: str = flag("the network", "vgg16", choices=MODELS, section=WHAT)
+    model: str = flag("the network", "vgg16", choices=MODELS, section=TASK)
     device: str = flag(
         "device to train on; auto selects the first one available",
         "auto",
         choices=DEVICE_CHOICES,
         affects="speed",
         inherited=False,
-        section=WHERE,
+        section=DEVICE,
     )
-    batch_size: int = flag("images per card and step", 32, AT_LEAST_1, names=["-b"], section=HOW)
-    epochs: int = flag("passes over the training images", 90, AT_LEAST_1, section=HOW)
+    batch_size: int = flag("images per card and step", 32, AT_LEAST_1, names=["-b"], section=TUNING)
+    epochs: int = flag("passes over the training images", 90, AT_LEAST_1, section=TUNING)
     workers: int | None = flag(
         "loader processes per card; default: 16, or the number of CPU cores per rank if that is smaller",
         None,
@@ -76,7 +76,7 @@ class Request:
         names=["-j"],
         affects="speed",
         inherited=False,
-        section=WHERE,
+        section=DEVICE,
     )
     image_size: int | None = flag(
         "side of the square images, in pixels; default: 224, or 32 for digits, fashion-mnist and cifar", None, SIZE
@@ -93,7 +93,7 @@ class Request:
         choices=("fail", "skip"),
     )
     head: str = flag("classifier: imagenet (the paper's), small, or auto (by image size)", "auto", choices=HEADS)
-    dropout_rate: float = flag("dropout rate of the two hidden layers of the classifier", 0.0, FRACTION, section=HOW)
+    dropout_rate: float = flag("dropout rate of the two hidden layers of the classifier", 0.0, FRACTION, section=TUNING)
     init: str = flag(
         "initial weights: kaiming (as in torchvision), xavier, or normal (standard deviation 0.01, with which deep "
         "networks without batch norm do not learn)",
@@ -102,14 +102,14 @@ class Request:
         affects="start",
     )
     pretrained: bool = switch(
-        "start from torchvision's published ImageNet weights", affects="start", inherited=False, section=WHAT
+        "start from torchvision's published ImageNet weights", affects="start", inherited=False, section=TASK
     )
 
     lr: float = flag(
         "learning rate for a global batch of 256 images; scaled in proportion to the global batch size",
         0.01,
-        NOT_NEGATIVE,
-        section=HOW,
+        NON_NEGATIVE,
+        section=TUNING,
     )
     optimizer: str = flag("the optimizer", "sgd", choices=OPTIMIZERS)
     momentum: float = flag("momentum", 0.9, FRACTION)
@@ -118,14 +118,14 @@ class Request:
         "decay of the mean squared gradient (rmsprop), as in torchvision's reference", 0.9, FRACTION
     )
     rmsprop_eps: float = flag("epsilon in the denominator (rmsprop)", 0.0316, POSITIVE)
-    weight_decay: float = flag("weight decay", 1e-4, NOT_NEGATIVE, names=["--wd"])
+    weight_decay: float = flag("weight decay", 1e-4, NON_NEGATIVE, names=["--wd"])
     bn_weight_decay: bool = switch("apply weight decay to batch norm too")
     bias_weight_decay: bool | None = switch(
         "apply weight decay to biases; default: yes, as in the original example", negation="--no-bias-weight-decay"
     )
     lr_schedule: str = flag("how the learning rate decreases after warm-up", "step", choices=tuple(SCHEDULES))
     warmup: int = flag("epochs of linear warm-up of the learning rate", 5, AT_LEAST_0)
-    end_lr: float = flag("final learning rate (cosine schedule), reached one epoch after the last", 0.0, NOT_NEGATIVE)
+    end_lr: float = flag("final learning rate (cosine schedule), reached one epoch after the last", 0.0, NON_NEGATIVE)
     lr_step_size: int | None = flag(
         "epochs between drops (step schedule); default: drops at epochs 30, 60 and 80", None, AT_LEAST_1
     )
@@ -140,12 +140,12 @@ class Request:
         choices=CROPS,
     )
     label_smoothing: float = flag("label smoothing: share of the target spread over all classes", 0.0, FRACTION)
-    mixup: float = flag("mixup strength: lambda ~ Beta(alpha, alpha); 0 disables it", 0.0, NOT_NEGATIVE)
+    mixup: float = flag("mixup strength: lambda ~ Beta(alpha, alpha); 0 disables it", 0.0, NON_NEGATIVE)
     cutmix: float = flag(
         "cutmix strength: area ~ Beta(alpha, alpha); 0 disables it; with --mixup, one of the two is chosen at random "
         "for each batch",
         0.0,
-        NOT_NEGATIVE,
+        NON_NEGATIVE,
     )
     ema: float = flag(
         "evaluate a moving average of the weights with this decay per step (smaller in the first steps); 0 disables it",
@@ -172,7 +172,7 @@ class Request:
         "--fused; results differ by rounding",
         affects="others",
         implies=("amp_dtype",),
-        section=WHERE,
+        section=DEVICE,
     )
     channels_last: bool | None = switch(
         "channels-last (NHWC) memory layout; default: off, unless --fast turns it on",
@@ -188,7 +188,7 @@ class Request:
     sync_bn: bool = switch("synchronise batch norm over all ranks")
     broadcast_buffers: bool = switch("broadcast rank 0's buffers to all ranks before each step")
     nproc: int = flag(
-        "ranks to start on this machine, one per card", 1, AT_LEAST_1, affects="launch", inherited=False, section=WHERE
+        "ranks to start on this machine, one per card", 1, AT_LEAST_1, affects="launch", inherited=False, section=DEVICE
     )
     max_restarts: int = flag(
         "how many times to restart all ranks from the last checkpoint if one exits abnormally",
@@ -199,21 +199,21 @@ class Request:
     )
     world_size: int = flag("number of ranks; a launcher's WORLD_SIZE takes precedence", 1, AT_LEAST_1, inherited=False)
     dist_url: str = flag("init method for the process group", "env://", affects="location", inherited=False)
-    fix_seed: bool = switch(f"same as --seed {SEED_OF_FIX_SEED}", affects="others", inherited=False, implies=("seed",))
+    fix_seed: bool = switch(f"same as --seed {FIXED_SEED}", affects="others", inherited=False, implies=("seed",))
     seeds: str | None = flag(
         "train once for each seed: a number of seeds such as 5, or a list such as 3,17,23",
         affects="location",
         inherited=False,
-        section=HOW,
+        section=TUNING,
     )
-    seed: int | None = flag("random seed; default: drawn at random and recorded", None, SEED, section=HOW)
+    seed: int | None = flag("random seed; default: drawn at random and recorded", None, SEED, section=TUNING)
 
     training_step_per_epoch: int = flag("steps per epoch; -1: all", -1, steps)
-    eval_step_per_epoch: int = flag("batches per evaluation; -1: all", -1, steps, affects="figures", inherited=False)
+    eval_step_per_epoch: int = flag("batches per evaluation; -1: all", -1, steps, affects="metrics", inherited=False)
     skip_steps: int = flag("number of initial steps excluded from images/s", 10, AT_LEAST_0, affects="record")
     print_freq: int = flag("steps between log lines", 10, AT_LEAST_1, affects="record")
     eval_freq: int = flag(
-        "epochs between evaluations and checkpoints (the last epoch always has both)", 1, AT_LEAST_1, affects="figures"
+        "epochs between evaluations and checkpoints (the last epoch always has both)", 1, AT_LEAST_1, affects="metrics"
     )
     output_dir: str = flag("the run directory is created in DIR/runs", ".", affects="location", inherited=False)
     run_dir: str | None = flag("use exactly this run directory", affects="location", inherited=False, section=SAVING)
@@ -251,7 +251,7 @@ class Request:
         "epoch (counted from 0) at which to start without a checkpoint", 0, AT_LEAST_0, affects="start", inherited=False
     )
     test_only: bool = switch(
-        "only evaluate the weights of --resume or --pretrained", affects="figures", inherited=False, section=SAVING
+        "only evaluate the weights of --resume or --pretrained", affects="metrics", inherited=False, section=SAVING
     )
     cache_dataset: bool = switch(
         "accepted and ignored; lists of large folders are always cached",
@@ -266,8 +266,8 @@ class Request:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as in ``config.json``, without the settings that only affect the launch."""
-        started_by = settings_that_affect("launch")
-        return {name: value for name, value in asdict(self).items() if name not in started_by}
+        launch_settings = settings_that_affect("launch")
+        return {name: value for name, value in asdict(self).items() if name not in launch_settings}
 
 
 @dataclass(frozen=True)
@@ -281,11 +281,11 @@ class Settings(Request):
     run_dir: str = ""
 
 
-def complete(request: Request, **filled_in: Any) -> Settings:
+def complete(request: Request, **values: Any) -> Settings:
     """Return the settings for a request, with the missing values filled in."""
-    return Settings(**{**vars(request), **filled_in})
+    return Settings(**{**vars(request), **values})
 
 
 def settings_that_affect(*kinds: str) -> set[str]:
     """The names of the settings that affect one of ``kinds``, which are listed in ``flags.AFFECTS``."""
-    return {item.name for item in fields(Request) if item.metadata["policy"].affects in kinds}
+    return {field.name for field in fields(Request) if field.metadata["policy"].affects in kinds}

@@ -28,7 +28,7 @@ AT_LEAST_0 = number(int, 0, 10**9, "a whole number, 0 or more")
 AT_LEAST_1 = number(int, 1, 10**9, "a whole number, 1 or more")
 SIZE = number(int, 32, 4096, "a whole number from 32 (VGG halves the image five times) to 4096")
 WORKERS = number(int, 0, 1024, "a whole number from 0 to 1024")
-NOT_NEGATIVE = number(float, 0.0, 1e30, "a number, 0 or more")  # 1e30 still fits in float32
+NON_NEGATIVE = number(float, 0.0, 1e30, "a number, 0 or more")  # 1e30 still fits in float32
 POSITIVE = number(float, 1e-30, 10.0, "a number above 0, at most 10")
 FRACTION = number(float, 0.0, 1 - 2**-53, "in [0, 1)")
 
@@ -55,7 +55,7 @@ def boolean(text: str) -> bool:
 AFFECTS = {
     "weights": "what is learned; changing such a setting on resume makes the rest of the run a different experiment",
     "start": "the initial weights; no effect after a resume",
-    "figures": "which metrics of the network are measured, and when",
+    "metrics": "which metrics of the network are measured, and when",
     "speed": "the speed of the run, and the device",
     "record": "what is recorded in the run directory",
     "location": "where the run directory is",

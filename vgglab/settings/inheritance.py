@@ -8,51 +8,51 @@ from typing import Any, Sequence
 
 from vgglab.errors import UserError
 from vgglab.settings.config import Request, settings_that_affect
-from vgglab.settings.parser import check
+from vgglab.settings.parser import check_conflicts
 from vgglab.settings.schedule import SCHEDULES
 
 
-def inherit(request: Request, given: Sequence[str], earlier: dict[str, Any]) -> Request:
+def inherit(request: Request, given: Sequence[str], saved: dict[str, Any]) -> Request:
     """Return the request, with the settings that were not given taken from the resumed run.
 
     Raises:
         UserError: a setting in the checkpoint is invalid, or cannot be combined with one that was given.
     """
-    settings = {item.name: item for item in fields(Request)}
+    settings = {field.name: field for field in fields(Request)}
     chosen = {*given, *(other for name in given for other in settings[name].metadata["policy"].implies)}
     inherited = {
-        item.name: checked(item, earlier[item.name])
-        for item in settings.values()
-        if item.name in earlier and item.name not in chosen and item.metadata["policy"].is_inherited
+        field.name: check_setting(field, saved[field.name])
+        for field in settings.values()
+        if field.name in saved and field.name not in chosen and field.metadata["policy"].is_inherited
     }
     request = replace(request, **inherited)
-    check(request)
+    check_conflicts(request)
     return request
 
 
-def checked(item: Field, value: Any) -> Any:
-    """Check a setting read from a file as its flag would be checked, and return its value."""
+def check_setting(field: Field, value: Any) -> Any:
+    """Check a setting read from a file as its flag would be check_setting, and return its value."""
     if value is None:
-        return item.default
+        return field.default
     try:
-        parsed = item.metadata["parse"](str(value))
+        parsed = field.metadata["parse"](str(value))
     except (argparse.ArgumentTypeError, ValueError) as error:
-        raise UserError(f"its {item.name} is damaged: {error}") from None
-    if parsed not in item.metadata.get("choices", (parsed,)):
-        raise UserError(f"its {item.name} is damaged: {value!r}")
+        raise UserError(f"its {field.name} is damaged: {error}") from None
+    if parsed not in field.metadata.get("choices", (parsed,)):
+        raise UserError(f"its {field.name} is damaged: {value!r}")
     return parsed
 
 
-ASKED_BY = {"world_size": "nproc"}  # the flag that sets it
+FLAG_FOR = {"world_size": "nproc"}  # the flag that sets it
 
 
-def changed_settings(content: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def changed_settings(checkpoint: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """Return ``--lr 0.01, was 0.1`` for each setting that affects the weights and differs from the checkpoint."""
-    before, affecting = content.get("config", {}), settings_that_affect("weights")
+    before, names = checkpoint.get("config", {}), settings_that_affect("weights")
     if not SCHEDULES[config["lr_schedule"]].depends_on_epochs:
-        affecting.remove("epochs")  # more epochs change nothing in the earlier ones
+        names.remove("epochs")  # more epochs change nothing in the earlier ones
     return [
-        f"--{ASKED_BY.get(name, name).replace('_', '-')} {config[name]}, was {before[name]}"
+        f"--{FLAG_FOR.get(name, name).replace('_', '-')} {config[name]}, was {before[name]}"
         for name in config
-        if name in affecting and name in before and before[name] != config[name]
+        if name in names and name in before and before[name] != config[name]
     ]

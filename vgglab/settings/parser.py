@@ -13,7 +13,7 @@ from dataclasses import Field, fields, replace
 from typing import Any, Collection, Mapping, Sequence
 
 from vgglab.errors import UserError
-from vgglab.settings.config import HOW, SAVING, SEED_OF_FIX_SEED, WHAT, WHERE, Request
+from vgglab.settings.config import DEVICE, FIXED_SEED, SAVING, TASK, TUNING, Request
 from vgglab.settings.flags import OneLineParser, with_dashes
 from vgglab.settings.recipes import RECIPES
 from vgglab.settings.schedule import SCHEDULES
@@ -27,7 +27,7 @@ exit codes: 0 done; 1 a bug, with a traceback; 2 bad input, explained in one lin
 SIGHUP after saving a checkpoint; 130 interrupted"""
 
 
-class _Full(argparse.HelpFormatter):
+class _FullFormatter(argparse.HelpFormatter):
     """Formats help with the line breaks of the epilog."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -35,7 +35,7 @@ class _Full(argparse.HelpFormatter):
         return "\n".join(line if line.startswith("  ") else fill(line, width, indent) for line in text.splitlines())
 
 
-class _Brief(_Full):
+class _BriefFormatter(_FullFormatter):
     """Formats help with one line per flag, if the terminal is wide enough."""
 
     def __init__(self, prog: str) -> None:
@@ -50,12 +50,12 @@ class _HelpAll(argparse.Action):
     """Print the help with all flags and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        build_parser(shows_all=True).print_help()
+        build_parser(show_all=True).print_help()
         parser.exit()
 
 
-def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
-    """The parser of ``vgglab train``; its help shows the flags that have a section, or all with ``shows_all``."""
+def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
+    """The parser of ``vgglab train``; its help shows the flags that have a section, or all with ``show_all``."""
     parser = OneLineParser(
         prog="vgglab train",
         usage="vgglab train [--flag value ...]",
@@ -63,34 +63,34 @@ def build_parser(shows_all: bool = False) -> argparse.ArgumentParser:
         epilog=EPILOG,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=_Full if shows_all else _Brief,
+        formatter_class=_FullFormatter if show_all else _BriefFormatter,
     )
     parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="all flags, each with its full description")
-    sections = {title: parser.add_argument_group(title) for title in (WHAT, HOW, WHERE, SAVING)}
-    others = parser.add_argument_group("all other flags") if shows_all else parser
-    for item in fields(Request):
-        options = dict(item.metadata)
+    sections = {title: parser.add_argument_group(title) for title in (TASK, TUNING, DEVICE, SAVING)}
+    others = parser.add_argument_group("all other flags") if show_all else parser
+    for field in fields(Request):
+        options = dict(field.metadata)
         del options["policy"]
         group = sections.get(options.pop("section"), others)
         text = options.pop("help")
-        if shows_all:
-            text = _help(item, text, getattr(options["parse"], "allowed", ""))
+        if show_all:
+            text = _help(field, text, getattr(options["parse"], "allowed", ""))
         else:
-            text = argparse.SUPPRESS if group is others else _help(item, re.split("[;:] ", text)[0])
-        names = [with_dashes("--" + item.name), *options.pop("names", [])]
+            text = argparse.SUPPRESS if group is others else _help(field, re.split("[;:] ", text)[0])
+        names = [with_dashes("--" + field.name), *options.pop("names", [])]
         negation = options.pop("negation", None)
         if negation:
-            help_of_negation = f"turn {names[0]} off" if shows_all else argparse.SUPPRESS
-            group.add_argument(negation, dest=item.name, action="store_const", const=False, help=help_of_negation)
-        group.add_argument(*names, dest=item.name, type=options.pop("parse"), help=text, **options)
+            negation_help = f"turn {names[0]} off" if show_all else argparse.SUPPRESS
+            group.add_argument(negation, dest=field.name, action="store_const", const=False, help=negation_help)
+        group.add_argument(*names, dest=field.name, type=options.pop("parse"), help=text, **options)
     return parser
 
 
-def _help(item: Field, text: str, allowed: str = "") -> str:
-    is_worth_saying = item.default is not None and item.default is not False
-    default = f"default {item.default}" if is_worth_saying else ""
-    remarks = "; ".join(filter(None, (allowed, default)))
-    return f"{text} ({remarks})" if remarks else text
+def _help(field: Field, text: str, allowed: str = "") -> str:
+    shows_default = field.default is not None and field.default is not False
+    default = f"default {field.default}" if shows_default else ""
+    notes = "; ".join(filter(None, (allowed, default)))
+    return f"{text} ({notes})" if notes else text
 
 
 def parse_flags(argv: Sequence[str]) -> Request:
@@ -100,31 +100,31 @@ def parse_flags(argv: Sequence[str]) -> Request:
         UserError: an unknown flag, a value out of range, or flags that contradict each other.
     """
     parser = build_parser()
-    dashed = [with_dashes(argument) for argument in argv]
-    known, unknown = parser.parse_known_args(dashed)
+    arguments = [with_dashes(argument) for argument in argv]
+    parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise UserError(_unknown_flag(unknown[0], parser))
-    request = Request(**{**RECIPES.get(vars(known).get("recipe"), {}), **vars(known)})
-    check(request)
-    return replace(request, seed=SEED_OF_FIX_SEED) if request.fix_seed else request
+    request = Request(**{**RECIPES.get(vars(parsed).get("recipe"), {}), **vars(parsed)})
+    check_conflicts(request)
+    return replace(request, seed=FIXED_SEED) if request.fix_seed else request
 
 
 def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
     if not argument.startswith("-"):
         return f"{argument!r} is not expected here; did you mean --data-path {argument}?"
     name = argument.partition("=")[0]
-    close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
-    hint = f"; did you mean {close[0]}?" if close else "; --help-all lists all flags"
+    matches = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
+    hint = f"; did you mean {matches[0]}?" if matches else "; --help-all lists all flags"
     return f"{name}: no such flag{hint}"
 
 
 def flags_given(argv: Sequence[str]) -> list[str]:
     """The names of the settings given on a command line, directly or by a recipe."""
-    known = vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0])
-    return [*RECIPES.get(known.get("recipe"), {}), *known]
+    parsed = vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0])
+    return [*RECIPES.get(parsed.get("recipe"), {}), *parsed]
 
 
-def check(config: Request) -> None:
+def check_conflicts(config: Request) -> None:
     """Raise UserError if settings contradict each other."""
     if config.apex or config.apex_opt_level is not None:
         raise UserError("--apex: not supported; use --amp for mixed precision")
@@ -138,38 +138,38 @@ def check(config: Request) -> None:
         raise UserError("--test-only: nothing to evaluate; give a checkpoint with --resume, or use --pretrained")
     if config.start_epoch >= config.epochs:
         raise UserError(f"--start-epoch {config.start_epoch}: must be below --epochs {config.epochs}")
-    if config.fix_seed and config.seed not in (None, SEED_OF_FIX_SEED):
-        raise UserError(f"--fix-seed: means --seed {SEED_OF_FIX_SEED}, not the --seed given; leave out one of the two")
+    if config.fix_seed and config.seed not in (None, FIXED_SEED):
+        raise UserError(f"--fix-seed: means --seed {FIXED_SEED}, not the --seed given; leave out one of the two")
     if config.pretrained and config.resume:
         raise UserError("--pretrained: conflicts with --resume, which loads its own weights; leave out one of them")
 
 
-def warnings_about(config: Request) -> list[str]:
+def settings_warnings(config: Request) -> list[str]:
     """Warnings about settings that are allowed but probably not intended, one line each."""
-    lines = []
+    warnings = []
     if config.epochs < config.warmup and not config.test_only:
         share = config.epochs / config.warmup
-        lines.append(
+        warnings.append(
             f"--epochs {config.epochs} ends during the warm-up (--warmup {config.warmup}): "
             f"the learning rate only reaches {share:.0%} of its base value"
         )
     if (config.workers or 0) > (os.cpu_count() or 1):
-        lines.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
-    lines += without_effect(config, "lr_schedule", {name: kind.settings for name, kind in SCHEDULES.items()})
+        warnings.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
+    warnings += unused_settings(config, "lr_schedule", {name: kind.settings for name, kind in SCHEDULES.items()})
     if config.cache_dataset:
-        lines.append("--cache-dataset has no effect: image folders are listed at each start")
-    return lines
+        warnings.append("--cache-dataset has no effect: image folders are listed at each start")
+    return warnings
 
 
-def without_effect(config: Request, choice: str, used: Mapping[str, Collection[str]]) -> list[str]:
+def unused_settings(config: Request, choice: str, used_settings: Mapping[str, Collection[str]]) -> list[str]:
     """Return a warning, one line each, for settings that were changed but have no effect with the chosen option.
 
     Args:
         choice: the name of a setting with choices.
-        used: for each choice, the settings that it uses.
+        used_settings: for each choice, the settings that it uses.
     """
     chosen = getattr(config, choice)
-    others = {name for names in used.values() for name in names} - {*used[chosen]}
-    changed = [item.name for item in fields(Request) if getattr(config, item.name) != item.default]
-    flags = [with_dashes(f"--{name}") for name in changed if name in others]
+    unused = {name for names in used_settings.values() for name in names} - {*used_settings[chosen]}
+    changed = [field.name for field in fields(Request) if getattr(config, field.name) != field.default]
+    flags = [with_dashes(f"--{name}") for name in changed if name in unused]
     return [f"{flag} has no effect with {with_dashes(f'--{choice}')} {chosen}" for flag in flags]

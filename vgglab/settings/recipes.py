@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-MADE_FOR = {"seed": "imagenet", "paper": "imagenet", "modern": "imagenet", "quick": "digits"}  # a plan's default data
+RECIPE_DATA = {"seed": "imagenet", "paper": "imagenet", "modern": "imagenet", "quick": "digits"}  # default of a plan
 RECIPES: dict[Any, dict[str, Any]] = {
     # The original example's 90-epoch command, per card. Its --num-classes=1000 is omitted: it follows from the data.
     # Cost: 115 million images on ImageNet. Result published by Enflame for a T20 in FP32: 71.3 % top-1. We have not run

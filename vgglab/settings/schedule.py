@@ -36,14 +36,14 @@ def _plateau(config: Request, base: float, epoch: int, num_drops: int) -> float:
 
 
 def _linear(config: Request, base: float, epoch: int, num_drops: int) -> float:
-    return base * (1 - _share_done(config, epoch))
+    return base * (1 - _progress(config, epoch))
 
 
 def _cosine(config: Request, base: float, epoch: int, num_drops: int) -> float:
-    return config.end_lr + (base - config.end_lr) * 0.5 * (1 + math.cos(math.pi * _share_done(config, epoch)))
+    return config.end_lr + (base - config.end_lr) * 0.5 * (1 + math.cos(math.pi * _progress(config, epoch)))
 
 
-def _share_done(config: Request, epoch: int) -> float:
+def _progress(config: Request, epoch: int) -> float:
     return (epoch - config.warmup) / (config.epochs - config.warmup)
 
 

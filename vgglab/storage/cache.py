@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Iterator
 
-from vgglab.storage.files import make_folder, writing
+from vgglab.storage.files import make_folder, write_errors
 
 
 def cache_folder() -> Path:
     """``$VGGLAB_CACHE`` if set, otherwise ``vgglab`` in the user's cache folder."""
-    named = os.environ.get("VGGLAB_CACHE")
-    if named:
-        return Path(named)
+    configured = os.environ.get("VGGLAB_CACHE")
+    if configured:
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgglab"
 
 
@@ -31,7 +31,7 @@ def use_private_temporary_folder() -> None:
     """
     multiprocessing.util.get_temp_dir()  # the loader's sockets stay in the usual folder: their paths have to be short
     folder = cache_folder() / "temporary"
-    with writing(folder, "set VGGLAB_CACHE to a folder of your own"):
+    with write_errors(folder, "set VGGLAB_CACHE to a folder of your own"):
         make_folder(folder)
         if hasattr(os, "geteuid") and folder.stat().st_uid != os.geteuid():  # chmod below would not fail for root
             raise OSError(errno.EPERM, "it belongs to another user")
@@ -40,7 +40,7 @@ def use_private_temporary_folder() -> None:
 
 
 @contextlib.contextmanager
-def one_at_a_time(file: Path) -> Iterator[None]:
+def best_effort_lock(file: Path) -> Iterator[None]:
     """Allow only one process on this machine at a time into the block.
 
     Best effort: if the file cannot be written or the file system has no locks, the block runs without a lock, so it

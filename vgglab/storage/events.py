@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import BinaryIO, Iterator, Sequence, Tuple, cast, overload
 
 from vgglab.errors import UserError
-from vgglab.storage.files import MAX_BYTES, refusing_links
-from vgglab.storage.schema import CHECK, Content, event_in, is_intact
+from vgglab.storage.files import MAX_BYTES, nofollow_opener
+from vgglab.storage.schema import CHECK, Content, is_intact, parse_event
 
 Event = Content  # the fields of a line
 MAX_EVENTS_BYTES = 2**30  # bytes
-CHUNK = 2**20  # bytes
+CHUNK_BYTES = 2**20  # bytes
 MAX_PARSED = 20_000  # lines; after that, only the byte offset of a training line is kept, and it is parsed on access
-TRAINING_LINE = re.compile(rb'\{"event": "train", "seconds": [^,]*, "epoch": \d+, "step": (\d{1,15}), ')
-NUMBER = re.compile(rb'"line": (\d{1,15}), "check": "\w{8}"\}\n$')
+TRAIN_LINE = re.compile(rb'\{"event": "train", "seconds": [^,]*, "epoch": \d+, "step": (\d{1,15}), ')
+LINE_NUMBER = re.compile(rb'"line": (\d{1,15}), "check": "\w{8}"\}\n$')
 MAX_STARTS = 1000  # of a continued run; each start goes through all events before it
 
 
 class LongEvents(Sequence[Event]):
     """The events of a long file; training events are read on access."""
 
-    def __init__(self, file: Path, identity: Identity, entries: list[Event | int]) -> None:
+    def __init__(self, file: Path, identity: FileId, entries: list[Event | int]) -> None:
         """``entries``: events, or their byte offsets in the file if they are still to be read."""
         self._file, self._identity, self._entries = file, identity, entries
 
@@ -33,11 +33,11 @@ class LongEvents(Sequence[Event]):
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Event]:
-        with _opened(self._file) as lines:
+        with _open(self._file) as lines:
             if _identity_of(lines) != self._identity:
                 raise UserError(f"{self._file}: was replaced while it was being read")
             for entry in self._entries:
-                yield _event_at(lines, entry) if isinstance(entry, int) else entry
+                yield _read_event_at(lines, entry) if isinstance(entry, int) else entry
 
     @overload
     def __getitem__(self, index: int) -> Event: ...
@@ -51,33 +51,33 @@ class LongEvents(Sequence[Event]):
             return LongEvents(self._file, self._identity, chosen)
         return next(iter(LongEvents(self._file, self._identity, [chosen])))
 
-    def turning_points(self) -> LongEvents:
+    def boundary_events(self) -> LongEvents:
         """The events, without unread training events that are followed by another unread one."""
-        following = [*self._entries[1:], None]
-        pairs = zip(self._entries, following)
-        kept = [e for e, after in pairs if not (isinstance(e, int) and isinstance(after, int))]
+        next_entries = [*self._entries[1:], None]
+        pairs = zip(self._entries, next_entries)
+        kept = [e for e, next_entry in pairs if not (isinstance(e, int) and isinstance(next_entry, int))]
         return LongEvents(self._file, self._identity, kept)
 
 
-Identity = Tuple[int, int]
+FileId = Tuple[int, int]
 
 
-def _identity_of(file: BinaryIO) -> Identity:
+def _identity_of(file: BinaryIO) -> FileId:
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino
 
 
-def _opened(file: Path) -> BinaryIO:
+def _open(file: Path) -> BinaryIO:
     """Open a file for reading. Raises UserError if it cannot be read or is a link."""
     try:
-        return open(file, "rb", opener=refusing_links)
+        return open(file, "rb", opener=nofollow_opener)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def _event_at(lines: BinaryIO, offset: int) -> Event:
+def _read_event_at(lines: BinaryIO, offset: int) -> Event:
     lines.seek(offset)
-    event = event_in(lines.readline(MAX_BYTES))
+    event = parse_event(lines.readline(MAX_BYTES))
     if event is None or event["event"] != "train":
         raise UserError(f"{lines.name}: was changed while it was being read, or contains an invalid training event")
     event.pop("line", None)
@@ -89,15 +89,15 @@ class EventFile:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._reading = threading.Lock()  # a dashboard's thread and a cell may read at the same time
-        self._start_again()
+        self._lock = threading.Lock()  # a dashboard's thread and a cell may read at the same time
+        self._reset()
 
-    def _start_again(self) -> None:
-        self._seen: list[Event | int] = []
-        self._num_bytes_seen = self._num_damaged = self._num_missing = 0
+    def _reset(self) -> None:
+        self._entries: list[Event | int] = []
+        self._num_bytes_read = self._num_damaged = self._num_missing = 0
         self._next_line = 0
         self._num_starts = self._last_step = 0
-        self._identity: Identity = (0, 0)
+        self._identity: FileId = (0, 0)
         self._has_checksums = False  # once a line has a checksum, all later lines must have one
 
     def read(self, kind: str | None = None) -> Sequence[Event]:
@@ -111,37 +111,37 @@ class EventFile:
         if self.file.is_symlink():
             raise UserError(f"{self.file}: is a symbolic link and was not read")
         if self.file.is_file():
-            with self._reading, _opened(self.file) as lines:
+            with self._lock, _open(self.file) as lines:
                 size = os.fstat(lines.fileno()).st_size
                 if size > MAX_EVENTS_BYTES:
                     raise UserError(
                         f"{self.file}: has more than {MAX_EVENTS_BYTES >> 30} GiB, so vgglab did not write it"
                     )
                 identity = _identity_of(lines)
-                if size < self._num_bytes_seen or identity != self._identity:  # the first access, or a different file
-                    self._start_again()
+                if size < self._num_bytes_read or identity != self._identity:  # the first access, or a different file
+                    self._reset()
                     self._identity = identity
-                lines.seek(self._num_bytes_seen)
+                lines.seek(self._num_bytes_read)
                 for line in iter(lambda: lines.readline(MAX_BYTES), b""):
                     if not line.endswith(b"\n") and len(line) < MAX_BYTES:  # still being written
                         break
-                    self._take(line)
-                    self._num_bytes_seen += len(line)
-        elif any(isinstance(e, int) for e in self._seen):  # the file was deleted, and its unread lines with it
-            self._start_again()
-        chosen = [e for e in self._seen if kind in (None, "train" if isinstance(e, int) else e["event"])]
+                    self._add_line(line)
+                    self._num_bytes_read += len(line)
+        elif any(isinstance(e, int) for e in self._entries):  # the file was deleted, and its unread lines with it
+            self._reset()
+        chosen = [e for e in self._entries if kind in (None, "train" if isinstance(e, int) else e["event"])]
         if any(isinstance(e, int) for e in chosen):
             return LongEvents(self.file, self._identity, chosen)
         return cast("list[Event]", chosen)
 
-    def _take(self, line: bytes) -> None:
+    def _add_line(self, line: bytes) -> None:
         if line.isspace():  # written by a run that continues, to end an incomplete line
             return
-        if len(self._seen) >= MAX_PARSED and self._is_the_next_training_line(line):
-            self._seen.append(self._num_bytes_seen)
+        if len(self._entries) >= MAX_PARSED and self._is_next_training_line(line):
+            self._entries.append(self._num_bytes_read)
             self._next_line += 1
             return
-        event = event_in(line, self._has_checksums)
+        event = parse_event(line, self._has_checksums)
         number = event.pop("line", None) if event else None  # also None in runs of earlier versions
         if event is None or (number is not None and number < self._next_line):  # damaged, or a duplicate
             self._num_damaged += 1
@@ -154,31 +154,31 @@ class EventFile:
             self._num_starts += 1
             if self._num_starts > MAX_STARTS:
                 raise UserError(f"{self.file}: has more than {MAX_STARTS} start events, so vgglab did not write it")
-            self._leave_out_after(event)
+            self._drop_repeated_events(event)
             self._last_step = event["first_step"]
         self._last_step = max(self._last_step, event.get("step", 0))
-        self._seen.append(event)
+        self._entries.append(event)
 
-    def _is_the_next_training_line(self, line: bytes) -> bool:
+    def _is_next_training_line(self, line: bytes) -> bool:
         """Whether this is an intact training line with the next number, which need not be parsed yet."""
-        found = TRAINING_LINE.match(line)
-        is_plain = found is not None and b"\\" not in line and line.count(b'"event": ') == 1 and is_intact(line)
-        number = NUMBER.search(line) if is_plain else None
-        if found is None or number is None or int(number[1]) != self._next_line or int(found[1]) <= self._last_step:
+        match = TRAIN_LINE.match(line)
+        is_plain = match is not None and b"\\" not in line and line.count(b'"event": ') == 1 and is_intact(line)
+        number = LINE_NUMBER.search(line) if is_plain else None
+        if match is None or number is None or int(number[1]) != self._next_line or int(match[1]) <= self._last_step:
             return False
-        self._last_step = int(found[1])
+        self._last_step = int(match[1])
         return True
 
-    def _leave_out_after(self, start: Event) -> None:
+    def _drop_repeated_events(self, start: Event) -> None:
         """Remove the events of steps that are repeated after the run restarted at ``start``."""
         redone = set()
-        with _opened(self.file) as lines:
-            for entry in reversed(self._seen):
+        with _open(self.file) as lines:
+            for entry in reversed(self._entries):
                 if isinstance(entry, int):
-                    if _is_before(_event_at(lines, entry), start):
+                    if _is_before(_read_event_at(lines, entry), start):
                         break  # training lines are in the order of their steps
                     redone.add(entry)
-        self._seen = [e for e in self._seen if (e not in redone if isinstance(e, int) else _is_before(e, start))]
+        self._entries = [e for e in self._entries if (e not in redone if isinstance(e, int) else _is_before(e, start))]
 
     def checksum(self) -> str:
         """Size in bytes and checksum of the whole file; empty if it cannot be read."""
@@ -186,8 +186,8 @@ class EventFile:
         if not 0 < size <= MAX_EVENTS_BYTES:
             return ""
         try:
-            with _opened(self.file) as content:
-                for part in iter(lambda: content.read(CHUNK), b""):
+            with _open(self.file) as content:
+                for part in iter(lambda: content.read(CHUNK_BYTES), b""):
                     value = zlib.crc32(part, value)
         except (OSError, UserError):
             return ""
@@ -208,23 +208,23 @@ class EventFile:
         """Whether the lines have checksums, as in all runs of this version."""
         return self._has_checksums
 
-    def next_number(self) -> int:
+    def next_line_number(self) -> int:
         """The number of the next line to be written."""
         self.read()
         return self._next_line
 
-    def damage(self, is_over: bool) -> list[str]:
-        """Phrases about missing and damaged lines. If the run ``is_over``, an incomplete last line is damaged."""
+    def damage(self, has_ended: bool) -> list[str]:
+        """Phrases about missing and damaged lines. If the run ``has_ended``, an incomplete last line is damaged."""
         self.read()
-        num_damaged, found = self._num_damaged, []
-        if is_over and self.file.is_file() and self.file.stat().st_size > self._num_bytes_seen:
+        num_damaged, phrases = self._num_damaged, []
+        if has_ended and self.file.is_file() and self.file.stat().st_size > self._num_bytes_read:
             num_damaged += 1  # the last line is incomplete
         num_missing = self._num_missing - self._num_damaged  # damaged lines count as missing too
         if num_missing > 0:
-            found.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing")
+            phrases.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing")
         if num_damaged:
-            found.append(f"events.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
-        return found
+            phrases.append(f"events.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
+        return phrases
 
 
 def _is_before(event: Event, start: Event) -> bool:

@@ -22,21 +22,21 @@ def exists(path: Path) -> bool:
         return False
 
 
-def read_bytes(file: Path, most: int = MAX_BYTES) -> bytes | None:
-    """The content of a file; None if it is larger than ``most``, a link, or not a regular file.
+def read_bytes(file: Path, max_bytes: int = MAX_BYTES) -> bytes | None:
+    """The content of a file; None if it is larger than ``max_bytes``, a link, or not a regular file.
 
     Raises:
         UserError: the file cannot be read.
     """
     try:
-        if file.is_symlink() or not file.is_file() or file.stat().st_size > most:
+        if file.is_symlink() or not file.is_file() or file.stat().st_size > max_bytes:
             return None
         return file.read_bytes()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def tail_of(file: Path, num_bytes: int = 4096) -> bytes:
+def read_tail(file: Path, num_bytes: int = 4096) -> bytes:
     """The last ``num_bytes`` of a file; empty if it is a link or cannot be read."""
     try:
         if file.is_symlink() or not file.is_file():
@@ -50,7 +50,7 @@ def tail_of(file: Path, num_bytes: int = 4096) -> bytes:
 
 
 @contextlib.contextmanager
-def writing(path: Path, advice: str = "choose another folder with --output-dir or --run-dir") -> Iterator[None]:
+def write_errors(path: Path, advice: str = "choose another folder with --output-dir or --run-dir") -> Iterator[None]:
     """Turn an OSError in the block into a UserError that names ``path``."""
     try:
         yield
@@ -58,21 +58,21 @@ def writing(path: Path, advice: str = "choose another folder with --output-dir o
         raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
 
 
-def refusing_links(file: str, flags: int) -> int:
+def nofollow_opener(file: str, flags: int) -> int:
     """An ``opener`` for ``open`` that refuses links, which may point elsewhere, and pipes, which would block."""
-    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    safe_flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        number = os.open(file, flags | safe, 0o666)
+        descriptor = os.open(file, flags | safe_flags, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, f"{file} is a link") from None
         if error.errno == errno.ENXIO:
             raise OSError(errno.ENXIO, f"{file} is a pipe") from None
         raise
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        os.close(number)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(errno.EINVAL, f"{file} is not a regular file")
-    return number
+    return descriptor
 
 
 def make_folder(folder: Path) -> None:

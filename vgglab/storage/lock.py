@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Iterator
 
 from vgglab.errors import UserError
-from vgglab.storage.files import refusing_links
+from vgglab.storage.files import nofollow_opener
 
 try:
     import fcntl
@@ -19,7 +19,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MAX_WAIT_SECONDS = 30.0
-_ours: set[tuple[int, int]] = set()  # our locks; opening and closing such a file again would release its lock
+_held: set[tuple[int, int]] = set()  # files that we have locked; opening and closing one again would release its lock
 
 
 class LockHeld(Exception):
@@ -41,7 +41,7 @@ class Lock:
         self.is_held = False
         if fcntl is None:
             return
-        self._file = open(file, "ab", opener=refusing_links)  # noqa: SIM115
+        self._file = open(file, "ab", opener=nofollow_opener)  # noqa: SIM115
         self._identity = _identity(file)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,12 +51,12 @@ class Lock:
         except OSError:
             return
         self.is_held = True
-        _ours.add(self._identity)
+        _held.add(self._identity)
 
     def close(self) -> None:
         if fcntl is not None:
             self._file.close()
-            _ours.discard(self._identity)
+            _held.discard(self._identity)
 
 
 def holder(file: Path) -> int | None:
@@ -64,14 +64,14 @@ def holder(file: Path) -> int | None:
     if fcntl is None or struct.calcsize("P") != 8 or os.uname().sysname != "Linux":  # other layouts of struct flock
         return None
     try:
-        found = file.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:  # a link: perhaps to another run's lock
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:  # a link: perhaps to another run's lock
             return None
-        if _identity(file) in _ours:
+        if _identity(file) in _held:
             return os.getpid()
-        with open(file, "rb", opener=refusing_links) as target:
-            asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            kind, *_, pid = struct.unpack("hhqqi4x", fcntl.fcntl(target, fcntl.F_GETLK, asked))
+        with open(file, "rb", opener=nofollow_opener) as target:
+            request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, *_, pid = struct.unpack("hhqqi4x", fcntl.fcntl(target, fcntl.F_GETLK, request))
     except OSError:
         return None
     return 0 if kind == fcntl.F_UNLCK else pid or None  # Linux gives 0 for a process outside our container
@@ -84,12 +84,12 @@ def exclusive_access(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process, perhaps another user's, has kept the folder locked for ``MAX_WAIT_SECONDS``.
     """
-    number = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     deadline = time.monotonic() + MAX_WAIT_SECONDS
     try:
         while fcntl is not None:
             try:
-                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise UserError(f"{folder}: another process has locked this folder; use another folder") from None
@@ -100,9 +100,9 @@ def exclusive_access(folder: Path) -> Iterator[None]:
             break
         yield
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def _identity(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_dev, found.st_ino
+    status = file.stat()
+    return status.st_dev, status.st_ino

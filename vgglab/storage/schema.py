@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 from vgglab.errors import UserError, printable
-from vgglab.storage.files import exists, read_bytes, refusing_links
+from vgglab.storage.files import exists, nofollow_opener, read_bytes
 
 Content = dict  # of a line or a document
-Test = Callable[[Any], bool]
+Validator = Callable[[Any], bool]
 CHECK = "check"
 # Beyond these, arithmetic and the axes of figures overflow.
 MAX_SECONDS = 1e12  # seconds, or images per second
@@ -33,12 +33,12 @@ def text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def switch(value: Any) -> bool:
+def boolean(value: Any) -> bool:
     return isinstance(value, bool)
 
 
 def number(value: Any) -> bool:
-    return whole(value) or (type(value) is float and abs(value) < MAX_FLOAT)
+    return integer(value) or (type(value) is float and abs(value) < MAX_FLOAT)
 
 
 def seconds(value: Any) -> bool:
@@ -49,113 +49,114 @@ def positive(value: Any) -> bool:
     return number(value) and MIN_DIVISOR < value < MAX_SECONDS
 
 
-def whole(value: Any) -> bool:
+def integer(value: Any) -> bool:
     return type(value) is int and abs(value) < MAX_INT
 
 
 def count(value: Any) -> bool:
-    return whole(value) and value >= 0
+    return integer(value) and value >= 0
 
 
 def count_from_1(value: Any) -> bool:
-    return whole(value) and value >= 1
+    return integer(value) and value >= 1
 
 
-def nothing(value: Any) -> bool:
+def null(value: Any) -> bool:
     return value is None
 
 
-def maybe(test: Test) -> Test:
-    return either(nothing, test)
+def nullable(validator: Validator) -> Validator:
+    return any_of(null, validator)
 
 
-def either(*tests: Test) -> Test:
-    return lambda value: any(test(value) for test in tests)
+def any_of(*validators: Validator) -> Validator:
+    return lambda value: any(validator(value) for validator in validators)
 
 
-def one_of(*words: str) -> Test:
+def one_of(*words: str) -> Validator:
     return lambda value: value in words
 
 
-def list_of(test: Test) -> Test:
-    return lambda value: isinstance(value, list) and all(map(test, value))
+def list_of(validator: Validator) -> Validator:
+    return lambda value: isinstance(value, list) and all(map(validator, value))
 
 
-def record(needed: dict[str, Test], **optional: Test) -> Test:
+def record(required: dict[str, Validator], **optional: Validator) -> Validator:
     """A test for a JSON object with these fields."""
-    tests = {**optional, **needed}
+    validators = {**optional, **required}
     return lambda value: (
         isinstance(value, dict)
-        and value.keys() >= needed.keys()
-        and all(tests[name](item) for name, item in value.items() if name in tests)
+        and value.keys() >= required.keys()
+        and all(validators[name](item) for name, item in value.items() if name in validators)
     )
 
 
-def table_of(test: Test, *names: str) -> Test:
-    """A test for a JSON object whose values all pass ``test``, and which has the keys ``names``."""
-    return lambda value: isinstance(value, dict) and value.keys() >= set(names) and all(map(test, value.values()))
+def dict_of(validator: Validator, *names: str) -> Validator:
+    """A validator for a JSON object whose values all pass ``validator``, and which has the keys ``names``."""
+    return lambda value: isinstance(value, dict) and value.keys() >= set(names) and all(map(validator, value.values()))
 
 
 # The required fields of each event, and optional fields of any event.
-EVENTS: dict[str, dict[str, Test]] = {
+EVENTS: dict[str, dict[str, Validator]] = {
     "start": {
-        "data": text, "is_fake": switch, "num_train_images": count, "num_eval_images": count,
+        "data": text, "is_fake": boolean, "num_train_images": count, "num_eval_images": count,
         "num_classes": count_from_1, "num_parameters": count, "epochs": count, "first_epoch": count,
         "first_step": count, "num_steps": count, "steps_per_epoch": count,
-        "best": maybe(table_of(number, "acc1", "acc5")),
+        "best": nullable(dict_of(number, "acc1", "acc5")),
     },
     "train": {
-        "epoch": count, "step": count, "loss": maybe(number), "acc1": maybe(number), "lr": number,
-        "is_measured": switch, "interval_images": count, "interval_steps": count_from_1, "interval_seconds": positive,
+        "epoch": count, "step": count, "loss": nullable(number), "acc1": nullable(number), "lr": number,
+        "is_measured": boolean, "interval_images": count, "interval_steps": count_from_1, "interval_seconds": positive,
     },
-    "eval_start": {"epoch": maybe(whole), "num_batches": count},
+    "eval_start": {"epoch": nullable(integer), "num_batches": count},
     "eval": {
-        "epoch": maybe(whole), "step": count, "loss": maybe(number), "acc1": number, "acc5": number,
+        "epoch": nullable(integer), "step": count, "loss": nullable(number), "acc1": number, "acc5": number,
         "num_images": count,
     },
-    "checkpoint": {"epoch": whole, "step": count, "is_best": switch},
+    "checkpoint": {"epoch": integer, "step": count, "is_best": boolean},
     "warning": {"text": text},
-    "end": {"status": one_of("done", "interrupted", "failed"), "error": maybe(text)},
+    "end": {"status": one_of("done", "interrupted", "failed"), "error": nullable(text)},
 }  # fmt: skip
-OPTIONAL: dict[str, Test] = {
-    "schema": count, "step": count, "epoch": maybe(whole),
-    "simulated": switch, "images_per_second": positive, "data_seconds": seconds, "step_seconds": list_of(seconds),
-    "first_step_seconds": seconds, "phase_seconds": table_of(seconds), "host_reads": either(number, table_of(number)),
-    "peak_bytes": maybe(count), "line": count,
+OPTIONAL: dict[str, Validator] = {
+    "schema": count, "step": count, "epoch": nullable(integer),
+    "simulated": boolean, "images_per_second": positive, "data_seconds": seconds, "step_seconds": list_of(seconds),
+    "first_step_seconds": seconds, "phase_seconds": dict_of(seconds), "host_reads": any_of(number, dict_of(number)),
+    "peak_bytes": nullable(count), "line": count,
 }  # fmt: skip
 # A line with the metrics of a rank, a line about an image that it skipped, and the record of its failure.
-RANK: dict[str, Test] = {
-    "rank": count, "pid": whole, "time": seconds, "step": count, "loss": maybe(number), "interval_steps": count_from_1,
-    "own_seconds": seconds, "interval_seconds": positive,
+RANK: dict[str, Validator] = {
+    "rank": count, "pid": integer, "time": seconds, "step": count, "loss": nullable(number),
+    "interval_steps": count_from_1, "own_seconds": seconds, "interval_seconds": positive,
 }  # fmt: skip
-SKIPPED: dict[str, Test] = {"image": text, "reason": text}
-FAILURE: dict[str, Test] = {"rank": count, "time": seconds, "host": text, "error": text, "traceback": text,
-                            "exit_code": whole, "has_lost_peers": switch}  # fmt: skip
+SKIPPED: dict[str, Validator] = {"image": text, "reason": text}
+FAILURE: dict[str, Validator] = {"rank": count, "time": seconds, "host": text, "error": text, "traceback": text,
+                                 "exit_code": integer, "has_lost_peers": boolean}  # fmt: skip
 
-PROCESS: dict[str, Test] = {"host": text, "pid": whole, "process": text}
+PROCESS: dict[str, Validator] = {"host": text, "pid": integer, "process": text}
 
-DOCUMENTS: dict[str, dict[str, Test]] = {  # for config.json, see runs/run.py
+DOCUMENTS: dict[str, dict[str, Validator]] = {  # for config.json, see runs/run.py
     "env.json": {
-        **PROCESS, "simulated": switch, "device": text, "world_size": count_from_1, "hardware": text,
-        "versions": table_of(maybe(text)), "commit": maybe(text), "argv": list_of(text), "executable": text,
-        "cwd": text, "started": text, "amp_dtype": maybe(text), "tf32": maybe(switch), "channels_last": switch,
-        "fused": switch, "compiled": switch, "num_cpus": count, "num_threads": count,
+        **PROCESS, "simulated": boolean, "device": text, "world_size": count_from_1, "hardware": text,
+        "versions": dict_of(nullable(text)), "commit": nullable(text), "argv": list_of(text), "executable": text,
+        "cwd": text, "started": text, "amp_dtype": nullable(text), "tf32": nullable(boolean), "channels_last": boolean,
+        "fused": boolean, "compiled": boolean, "num_cpus": count, "num_threads": count,
     },
     "report.json": {  # fields computed from the events; the others are read from their sources
-        "num_lines": count, "events_checksum": text, "acc1": maybe(number), "acc5": maybe(number),
-        "acc1_last": maybe(number), "acc5_last": maybe(number), "images_per_second": maybe(positive),
-        "train_fps_min": maybe(positive), "train_fps_max": maybe(positive), "training_time": text,
-        "data_is_fake": switch, "step_seconds_p50": maybe(seconds), "step_seconds_p90": maybe(seconds),
-        "step_seconds_p99": maybe(seconds), "num_measured_steps": count, "data_wait_share": maybe(number),
-        "num_intervals": count, "phase_seconds": maybe(table_of(number)), "host_reads": maybe(table_of(number)),
-        "first_step_seconds": maybe(seconds), "peak_bytes": maybe(count),
+        "num_lines": count, "events_checksum": text, "acc1": nullable(number), "acc5": nullable(number),
+        "acc1_last": nullable(number), "acc5_last": nullable(number), "images_per_second": nullable(positive),
+        "train_fps_min": nullable(positive), "train_fps_max": nullable(positive), "training_time": text,
+        "data_is_fake": boolean, "step_seconds_p50": nullable(seconds), "step_seconds_p90": nullable(seconds),
+        "step_seconds_p99": nullable(seconds), "num_measured_steps": count, "data_wait_share": nullable(number),
+        "num_intervals": count, "phase_seconds": nullable(dict_of(number)), "host_reads": nullable(dict_of(number)),
+        "first_step_seconds": nullable(seconds), "peak_bytes": nullable(count),
         "warnings": list_of(text),
     },
     "launch.json": {**PROCESS, "inode": text, "argv": list_of(text), "command": list_of(text)},
     "bench.json": {"results": list_of(record(
-        {"way": text, "batch_size": count_from_1, "num_turns": count, "images_per_second": maybe(number),
-         "ratio": maybe(number), "device": record({"hardware": text, "simulated": switch, "amp_dtype": maybe(text)})},
-        flop_per_image=maybe(count), peak_flop_per_second=maybe(number),
+        {"way": text, "batch_size": count_from_1, "num_turns": count, "images_per_second": nullable(number),
+         "ratio": nullable(number),
+         "device": record({"hardware": text, "simulated": boolean, "amp_dtype": nullable(text)})},
+        flop_per_image=nullable(count), peak_flop_per_second=nullable(number),
     ))},
 }  # fmt: skip
 
@@ -172,7 +173,7 @@ def with_checksum(content: Content) -> Content:
 def parse(data: bytes) -> Content | None:
     """Parse a JSON object in UTF-8; None for anything else or deeper nesting than vgglab writes."""
     try:
-        content = json.loads(data.decode("utf-8"), parse_constant=_refuse)  # from bytes, loads would guess the encoding
+        content = json.loads(data.decode("utf-8"), parse_constant=_reject)  # from bytes, loads would guess the encoding
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
     # With this few brackets, it cannot be nested too deeply.
@@ -187,14 +188,14 @@ def _is_shallow(value: Any, levels: int) -> bool:
     return levels > 0 and all(_is_shallow(part, levels - 1) for part in parts)
 
 
-def _refuse(constant: str) -> None:
+def _reject(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
 def is_intact(line: bytes) -> bool:
     """Whether a line is unchanged, byte for byte, according to its checksum; faster than ``has_changed``."""
-    body, found, check = line.rpartition(b', "check": "')
-    return found != b"" and check == b'%08x"}\n' % zlib.crc32(b"}", zlib.crc32(body))
+    body, separator, check = line.rpartition(b', "check": "')
+    return separator != b"" and check == b'%08x"}\n' % zlib.crc32(b"}", zlib.crc32(body))
 
 
 def has_changed(content: Content) -> bool:
@@ -202,12 +203,12 @@ def has_changed(content: Content) -> bool:
     return CHECK in content and content.pop(CHECK) != checksum(content)
 
 
-def event_in(line: bytes, needs_checksum: bool = False) -> Content | None:
+def parse_event(line: bytes, needs_checksum: bool = False) -> Content | None:
     """Parse a line of ``events.jsonl``; None if it is damaged or not an event. The field ``line`` is its number."""
     content = parse(line)
     # Line numbers and checksums were introduced together: a line with only a number has been edited.
-    is_without = content is not None and CHECK not in content and (needs_checksum or "line" in content)
-    if content is None or is_without:
+    lacks_checksum = content is not None and CHECK not in content and (needs_checksum or "line" in content)
+    if content is None or lacks_checksum:
         return None
     if is_intact(line):
         del content[CHECK]
@@ -216,21 +217,21 @@ def event_in(line: bytes, needs_checksum: bool = False) -> Content | None:
     kind = content.get("event")
     if not isinstance(kind, str) or not seconds(content.get("seconds")):
         return None
-    return _checked(line, content, EVENTS.get(kind, {}))
+    return _validated(line, content, EVENTS.get(kind, {}))
 
 
-def line_in(line: bytes, needed: dict[str, Test]) -> Content | None:
-    """Parse a line or document; None if it is damaged or one of the ``needed`` fields is missing or invalid."""
+def parse_line(line: bytes, required: dict[str, Validator]) -> Content | None:
+    """Parse a line or document; None if it is damaged or one of the ``required`` fields is missing or invalid."""
     content = parse(line)
-    return None if content is None or has_changed(content) else _checked(line, content, needed)
+    return None if content is None or has_changed(content) else _validated(line, content, required)
 
 
-def _checked(line: bytes, content: Content, needed: dict[str, Test]) -> Content | None:
-    if not content.keys() >= needed.keys():
+def _validated(line: bytes, content: Content, required: dict[str, Validator]) -> Content | None:
+    if not content.keys() >= required.keys():
         return None
     for name, value in content.items():
-        test = needed.get(name) or OPTIONAL.get(name)
-        if test and not test(value):
+        validator = required.get(name) or OPTIONAL.get(name)
+        if validator and not validator(value):
             return None
     is_plain = line.isascii() and b"\\" not in line and b"\x7f" not in line  # as nearly all lines are
     return content if is_plain else printable(content)
@@ -259,15 +260,15 @@ def read_document(file: Path) -> Document:
         raise UserError(f"{file}: is damaged; the run cannot be read")
     has_checksum = CHECK in content
     damage = [f"{file.name}: was changed after it was written"] if has_changed(content) else []
-    tests = DOCUMENTS.get(file.name, {})
-    left_out = [name for name, value in content.items() if name in tests and not tests[name](value)]
-    damage += [f"{file.name}: {printable(name)} has the wrong type and is ignored" for name in left_out]
-    document = Document(file, printable({name: v for name, v in content.items() if name not in left_out}), damage)
+    validators = DOCUMENTS.get(file.name, {})
+    invalid = [name for name, value in content.items() if name in validators and not validators[name](value)]
+    damage += [f"{file.name}: {printable(name)} has the wrong type and is ignored" for name in invalid]
+    document = Document(file, printable({name: v for name, v in content.items() if name not in invalid}), damage)
     document.has_checksum = has_checksum
     return document
 
 
-def readable_document(file: Path) -> Document:
+def try_read_document(file: Path) -> Document:
     """Like ``read_document``, but a file that cannot be read gives an empty document with the reason in ``damage``."""
     try:
         return read_document(file)
@@ -277,16 +278,16 @@ def readable_document(file: Path) -> Document:
 
 def write_document(file: Path, content: Content) -> None:
     """Write a document completely or not at all. Raises OSError."""
-    beside = file.with_suffix(".tmp")
-    with open(beside, "wb", opener=refusing_links) as target:
+    temporary = file.with_suffix(".tmp")
+    with open(temporary, "wb", opener=nofollow_opener) as target:
         target.write(json.dumps(with_checksum(content), indent=2).encode() + b"\n")
-    beside.replace(file)
+    temporary.replace(file)
 
 
 def append_line(file: Path, content: Content) -> None:
     """Append a line; after an incomplete line, start a new one. Raises OSError, after which later calls may succeed."""
     line = json.dumps(with_checksum(content)).encode() + b"\n"
-    with open(file, "a+b", buffering=0, opener=refusing_links) as lines:
+    with open(file, "a+b", buffering=0, opener=nofollow_opener) as lines:
         if lines.seek(0, os.SEEK_END):
             lines.seek(-1, os.SEEK_END)
             line = b"\n" * (lines.read(1) != b"\n") + line
@@ -294,6 +295,6 @@ def append_line(file: Path, content: Content) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def finite(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
     """The value, or None for a number that JSON cannot represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

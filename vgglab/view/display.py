@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Sequence, overload
 
 from vgglab.errors import printable
-from vgglab.runs.folder import run_folders
+from vgglab.runs.folder import run_dirs
 from vgglab.runs.run import Run
 from vgglab.runs.seeds import Seeds
 from vgglab.view import live
@@ -43,7 +43,7 @@ class Runs(Sequence[NotebookRun]):
     def __init__(self, *folders: str | Path) -> None:
         """Find the runs; the default folder is ``runs``. Raises UserError if a folder does not exist."""
         self.folders = [Path(folder) for folder in folders or ("runs",)]
-        self._runs = sorted(map(NotebookRun, run_folders(self.folders)), key=lambda run: run.created)
+        self._runs = sorted(map(NotebookRun, run_dirs(self.folders)), key=lambda run: run.created)
 
     def __len__(self) -> int:
         return len(self._runs)

@@ -247,7 +247,7 @@ class Follower:
         if not is_continued(self._seen, events):
             self._progress, self._seen = Progress(), []
         new = events[len(self._seen) :]
-        for event in new.turning_points() if isinstance(new, LongEvents) else new:
+        for event in new.boundary_events() if isinstance(new, LongEvents) else new:
             self._progress.add(event)
         self._seen = events
         progress = copy.copy(self._progress)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from vgglab.errors import UserError, printable
-from vgglab.runs.folder import run_folders, series_in
+from vgglab.runs.folder import find_series, run_dirs
 from vgglab.runs.run import ACTIVE, Run
 from vgglab.storage.schema import read_document
 from vgglab.view.seeds_table import seeds_table
@@ -118,7 +118,7 @@ def collect(folders: Iterable[Path]) -> list[Result]:
         UserError: a folder does not exist.
     """
     runs, benchmarks = [], []
-    for path in run_folders(folders):
+    for path in run_dirs(folders):
         bench = path / "bench.json"
         try:
             if bench.exists():
@@ -188,7 +188,7 @@ def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
 
 def series_of(folders: Iterable[Path]) -> dict[str, list[Run]]:
     """Return the series of runs in these folders that differ only in their seed, by folder name."""
-    return {printable(folder.name): runs for folder, runs in series_in(folders).items()}
+    return {printable(folder.name): runs for folder, runs in find_series(folders).items()}
 
 
 def _precision(described: dict[str, Any]) -> str:

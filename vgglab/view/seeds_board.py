@@ -35,7 +35,7 @@ class Board:
 
         self.seeds = seeds
         self.status, self.table = widgets.HTML(), widgets.HTML()
-        self.bar = widgets.IntProgress(max=len(seeds.numbers), layout=widgets.Layout(width="100%"))
+        self.bar = widgets.IntProgress(max=len(seeds.seed_values), layout=widgets.Layout(width="100%"))
         self.stop_button = widgets.Button(
             description="Stop", icon="stop", tooltip="Stop this run and do not start the next one"
         )
@@ -52,7 +52,7 @@ class Board:
     def refresh(self) -> None:
         runs, current = self.seeds.runs, self.seeds.current
         num_done = sum(run.status == "done" for run in runs)
-        text = f"{num_done} of {len(self.seeds.numbers)} seeds done"
+        text = f"{num_done} of {len(self.seeds.seed_values)} seeds done"
         if current is not None:
             text = f"{text} · {summary(current, progress_of(current))}"
         self.status.value, self.bar.value = html_text(text, "b"), num_done
