@@ -107,7 +107,7 @@ class Clock:
             for (_, before), (phase, after) in zip(self._phases, self._phases[1:]):
                 spent[phase] += between(before, after)
             spent["host"] += max(0.0, seconds - sum(spent.values()))  # time that belongs to no phase
-            interval.update(phase_seconds=spent, host_reads=self._reads.take())
+            interval.update(phase_seconds=spent, host_reads=self._reads.pop_counts())
         self.restart()
         return interval
 
