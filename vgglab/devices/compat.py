@@ -102,7 +102,7 @@ def load_tensors(path: str | Path) -> Any:
             warnings.simplefilter("ignore")  # torch warns about foreign files; the caller reports what matters
             if "weights_only" in inspect.signature(torch.load).parameters:  # torch >= 1.13
                 return torch.load(path, map_location="cpu", weights_only=True)
-            _refuse_torchscript(path)
+            _reject_torchscript(path)
             return torch.load(path, map_location="cpu", pickle_module=_PlainPickle)
     except OSError:
         raise
@@ -111,7 +111,7 @@ def load_tensors(path: str | Path) -> Any:
         raise NotACheckpoint(first_line) from None
 
 
-def _refuse_torchscript(path: str | Path) -> None:
+def _reject_torchscript(path: str | Path) -> None:
     """Refuse TorchScript archives: torch 1.10 passes them to torch.jit.load, which runs the code in them."""
     if not zipfile.is_zipfile(path):
         return
