@@ -22,7 +22,7 @@ from vgglab.data.transform import (
     CentreCrop,
     RandomCrop,
     as_tensor,
-    cut,
+    crop_to_box,
     normalised,
     random_box,
     resize,
@@ -132,7 +132,7 @@ def test_an_image_that_no_crop_fits_gives_its_middle(size):
 def test_tiny_parts_can_be_enlarged(jpeg, decoder):
     file = jpeg(photograph(40, 30))
     for height, width in ((1, 1), (1, 7), (7, 1), (2, 2)):
-        pixels = cut(open_picture(file, decoder).pixels(), Box(3, 2, height, width))
+        pixels = crop_to_box(open_picture(file, decoder).pixels(), Box(3, 2, height, width))
         assert as_tensor(resize(pixels, 32, 32)).shape == (32, 32, 3)
 
 

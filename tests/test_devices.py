@@ -290,10 +290,10 @@ def test_tf32_is_off_unless_asked_for_and_refused_in_one_line_where_there_is_non
 
 
 def test_the_tf32_switches_of_cuda_are_both_set():
-    from vgglab.devices.native import _use_tf32
+    from vgglab.devices.native import _set_tf32
 
     for wanted in (True, False):
-        _use_tf32(wanted)
+        _set_tf32(wanted)
         assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is wanted
 
 

@@ -62,7 +62,7 @@ def test_a_run_keeps_the_contract_and_gives_the_losses_of_the_cpu(on_gcu, double
     flags = ["--model=vgg11_bn", "--dropout-rate=0.5"]
     outcome = on_gcu(double, *flags)
     assert outcome.code == 0, outcome.err
-    assert "broken" not in outcome.calls
+    assert "violation" not in outcome.calls
     assert "graph_break" not in outcome.calls
     assert losses(outcome.run) == losses(on_gcu(double, *flags, device="cpu").run)
     assert outcome.run.env["simulated"] is outcome.run.report()["simulated"] is True

@@ -307,7 +307,7 @@ def _die_with_a_request_unread(connection, way, flags):
 def test_a_benchmark_process_that_is_killed_with_a_request_unread_is_out_of_memory(monkeypatch):
     """It was a ConnectionResetError with its traceback."""
     monkeypatch.setattr(step, "CONTEXT", multiprocessing.get_context("fork"))
-    monkeypatch.setattr(step, "work", _die_with_a_request_unread)
+    monkeypatch.setattr(step, "serve", _die_with_a_request_unread)
     child = step.Child(step.PLAIN, [])
     with pytest.raises(step.DoesNotFit, match="its process was killed"):
         child.steps(1)
@@ -316,7 +316,9 @@ def test_a_benchmark_process_that_is_killed_with_a_request_unread_is_out_of_memo
 def test_the_help_of_bench_step_names_the_usual_ways():
     [steps] = (action for action in bench_parser()._actions if action.dest == "subject")
     [ways] = (action for action in steps.choices["step"]._actions if action.dest == "ways")
-    assert re.findall(r"[a-z0-9-]+", ways.help.partition("default: ")[2].replace(" and ", ", ")) == list(step.USUAL)
+    assert re.findall(r"[a-z0-9-]+", ways.help.partition("default: ")[2].replace(" and ", ", ")) == list(
+        step.DEFAULT_MODES
+    )
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux")
@@ -330,7 +332,7 @@ def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
     options = {"preexec_fn": partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))}
     # Each attempt runs in a process; forked ones start faster.
     code = "import multiprocessing, sys; from vgglab.commands import call; from vgglab.lab.bench import step\n"
-    code += "step.CONTEXT, step.CLOSE_ENOUGH = multiprocessing.get_context('fork'), 1 / 2\n"
+    code += "step.CONTEXT, step.TOLERANCE = multiprocessing.get_context('fork'), 1 / 2\n"
     code += "sys.exit(call('bench'))"
     words = ["-c", code, "step", "--model=vgg11", "--image-size=64", "--device=cpu", "--turns=1"]
     words += ["--ways=float32", f"--output-dir={tmp_path}"]

@@ -105,8 +105,8 @@ def test_a_figure_that_is_missing_says_why(change, shown):
 
 @pytest.fixture
 def measured_quickly(monkeypatch):
-    monkeypatch.setattr(machine_speed, "STEPS_FOR_SECONDS", 0.0)
-    monkeypatch.setattr(machine_speed, "COMPILING_FOR_SECONDS", 0.0)
+    monkeypatch.setattr(machine_speed, "STEP_BENCHMARK_SECONDS", 0.0)
+    monkeypatch.setattr(machine_speed, "COMPILE_BENCHMARK_SECONDS", 0.0)
     machine_speed.slowdown.cache_clear()
     yield
     machine_speed.slowdown.cache_clear()
@@ -144,7 +144,7 @@ def test_the_measurement_needs_no_cache_and_leaves_torch_as_it_was(monkeypatch, 
 def test_the_measurement_works_without_torch(tmp_path):
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from vgglab.lab import machine_speed; machine_speed.COMPILING_FOR_SECONDS = 0\n"
+        "from vgglab.lab import machine_speed; machine_speed.COMPILE_BENCHMARK_SECONDS = 0\n"
         "print(machine_speed.slowdown())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

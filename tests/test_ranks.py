@@ -155,7 +155,7 @@ def test_a_rank_that_hangs_is_seen_and_stopped(tiny, planted, monkeypatch):
     monkeypatch.setenv(MARK, "hangs")
     run = vgglab.launch(tiny, nproc=2, watch=False)
     wait_until(lambda: run.events("train"))
-    monkeypatch.setattr(rank_table, "NO_NEWS_SECONDS", 1)
+    monkeypatch.setattr(rank_table, "STALL_SECONDS", 1)
     wait_until(lambda: stall_warning(run))  # ten times what a step takes
     monkeypatch.setattr("vgglab.runs.run.request_stack", partial(request_stack, seconds=PATIENCE_SECONDS))
     assert "run.stacks()" in summary(run, progress_of(run))

@@ -9,7 +9,7 @@ from torch import nn
 
 from vgglab.data.images import ArrayPicture
 from vgglab.data.sets import CROPS
-from vgglab.data.transform import JitteredCrop, Preparation, RandomCrop, TrivialAugmentCrop
+from vgglab.data.transform import JitteredCrop, Preprocessing, RandomCrop, TrivialAugmentCrop
 from vgglab.devices import open_device
 from vgglab.devices.compat import load_tensors
 from vgglab.model import build
@@ -67,7 +67,7 @@ def test_a_crop_depends_on_its_seed_and_on_whether_images_may_be_mirrored(name):
     picture = ArrayPicture(
         torch.arange(48 * 40, dtype=torch.int64).reshape(48, 40).remainder(251).to(torch.uint8), "pil"
     )
-    mirrored = Preparation(flip=True)
+    mirrored = Preprocessing(flip=True)
     crop, upright = CROPS[name](32, mirrored), CROPS[name](32, mirrored._replace(flip=False))
     before = random.getstate()
     crops = [crop(picture, seed) for seed in range(8)]

@@ -30,7 +30,7 @@ def test_from_the_shell_one_after_the_other_and_a_table(tiny, tmp_path):
     runs = vgglab.Seeds(tmp_path / "three").runs
     assert [run.config["seed"] for run in runs] == [7, 8, 9]
     accuracies = [run.events("eval")[-1]["acc1"] for run in runs]
-    row = next(row for row in rows_of({"x": runs}) if row.figure == "last top-1 %")
+    row = next(row for row in rows_of({"x": runs}) if row.metric == "last top-1 %")
     assert (row.n, row.mean) == (3, pytest.approx(statistics.mean(accuracies)))
     assert row.deviation == pytest.approx(statistics.stdev(accuracies))
     assert "fewer than 5 seeds" in result.stdout

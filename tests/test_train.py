@@ -429,13 +429,13 @@ def test_on_old_torch_too_a_checkpoint_never_runs_code(tmp_path):
 
 def test_on_old_torch_an_archive_with_code_is_not_opened(tmp_path):
     """torch 1.10 would hand it to torch.jit.load, which runs what is in it."""
-    from vgglab.devices.compat import NotACheckpoint, _refuse_torchscript
+    from vgglab.devices.compat import NotACheckpoint, _reject_torchscript
 
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), str(tmp_path / "script.pt"))
     torch.save({"w": torch.zeros(1)}, tmp_path / "plain.pt")
     with pytest.raises(NotACheckpoint, match="TorchScript"):
-        _refuse_torchscript(tmp_path / "script.pt")
-    _refuse_torchscript(tmp_path / "plain.pt")
+        _reject_torchscript(tmp_path / "script.pt")
+    _reject_torchscript(tmp_path / "plain.pt")
 
 
 def test_no_flipped_bit_gives_other_weights_or_a_traceback(tmp_path):

@@ -54,7 +54,7 @@ def test_time_left_is_told_from_what_was_done():
     assert progress.eta_seconds is None
     progress.add({"event": "train", "seconds": 20, "step": 25, "epoch": 0})
     assert progress.eta_seconds == pytest.approx(10 / 25 * 75)
-    assert (progress.doing, progress.num_steps) == ("epoch 1 of 2", 100)
+    assert (progress.activity, progress.num_steps) == ("epoch 1 of 2", 100)
     assert [duration(s) for s in (8, 200, 7500)] == ["8 s", "3 min 20 s", "2 h 05 min"]
 
 
@@ -122,7 +122,7 @@ def start_at(step):
 def test_a_dashboards_progress_is_that_of_all_events_also_where_some_became_void(tmp_path):
     add(tmp_path, start_at(0), *map(trained, (10, 20, 30)))
     run = vgglab.Run(tmp_path)
-    follower = live.Follower(run)
+    follower = live.ProgressReader(run)
     assert follower.progress().step == 30
     for more in [trained(40)], [], [start_at(20)], [trained(30), trained(40), trained(50)], [start_at(10), trained(60)]:
         add(tmp_path, *more)
@@ -207,7 +207,7 @@ def test_what_goes_wrong_in_a_dashboard_is_shown_and_tried_again(monkeypatch):
             raise answer
         return answer
 
-    live.keep_fresh(refresh, is_over, status)
+    live.refresh_until_over(refresh, is_over, status)
     assert len(calls) == 4  # the last one sees the end
     assert "this dashboard cannot be updated: OSError(&#x27;the disk &lt;is&gt; away&#x27;)" in calls[2]
 

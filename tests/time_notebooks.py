@@ -23,7 +23,7 @@ def main(machine: str) -> int:
             os.chdir(folder)  # the runs go there
             chapters += Book(num_parallel=1).execute(jobs_for([notebook], Path(folder), {}))
             os.chdir(os.path.dirname(folder))
-    if any(chapter.fault for chapter in chapters):
+    if any(chapter.error for chapter in chapters):
         return 1
     step_seconds, compile_seconds = map(min, before, machine_speed.measure())  # the quieter moment
     seconds = {chapter.file.stem: round(chapter.seconds) for chapter in chapters}

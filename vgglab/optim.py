@@ -30,7 +30,7 @@ class OptimizerSpec(NamedTuple):
 
     optimizer: type[Optimizer]
     options: dict[str, str]  # arguments other than lr and weight_decay, and the settings they come from
-    averages: tuple[str, ...] = ()  # state tensors that it keeps for each weight, besides momentum
+    state_keys: tuple[str, ...] = ()  # state tensors that it keeps for each weight, besides momentum
     supports_fused: bool = False  # whether it can update all weights in one kernel
 
     def num_state_tensors(self, config: Request) -> int:

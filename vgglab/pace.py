@@ -107,7 +107,7 @@ class Clock:
             for (_, before), (phase, after) in zip(self._phases, self._phases[1:]):
                 phase_seconds[phase] += seconds_between(before, after)
             phase_seconds["host"] += max(0.0, seconds - sum(phase_seconds.values()))  # time that belongs to no phase
-            interval.update(phase_seconds=phase_seconds, host_reads=self._reads.take())
+            interval.update(phase_seconds=phase_seconds, host_reads=self._reads.pop_counts())
         self.restart()
         return interval
 

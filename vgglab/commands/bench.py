@@ -95,16 +95,16 @@ def bench_step(options: Any) -> None:
         raise UserError(f"--batch-size: {options.batch_size!r} is invalid; give a number, a list such as 8,16, or max")
     flags = [f"--model={options.model}", f"--device={options.device}", f"--image-size={options.image_size}"]
     parse_flags(flags)
-    from vgglab.lab.bench.step import USUAL, as_text, largest, measure_steps, mode_named, save_steps
+    from vgglab.lab.bench.step import DEFAULT_MODES, as_text, find_largest_batch, get_mode, measure_steps, save_steps
 
-    modes = [name.strip() for name in options.ways.split(",")] if options.ways else list(USUAL)
+    modes = [name.strip() for name in options.ways.split(",")] if options.ways else list(DEFAULT_MODES)
     modes += [options.against] if options.against else []
     for name in modes:
-        mode_named(name)
+        get_mode(name)
     results = []
     for size in sizes:
         if size == "max":
-            results += [largest(flags, mode, options.turns, options.steps) for mode in dict.fromkeys(modes)]
+            results += [find_largest_batch(flags, mode, options.turns, options.steps) for mode in dict.fromkeys(modes)]
         else:
             results += measure_steps(flags, modes, int(size), options.turns, options.steps)
     path = save_steps(results, flags, options.output_dir)

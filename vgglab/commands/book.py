@@ -31,7 +31,7 @@ from vgglab.errors import UserError
 from vgglab.lab.timings import SECONDS
 from vgglab.settings.flags import OneLineParser
 from vgglab.view.progress import duration
-from vgglab.view.site import Chapter, refuse_foreign, write_site
+from vgglab.view.site import Chapter, check_overwritable, write_site
 
 KERNEL_START_SECONDS = 1000  # maximum time for a kernel to start; papermill's default is 60
 # Tags of the cells that papermill inserts, which are not counted in cell numbers.
@@ -221,7 +221,7 @@ def _run_and_build(arguments: argparse.Namespace) -> int:
     import nbconvert  # noqa: F401  # fail now if it is missing, not after an hour of execution
 
     jobs = jobs_for(sources, arguments.out, dict(arguments.p))
-    refuse_foreign(arguments.out, [job.target.stem for job in jobs])
+    check_overwritable(arguments.out, [job.target.stem for job in jobs])
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -230,7 +230,7 @@ def _run_and_build(arguments: argparse.Namespace) -> int:
     with handle_signals(STOP_SIGNALS, signal.default_int_handler):  # same effect as Ctrl-C
         chapters = Book(arguments.at_once).execute(jobs)
     write_site(chapters, arguments.out, dict(arguments.p), with_code=not arguments.no_code)
-    failed = {chapter.file.name for chapter in chapters if chapter.fault}
+    failed = {chapter.file.name for chapter in chapters if chapter.error}
     elapsed = duration(time.monotonic() - start)
     if failed:
         command = _repeat_command([job.source for job in jobs if job.target.name in failed], arguments)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from vgglab.data.decode import SIXTEEN_BITS, open_picture
+from vgglab.data.decode import SIXTEEN_BIT_MODES, open_picture
 from vgglab.data.images import FileImages
 from vgglab.data.sets import open_sets
 from vgglab.dist.interrupts import ignore_signals_in_worker
@@ -26,8 +26,8 @@ from vgglab.dist.ranks import num_cores
 from vgglab.errors import BadImage, UserError
 from vgglab.settings.parser import parse_flags
 
-ORIENTATION = 0x0112  # the EXIF tag
-UPRIGHT = 1
+ORIENTATION_TAG = 0x0112  # the EXIF tag
+UPRIGHT_VALUE = 1
 # The kinds of unusual files that can be read, and how training handles them.
 KINDS = {
     "grey": "greyscale; the channel is repeated three times",
@@ -40,14 +40,14 @@ KINDS = {
     "misnamed": "the file extension does not match the format",
     "odd": "the pixels can be read, but the EXIF metadata cannot",
 }
-NUM_AT_A_TIME = 64
+CHUNK_SIZE = 64
 
 
-class Verdict(NamedTuple):
+class FileResult(NamedTuple):
     """The result for one file: why it cannot be read (empty if it can), and which of ``KINDS`` apply."""
 
     file: str
-    trouble: str
+    error: str
     kinds: tuple[str, ...]
 
 
@@ -61,44 +61,44 @@ class Findings(NamedTuple):
 
     def __repr__(self) -> str:
         lines = [f"{self.num_files} files: {len(self.unreadable)} cannot be read"]
-        lines += [f"  {_readable(file)}: {why}" for file, why in self.unreadable.items()]
+        lines += [f"  {_escaped(file)}: {why}" for file, why in self.unreadable.items()]
         for kind, files in self.kinds.items():
-            lines.append(f"{len(files)} {kind}: {KINDS[kind]}; e.g. {_readable(files[0])}")
+            lines.append(f"{len(files)} {kind}: {KINDS[kind]}; e.g. {_escaped(files[0])}")
         lines += self.disagreements
         if self.unreadable:
             lines.append("repair or remove them, or train with --on-bad-image skip")
         return "\n".join(lines)
 
 
-def examine(file: str) -> Verdict:
-    """Decode one file in full and return the verdict on it."""
+def check_file(file: str) -> FileResult:
+    """Decode one file in full and return the result."""
     try:
         open_picture(file, "pil").pixels()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Verdict(file, "", _kinds_of(file))
+            return FileResult(file, "", _unusual_kinds(file))
     except BadImage as error:
-        return Verdict(file, error.reason, ())
+        return FileResult(file, error.reason, ())
     except Exception:  # the pixels can be read, the metadata cannot
-        return Verdict(file, "", ("odd",))
+        return FileResult(file, "", ("odd",))
 
 
-def _kinds_of(file: str) -> tuple[str, ...]:
+def _unusual_kinds(file: str) -> tuple[str, ...]:
     with Image.open(file) as image:
-        orientation = image.getexif().get(ORIENTATION, UPRIGHT)
+        orientation = image.getexif().get(ORIENTATION_TAG, UPRIGHT_VALUE)
         is_jpeg_by_name = file.lower().endswith((".jpg", ".jpeg"))
-        facts = {
+        applies = {
             "grey": image.mode in ("1", "L", "LA"),
             "cmyk": image.mode == "CMYK",
             "palette": image.mode == "P",
             "transparent": image.mode in ("RGBA", "LA", "PA"),
-            "16-bit": image.mode in SIXTEEN_BITS,
+            "16-bit": image.mode in SIXTEEN_BIT_MODES,
             "animated": getattr(image, "n_frames", 1) > 1,
-            "turned": orientation not in (0, UPRIGHT),
+            "turned": orientation not in (0, UPRIGHT_VALUE),
             "misnamed": is_jpeg_by_name != (image.format in ("JPEG", "MPO")),
             "odd": False,
         }
-    return tuple(kind for kind in KINDS if facts[kind])
+    return tuple(kind for kind in KINDS if applies[kind])
 
 
 def check_images(data_path: str, workers: int | None = None) -> Findings:
@@ -123,11 +123,11 @@ def check_images(data_path: str, workers: int | None = None) -> Findings:
     context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else "spawn")
     pool = ProcessPoolExecutor(workers or num_cores(), mp_context=context, initializer=ignore_signals_in_worker)
     try:
-        for verdict in _with_bar(pool.map(examine, files, chunksize=NUM_AT_A_TIME), len(files)):
-            if verdict.trouble:
-                unreadable[verdict.file] = verdict.trouble
-            for kind in verdict.kinds:
-                kinds.setdefault(kind, []).append(verdict.file)
+        for result in _with_progress_bar(pool.map(check_file, files, chunksize=CHUNK_SIZE), len(files)):
+            if result.error:
+                unreadable[result.file] = result.error
+            for kind in result.kinds:
+                kinds.setdefault(kind, []).append(result.file)
     except BrokenProcessPool:
         raise UserError(
             "a reader process was killed, probably because memory ran out; use fewer processes with -j"
@@ -139,13 +139,13 @@ def check_images(data_path: str, workers: int | None = None) -> Findings:
     return Findings(len(files), unreadable, kinds, sets.warnings)
 
 
-def _with_bar(verdicts: Any, total: int) -> Any:
+def _with_progress_bar(results: Any, total: int) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
-        return verdicts
-    return tqdm(verdicts, total=total, unit=" files", dynamic_ncols=True, disable=None)
+        return results
+    return tqdm(results, total=total, unit=" files", dynamic_ncols=True, disable=None)
 
 
-def _readable(file: str) -> str:
+def _escaped(file: str) -> str:
     return file if file.isprintable() else repr(file)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vgglab.data.transform import Pixels
 from vgglab.errors import BadImage
 
-SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for a grey image of more than 8 bits
+SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for a grey image of more than 8 bits
 BASELINE = (0xC0, 0xC1)  # start-of-frame markers of sequential JPEGs with Huffman codes
 START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 START_OF_SCAN = 0xDA
@@ -37,10 +37,10 @@ def best_decoder() -> str:
         import simplejpeg  # noqa: F401
     except ImportError:
         return "pil"
-    return "fast" if shrinks_tensors() else "pil"
+    return "fast" if can_resize_uint8() else "pil"
 
 
-def shrinks_tensors() -> bool:
+def can_resize_uint8() -> bool:
     """Whether this torch can resize uint8 tensors as Pillow resizes images."""
     if "antialias" not in inspect.signature(nn.functional.interpolate).parameters:
         return False
@@ -91,10 +91,10 @@ class JpegPicture:
         import simplejpeg
 
         # A row's colours are interpolated with those of the row below, so at least one more row is decoded.
-        block = self._frame.block_height
-        enough = self.height if rows is None else (rows // block + 1) * block
-        if enough < self.height:
-            struct.pack_into(">H", self._data, self._frame.height_at, enough)
+        block_height = self._frame.block_height
+        num_rows = self.height if rows is None else (rows // block_height + 1) * block_height
+        if num_rows < self.height:
+            struct.pack_into(">H", self._data, self._frame.height_offset, num_rows)
         try:
             # strict=True would report the undecoded rest of the data as an error; Pillow ignores it, too.
             return torch.from_numpy(simplejpeg.decode_jpeg(self._data, strict=False))
@@ -117,11 +117,11 @@ def _open_jpeg(file: str) -> Picture | JpegPicture:
     if not file.lower().endswith((".jpeg", ".jpg")):
         return Picture(file)
     try:
-        with open(file, "rb") as lines:
-            data = bytearray(lines.read())
+        with open(file, "rb") as stream:
+            data = bytearray(stream.read())
     except OSError as error:
         raise bad_image(file, reason_of(error)) from None
-    frame = _frame_of(data)
+    frame = _parse_frame(data)
     return Picture(file) if frame is None else JpegPicture(file, data, frame)
 
 
@@ -143,44 +143,44 @@ class _Frame(NamedTuple):
 
     height: int
     width: int
-    height_at: int  # position of the height in the file, 2 bytes
+    height_offset: int  # position of the height in the file, 2 bytes
     block_height: int  # rows that are coded together: 8, or 16 and more with chroma subsampling
 
 
-def _frame_of(data: bytearray) -> _Frame | None:
+def _parse_frame(data: bytearray) -> _Frame | None:
     """The frame of a complete sequential JPEG, otherwise None. Source: ITU-T T.81, B.1.1 and B.2.2."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
-        marker, at = _next_segment(data, 2, START_OF_FRAME)
-        _, scan_at = _next_segment(data, at, {START_OF_SCAN})
+        marker, frame_offset = _next_segment(data, 2, START_OF_FRAME)
+        _, scan_offset = _next_segment(data, frame_offset, {START_OF_SCAN})
         # Search after the header only: a thumbnail in it has its own end marker.
-        if data.rfind(END_OF_IMAGE, max(scan_at, len(data) - TAIL_BYTES)) < 0:
+        if data.rfind(END_OF_IMAGE, max(scan_offset, len(data) - TAIL_BYTES)) < 0:
             return None
-        precision, height, width, num_components = struct.unpack_from(">BHHB", data, at + 4)
-        factors = [data[at + 10 + 3 * number + 1] & 15 for number in range(num_components)]
+        precision, height, width, num_components = struct.unpack_from(">BHHB", data, frame_offset + 4)
+        factors = [data[frame_offset + 10 + 3 * index + 1] & 15 for index in range(num_components)]
     except (IndexError, ValueError, struct.error):
         return None
-    is_ordinary = marker in BASELINE and precision == 8 and num_components in (1, 3) and height and width
-    if not is_ordinary or height * width > (Image.MAX_IMAGE_PIXELS or height * width):
+    is_supported = marker in BASELINE and precision == 8 and num_components in (1, 3) and height and width
+    if not is_supported or height * width > (Image.MAX_IMAGE_PIXELS or height * width):
         return None
-    return _Frame(height, width, at + 5, 8 * max(factors))
+    return _Frame(height, width, frame_offset + 5, 8 * max(factors))
 
 
-def _next_segment(data: bytearray, at: int, wanted: set[int]) -> tuple[int, int]:
-    """The first segment from ``at`` on with a marker in ``wanted``: the marker and its position. Raises ValueError."""
+def _next_segment(data: bytearray, offset: int, markers: set[int]) -> tuple[int, int]:
+    """The first segment from ``offset`` on with one of ``markers``: the marker and its offset. Raises ValueError."""
     while True:
-        if data[at] != 0xFF:
+        if data[offset] != 0xFF:
             raise ValueError("a marker is missing")
-        marker = data[at + 1]
-        if marker in wanted:
-            return marker, at
-        at += 1 if marker == 0xFF else 2 + (data[at + 2] << 8 | data[at + 3])  # a second 0xFF is padding
+        marker = data[offset + 1]
+        if marker in markers:
+            return marker, offset
+        offset += 1 if marker == 0xFF else 2 + (data[offset + 2] << 8 | data[offset + 3])  # a second 0xFF is padding
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Like ``convert("RGB")``, but 16-bit greys keep their upper 8 bits instead of being clipped to white."""
-    if image.mode in SIXTEEN_BITS:
+    if image.mode in SIXTEEN_BIT_MODES:
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     elif image.mode == "F":
         raise ValueError("floating-point pixels with an unknown value range")

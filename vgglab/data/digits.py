@@ -15,7 +15,7 @@ from vgglab.errors import UserError
 from vgglab.storage.cache import cache_folder
 
 NAME = "digits-1"  # increment the number when the written files change
-EVERY_NTH_IS_HELD_OUT = 5
+HELD_OUT_EVERY = 5
 IMAGE_SIZE = 32
 
 
@@ -30,24 +30,24 @@ def digits_folder() -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{NAME}-", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f"{NAME}-", dir=folder.parent))
     except OSError as error:
         raise UserError(
             f"--data-path digits: cannot write {folder} ({error.strerror}); set VGGLAB_CACHE to a writable folder"
         ) from None
     try:
-        _write(unfinished)
-        unfinished.chmod(0o755)
-        unfinished.rename(folder)  # atomic, even if several ranks start at once
+        _write_images(temporary)
+        temporary.chmod(0o755)
+        temporary.rename(folder)  # atomic, even if several ranks start at once
     except OSError:
         if not folder.is_dir():  # if it is, another process has written the same images first
             raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _write(folder: Path) -> None:
+def _write_images(folder: Path) -> None:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -57,14 +57,14 @@ def _write(folder: Path) -> None:
     bicubic = getattr(Image, "Resampling", Image).BICUBIC  # Pillow 9.1 moved it
     digits = load_digits()
     lines: dict[str, list[str]] = {"train": [], "val": []}
-    for number, (pixels, label) in enumerate(zip(digits.images, digits.target)):
+    for index, (pixels, label) in enumerate(zip(digits.images, digits.target)):
         # Held-out images are taken from the whole data set, so that both splits are similar.
-        split = "val" if number % EVERY_NTH_IS_HELD_OUT == 0 else "train"
-        file = f"{label}/{number:04d}.png"
-        grey = (pixels * (255 / 16)).round().astype("uint8")  # (8, 8), 0 to 16 becomes 0 to 255
+        split = "val" if index % HELD_OUT_EVERY == 0 else "train"
+        file = f"{label}/{index:04d}.png"
+        scaled = (pixels * (255 / 16)).round().astype("uint8")  # (8, 8), 0 to 16 becomes 0 to 255
         path = folder / split / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grey).resize((IMAGE_SIZE, IMAGE_SIZE), bicubic).save(path)
+        Image.fromarray(scaled).resize((IMAGE_SIZE, IMAGE_SIZE), bicubic).save(path)
         lines[split].append(f"{file} {label}\n")
-    for split, entries in lines.items():
-        (folder / f"{split}_list.txt").write_text("".join(entries))
+    for split, split_lines in lines.items():
+        (folder / f"{split}_list.txt").write_text("".join(split_lines))

@@ -52,8 +52,8 @@ class ArrayPicture:
         self._pixels, self._decoder = pixels, decoder
 
     def pixels(self, rows: int | None = None) -> Pixels:
-        colours = self._pixels if self._pixels.dim() == 3 else self._pixels[:, :, None].expand(-1, -1, 3)
-        return DECODERS[self._decoder].from_array(colours.contiguous())
+        rgb = self._pixels if self._pixels.dim() == 3 else self._pixels[:, :, None].expand(-1, -1, 3)
+        return DECODERS[self._decoder].from_array(rgb.contiguous())
 
 
 class ArrayImages:
@@ -75,11 +75,11 @@ class ArrayImages:
 class FakeImages:
     """Random images, generated once and reused: loading takes almost no time, so a benchmark measures the rest."""
 
-    NUM_DRAWN = 64
+    NUM_DISTINCT = 64
 
     def __init__(self, num_images: int, size: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        shape = (self.NUM_DRAWN, size, size, 3)
+        shape = (self.NUM_DISTINCT, size, size, 3)
         self.num_images = num_images
         self.pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
@@ -90,7 +90,7 @@ class FakeImages:
         return f"fake {index}"
 
     def open(self, index: int, decoder: str) -> AnyPicture:
-        return ArrayPicture(self.pixels[index % self.NUM_DRAWN], "fast")
+        return ArrayPicture(self.pixels[index % self.NUM_DISTINCT], "fast")
 
 
 AnyPicture = Union[Picture, JpegPicture, ArrayPicture]

@@ -60,20 +60,20 @@ def read_index(folder: Path) -> Index:
         UserError: a class folder is a broken link.
         OSError: a folder cannot be read.
     """
-    index, outside = {}, []
+    index, loose_images = {}, []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.is_symlink() and not os.path.exists(entry.path) and not _is_image(entry.name):
             raise UserError(f"--data-path: {entry.path} is a broken symbolic link; repair or remove it")
         if entry.is_dir():
             if not entry.name.startswith("."):
-                index[entry.name] = _list(entry.path)
+                index[entry.name] = _list_folder(entry.path)
         elif _is_image(entry.name):
-            outside.append(entry.name)
-    index[""] = Listing("/".join(outside))
+            loose_images.append(entry.name)
+    index[""] = Listing("/".join(loose_images))
     return index
 
 
-def _list(folder: str) -> Listing:
+def _list_folder(folder: str) -> Listing:
     images, num_folders = [], 0
     for entry in os.scandir(folder):
         if _is_image(entry.name):

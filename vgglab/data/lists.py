@@ -58,123 +58,125 @@ def read_list(root: Path, split: str) -> ListFile | None:
     return result
 
 
-def _parse(line: str, where: str) -> tuple[str, int]:
+def _parse(line: str, location: str) -> tuple[str, int]:
     path, _, label = line.strip().replace("\t", " ").rpartition(" ")
     path = path.strip()
     is_number = label.isascii() and label.isdigit() and len(label) <= len(str(MAX_LABEL))
     if not path or not is_number or int(label) > MAX_LABEL:
-        raise UserError(f"{where}: {line.strip()[:80]!r} is not a path and a label (a whole number, 0 or larger)")
+        raise UserError(f"{location}: {line.strip()[:80]!r} is not a path and a label (a whole number, 0 or larger)")
     if path.startswith("/") or ".." in path.split("/"):
-        raise UserError(f"{where}: {path!r} points outside the data set; paths are relative to its root")
+        raise UserError(f"{location}: {path!r} points outside the data set; paths are relative to its root")
     return posixpath.normpath(path), int(label)
 
 
-def classes_of(listed: ListFile) -> list[str]:
+def class_names(listed: ListFile) -> list[str]:
     """A name for each label: its folder if folder and label match one to one, otherwise ``label <number>``.
 
     Raises:
         UserError: the labels are not consecutive from 0, for example because they start at 1.
     """
-    used = sorted(set(listed.labels))
-    if used[-1] + 1 != len(used):
-        missing = next(number for number, label in enumerate([*used, -1]) if number != label)
+    used_labels = sorted(set(listed.labels))
+    if used_labels[-1] + 1 != len(used_labels):
+        missing = next(expected for expected, label in enumerate([*used_labels, -1]) if expected != label)
         raise UserError(
-            f"{listed.name}: labels from {used[0]} to {used[-1]}, but {missing} does not occur; "
+            f"{listed.name}: labels from {used_labels[0]} to {used_labels[-1]}, but {missing} does not occur; "
             "labels count from 0 and must have no gaps"
         )
-    names: dict[int, set[str]] = {label: set() for label in used}
+    names: dict[int, set[str]] = {label: set() for label in used_labels}
     labels: dict[str, set[int]] = {}
     for folder, label in zip(listed.folders(), listed.labels):
         names[label].add(folder)
         labels.setdefault(folder, set()).add(label)
     result = []
-    for label in used:
+    for label in used_labels:
         [*folders] = names[label]
-        is_its_own = len(folders) == 1 and folders[0] != "" and len(labels[folders[0]]) == 1
-        result.append(folders[0] if is_its_own else f"label {label}")
+        is_one_to_one = len(folders) == 1 and folders[0] != "" and len(labels[folders[0]]) == 1
+        result.append(folders[0] if is_one_to_one else f"label {label}")
     return result
 
 
-def missing_from(listed: ListFile, folder: Path, index: Index) -> set[int]:
+def missing_files(listed: ListFile, folder: Path, index: Index) -> set[int]:
     """Indices of listed files that do not exist (a broken link counts as existing)."""
     names: dict[str, set[str]] = {}
     missing = set()
     for number, path in enumerate(listed.paths):
-        head, _, name = path.rpartition("/")
-        if head in index:
-            if head not in names:
-                names[head] = set(index[head].split())
-            is_there = name in names[head] or _is_no_folder(folder / path)
+        parent, _, name = path.rpartition("/")
+        if parent in index:
+            if parent not in names:
+                names[parent] = set(index[parent].split())
+            exists = name in names[parent] or _exists_as_file(folder / path)
         else:
-            is_there = _is_no_folder(folder / path)
-        if not is_there:
+            exists = _exists_as_file(folder / path)
+        if not exists:
             missing.add(number)
     return missing
 
 
-def _is_no_folder(path: Path) -> bool:
+def _exists_as_file(path: Path) -> bool:
     return os.path.lexists(path) and not path.is_dir()
 
 
-def disagreements(listed: ListFile, index: Index) -> list[str]:
+def describe_differences(listed: ListFile, index: Index) -> list[str]:
     """Describe the differences between a list file and the folders, one line each, with counts."""
     lines = []
-    num_twice = len(listed.paths) - len(set(listed.paths))
-    if num_twice:
+    num_duplicates = len(listed.paths) - len(set(listed.paths))
+    if num_duplicates:
         first = next(path for path, count in Counter(listed.paths).items() if count > 1)
-        lines.append(f"{listed.name}: duplicate lines: {num_twice}, e.g. {first}")
-    listed_in = Counter(path.rpartition("/")[0] for path in set(listed.paths))
-    unlisted = {name: len(found.split()) - listed_in[name] for name, found in index.items()}
+        lines.append(f"{listed.name}: duplicate lines: {num_duplicates}, e.g. {first}")
+    listed_by_folder = Counter(path.rpartition("/")[0] for path in set(listed.paths))
+    unlisted = {name: len(found.split()) - listed_by_folder[name] for name, found in index.items()}
     num_unlisted = sum(count for count in unlisted.values() if count > 0)
     if num_unlisted:
         first = next(name for name, count in unlisted.items() if count > 0)
         lines.append(f"{listed.name}: does not list {num_unlisted} image files of the folders, e.g. in {first or '.'}/")
-    usual: dict[str, Counter] = {}
+    label_counts: dict[str, Counter] = {}
     for folder, label in zip(listed.folders(), listed.labels):
         if folder:
-            usual.setdefault(folder, Counter())[label] += 1
-    num_odd = sum(sum(counts.values()) - max(counts.values()) for counts in usual.values())
-    if num_odd:
-        first = next(folder for folder, counts in usual.items() if len(counts) > 1)
+            label_counts.setdefault(folder, Counter())[label] += 1
+    num_differing = sum(sum(counts.values()) - max(counts.values()) for counts in label_counts.values())
+    if num_differing:
+        first = next(folder for folder, counts in label_counts.items() if len(counts) > 1)
         lines.append(
-            f"{listed.name}: {num_odd} of {len(listed.paths)} images have a different label from most of their "
+            f"{listed.name}: {num_differing} of {len(listed.paths)} images have a different label from most of their "
             f"folder's images, e.g. in {first}/; the list is used"
         )
-    in_order = {folder: number for number, folder in enumerate(sorted(folder for folder in index if folder))}
-    others = [f for f, counts in usual.items() if f in in_order and counts.most_common(1)[0][0] != in_order[f]]
-    if others and not num_odd:
+    alphabetical = {folder: number for number, folder in enumerate(sorted(folder for folder in index if folder))}
+    renumbered = [
+        f for f, counts in label_counts.items() if f in alphabetical and counts.most_common(1)[0][0] != alphabetical[f]
+    ]
+    if renumbered and not num_differing:
         lines.append(
-            f"{listed.name}: numbers {len(others)} of {len(usual)} class folders differently from alphabetical order, "
-            f"e.g. {others[0]}/; the list is used"
+            f"{listed.name}: numbers {len(renumbered)} of {len(label_counts)} class folders differently from "
+            f"alphabetical order, e.g. {renumbered[0]}/; the list is used"
         )
     return lines
 
 
-def refuse_other_labels(listed: ListFile, classes: list[str], other: str) -> None:
+def check_labels_agree(listed: ListFile, classes: list[str], source: str) -> None:
     """Raise an error if a split's labels differ from those of training: its accuracy would be meaningless.
 
     Args:
         classes: folders of the training images; the index of a folder is its label.
-        other: where the labels come from, for the message.
+        source: where the labels come from, for the message.
 
     Raises:
         UserError: a folder has a different label in training, or a label does not occur in training.
     """
-    label_of = {name: label for label, name in enumerate(classes)}
-    wrong = [
-        (path, label, label_of[folder])
+    class_to_label = {name: label for label, name in enumerate(classes)}
+    mismatches = [
+        (path, label, class_to_label[folder])
         for path, folder, label in zip(listed.paths, listed.folders(), listed.labels)
-        if folder in label_of and label_of[folder] != label
+        if folder in class_to_label and class_to_label[folder] != label
     ]
-    if wrong:
-        path, label, right = wrong[0]
+    if mismatches:
+        path, label, expected = mismatches[0]
         raise UserError(
-            f"{listed.name}: {len(wrong)} of {len(listed.paths)} labels disagree with {other}, "
-            f"e.g. {path} has label {label} instead of {right}; use the same labels in both splits"
+            f"{listed.name}: {len(mismatches)} of {len(listed.paths)} labels disagree with {source}, "
+            f"e.g. {path} has label {label} instead of {expected}; use the same labels in both splits"
         )
-    too_high = [label for label in listed.labels if label >= len(classes)]
-    if too_high:
+    too_large = [label for label in listed.labels if label >= len(classes)]
+    if too_large:
         raise UserError(
-            f"{listed.name}: {len(too_high)} of {len(listed.paths)} labels are too large for the "
-            f"{len(classes)} classes of {other}, e.g. {too_high[0]}"
+            f"{listed.name}: {len(too_large)} of {len(listed.paths)} labels are too large for the "
+            f"{len(classes)} classes of {source}, e.g. {too_large[0]}"
         )

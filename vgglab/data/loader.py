@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from vgglab.settings.config import Settings
 
 OnSkipped = Callable[[str, str], None]
-STRIDE = 1_000_000_007  # a prime larger than any number of images or epochs
+MULTIPLIER = 1_000_000_007  # a prime larger than any number of images or epochs
 
 
 def mix_seeds(*parts: int) -> int:
     """One seed for a torch generator from several numbers; similar numbers give very different seeds."""
     seed = 0
     for part in parts:
-        seed = (seed * STRIDE + part) % 2**63
+        seed = (seed * MULTIPLIER + part) % 2**63
     return seed
 
 
@@ -118,10 +118,10 @@ class TrainBatchSampler(Sampler):
         epoch_seed = mix_seeds(self.seed, self.epoch)
         order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(epoch_seed))
         self.sampler.set_epoch(self.epoch)
-        mine = order[torch.tensor(list(self.sampler))]  # a tensor, because a list of ImageNet's indices takes 50 MB
+        order = order[torch.tensor(list(self.sampler))]  # a tensor: a list of ImageNet's indices would take 50 MB
         for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
-            picked = mine[start : start + self.batch_size].tolist()
-            yield [Sample(image, mix_seeds(epoch_seed, image)) for image in picked]
+            batch = order[start : start + self.batch_size].tolist()
+            yield [Sample(image, mix_seeds(epoch_seed, image)) for image in batch]
 
 
 class EvalBatchSampler(Sampler):
@@ -134,10 +134,10 @@ class EvalBatchSampler(Sampler):
     epoch = first = 0  # not used: all passes are the same
 
     def __init__(self, num_images: int, batch_size: int, device: Device, max_batches: int = -1) -> None:
-        num_wanted = num_images if max_batches == -1 else max_batches * batch_size * device.world_size
-        num_taken = min(num_images, num_wanted)
-        indices = range(device.rank, num_taken, device.world_size)
-        self.indices = [index * num_images // num_taken for index in indices]
+        num_requested = num_images if max_batches == -1 else max_batches * batch_size * device.world_size
+        num_selected = min(num_images, num_requested)
+        indices = range(device.rank, num_selected, device.world_size)
+        self.indices = [index * num_images // num_selected for index in indices]
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -149,7 +149,7 @@ class EvalBatchSampler(Sampler):
 
 
 @contextlib.contextmanager
-def _without_remarks() -> Iterator[None]:
+def _without_warnings() -> Iterator[None]:
     """Suppress torch's warning about the number of workers; the parser gives a shorter one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -168,10 +168,10 @@ class Batches:
             is_training = isinstance(sampler, TrainBatchSampler)
             options.update(persistent_workers=is_training, multiprocessing_context=device.worker_start)
             options.update(worker_init_fn=ignore_signals_in_worker)
-        with _without_remarks():
+        with _without_warnings():
             # The sampler already yields whole batches; batch_size=None passes them on unchanged.
             self._loader = DataLoader(
-                reader, sampler=sampler, batch_size=None, collate_fn=_as_it_is, num_workers=workers, **options
+                reader, sampler=sampler, batch_size=None, collate_fn=_identity, num_workers=workers, **options
             )
 
     def __len__(self) -> int:
@@ -187,7 +187,7 @@ class Batches:
             UserError: an image cannot be read, or, with ``--on-bad-image skip``, no image of a training batch can.
         """
         self._sampler.epoch, self._sampler.first = epoch, first
-        with block_signals_during_start(), _without_remarks():
+        with block_signals_during_start(), _without_warnings():
             batches = iter(self._loader)
         try:
             for batch in batches:
@@ -207,7 +207,7 @@ class Batches:
             raise UserError(last_line.split(f"{type(error).__name__}: ", 1)[-1]) from None
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 

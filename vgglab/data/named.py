@@ -19,20 +19,20 @@ import torch
 
 from vgglab.data.digits import digits_folder
 from vgglab.data.images import ArrayImages, FakeImages, Split
-from vgglab.data.transform import Preparation
+from vgglab.data.transform import Preprocessing
 from vgglab.errors import UserError
 from vgglab.storage.cache import best_effort_lock, cache_folder
 
 # Debian's package dataset-fashion-mnist installs the four files here.
 PACKAGED_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-NUM_FAKE = {"train": 1_281_167, "val": 50_000}  # as many as in ImageNet
+NUM_FAKE_IMAGES = {"train": 1_281_167, "val": 50_000}  # as many as in ImageNet
 NUM_FAKE_CLASSES = 1000
 
 
 class NamedSet(NamedTuple):
     """A named data set: either ``folder`` returns a root with train/ and val/, or ``split`` returns one split."""
 
-    preparation: Preparation
+    preprocessing: Preprocessing
     archives: str  # files to download by hand if the download fails; empty if there is nothing to download
     folder: Callable[[], Path] | None = None
     split: Callable[[str, int], Split] | None = None  # takes "train" or "val", and the image size
@@ -40,37 +40,37 @@ class NamedSet(NamedTuple):
 
 def _fashion_mnist(split: str, size: int) -> Split:
     raw = cache_folder() / "FashionMNIST" / "raw"
-    for packed in PACKAGED_FASHION_MNIST.glob("*.gz"):
-        _unpack(packed, raw / packed.stem)  # torchvision would reject Debian's archives, whose checksums differ
-    found = _torchvision("FashionMNIST", train=split == "train")
-    return Split(ArrayImages(found.data, f"fashion-mnist/{split}"), found.targets.tolist(), list(found.classes))
+    for archive in PACKAGED_FASHION_MNIST.glob("*.gz"):
+        _decompress(archive, raw / archive.stem)  # torchvision would reject Debian's archives, whose checksums differ
+    dataset = _load_from_torchvision("FashionMNIST", train=split == "train")
+    return Split(ArrayImages(dataset.data, f"fashion-mnist/{split}"), dataset.targets.tolist(), list(dataset.classes))
 
 
-def _unpack(packed: Path, target: Path) -> None:
+def _decompress(archive: Path, target: Path) -> None:
     """Unpack into a temporary file, then rename it, because several ranks may start at once."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(packed) as source, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as beside:
-        shutil.copyfileobj(source, beside)
-    os.replace(beside.name, target)
+    with gzip.open(archive) as source, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as temporary:
+        shutil.copyfileobj(source, temporary)
+    os.replace(temporary.name, target)
 
 
 def _cifar(name: str, split: str, size: int) -> Split:
-    found = _torchvision(name, train=split == "train")
-    pixels = ArrayImages(torch.from_numpy(found.data), f"{name.lower()}/{split}")
-    return Split(pixels, list(found.targets), list(found.classes))
+    dataset = _load_from_torchvision(name, train=split == "train")
+    pixels = ArrayImages(torch.from_numpy(dataset.data), f"{name.lower()}/{split}")
+    return Split(pixels, list(dataset.targets), list(dataset.classes))
 
 
 def _imagenette() -> Path:
     """The folder of Imagenette, in the version whose shorter side is 320 pixels; downloaded if it is missing."""
     root = cache_folder() / "imagenette2-320"
     if not (root / "train").is_dir():
-        _torchvision("Imagenette", split="train", size="320px")
+        _load_from_torchvision("Imagenette", split="train", size="320px")
     return root
 
 
-def _torchvision(name: str, **options: Any) -> Any:
+def _load_from_torchvision(name: str, **options: Any) -> Any:
     """Load a data set through torchvision, downloading it if necessary; other ranks on this machine wait."""
     from torchvision import datasets
 
@@ -82,23 +82,23 @@ def _torchvision(name: str, **options: Any) -> Any:
 
 
 def _fake(split: str, size: int) -> Split:
-    num_images = NUM_FAKE[split]
+    num_images = NUM_FAKE_IMAGES[split]
     labels = array("H", range(NUM_FAKE_CLASSES)) * (num_images // NUM_FAKE_CLASSES + 1)
     return Split(FakeImages(num_images, size), labels[:num_images], [f"fake {n}" for n in range(NUM_FAKE_CLASSES)])
 
 
-def _small(flip: bool) -> Preparation:
-    """Preparation for images of about 32 pixels, from which crops must not be tiny. ``flip``: False for digits."""
-    return Preparation(32, crop_scale=(0.7, 1.0), resize_ratio=1.0, flip=flip)
+def _small_images(flip: bool) -> Preprocessing:
+    """Preprocessing for images of about 32 pixels, from which crops must not be tiny. ``flip``: False for digits."""
+    return Preprocessing(32, crop_scale=(0.7, 1.0), resize_ratio=1.0, flip=flip)
 
 
 NAMED_SETS = {
-    "digits": NamedSet(_small(flip=False), "", folder=digits_folder),
-    "fashion-mnist": NamedSet(_small(flip=True), "FashionMNIST/raw (four .gz files)", split=_fashion_mnist),
-    "cifar10": NamedSet(_small(flip=True), "cifar-10-python.tar.gz", split=partial(_cifar, "CIFAR10")),
-    "cifar100": NamedSet(_small(flip=True), "cifar-100-python.tar.gz", split=partial(_cifar, "CIFAR100")),
-    "imagenette": NamedSet(Preparation(), "imagenette2-320.tgz", folder=_imagenette),
-    "fake": NamedSet(Preparation(), "", split=_fake),
+    "digits": NamedSet(_small_images(flip=False), "", folder=digits_folder),
+    "fashion-mnist": NamedSet(_small_images(flip=True), "FashionMNIST/raw (four .gz files)", split=_fashion_mnist),
+    "cifar10": NamedSet(_small_images(flip=True), "cifar-10-python.tar.gz", split=partial(_cifar, "CIFAR10")),
+    "cifar100": NamedSet(_small_images(flip=True), "cifar-100-python.tar.gz", split=partial(_cifar, "CIFAR100")),
+    "imagenette": NamedSet(Preprocessing(), "imagenette2-320.tgz", folder=_imagenette),
+    "fake": NamedSet(Preprocessing(), "", split=_fake),
 }
 
 

@@ -13,19 +13,19 @@ from vgglab.data.images import FakeImages, FileImages, Split
 from vgglab.data.index import Index, Paths, read_index
 from vgglab.data.lists import ListFile
 from vgglab.data.named import NAMED_SETS, explain_failed_download
-from vgglab.data.transform import CentreCrop, JitteredCrop, NoCrop, Preparation, RandomCrop, TrivialAugmentCrop
+from vgglab.data.transform import CentreCrop, JitteredCrop, NoCrop, Preprocessing, RandomCrop, TrivialAugmentCrop
 from vgglab.errors import UserError
 from vgglab.settings.config import ORIGINAL_NUM_CLASSES, Request
 
 
-def _standard_crop(size: int, preparation: Preparation) -> RandomCrop:
-    return RandomCrop(size, preparation.crop_scale, preparation.flip)
+def _standard_crop(size: int, preprocessing: Preprocessing) -> RandomCrop:
+    return RandomCrop(size, preprocessing.crop_scale, preprocessing.flip)
 
 
-CROPS: dict[str, Callable[[int, Preparation], Any]] = {
+CROPS: dict[str, Callable[[int, Preprocessing], Any]] = {
     "standard": _standard_crop,
-    "scale-jitter": lambda size, preparation: JitteredCrop(size, preparation.flip),
-    "trivial": lambda size, preparation: TrivialAugmentCrop(_standard_crop(size, preparation)),
+    "scale-jitter": lambda size, preprocessing: JitteredCrop(size, preprocessing.flip),
+    "trivial": lambda size, preprocessing: TrivialAugmentCrop(_standard_crop(size, preprocessing)),
 }
 
 
@@ -38,7 +38,7 @@ class DataSets:
     val: Split
     num_classes: int
     image_size: int
-    preparation: Preparation
+    preprocessing: Preprocessing
     decoder: str
     crops: str
     warnings: list[str]
@@ -52,11 +52,11 @@ class DataSets:
         """The transform for training images, from ``(picture, seed)`` to ``(image_size, image_size, 3)`` uint8."""
         if self.is_fake:
             return NoCrop()
-        return CROPS[self.crops](self.image_size, self.preparation)
+        return CROPS[self.crops](self.image_size, self.preprocessing)
 
     def eval_transform(self) -> Any:
         """The transform for held-out images: the same signature, but deterministic."""
-        return NoCrop() if self.is_fake else CentreCrop(self.image_size, self.preparation.resize_ratio)
+        return NoCrop() if self.is_fake else CentreCrop(self.image_size, self.preprocessing.resize_ratio)
 
 
 def open_sets(config: Request) -> DataSets:
@@ -75,20 +75,20 @@ def open_sets(config: Request) -> DataSets:
 
 
 def _open_sets(config: Request) -> DataSets:
-    name, preparation = config.data_path, Preparation()
+    name, preprocessing = config.data_path, Preprocessing()
     decoder = _decoder(config)
     warnings: list[str] = []
     if name in NAMED_SETS:
-        preparation = NAMED_SETS[name].preparation
-    image_size = config.image_size or preparation.image_size
+        preprocessing = NAMED_SETS[name].preprocessing
+    image_size = config.image_size or preprocessing.image_size
     if name in NAMED_SETS and NAMED_SETS[name].split is not None:
         train, val = _named_splits(name, image_size, config)
     else:
-        root = _named_folder(name) if name in NAMED_SETS else _folder(name)
+        root = _named_folder(name) if name in NAMED_SETS else _existing_folder(name)
         name = name if name in NAMED_SETS else root.resolve().name
         train, val = _read_splits(root, config, warnings)
-    num_classes, more = _num_classes(config, val.classes)
-    return DataSets(name, train, val, num_classes, image_size, preparation, decoder, config.crops, warnings + more)
+    num_classes, extra = _num_classes(config, val.classes)
+    return DataSets(name, train, val, num_classes, image_size, preprocessing, decoder, config.crops, warnings + extra)
 
 
 def _decoder(config: Request) -> str:
@@ -102,20 +102,20 @@ def _decoder(config: Request) -> str:
 
 
 def _named_splits(name: str, image_size: int, config: Request) -> tuple[Split | None, Split]:
-    read = NAMED_SETS[name].split
-    assert read is not None
+    load_split = NAMED_SETS[name].split
+    assert load_split is not None
     with explain_failed_download(name):
-        return None if config.test_only else read("train", image_size), read("val", image_size)
+        return None if config.test_only else load_split("train", image_size), load_split("val", image_size)
 
 
 def _named_folder(name: str) -> Path:
-    find = NAMED_SETS[name].folder
-    assert find is not None
+    get_folder = NAMED_SETS[name].folder
+    assert get_folder is not None
     with explain_failed_download(name):
-        return find()
+        return get_folder()
 
 
-def _folder(data_path: str) -> Path:
+def _existing_folder(data_path: str) -> Path:
     root = Path(data_path)
     if not root.is_dir():
         names = ", ".join(NAMED_SETS)
@@ -137,7 +137,7 @@ def _training_classes(root: Path) -> list[str] | None:
     """The training classes, which define the labels even with --test-only; None if there is no training data."""
     listed = lists.read_list(root, "train")
     if listed is not None:
-        return lists.classes_of(listed)
+        return lists.class_names(listed)
     if not (root / "train").is_dir():
         return None
     return [name for name in read_index(root / "train") if name]
@@ -160,33 +160,33 @@ def read_split(root: Path, split: str, classes: list[str] | None, is_strict: boo
     listed = lists.read_list(root, split)
     if listed is not None:
         return _listed_split(root, folder, listed, index, classes, is_strict, warnings)
-    warnings += _left_out(split, index, classes)
-    return _split_of_folders(root, split, index, classes)
+    warnings += _folder_warnings(split, index, classes)
+    return _folder_split(root, split, index, classes)
 
 
 def _listed_split(
     root: Path, folder: Path, listed: ListFile, index: Index, classes: list[str] | None, is_strict: bool, warnings: list
 ) -> Split:
     if classes is None:
-        classes = lists.classes_of(listed)
+        classes = lists.class_names(listed)
     else:
-        lists.refuse_other_labels(listed, classes, "the training images")
-    missing = lists.missing_from(listed, folder, index)
+        lists.check_labels_agree(listed, classes, "the training images")
+    missing = lists.missing_files(listed, folder, index)
     if missing:
         first = listed.paths[min(missing)]
         text = f"{listed.name}: {len(missing)} of {len(listed.paths)} files are missing, e.g. {folder / first}"
         if is_strict or len(missing) == len(listed.paths):
             raise UserError(f"{text}; fix the list, or skip them with --on-bad-image skip")
         warnings.append(f"{text}; they are skipped")
-    warnings += lists.disagreements(listed, index)
+    warnings += lists.describe_differences(listed, index)
     return Split(FileImages(Paths(f"{folder}/{path}" for path in listed.paths)), listed.labels, classes)
 
 
-def _left_out(split: str, index: Index, classes: list[str] | None) -> list[str]:
+def _folder_warnings(split: str, index: Index, classes: list[str] | None) -> list[str]:
     """Describe what is ignored or missing in the class folders, one line for each kind, with counts."""
-    lines, loose = [], index[""].split()
-    if loose:
-        lines.append(f"{split}/: {len(loose)} images outside class folders are ignored, e.g. {loose[0]}")
+    lines, loose_images = [], index[""].split()
+    if loose_images:
+        lines.append(f"{split}/: {len(loose_images)} images outside class folders are ignored, e.g. {loose_images[0]}")
     nested = [name for name, listing in index.items() if listing.num_folders]
     if nested:
         lines.append(
@@ -198,37 +198,39 @@ def _left_out(split: str, index: Index, classes: list[str] | None) -> list[str]:
     return lines
 
 
-def _split_of_folders(root: Path, split: str, index: Index, classes: list[str] | None) -> Split:
-    found = [name for name in index if name]
-    if not found:
+def _folder_split(root: Path, split: str, index: Index, classes: list[str] | None) -> Split:
+    class_folders = [name for name in index if name]
+    if not class_folders:
         raise UserError(f"--data-path {root}: {split}/ has no class folders")
-    classes = found if classes is None else classes
-    label_of = {name: label for label, name in enumerate(classes)}
-    strangers = [name for name in found if name not in label_of]
-    if strangers:
+    classes = class_folders if classes is None else classes
+    class_to_label = {name: label for label, name in enumerate(classes)}
+    unknown = [name for name in class_folders if name not in class_to_label]
+    if unknown:
         raise UserError(
-            f"--data-path {root}: {split}/{strangers[0]} is not a class of train/; use the same class folders in both"
+            f"--data-path {root}: {split}/{unknown[0]} is not a class of train/; use the same class folders in both"
         )
     labels, folder = array("i"), root / split
-    for name in found:
+    for name in class_folders:
         num_images = len(index[name].split())
         if not num_images:
             raise UserError(
                 f"--data-path {root}: class folder {split}/{name} contains no images; add some or remove it"
             )
-        labels.extend([label_of[name]] * num_images)
-    paths = Paths(f"{folder}/{name}/{image}" for name in found for image in index[name].split())
+        labels.extend([class_to_label[name]] * num_images)
+    paths = Paths(f"{folder}/{name}/{image}" for name in class_folders for image in index[name].split())
     return Split(FileImages(paths), labels, classes)
 
 
 def _num_classes(config: Request, classes: list[str]) -> tuple[int, list[str]]:
-    found, asked = len(classes), config.num_classes
-    if asked is None or asked == found:
+    found, requested = len(classes), config.num_classes
+    if requested is None or requested == found:
         return found, []
-    if asked == ORIGINAL_NUM_CLASSES and asked > found:
+    if requested == ORIGINAL_NUM_CLASSES and requested > found:
         # The original example's commands all set 1000. Training works with it, but wastes outputs, and the
         # classes are numbered differently from those of ImageNet weights.
-        return asked, [f"--num-classes {asked}: the folder has {found} classes; the remaining outputs stay unused"]
+        return requested, [
+            f"--num-classes {requested}: the folder has {found} classes; the remaining outputs stay unused"
+        ]
     raise UserError(
-        f"--num-classes {asked}: {config.data_path} has {found} classes; leave the flag out or set it to {found}"
+        f"--num-classes {requested}: {config.data_path} has {found} classes; leave the flag out or set it to {found}"
     )

@@ -37,7 +37,7 @@ class Box(NamedTuple):
     width: int
 
 
-class Preparation(NamedTuple):
+class Preprocessing(NamedTuple):
     """How images are made square.
 
     ``resize_ratio`` is the length of the shorter side before the centre crop, relative to ``image_size``.
@@ -61,7 +61,7 @@ class RandomCrop(NamedTuple):
         draw = random.Random(seed)
         box = random_box(picture.height, picture.width, self.scale, draw)
         is_mirrored = self.flip and draw.random() < 0.5
-        pixels = as_tensor(resize(cut(picture.pixels(box.top + box.height), box), self.size, self.size))
+        pixels = as_tensor(resize(crop_to_box(picture.pixels(box.top + box.height), box), self.size, self.size))
         return pixels.flip(1) if is_mirrored else pixels
 
 
@@ -83,7 +83,7 @@ class JitteredCrop(NamedTuple):
         side = max(1, round(min(height, width) * 224 / draw.uniform(256, 512)))
         box = Box(draw.randint(0, height - side), draw.randint(0, width - side), side, side)
         is_mirrored = self.flip and draw.random() < 0.5
-        pixels = as_tensor(resize(cut(picture.pixels(box.top + box.height), box), self.size, self.size))
+        pixels = as_tensor(resize(crop_to_box(picture.pixels(box.top + box.height), box), self.size, self.size))
         return pixels.flip(1) if is_mirrored else pixels
 
 
@@ -101,12 +101,12 @@ class TrivialAugmentCrop(NamedTuple):
         from torchvision.transforms import TrivialAugmentWide
 
         image = Image.fromarray(self.crop(picture, seed).numpy())
-        before = torch.get_rng_state()  # torchvision uses the global generator
+        rng_state = torch.get_rng_state()  # torchvision uses the global generator
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every card, for each image
         try:
             return as_tensor(TrivialAugmentWide()(image))
         finally:
-            torch.set_rng_state(before)
+            torch.set_rng_state(rng_state)
 
 
 class CentreCrop(NamedTuple):
@@ -124,7 +124,7 @@ class CentreCrop(NamedTuple):
         else:
             height, width = int(short * height / width), short
         centre = Box(_half(height - self.size), _half(width - self.size), self.size, self.size)
-        return as_tensor(cut(resize(picture.pixels(), height, width), centre))
+        return as_tensor(crop_to_box(resize(picture.pixels(), height, width), centre))
 
 
 class NoCrop(NamedTuple):
@@ -170,7 +170,7 @@ def resize(pixels: Pixels, height: int, width: int) -> Pixels:
     return nn.functional.interpolate(planes, size=(height, width), **options)[0].permute(1, 2, 0)
 
 
-def cut(pixels: Pixels, box: Box) -> Pixels:
+def crop_to_box(pixels: Pixels, box: Box) -> Pixels:
     """Cut ``box`` out of an image."""
     top, left, height, width = box
     if isinstance(pixels, Image.Image):
@@ -202,6 +202,6 @@ def normalised(images: Tensor, channels_last: bool = False) -> Tensor:
 @functools.lru_cache(maxsize=None)
 def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation on the device, copied once: an unpinned copy per step would make the host wait."""
-    both = [torch.tensor(values, dtype=dtype).view(3, 1, 1) for values in (CHANNEL_MEAN, CHANNEL_STD)]
-    mean, std = (constant.to(device) for constant in both)
+    constants = [torch.tensor(values, dtype=dtype).view(3, 1, 1) for values in (CHANNEL_MEAN, CHANNEL_STD)]
+    mean, std = (constant.to(device) for constant in constants)
     return mean, std

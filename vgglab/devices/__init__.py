@@ -97,22 +97,22 @@ def open_device(name: str, **options: Any) -> Device:
     """
     if name not in DEVICE_CHOICES:
         raise UserError(f"device: {name!r} is not one of {', '.join(DEVICE_CHOICES)}")
-    asked = DeviceOptions(**options)
+    device_options = DeviceOptions(**options)
     if name != "auto":
         kind = ALIASES.get(name, name)
-        return _adapters(kind).open_adapter(kind, asked)
-    notes: list[str] = []
+        return _adapter_module(kind).open_adapter(kind, device_options)
+    reasons: list[str] = []
     for kind in KINDS:
-        reason = _adapters(kind).why_unavailable(kind, asked)
+        reason = _adapter_module(kind).why_unavailable(kind, device_options)
         if reason is None:
             break
-        notes += filter(None, [reason])
-    device = _adapters(kind).open_adapter(kind, asked)
-    device.warnings += [f"--device auto selected {device.kind}: {note}" for note in notes]
+        reasons += filter(None, [reason])
+    device = _adapter_module(kind).open_adapter(kind, device_options)
+    device.warnings += [f"--device auto selected {device.kind}: {reason}" for reason in reasons]
     return device
 
 
-def _adapters(kind: str) -> Any:
+def _adapter_module(kind: str) -> Any:
     """Return the module of a kind. It defines ``open_adapter(kind, options)``, which raises UserError if the device or
     an option is not available, and ``why_unavailable(kind, options)``, which returns None if this machine has such a
     device, otherwise the reason in one line ("" if it is obvious), and raises UserError if the library is broken.

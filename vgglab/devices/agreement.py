@@ -9,23 +9,23 @@ if TYPE_CHECKING:
     from vgglab.devices.base import Device
 
 MAX_PATH_BYTES = 4096
-MAX_DRAWN_SEED = 2**20  # exact in float32, the type in which it is sent
+MAX_RANDOM_SEED = 2**20  # exact in float32, the type in which it is sent
 
 
 def draw_seed(device: Device) -> int:
     """Draw a random seed on rank 0 and send it to all ranks, as a sum to which the others contribute 0."""
     import torch
 
-    drawn = random.SystemRandom().randrange(MAX_DRAWN_SEED) if device.rank == 0 else 0
-    return int(device.fetch(device.sum(torch.tensor([float(drawn)])))[0])
+    seed = random.SystemRandom().randrange(MAX_RANDOM_SEED) if device.rank == 0 else 0
+    return int(device.fetch(device.sum(torch.tensor([float(seed)])))[0])
 
 
 def broadcast(text: str, device: Device) -> str:
     """Return rank 0's text on every rank; it is sent as a sum of character codes."""
     import torch
 
-    mine = text.encode() if device.rank == 0 else b""
-    codes = torch.tensor([float(code) for code in mine.ljust(MAX_PATH_BYTES, b"\0")])
+    encoded = text.encode() if device.rank == 0 else b""
+    codes = torch.tensor([float(code) for code in encoded.ljust(MAX_PATH_BYTES, b"\0")])
     return bytes(int(code) for code in device.fetch(device.sum(codes))).rstrip(b"\0").decode()
 
 

@@ -67,7 +67,7 @@ class Device(ABC):
                 f"--world-size {self.world_size}: no other ranks were started; use --nproc {self.world_size} instead"
             )
 
-    def _take_card_of(self, num_cards: int) -> None:
+    def _set_num_cards(self, num_cards: int) -> None:
         """Store the number of cards. Raises UserError if there is no card for this rank."""
         self.num_cards = num_cards
         if self.local_rank >= num_cards:
@@ -127,9 +127,9 @@ class Device(ABC):
         """Restore the loss scaler from a checkpoint, if this run uses one. Raises UserError if it is damaged."""
         if self._scaler is None or not state:
             return
-        kept: dict[str, Any] = state if isinstance(state, dict) else {}
-        found: list[Any] = [kept.get(name) for name in self._scaler.state_dict()]
-        if not all(type(value) in (int, float) and 0 <= value < 2**53 for value in found) or not state["scale"]:
+        saved: dict[str, Any] = state if isinstance(state, dict) else {}
+        values: list[Any] = [saved.get(name) for name in self._scaler.state_dict()]
+        if not all(type(value) in (int, float) and 0 <= value < 2**53 for value in values) or not state["scale"]:
             raise UserError("is damaged (loss scale)")
         self._scaler.load_state_dict(state)
 

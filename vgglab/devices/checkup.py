@@ -1,7 +1,7 @@
 """Examine the hardware and libraries of this machine in child processes, and report problems.
 
 Nothing here imports torch in this process: a broken installation may raise, abort or hang on import, so each check runs
-in a child process (``ask``). The checks cover the known failures of both generations of torch_gcu.
+in a child process (``probe``). The checks cover the known failures of both generations of torch_gcu.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from pathlib import Path
 from typing import Any
 
 from vgglab.devices import AUTOLOAD
-from vgglab.devices.gcu import TF32_SWITCH, VISIBLE_CARDS
+from vgglab.devices.gcu import TF32_VARIABLE, VISIBLE_CARDS_VARIABLE
 
 TIMEOUT_SECONDS = 120
-WATCHED = re.compile(
+RELEVANT_VARIABLES = re.compile(
     r"(TOPS_|ENFLAME_|TORCH_GCU|TORCHGCU|PYTORCH_GCU|PYTORCH_NO_GCU|TORCH_ECCL_|ECCL_|USE_GCU|VGGLAB_|MASTER_)"
     rf"|^({AUTOLOAD}|LD_LIBRARY_PATH|CUDA_VISIBLE_DEVICES|RANK|WORLD_SIZE|LOCAL_RANK)$"
 )
-BOOLEANS = ("TORCH_GCU_ENABLE_INT64_AND_UINT64", "USE_GCU_DEFAULT_STREAM", TF32_SWITCH)
+BOOLEAN_VARIABLES = ("TORCH_GCU_ENABLE_INT64_AND_UINT64", "USE_GCU_DEFAULT_STREAM", TF32_VARIABLE)
 ALLOC_KEYS = {
     "backend", "max_split_size_mb", "garbage_collection_threshold", "roundup_power2_divisions",
     "pinned_use_gcu_host_register", "pinned_num_register_threads", "release_lock_on_topsmalloc",
 }  # fmt: skip
 NOT_PROBED = {"error": "PyTorch is not installed"}
 
-TORCH = """
+TORCH_PROBE = """
 import torch
 facts = {"cuda cards": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
 mps = getattr(torch.backends, "mps", None)
 facts["mps"] = mps is not None and mps.is_available()
 """
-BOTH = f"import torchvision\n{TORCH}"
-AS_THE_USER = "import torch; facts = {}"
-CARDS = """
+TORCHVISION_PROBE = f"import torchvision\n{TORCH_PROBE}"
+PLAIN_IMPORT_PROBE = "import torch; facts = {}"
+CARD_PROBE = """
 from vgglab.devices import DeviceOptions, gcu
 torch_gcu = gcu.load(DeviceOptions())
 import torch
@@ -49,34 +49,34 @@ facts = {"generation": "lazy" if is_lazy else "eager", "num_cards": count,
          "is_double": getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)}
 facts["version"] = str(torch_gcu.get_version() if is_lazy else torch_gcu.__version__)
 facts["cards"] = [str(api.get_device_name(i)) for i in range(count)]
-facts["why_none"] = None if count else gcu.why_no_cards()
+facts["no_cards_reason"] = None if count else gcu.why_no_cards()
 facts["major"] = None if is_lazy or not count else api.get_device_capability(0)[0]
 if is_lazy:
     import torch_gcu.distributed as eccl
     facts["eccl"] = hasattr(eccl, "is_available") and bool(eccl.is_available())
-    facts["is_beside_cuda"] = torch.cuda.is_available()
+    facts["sees_cuda"] = torch.cuda.is_available()
 else:
     facts["eccl"] = bool(getattr(torch.distributed, "is_eccl_available", lambda: False)())
 """
-AUTO = "from vgglab.devices import open_device; facts = {'kind': open_device('auto').kind}"
+AUTO_PROBE = "from vgglab.devices import open_device; facts = {'kind': open_device('auto').kind}"
 
 
-def ask(code: str, **environment: str) -> dict[str, Any]:
+def probe(code: str, **environment: str) -> dict[str, Any]:
     """Run the code in a new process and return its ``facts``; on any failure, return ``{"error": one line}``."""
-    wrapped = (
+    program = (
         "import sys\nsys.path[:] = filter(None, sys.path)\nimport gc, json\ngc.disable()\ntry:\n"
         + "".join(f"    {line}\n" for line in code.strip().splitlines())
         + "    answer = facts\nexcept BaseException as error:\n"
         + "    answer = {'error': ' '.join(str(error.__cause__ or error).split()) or type(error).__name__}\n"
         + "print()\nprint(json.dumps(answer))\ngc.freeze()\n"  # no garbage collection at exit: a third faster
     )
-    home = str(Path(__file__).resolve().parent.parent.parent)
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), home]))
+    package_parent = str(Path(__file__).resolve().parent.parent.parent)
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package_parent]))
     # Without a launcher's variables: the child is a single process.
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     try:
         child = subprocess.run(
-            [sys.executable, "-c", wrapped],
+            [sys.executable, "-c", program],
             env={**inherited, **environment, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -87,8 +87,8 @@ def ask(code: str, **environment: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"error": f"hangs: no answer after {TIMEOUT_SECONDS} s"}
     except (OSError, IndexError, ValueError):
-        how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-        return {"error": f"the process exited abnormally ({how})"}
+        status = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
+        return {"error": f"the process exited abnormally ({status})"}
 
 
 def installed(package: str) -> str | None:
@@ -116,46 +116,46 @@ class Checkup:
         has_torch = find_spec("torch") is not None
         if not has_torch:
             self.problem("PyTorch is not installed", "run pip install torch torchvision with this interpreter")
-        self._torch(has_torch)
+        self._check_torch(has_torch)
         has_gcu = find_spec("torch_gcu") is not None
-        cards = self._torch_gcu(has_gcu and has_torch)
-        self._environment(cards)
-        auto = ask(AUTO) if has_torch else NOT_PROBED
+        cards = self._check_torch_gcu(has_gcu and has_torch)
+        self._check_environment(cards)
+        auto = probe(AUTO_PROBE) if has_torch else NOT_PROBED
         self.facts["--device auto"] = auto.get("kind") or f"error: {auto['error']}"
         if not has_gcu:
             self.notes.append("torch_gcu is not installed; --device gcu-sim uses a simulated card")
 
-    def _torch(self, has_torch: bool) -> None:
+    def _check_torch(self, has_torch: bool) -> None:
         self.facts["torch"], self.facts["torchvision"] = installed("torch"), installed("torchvision")
         if not has_torch:
             return
-        both = ask(BOTH, **{AUTOLOAD: "0"})
-        alone = ask(TORCH, **{AUTOLOAD: "0"}) if "error" in both else both
-        if "error" in alone:
+        with_torchvision = probe(TORCHVISION_PROBE, **{AUTOLOAD: "0"})
+        torch_facts = probe(TORCH_PROBE, **{AUTOLOAD: "0"}) if "error" in with_torchvision else with_torchvision
+        if "error" in torch_facts:
             self.problem(
-                f"torch cannot be imported: {alone['error']}", "pip install --force-reinstall torch torchvision"
+                f"torch cannot be imported: {torch_facts['error']}", "pip install --force-reinstall torch torchvision"
             )
             return
-        self.facts.update(alone)
+        self.facts.update(torch_facts)
         self.facts["gcu-sim can run"] = _release(self.facts["torch"]) >= (2, 10)
-        if "error" in both:
+        if "error" in with_torchvision:
             fix = f"install the torchvision that matches torch {self.facts['torch']}"
-            self.problem(f"torchvision cannot be imported: {both['error']}", fix)
-        as_user = ask(AS_THE_USER) if _what_torch_loads() else {}
-        if "error" in as_user:
+            self.problem(f"torchvision cannot be imported: {with_torchvision['error']}", fix)
+        plain_import = probe(PLAIN_IMPORT_PROBE) if _backend_entry_points() else {}
+        if "error" in plain_import:
             self.problem(
-                f"`import torch` fails to load the card's library: {as_user['error']}",
+                f"`import torch` fails to load the card's library: {plain_import['error']}",
                 f"set LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to run without the card",
             )
 
-    def _torch_gcu(self, is_here: bool) -> dict[str, Any]:
-        cards = ask(CARDS, **{AUTOLOAD: "0"}) if is_here else {}
-        self.facts["torch_gcu"] = cards.get("version") or (installed("torch_gcu") if is_here else None)
+    def _check_torch_gcu(self, is_installed: bool) -> dict[str, Any]:
+        cards = probe(CARD_PROBE, **{AUTOLOAD: "0"}) if is_installed else {}
+        self.facts["torch_gcu"] = cards.get("version") or (installed("torch_gcu") if is_installed else None)
         self.facts["generation"] = cards.get("generation")
         self.facts["gcu cards"] = cards.get("cards", [])
         self.facts["eccl"] = cards.get("eccl", False)
         self.facts["driver"] = (
-            "unknown without torch_gcu" if not is_here else "responds" if cards.get("num_cards") else "no response"
+            "unknown without torch_gcu" if not is_installed else "responds" if cards.get("num_cards") else "no response"
         )
         self.facts["/opt/tops/lib"] = Path("/opt/tops/lib").is_dir()
         if "error" in cards:
@@ -167,23 +167,23 @@ class Checkup:
                 "same release",
             )
         elif cards:
-            self._generation(cards)
+            self._check_generation(cards)
         return cards
 
-    def _generation(self, cards: dict[str, Any]) -> None:
-        if cards["why_none"]:
-            fix = f"check the driver, LD_LIBRARY_PATH=/opt/tops/lib and {VISIBLE_CARDS}"
-            self.problem(cards["why_none"].replace("; python -m vgglab.doctor shows what to fix", ""), fix)
+    def _check_generation(self, cards: dict[str, Any]) -> None:
+        if cards["no_cards_reason"]:
+            fix = f"check the driver, LD_LIBRARY_PATH=/opt/tops/lib and {VISIBLE_CARDS_VARIABLE}"
+            self.problem(cards["no_cards_reason"].replace("; python -m vgglab.doctor shows what to fix", ""), fix)
         if cards["num_cards"] > 1 and not cards["eccl"]:
             self.problem("several cards, but eccl is not installed", "install tops-eccl from the same release")
-        if cards.get("is_beside_cuda"):
+        if cards.get("sees_cuda"):
             self.problem(
                 "torch_gcu.distributed is empty because torch sees a CUDA device", "set CUDA_VISIBLE_DEVICES=''"
             )
         if cards["is_double"]:
             self.notes.append("this torch_gcu is a stand-in for tests: it computes on the CPU")
         else:
-            self._versions(cards)
+            self._check_versions(cards)
         if cards["major"] == 3:
             self.notes.append(
                 "S60 with torch_gcu 2.10: much of the backward pass runs on the host, so training is slow"
@@ -191,17 +191,17 @@ class Checkup:
         if cards["generation"] == "eager":
             self.notes.append("one warning per 64-bit type is expected: the card stores these types in 32 bits")
 
-    def _versions(self, cards: dict[str, Any]) -> None:
+    def _check_versions(self, cards: dict[str, Any]) -> None:
         torch_release = _release(self.facts["torch"])
-        wanted = (1, 10) if cards["generation"] == "lazy" else _release(cards["version"])
-        if torch_release != wanted:
-            text = f"torch {self.facts['torch']} does not match torch_gcu, which needs {wanted[0]}.{wanted[1]}"
-            self.problem(text, f"pip install torch=={wanted[0]}.{wanted[1]}.0 and the matching torchvision")
+        required = (1, 10) if cards["generation"] == "lazy" else _release(cards["version"])
+        if torch_release != required:
+            text = f"torch {self.facts['torch']} does not match torch_gcu, which needs {required[0]}.{required[1]}"
+            self.problem(text, f"pip install torch=={required[0]}.{required[1]}.0 and the matching torchvision")
 
-    def _environment(self, cards: dict[str, Any]) -> None:
-        variables = {name: value for name, value in sorted(os.environ.items()) if WATCHED.search(name)}
+    def _check_environment(self, cards: dict[str, Any]) -> None:
+        variables = {name: value for name, value in sorted(os.environ.items()) if RELEVANT_VARIABLES.search(name)}
         self.facts["variables"] = variables
-        for name in BOOLEANS:
+        for name in BOOLEAN_VARIABLES:
             if name in variables and not re.fullmatch(r"true|false|-?\d+", variables[name]):
                 self.problem(f"{name}={variables[name]} is read as false", f"{name}: use true or false, in lower case")
         for entry in filter(None, variables.get("PYTORCH_GCU_ALLOC_CONF", "").split(",")):
@@ -209,14 +209,14 @@ class Checkup:
                 self.problem(f"PYTORCH_GCU_ALLOC_CONF: {entry} is not supported", f"remove {entry}")
         if ("RANK" in variables) != ("WORLD_SIZE" in variables):
             self.problem("one of RANK and WORLD_SIZE is set without the other", "unset it, or start with torchrun")
-        self._remarks(variables, cards)
+        self._add_notes(variables, cards)
 
-    def _remarks(self, variables: dict[str, str], cards: dict[str, Any]) -> None:
+    def _add_notes(self, variables: dict[str, str], cards: dict[str, Any]) -> None:
         if variables.get(AUTOLOAD, "1") != "1":
             text = "`import torch` alone does not load torch_gcu; vgglab imports it explicitly"
             self.notes.append(f"{AUTOLOAD}={variables[AUTOLOAD]}: {text}")
-        if TF32_SWITCH in variables and cards.get("generation") == "eager":
-            self.notes.append(f"{TF32_SWITCH} has no effect with this generation of torch_gcu")
+        if TF32_VARIABLE in variables and cards.get("generation") == "eager":
+            self.notes.append(f"{TF32_VARIABLE} has no effect with this generation of torch_gcu")
         if "PYTORCH_NO_GCU_MEMORY_CACHING" in variables:
             self.notes.append("PYTORCH_NO_GCU_MEMORY_CACHING turns off the memory cache, whatever its value; unset it")
         for name in ("ENFLAME_LOG_DEBUG_LEVEL", "ENFLAME_PT_OP_DEBUG_CONFIG"):
@@ -224,7 +224,7 @@ class Checkup:
                 self.notes.append(f"{name} is set: debug output slows down every step")
 
 
-def _what_torch_loads() -> list[Any]:
+def _backend_entry_points() -> list[Any]:
     """The entry points of libraries that ``import torch`` loads; empty if there are none."""
     found: Any = entry_points()
     group = "torch.backends"
@@ -233,5 +233,5 @@ def _what_torch_loads() -> list[Any]:
 
 def _release(text: str | None) -> tuple[int, ...]:
     """Major and minor version: ``(2, 10)`` for ``2.10.0+cpu``; ``()`` for no version."""
-    found = re.match(r"(\d+)\.(\d+)", text or "")
-    return tuple(int(part) for part in found.groups()) if found else ()
+    match = re.match(r"(\d+)\.(\d+)", text or "")
+    return tuple(int(part) for part in match.groups()) if match else ()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-MAX_SECONDS = 1.0
+MAX_WAIT_SECONDS = 1.0
 
 
 def sum_over_ranks(*tensors: Tensor) -> None:
@@ -20,14 +20,14 @@ def sum_over_ranks(*tensors: Tensor) -> None:
     So gloo gets separate tensor objects that share the memory, and this function waits until they are released (at most
     one second, because another library may keep them).
     """
-    lent = []
+    references = []
     for tensor in tensors:
         alias = tensor.detach()
         torch.distributed.all_reduce(alias)
-        lent.append(weakref.ref(alias))
+        references.append(weakref.ref(alias))
         del alias
-    deadline = time.monotonic() + MAX_SECONDS
-    while torch.distributed.get_backend() == "gloo" and any(one() is not None for one in lent):
+    deadline = time.monotonic() + MAX_WAIT_SECONDS
+    while torch.distributed.get_backend() == "gloo" and any(reference() is not None for reference in references):
         if time.monotonic() > deadline:
             return
         time.sleep(0.0001)  # gloo's threads need the GIL to release the tensors

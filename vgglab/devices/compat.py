@@ -30,16 +30,16 @@ def without_compiler(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
     torch (2.15) wraps some methods to exclude them from compiled networks; on the first call the wrappers import the
     whole compiler. This function unwraps the methods, except those that a card's library has replaced.
     """
-    plain = {}
+    unwrapped = {}
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step"):
         method = getattr(optimizer, name)
-        inside = inspect.unwrap(method, stop=_is_not_torchs)
-        if inside is not method:
-            plain[name] = torch.no_grad()(inside) if name == "step" else inside  # like the wrapper
-    return type(optimizer.__name__, (optimizer,), plain) if plain else optimizer
+        original = inspect.unwrap(method, stop=_is_not_torch_wrapper)
+        if original is not method:
+            unwrapped[name] = torch.no_grad()(original) if name == "step" else original  # like the wrapper
+    return type(optimizer.__name__, (optimizer,), unwrapped) if unwrapped else optimizer
 
 
-def _is_not_torchs(wrapper: Any) -> bool:
+def _is_not_torch_wrapper(wrapper: Any) -> bool:
     return not (inspect.isfunction(wrapper) and wrapper.__code__.co_filename.endswith(WRAPPERS))
 
 
@@ -49,39 +49,41 @@ def parallel_without_compiler(network: nn.Module, **options: Any) -> Distributed
     torch (2.15) imports the compiler in two places: to read one of its settings (here it gets the default instead), and
     in ``_inside_ddp_forward``, the context manager around each forward pass (here its wrapper is removed).
     """
-    around = getattr(getattr(DistributedDataParallel, "_inside_ddp_forward", None), "__wrapped__", None)
-    plain: dict[str, Any] = {}
-    if around is not None:
-        plain["_inside_ddp_forward"] = contextlib.contextmanager(inspect.unwrap(around, stop=_is_not_torchs))
-    wrapper = type("DistributedDataParallel", (DistributedDataParallel,), plain)
+    context = getattr(getattr(DistributedDataParallel, "_inside_ddp_forward", None), "__wrapped__", None)
+    overrides: dict[str, Any] = {}
+    if context is not None:
+        overrides["_inside_ddp_forward"] = contextlib.contextmanager(
+            inspect.unwrap(context, stop=_is_not_torch_wrapper)
+        )
+    unwrapped_class = type("DistributedDataParallel", (DistributedDataParallel,), overrides)
     if "torch._dynamo" in sys.modules or "_dynamo" not in getattr(torch, "_lazy_modules", ()):
-        return wrapper(network, **options)
+        return unwrapped_class(network, **options)
     default: Any = SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer"))
     torch._dynamo = default
     try:
-        return wrapper(network, **options)
+        return unwrapped_class(network, **options)
     finally:
         del torch._dynamo
 
 
-DOS_FOLDER = 0x10  # the folder bit in the attributes of a zip entry
+DOS_DIRECTORY_BIT = 0x10  # the folder bit in the attributes of a zip entry
 
 
-def damage_of(file: Path) -> str:
+def describe_damage(file: Path) -> str:
     """Describe the damage in an archive written by ``torch.save``; empty if intact. ``torch.load`` does not check."""
     try:
         if not zipfile.is_zipfile(file):  # another format, or incomplete: torch reports which
             return ""
         with zipfile.ZipFile(file) as archive:
-            part = archive.testzip()
+            damaged_entry = archive.testzip()
             # torch reads no data from an entry marked as a folder: the weights would be uninitialised memory.
-            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & DOS_FOLDER]
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & DOS_DIRECTORY_BIT]
     # RuntimeError: a damaged bit marks an entry as encrypted.
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         return str(error)
     if folders:
         return f"{folders[0]} is marked as a folder"
-    return f"the checksum of {part} does not match" if part else ""
+    return f"the checksum of {damaged_entry} does not match" if damaged_entry else ""
 
 
 class NotACheckpoint(ValueError):
@@ -100,7 +102,7 @@ def load_tensors(path: str | Path) -> Any:
             warnings.simplefilter("ignore")  # torch warns about foreign files; the caller reports what matters
             if "weights_only" in inspect.signature(torch.load).parameters:  # torch >= 1.13
                 return torch.load(path, map_location="cpu", weights_only=True)
-            _refuse_torchscript(path)
+            _reject_torchscript(path)
             return torch.load(path, map_location="cpu", pickle_module=_PlainPickle)
     except OSError:
         raise
@@ -109,7 +111,7 @@ def load_tensors(path: str | Path) -> Any:
         raise NotACheckpoint(first_line) from None
 
 
-def _refuse_torchscript(path: str | Path) -> None:
+def _reject_torchscript(path: str | Path) -> None:
     """Refuse TorchScript archives: torch 1.10 passes them to torch.jit.load, which runs the code in them."""
     if not zipfile.is_zipfile(path):
         return

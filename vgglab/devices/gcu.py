@@ -19,9 +19,9 @@ from vgglab.errors import UserError
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
 
-TF32_SWITCH = "ENFLAME_ENABLE_TF32"  # read by the lazy generation only
-VISIBLE_CARDS = "TOPS_VISIBLE_DEVICES"
-ADVICE = "python -m vgglab.doctor shows what to fix"
+TF32_VARIABLE = "ENFLAME_ENABLE_TF32"  # read by the lazy generation only
+VISIBLE_CARDS_VARIABLE = "TOPS_VISIBLE_DEVICES"
+DOCTOR_HINT = "python -m vgglab.doctor shows what to fix"
 
 
 def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
@@ -39,7 +39,7 @@ def open_adapter(kind: str, options: DeviceOptions) -> Device:
     if is_lazy(torch_gcu):
         from vgglab.devices.gcu_lazy import LazyGcu
 
-        return LazyGcu(options, torch_gcu, wants_tf32(options.tf32))
+        return LazyGcu(options, torch_gcu, resolve_tf32(options.tf32))
     from vgglab.devices.gcu_eager import EagerGcu
 
     return EagerGcu(options, torch_gcu)
@@ -57,7 +57,7 @@ def load(options: DeviceOptions) -> Any:
             "install Enflame's wheel, or use --device gcu-sim, a simulated card"
         )
     if _is_lazy_on_disk():
-        _settle_tf32(options.tf32)
+        _set_tf32_variable(options.tf32)
     try:
         # `import torch` may have done this already, but the lazy generation has no autoload, and a parent process
         # that has loaded the eager one turns autoload off for its children. Import before a TensorBoard writer
@@ -65,7 +65,7 @@ def load(options: DeviceOptions) -> Any:
         torch_gcu = importlib.import_module("torch_gcu")
     except (Exception, SystemExit) as error:  # a broken installation can raise almost any exception
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--device gcu: torch_gcu cannot be loaded ({reason}); {ADVICE}") from None
+        raise UserError(f"--device gcu: torch_gcu cannot be loaded ({reason}); {DOCTOR_HINT}") from None
     # Loader workers use CPU tensors only, so they should not load the card's library. (The import itself
     # may have set the variable to 0 already; a process that needs a card imports torch_gcu as above.)
     os.environ[AUTOLOAD] = "0"
@@ -78,17 +78,19 @@ def _is_lazy_on_disk() -> bool:
     return any(Path(folder, "core").is_dir() for folder in (spec and spec.submodule_search_locations) or ())
 
 
-def _settle_tf32(wanted: bool | None) -> None:
+def _set_tf32_variable(tf32: bool | None) -> None:
     """Set the environment variable for TF32: it must be set before the import and must not change afterwards."""
-    value = wants_tf32(wanted)
-    if "torch_gcu" in sys.modules and os.environ.get(TF32_SWITCH) != str(value).lower():
-        raise UserError(f"--tf32: torch_gcu is already loaded; set {TF32_SWITCH}={str(value).lower()} before starting")
-    os.environ[TF32_SWITCH] = str(value).lower()  # torch_gcu expects lower case
+    value = resolve_tf32(tf32)
+    if "torch_gcu" in sys.modules and os.environ.get(TF32_VARIABLE) != str(value).lower():
+        raise UserError(
+            f"--tf32: torch_gcu is already loaded; set {TF32_VARIABLE}={str(value).lower()} before starting"
+        )
+    os.environ[TF32_VARIABLE] = str(value).lower()  # torch_gcu expects lower case
 
 
-def wants_tf32(wanted: bool | None) -> bool:
+def resolve_tf32(tf32: bool | None) -> bool:
     """Whether to use TF32: set by the flag, otherwise by the environment; off by default, as in the original README."""
-    return os.environ.get(TF32_SWITCH, "false").lower() in ("true", "1") if wanted is None else wanted
+    return os.environ.get(TF32_VARIABLE, "false").lower() in ("true", "1") if tf32 is None else tf32
 
 
 def is_lazy(torch_gcu: Any) -> bool:
@@ -99,7 +101,7 @@ def is_lazy(torch_gcu: Any) -> bool:
         return True
     if hasattr(torch, "gcu"):
         return False
-    raise UserError(f"--device gcu: unknown generation of torch_gcu; {ADVICE}")
+    raise UserError(f"--device gcu: unknown generation of torch_gcu; {DOCTOR_HINT}")
 
 
 def count_cards(torch_gcu: Any) -> int:
@@ -112,10 +114,10 @@ def count_cards(torch_gcu: Any) -> int:
 
 def why_no_cards() -> str:
     """The error message if torch_gcu is installed but finds no card."""
-    visible = os.environ.get(VISIBLE_CARDS)
+    visible = os.environ.get(VISIBLE_CARDS_VARIABLE)
     cards = [card.strip() for card in (visible or "").split(",")]
     if visible is not None and len(set(cards)) < len(cards):
-        return f"{VISIBLE_CARDS}={visible} names a card twice, so torch_gcu finds none; name each card once"
+        return f"{VISIBLE_CARDS_VARIABLE}={visible} names a card twice, so torch_gcu finds none; name each card once"
     if visible is not None and (visible.strip() == "" or cards[0].startswith("-")):
-        return f"{VISIBLE_CARDS}={visible} hides every card; unset it, or name at least one card"
-    return f"torch_gcu finds no card: check the driver, and that LD_LIBRARY_PATH contains /opt/tops/lib; {ADVICE}"
+        return f"{VISIBLE_CARDS_VARIABLE}={visible} hides every card; unset it, or name at least one card"
+    return f"torch_gcu finds no card: check the driver, and that LD_LIBRARY_PATH contains /opt/tops/lib; {DOCTOR_HINT}"

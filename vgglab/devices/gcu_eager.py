@@ -31,7 +31,7 @@ class EagerGcu(StockDevice):
         self._gcu: Any = torch.gcu  # type: ignore[attr-defined]  # added by torch_gcu
         self._version = str(getattr(torch_gcu, "__version__", "unknown"))
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
-        self._take_card_of(self._gcu.device_count())
+        self._set_num_cards(self._gcu.device_count())
         self.amp_dtype = "float16" if options.amp == "auto" else options.amp
         self._check()
         self._torch_device = torch.device("gcu", self.local_rank)
@@ -45,8 +45,8 @@ class EagerGcu(StockDevice):
             raise UserError(f"--tf32: torch_gcu {self._version} has no TF32 switch; leave it out")
         if self.amp_dtype == "bfloat16" and not self._gcu.is_bf16_supported():
             raise UserError("--amp-dtype bfloat16: not supported on this card; use float16")
-        is_there = getattr(torch.distributed, "is_eccl_available", lambda: False)
-        if self.world_size > 1 and not is_there():
+        is_eccl_available = getattr(torch.distributed, "is_eccl_available", lambda: False)
+        if self.world_size > 1 and not is_eccl_available():
             raise UserError("--device gcu: several ranks need eccl, which is not installed; install tops-eccl")
 
     def open(self) -> None:

@@ -40,7 +40,7 @@ class LazyGcu(Device):
             importlib.import_module(f"torch_gcu.{module}")
         self._gcu = torch_gcu
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
-        self._take_card_of(torch_gcu.device_count())
+        self._set_num_cards(torch_gcu.device_count())
         self.amp_dtype = "float16" if options.amp == "auto" else options.amp
         self.tf32 = tf32  # set before torch_gcu was imported; cannot be changed now
         self._check()

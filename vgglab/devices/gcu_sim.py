@@ -29,9 +29,9 @@ class SimulatedGcu(EagerGcu):
         self.is_simulated = True
 
     def describe(self) -> dict[str, Any]:
-        described = super().describe()
-        described["hardware"] += " (simulated)"
-        return described
+        description = super().describe()
+        description["hardware"] += " (simulated)"
+        return description
 
     def usage(self) -> dict[str, Any]:
         return {**super().usage(), "host_reads": sim.num_host_reads()}

@@ -32,7 +32,7 @@ class HostReads:
         self._inherited = [name for name in READS if name not in vars(Tensor)]
         self._own = {name: vars(Tensor)[name] for name in READS if name in vars(Tensor)}
         for name in READS:
-            setattr(Tensor, name, self._counting(getattr(Tensor, name)))
+            setattr(Tensor, name, self._counted(getattr(Tensor, name)))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -41,26 +41,26 @@ class HostReads:
         for name, method in self._own.items():
             setattr(Tensor, name, method)
 
-    def take(self) -> dict[str, int]:
+    def pop_counts(self) -> dict[str, int]:
         """Return the counts since the last call, and reset them."""
-        taken = dict(self.counts)
+        counts = dict(self.counts)
         self.counts.clear()
-        return taken
+        return counts
 
-    def _counting(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
-        def counting(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        def counted(tensor: Tensor, *args: Any, **options: Any) -> Any:
             on_host = tensor.device.type == "cpu"
             if not on_host or (self._device_is_host and method.__name__ != "cpu"):
-                place = _place(sys._getframe(1))
-                if place:
-                    self.counts[place] += 1
+                location = _location(sys._getframe(1))
+                if location:
+                    self.counts[location] += 1
             return method(tensor, *args, **options)
 
-        return counting
+        return counted
 
 
-def _place(frame: FrameType | None) -> str:
+def _location(frame: FrameType | None) -> str:
     """``file.py:line`` of the code that reads the value; empty for the loader."""
     while frame is not None:
         file = frame.f_code.co_filename

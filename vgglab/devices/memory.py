@@ -14,19 +14,19 @@ import sys
 from pathlib import Path
 
 # Parts of the out-of-memory messages of torch and oneDNN; the last is for oneDNN's own buffers.
-NO_MEMORY = (
+OOM_MESSAGES = (
     "out of memory", "can't allocate memory", "could not create a memory", "bad_alloc", "could not create a primitive",
 )  # fmt: skip
 
 # Parameters of mallopt(3), glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-NEVER, TOP_PAD_BYTES = 2**31 - 1, 64 * 2**20
+NEVER_TRIM, TOP_PAD_BYTES = 2**31 - 1, 64 * 2**20
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that memory ran out, on the host or on a card."""
-    is_torchs = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
-    return is_torchs or isinstance(error, MemoryError)
+    is_torch_error = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OOM_MESSAGES)
+    return is_torch_error or isinstance(error, MemoryError)
 
 
 def keep_freed_memory() -> bool:
@@ -36,7 +36,7 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: NEVER, M_TOP_PAD: TOP_PAD_BYTES}
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: NEVER_TRIM, M_TOP_PAD: TOP_PAD_BYTES}
     return all([library.mallopt(name, value) for name, value in settings.items()])
 
 
@@ -49,8 +49,8 @@ def limit_to_free_memory(share: float = 0.95) -> int | None:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         free = int(share * _free_bytes())
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        taken = 1024 * int(re.search(r"VmSize:\s*(\d+)", status)[1])  # type: ignore[index]
-        resource.setrlimit(resource.RLIMIT_AS, (taken + free, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        used = 1024 * int(re.search(r"VmSize:\s*(\d+)", status)[1])  # type: ignore[index]
+        resource.setrlimit(resource.RLIMIT_AS, (used + free, resource.getrlimit(resource.RLIMIT_AS)[1]))
         return free
     return None
 
@@ -62,6 +62,6 @@ def _free_bytes() -> int:
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text(encoding="ascii"))
         # The system's cache of file contents counts as free: it is released on demand.
-        [files] = re.findall(r"^inactive_file (\d+)", (group / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)
-        free = min(free, limit - int((group / "memory.current").read_text(encoding="ascii")) + int(files))
+        [cache] = re.findall(r"^inactive_file (\d+)", (group / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)
+        free = min(free, limit - int((group / "memory.current").read_text(encoding="ascii")) + int(cache))
     return free

@@ -29,8 +29,8 @@ AMP_DEFAULTS = {"cpu": "bfloat16", "cuda": "float16"}
 
 def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
     """Return None if this machine has a device of this kind, otherwise "" (no reason worth reporting)."""
-    is_there = {"cuda": torch.cuda.is_available, "mps": _has_mps, "cpu": lambda: True}[kind]
-    return None if is_there() else ""
+    is_available = {"cuda": torch.cuda.is_available, "mps": _has_mps, "cpu": lambda: True}[kind]
+    return None if is_available() else ""
 
 
 def open_adapter(kind: str, options: DeviceOptions) -> NativeDevice:
@@ -66,7 +66,7 @@ class NativeDevice(StockDevice):
         self._backend = BACKENDS.get(kind, "")
         self._torch_device = torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":  # not in open(), so that the benchmark's plain loop uses the same precision
-            _use_tf32(self.tf32)
+            _set_tf32(self.tf32)
 
     def _check(self) -> None:
         amp_dtype = self._options.amp_dtype
@@ -75,7 +75,7 @@ class NativeDevice(StockDevice):
         if self.kind == "mps" and not _has_mps():
             raise UserError("--device mps: PyTorch finds no Metal device; use auto or cpu")
         if self.kind != "cpu":
-            self._take_card_of(torch.cuda.device_count() if self.kind == "cuda" else 1)
+            self._set_num_cards(torch.cuda.device_count() if self.kind == "cuda" else 1)
         if self._options.tf32 and self.kind != "cuda":
             raise UserError(f"--tf32: not supported on {self.kind}; leave it out to train in float32")
         if self._options.tf32 and torch.cuda.get_device_capability() < (8, 0):
@@ -88,7 +88,7 @@ class NativeDevice(StockDevice):
             raise UserError("--amp-dtype float16: a CPU supports bfloat16 only; use bfloat16")
         if amp_dtype == "bfloat16" and self.kind == "cuda" and not torch.cuda.is_bf16_supported():
             raise UserError(f"--amp-dtype bfloat16: not supported by {torch.cuda.get_device_name()}; use float16")
-        if amp_dtype is not None and self.kind == "cpu" and not _cpu_pools_bfloat16():
+        if amp_dtype is not None and self.kind == "cpu" and not _cpu_supports_bfloat16_pooling():
             raise UserError(f"--amp: torch {torch.__version__} has no bfloat16 kernels for the CPU; leave it out")
         if self._options.fused and not _can_fuse(self.kind):
             raise UserError(f"--fused: torch {torch.__version__} has no fused optimizer on {self.kind}; leave it out")
@@ -108,14 +108,14 @@ class NativeDevice(StockDevice):
         if self.kind != "cuda":
             yield from super().feed(batches)
             return
-        copying = torch.cuda.Stream()
+        copy_stream = torch.cuda.Stream()
 
-        def send(batch: Any) -> tuple[Tensor, Tensor]:
-            with torch.cuda.stream(copying):
+        def copy(batch: Any) -> tuple[Tensor, Tensor]:
+            with torch.cuda.stream(copy_stream):
                 return self.move(batch.images, batch.labels)
 
-        for images, labels in prefetch(map(send, batches)):
-            torch.cuda.current_stream().wait_stream(copying)
+        for images, labels in prefetch(map(copy, batches)):
+            torch.cuda.current_stream().wait_stream(copy_stream)
             for tensor in (images, labels):
                 tensor.record_stream(torch.cuda.current_stream())  # its memory stays reserved until this stream is done
             yield images, labels
@@ -154,38 +154,40 @@ class NativeDevice(StockDevice):
     def usage(self) -> dict[str, Any]:
         if self.kind == "cuda":
             return {"peak_bytes": torch.cuda.max_memory_allocated()}
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process; in KiB, but in bytes on macOS
-        return {"peak_bytes": most if sys.platform == "darwin" else most * 1024} if self.kind == "cpu" else {}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process; in KiB, but in bytes on macOS
+        return {"peak_bytes": peak if sys.platform == "darwin" else peak * 1024} if self.kind == "cpu" else {}
 
 
 def prefetch(items: Iterable[Item]) -> Iterator[Item]:
     """Yield the same items, requesting the next one before yielding the current one."""
-    waiting: deque[Item] = deque()
+    queue: deque[Item] = deque()
     for item in items:
-        waiting.append(item)
-        if len(waiting) > 1:
-            yield waiting.popleft()
-    yield from waiting
+        queue.append(item)
+        if len(queue) > 1:
+            yield queue.popleft()
+    yield from queue
 
 
-def _use_tf32(is_wanted: bool) -> None:
+def _set_tf32(enabled: bool) -> None:
     """Set TF32 for both matrix products and convolutions, whose defaults in torch differ.
 
     Uses the older of torch's two interfaces: torch.compile reads it, and raises an error if the newer
     one (torch 2.9) was used to set TF32.
     """
-    torch.backends.cuda.matmul.allow_tf32 = is_wanted
-    torch.backends.cudnn.allow_tf32 = is_wanted
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    torch.backends.cudnn.allow_tf32 = enabled
 
 
 def _fast_dtype(kind: str) -> str | None:
     """The fastest data type for mixed precision; None if the device would only emulate it."""
     if kind == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    return "bfloat16" if kind == "cpu" and _cpu_computes_bfloat16() and _cpu_pools_bfloat16() else None
+    return (
+        "bfloat16" if kind == "cpu" and _cpu_has_bfloat16_instructions() and _cpu_supports_bfloat16_pooling() else None
+    )
 
 
-def _cpu_computes_bfloat16() -> bool:
+def _cpu_has_bfloat16_instructions() -> bool:
     """Whether the CPU has AVX-512 BF16 or AMX, which multiply bfloat16 in hardware (Linux; elsewhere False)."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -205,7 +207,7 @@ def _can_fuse(kind: str) -> bool:
     return True
 
 
-def _cpu_pools_bfloat16() -> bool:
+def _cpu_supports_bfloat16_pooling() -> bool:
     """Whether this torch supports bfloat16 max pooling on the CPU; torch 1.10 does not."""
     try:
         nn.functional.max_pool2d(torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16), 2)

@@ -19,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from vgglab.devices.base import Device
 from vgglab.devices.collectives import sum_over_ranks
 from vgglab.devices.compat import parallel_without_compiler
-from vgglab.devices.sync_bn import synchronise
+from vgglab.devices.sync_bn import convert_sync_batchnorm
 from vgglab.dist import ranks
 from vgglab.storage.cache import use_private_temporary_folder
 
@@ -33,7 +33,7 @@ class StockDevice(Device):
     sampler = DistributedSampler
     _torch_device: torch.device
     _backend: str  # of torch.distributed
-    _averages_apart = False
+    _averages_separately = False
     _parallel: nn.Module | None = None  # the network in DistributedDataParallel
 
     def open(self) -> None:
@@ -75,12 +75,12 @@ class StockDevice(Device):
         network = model.to(self._torch_device)
         if self.channels_last:
             network = network.to(memory_format=torch.channels_last)
-        self._averages_apart = self.world_size > 1 and self._options.timers and not self._options.sync_bn
-        if self.world_size == 1 or self._averages_apart:
+        self._averages_separately = self.world_size > 1 and self._options.timers and not self._options.sync_bn
+        if self.world_size == 1 or self._averages_separately:
             return self._compiled(network), network
         if self._options.sync_bn:
             is_cuda = self._torch_device.type == "cuda"  # PyTorch's own supports no other device
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if is_cuda else synchronise(network)
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if is_cuda else convert_sync_batchnorm(network)
         device_ids = None if self._torch_device.index is None else [self._torch_device.index]
         # torch 2.15 renames the option and warns about the old name.
         has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -99,7 +99,7 @@ class StockDevice(Device):
 
     @torch.no_grad()
     def average_gradients(self, model: nn.Module) -> None:
-        if not self._averages_apart:
+        if not self._averages_separately:
             return
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         sum_over_ranks(*gradients)

@@ -55,7 +55,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
-def synchronise(model: nn.Module) -> nn.Module:
+def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """Turn every ``nn.BatchNorm2d`` into a ``SyncBatchNorm2d`` with the same weights and statistics."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vgglab.devices import open_device
 from vgglab.devices.base import Device
 from vgglab.errors import UserError
-from vgglab.lab.ceilings import ceilings, moved, timed
+from vgglab.lab.ceilings import ceilings, time_call, to_device
 from vgglab.lab.shapes import output_of, window
 from vgglab.model import build, head_for
 from vgglab.view.anatomy_table import Anatomy, Ceilings, Layer
@@ -71,7 +71,7 @@ def of(
         with torch.device("meta") if HAS_META else nullcontext():
             network: nn.Module = build(model, num_classes=num_classes, head=head_for(image_size), init_weights=False)
     else:
-        network = _hollow(model)
+        network = _without_weights(model)
     for path, module in _leaves(network):
         if not _kind(module):
             raise UserError(f"{path or name} is a {type(module).__name__}; anatomy supports {', '.join(KINDS)}")
@@ -84,13 +84,13 @@ def of(
     return Anatomy(name, image_size, batch_size, tuple(_rows(calls, shape)), tuple(call[1] for call in calls))
 
 
-def _hollow(model: nn.Module) -> nn.Module:
+def _without_weights(model: nn.Module) -> nn.Module:
     """Return a copy for tracing: in float32, without weight values or hooks."""
-    known: dict[int, Any] = {}  # deepcopy's memo: it treats these as copied already
+    memo: dict[int, Any] = {}  # deepcopy's memo: it treats these as copied already
     if HAS_META:
-        known.update((id(value), value.to("meta")) for value in model.buffers())
-        known.update((id(value), nn.Parameter(value.to("meta"), value.requires_grad)) for value in model.parameters())
-    network = copy.deepcopy(model, known).float()
+        memo.update((id(value), value.to("meta")) for value in model.buffers())
+        memo.update((id(value), nn.Parameter(value.to("meta"), value.requires_grad)) for value in model.parameters())
+    network = copy.deepcopy(model, memo).float()
     for module in network.modules():
         module._forward_hooks.clear()
     return network
@@ -122,17 +122,17 @@ def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
     counted: set[int] = set()  # parameters, by identity
     field = jump = 1  # at the input: one pixel
     start = 0
-    learns = False  # whether an earlier layer is trained
+    needs_input_grad = False  # whether an earlier layer is trained
     for name, module, input_shape, output_shape in calls:
         if prod(input_shape) != prod(shape):
-            why = "use a sequential network in which every change of shape is a layer (nn.MaxPool2d, not F.max_pool2d)"
-            raise UserError(f"{name}: its input does not match the output of the previous layer; {why}")
+            hint = "use a sequential network in which every change of shape is a layer (nn.MaxPool2d, not F.max_pool2d)"
+            raise UserError(f"{name}: its input does not match the output of the previous layer; {hint}")
         shape = output_shape
         weights = list(module.parameters())
         states = [buffer for buffer in module.buffers() if buffer.is_floating_point()]  # batch norm's mean and variance
         values = prod(input_shape) + sum(tensor.numel() for tensor in [*weights, *states]) + prod(output_shape)
         multiply_adds = _multiply_adds(module, output_shape)
-        num_gradients = learns + weights[0].requires_grad if multiply_adds else 0
+        num_gradients = needs_input_grad + weights[0].requires_grad if multiply_adds else 0
         # The standard recursion: a kernel of size k adds k - 1 jumps, each padded pixel moves the start back by a jump,
         # and the stride multiplies the jump. Source: Araujo, Norris, Sim, "Computing receptive fields of convolutional
         # neural networks", Distill, 2019, doi 10.23915/distill.00021.
@@ -155,7 +155,7 @@ def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
             training_multiply_adds=multiply_adds * (1 + num_gradients),
         )
         counted.update(map(id, weights))
-        learns = learns or any(weight.requires_grad for weight in weights)
+        needs_input_grad = needs_input_grad or any(weight.requires_grad for weight in weights)
 
 
 def _multiply_adds(module: nn.Module, output_shape: tuple[int, ...]) -> int:
@@ -200,31 +200,33 @@ def measure(what: Anatomy | str | nn.Module, device: Device | str = "auto", repe
             return measure(anatomy, card, repeats)
         finally:
             card.close()
-    roof = ceilings(device, repeats)
-    layers, learns = [], False  # learns: whether an earlier layer is trained
+    limits = ceilings(device, repeats)
+    layers, needs_input_grad = [], False  # whether an earlier layer is trained
     for layer, module in zip(anatomy.layers, anatomy.modules):
         try:
-            forward, backward = _layer_seconds(layer, module, learns, device, repeats)
+            forward, backward = _layer_seconds(layer, module, needs_input_grad, device, repeats)
         except ValueError as error:  # torch's message about batch norm
             raise UserError(f"{layer.name}: {str(error).splitlines()[0]}; use a larger batch") from error
         layers.append(layer._replace(forward_seconds=forward, backward_seconds=backward))
-        learns = learns or any(weight.requires_grad for weight in module.parameters())
-    roof = Ceilings(*map(max, roof, ceilings(device, repeats)))  # other load may have lowered the first result
-    return replace(anatomy, layers=tuple(layers), ceilings=roof)
+        needs_input_grad = needs_input_grad or any(weight.requires_grad for weight in module.parameters())
+    limits = Ceilings(*map(max, limits, ceilings(device, repeats)))  # other load may have lowered the first result
+    return replace(anatomy, layers=tuple(layers), ceilings=limits)
 
 
-def _layer_seconds(layer: Layer, module: nn.Module, learns: bool, device: Device, repeats: int) -> tuple[float, float]:
+def _layer_seconds(
+    layer: Layer, module: nn.Module, needs_input_grad: bool, device: Device, repeats: int
+) -> tuple[float, float]:
     module = copy.deepcopy(module).to_empty(device="cpu").train()
     getattr(module, "reset_parameters", int)()  # to_empty does not initialise the weights
     module = device.wrap(module)[1]
-    images = moved(torch.randn(layer.input_shape), device).requires_grad_(learns)
-    wanted = [images] * learns + [weight for weight in module.parameters() if weight.requires_grad]
-    gradient = moved(torch.randn(layer.output_shape), device)
+    images = to_device(torch.randn(layer.input_shape), device).requires_grad_(needs_input_grad)
+    inputs = [images] * needs_input_grad + [weight for weight in module.parameters() if weight.requires_grad]
+    gradient = to_device(torch.randn(layer.output_shape), device)
     forward, backward = [], []
     for _ in range(1 + repeats):
-        fed = timed(images.clone, device)[1]  # an in-place layer overwrites its input
-        seconds, output = timed(partial(module, fed), device)
+        batch = time_call(images.clone, device)[1]  # an in-place layer overwrites its input
+        seconds, output = time_call(partial(module, batch), device)
         forward.append(seconds)
-        pull = partial(torch.autograd.grad, output, wanted, gradient)
-        backward.append(timed(pull, device)[0] if wanted else 0.0)
+        run_backward = partial(torch.autograd.grad, output, inputs, gradient)
+        backward.append(time_call(run_backward, device)[0] if inputs else 0.0)
     return median(forward[1:]), median(backward[1:])

@@ -29,10 +29,10 @@ def ceilings(device: Device, repeats: int = 5) -> Ceilings:
         UserError: the card is simulated, so it has no speed.
     """
     peak = product_flop_per_second(device, "float32", repeats)
-    a, b, c = (moved(torch.ones(COPIED_BYTES // 4), device) for _ in range(3))  # 4 bytes per float32
-    copying = 2 * COPIED_BYTES / _fastest(partial(a.copy_, b), device, repeats)
-    adding = 3 * COPIED_BYTES / _fastest(partial(torch.add, b, c, alpha=2, out=a), device, repeats)
-    return Ceilings(peak, max(copying, adding))
+    a, b, c = (to_device(torch.ones(COPIED_BYTES // 4), device) for _ in range(3))  # 4 bytes per float32
+    copy_bandwidth = 2 * COPIED_BYTES / _fastest(partial(a.copy_, b), device, repeats)
+    add_bandwidth = 3 * COPIED_BYTES / _fastest(partial(torch.add, b, c, alpha=2, out=a), device, repeats)
+    return Ceilings(peak, max(copy_bandwidth, add_bandwidth))
 
 
 def product_flop_per_second(device: Device, dtype: str, repeats: int = 5) -> float:
@@ -45,7 +45,7 @@ def product_flop_per_second(device: Device, dtype: str, repeats: int = 5) -> flo
         raise UserError(f"--device {device.kind}: a simulated card has no speed to measure")
     side, seconds, peak = SMALLEST_SIDE, 0.0, 0.0
     while seconds < PRODUCT_SECONDS and side <= LARGEST_SIDE:
-        factors = [moved(torch.rand(side, side), device).to(getattr(torch, dtype)) for _ in range(2)]
+        factors = [to_device(torch.rand(side, side), device).to(getattr(torch, dtype)) for _ in range(2)]
         seconds = _fastest(partial(torch.matmul, *factors), device, repeats)
         peak = max(peak, 2 * side**3 / seconds)
         side *= 2
@@ -53,10 +53,10 @@ def product_flop_per_second(device: Device, dtype: str, repeats: int = 5) -> flo
 
 
 def _fastest(run: Callable[[], Tensor], device: Device, repeats: int) -> float:
-    return min([timed(run, device)[0] for _ in range(1 + repeats)][1:])  # the first is warm-up
+    return min([time_call(run, device)[0] for _ in range(1 + repeats)][1:])  # the first is warm-up
 
 
-def timed(run: Callable[[], Any], device: Device) -> tuple[float, Any]:
+def time_call(run: Callable[[], Any], device: Device) -> tuple[float, Any]:
     """Call ``run``; return the seconds until its work on the device is done, and its result (a tensor, or a tuple)."""
     started = time.perf_counter()
     result = run()
@@ -65,6 +65,6 @@ def timed(run: Callable[[], Any], device: Device) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def moved(tensor: Tensor, device: Device) -> Tensor:
+def to_device(tensor: Tensor, device: Device) -> Tensor:
     """Move a tensor to the device."""
     return device.move(tensor, torch.zeros(1, dtype=torch.int64))[0]

@@ -39,7 +39,7 @@ def signals(model: nn.Module, images: Tensor, labels: Tensor) -> list[Signal]:
     outputs: dict[str, Tensor] = {}
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
 
-    def keep(name: str) -> Any:
+    def make_hook(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
             output.retain_grad()
             outputs[name] = output
@@ -47,7 +47,7 @@ def signals(model: nn.Module, images: Tensor, labels: Tensor) -> list[Signal]:
 
         return hook
 
-    hooks = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(make_hook(name)) for name, layer in layers.items()]
     try:
         model.train()
         nn.functional.cross_entropy(model(images), labels).backward()
@@ -109,26 +109,26 @@ def copy_layers(shallow: nn.Module, deep: nn.Module, num_convolutions: int = 4) 
     the names of the copied layers. Source: Simonyan and Zisserman 2014, section 3.1, where the first four convolutions
     and the three linear layers of net A are copied.
     """
-    given, taken = _by_place(shallow), _by_place(deep)
-    convolutions = [place for place in given if place[0] != "linear"][:num_convolutions]
-    filled = []
-    for place in [*convolutions, *(place for place in given if place[0] == "linear")]:
-        name, layer = taken[place]
-        layer.load_state_dict(given[place][1].state_dict())
-        filled.append(name)
-    return filled
+    source, target = _by_position(shallow), _by_position(deep)
+    convolutions = [position for position in source if position[0] != "linear"][:num_convolutions]
+    copied = []
+    for position in [*convolutions, *(position for position in source if position[0] == "linear")]:
+        name, layer = target[position]
+        layer.load_state_dict(source[position][1].state_dict())
+        copied.append(name)
+    return copied
 
 
-def _by_place(network: nn.Module) -> dict[tuple[Any, int], tuple[str, nn.Module]]:
+def _by_position(network: nn.Module) -> dict[tuple[Any, int], tuple[str, nn.Module]]:
     """Return the layers with weights, keyed by (block, number in the block) or ("linear", number)."""
-    found: dict[tuple[Any, int], tuple[str, nn.Module]] = {}
+    layers: dict[tuple[Any, int], tuple[str, nn.Module]] = {}
     block, number = 0, 0
     for name, layer in network.named_modules():
         if isinstance(layer, nn.MaxPool2d):
             block, number = block + 1, 0
         elif isinstance(layer, (nn.Conv2d, nn.Linear)):
             is_linear = isinstance(layer, nn.Linear)
-            place = ("linear", sum(key[0] == "linear" for key in found)) if is_linear else (block, number)
-            found[place] = (name, layer)
+            position = ("linear", sum(key[0] == "linear" for key in layers)) if is_linear else (block, number)
+            layers[position] = (name, layer)
             number += 1
-    return found
+    return layers

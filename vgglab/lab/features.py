@@ -68,13 +68,13 @@ def feature_maps(network: nn.Module, images: Tensor, layers: Mapping[str, nn.Mod
     """Return the output of each layer for normalised ``images`` (N, 3, H, W), by name: ``(N, channels, h, w)``."""
     maps: dict[str, Tensor] = {}
 
-    def keep_as(name: str) -> Any:
-        def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def make_hook(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             maps[name] = output.clone()  # an in-place ReLU after the layer would overwrite it
 
-        return keep
+        return hook
 
-    hooks = [layer.register_forward_hook(keep_as(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(make_hook(name)) for name, layer in layers.items()]
     try:
         network(images)
     finally:

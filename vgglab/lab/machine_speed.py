@@ -22,8 +22,8 @@ from typing import Any, Callable
 from vgglab.lab.timings import COMPILE_SECONDS, STEP_SECONDS
 from vgglab.storage.cache import cache_folder
 
-STEPS_FOR_SECONDS, COMPILING_FOR_SECONDS = 1.2, 0.5
-FRESH_SECONDS = 600.0  # how long a measurement is reused by all kernels on this machine
+STEP_BENCHMARK_SECONDS, COMPILE_BENCHMARK_SECONDS = 1.2, 0.5
+CACHE_SECONDS = 600.0  # how long a measurement is reused by all kernels on this machine
 
 
 @lru_cache(maxsize=None)
@@ -31,7 +31,7 @@ def slowdown() -> float:
     """Return how many times slower this machine is than the reference machine; 3.0 means a third of its speed."""
     with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError):  # no HOME, no file, or an invalid file
         file = cache_folder() / "machine_speed.json"
-        if 0 <= time.time() - file.stat().st_mtime < FRESH_SECONDS:
+        if 0 <= time.time() - file.stat().st_mtime < CACHE_SECONDS:
             return _ratio(*json.loads(file.read_text(encoding="utf-8")))
     seconds = measure()
     with contextlib.suppress(OSError, RuntimeError):
@@ -47,7 +47,7 @@ def _ratio(step_seconds: float, compile_seconds: float) -> float:
 def measure() -> tuple[float, float]:
     """Return the median seconds of a training step and of compiling a module, excluding the first run of each."""
     source = Path(argparse.__file__).read_text(encoding="utf-8")
-    compile_seconds = _seconds_of(partial(compile, source, "argparse", "exec"), COMPILING_FOR_SECONDS)
+    compile_seconds = _median_seconds(partial(compile, source, "argparse", "exec"), COMPILE_BENCHMARK_SECONDS)
     try:
         import torch
     except ImportError:  # 08_report can show copied runs on a machine without torch
@@ -56,7 +56,7 @@ def measure() -> tuple[float, float]:
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):  # does not change the caller's random state
-            return _seconds_of(_training_step(), STEPS_FOR_SECONDS), compile_seconds
+            return _median_seconds(_training_step(), STEP_BENCHMARK_SECONDS), compile_seconds
     finally:
         torch.set_num_threads(threads)
 
@@ -80,10 +80,10 @@ def _training_step() -> Callable[[], None]:
     return step
 
 
-def _seconds_of(run: Callable[[], Any], at_least: float) -> float:
+def _median_seconds(run: Callable[[], Any], min_seconds: float) -> float:
     run()
     seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < at_least:
+    while len(seconds) < 3 or sum(seconds) < min_seconds:
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)

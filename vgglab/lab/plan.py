@@ -34,7 +34,7 @@ MAX_RATE_RATIO, MAX_CARDS = (
     8,
 )  # largest ratio to the recipe's rate, which the original example scales for up to this many cards
 # Rules of thumb: slightly above the original example's 0.06 on eight cards; the depth is from the paper, section 3.1.
-LARGEST_RATE_WITHOUT_NORM, DEEPEST_FROM_NORMAL = 0.1, 11
+MAX_RATE_WITHOUT_NORM, MAX_DEPTH_WITH_NORMAL_INIT = 0.1, 11
 
 
 class Plan(NamedTuple):
@@ -137,8 +137,8 @@ def _checkpoint_bytes(config: Request, num_classes: int, image_size: int) -> int
     """Return the bytes of a checkpoint: weights, batch-norm statistics, their averages (--ema), and optimizer state."""
     head = head_for(image_size) if config.head == "auto" else config.head
     with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes are enough
-        built = build(config.model, num_classes=num_classes, head=head, init_weights=False)
-    network = anatomy.of(built, image_size)
+        model = build(config.model, num_classes=num_classes, head=head, init_weights=False)
+    network = anatomy.of(model, image_size)
     statistics = sum(2 * layer.output_shape[1] for layer in network if layer.kind == "batch norm")
     num_state_tensors = OPTIMIZERS[config.optimizer].num_state_tensors(config)
     copies = 2 if config.ema else 1
@@ -147,26 +147,26 @@ def _checkpoint_bytes(config: Request, num_classes: int, image_size: int) -> int
 
 def _rates(config: Request, ranks: int) -> list[tuple[int, float]]:
     rates = [(epoch, learning_rate(config, epoch, ranks)) for epoch in range(config.start_epoch, config.epochs)]
-    return [now for before, now in zip([(0, None), *rates], rates) if now[1] != before[1]]
+    return [current for previous, current in zip([(0, None), *rates], rates) if current[1] != previous[1]]
 
 
 def _warnings(config: Request, ranks: int) -> list[str]:
     lines = settings_warnings(config)
-    base = config.lr * config.batch_size * ranks / 256
+    rate = config.lr * config.batch_size * ranks / 256
     if config.recipe:
-        own = parse_flags([f"--recipe={config.recipe}"])
-        factor = base / (own.lr * own.batch_size * min(ranks, MAX_CARDS) / 256)
+        recipe = parse_flags([f"--recipe={config.recipe}"])
+        factor = rate / (recipe.lr * recipe.batch_size * min(ranks, MAX_CARDS) / 256)
         if not 1 / MAX_RATE_RATIO < factor < MAX_RATE_RATIO:
             lines.append(
-                f"the learning rate is {base:.3g} after scaling by batch size and ranks, {factor:.2g} x that of "
+                f"the learning rate is {rate:.3g} after scaling by batch size and ranks, {factor:.2g} x that of "
                 f"--recipe {config.recipe} on up to {MAX_CARDS} cards: adjust --lr, or increase --warmup"
             )
     depth, has_norm = int(config.model[3:].partition("_")[0]), config.model.endswith("_bn")
-    if not has_norm and base > LARGEST_RATE_WITHOUT_NORM:
+    if not has_norm and rate > MAX_RATE_WITHOUT_NORM:
         lines.append(
-            f"--model {config.model} has no batch norm and is unlikely to learn at a learning rate of {base:.3g}"
+            f"--model {config.model} has no batch norm and is unlikely to learn at a learning rate of {rate:.3g}"
         )
-    if not has_norm and config.init == "normal" and depth > DEEPEST_FROM_NORMAL:
+    if not has_norm and config.init == "normal" and depth > MAX_DEPTH_WITH_NORMAL_INIT:
         lines.append(
             f"--init normal: without batch norm, {config.model} does not learn from these weights; "
             "use kaiming or xavier"
@@ -176,46 +176,46 @@ def _warnings(config: Request, ranks: int) -> list[str]:
     return lines
 
 
-def as_text(planned: Plan) -> str:
+def as_text(plan: Plan) -> str:
     """Return the plan as text."""
-    return "\n".join(f"{name:<14}{text}" for name, text in _facts(planned))
+    return "\n".join(f"{name:<14}{text}" for name, text in _facts(plan))
 
 
-def _facts(planned: Plan) -> list[tuple[str, str]]:
-    cards = "1 card" if planned.ranks == 1 else f"{planned.ranks} cards"
-    evaluation, rates = _long(planned.evaluation_seconds), _few(planned.rates)
+def _facts(plan: Plan) -> list[tuple[str, str]]:
+    cards = "1 card" if plan.ranks == 1 else f"{plan.ranks} cards"
+    evaluation, rates = _duration(plan.evaluation_seconds), _subsampled(plan.rates)
     return [
         (
             "data",
-            f"{planned.data}: {planned.num_train_images:,} training and {planned.num_eval_images:,} held-out images",
+            f"{plan.data}: {plan.num_train_images:,} training and {plan.num_eval_images:,} held-out images",
         ),
         (
             "steps",
-            f"{planned.steps:,} with {planned.global_batch_size} images each: {planned.epochs} epochs of "
-            f"{planned.steps_per_epoch:,} steps",
+            f"{plan.steps:,} with {plan.global_batch_size} images each: {plan.epochs} epochs of "
+            f"{plan.steps_per_epoch:,} steps",
         ),
         (
             "time",
-            f"{_long(planned.total_seconds)} on {cards} at {planned.images_per_second:,.0f} images/s in total, "
+            f"{_duration(plan.total_seconds)} on {cards} at {plan.images_per_second:,.0f} images/s in total, "
             f"{evaluation} of it for evaluation",
         ),
         (
             "checkpoints",
-            f"{planned.num_checkpoints} written, {planned.checkpoint_bytes / 1e9:.2f} GB each; at most three are kept, "
-            f"plus the one being written: up to {planned.disk_bytes / 1e9:.2f} GB on disk",
+            f"{plan.num_checkpoints} written, {plan.checkpoint_bytes / 1e9:.2f} GB each; at most three are kept, "
+            f"plus the one being written: up to {plan.disk_bytes / 1e9:.2f} GB on disk",
         ),
         ("learning rate", ", ".join(f"{rate:.3g} from epoch {epoch + 1}" for epoch, rate in rates)),
-        *(("warning", text) for text in planned.warnings),
+        *(("warning", text) for text in plan.warnings),
     ]
 
 
-def _few(rates: list[tuple[int, float]]) -> list[tuple[int, float]]:
+def _subsampled(rates: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """Return all learning rates if there are at most 12, otherwise 10 to 19, evenly spaced."""
     step = max(1, len(rates) // 10)
     return rates if len(rates) <= 12 else rates[::step]
 
 
-def _long(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     days, rest = divmod(round(seconds), 86400)
     hours, minutes = rest // 3600, rest % 3600 // 60
     if days:

@@ -50,7 +50,7 @@ def load_network(run: Run | str | Path, which: str = "best") -> VGG:
     """
     run = run if isinstance(run, Run) else Run(run)
     file = run.checkpoint(which)
-    config = _settings_of(run)
+    config = _evaluation_settings(run)
     network = build(config.model, num_classes=config.num_classes, head=config.head)
     with error_context(str(run.path)):
         checkpoint.read(file).restore_model(network, config.model)
@@ -66,24 +66,24 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
     """
     run = run if isinstance(run, Run) else Run(run)
     network = load_network(run, which)
-    config = _settings_of(run)
+    config = _evaluation_settings(run)
     sets = open_sets(config)
     names = [*sets.val.classes, *(f"unused {i}" for i in range(len(sets.val.classes), sets.num_classes))]
     predictions = []
     for batch in eval_batches(sets, config, open_device("cpu")).epoch(0):
-        probability, guess = network(normalised(batch.images)).softmax(dim=1).max(dim=1)  # (N,), (N,)
-        for row in zip(batch.indices, batch.labels.tolist(), guess.tolist(), probability.tolist()):
-            index, label, guessed, sure = row
+        probability, predicted_labels = network(normalised(batch.images)).softmax(dim=1).max(dim=1)  # (N,), (N,)
+        for row in zip(batch.indices, batch.labels.tolist(), predicted_labels.tolist(), probability.tolist()):
+            index, label, predicted, confidence = row
             image = sets.val.images.name(index)
-            predictions.append(Prediction(image, names[label], names[guessed], sure, sets.val, index))
+            predictions.append(Prediction(image, names[label], names[predicted], confidence, sets.val, index))
     return predictions
 
 
-def _settings_of(run: Run) -> Settings:
+def _evaluation_settings(run: Run) -> Settings:
     """Return the settings of the run, changed to evaluate all held-out images in this process."""
-    known = [item for item in fields(Request) if item.name in run.config]
+    saved_fields = [item for item in fields(Request) if item.name in run.config]
     with error_context(f"{run.path}/config.json"):
-        config = Request(**{item.name: check_setting(item, run.config[item.name]) for item in known})
+        config = Request(**{item.name: check_setting(item, run.config[item.name]) for item in saved_fields})
         if config.num_classes is None or config.num_classes > MAX_CLASSES:
             raise UserError("has no valid num_classes")
     # "auto", because simplejpeg may be missing on this machine.

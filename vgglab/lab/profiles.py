@@ -54,31 +54,31 @@ class Profiles:
         if profile not in NAMES:
             raise UserError(f"profile: {profile!r} is not one of {', '.join(NAMES)}")
         index = NAMES.index(profile)
-        by_hand = {name: self._checked(name, own) for name, own in given.items() if own is not None}
-        chosen = {name: by_hand.get(name, self.settings[name][index]) for name in given}
-        show(ProfileTable(self, index, chosen, set(by_hand)))
+        overrides = {name: self._checked(name, value) for name, value in given.items() if value is not None}
+        chosen = {name: overrides.get(name, self.settings[name][index]) for name in given}
+        show(ProfileTable(self, index, chosen, set(overrides)))
         return list(chosen.values())
 
     def _checked(self, name: str, value: Any) -> Any:
         values = self.settings[name]
-        if all(isinstance(one, str) for one in values):
+        if all(isinstance(item, str) for item in values):
             value = str(value)  # papermill reads -p data_path 2026 as a number
             if value not in self.one_of.get(name, [value]):
                 raise UserError(f"{name}: {value!r} is not one of {', '.join(self.one_of[name])}")
             return value
-        if any(isinstance(one, float) for one in values):
-            return _number(name, value)
-        return _whole(name, value, self.at_least.get(name, 1), or_all=ALL in values)
+        if any(isinstance(item, float) for item in values):
+            return _check_number(name, value)
+        return _check_integer(name, value, self.at_least.get(name, 1), allow_all=ALL in values)
 
 
-def _whole(name: str, value: Any, least: int, or_all: bool) -> int:
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if is_whole and (value >= least or (or_all and value == ALL)):
+def _check_integer(name: str, value: Any, minimum: int, allow_all: bool) -> int:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if is_integer and (value >= minimum or (allow_all and value == ALL)):
         return value
-    raise UserError(f"{name}: {value!r} is not a whole number of at least {least}" + ", or -1 for all" * or_all)
+    raise UserError(f"{name}: {value!r} is not a whole number of at least {minimum}" + ", or -1 for all" * allow_all)
 
 
-def _number(name: str, value: Any) -> float:
+def _check_number(name: str, value: Any) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf:
         return value
     raise UserError(f"{name}: {value!r} is not a number above 0")
@@ -87,25 +87,25 @@ def _number(name: str, value: Any) -> float:
 class ProfileTable:
     """The profiles as a table, with the selected profile marked, values set by hand, and the expected time."""
 
-    def __init__(self, profiles: Profiles, index: int, chosen: Mapping[str, Any], by_hand: set[str]) -> None:
-        self.headings = ["", *(f"{name} (selected)" if n == index else name for n, name in enumerate(NAMES))]
+    def __init__(self, profiles: Profiles, index: int, chosen: Mapping[str, Any], overrides: set[str]) -> None:
+        self.headings = ["", *(f"{name} (selected)" if number == index else name for number, name in enumerate(NAMES))]
         self.rows = []
         for name, values in profiles.settings.items():
             cells = [str(value) for value in values]
-            if name in by_hand:
+            if name in overrides:
                 cells[index] = f"{chosen[name]} (set by hand)"
             self.rows.append([name, *cells])
         self.remark = ""
         expected = "not timed"
         if profiles.seconds is not None:
-            times_as_long = slowdown()
-            expected = f"about {duration(_rounded(profiles.seconds * times_as_long))}"
+            slowdown_factor = slowdown()
+            expected = f"about {duration(_rounded(profiles.seconds * slowdown_factor))}"
             self.remark = (
                 f"The expected time is an estimate for this machine: {duration(profiles.seconds)} on {MACHINE}, and a "
-                f"short benchmark took {times_as_long:.1f} times as long here."
+                f"short benchmark took {slowdown_factor:.1f} times as long here."
             )
         self.rows.append(["expected time", expected, *["not timed"] * (len(NAMES) - 1)])
-        if by_hand:
+        if overrides:
             self.remark += " Values set by hand change the time."
 
     def __repr__(self) -> str:

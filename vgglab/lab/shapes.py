@@ -23,36 +23,36 @@ def output_of(module: nn.Module, images: Tensor) -> Tensor:
     if isinstance(module, nn.Flatten):
         return images.flatten(module.start_dim, module.end_dim)
     if isinstance(module, nn.Linear):
-        _expect(module.in_features, images.shape[-1], "input features")
+        _check_size(module.in_features, images.shape[-1], "input features")
         return images.new_empty(*images.shape[:-1], module.out_features)
     channels = images.shape[1]
-    _expect(getattr(module, "in_channels", getattr(module, "num_features", channels)), channels, "channels")
+    _check_size(getattr(module, "in_channels", getattr(module, "num_features", channels)), channels, "channels")
     if not isinstance(module, (nn.Conv2d, *POOLS, *ADAPTIVE_POOLS)):
         return images
-    sides = [_side(module, axis, side) for axis, side in enumerate(images.shape[2:])]
+    sides = [_output_side(module, axis, side) for axis, side in enumerate(images.shape[2:])]
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"an input of shape {tuple(images.shape)} is too small for {type(module).__name__}")
     return images.new_empty(len(images), getattr(module, "out_channels", channels), *sides)
 
 
-def _expect(wanted: int, found: int, what: str) -> None:
-    if found != wanted:
-        raise ValueError(f"expected {wanted} {what}, got {found}")
+def _check_size(expected: int, actual: int, what: str) -> None:
+    if actual != expected:
+        raise ValueError(f"expected {expected} {what}, got {actual}")
 
 
-def _side(module: Any, axis: int, side: int) -> int:
+def _output_side(module: Any, axis: int, side: int) -> int:
     """Return the output height (axis 0) or width (axis 1) of a convolution or pooling layer."""
     if isinstance(module, ADAPTIVE_POOLS):
-        wanted = _pair(module.output_size)[axis]
-        return side if wanted is None else wanted
+        output_size = _pair(module.output_size)[axis]
+        return side if output_size is None else output_size
     if module.padding == "same":
         return side
     kernel, stride = _pair(module.kernel_size)[axis], _pair(module.stride)[axis]
     padding = 0 if module.padding == "valid" else _pair(module.padding)[axis]
-    room = side + 2 * padding - _pair(getattr(module, "dilation", 1))[axis] * (kernel - 1) - 1
+    span = side + 2 * padding - _pair(getattr(module, "dilation", 1))[axis] * (kernel - 1) - 1
     if not getattr(module, "ceil_mode", False):
-        return room // stride + 1
-    rounded_up = -(-room // stride) + 1
+        return span // stride + 1
+    rounded_up = -(-span // stride) + 1
     return rounded_up - ((rounded_up - 1) * stride >= side + padding)  # a last window in the right padding is dropped
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vgglab.devices.compat import NotACheckpoint, damage_of, load_tensors
+from vgglab.devices.compat import NotACheckpoint, describe_damage, load_tensors
 from vgglab.dist.interrupts import defer_ctrl_c
 from vgglab.errors import NOT_FINITE_ADVICE, UserError
 from vgglab.optim import OPTIMIZERS
@@ -166,7 +166,7 @@ def read(path: str | Path) -> Checkpoint:
     """
     try:
         file = locate(path)
-        damage = damage_of(file) if file.is_file() or not file.exists() else "not a regular file"
+        damage = describe_damage(file) if file.is_file() or not file.exists() else "not a regular file"
         if damage:
             raise UserError(f"is damaged ({damage})")
         content = load_tensors(file)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Sequence
 from vgglab.view.tables import html_text
 
 # Units are in the headings. The first columns are text and left-aligned.
-NUM_WORDS = 3
+NUM_TEXT_COLUMNS = 3
 HEADINGS = (
     "layer|kind|output|parameters|multiply-\nadds, M|training\nGFLOP|moved\nMB|FLOP\nper byte|receptive\nfield|jump"
 ).split("|")
@@ -147,9 +147,9 @@ class Anatomy(Sequence[Layer]):
 
     @property
     def title(self) -> str:
-        what = "multiply-adds and FLOP for one image"
+        units = "multiply-adds and FLOP for one image"
         return (
-            f"{self.model}, {self.image_size} x {self.image_size} pixels: {what}, "
+            f"{self.model}, {self.image_size} x {self.image_size} pixels: {units}, "
             f"bytes for a batch of {self.batch_size}"
         )
 
@@ -163,60 +163,60 @@ class Anatomy(Sequence[Layer]):
         """Return plain values: totals, layers and, if measured, the limits of the machine."""
         names = "model image_size batch_size num_parameters multiply_adds training_flop".split()
         layers = [{**layer._asdict(), "flop": layer.flop, "intensity": layer.intensity} for layer in self]
-        roof = self.ceilings and self.ceilings._asdict()
-        return {**{name: getattr(self, name) for name in names}, "layers": layers, "ceilings": roof}
+        ceilings = self.ceilings and self.ceilings._asdict()
+        return {**{name: getattr(self, name) for name in names}, "layers": layers, "ceilings": ceilings}
 
 
 def as_text(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str = "") -> str:
     """Return the table as text: one row per layer, totals in the last row, and times if they were measured."""
-    heads, lines = _table(rows, ceilings)
-    table = [*zip(*(f"{head}\n".split("\n")[:2] for head in heads)), *lines]
+    headings, lines = _table(rows, ceilings)
+    table = [*zip(*(f"{head}\n".split("\n")[:2] for head in headings)), *lines]
     widths = [max(map(len, column)) for column in zip(*table)]
-    shown = ["  ".join(map(_aligned, cells, widths, range(len(cells)))).rstrip() for cells in table]
-    return "\n".join([*([title, ""] if title else []), *shown, *_about(ceilings)])
+    aligned = ["  ".join(map(_align, cells, widths, range(len(cells)))).rstrip() for cells in table]
+    return "\n".join([*([title, ""] if title else []), *aligned, *_ceilings_note(ceilings)])
 
 
-def _aligned(cell: str, width: int, index: int) -> str:
-    return cell.ljust(width) if index < NUM_WORDS else cell.rjust(width)
+def _align(cell: str, width: int, index: int) -> str:
+    return cell.ljust(width) if index < NUM_TEXT_COLUMNS else cell.rjust(width)
 
 
 def as_html(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str = "") -> str:
     """The table as HTML, for a notebook."""
-    heads, lines = _table(rows, ceilings)
-    body = [_html_row(heads, "th"), *(_html_row(line, "td") for line in lines[:-1]), _html_row(lines[-1], "th")]
+    headings, lines = _table(rows, ceilings)
+    body = [_html_row(headings, "th"), *(_html_row(line, "td") for line in lines[:-1]), _html_row(lines[-1], "th")]
     table = f"<table style='font-variant-numeric: tabular-nums'>{''.join(body)}</table>"
-    above = html_text(title) if title else ""
-    return above + table + "".join(map(html_text, _about(ceilings)))
+    title_html = html_text(title) if title else ""
+    return title_html + table + "".join(map(html_text, _ceilings_note(ceilings)))
 
 
 def _html_row(cells: Sequence[str], tag: str) -> str:
-    shown = ""
+    html_cells = ""
     for index, cell in enumerate(cells):
-        side = "left" if index < NUM_WORDS else "right"
-        shown += html_text(cell, tag, f"text-align: {side}; padding: 0 0.7em").replace("\n", "<br>")
-    return f"<tr>{shown}</tr>"
+        side = "left" if index < NUM_TEXT_COLUMNS else "right"
+        html_cells += html_text(cell, tag, f"text-align: {side}; padding: 0 0.7em").replace("\n", "<br>")
+    return f"<tr>{html_cells}</tr>"
 
 
-def _about(ceilings: Ceilings | None) -> list[str]:
+def _ceilings_note(ceilings: Ceilings | None) -> list[str]:
     if ceilings is None:
         return []
     peak, bandwidth = ceilings.flop_per_second / 1e9, ceilings.bytes_per_second / 1e9
-    meet = f"which meet at {ceilings.ridge:.1f} FLOP per byte"
-    return [f"measured ceilings of this machine: {peak:.1f} GFLOP/s and {bandwidth:.1f} GB/s, {meet}"]
+    ridge = f"which meet at {ceilings.ridge:.1f} FLOP per byte"
+    return [f"measured ceilings of this machine: {peak:.1f} GFLOP/s and {bandwidth:.1f} GB/s, {ridge}"]
 
 
 def _table(rows: Sequence[Layer], ceilings: Ceilings | None) -> tuple[list[str], list[list[str]]]:
     is_measured = any(row.forward_seconds is not None for row in rows)
-    heads = HEADINGS + (MEASURED_HEADINGS if is_measured else [])
+    headings = HEADINGS + (MEASURED_HEADINGS if is_measured else [])
     lines = [_cells(row) + (_measured_cells(row, ceilings) if is_measured else []) for row in rows]
-    num_parameters, moved = sum(row.num_parameters for row in rows), sum(row.bytes_moved for row in rows)
+    num_parameters, bytes_moved = sum(row.num_parameters for row in rows), sum(row.bytes_moved for row in rows)
     flop, training_flop = sum(row.flop for row in rows), sum(row.training_flop for row in rows)
     total = ["total", "", "", f"{num_parameters:,}", _scaled(flop / 2, 1e6), _scaled(training_flop, 1e9, 2)]
-    total += [_scaled(moved, 1e6), "", "", ""]
+    total += [_scaled(bytes_moved, 1e6), "", "", ""]
     if is_measured:
         forward, backward = (sum(times) for times in zip(*((r.forward_seconds, r.backward_seconds) for r in rows)))
         total += [_scaled(forward, 1e-3), _scaled(backward, 1e-3), "", "", ""]
-    return heads, [*lines, total]
+    return headings, [*lines, total]
 
 
 def _cells(row: Layer) -> list[str]:

@@ -61,9 +61,9 @@ class Explorer:
         self, anatomy_of: Callable[..., Anatomy], photograph: Any, model: str, image_size: int, layer: str = ""
     ) -> None:
         self._anatomy_of, self._photograph = anatomy_of, _square(photograph)
-        self._known: dict[tuple[str, int], Anatomy] = {}
+        self._anatomies: dict[tuple[str, int], Anatomy] = {}
         self._lock = threading.RLock()  # a front end may run callbacks on two threads at once
-        self._is_following = False
+        self._is_updating = False
         self.choose(model, image_size, layer)
 
     def choose(self, model: str, image_size: int, layer: str = "") -> None:
@@ -77,9 +77,9 @@ class Explorer:
                 f"explore: expects the name of a network and a whole number of pixels, not {model!r} and {image_size!r}"
             )
         key = (model, image_size)
-        if key not in self._known:
-            self._known[key] = self._anatomy_of(model, image_size)
-        self.anatomy = self._known[key]
+        if key not in self._anatomies:
+            self._anatomies[key] = self._anatomy_of(model, image_size)
+        self.anatomy = self._anatomies[key]
         names = [row.name for row in self.anatomy]
         if layer and layer not in names:
             raise UserError(f"layer: {model} has no {layer!r}; its layers go from {names[0]} to {names[-1]}")
@@ -93,21 +93,26 @@ class Explorer:
         return self.layer.window(sides[0] // 2, sides[1] // 2)
 
     def rows(self) -> list[list[str]]:
-        layer, whole = self.layer, self.anatomy
-        weights, work = layer.num_parameters, layer.multiply_adds
+        layer, anatomy = self.layer, self.anatomy
+        parameters, operations = layer.num_parameters, layer.multiply_adds
         field = f"{layer.receptive_field} x {layer.receptive_field} pixels"
-        if layer.receptive_field > whole.image_size:
+        if layer.receptive_field > anatomy.image_size:
             field += ", larger than the image; the rest is padding"
         is_vector = len(layer.output_shape) == 2
-        step = "none: each output sees the whole image" if is_vector else f"{layer.jump} pixel{'s' * (layer.jump > 1)}"
+        stride = (
+            "none: each output sees the whole image" if is_vector else f"{layer.jump} pixel{'s' * (layer.jump > 1)}"
+        )
         return [
             ["layer", f"{layer.name}, {layer.kind}"],
             ["shape", " to ".join("x".join(map(str, shape[1:])) for shape in (layer.input_shape, layer.output_shape))],
-            ["parameters", f"{weights:,}, {weights / whole.num_parameters:.1%} of the total"],
-            ["multiply-adds", f"{work / 1e6:,.1f} million, {work / whole.multiply_adds:.1%} of the total"],
+            ["parameters", f"{parameters:,}, {parameters / anatomy.num_parameters:.1%} of the total"],
+            [
+                "multiply-adds",
+                f"{operations / 1e6:,.1f} million, {operations / anatomy.multiply_adds:.1%} of the total",
+            ],
             ["activation memory", f"{layer.activation_bytes / 1e6:,.3f} MB per image, in float32"],
             ["receptive field", field],
-            ["stride to the next output", step],
+            ["stride to the next output", stride],
         ]
 
     def text(self) -> str:
@@ -119,9 +124,9 @@ class Explorer:
     def picture(self) -> NotebookFigure:
         """The photograph with the receptive field of the central output; below it, the network."""
         picture = NotebookFigure(WIDTH, HEIGHT)
-        above, below = picture.subplots(2, 1, height_ratios=[1, 1.1])
-        self._draw_field(above)
-        draw(below, self.anatomy, self.layer.name)
+        upper, lower = picture.subplots(2, 1, height_ratios=[1, 1.1])
+        self._draw_field(upper)
+        draw(lower, self.anatomy, self.layer.name)
         return picture
 
     def _draw_field(self, panel: Any) -> None:
@@ -148,21 +153,21 @@ class Explorer:
         """The controls, the figure and the table; usable with Tab and the arrow keys (the space bar opens a list)."""
         import ipywidgets as widgets
 
-        wide = {"description_width": "initial"}
-        full = widgets.Layout(width="auto", max_width="34em")
+        style = {"description_width": "initial"}
+        layout = widgets.Layout(width="auto", max_width="34em")
         depths = [(f"{name[3:]} layers with weights", name) for name in DEPTHS]
         model = self.anatomy.model
         self.depth = widgets.Dropdown(
-            options=depths, value=model.replace("_bn", ""), description="depth", style=wide, layout=full
+            options=depths, value=model.replace("_bn", ""), description="depth", style=style, layout=layout
         )
-        self.batch_norm = widgets.Checkbox(model.endswith("_bn"), description="batch norm", indent=False, layout=full)
+        self.batch_norm = widgets.Checkbox(model.endswith("_bn"), description="batch norm", indent=False, layout=layout)
         size = self.anatomy.image_size
         self.image_size = widgets.IntSlider(
-            size, SMALLEST, max(LARGEST, size), STEP, description="image size in pixels", style=wide, layout=full,
+            size, SMALLEST, max(LARGEST, size), STEP, description="image size in pixels", style=style, layout=layout,
             continuous_update=False,
         )  # fmt: skip
         self.layers = widgets.Dropdown(
-            options=self._options(), value=self.layer.name, description="layer", style=wide, layout=full
+            options=self._options(), value=self.layer.name, description="layer", style=style, layout=layout
         )
         self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         self.about = widgets.HTML()
@@ -179,24 +184,24 @@ class Explorer:
 
     def _on_change(self, _: Any) -> None:
         with self._lock:
-            if self._is_following:  # _follow sets the layer control, which calls this again
+            if self._is_updating:  # _apply_controls sets the layer control, which calls this again
                 return
-            self._is_following = True
+            self._is_updating = True
             try:
-                self._follow()
+                self._apply_controls()
             except UserError as error:
                 self.about.value = html_text(str(error))
             finally:
-                self._is_following = False
+                self._is_updating = False
 
-    def _follow(self) -> None:
+    def _apply_controls(self) -> None:
         model = self.depth.value + "_bn" * self.batch_norm.value
         if (model, self.image_size.value) == (self.anatomy.model, self.anatomy.image_size):
             self.choose(model, self.image_size.value, self.layers.value)
         else:
-            before = self.anatomy, self.layer
+            previous = self.anatomy, self.layer
             self.choose(model, self.image_size.value)
-            self.layer = _counterpart(*before, self.anatomy) or self.layer
+            self.layer = _counterpart(*previous, self.anatomy) or self.layer
             self.layers.options = self._options()
             self.layers.value = self.layer.name
         self._refresh()
@@ -205,11 +210,11 @@ class Explorer:
         self.image.value, self.about.value = self.picture().png(), self.table()
 
 
-def _counterpart(before: Anatomy, layer: Layer, after: Anatomy) -> Layer | None:
+def _counterpart(old: Anatomy, layer: Layer, new: Anatomy) -> Layer | None:
     """Return the corresponding layer of another network: the same kind and number, or else the last of that kind."""
-    index = [row.name for row in before if row.kind == layer.kind].index(layer.name)
-    alike = [row for row in after if row.kind == layer.kind]
-    return alike[min(index, len(alike) - 1)] if alike else None
+    index = [row.name for row in old if row.kind == layer.kind].index(layer.name)
+    same_kind = [row for row in new if row.kind == layer.kind]
+    return same_kind[min(index, len(same_kind) - 1)] if same_kind else None
 
 
 def _square(photograph: Any) -> Any:
@@ -222,8 +227,8 @@ def _square(photograph: Any) -> Any:
         image = Image.open(photograph) if is_file else Image.fromarray(numpy.asarray(photograph))
         image = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, TypeError, ValueError, AttributeError, Image.DecompressionBombError) as error:
-        wanted = "must be a path or a uint8 array (height, width, 3)"
-        raise UserError(f"photograph: {wanted}; this one cannot be read: {error}") from error
+        expected = "must be a path or a uint8 array (height, width, 3)"
+        raise UserError(f"photograph: {expected}; this one cannot be read: {error}") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))

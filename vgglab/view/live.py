@@ -36,14 +36,14 @@ def front_end() -> str:
     shell = get_ipython()
     if shell is None or not hasattr(shell, "kernel"):
         return "terminal"
-    forced = os.environ.get("VGGLAB_UI")
-    if forced in ("live", "static"):
-        return forced
+    override = os.environ.get("VGGLAB_UI")
+    if override in ("live", "static"):
+        return override
     # Jupyter's server sets JPY_SESSION_NAME for kernels that a person has opened; papermill does not.
-    is_watched = (
+    is_interactive = (
         "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules or "__vsc_ipynb_file__" in shell.user_ns
     )
-    return "live" if is_watched and _has_widgets() else "static"
+    return "live" if is_interactive and _has_widgets() else "static"
 
 
 def _has_widgets() -> bool:
@@ -154,7 +154,7 @@ class Dashboard:
         self.stop_button.on_click(self._on_stop)
         self.stop_button.disabled = not run.is_here
         self.widget = widgets.VBox([self.status, self.bar, self.picture, self.ranks, self.log, self.stop_button])
-        self._follower = Follower(run)
+        self._progress_reader = ProgressReader(run)
         self._drawn = -1  # number of events in the picture
         self._drawn_at = -PICTURE_SECONDS
 
@@ -166,26 +166,26 @@ class Dashboard:
         # Shown instead of the widget when the kernel no longer exists.
         data["text/plain"] = f"vgglab.Run({str(self.run.path)!r}).watch() shows this run again"
         display(data, raw=True)
-        threading.Thread(target=self._keep_fresh, daemon=True, name="vgglab dashboard").start()
+        threading.Thread(target=self._refresh_until_over, daemon=True, name="vgglab dashboard").start()
 
     def refresh(self) -> None:
         from vgglab.view.figures import curves
 
-        progress = self._follower.progress()
+        progress = self._progress_reader.progress()
         self.status.value = html_text(summary(self.run, progress), "b")
         self.bar.max, self.bar.value = max(progress.num_steps, 1), progress.step
         rows = ranks_of(self.run)
         self.ranks.value = as_html(rows) if rows else ""
         lines = last_lines(self.run)
         self.log.value = html_text("\n".join(lines), "pre", "font-size: 85%")
-        num_events = self._follower.num_events
+        num_events = self._progress_reader.num_events
         is_due = _has_ended(self.run) or time.monotonic() - self._drawn_at >= PICTURE_SECONDS
         if progress.train and num_events != self._drawn and is_due:
             self.picture.value = curves(self.run).png()
             self._drawn, self._drawn_at = num_events, time.monotonic()
 
-    def _keep_fresh(self) -> None:
-        keep_fresh(self.refresh, lambda: _has_ended(self.run), self.status)
+    def _refresh_until_over(self) -> None:
+        refresh_until_over(self.refresh, lambda: _has_ended(self.run), self.status)
         self.stop_button.disabled, self.stop_button.description = True, "Ended"
 
     def _on_stop(self, _: Any) -> None:
@@ -195,7 +195,7 @@ class Dashboard:
         threading.Thread(target=_stop, args=(self.run,), daemon=True).start()
 
 
-def keep_fresh(refresh: Callable[[], None], is_over: Callable[[], bool], status: Any) -> None:
+def refresh_until_over(refresh: Callable[[], None], is_over: Callable[[], bool], status: Any) -> None:
     """Call ``refresh`` repeatedly until the run is over, and once after that; show errors in ``status`` and continue.
 
     If an error ended the thread silently, the last metrics shown would look current.
@@ -230,7 +230,7 @@ def is_continued(seen: Sequence[Event], events: Sequence[Event]) -> bool:
         return False
 
 
-class Follower:
+class ProgressReader:
     """The progress of a run. Only new events are read, because a run can have tens of thousands."""
 
     def __init__(self, run: Run) -> None:
@@ -252,19 +252,19 @@ class Follower:
         self._seen = events
         progress = copy.copy(self._progress)
         if (progress.status in ACTIVE) != (self.run.status in ACTIVE):  # killed, or restarted in the same directory
-            progress.status = progress.doing = self.run.status
+            progress.status = progress.activity = self.run.status
             progress.eta_seconds = None
         return progress
 
 
 def progress_of(run: Run) -> Progress:
     """The current progress of a run."""
-    return Follower(run).progress()
+    return ProgressReader(run).progress()
 
 
 def summary(run: Run, progress: Progress) -> str:
     """Progress, accuracy, speed and remaining time, in one line."""
-    parts = [f"{run.name}: {progress.doing}"]
+    parts = [f"{run.name}: {progress.activity}"]
     if progress.num_steps:
         parts.append(f"step {progress.step} of {progress.num_steps}")
     if progress.train:
@@ -274,8 +274,8 @@ def summary(run: Run, progress: Progress) -> str:
         speed = "speed not measured" if rate is None else f"{rate:.1f} images/s"
         parts.append("simulated card" if is_simulated else speed)
     if progress.eval:
-        of_what = " of generated images" * (run.config.get("data_path") == "fake")
-        parts.append(f"held-out top-1 {progress.eval['acc1']:.2f} %{of_what}")
+        note = " of generated images" * (run.config.get("data_path") == "fake")
+        parts.append(f"held-out top-1 {progress.eval['acc1']:.2f} %{note}")
     if progress.eta_seconds is not None:
         parts.append(f"{duration(progress.eta_seconds)} left")
     if not _has_ended(run):

@@ -8,10 +8,10 @@ from typing import Any, Mapping
 def metric(report: Mapping[str, Any], name: str, form: str = ".2f", factor: float = 1.0) -> str:
     """Return ``report[name]`` times ``factor`` in the format ``form``, or "not measured (<reason>)"."""
     value = report[name]
-    return f"not measured ({why_not(report)})" if value is None else f"{factor * value:{form}}"
+    return f"not measured ({reason_not_measured(report)})" if value is None else f"{factor * value:{form}}"
 
 
-def why_not(report: Mapping[str, Any]) -> str:
+def reason_not_measured(report: Mapping[str, Any]) -> str:
     """The most likely reason why a run reports no speed or no memory."""
     if report["simulated"]:
         return "a simulated card has no speed"

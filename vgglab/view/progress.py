@@ -9,7 +9,7 @@ class Progress:
     """The progress of a run; call ``add`` with the events in order.
 
     Attributes:
-        doing: the current activity, e.g. ``epoch 2 of 6``.
+        activity: what the run is doing, e.g. ``epoch 2 of 6``.
         step, num_steps: optimizer steps done and in total, including those before a resume.
         eta_seconds: estimated time left; includes evaluations only after the first one; None before the first step.
         train, eval: the latest event of each kind, or empty.
@@ -17,7 +17,7 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self.doing = "starting"
+        self.activity = "starting"
         self.status = "starting"
         self.step = self.num_steps = 0
         self.eta_seconds: float | None = None
@@ -34,27 +34,27 @@ class Progress:
     def _on_start(self, event: dict[str, Any]) -> None:
         self._start, self.status = event, "running"
         self.step, self.num_steps = event["first_step"], event["num_steps"]
-        self.doing = f"epoch {min(event['first_epoch'] + 1, event['epochs'])} of {event['epochs']}"
+        self.activity = f"epoch {min(event['first_epoch'] + 1, event['epochs'])} of {event['epochs']}"
 
     def _on_train(self, event: dict[str, Any]) -> None:
         self.train, self.step = event, event["step"]
         if not self._start:  # logged before the run was resumed; the start event that counts comes later
-            self.doing = f"epoch {event['epoch'] + 1}"
+            self.activity = f"epoch {event['epoch'] + 1}"
             return
-        self.doing = f"epoch {event['epoch'] + 1} of {self._start['epochs']}"
+        self.activity = f"epoch {event['epoch'] + 1} of {self._start['epochs']}"
         done = self.step - self._start["first_step"]
         if done > 0:
             per_step = (event["seconds"] - self._start["seconds"]) / done
             self.eta_seconds = per_step * (self.num_steps - self.step)
 
     def _on_eval_start(self, event: dict[str, Any]) -> None:
-        self.doing = "evaluating"
+        self.activity = "evaluating"
 
     def _on_eval(self, event: dict[str, Any]) -> None:
-        self.eval, self.doing = event, "saving"
+        self.eval, self.activity = event, "saving"
 
     def _on_end(self, event: dict[str, Any]) -> None:
-        self.status = self.doing = event["status"]
+        self.status = self.activity = event["status"]
         self.eta_seconds = None
 
 

@@ -11,8 +11,8 @@ from vgglab.view.tables import html_text
 
 HEADINGS = ("rank", "step", "images/s", "loss", "peak memory", "time before sync", "")
 # A straggler's own part of a step exceeds the others' median by this factor, and by this share of a step.
-SLOWER, SHARE_LOST = 1.25, 0.10
-NO_NEWS_SECONDS = 30.0  # and at least ten times the usual interval
+SLOWDOWN_FACTOR, MIN_STEP_SHARE = 1.25, 0.10
+STALL_SECONDS = 30.0  # and at least ten times the usual interval
 
 
 class RankRow(NamedTuple):
@@ -47,20 +47,24 @@ def rank_rows(run: Run) -> list[RankRow]:
     batch_size = run.config.get("batch_size", 0)
     rows = []
     for events in recent:
-        figures, own = events[-1], _own_seconds(events)
+        metrics, own_seconds = events[-1], _own_seconds(events)
         others = [_own_seconds(other) for other in recent if other is not events]
-        step_seconds = figures["interval_seconds"] / figures["interval_steps"]
-        is_behind = bool(others) and own > SLOWER * median(others) and own - median(others) > SHARE_LOST * step_seconds
-        is_real = not figures.get("simulated")
+        step_seconds = metrics["interval_seconds"] / metrics["interval_steps"]
+        is_slower = (
+            bool(others)
+            and own_seconds > SLOWDOWN_FACTOR * median(others)
+            and own_seconds - median(others) > MIN_STEP_SHARE * step_seconds
+        )
+        is_measured = not metrics.get("simulated")
         rows.append(
             RankRow(
-                rank=figures["rank"],
-                step=figures["step"],
-                images_per_second=batch_size / step_seconds if is_real else None,
-                loss=figures["loss"],
-                peak_bytes=figures.get("peak_bytes"),
-                own_seconds=own if is_real else None,
-                is_straggler=is_behind and is_real,
+                rank=metrics["rank"],
+                step=metrics["step"],
+                images_per_second=batch_size / step_seconds if is_measured else None,
+                loss=metrics["loss"],
+                peak_bytes=metrics.get("peak_bytes"),
+                own_seconds=own_seconds if is_measured else None,
+                is_straggler=is_slower and is_measured,
             )
         )
     return rows
@@ -78,9 +82,9 @@ def stall_warning(run: Run) -> str:
     events, latest = run.events(), run.ranks()
     if not latest or not events or events[-1]["event"] != "train":
         return ""
-    seconds = time.time() - max(figures["time"] for figures in latest)
-    usual = max(figures["interval_seconds"] for figures in latest)
-    if seconds < max(NO_NEWS_SECONDS, 10 * usual):
+    seconds = time.time() - max(metrics["time"] for metrics in latest)
+    usual = max(metrics["interval_seconds"] for metrics in latest)
+    if seconds < max(STALL_SECONDS, 10 * usual):
         return ""
     return f"no log line for {seconds:.0f} s, usually every {usual:.0f} s; run.stacks() shows what each rank is doing"
 

@@ -74,7 +74,7 @@ class Result(NamedTuple):
 
     def cells(self) -> tuple[str, ...]:
         """The cells as text, one for each heading."""
-        return tuple(text_of(self) for text_of in COLUMNS.values())
+        return tuple(column(self) for column in COLUMNS.values())
 
 
 def _number(value: float | None, form: str) -> str:
@@ -137,7 +137,7 @@ def collect(folders: Iterable[Path]) -> list[Result]:
 
 def _results_of(path: Path) -> list[Result]:
     report = Run(path).report()
-    fastest_step, slow = report["step_seconds_p50"], report["step_seconds_p90"]
+    median_step, p90_step = report["step_seconds_p50"], report["step_seconds_p90"]
     return [
         Result(
             model=report["model"],
@@ -148,9 +148,9 @@ def _results_of(path: Path) -> list[Result]:
             ranks=report["world_size"],
             batch_size=report["batch_size"],
             image_size=report["image_size"],
-            images_per_second=report["global_batch_size"] / fastest_step if fastest_step else None,
+            images_per_second=report["global_batch_size"] / median_step if median_step else None,
             num_steps=report["num_measured_steps"] or None,
-            slow_ratio=slow / fastest_step if fastest_step else None,
+            slow_ratio=p90_step / median_step if median_step else None,
             plain_ratio=None,
             acc1=report["acc1"],
             torch=report["versions"].get("torch") or "",
@@ -191,31 +191,31 @@ def series_of(folders: Iterable[Path]) -> dict[str, list[Run]]:
     return {printable(folder.name): runs for folder, runs in find_series(folders).items()}
 
 
-def _precision(described: dict[str, Any]) -> str:
-    return described["amp_dtype"] or ("tf32" if described.get("tf32") else "float32")
+def _precision(description: dict[str, Any]) -> str:
+    return description["amp_dtype"] or ("tf32" if description.get("tf32") else "float32")
 
 
-def _layout(described: dict[str, Any]) -> str:
+def _layout(description: dict[str, Any]) -> str:
     parts = {"channels_last": "channels last", "fused": "fused", "compiled": "compiled", "timers": "with timers"}
-    return ", ".join(text for name, text in parts.items() if described.get(name))
+    return ", ".join(text for name, text in parts.items() if description.get(name))
 
 
 def _with_efficiency(results: list[Result]) -> list[Result]:
     """Add the parallel efficiency of runs with several ranks, relative to a run with one rank and the same settings."""
 
-    def kind(row: Result) -> tuple:
+    def key(row: Result) -> tuple:
         network = (row.model, row.data, row.batch_size, row.image_size)
         return (*network, row.hardware, row.precision, row.layout, row.torch)
 
-    alone: dict[tuple, list[tuple[int, float]]] = {}  # by kind: index in the list, images/s
+    single_rank: dict[tuple, list[tuple[int, float]]] = {}  # by key: index in the list, images/s
     for index, row in enumerate(results):
         if row.ranks == 1 and row.images_per_second:
-            alone.setdefault(kind(row), []).append((index, row.images_per_second))
+            single_rank.setdefault(key(row), []).append((index, row.images_per_second))
 
     def efficiency(index: int, row: Result) -> float | None:
-        if not (row.images_per_second and row.ranks and row.ranks > 1 and kind(row) in alone):
+        if not (row.images_per_second and row.ranks and row.ranks > 1 and key(row) in single_rank):
             return row.efficiency
-        _, speed = min(alone[kind(row)], key=lambda other: abs(other[0] - index))
+        _, speed = min(single_rank[key(row)], key=lambda other: abs(other[0] - index))
         return row.images_per_second / (row.ranks * speed)
 
     return [row._replace(efficiency=efficiency(index, row)) for index, row in enumerate(results)]
@@ -224,13 +224,13 @@ def _with_efficiency(results: list[Result]) -> list[Result]:
 def _with_peak(runs: list[Result], benchmarks: list[Result]) -> list[Result]:
     """Add the operation count and the peak from a benchmark of the same network on the same hardware."""
 
-    def kind(row: Result) -> tuple:
+    def key(row: Result) -> tuple:
         return (row.model, row.hardware, row.precision, row.image_size)
 
-    known = {kind(row): (row.flop_per_image, row.peak_flop_per_second) for row in benchmarks}
+    measured = {key(row): (row.flop_per_image, row.peak_flop_per_second) for row in benchmarks}
     return [
-        row._replace(flop_per_image=known[kind(row)][0], peak_flop_per_second=known[kind(row)][1])
-        if kind(row) in known
+        row._replace(flop_per_image=measured[key(row)][0], peak_flop_per_second=measured[key(row)][1])
+        if key(row) in measured
         else row
         for row in runs
     ]
@@ -243,11 +243,11 @@ def tables(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None
     notes = [SCALING] if any(row.efficiency for row in real) else []
     notes += [OVER_PEAK] if any((row.share_of_peak or 0) > 1 for row in real) else []
     title = "Measured runs; rows marked 'published' are results from Enflame, which were not measured here"
-    found = [Table([*COLUMNS], [row.cells() for row in real + published()], title, " ".join(notes))]
+    all_tables = [Table([*COLUMNS], [row.cells() for row in real + published()], title, " ".join(notes))]
     if simulated:
         title = "On a simulated card: the losses are real; the speed is meaningless and not shown"
-        found.append(Table([*COLUMNS], [row.cells() for row in simulated], title))
-    return [*found, seeds_table(series)._replace(title=SERIES)] if series else found
+        all_tables.append(Table([*COLUMNS], [row.cells() for row in simulated], title))
+    return [*all_tables, seeds_table(series)._replace(title=SERIES)] if series else all_tables
 
 
 def as_text(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
@@ -257,14 +257,14 @@ def as_text(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | Non
 
 def as_html(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
     """Return a complete HTML page that loads nothing from elsewhere."""
-    shown = "".join(table._repr_html_() for table in tables(results, series))
+    tables_html = "".join(table._repr_html_() for table in tables(results, series))
     style = (
         "body{font:16px/1.4 sans-serif;margin:2em;color:#333}table{border-collapse:collapse}"
         "td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left;font-variant-numeric:tabular-nums}"
     )
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-        f"{TITLE}{POLICY}<style>{style}</style><h1>Results</h1>{shown}</html>\n"
+        f"{TITLE}{POLICY}<style>{style}</style><h1>Results</h1>{tables_html}</html>\n"
     )
 
 

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 # The fields of the original example's report, with its names and in its order.
-SEED_FIELDS = (
+ORIGINAL_FIELDS = (
     "model local_rank batch_size epochs training_step_per_epoch eval_step_per_epoch acc1 acc5 device skip_steps "
     "train_fps_mean train_fps_min train_fps_max training_time"
 ).split()
@@ -43,18 +43,18 @@ def report_table(runs: Sequence[Run]) -> Table:
     rows = []
     for run in runs:
         report = run.report()
-        cells = [_shown(report[name]) for name in SEED_FIELDS]
+        cells = [_text(report[name]) for name in ORIGINAL_FIELDS]
         status = "; ".join([report["status"], *report["damage"]])
         rows.append([run.name, *cells, "yes" if report["simulated"] else "", status])
-    return Table(["run", *SEED_FIELDS, "simulated", "status"], rows)
+    return Table(["run", *ORIGINAL_FIELDS, "simulated", "status"], rows)
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
     """One row for each setting that differs between the runs."""
     settings = [_settings_of(run) for run in runs]
-    names = dict.fromkeys(name for of_run in settings for name in of_run)
-    values = {name: [_shown(of_run.get(name)) for of_run in settings] for name in names}
-    rows = [[name, *shown] for name, shown in values.items() if len(set(shown)) > 1]
+    names = dict.fromkeys(name for run_settings in settings for name in run_settings)
+    values = {name: [_text(run_settings.get(name)) for run_settings in settings] for name in names}
+    rows = [[name, *texts] for name, texts in values.items() if len(set(texts)) > 1]
     return Table(["setting", *(run.name for run in runs)], rows)
 
 
@@ -62,12 +62,12 @@ def common_settings(runs: Sequence[Run]) -> str:
     """The settings that are the same in all runs, as a line of flags."""
     differing = {row[0] for row in settings_table(runs).rows}
     common = {name: value for name, value in _settings_of(runs[0]).items() if name not in differing}
-    return " ".join(f"--{n.replace('_', '-')}={_shown(v)}" for n, v in common.items() if v not in (None, False))
+    return " ".join(f"--{n.replace('_', '-')}={_text(v)}" for n, v in common.items() if v not in (None, False))
 
 
 def _settings_of(run: Run) -> dict[str, Any]:
-    left_out = settings_that_affect("location", "launch")
-    return {name: value for name, value in run.config.items() if name not in left_out}
+    excluded = settings_that_affect("location", "launch")
+    return {name: value for name, value in run.config.items() if name not in excluded}
 
 
 def machine_table(runs: Sequence[Run]) -> Table:
@@ -78,21 +78,21 @@ def machine_table(runs: Sequence[Run]) -> Table:
         versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items() if version)
         precision = env.get("amp_dtype") or ("tf32" if env.get("tf32") else "float32")
         hardware = f"{env['hardware']} (simulated card)" if env["simulated"] else env["hardware"]
-        rows.append([run.name, hardware, str(env["world_size"]), precision, versions, _shown(env.get("commit"))])
+        rows.append([run.name, hardware, str(env["world_size"]), precision, versions, _text(env.get("commit"))])
     return Table(["run", "hardware", "ranks", "precision", "versions", "commit"], rows)
 
 
 def warnings_table(runs: Sequence[Run]) -> Table:
     """The warnings of the runs, without duplicates."""
-    said: dict[str, list[str]] = {}
+    runs_by_warning: dict[str, list[str]] = {}
     for run in runs:
         for text in dict.fromkeys(event["text"] for event in run.events("warning")):
-            said.setdefault(text, []).append(run.name)
-    rows = [[text, names[0] if len(names) == 1 else f"{len(names)} runs"] for text, names in said.items()]
+            runs_by_warning.setdefault(text, []).append(run.name)
+    rows = [[text, names[0] if len(names) == 1 else f"{len(names)} runs"] for text, names in runs_by_warning.items()]
     return Table(["warning", "run"], rows)
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -10,7 +10,7 @@ from typing import Any
 
 from vgglab.errors import UserError
 
-SPARE_BYTES = 2**20  # TensorBoard buffers data in memory for up to two minutes
+MIN_FREE_BYTES = 2**20  # TensorBoard buffers data in memory for up to two minutes
 
 
 class Scalars:
@@ -27,7 +27,7 @@ class Scalars:
         except ImportError:
             raise UserError("--tensorboard: the package tensorboard is missing; pip install tensorboard") from None
         self._folder = folder
-        self._open = lambda: SummaryWriter(str(folder), purge_step=self._purge_step)
+        self._open_writer = lambda: SummaryWriter(str(folder), purge_step=self._purge_step)
         self._writer: Any = None
         self._purge_step: int | None = None  # of a run resumed in place: scalars from this step on are discarded
 
@@ -46,10 +46,10 @@ class Scalars:
         else:
             return
         # TensorBoard's thread writes later, and would fail with a separate traceback.
-        if shutil.disk_usage(self._folder.parent).free < SPARE_BYTES:
+        if shutil.disk_usage(self._folder.parent).free < MIN_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._writer is None:
-            self._writer = self._open()
+            self._writer = self._open_writer()
         for name, value in values.items():
             if value is not None:
                 self._writer.add_scalar(name, value, event["step"])

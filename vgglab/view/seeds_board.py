@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from vgglab.view.live import front_end, keep_fresh, progress_of, summary
+from vgglab.view.live import front_end, progress_of, refresh_until_over, summary
 from vgglab.view.seeds_table import seeds_table
 from vgglab.view.tables import html_text
 
@@ -14,7 +14,7 @@ def watch(seeds: Any) -> None:
     """Show ``LaunchedSeeds`` in a live table and return at once; without widgets, wait and show the final table."""
     kind = front_end()
     if kind == "live":
-        Board(seeds).show()
+        SeedsDashboard(seeds).show()
         return
     try:
         seeds.wait()
@@ -27,7 +27,7 @@ def watch(seeds: Any) -> None:
             print(seeds_table({seeds.path.name: seeds.runs}))
 
 
-class Board:
+class SeedsDashboard:
     """Progress, table and a Stop button, updated by a thread until the last seed is done."""
 
     def __init__(self, seeds: Any) -> None:
@@ -47,7 +47,7 @@ class Board:
 
         self.refresh()
         display(self.widget)
-        threading.Thread(target=self._keep_fresh, daemon=True, name="vgglab seeds board").start()
+        threading.Thread(target=self._refresh_until_over, daemon=True, name="vgglab seeds board").start()
 
     def refresh(self) -> None:
         runs, current = self.seeds.runs, self.seeds.current
@@ -58,8 +58,8 @@ class Board:
         self.status.value, self.bar.value = html_text(text, "b"), num_done
         self.table.value = seeds_table({self.seeds.path.name: runs})._repr_html_()
 
-    def _keep_fresh(self) -> None:
-        keep_fresh(self.refresh, lambda: self.seeds.is_over, self.status)
+    def _refresh_until_over(self) -> None:
+        refresh_until_over(self.refresh, lambda: self.seeds.is_over, self.status)
         self.stop_button.disabled, self.stop_button.description = True, "Ended"
 
     def _on_stop(self, _: Any) -> None:

@@ -57,7 +57,7 @@ class Chapter(NamedTuple):
 
     file: Path
     seconds: float
-    fault: str
+    error: str
 
     @property
     def page(self) -> str:
@@ -68,7 +68,7 @@ class Chapter(NamedTuple):
         return quote(self.page)  # leaves no characters that are special in HTML
 
 
-def refuse_foreign(folder: Path, stems: Sequence[str]) -> None:
+def check_overwritable(folder: Path, stems: Sequence[str]) -> None:
     """Refuse to overwrite files that this command did not write.
 
     Raises:
@@ -76,10 +76,10 @@ def refuse_foreign(folder: Path, stems: Sequence[str]) -> None:
     """
     for page in [folder / f"{stem}.html" for stem in ("index", *stems)]:
         if page.is_symlink() or page.is_dir():
-            is_ours = False
+            is_generated = False
         else:
-            is_ours = not page.exists() or GENERATOR in page.read_text(encoding="utf-8", errors="replace")
-        if not is_ours:
+            is_generated = not page.exists() or GENERATOR in page.read_text(encoding="utf-8", errors="replace")
+        if not is_generated:
             raise UserError(f"--out {folder}: {page.name} was not written by this command; choose another folder")
 
 
@@ -87,39 +87,39 @@ def write_site(
     chapters: Sequence[Chapter], folder: Path, parameters: Mapping[str, str], with_code: bool = True
 ) -> None:
     """Write a page for each executed chapter, and ``index.html`` with summaries, durations and failures."""
-    told = [(chapter, *_opening(chapter.file)) for chapter in chapters if _is_whole(chapter.file)]
-    for index, (chapter, _, _) in enumerate(told):
+    pages = [(chapter, *_title_and_summary(chapter.file)) for chapter in chapters if _is_complete(chapter.file)]
+    for index, (chapter, _, _) in enumerate(pages):
         links = [("index.html", "All notebooks · 目录")]
-        links += [(told[near][0].link, mark + told[near][1]) for near, mark in ((index - 1, "← "), (index + 1, "→ "))
-                  if 0 <= near < len(told)]  # fmt: skip
-        nav = "".join(f"<a href='{to}'>{html_text(name, 'span')}</a>" for to, name in links)
+        links += [(pages[i][0].link, arrow + pages[i][1]) for i, arrow in ((index - 1, "← "), (index + 1, "→ "))
+                  if 0 <= i < len(pages)]  # fmt: skip
+        nav = "".join(f"<a href='{target}'>{html_text(name, 'span')}</a>" for target, name in links)
         (folder / chapter.page).write_text(_page(chapter.file, nav, with_code), encoding="utf-8")
     items = []
-    for chapter, title, opening in told:
+    for chapter, title, summary in pages:
         number = re.match(r"\d\d(?=_)", chapter.file.stem)
         numbered = f"{number.group()} {title}" if number else title
-        fault = html_text(f"failed: {chapter.fault.strip()}", "div", FAILED) if chapter.fault else ""
+        error_html = html_text(f"failed: {chapter.error.strip()}", "div", FAILED) if chapter.error else ""
         items.append(
             f"<li><a href='{chapter.link}'>{html_text(numbered, 'span')}</a> <small>{duration(chapter.seconds)}</small>"
-            f"<br>{html_text(opening, 'span')}{fault}</li>"
+            f"<br>{html_text(summary, 'span')}{error_html}</li>"
         )
     for chapter in chapters:
-        if not _is_whole(chapter.file):
+        if not _is_complete(chapter.file):
             items.append(
-                f"<li>{html_text(chapter.file.stem, 'span')}{html_text(f'failed: {chapter.fault}', 'div', FAILED)}</li>"
+                f"<li>{html_text(chapter.file.stem, 'span')}{html_text(f'failed: {chapter.error}', 'div', FAILED)}</li>"
             )
-    said = " ".join(f"-p {name} {value}" for name, value in parameters.items())
-    how = f"with {html_text(said, 'code')}" if said else "with their default settings"
+    flags = " ".join(f"-p {name} {value}" for name, value in parameters.items())
+    description = f"with {html_text(flags, 'code')}" if flags else "with their default settings"
     (folder / "index.html").write_text(
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'>{GENERATOR}{POLICY}"
         "<meta name='viewport' content='width=device-width, initial-scale=1'><title>vgglab: the notebooks</title>"
         f"<style>{INDEX_STYLE}</style></head><body><h1>vgglab: the notebooks with results</h1><p>Run from top to "
-        f"bottom without interaction, {how}.</p><ul>{''.join(items)}</ul></body></html>\n",
+        f"bottom without interaction, {description}.</p><ul>{''.join(items)}</ul></body></html>\n",
         encoding="utf-8",
     )
 
 
-def _is_whole(file: Path) -> bool:
+def _is_complete(file: Path) -> bool:
     """Whether the executed notebook exists and is complete."""
     try:
         return "cells" in json.loads(file.read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def _is_whole(file: Path) -> bool:
         return False
 
 
-def _opening(file: Path) -> tuple[str, str]:
+def _title_and_summary(file: Path) -> tuple[str, str]:
     """The title of a notebook and its first sentence, without Markdown."""
     for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"])
@@ -146,7 +146,7 @@ def _page(file: Path, nav: str, with_code: bool) -> str:
     exporter: Any = HTMLExporter(extra_loaders=[DictLoader({"book.html.j2": PAGE})], template_file="book.html.j2")
     exporter.exclude_input, exporter.embed_images = not with_code, True
     notebook = nbformat.read(str(file), as_version=4)
-    notebook.metadata["title"] = _opening(file)[0]
+    notebook.metadata["title"] = _title_and_summary(file)[0]
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(file.parent)}})
     for mark, text in ("generator", GENERATOR), ("policy", POLICY), ("style", STYLE), ("nav", nav):
         body = body.replace(f"<!-- {mark} -->", text)

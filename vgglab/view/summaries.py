@@ -36,7 +36,7 @@ def run_as_html(run: Run) -> str:
     return html_facts([("run", run.name), *facts, ("path", printable(str(run.path)))])
 
 
-def status_in_words(run: Run) -> str:
+def status_or_error(run: Run) -> str:
     """``run.status``, or a note that its files are damaged."""
     try:
         return run.status
@@ -45,7 +45,7 @@ def status_in_words(run: Run) -> str:
 
 
 def damage_of(run: Run) -> list[str]:
-    """``run.damage()``; empty if the run cannot be read, which ``status_in_words`` reports."""
+    """``run.damage()``; empty if the run cannot be read, which ``status_or_error`` reports."""
     try:
         return run.damage()
     except UserError:
@@ -54,7 +54,7 @@ def damage_of(run: Run) -> list[str]:
 
 def status_line(run: Run) -> str:
     """Return the status of a run, and notes on damaged parts of its files, which were ignored."""
-    return "; ".join([status_in_words(run), *damage_of(run)])
+    return "; ".join([status_or_error(run), *damage_of(run)])
 
 
 def report_of(run: Run) -> Mapping[str, Any] | None:
@@ -67,12 +67,12 @@ def report_of(run: Run) -> Mapping[str, Any] | None:
 
 def report_as_text(report: Mapping[str, Any]) -> str:
     """The metrics of a report, one per line."""
-    return text_table(("", ""), _figures(report)).lstrip("\n")
+    return text_table(("", ""), _metrics(report)).lstrip("\n")
 
 
 def report_as_html(report: Mapping[str, Any]) -> str:
     """The metrics of a report as HTML, for a notebook."""
-    return html_facts(_figures(report))
+    return html_facts(_metrics(report))
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
@@ -112,15 +112,15 @@ def _speed(report: Mapping[str, Any]) -> str:
     return "not measured: all steps fell within --skip-steps" if speed is None else f"{speed:,.1f} images/s"
 
 
-def _figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name, _shown(value)) for name, value in report.items()]
+def _metrics(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, _text(value)) for name, value in report.items()]
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
+        return ", ".join(f"{name} {_text(part)}" for name, part in value.items())
     if isinstance(value, list):
-        return "; ".join(map(_shown, value)) or "none"
+        return "; ".join(map(_text, value)) or "none"
     if value is None:
         return "none"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

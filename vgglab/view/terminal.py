@@ -28,7 +28,7 @@ class Terminal:
         if handler is not None:
             handler(event)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line on stdout, above the progress bar if there is one."""
         if self.bar is not None:
             self.bar.write(printable(text))
@@ -42,54 +42,54 @@ class Terminal:
 
     def _on_start(self, event: dict[str, Any]) -> None:
         self.top = min(5, event["num_classes"])
-        to_learn_from = f"{event['num_train_images']} training images, " if event["num_train_images"] else ""
+        train_images = f"{event['num_train_images']} training images, " if event["num_train_images"] else ""
         size = f"{event['num_parameters'] / 1e6:.1f} million parameters"
-        self.say(f"{event['data']}: {to_learn_from}{event['num_eval_images']} held-out images; {size}")
+        self.print_line(f"{event['data']}: {train_images}{event['num_eval_images']} held-out images; {size}")
         if event.get("simulated"):
-            self.say("simulated card: the losses are real, but the times say nothing about a real card")
+            self.print_line("simulated card: the losses are real, but the times say nothing about a real card")
         if tqdm is not None and sys.stderr.isatty() and self.progress.num_steps > self.progress.step:
-            layout = "{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix}"
+            bar_format = "{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix}"
             self.bar = tqdm(
                 total=self.progress.num_steps,
                 initial=self.progress.step,
-                bar_format=layout,
+                bar_format=bar_format,
                 dynamic_ncols=True,
-                desc=self.progress.doing,
+                desc=self.progress.activity,
             )
 
     def _on_train(self, event: dict[str, Any]) -> None:
         speed = "" if event.get("simulated") else f"{event['images_per_second']:.1f} images/s  "
-        figures = f"loss {_number(event['loss'])}  {speed}{self._left()}"
+        metrics = f"loss {_number(event['loss'])}  {speed}{self._time_left()}"
         if self.bar is None:
-            of_all = f" of {self.progress.num_steps}" if self.progress.num_steps else ""
-            self.say(f"{self.progress.doing}, step {event['step']}{of_all}: {figures}")
+            total = f" of {self.progress.num_steps}" if self.progress.num_steps else ""
+            self.print_line(f"{self.progress.activity}, step {event['step']}{total}: {metrics}")
         else:
-            self._draw(figures)
+            self._draw(metrics)
 
     def _on_eval_start(self, event: dict[str, Any]) -> None:
         if self.bar is not None:
-            self._draw(self._left())
+            self._draw(self._time_left())
 
     def _on_eval(self, event: dict[str, Any]) -> None:
         epoch = "" if event["epoch"] is None else f"epoch {event['epoch'] + 1}: "
-        self.say(
+        self.print_line(
             f"{epoch}top-1 {event['acc1']:.2f} %, top-{self.top} {event['acc5']:.2f} % "
             f"of {event['num_images']} held-out images, loss {_number(event['loss'])}"
         )
 
     def _on_warning(self, event: dict[str, Any]) -> None:
-        self.say(f"warning: {event['text']}")
+        self.print_line(f"warning: {event['text']}")
 
     def _on_end(self, event: dict[str, Any]) -> None:
         self.close()
 
-    def _draw(self, figures: str) -> None:
-        self.bar.set_description_str(self.progress.doing, refresh=False)
-        self.bar.set_postfix_str(figures, refresh=False)
+    def _draw(self, metrics: str) -> None:
+        self.bar.set_description_str(self.progress.activity, refresh=False)
+        self.bar.set_postfix_str(metrics, refresh=False)
         self.bar.n = self.progress.step
         self.bar.refresh()
 
-    def _left(self) -> str:
+    def _time_left(self) -> str:
         return "" if self.progress.eta_seconds is None else f"{duration(self.progress.eta_seconds)} left"
 
 

@@ -1,6 +1,6 @@
 """Contract doubles: stand-ins for the vendor's two ``torch_gcu`` libraries, for tests and for study.
 
-They compute on the CPU, log every call in order, and raise ``ContractBroken`` at the line that breaks the contract.
+They compute on the CPU, log every call in order, and raise ``ContractViolation`` at the line that breaks the contract.
 ``LAZY`` and ``EAGER`` are folders for ``PYTHONPATH``; with one of them in front, ``--device gcu`` finds a torch_gcu,
 and everything that a run writes is marked ``simulated``:
 

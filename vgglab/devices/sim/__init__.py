@@ -28,7 +28,7 @@ import torch
 __version__ = "simulated"
 IS_CONTRACT_DOUBLE = True  # for code that expects a real torch_gcu instead of this module
 
-_NEEDED = "needs torch 2.10 or newer"
+_REQUIREMENT = "needs torch 2.10 or newer"
 
 
 class CannotSimulate(RuntimeError):
@@ -48,12 +48,12 @@ def install() -> None:
     try:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as register
     except ImportError:
-        raise CannotSimulate(f"{_NEEDED}, but this is {torch.__version__}") from None
+        raise CannotSimulate(f"{_REQUIREMENT}, but this is {torch.__version__}") from None
     from vgglab.devices.sim import api, autocast, eccl, tensor
 
     if hasattr(torch.Tensor, "is_gcu"):  # set by a lazy torch_gcu, too; PyTorch adds it only once
         raise CannotSimulate("a lazy torch_gcu is loaded in this process; call sim.install() before loading it")
-    register("gcu", api.as_module(), tensor.Hook(), tensor.Guard())
+    register("gcu", api.create_module(), tensor.Hook(), tensor.Guard())
     tensor.register()
     autocast.register()
     eccl.register()

@@ -50,19 +50,19 @@ def set_device(device: Any) -> None:
         raise ValueError(f"{device}: the card number is missing; use gcu:0, for example")
     index = _index(device)
     if index >= 0:
-        state.touch()
+        state.lazy_init()
         state.current = check_card(index)
 
 
 @contextlib.contextmanager
 def device(device: Any) -> Iterator[None]:
     """Context manager that selects a card within the block."""
-    before = state.current
+    previous = state.current
     set_device(device)
     try:
         yield
     finally:
-        state.current = before
+        state.current = previous
 
 
 def get_device_name(device: Any = None) -> str:
@@ -99,7 +99,7 @@ def get_amp_supported_dtype() -> list[torch.dtype]:
 
 
 def init() -> None:
-    state.touch()
+    state.lazy_init()
     if device_count() == 0:
         raise RuntimeError("No GCU cards are visible")
 
@@ -178,11 +178,11 @@ class Event:
     """A timestamp; ``elapsed_time`` returns milliseconds of CPU wall-clock time."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
-        self._is_timed = enable_timing
-        self._recorded: float | None = None
+        self._enable_timing = enable_timing
+        self._timestamp: float | None = None
 
     def record(self, stream: Any = None) -> None:
-        self._recorded = time.perf_counter()
+        self._timestamp = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None:
         pass
@@ -194,11 +194,11 @@ class Event:
         return True
 
     def elapsed_time(self, end: Event) -> float:
-        if not (self._is_timed and end._is_timed):
+        if not (self._enable_timing and end._enable_timing):
             raise RuntimeError("both events must be created with enable_timing=True")
-        if self._recorded is None or end._recorded is None:
+        if self._timestamp is None or end._timestamp is None:
             raise RuntimeError("both events must be recorded before elapsed_time is called")
-        return 1000 * (end._recorded - self._recorded)
+        return 1000 * (end._timestamp - self._timestamp)
 
 
 def _index(device: Any) -> int:
@@ -238,7 +238,7 @@ class GradScaler(torch.amp.GradScaler):
         return super().scale(outputs)
 
 
-def as_module() -> ModuleType:
+def create_module() -> ModuleType:
     """Create the module ``torch.gcu``, including ``torch.gcu.amp``."""
     import sys
 

@@ -16,17 +16,17 @@ _libraries: list[torch.library.Library] = []
 
 
 def register() -> None:
-    everything = torch.library.Library("_", "IMPL")
-    everything.fallback(torch.library.fallthrough_kernel, KEY)
-    listed = torch.library.Library("aten", "IMPL")
+    all_ops = torch.library.Library("_", "IMPL")
+    all_ops.fallback(torch.library.fallthrough_kernel, KEY)
+    overrides = torch.library.Library("aten", "IMPL")
     for name in IN_LOW_PRECISION:
-        listed.impl(name, _casting(name, None), KEY)
+        overrides.impl(name, _with_cast(name, None), KEY)
     for name in IN_FLOAT32:
-        listed.impl(name, _casting(name, torch.float32), KEY)
-    _libraries.extend([everything, listed])
+        overrides.impl(name, _with_cast(name, torch.float32), KEY)
+    _libraries.extend([all_ops, overrides])
 
 
-def _casting(name: str, dtype: torch.dtype | None) -> Any:
+def _with_cast(name: str, dtype: torch.dtype | None) -> Any:
     """Return the operation with its float tensors cast to ``dtype``, or to autocast's low precision for None."""
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.aten, packet), overload or "default")

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-CARDS = "VGGLAB_SIM_CARDS"
+CARDS_VARIABLE = "VGGLAB_SIM_CARDS"
 DEFAULT_CARDS = 8
-KEEP_64_BITS = "TORCH_GCU_ENABLE_INT64_AND_UINT64"  # the vendor's opt-in for integers; float64 stays float32
-NARROW = {
+KEEP_64_BITS_VARIABLE = "TORCH_GCU_ENABLE_INT64_AND_UINT64"  # the vendor's opt-in for integers; float64 stays float32
+NARROW_TYPES = {
     torch.int64: torch.int32,
     torch.uint64: torch.uint32,
     torch.float64: torch.float32,
     torch.complex128: torch.complex64,
 }
-FORKED = (
+FORK_MESSAGE = (
     "Cannot re-initialize GCU in forked subprocess. To use GCU with multiprocessing, "
     "you must use the 'spawn' start method"
 )
@@ -35,16 +35,16 @@ class State:
         self.peak: dict[int, int] = {}
         self.storages: dict[int, int] = {}  # storage address -> number of tensors that use it
         self.generators: dict[int, torch.Generator] = {}
-        self.warned_of: set[torch.dtype] = set()
+        self.warned_types: set[torch.dtype] = set()
         os.register_at_fork(after_in_child=self._after_fork)
 
     def _after_fork(self) -> None:
         self.is_forked_child = self.is_initialized
 
-    def touch(self) -> None:
+    def lazy_init(self) -> None:
         """Record that this process uses a card. Raises RuntimeError in a forked child of such a process."""
         if self.is_forked_child:
-            raise RuntimeError(FORKED)
+            raise RuntimeError(FORK_MESSAGE)
         self.is_initialized = True
 
     def generator(self, card: int) -> torch.Generator:
@@ -59,9 +59,9 @@ state = State()
 
 def num_cards() -> int:
     """The number of visible cards: ``VGGLAB_SIM_CARDS``, restricted by ``TOPS_VISIBLE_DEVICES`` like real ones."""
-    text = os.environ.get(CARDS, str(DEFAULT_CARDS))
+    text = os.environ.get(CARDS_VARIABLE, str(DEFAULT_CARDS))
     if not text.isdigit() or int(text) > 64:
-        raise ValueError(f"{CARDS}={text} is not a whole number from 0 to 64")
+        raise ValueError(f"{CARDS_VARIABLE}={text} is not a whole number from 0 to 64")
     visible = os.environ.get("TOPS_VISIBLE_DEVICES")
     if visible is None:
         return int(text)
@@ -86,35 +86,35 @@ def check_card(index: int) -> int:
 def is_narrow(dtype: torch.dtype) -> bool:
     """Whether the card stores this 64-bit type in 32 bits."""
     if dtype in (torch.int64, torch.uint64):
-        return os.environ.get(KEEP_64_BITS, "false") not in ("true", "1")
-    return dtype in NARROW
+        return os.environ.get(KEEP_64_BITS_VARIABLE, "false") not in ("true", "1")
+    return dtype in NARROW_TYPES
 
 
-def narrow_(numbers: torch.Tensor) -> None:
+def narrow_(values: torch.Tensor) -> None:
     """Reduce 64-bit values to what 32 bits can hold, in place; warn once per type."""
-    if not is_narrow(numbers.dtype):
+    if not is_narrow(values.dtype):
         return
-    if numbers.dtype not in state.warned_of:
-        state.warned_of.add(numbers.dtype)
-        small = str(NARROW[numbers.dtype]).replace("torch.", "")
+    if values.dtype not in state.warned_types:
+        state.warned_types.add(values.dtype)
+        narrow_type = str(NARROW_TYPES[values.dtype]).replace("torch.", "")
         warnings.warn(
-            f"GCU stores {str(numbers.dtype).replace('torch.', '')} as {small}: the extra bits are lost "
+            f"GCU stores {str(values.dtype).replace('torch.', '')} as {narrow_type}: the extra bits are lost "
             "(expected on this card; shown once)",
             stacklevel=2,
         )
-    numbers.copy_(numbers.to(NARROW[numbers.dtype]))
+    values.copy_(values.to(NARROW_TYPES[values.dtype]))
 
 
-class Held:
+class CardStorage:
     """The storage of a tensor on a card; its memory is released with the last reference."""
 
-    __slots__ = ("address", "card", "num_bytes", "numbers")
+    __slots__ = ("address", "card", "num_bytes", "values")
 
-    def __init__(self, numbers: torch.Tensor, card: int) -> None:
-        self.numbers, self.card = numbers, card
-        storage = numbers.untyped_storage()
+    def __init__(self, values: torch.Tensor, card: int) -> None:
+        self.values, self.card = values, card
+        storage = values.untyped_storage()
         self.address = storage._cdata
-        self.num_bytes = storage.nbytes() // (2 if is_narrow(numbers.dtype) else 1)
+        self.num_bytes = storage.nbytes() // (2 if is_narrow(values.dtype) else 1)
         state.storages[self.address] = state.storages.get(self.address, 0) + 1
         if state.storages[self.address] == 1:
             total = state.allocated.get(card, 0) + self.num_bytes
@@ -122,7 +122,7 @@ class Held:
             state.peak[card] = max(total, state.peak.get(card, 0))
 
     def __del__(self) -> None:
-        # A tracer's tensor has no numbers. When Python exits, this module's names may be cleared before its objects.
+        # A tracer's tensor has no values. When Python exits, this module's names may be cleared before its objects.
         if state is None or not hasattr(self, "num_bytes"):
             return
         state.storages[self.address] -= 1
@@ -131,13 +131,13 @@ class Held:
             state.allocated[self.card] -= self.num_bytes
 
 
-def with_cards_random_numbers(card: int, draw: Any) -> Any:
-    """Call ``draw`` with the card's random number generator instead of the CPU's."""
-    generator, host = state.generator(card), torch.default_generator
-    host_state = host.get_state()
-    host.set_state(generator.get_state())
+def with_card_generator(card: int, function: Any) -> Any:
+    """Call ``function`` with the card's random number generator instead of the CPU's."""
+    card_generator, cpu_generator = state.generator(card), torch.default_generator
+    cpu_state = cpu_generator.get_state()
+    cpu_generator.set_state(card_generator.get_state())
     try:
-        return draw()
+        return function()
     finally:
-        generator.set_state(host.get_state())
-        host.set_state(host_state)
+        card_generator.set_state(cpu_generator.get_state())
+        cpu_generator.set_state(cpu_state)

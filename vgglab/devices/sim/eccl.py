@@ -42,7 +42,7 @@ class SimulatedEccl(ProcessGroup):
         work = self._run("allreduce", tensors, tensors, *([] if options is None else [options]))
         if is_mean:
             for tensor in tensors:
-                tensor._held.numbers.div_(self.size())
+                tensor._card_storage.values.div_(self.size())
         return work
 
     def allreduce_coalesced(self, tensors: Any, options: Any = None) -> Any:
@@ -73,25 +73,25 @@ class SimulatedEccl(ProcessGroup):
 
     def barrier(self, options: Any = None) -> Any:
         self._gloo.barrier().wait()
-        return _finished([])
+        return _completed_work([])
 
     def _run(self, name: str, results: Any, *args: Any) -> Any:
         """Run gloo's collective of this name, wait for it, and return what the caller expects."""
-        state.touch()
-        call = getattr(self._gloo, name)
-        call(*pytree.tree_map(_numbers_of, args)).wait()
+        state.lazy_init()
+        collective = getattr(self._gloo, name)
+        collective(*pytree.tree_map(_to_cpu, args)).wait()
         for result in pytree.tree_leaves(results):
-            narrow_(result._held.numbers)  # 64-bit values are sent as 32 bits
-        return _finished(results)
+            narrow_(result._card_storage.values)  # 64-bit values are sent as 32 bits
+        return _completed_work(results)
 
 
-def _numbers_of(value: Any) -> Any:
+def _to_cpu(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and not isinstance(value, SimTensor):
         raise RuntimeError(f"eccl accepts only tensors on gcu, but this one is on {value.device}")
-    return value._held.numbers if isinstance(value, SimTensor) else value
+    return value._card_storage.values if isinstance(value, SimTensor) else value
 
 
-def _finished(result: Any) -> Any:
+def _completed_work(result: Any) -> Any:
     future: Future = Future()
     future.set_result(result)
     return torch._C._distributed_c10d._create_work_from_future(future)

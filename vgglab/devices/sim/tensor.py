@@ -9,44 +9,46 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from vgglab.devices.sim.card import Held, check_card, is_narrow, narrow_, state, with_cards_random_numbers
+from vgglab.devices.sim.card import CardStorage, check_card, is_narrow, narrow_, state, with_card_generator
 
 aten = torch.ops.aten
 # Operations that accept tensors on different devices, as on real cards.
-MIXES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default, aten.index.Tensor, aten.index_put_.default}
+MIXED_OPS = {
+    aten._to_copy.default, aten.copy_.default, aten._copy_from.default, aten.index.Tensor, aten.index_put_.default,
+}  # fmt: skip
 # Operations that return a value, or a shape that depends on values, to the host.
-READS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default}
-CHANGES_SHAPE = {aten.resize_.default, aten.set_.source_Tensor, aten.t_.default, aten.transpose_.default}
-CHANGES_SHAPE |= {aten.squeeze_.default, aten.squeeze_.dim, aten.unsqueeze_.default, aten.swapaxes_.default}
-SUMS = {aten.sum.default, aten.sum.dim_IntList, aten.cumsum.default, aten.prod.default}
-PRODUCTS = {aten.convolution.default, aten.convolution_backward.default, aten.mm.default, aten.addmm.default}
+HOST_READ_OPS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default}
+SHAPE_CHANGING_OPS = {aten.resize_.default, aten.set_.source_Tensor, aten.t_.default, aten.transpose_.default}
+SHAPE_CHANGING_OPS |= {aten.squeeze_.default, aten.squeeze_.dim, aten.unsqueeze_.default, aten.swapaxes_.default}
+REDUCTIONS = {aten.sum.default, aten.sum.dim_IntList, aten.cumsum.default, aten.prod.default}
+MATMULS = {aten.convolution.default, aten.convolution_backward.default, aten.mm.default, aten.addmm.default}
 CPU = torch.device("cpu")
 
 
 class SimTensor(torch.Tensor):
     """A tensor on ``gcu:<card>``, backed by a CPU tensor of the same shape, strides and type."""
 
-    _held: Held
+    _card_storage: CardStorage
 
     @staticmethod
-    def __new__(cls, numbers: torch.Tensor, card: int) -> SimTensor:
+    def __new__(cls, values: torch.Tensor, card: int) -> SimTensor:
         tensor = torch.Tensor._make_wrapper_subclass(
             cls,
-            numbers.size(),
-            strides=numbers.stride(),
-            storage_offset=numbers.storage_offset(),
-            dtype=numbers.dtype,
-            layout=numbers.layout,
+            values.size(),
+            strides=values.stride(),
+            storage_offset=values.storage_offset(),
+            dtype=values.dtype,
+            layout=values.layout,
             device=torch.device("gcu", card),
         )
-        tensor._held = Held(numbers, card)
+        tensor._card_storage = CardStorage(values, card)
         return tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return carry_out(op, args, kwargs or {})
+        return execute(op, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         text = repr(self.detach().cpu())[:-1]
@@ -101,60 +103,60 @@ _libraries: list[torch.library.Library] = []  # keeps the registrations alive
 
 
 def register() -> None:
-    """Register ``carry_out`` for all operations of the PrivateUse1 key, mainly for factory functions."""
-    everything = torch.library.Library("_", "IMPL")
-    everything.fallback(lambda op, *args, **kwargs: carry_out(op, args, kwargs), "PrivateUse1")
-    copies = torch.library.Library("aten", "IMPL")
+    """Register ``execute`` for all operations of the PrivateUse1 key, mainly for factory functions."""
+    all_ops = torch.library.Library("_", "IMPL")
+    all_ops.fallback(lambda op, *args, **kwargs: execute(op, args, kwargs), "PrivateUse1")
+    aten_library = torch.library.Library("aten", "IMPL")
     # torch.tensor(..., device="gcu") calls this operation without __torch_dispatch__ and without the fallback.
-    copies.impl("_copy_from", _copy_from, "PrivateUse1")
-    _libraries.extend([everything, copies])
-    torch.serialization.register_package(0, lambda storage: None, _refuse_location)
+    aten_library.impl("_copy_from", _copy_from, "PrivateUse1")
+    _libraries.extend([all_ops, aten_library])
+    torch.serialization.register_package(0, lambda storage: None, _reject_location)
 
 
-def _refuse_location(storage: Any, location: str) -> None:
+def _reject_location(storage: Any, location: str) -> None:
     if location.startswith("gcu"):
         raise NotImplementedError("cannot load to the simulated card; use map_location='cpu', then move the tensors")
 
 
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    return carry_out(aten.copy_.default, (target, source, non_blocking), {})
+    return execute(aten.copy_.default, (target, source, non_blocking), {})
 
 
-def carry_out(op: Any, args: tuple, kwargs: dict) -> Any:
+def execute(op: Any, args: tuple, kwargs: dict) -> Any:
     """Compute one operation on the CPU, following the rules of the card."""
-    state.touch()
+    state.lazy_init()
     tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-    on_cards = [tensor for tensor in tensors if isinstance(tensor, SimTensor)]
-    if op not in MIXES:
-        _refuse_mixing(tensors)
-    if op in CHANGES_SHAPE:
+    card_tensors = [tensor for tensor in tensors if isinstance(tensor, SimTensor)]
+    if op not in MIXED_OPS:
+        _check_same_device(tensors)
+    if op in SHAPE_CHANGING_OPS:
         raise NotImplementedError(f"{op} changes a tensor's shape in place, which the simulated card does not support")
-    _refuse_unsupported(op, args, kwargs)
-    card, is_for_host = _target(op, on_cards, args, kwargs.get("device"))
-    if on_cards and (is_for_host or op in READS):
+    _check_supported(op, args, kwargs)
+    card, returns_to_host = _result_device(op, card_tensors, args, kwargs.get("device"))
+    if card_tensors and (returns_to_host or op in HOST_READ_OPS):
         state.num_host_reads += 1
 
-    given = {id(tensor._held.numbers): tensor for tensor in on_cards}
-    args, kwargs = pytree.tree_map(_on_cpu, (args, dict(kwargs)))
+    original_tensors = {id(tensor._card_storage.values): tensor for tensor in card_tensors}
+    args, kwargs = pytree.tree_map(_to_cpu, (args, dict(kwargs)))
     if torch.Tag.nondeterministic_seeded in op.tags:
-        _refuse_host_generator(kwargs)
-        result = with_cards_random_numbers(card, lambda: _run(op, args, kwargs))
+        _check_generator(kwargs)
+        result = with_card_generator(card, lambda: _run(op, args, kwargs))
     else:
         result = _run(op, args, kwargs)
-    if is_for_host:
+    if returns_to_host:
         return result
 
-    def on_card(value: Any) -> Any:
+    def wrap(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         if not op.is_view:
             narrow_(value)
-        return given[id(value)] if id(value) in given else SimTensor(value, card)
+        return original_tensors[id(value)] if id(value) in original_tensors else SimTensor(value, card)
 
-    return pytree.tree_map(on_card, result)
+    return pytree.tree_map(wrap, result)
 
 
-def _refuse_mixing(tensors: list[torch.Tensor]) -> None:
+def _check_same_device(tensors: list[torch.Tensor]) -> None:
     """Raise an error for tensors on different devices; as on real cards, CPU scalars are allowed."""
     devices = {str(tensor.device) for tensor in tensors if isinstance(tensor, SimTensor) or tensor.dim() > 0}
     if len(devices) > 1:
@@ -164,23 +166,23 @@ def _refuse_mixing(tensors: list[torch.Tensor]) -> None:
         )
 
 
-def _refuse_unsupported(op: Any, args: tuple, kwargs: dict) -> None:
+def _check_supported(op: Any, args: tuple, kwargs: dict) -> None:
     """Raise an error for operations that a metric might use, but that the vendor lists as unsupported."""
     if op is aten.topk.default and (kwargs.get("sorted", args[4] if len(args) > 4 else True)) is False:
         raise RuntimeError("topk with sorted=False is not supported on GCU")
     dtype = kwargs.get("dtype")
-    if op in SUMS and dtype is not None and args[0].is_floating_point() and dtype != args[0].dtype:
+    if op in REDUCTIONS and dtype is not None and args[0].is_floating_point() and dtype != args[0].dtype:
         raise RuntimeError(
             f"{op} from {args[0].dtype} to {dtype} is not supported on GCU; cast first, e.g. with .float()"
         )
 
 
-def _refuse_host_generator(kwargs: dict) -> None:
+def _check_generator(kwargs: dict) -> None:
     if kwargs.get("generator") is not None:
         raise RuntimeError("Expected a 'gcu' device type for generator but found 'cpu'")
 
 
-def _target(op: Any, on_cards: list[SimTensor], args: tuple, device: Any) -> tuple[int, bool]:
+def _result_device(op: Any, card_tensors: list[SimTensor], args: tuple, device: Any) -> tuple[int, bool]:
     """The card of the result, and whether the result goes to the host instead."""
     if device is not None:
         device = torch.device(device)
@@ -190,22 +192,22 @@ def _target(op: Any, on_cards: list[SimTensor], args: tuple, device: Any) -> tup
     if op is aten.copy_.default:
         target = args[0]
         return (target.device.index, False) if isinstance(target, SimTensor) else (0, True)
-    return (on_cards[0].device.index if on_cards else state.current), False
+    return (card_tensors[0].device.index if card_tensors else state.current), False
 
 
-def _on_cpu(value: Any) -> Any:
+def _to_cpu(value: Any) -> Any:
     if isinstance(value, SimTensor):
-        return value._held.numbers
+        return value._card_storage.values
     return CPU if isinstance(value, torch.device) and value.type == "gcu" else value
 
 
 def _run(op: Any, args: tuple, kwargs: dict) -> Any:
-    special = SPECIAL.get(op, op)
-    if op in PRODUCTS and any(isinstance(value, torch.Tensor) and value.dtype is torch.float16 for value in args):
+    kernel = OVERRIDES.get(op, op)
+    if op in MATMULS and any(isinstance(value, torch.Tensor) and value.dtype is torch.float16 for value in args):
         # As on cards, float16 products are summed in float32. Also, float16 on the CPU is very slow.
-        result = special(*[_cast(value, torch.float16, torch.float32) for value in args], **kwargs)
+        result = kernel(*[_cast(value, torch.float16, torch.float32) for value in args], **kwargs)
         return pytree.tree_map(lambda value: _cast(value, torch.float32, torch.float16), result)
-    return special(*args, **kwargs)
+    return kernel(*args, **kwargs)
 
 
 def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
@@ -218,22 +220,22 @@ def _dropout(images: torch.Tensor, p: float, train: bool | None) -> tuple[torch.
         return images.clone(), torch.ones_like(images, dtype=torch.bool)
     if p == 1:
         return torch.zeros_like(images), torch.zeros_like(images, dtype=torch.bool)
-    kept = torch.empty_like(images).bernoulli_(1 - p)
-    return images * kept.div(1 - p), kept.bool()
+    mask = torch.empty_like(images).bernoulli_(1 - p)
+    return images * mask.div(1 - p), mask.bool()
 
 
 def _dropout_backward(gradient: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     return gradient * mask.to(gradient.dtype).div(1 / scale) if scale else torch.zeros_like(gradient)
 
 
-def _fill_(numbers: torch.Tensor, value: float) -> torch.Tensor:
+def _fill_(values: torch.Tensor, value: float) -> torch.Tensor:
     """Fill in place; as on the card, a number too large for the 32-bit type is clamped, not wrapped."""
-    if numbers.dtype is torch.int64 and is_narrow(numbers.dtype):
+    if values.dtype is torch.int64 and is_narrow(values.dtype):
         value = max(-(2**31), min(2**31 - 1, int(value)))
-    return numbers.fill_(value)
+    return values.fill_(value)
 
 
-SPECIAL: dict[Any, Any] = {
+OVERRIDES: dict[Any, Any] = {
     aten.native_dropout.default: _dropout,
     aten.native_dropout_backward.default: _dropout_backward,
     aten.fill_.Scalar: _fill_,

@@ -36,7 +36,7 @@ class Mode(NamedTuple):
     flags: tuple[str, ...] = ()
     is_plain: bool = False  # a float32 loop like that of torchvision's reference script
     is_prepared: bool = True  # the process is set up as for training with vgglab
-    is_torchvisions: bool = False  # the network is torchvision's, too
+    uses_torchvision: bool = False  # the network is torchvision's, too
 
 
 class Network(NamedTuple):
@@ -46,10 +46,10 @@ class Network(NamedTuple):
     num_classes: int
     image_size: int
     head: str
-    is_torchvisions: bool
+    uses_torchvision: bool
 
     def build(self, dropout_rate: float = 0.5) -> nn.Module:
-        if not self.is_torchvisions:
+        if not self.uses_torchvision:
             return build(self.model, num_classes=self.num_classes, dropout_rate=dropout_rate, head=self.head)
         from torchvision import models
 
@@ -64,11 +64,11 @@ class Ready(NamedTuple):
     num_warm_up_steps: int
 
 
-class Refusal(NamedTuple):
+class Failure(NamedTuple):
     """The last answer of the process, if it cannot do what was requested."""
 
     reason: str
-    does_not_fit: bool = False
+    out_of_memory: bool = False
 
 
 # The first step allocates memory and the optimizer's state; on a card, the next few still load kernels.
@@ -76,11 +76,11 @@ WARM_UP_ON_HOST, WARM_UP_ON_CARD = 1, 5
 PEAK_REPEATS = 2  # of each matrix product, for each "peak" request
 
 
-def work(connection: Connection, mode: Mode, flags: list[str]) -> None:
+def serve(connection: Connection, mode: Mode, flags: list[str]) -> None:
     """Answer the requests from the connection until None arrives, which is answered with the device usage.
 
     ``Ready`` is sent before the first request. A number of steps is answered with the seconds of each step, and
-    ``"peak"`` with the FLOP/s of a matrix product in the same precision. Any answer can be a ``Refusal`` instead.
+    ``"peak"`` with the FLOP/s of a matrix product in the same precision. Any answer can be a ``Failure`` instead.
     """
     try:
         request = parse_flags([*flags, *mode.flags])
@@ -90,8 +90,8 @@ def work(connection: Connection, mode: Mode, flags: list[str]) -> None:
         )  # fmt: skip
         if mode.is_prepared:
             device.open()
-        is_like_host = device.is_host or device.is_simulated
-        if is_like_host:
+        runs_on_host = device.is_host or device.is_simulated
+        if runs_on_host:
             limit_to_free_memory()
         sets = open_sets(request)
         head = head_for(sets.image_size) if request.head == "auto" else request.head
@@ -99,9 +99,9 @@ def work(connection: Connection, mode: Mode, flags: list[str]) -> None:
             request, seed=0, workers=0, num_classes=sets.num_classes, image_size=sets.image_size, head=head
         )
         batch = next(iter(train_batches(sets, config, device).epoch(0)))
-        network = Network(config.model, config.num_classes, config.image_size, config.head, mode.is_torchvisions)
-        warm_up = WARM_UP_ON_HOST if is_like_host else WARM_UP_ON_CARD
-        connection.send(Ready(device.describe(), network, warm_up))
+        network = Network(config.model, config.num_classes, config.image_size, config.head, mode.uses_torchvision)
+        num_warm_up_steps = WARM_UP_ON_HOST if runs_on_host else WARM_UP_ON_CARD
+        connection.send(Ready(device.describe(), network, num_warm_up_steps))
         if mode.is_plain:
             _plain_loop(connection, network.build(config.dropout_rate), device, batch)
         else:
@@ -112,11 +112,11 @@ def work(connection: Connection, mode: Mode, flags: list[str]) -> None:
             for images, labels in device.feed(batches):  # copies each batch to the device, as the training loop does
                 trainer.step(images, labels)
     except UserError as error:
-        connection.send(Refusal(str(error)))
+        connection.send(Failure(str(error)))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        connection.send(Refusal(f"--batch-size {request.batch_size}: out of memory on {request.device}", True))
+        connection.send(Failure(f"--batch-size {request.batch_size}: out of memory on {request.device}", True))
     except (KeyboardInterrupt, EOFError):
         pass
 
@@ -128,16 +128,16 @@ def _steps(connection: Connection, device: Device) -> Iterator[None]:
     """
     usage: dict[str, Any] = {}
     while True:
-        asked = connection.recv()
-        if asked is None:
+        request = connection.recv()
+        if request is None:
             connection.send(usage or device.usage())
             return
-        if asked == "peak":
+        if request == "peak":
             usage = usage or device.usage()  # read before the matrices of the measurement add to it
             connection.send(product_flop_per_second(device, device.amp_dtype or "float32", PEAK_REPEATS))
             continue
         seconds = []
-        for _ in range(asked):
+        for _ in range(request):
             started = time.perf_counter()
             yield
             device.fetch(device.sum(torch.zeros(1)))  # returns when all earlier work is done
@@ -150,10 +150,10 @@ def _plain_loop(connection: Connection, network: nn.Module, device: Device, batc
     images = normalised(images)
     model, _ = device.wrap(network)
     model.train()
-    loss_of = nn.CrossEntropyLoss()
+    criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     for _ in _steps(connection, device):
-        loss = loss_of(model(images), labels)
+        loss = criterion(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

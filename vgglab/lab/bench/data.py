@@ -104,19 +104,19 @@ def measure_loading(
     device.open()
     with _on_one_core():
         chunks = list(_chunks(split, sets, config, seconds))
-    ours, theirs, decoding, num_images = (sum(column) for column in zip(*chunks))
-    core_rate = num_images / ours
+    vgglab_seconds, reference_seconds, decode_seconds, num_images = (sum(column) for column in zip(*chunks))
+    core_rate = num_images / vgglab_seconds
     counts = sorted({1, ranks.num_cores()}) if workers is None else workers
-    by_workers = {count: _by_workers(count, sets, config, device, core_rate, seconds) for count in counts}
+    by_workers = {count: _rates_with_workers(count, sets, config, device, core_rate, seconds) for count in counts}
     ratios = sorted(chunk[1] / chunk[0] for chunk in chunks)
-    best = max([figures["images_per_second"] / count for count, figures in by_workers.items()] or [core_rate])
+    best = max([rates["images_per_second"] / count for count, rates in by_workers.items()] or [core_rate])
     cards = {f"{card:g} images/s": card} if card else CARDS
     return LoadingResult(
         images_per_second=core_rate,
-        reference_images_per_second=num_images / theirs,
+        reference_images_per_second=num_images / reference_seconds,
         ratio=median(ratios),
         ratio_range=(ratios[0], ratios[-1]),
-        decode_images_per_second=num_images / decoding,
+        decode_images_per_second=num_images / decode_seconds,
         num_pairs=len(chunks),
         by_workers=by_workers,
         decoder=sets.decoder,
@@ -132,28 +132,28 @@ def _chunks(split: Split, sets: DataSets, config: Request, seconds: float) -> It
     reader = BatchReader(split, sets.train_transform(), sets.image_size, sets.decoder, skips_bad_images=False)
     reference = ReferenceImages(split, sets.image_size)
     size = min(config.batch_size, len(split))
-    until, number = time.perf_counter() + seconds, 0
-    while number < 4 or time.perf_counter() < until:
+    deadline, number = time.perf_counter() + seconds, 0
+    while number < 4 or time.perf_counter() < deadline:
         indices = [(number * size + offset) % len(split) for offset in range(size)]
         _decode(split, indices, sets.decoder)  # reads the files into the page cache, for both
         samples = [Sample(index, mix_seeds(number, index)) for index in indices]
-        runs: list[Callable[[], Any]] = [
-            partial(_ours, reader, samples),
-            partial(_theirs, reference, indices),
+        pipelines: list[Callable[[], Any]] = [
+            partial(_load_with_vgglab, reader, samples),
+            partial(_load_with_reference, reference, indices),
             partial(_decode, split, indices, sets.decoder),
         ]
         order = [0, 1, 2] if number % 2 else [1, 0, 2]
-        timed = {which: _seconds_of(runs[which]) for which in order}
+        timed = {index: _time(pipelines[index]) for index in order}
         if number:  # the first is warm-up
             yield timed[0], timed[1], timed[2], size
         number += 1
 
 
-def _ours(reader: BatchReader, samples: list[Sample]) -> torch.Tensor:
+def _load_with_vgglab(reader: BatchReader, samples: list[Sample]) -> torch.Tensor:
     return normalised(reader[samples].images)
 
 
-def _theirs(reference: ReferenceImages, indices: list[int]) -> Any:
+def _load_with_reference(reference: ReferenceImages, indices: list[int]) -> Any:
     return default_collate([reference[index] for index in indices])
 
 
@@ -162,20 +162,20 @@ def _decode(split: Split, indices: list[int], decoder: str) -> None:
         split.images.open(index, decoder).pixels()
 
 
-def _seconds_of(run: Callable[[], Any]) -> float:
+def _time(run: Callable[[], Any]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
-def _by_workers(
+def _rates_with_workers(
     count: int, sets: DataSets, config: Request, device: Device, core_rate: float, seconds: float
 ) -> dict[str, float]:
     """Return the images per second with ``count`` loader processes; this process only receives the batches."""
     assert sets.train is not None
     size = min(config.batch_size, len(sets.train))
-    num_first = 2 * count  # batches loaded ahead, two per process; once they are used up, only loading counts
-    num_batches = num_first + max(4, math.ceil(core_rate * min(count, ranks.num_cores()) * seconds / 4 / size))
+    num_prefetched = 2 * count  # batches loaded ahead, two per process; once they are used up, only loading counts
+    num_batches = num_prefetched + max(4, math.ceil(core_rate * min(count, ranks.num_cores()) * seconds / 4 / size))
     indices = [[(n * size + k) % len(sets.train) for k in range(size)] for n in range(num_batches)]
     samples = FixedBatchSampler(
         [[Sample(index, mix_seeds(n, index)) for index in batch] for n, batch in enumerate(indices)]
@@ -186,10 +186,12 @@ def _by_workers(
     )  # fmt: skip
     reader = BatchReader(sets.train, sets.train_transform(), sets.image_size, sets.decoder, skips_bad_images=False)
     rates: dict[str, list[float]] = {"images_per_second": [], "reference_images_per_second": []}
-    for turn in range(2):
-        rates["images_per_second"].append(_rate(Batches(reader, samples, count, device).epoch(turn), num_first, size))
-        rates["reference_images_per_second"].append(_rate(iter(reference), num_first, size))
-    return {name: max(seen) for name, seen in rates.items()}
+    for repetition in range(2):
+        rates["images_per_second"].append(
+            _rate(Batches(reader, samples, count, device).epoch(repetition), num_prefetched, size)
+        )
+        rates["reference_images_per_second"].append(_rate(iter(reference), num_prefetched, size))
+    return {name: max(measured) for name, measured in rates.items()}
 
 
 class FixedBatchSampler(List[List[Sample]]):
@@ -198,8 +200,8 @@ class FixedBatchSampler(List[List[Sample]]):
     epoch = first = 0
 
 
-def _rate(batches: Iterator[Any], num_first: int, size: int) -> float:
-    for _ in zip(range(num_first), batches):
+def _rate(batches: Iterator[Any], num_prefetched: int, size: int) -> float:
+    for _ in zip(range(num_prefetched), batches):
         pass
     started = time.perf_counter()
     num_images = sum(size for _ in batches)
@@ -222,26 +224,26 @@ def _on_one_core() -> Iterator[None]:
             os.sched_setaffinity(0, cores)
 
 
-def as_text(figures: LoadingResult, data_path: str) -> str:
+def as_text(result: LoadingResult, data_path: str) -> str:
     """Return the results as text."""
-    low, high = figures.ratio_range
+    low, high = result.ratio_range
     lines = [
-        f"{data_path}: {figures.num_images} training images, cropped to {figures.image_size}x{figures.image_size}, "
-        f"decoder {figures.decoder}",
+        f"{data_path}: {result.num_images} training images, cropped to {result.image_size}x{result.image_size}, "
+        f"decoder {result.decoder}",
         "",
         "one core, images/s           vgglab   torchvision's reference   decoding alone",
-        f"{'':22s}{figures.images_per_second:13.0f}{figures.reference_images_per_second:26.0f}"
-        f"{figures.decode_images_per_second:17.0f}",
-        f"vgglab: {figures.ratio:.2f} x the reference's speed (median of {figures.num_pairs} pairs, "
+        f"{'':22s}{result.images_per_second:13.0f}{result.reference_images_per_second:26.0f}"
+        f"{result.decode_images_per_second:17.0f}",
+        f"vgglab: {result.ratio:.2f} x the reference's speed (median of {result.num_pairs} pairs, "
         f"{low:.2f} to {high:.2f})",
         "",
         "loader processes, images/s   vgglab   torchvision's reference",
     ]
-    for count, rates in figures.by_workers.items():
-        ours, theirs = rates["images_per_second"], rates["reference_images_per_second"]
-        lines.append(f"{count:22d}{ours:13.0f}{theirs:26.0f}")
+    for count, rates in result.by_workers.items():
+        vgglab_rate, reference_rate = rates["images_per_second"], rates["reference_images_per_second"]
+        lines.append(f"{count:22d}{vgglab_rate:13.0f}{reference_rate:26.0f}")
     lines.append("")
-    for name, count in figures.workers_needed.items():
-        here = f"; cores of this machine: {figures.num_cores}" if count > figures.num_cores else ""
-        lines.append(f"{name}: needs {count} loader processes, each on a separate core{here}")
+    for name, count in result.workers_needed.items():
+        note = f"; cores of this machine: {result.num_cores}" if count > result.num_cores else ""
+        lines.append(f"{name}: needs {count} loader processes, each on a separate core{note}")
     return "\n".join(lines)

@@ -25,7 +25,7 @@ import torch
 
 from vgglab.errors import UserError
 from vgglab.lab import anatomy
-from vgglab.lab.bench.child import Mode, Network, Ready, Refusal, work
+from vgglab.lab.bench.child import Failure, Mode, Network, Ready, serve
 from vgglab.runs.run import run_path
 from vgglab.runs.writer import RunWriter
 from vgglab.settings.parser import parse_flags
@@ -41,9 +41,9 @@ MODES = {
     "compile": Mode("compile", ("--fast", "--compile")),
     # A plain loop with vgglab's process settings; the difference from float32 is the cost or gain of Trainer.step.
     "bare": Mode("bare", is_plain=True),
-    "torchvision": Mode("torchvision", is_plain=True, is_prepared=False, is_torchvisions=True),
+    "torchvision": Mode("torchvision", is_plain=True, is_prepared=False, uses_torchvision=True),
 }
-USUAL = ("float32", "channels-last", "amp", "fast")
+DEFAULT_MODES = ("float32", "channels-last", "amp", "fast")
 FLAGS = (
     "--data-path=fake",
     "--workers=0",
@@ -53,7 +53,7 @@ FLAGS = (
     "--skip-steps=0",
 )
 CONTEXT = multiprocessing.get_context("spawn")  # each process is a fresh interpreter that inherits no state
-FIRST_SIZE, LARGEST_SIZE, CLOSE_ENOUGH = 16, 2**16, 1 / 16  # start, limit and tolerance of the largest-batch search
+INITIAL_SIZE, LARGEST_SIZE, TOLERANCE = 16, 2**16, 1 / 16  # start, limit and tolerance of the largest-batch search
 
 
 class DoesNotFit(UserError):
@@ -81,10 +81,10 @@ class Child:
     """A process that performs steps on request. Raises UserError (mode unavailable) or DoesNotFit (out of memory)."""
 
     def __init__(self, mode: Mode, flags: Sequence[str]) -> None:
-        self.connection, other = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=work, args=(other, mode, list(flags)), daemon=True)
+        self.connection, child_connection = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=serve, args=(child_connection, mode, list(flags)), daemon=True)
         self.process.start()
-        other.close()
+        child_connection.close()
         self.mode, self._peaks = mode, [0.0]
         self.ready: Ready = self._answer()
 
@@ -97,7 +97,7 @@ class Child:
         """Perform the first steps, which are slower than the later ones."""
         self.steps(self.ready.num_warm_up_steps)
 
-    def look_for_peak(self) -> None:
+    def measure_peak(self) -> None:
         """Measure the speed of a matrix product; the highest is used, because other load can only lower it."""
         if not self.ready.device["simulated"]:
             self.connection.send("peak")
@@ -110,20 +110,20 @@ class Child:
         self.process.join()
         return usage
 
-    def figures(self, batch_size: int, own_seconds: Sequence[float], pairs: Sequence[float] = ()) -> StepResult:
-        """End the process and return the result; ``pairs``: step seconds of the plain loop, one per repetition."""
-        rate = batch_size / median(own_seconds)
-        ratios = sorted(theirs / own for own, theirs in zip(own_seconds, pairs))
+    def finish(self, batch_size: int, mode_seconds: Sequence[float], plain_seconds: Sequence[float] = ()) -> StepResult:
+        """End the process and return the result; ``plain_seconds``: step times of the plain loop."""
+        rate = batch_size / median(mode_seconds)
+        ratios = sorted(plain / mode for mode, plain in zip(mode_seconds, plain_seconds))
         peak = max(self._peaks) or None
         flop = _training_flop(self.ready.network)
         return StepResult(
             way=self.mode.name,
             batch_size=batch_size,
             images_per_second=rate,
-            reference_images_per_second=batch_size / median(pairs) if pairs else None,
+            reference_images_per_second=batch_size / median(plain_seconds) if plain_seconds else None,
             ratio=median(ratios) if ratios else None,
             ratio_range=(ratios[0], ratios[-1]) if ratios else None,
-            num_turns=len(own_seconds),
+            num_turns=len(mode_seconds),
             flop_per_image=flop,
             peak_flop_per_second=peak,
             share_of_peak=rate * flop / peak if peak else None,
@@ -140,9 +140,9 @@ class Child:
             if code < 0:  # killed by a signal, probably by the OOM killer
                 raise DoesNotFit(f"{self.mode.name}: its process was killed, probably because memory ran out") from None
             raise RuntimeError(f"{self.mode.name}: its process failed; see the error above") from None
-        if isinstance(answer, Refusal):
+        if isinstance(answer, Failure):
             self.process.join()
-            raise (DoesNotFit if answer.does_not_fit else UserError)(answer.reason)
+            raise (DoesNotFit if answer.out_of_memory else UserError)(answer.reason)
         return answer
 
 
@@ -150,11 +150,11 @@ class Child:
 def _training_flop(network: Network) -> int:
     """Return the FLOP of the forward and backward pass for one image; cached, because the imports take seconds."""
     with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes without weights
-        hollow = network.build()
-    return anatomy.of(hollow, network.image_size).training_flop
+        network_without_weights = network.build()
+    return anatomy.of(network_without_weights, network.image_size).training_flop
 
 
-def mode_named(name: str) -> Mode:
+def get_mode(name: str) -> Mode:
     if name not in MODES:
         raise UserError(f"--ways: unknown mode {name!r}; choose from {', '.join(MODES)}")
     return MODES[name]
@@ -175,26 +175,26 @@ def measure_steps(
         UserError: an unknown mode, or one that the device does not support.
         DoesNotFit: the batch does not fit into memory.
     """
-    chosen = [mode_named(name) for name in dict.fromkeys(ways)]
+    modes = [get_mode(name) for name in dict.fromkeys(ways)]
     flags = [*flags, *FLAGS, f"--batch-size={batch_size}"]
     plain = Child(PLAIN, flags)
     plain.warm_up()
     results = []
-    for mode in chosen:
+    for mode in modes:
         child = Child(mode, flags)
         child.warm_up()
-        own: list[float] = []
-        theirs: list[float] = []
+        mode_seconds: list[float] = []
+        plain_seconds: list[float] = []
         for turn in range(turns):
-            for one, seconds in ((plain, theirs), (child, own))[:: 1 if turn % 2 else -1]:
-                seconds.append(median(one.steps(steps)))
-            child.look_for_peak()
-        results.append(child.figures(batch_size, own, theirs))
+            for process, seconds in ((plain, plain_seconds), (child, mode_seconds))[:: 1 if turn % 2 else -1]:
+                seconds.append(median(process.steps(steps)))
+            child.measure_peak()
+        results.append(child.finish(batch_size, mode_seconds, plain_seconds))
     plain.stop()
     return results
 
 
-def largest(flags: Sequence[str], mode: str, turns: int, steps: int) -> StepResult:
+def find_largest_batch(flags: Sequence[str], mode: str, turns: int, steps: int) -> StepResult:
     """Find the largest batch that fits, to within 1/16, and measure its speed with nothing else on the device.
 
     Each attempt runs two steps in a separate process, because the optimizer's state is only allocated in the first
@@ -204,11 +204,11 @@ def largest(flags: Sequence[str], mode: str, turns: int, steps: int) -> StepResu
         UserError: an unknown or unsupported mode, or out of memory even for a single image.
     """
     fits, too_large = 0, LARGEST_SIZE + 1
-    while too_large - fits > max(1, fits * CLOSE_ENOUGH):
+    while too_large - fits > max(1, fits * TOLERANCE):
         has_failed = too_large <= LARGEST_SIZE
-        size = (fits + too_large) // 2 if has_failed else min(2 * fits or FIRST_SIZE, LARGEST_SIZE)
+        size = (fits + too_large) // 2 if has_failed else min(2 * fits or INITIAL_SIZE, LARGEST_SIZE)
         try:
-            _alone(flags, mode, size).stop()
+            _start_alone(flags, mode, size).stop()
             fits = size
         except DoesNotFit:
             too_large = size
@@ -216,18 +216,18 @@ def largest(flags: Sequence[str], mode: str, turns: int, steps: int) -> StepResu
         raise UserError(f"{mode}: out of memory even for a single image")
     while True:
         try:
-            child = _alone(flags, mode, fits)
+            child = _start_alone(flags, mode, fits)
             seconds = [median(child.steps(steps)) for _ in range(turns)]
-            child.look_for_peak()
-            return child.figures(fits, seconds)
+            child.measure_peak()
+            return child.finish(fits, seconds)
         except DoesNotFit:  # so close to the limit that the same batch does not always fit
             if fits == 1:
                 raise
-            fits -= max(1, int(fits * CLOSE_ENOUGH))
+            fits -= max(1, int(fits * TOLERANCE))
 
 
-def _alone(flags: Sequence[str], mode: str, batch_size: int) -> Child:
-    child = Child(mode_named(mode), [*flags, *FLAGS, f"--batch-size={batch_size}"])
+def _start_alone(flags: Sequence[str], mode: str, batch_size: int) -> Child:
+    child = Child(get_mode(mode), [*flags, *FLAGS, f"--batch-size={batch_size}"])
     try:
         child.steps(2)
     except UserError:
@@ -240,15 +240,15 @@ def as_text(results: Sequence[StepResult]) -> str:
     """Return the results as text."""
     lines = ["mode            batch   images/s   plain loop   ratio (range)         peak memory       share of peak"]
     for row in results:
-        beside = f"{'':13s}   {'alone':19s}"
+        versus = f"{'':13s}   {'alone':19s}"
         if row.reference_images_per_second and row.ratio and row.ratio_range:
             low, high = row.ratio_range
-            beside = f"{row.reference_images_per_second:13.2f}   {f'{row.ratio:.2f} ({low:.2f} to {high:.2f})':19s}"
+            versus = f"{row.reference_images_per_second:13.2f}   {f'{row.ratio:.2f} ({low:.2f} to {high:.2f})':19s}"
         memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB"
         share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
-        lines.append(f"{row.way:15s}{row.batch_size:6d}{row.images_per_second:11.2f}{beside}{memory:>14s}{share:>20s}")
+        lines.append(f"{row.way:15s}{row.batch_size:6d}{row.images_per_second:11.2f}{versus}{memory:>14s}{share:>20s}")
     if any(row.ratio is None for row in results):
-        lines.append(f"the largest batch that fits, to within {CLOSE_ENOUGH:.0%}; it leaves no memory for a plain loop")
+        lines.append(f"the largest batch that fits, to within {TOLERANCE:.0%}; it leaves no memory for a plain loop")
     return "\n".join(lines)
 
 

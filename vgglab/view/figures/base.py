@@ -17,7 +17,7 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 INK, GRID = "#333333", "#DDDDDD"
 DASHES = ("-", "--", ":", "-.")
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
-MAX_TOLD = 10  # panels described in the alternative text
+MAX_DESCRIBED_PANELS = 10  # panels described in the alternative text
 
 
 class NotebookFigure(Figure):
@@ -44,29 +44,29 @@ class NotebookFigure(Figure):
         self.savefig(file, format="png", dpi=dpi)
         return file.getvalue()
 
-    def in_words(self) -> str:
+    def alt_text(self) -> str:
         """The alternative text for screen readers: title, axes and legend of each panel."""
-        told = []
+        descriptions = []
         for panel in self.axes:
             axes = " over ".join(filter(None, [panel.get_ylabel(), panel.get_xlabel()]))
             names = ", ".join(dict.fromkeys(panel.get_legend_handles_labels()[1]))
-            about = ": ".join(filter(None, [panel.get_title(), axes])) + f" ({names})" * bool(names)
-            told.append(" ".join(about.split()))
-        distinct = [words for words in dict.fromkeys(told) if not words.isdigit() and words]
-        more = f"and {len(distinct) - MAX_TOLD} more"
-        told = [*distinct[:MAX_TOLD], *[more] * (len(distinct) > MAX_TOLD)]
-        return "; ".join(told) or f"figure with {len(self.axes)} panels"
+            description = ": ".join(filter(None, [panel.get_title(), axes])) + f" ({names})" * bool(names)
+            descriptions.append(" ".join(description.split()))
+        distinct = [text for text in dict.fromkeys(descriptions) if not text.isdigit() and text]
+        more = f"and {len(distinct) - MAX_DESCRIBED_PANELS} more"
+        descriptions = [*distinct[:MAX_DESCRIBED_PANELS], *[more] * (len(distinct) > MAX_DESCRIBED_PANELS)]
+        return "; ".join(descriptions) or f"figure with {len(self.axes)} panels"
 
     def __repr__(self) -> str:
-        return f"NotebookFigure({self.in_words()})"
+        return f"NotebookFigure({self.alt_text()})"
 
     def bundle(self, text: str = "") -> dict[str, Any]:
         """The data for IPython's ``display``: the image, and its description as text."""
-        words = {"image/png": {"alt": self.in_words()}}
-        return {"data": {"image/png": self.png(), "text/plain": text or repr(self)}, "metadata": words, "raw": True}
+        metadata = {"image/png": {"alt": self.alt_text()}}
+        return {"data": {"image/png": self.png(), "text/plain": text or repr(self)}, "metadata": metadata, "raw": True}
 
     def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
-        return self.png(), {"alt": self.in_words()}
+        return self.png(), {"alt": self.alt_text()}
 
 
 def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tuple[NotebookFigure, list[Any]]:

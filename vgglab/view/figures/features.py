@@ -16,11 +16,11 @@ from vgglab.view.figures.base import BLUE, GREEN, GRID, INK, ORANGE, NotebookFig
 def kernel_grid(kernels: Any, num_columns: int = 16) -> NotebookFigure:
     """Show first-layer kernels ``(K, 3, h, w)`` as colour images, each scaled from its minimum to its maximum."""
     kernels = np.asarray(kernels).transpose(0, 2, 3, 1)  # (K, h, w, 3)
-    least, most = kernels.min(axis=(1, 2, 3), keepdims=True), kernels.max(axis=(1, 2, 3), keepdims=True)
-    images = (kernels - least) / np.maximum(most - least, 1e-12)
+    lowest, highest = kernels.min(axis=(1, 2, 3), keepdims=True), kernels.max(axis=(1, 2, 3), keepdims=True)
+    images = (kernels - lowest) / np.maximum(highest - lowest, 1e-12)
     num_rows = -(-len(images) // num_columns)
     figure = NotebookFigure(0.55 * num_columns, 0.62 * num_rows)
-    for number, panel in enumerate(_bare_panels(figure, num_rows, num_columns)):
+    for number, panel in enumerate(_panels_without_ticks(figure, num_rows, num_columns)):
         if number < len(images):
             panel.imshow(images[number])
             panel.set_xlabel(number, fontsize=7, labelpad=1)
@@ -67,18 +67,18 @@ def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles:
         panel.set_title(title, fontsize=9, color=INK)
         _without_ticks(panel)
         for row, (name, heat) in zip(rows[1:], heats.items()):
-            drawn = _lay_over(row[column], image, heat[column])
-            least, greatest = drawn.get_clim()
-            if least < greatest:
-                figure.colorbar(drawn, ax=row[column], shrink=0.9, pad=0.03).ax.tick_params(labelsize=7, colors=INK)
+            heatmap = _overlay(row[column], image, heat[column])
+            lowest, highest = heatmap.get_clim()
+            if lowest < highest:
+                figure.colorbar(heatmap, ax=row[column], shrink=0.9, pad=0.03).ax.tick_params(labelsize=7, colors=INK)
             else:  # a colour bar would show a range that does not exist
-                row[column].set_xlabel(f"{least:.2g} everywhere", fontsize=7, color=INK)
+                row[column].set_xlabel(f"{lowest:.2g} everywhere", fontsize=7, color=INK)
             if column == 0:
                 row[column].set_ylabel(name, fontsize=8, color=INK)
     return figure
 
 
-def _lay_over(panel: Any, image: Any, heat: Any) -> Any:
+def _overlay(panel: Any, image: Any, heat: Any) -> Any:
     height, width = np.asarray(image).shape[:2]
     panel.imshow(_grey(image), cmap="gray", vmin=0, vmax=255)
     _without_ticks(panel)
@@ -102,9 +102,9 @@ def receptive_fields(image: Any, fields: Mapping[str, Any]) -> NotebookFigure:
     figure = NotebookFigure(9.6, 9.6 / len(fields) + 0.5)
     for panel, (name, field) in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields.items()):
         panel.imshow(160 + _grey(image) * (95 / 255), cmap="gray", vmin=0, vmax=255)
-        glow = np.zeros((height, width, 4))
-        glow[..., :3], glow[..., 3] = to_rgb(ORANGE), (field / max(field.max(), 1e-30)) ** 0.5
-        panel.imshow(glow)
+        overlay = np.zeros((height, width, 4))
+        overlay[..., :3], overlay[..., 3] = to_rgb(ORANGE), (field / max(field.max(), 1e-30)) ** 0.5
+        panel.imshow(overlay)
         top, left, bottom, right = boxes[name]
         size = (right - left, bottom - top)
         panel.add_patch(Rectangle((left - 0.5, top - 0.5), *size, fill=False, edgecolor=BLUE, linewidth=1.5))
@@ -137,14 +137,14 @@ def neighbour_rows(
     """
     num_columns = 1 + max(len(indices) for _, _, indices in rows)
     figure = NotebookFigure(1.25 * num_columns, 1.5 * len(rows))
-    panels = iter(_bare_panels(figure, len(rows), num_columns))
-    for what, query, indices in rows:
+    panels = iter(_panels_without_ticks(figure, len(rows), num_columns))
+    for criterion, query, indices in rows:
         for number, index in enumerate([query, *indices]):
             panel, is_same = next(panels), meanings[index] == meanings[query]
             panel.imshow(np.asarray(images[index]))
             if number == 0:
                 panel.set_title(meanings[query], fontsize=9, color=INK, fontweight="bold")
-                panel.set_ylabel(f"by {what}", fontsize=9, color=INK)
+                panel.set_ylabel(f"by {criterion}", fontsize=9, color=INK)
                 panel.spines[:].set(color=INK, linewidth=2)
             else:
                 colour = GREEN if is_same else ORANGE
@@ -156,7 +156,7 @@ def neighbour_rows(
     return figure
 
 
-def _bare_panels(figure: NotebookFigure, num_rows: int, num_columns: int) -> list[Any]:
+def _panels_without_ticks(figure: NotebookFigure, num_rows: int, num_columns: int) -> list[Any]:
     panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for panel in panels:
         _without_ticks(panel)

@@ -12,7 +12,7 @@ from vgglab.view.anatomy_table import Anatomy, Ceilings, Layer
 from vgglab.view.figures.base import BLUE, GREEN, INK, ORANGE, PURPLE, NotebookFigure, new_figure
 
 WIDTH, HEIGHT = 5.2, 3.6  # inches; still legible at three quarters of this size, on a phone
-LOOKS = {
+STYLES = {
     "conv": (BLUE, "", "convolution, then ReLU"),
     "pool": (GREEN, "//", "pool (width not to scale)"),
     "linear": (ORANGE, "..", "linear (height on a separate scale)"),
@@ -20,7 +20,7 @@ LOOKS = {
 }
 LABEL_GAP = 0.034  # between two labels of the roofline, as a fraction of its width
 # Fractions of the total width of all maps.
-GAP, POOL, LINEAR, LEAST, LETTER = 0.007, 0.014, 0.05, 0.002, 0.02
+GAP, POOL_WIDTH, LINEAR_WIDTH, MIN_WIDTH, LETTER_WIDTH = 0.007, 0.014, 0.05, 0.002, 0.02
 
 
 def architecture(anatomy: Anatomy, marked: str = "") -> NotebookFigure:
@@ -54,14 +54,14 @@ def draw(panel: Any, anatomy: Anatomy, marked: str = "") -> None:
     for layer, left, width, height in boxes:
         _box(panel, layer.name, layer.kind, (left, 0), width, height)
     by_name = {box[0].name: box for box in boxes}
-    current, owners = boxes[0], {}  # owners: for each layer, its box or that of its input
+    current, box_of_layer = boxes[0], {}  # its own box or that of its input
     for layer in anatomy:
-        owners[layer.name] = current = by_name.get(layer.name, current)
+        box_of_layer[layer.name] = current = by_name.get(layer.name, current)
         if layer.kind == "batch norm":
             _box(panel, layer.name, layer.kind, (current[1], -0.045 * size), current[2], 0.03 * size)
     _write_sizes(panel, boxes, size)
     if marked:
-        _point_at(panel, marked, owners[marked], size)
+        _draw_marker(panel, marked, box_of_layer[marked], size)
     _finish(panel, anatomy, boxes)
 
 
@@ -69,30 +69,30 @@ def _boxes(anatomy: Anatomy) -> list[tuple[Layer, float, float, float]]:
     maps = [layer for layer in anatomy if layer.kind in ("conv", "pool")]
     linear = [layer for layer in anatomy if layer.kind == "linear"]
     num_pools = sum(layer.kind == "pool" for layer in maps)
-    gap, pool = min(GAP, 0.3 / max(1, len(maps))), min(POOL, 0.2 / max(1, num_pools))
+    gap, pool_width = min(GAP, 0.3 / max(1, len(maps))), min(POOL_WIDTH, 0.2 / max(1, num_pools))
     channels = sum(layer.output_shape[1] for layer in maps if layer.kind == "conv")
-    room = 1 - gap * len(maps) - pool * num_pools
+    available = 1 - gap * len(maps) - pool_width * num_pools
     boxes, left = [], 0.0
     for layer in maps:
-        width = pool if layer.kind == "pool" else max(LEAST, room * layer.output_shape[1] / channels)
+        width = pool_width if layer.kind == "pool" else max(MIN_WIDTH, available * layer.output_shape[1] / channels)
         boxes.append((layer, left, width, float(layer.output_shape[2])))
         left += width + gap
-    most = max((layer.output_shape[-1] for layer in linear), default=1)
+    max_features = max((layer.output_shape[-1] for layer in linear), default=1)
     # The first linear box is to the right of the last number written above a map.
-    numbers_end = [at + 1.3 * LETTER * len(_side(layer)) for layer, at, *_ in boxes[-2:]]
+    numbers_end = [box_left + 1.3 * LETTER_WIDTH * len(_size_label(layer)) for layer, box_left, *_ in boxes[-2:]]
     left = max([left + 4 * GAP, *numbers_end])
     for layer in linear:
-        boxes.append((layer, left, LINEAR, 0.6 * anatomy.image_size * layer.output_shape[-1] / most))
-        left += LINEAR + 2 * GAP
+        boxes.append((layer, left, LINEAR_WIDTH, 0.6 * anatomy.image_size * layer.output_shape[-1] / max_features))
+        left += LINEAR_WIDTH + 2 * GAP
     return boxes
 
 
-def _side(layer: Layer) -> str:
+def _size_label(layer: Layer) -> str:
     return "x".join(str(side) for side in layer.output_shape[2:])
 
 
 def _box(panel: Any, name: str, kind: str, corner: tuple[float, float], width: float, height: float) -> None:
-    color, hatch, label = LOOKS[kind]
+    color, hatch, label = STYLES[kind]
     is_first = label not in panel.get_legend_handles_labels()[1]
     panel.add_patch(
         Rectangle(
@@ -104,38 +104,38 @@ def _box(panel: Any, name: str, kind: str, corner: tuple[float, float], width: f
 
 def _write_sizes(panel: Any, boxes: Sequence[tuple[Layer, float, float, float]], size: int) -> None:
     """Write the side of the maps above the first box of each size, and the channels below the convolutions."""
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # an arrow may pass behind
-    look: dict[str, Any] = {"fontsize": 9, "color": INK, "zorder": 5, "bbox": behind}
+    background = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # an arrow may pass behind
+    text_style: dict[str, Any] = {"fontsize": 9, "color": INK, "zorder": 5, "bbox": background}
     maps = [box for box in boxes if box[0].kind in ("conv", "pool")]
-    before, taken = 0.0, (0.0, 0.0)  # height of the previous box; right end and height of the last number
+    previous_height, last_label = 0.0, (0.0, 0.0)  # height of the previous box; right end and height of the last number
     for layer, left, _, height in maps:
-        if height != before:
-            side = _side(layer)
-            at = height + 0.015 * size
-            if left < taken[0] and abs(at - taken[1]) < 0.08 * size:
-                at = taken[1] + 0.08 * size
-            panel.text(left, at, side, ha="left", va="bottom", **look)
-            taken = (left + LETTER * len(side), at)
-        before = height
+        if height != previous_height:
+            side = _size_label(layer)
+            baseline = height + 0.015 * size
+            if left < last_label[0] and abs(baseline - last_label[1]) < 0.08 * size:
+                baseline = last_label[1] + 0.08 * size
+            panel.text(left, baseline, side, ha="left", va="bottom", **text_style)
+            last_label = (left + LETTER_WIDTH * len(side), baseline)
+        previous_height = height
     groups: list[list[tuple[Layer, float, float, float]]] = []
     for box in maps:
         if box[0].kind == "conv":
             is_same = groups and groups[-1][-1][0].output_shape[1:3] == box[0].output_shape[1:3]
             groups[-1].append(box) if is_same else groups.append([box])
-    free = 0.0
+    next_free = 0.0
     for group in groups:
         channels = str(group[0][0].output_shape[1])
-        half = LETTER * len(channels) / 2
-        middle = max((group[0][1] + group[-1][1] + group[-1][2]) / 2, free + half)
-        panel.text(middle, -0.06 * size, channels, ha="center", va="top", **look)
-        free = middle + half + LETTER / 2
+        half_width = LETTER_WIDTH * len(channels) / 2
+        middle = max((group[0][1] + group[-1][1] + group[-1][2]) / 2, next_free + half_width)
+        panel.text(middle, -0.06 * size, channels, ha="center", va="top", **text_style)
+        next_free = middle + half_width + LETTER_WIDTH / 2
     for layer, left, width, height in boxes:
         if layer.kind == "linear":
-            place = (left + width / 2, height + 0.015 * size)
-            panel.text(*place, str(layer.output_shape[-1]), rotation=90, ha="center", va="bottom", **look)
+            position = (left + width / 2, height + 0.015 * size)
+            panel.text(*position, str(layer.output_shape[-1]), rotation=90, ha="center", va="bottom", **text_style)
 
 
-def _point_at(panel: Any, name: str, box: tuple[Layer, float, float, float], size: int) -> None:
+def _draw_marker(panel: Any, name: str, box: tuple[Layer, float, float, float], size: int) -> None:
     layer, left, width, height = box
     middle, tip = left + width / 2, height + (0.25 * size if layer.kind == "linear" else 0)  # above the number
     panel.add_patch(Rectangle((left, 0), width, height, fill=False, edgecolor=INK, linewidth=2.5, gid="mark"))
@@ -180,19 +180,19 @@ def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> NotebookFigure:
     peak, ridge = ceilings.flop_per_second / 1e9, ceilings.ridge
     left, right = min(ridge, *(r.intensity for r in shown)) / 2, max(ridge, *(r.intensity for r in shown)) * 2
     bottom = min(*speeds, ceilings.attainable(left) / 1e9) / 30  # leaves space for the labels below the layers
-    moving = f"memory bandwidth, {ceilings.bytes_per_second / 1e9:.1f} GB/s"
-    panel.plot([left, ridge], [ceilings.attainable(left) / 1e9, peak], "--", color=GREEN, linewidth=2, label=moving)
+    bandwidth = f"memory bandwidth, {ceilings.bytes_per_second / 1e9:.1f} GB/s"
+    panel.plot([left, ridge], [ceilings.attainable(left) / 1e9, peak], "--", color=GREEN, linewidth=2, label=bandwidth)
     panel.plot([ridge, right], [peak, peak], "-", color=PURPLE, linewidth=2, label=f"peak compute, {peak:.1f} GFLOP/s")
     for kind, marker, color in (("conv", "o", BLUE), ("linear", "s", ORANGE)):
-        of_kind = [(row.intensity, speed) for row, speed in zip(shown, speeds) if row.kind == kind]
-        if of_kind:
-            panel.plot(*zip(*of_kind), marker, color=color, markersize=7, alpha=0.8, label=kind)
+        points = [(row.intensity, speed) for row, speed in zip(shown, speeds) if row.kind == kind]
+        if points:
+            panel.plot(*zip(*points), marker, color=color, markersize=7, alpha=0.8, label=kind)
     panel.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * max(peak, *speeds)))
     panel.set_xlabel("arithmetic intensity in FLOP per byte")
     panel.set_ylabel("forward pass in GFLOP/s")
-    for label, intensity, speed, place in _labels(shown, speeds, left, right):
+    for label, intensity, speed, position in _labels(shown, speeds, left, right):
         panel.annotate(
-            label, (intensity, speed), (place, 0.03), textcoords="axes fraction", rotation=90, fontsize=8, color=INK,
+            label, (intensity, speed), (position, 0.03), textcoords="axes fraction", rotation=90, fontsize=8, color=INK,
             ha="center", va="bottom", arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.5},
         )  # fmt: skip
     panel.legend(fontsize=9, frameon=False, loc="upper left")
@@ -203,14 +203,14 @@ def _labels(
     rows: Sequence[Layer], speeds: Sequence[float], left: float, right: float
 ) -> list[tuple[str, float, float, float]]:
     """Return the layer names, the positions of their markers, and label positions (0 to 1) without overlap."""
-    marks = sorted(zip((row.intensity for row in rows), speeds, (row.name for row in rows)))
-    wanted = [math.log(mark[0] / left) / math.log(right / left) for mark in marks]
-    gap = min(LABEL_GAP, 1 / (len(marks) + 1))
-    places: list[float] = []
-    for place in wanted:  # pushed to the right if too close to the previous one,
-        places.append(max([place, *(p + gap for p in places[-1:])]))
-    most = 1 - gap / 2
-    for number in reversed(range(len(places))):  # and pushed back from the right edge
-        places[number] = min(places[number], most)
-        most = places[number] - gap
-    return [(name, intensity, speed, place) for (intensity, speed, name), place in zip(marks, places)]
+    markers = sorted(zip((row.intensity for row in rows), speeds, (row.name for row in rows)))
+    preferred = [math.log(marker[0] / left) / math.log(right / left) for marker in markers]
+    gap = min(LABEL_GAP, 1 / (len(markers) + 1))
+    positions: list[float] = []
+    for position in preferred:  # pushed to the right if too close to the previous one,
+        positions.append(max([position, *(previous + gap for previous in positions[-1:])]))
+    limit = 1 - gap / 2
+    for number in reversed(range(len(positions))):  # and pushed back from the right edge
+        positions[number] = min(positions[number], limit)
+        limit = positions[number] - gap
+    return [(name, intensity, speed, position) for (intensity, speed, name), position in zip(markers, positions)]

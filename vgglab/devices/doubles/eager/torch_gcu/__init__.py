@@ -8,7 +8,7 @@ around distributed training, and what an adapter must not touch.
 import os
 
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-_before = os.environ.get(_AUTOLOAD)
+_original_autoload = os.environ.get(_AUTOLOAD)
 os.environ[_AUTOLOAD] = "0"  # stays 0 if this is imported before torch, for child processes, too
 
 IS_CONTRACT_DOUBLE = True
@@ -17,13 +17,13 @@ __version__ = "2.10.0"
 
 def _autoload():
     """Called by ``import torch``; restores the variable."""
-    os.environ[_AUTOLOAD] = _before or "1"
+    os.environ[_AUTOLOAD] = _original_autoload or "1"
 
 
-from torch_gcu.contract import ContractBroken, log, watch  # noqa: E402
+from torch_gcu.contract import ContractViolation, install_checks, log  # noqa: E402
 from vgglab.devices import sim  # noqa: E402
 
-__all__ = ["ContractBroken", "log"]
+__all__ = ["ContractViolation", "log"]
 
 sim.install()
-watch()
+install_checks()

@@ -2,4 +2,4 @@
 
 from torch_gcu.contract import log
 
-log.broken("transfer_to_gcu was imported: it rewrites torch for the whole process; adapters must not import it")
+log.violation("transfer_to_gcu was imported: it rewrites torch for the whole process; adapters must not import it")

@@ -7,7 +7,7 @@ patches ``torch.Tensor`` on import and uses the torch.device type ``xla``.
 
 import os
 
-from torch_gcu.core.contract import ContractBroken, log
+from torch_gcu.core.contract import ContractViolation, log
 from torch_gcu.core.device import (
     current_device,
     device,
@@ -32,7 +32,7 @@ from torch_gcu.core.random import manual_seed_all
 
 IS_CONTRACT_DOUBLE = True
 __all__ = [
-    "ContractBroken",
+    "ContractViolation",
     "JitRunMode",
     "collect_amp_training_params",
     "collect_buffers",

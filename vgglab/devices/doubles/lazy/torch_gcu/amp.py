@@ -3,7 +3,7 @@
 import torch
 
 from torch_gcu.core.contract import log
-from torch_gcu.core.model import allowed_to_step
+from torch_gcu.core.model import allow_step
 from torch_gcu.core.tensor import Plain, to_card
 
 scalers = []
@@ -43,25 +43,25 @@ class GradScaler:
         if self._scale is None:
             self._scale = to_card(torch.tensor(float(self._init_scale)), 0)
             self._growth_tracker = to_card(torch.tensor(0), 0)
-        log.part_of_step("scale")
+        log.record_step_call("scale")
         log.scaled_loss = loss
         return loss * self._scale
 
     def step(self, optimizer):
         if not self._use_zero_grad:
             raise TypeError("unlazy() got an unexpected keyword argument")  # the error of the vendor's release
-        log.part_of_step("scaler.step")
+        log.record_step_call("scaler.step")
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         with Plain():
             gradients = [gradient for gradient in gradients if gradient is not None]
             self._has_overflowed = not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
             for gradient in gradients:
                 gradient.zero_() if self._has_overflowed else gradient.div_(self._scale)
-        with allowed_to_step():
+        with allow_step():
             return optimizer.step()  # on overflow, too: momentum and weight decay still apply
 
     def update(self):
-        log.part_of_step("scaler.update", has_overflowed=self._has_overflowed)
+        log.record_step_call("scaler.update", has_overflowed=self._has_overflowed)
         with Plain():
             if self._has_overflowed:
                 self._scale.mul_(self._backoff_factor)

@@ -3,7 +3,7 @@
 import torch.distributed as gloo
 
 from torch_gcu.core.contract import log
-from torch_gcu.core.tensor import Plain, is_on_card, settle
+from torch_gcu.core.tensor import Plain, is_on_card, mark_computed
 
 ReduceOp = gloo.ReduceOp
 
@@ -23,11 +23,11 @@ def all_reduce(tensor, op=ReduceOp.SUM):
     if not is_on_card(tensor):
         raise RuntimeError("all_reduce takes a tensor on the card")
     log.call("all_reduce")
-    was_pending = not tensor._done
+    was_pending = not tensor._is_computed
     with Plain():
         gloo.all_reduce(tensor, op=op)
     if not was_pending:
-        settle(tensor)
+        mark_computed(tensor)
 
 
 def barrier():

@@ -7,7 +7,7 @@ FLOAT32_STEP = ["zero_grad", "backward", "optimizer_step"]
 AMP_STEP = ["zero_grad", "scale", "backward", "scaler.step", "scaler.update", "unlazy"]
 
 
-class ContractBroken(AssertionError):
+class ContractViolation(AssertionError):
     """The vendor's training loop does not do this; the message says what the loop does instead."""
 
 
@@ -18,13 +18,13 @@ class Log:
         calls: all calls so far, as ``(name, details)``.
         num_graphs: graphs compiled and run, including those forced by a read.
         num_graph_breaks: reads of values that were not requested as outputs of their step.
-        is_strict: raise ``ContractBroken`` where a rule is broken; if False, only log it.
-        window: number of the step being recorded.
+        is_strict: raise ``ContractViolation`` where a rule is broken; if False, only log it.
+        step_number: number of the step being recorded.
     """
 
     def __init__(self):
         self.calls = []
-        self.num_graphs = self.num_graph_breaks = self.window = 0
+        self.num_graphs = self.num_graph_breaks = self.step_number = 0
         self.is_strict = True
         self.is_training = False  # a forward pass with gradients has been recorded since the last flush
         self.step = []  # the calls of the current step so far
@@ -38,36 +38,38 @@ class Log:
             with open(self._file, "a") as file:
                 file.write(json.dumps({"rank": int(os.environ.get("RANK", 0)), "call": name, **details}) + "\n")
 
-    def part_of_step(self, name, **details):
+    def record_step_call(self, name, **details):
         self.call(name, **details)
         if name in self.step:
-            self.broken(f"a second {name} before the flush: the previous step never ran, so the weights did not change")
+            self.violation(
+                f"a second {name} before the flush: the previous step never ran, so the weights did not change"
+            )
         self.step.append(name)
 
-    def broken(self, text):
-        self.call("broken", text=text)
+    def violation(self, text):
+        self.call("violation", text=text)
         if self.is_strict:
-            raise ContractBroken(text)
+            raise ContractViolation(text)
 
     def graph_break(self, text):
         self.num_graph_breaks += 1
         self.num_graphs += 1
         self.call("graph_break", text=text)
         if self.is_strict:
-            raise ContractBroken(text)
+            raise ContractViolation(text)
 
     def flush(self, name):
-        """Run one graph. Raises ContractBroken if the training step differs from the vendor's."""
+        """Run one graph. Raises ContractViolation if the training step differs from the vendor's."""
         self.num_graphs += 1
         if os.environ.get("ENFLAME_ENABLE_TF32") != self.tf32_at_import:
-            self.broken("ENFLAME_ENABLE_TF32 was changed after torch_gcu was imported")
+            self.violation("ENFLAME_ENABLE_TF32 was changed after torch_gcu was imported")
         if self.is_training or self.step:
             self.step.append(name)
             if self.step not in (FLOAT32_STEP, AMP_STEP):
-                self.broken(f"the step was {self.step}; the vendor's loop has {FLOAT32_STEP} or {AMP_STEP}")
+                self.violation(f"the step was {self.step}; the vendor's loop has {FLOAT32_STEP} or {AMP_STEP}")
         self.call(name)
         self.is_training, self.step, self.scaled_loss = False, [], None
-        self.window += 1
+        self.step_number += 1
 
     def count(self, name):
         """The number of calls with this name."""

@@ -38,12 +38,12 @@ def gcu_device(device=None):
 @contextlib.contextmanager
 def device(device):
     """A context manager, not a device: ``.to(torch_gcu.device(0))`` fails."""
-    before = _current[0]
+    previous = _current[0]
     set_device(device)
     try:
         yield
     finally:
-        _current[0] = before
+        _current[0] = previous
 
 
 def get_device_name(device=None):

@@ -6,9 +6,9 @@ import os
 import torch
 
 from torch_gcu.core.contract import log
-from torch_gcu.core.tensor import is_on_card, settle
+from torch_gcu.core.tensor import is_on_card, mark_computed
 
-stepping: list = []  # not empty while a function of torch_gcu calls optimizer.step()
+allowed_steps: list = []  # not empty while a function of torch_gcu calls optimizer.step()
 
 
 class JitRunMode(enum.Enum):
@@ -26,16 +26,16 @@ def optimizer_step(
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}")
     if model is None:
-        log.broken("optimizer_step without model makes every live tensor an output; pass model=")
+        log.violation("optimizer_step without model makes every live tensor an output; pass model=")
     _check_mode(mode)
-    with allowed_to_step():
+    with allow_step():
         result = optimizer.step(**(optimizer_args or {}))
     log.flush("optimizer_step")
     outputs = extra_output if isinstance(extra_output, (list, tuple)) else [extra_output]
     if not all(is_on_card(tensor) for tensor in outputs):
         outputs = []  # silently dropped: reading them later is a graph break
-    for tensor in [*_kept(model, optimizer), *outputs]:
-        settle(tensor)
+    for tensor in [*_training_state(model, optimizer), *outputs]:
+        mark_computed(tensor)
     return result
 
 
@@ -44,33 +44,33 @@ def unlazy(tensors, mode=JitRunMode.SAFEASYNC):
     if not isinstance(tensors, (list, tuple)) or not all(is_on_card(tensor) for tensor in tensors):
         raise TypeError("unlazy takes a list or tuple of tensors on the card")
     if not tensors:
-        log.broken("unlazy was called without tensors")
+        log.violation("unlazy was called without tensors")
     _check_mode(mode)
     if log.scaled_loss is not None:
         _check_amp_outputs(tensors)
     log.flush("unlazy")
     for tensor in tensors:
-        settle(tensor)
+        mark_computed(tensor)
 
 
 def _check_amp_outputs(tensors):
     from torch_gcu.amp import scalers
 
-    named = {id(tensor) for tensor in tensors}
-    missing = [name for name, tensor in log.must_be_kept.items() if id(tensor) not in named]
+    output_ids = {id(tensor) for tensor in tensors}
+    missing = [name for name, tensor in log.required_outputs.items() if id(tensor) not in output_ids]
     for scaler in scalers:
-        missing += [name for name in ("_scale", "_growth_tracker") if id(getattr(scaler, name)) not in named]
-    if id(log.scaled_loss) not in named:
+        missing += [name for name in ("_scale", "_growth_tracker") if id(getattr(scaler, name)) not in output_ids]
+    if id(log.scaled_loss) not in output_ids:
         missing.append("the loss")
     results = [tensor for tensor in tensors if not isinstance(tensor, torch.nn.Parameter) and not tensor.is_leaf]
     if not any(tensor.dim() > 0 for tensor in results):
         missing.append("the model's output")
     if missing:
-        log.broken(f"unlazy at the end of a mixed-precision step leaves out {', '.join(missing[:5])}")
+        log.violation(f"unlazy at the end of a mixed-precision step leaves out {', '.join(missing[:5])}")
 
 
 def sync_lived_tensor(device=None, mode=JitRunMode.SAFEASYNC):
-    log.broken("sync_lived_tensor is for point-to-point calls; a step ends with optimizer_step or unlazy")
+    log.violation("sync_lived_tensor is for point-to-point calls; a step ends with optimizer_step or unlazy")
 
 
 def collect_amp_training_params(model, optimizer, scaler):
@@ -79,7 +79,7 @@ def collect_amp_training_params(model, optimizer, scaler):
 
     if not isinstance(scaler, GradScaler):
         raise TypeError(f"scaler is a {type(scaler).__name__}, not torch_gcu.amp.GradScaler")
-    return [*_kept(model, optimizer), scaler._scale, scaler._growth_tracker]
+    return [*_training_state(model, optimizer), scaler._scale, scaler._growth_tracker]
 
 
 def collect_buffers(model):
@@ -90,20 +90,20 @@ def synchronize(device=None):
     log.call("synchronize")
 
 
-def _kept(model, optimizer):
+def _training_state(model, optimizer):
     states = [v for state in optimizer.state.values() for v in state.values() if is_on_card(v)]
     return [*([] if model is None else model.parameters()), *states, *([] if model is None else collect_buffers(model))]
 
 
 def _check_mode(mode):
-    wanted = JitRunMode.ASYNC if int(os.environ.get("WORLD_SIZE", 1)) > 1 else JitRunMode.SAFEASYNC
-    if mode is not wanted:
-        log.broken(f"mode is {mode}; Enflame's scripts use {wanted} here")
+    expected = JitRunMode.ASYNC if int(os.environ.get("WORLD_SIZE", 1)) > 1 else JitRunMode.SAFEASYNC
+    if mode is not expected:
+        log.violation(f"mode is {mode}; Enflame's scripts use {expected} here")
 
 
-class allowed_to_step:
+class allow_step:
     def __enter__(self):
-        stepping.append(True)
+        allowed_steps.append(True)
 
     def __exit__(self, *_):
-        stepping.pop()
+        allowed_steps.pop()

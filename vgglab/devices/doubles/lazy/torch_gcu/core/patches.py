@@ -9,7 +9,7 @@ from torch.utils.data.distributed import DistributedSampler as StockSampler
 
 from torch_gcu.core.contract import log
 from torch_gcu.core.device import device_count
-from torch_gcu.core.model import stepping
+from torch_gcu.core.model import allowed_steps
 from torch_gcu.core.tensor import is_on_card, original_to, parameter_to_card, target_device, to_card
 
 original_module_to, original_save = torch.nn.Module.to, torch.save
@@ -22,13 +22,13 @@ def install():
     torch.save = _save
     for optimizer in vars(torch.optim).values():
         if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer) and "step" in vars(optimizer):
-            optimizer.step = _watched_step(optimizer.step)
-    torch.optim.Optimizer.zero_grad = _watched_zero_grad(torch.optim.Optimizer.zero_grad)
-    StockParallel.__init__ = _refused(StockParallel, "torch_gcu.nn.parallel.DistributedDataParallel")
-    StockSampler.__init__ = _refused(StockSampler, "torch_gcu.utils.data.distributed.DistributedSampler")
+            optimizer.step = _checked_step(optimizer.step)
+    torch.optim.Optimizer.zero_grad = _checked_zero_grad(torch.optim.Optimizer.zero_grad)
+    StockParallel.__init__ = _forbid(StockParallel, "torch_gcu.nn.parallel.DistributedDataParallel")
+    StockSampler.__init__ = _forbid(StockSampler, "torch_gcu.utils.data.distributed.DistributedSampler")
 
 
-@functools.wraps(original_to)  # carry_out recognises it by its name
+@functools.wraps(original_to)  # execute recognises it by its name
 def _tensor_to(tensor, *args, **kwargs):
     device = target_device(args, kwargs)
     if not is_on_card(tensor) and device is not None and device.type == "xla":
@@ -40,70 +40,72 @@ def _module_to(module, *args, **kwargs):
     device = target_device(args, kwargs)
     if device is None or device.type != "xla":
         return original_module_to(module, *args, **kwargs)
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
+    for submodule in module.modules():
+        for name, parameter in submodule._parameters.items():
             if parameter is not None and not is_on_card(parameter):
-                part._parameters[name] = parameter_to_card(parameter, device.index or 0)
-        for name, buffer in part._buffers.items():
+                submodule._parameters[name] = parameter_to_card(parameter, device.index or 0)
+        for name, buffer in submodule._buffers.items():
             if buffer is not None and not is_on_card(buffer):
-                part._buffers[name] = to_card(buffer, device.index or 0)
+                submodule._buffers[name] = to_card(buffer, device.index or 0)
     return module
 
 
-def _on_card(optimizer):
+def _has_card_parameters(optimizer):
     return any(is_on_card(p) for group in optimizer.param_groups for p in group["params"])
 
 
-def _watched_step(step):
+def _checked_step(step):
     @functools.wraps(step)
-    def watched(optimizer, *args, **kwargs):
-        if _on_card(optimizer) and not stepping:
-            log.broken("a bare optimizer.step(): nothing runs on a lazy card until optimizer_step or unlazy is called")
-        if _on_card(optimizer):
+    def checked(optimizer, *args, **kwargs):
+        if _has_card_parameters(optimizer) and not allowed_steps:
+            log.violation(
+                "a bare optimizer.step(): nothing runs on a lazy card until optimizer_step or unlazy is called"
+            )
+        if _has_card_parameters(optimizer):
             # What the step must keep, by name; an optimizer has only its parameters.
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            log.must_be_kept = {f"parameter {number}": p for number, p in enumerate(parameters)}
+            log.required_outputs = {f"parameter {number}": p for number, p in enumerate(parameters)}
         return step(optimizer, *args, **kwargs)
 
-    return watched
+    return checked
 
 
-def _watched_zero_grad(zero_grad):
+def _checked_zero_grad(zero_grad):
     @functools.wraps(zero_grad)
-    def watched(optimizer, set_to_none=False):
-        if _on_card(optimizer):
-            log.part_of_step("zero_grad", set_to_none=set_to_none)
+    def checked(optimizer, set_to_none=False):
+        if _has_card_parameters(optimizer):
+            log.record_step_call("zero_grad", set_to_none=set_to_none)
             if not set_to_none:
-                log.broken("zero_grad() keeps the gradients in the graph; the vendor's loop calls zero_grad(True)")
+                log.violation("zero_grad() keeps the gradients in the graph; the vendor's loop calls zero_grad(True)")
         return zero_grad(optimizer, set_to_none=set_to_none)
 
-    return watched
+    return checked
 
 
-def _refused(stock, instead):
+def _forbid(stock, replacement):
     original = stock.__init__
 
     @functools.wraps(original)
     def checked(self, *args, **kwargs):
         if type(self) is stock and device_count() > 0:  # without a card, training on the CPU is allowed
-            log.broken(f"torch's own {stock.__name__} does not work on a lazy card; use {instead}")
+            log.violation(f"torch's own {stock.__name__} does not work on a lazy card; use {replacement}")
         original(self, *args, **kwargs)
 
     return checked
 
 
 def _save(content, *args, **kwargs):
-    if _holds_card_tensors(content):
-        log.broken("torch.save of a tensor on the card: loading it needs torch_gcu; save a copy made with .cpu()")
+    if _contains_card_tensors(content):
+        log.violation("torch.save of a tensor on the card: loading it needs torch_gcu; save a copy made with .cpu()")
     if int(os.environ.get("RANK", 0)) != 0:
-        log.broken("torch.save was called on a rank other than 0")
+        log.violation("torch.save was called on a rank other than 0")
     log.call("save")
     return original_save(content, *args, **kwargs)
 
 
-def _holds_card_tensors(value):
+def _contains_card_tensors(value):
     if isinstance(value, dict):
-        return any(_holds_card_tensors(item) for item in value.values())
+        return any(_contains_card_tensors(item) for item in value.values())
     if isinstance(value, (list, tuple)):
-        return any(_holds_card_tensors(item) for item in value)
+        return any(_contains_card_tensors(item) for item in value)
     return is_on_card(value)

@@ -23,15 +23,15 @@ class DistributedDataParallel(StockParallel):
         gradient_as_bucket_view=False,
     ):
         if device_ids is None:
-            log.broken("device_ids=None uses all cards of the machine in one process; pass [LOCAL_RANK]")
+            log.violation("device_ids=None uses all cards of the machine in one process; pass [LOCAL_RANK]")
         if device_ids is not None and len(device_ids) > 1:
             raise RuntimeError("device_ids must contain exactly one card")
         if gradient_as_bucket_view:
             raise RuntimeError("gradient_as_bucket_view is not supported")
         if device_ids is not None and device_ids != [int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0)))]:
-            log.broken(f"device_ids={device_ids} on local rank {os.environ.get('LOCAL_RANK')}")
+            log.violation(f"device_ids={device_ids} on local rank {os.environ.get('LOCAL_RANK')}")
         if not all(is_on_card(parameter) for parameter in module.parameters()):
-            log.broken("DistributedDataParallel: the module is not on the card")
+            log.violation("DistributedDataParallel: the module is not on the card")
         log.call("DistributedDataParallel", device_ids=device_ids)
         with Plain():
             super().__init__(module, broadcast_buffers=broadcast_buffers, bucket_cap_mb=bucket_cap_mb)

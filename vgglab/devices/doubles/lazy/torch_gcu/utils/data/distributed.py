@@ -15,6 +15,6 @@ class DistributedSampler(StockSampler):
 
     def __iter__(self):
         if not self._has_epoch:
-            log.broken("set_epoch was not called before this epoch")
+            log.violation("set_epoch was not called before this epoch")
         self._has_epoch = False
         return super().__iter__()
