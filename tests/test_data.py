@@ -30,7 +30,7 @@ def rank(number=0, of=1):
     )
 
 
-def test_digits_lie_in_imagenets_layout_with_lists_that_tell_the_truth():
+def test_digits_use_the_imagenet_layout_with_matching_lists():
     root = digits_folder()
     sizes = {}
     for split in ("train", "val"):
@@ -45,7 +45,7 @@ def test_digits_lie_in_imagenets_layout_with_lists_that_tell_the_truth():
     assert digits_folder() == root  # written once
 
 
-def test_two_processes_may_write_the_digits_at_once(tmp_path):
+def test_two_processes_can_write_the_digits_concurrently(tmp_path):
     code = "from vgglab.data.digits import digits_folder as f; print(len(list(f().glob('*/*/*.png'))))"
     environment = {**os.environ, "VGGLAB_CACHE": str(tmp_path)}
     both = [
@@ -56,7 +56,7 @@ def test_two_processes_may_write_the_digits_at_once(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["digits-1"]  # nothing half-done is left
 
 
-def test_a_folder_is_read_in_sorted_order_without_hidden_files(images):
+def test_folder_is_read_in_sorted_order_without_hidden_files(images):
     (images / "train" / ".ipynb_checkpoints").mkdir()
     shutil.copy(images / "train/n01/n01_0.JPEG", images / "train/.ipynb_checkpoints/n01_0.JPEG")
     shutil.copy(images / "train/n01/n01_0.JPEG", images / "train/n01/._n01_0.JPEG")
@@ -66,7 +66,7 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_files(images):
     assert (len(sets.train), len(sets.val), sets.num_classes) == (3 * NUM_TRAIN, 3 * NUM_VAL, 3)
 
 
-def test_a_class_missing_from_val_keeps_the_labels_of_the_others(images):
+def test_class_missing_from_val_does_not_shift_labels(images):
     shutil.rmtree(images / "val" / CLASSES[0])
     sets = open_sets(parse_flags([f"--data-path={images}"]))
     assert sorted(set(sets.val.labels)) == [1, 2]
@@ -77,7 +77,7 @@ def all_samples(sampler, epoch=0):
     return [list(batch) for batch in sampler]
 
 
-def test_two_ranks_see_together_what_one_sees_alone():
+def test_two_ranks_together_get_the_batches_of_one():
     alone = all_samples(loader.TrainBatchSampler(50, 8, rank(), seed=3), epoch=2)
     first = all_samples(loader.TrainBatchSampler(50, 4, rank(0, 2), seed=3), epoch=2)
     second = all_samples(loader.TrainBatchSampler(50, 4, rank(1, 2), seed=3), epoch=2)
@@ -85,7 +85,7 @@ def test_two_ranks_see_together_what_one_sees_alone():
     assert len(alone) == len(first) == 6  # 50 images: the last two are left out, this epoch
 
 
-def test_every_epoch_and_seed_has_an_order_and_crops_of_its_own():
+def test_order_and_crops_differ_by_epoch_and_seed():
     orders = {
         str(all_samples(loader.TrainBatchSampler(50, 8, rank(), seed), epoch)) for seed in (1, 2) for epoch in (0, 1)
     }
@@ -96,7 +96,7 @@ def test_every_epoch_and_seed_has_an_order_and_crops_of_its_own():
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_held_out_images_count_once_on_any_number_of_ranks(num_ranks):
+def test_held_out_images_are_counted_once_on_any_number_of_ranks(num_ranks):
     seen = []
     for number in range(num_ranks):
         seen += [sample.image for batch in loader.EvalBatchSampler(10, 4, rank(number, num_ranks)) for sample in batch]
@@ -123,7 +123,7 @@ def names(folder):
     return {name: listing.split() for name, listing in index.read_index(folder).items() if name}
 
 
-def test_row_9_a_listing_is_never_stale(images):
+def test_row_9_listing_is_never_stale(images):
     """Seed: found by the path as it was typed; images that came were not seen, images that went ended the run."""
     folder = images / "train"
     assert list(names(folder)) == ["n01", "n02", "n03"]
@@ -138,7 +138,7 @@ def test_row_9_a_listing_is_never_stale(images):
     assert "n03_1.JPEG" not in now["n03"]
 
 
-def test_row_9_the_same_relative_path_elsewhere_is_another_set(images, tmp_path, monkeypatch):
+def test_row_9_same_relative_path_elsewhere_is_another_data_set(images, tmp_path, monkeypatch):
     monkeypatch.chdir(images.parent)
     here = names(Path("images/train"))
     other = tmp_path / "elsewhere" / "images" / "train" / "cats"
@@ -150,7 +150,7 @@ def test_row_9_the_same_relative_path_elsewhere_is_another_set(images, tmp_path,
     assert names(Path("images/train")) == here
 
 
-def test_a_read_only_folder_can_be_trained_on(images, train):
+def test_training_on_a_read_only_folder_works(images, train):
     folders = [images, *(folder for folder in images.rglob("*") if folder.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
@@ -161,7 +161,7 @@ def test_a_read_only_folder_can_be_trained_on(images, train):
             folder.chmod(0o755)
 
 
-def test_paths_are_kept_in_two_flat_buffers(tmp_path):
+def test_paths_behaves_like_a_list(tmp_path):
     wanted = ["a", "späß/图 片.JPEG", os.fsdecode(b"not\xffutf8"), ""]
     paths = index.Paths(wanted)
     assert list(paths) == wanted
@@ -183,7 +183,7 @@ def opened(images, *flags):
 
 
 @pytest.mark.parametrize("prefix", ["", "{split}/", "./"])
-def test_row_22_list_files_say_what_is_in_the_set(images, prefix):
+def test_row_22_list_files_define_the_data_set(images, prefix):
     """Seed: shown in the README, read by nothing."""
     kept = {}
 
@@ -201,7 +201,7 @@ def test_row_22_list_files_say_what_is_in_the_set(images, prefix):
     assert any(f"train_list.txt: does not list {left_out} image files" in text for text in sets.warnings)
 
 
-def test_row_22_a_list_may_name_held_out_images_that_lie_in_no_class_folder(images, train):
+def test_row_22_listed_held_out_images_need_no_class_folders(images, train):
     lines = []
     for file in sorted((images / "val").glob("*/*")):
         lines.append(f"{file.name} {CLASSES.index(file.parent.name)}")
@@ -214,7 +214,7 @@ def test_row_22_a_list_may_name_held_out_images_that_lie_in_no_class_folder(imag
     assert not [text for text in result.run.report()["warnings"] if "list" in text]
 
 
-def test_row_22_listed_files_that_are_missing_are_counted(images, refused, train):
+def test_row_22_missing_listed_files_are_counted(images, refused, train):
     write_lists(images)
     (images / "train/n02/n02_1.JPEG").unlink()
     (images / "train/n03/n03_2.JPEG").unlink()
@@ -226,7 +226,7 @@ def test_row_22_listed_files_that_are_missing_are_counted(images, refused, train
     assert any("2 of 18 files are missing" in text for text in result.run.report()["warnings"])
 
 
-def test_row_22_labels_that_contradict_the_folders_are_counted(images):
+def test_row_22_labels_that_contradict_the_folders_are_reported(images):
     write_lists(images, lambda split, lines: [lines[0][:-1] + "2", *lines[1:]] if split == "train" else lines)
     assert any("1 of 18 images have a different label from most of their folder" in t for t in opened(images).warnings)
     write_lists(images, lambda split, lines: [line[:-1] + str(2 - int(line[-1])) for line in lines])
@@ -236,7 +236,7 @@ def test_row_22_labels_that_contradict_the_folders_are_counted(images):
     assert list(sets.val.labels) == [2] * NUM_VAL + [1] * NUM_VAL + [0] * NUM_VAL
 
 
-def test_row_10_lists_that_number_the_classes_differently_are_refused(images, refused):
+def test_row_10_lists_with_different_class_numbers_are_refused(images, refused):
     """Seed: each folder had its own numbering; wrong accuracy, and no word of it."""
     write_lists(
         images, lambda split, lines: [line[:-1] + str((int(line[-1]) + (split == "val")) % 3) for line in lines]
@@ -246,7 +246,7 @@ def test_row_10_lists_that_number_the_classes_differently_are_refused(images, re
     assert "val_list.txt: 9 of 9 labels disagree with the training images" in refused()
 
 
-def test_row_10_classes_of_the_two_splits_are_compared(images, refused, train):
+def test_row_10_classes_of_both_splits_must_match(images, refused, train):
     (images / "train/.ipynb_checkpoints").mkdir()
     shutil.copy(images / "train/n01/n01_0.JPEG", images / "train/.ipynb_checkpoints/n01_0.JPEG")
     assert train().run.config["num_classes"] == 3  # a stray dot folder shifts no label
@@ -254,7 +254,7 @@ def test_row_10_classes_of_the_two_splits_are_compared(images, refused, train):
     assert "val/n02b is not a class of train/" in refused()
 
 
-def test_what_lies_where_nobody_looks_is_counted(images):
+def test_ignored_files_and_folders_are_reported(images):
     (images / "train/n01/more").mkdir()
     shutil.copy(images / "train/n01/n01_0.JPEG", images / "train/loose.JPEG")
     shutil.rmtree(images / "val/n03")
@@ -264,7 +264,7 @@ def test_what_lies_where_nobody_looks_is_counted(images):
     assert "val/: has no images of 1 of 3 classes, e.g. n03" in said
 
 
-def test_a_list_may_begin_with_a_byte_order_mark_and_have_doubled_slashes(images):
+def test_list_may_have_a_byte_order_mark_and_double_slashes(images):
     write_lists(images, lambda split, lines: [line.replace("/", "//") for line in lines])
     file = images / "train_list.txt"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
@@ -284,13 +284,13 @@ def test_a_list_may_begin_with_a_byte_order_mark_and_have_doubled_slashes(images
         ("", "empty; remove it"),
     ],
 )
-def test_lines_that_are_none_are_named(images, refused, line, says):
+def test_invalid_list_lines_are_reported(images, refused, line, says):
     (images / "train_list.txt").write_text(f"{line}\n")
     assert says in (said := refused())
     assert "train_list.txt" in said
 
 
-def test_labels_that_count_from_one_are_refused(images, refused):
+def test_one_based_labels_are_refused(images, refused):
     write_lists(images, lambda split, lines: [line[:-1] + str(int(line[-1]) + 1) for line in lines])
     assert "labels from 1 to 3, but 0 does not occur; labels count from 0" in refused()
 
@@ -325,7 +325,7 @@ def test_fashion_mnist_is_read_without_network(tmp_path, monkeypatch, train, pla
 
 
 @pytest.mark.parametrize("name", [name for name in NAMED_SETS if name not in ("digits", "fake")])
-def test_a_set_that_cannot_be_fetched_says_what_to_put_where(tmp_path, monkeypatch, refused, name):
+def test_failed_download_explains_where_to_put_which_files(tmp_path, monkeypatch, refused, name):
     def no_network(*args, **options):
         raise urllib.error.URLError("no network here")
 
@@ -342,7 +342,7 @@ def test_a_set_that_cannot_be_fetched_says_what_to_put_where(tmp_path, monkeypat
     assert NAMED_SETS[name].archives
 
 
-def test_fake_images_cost_nothing_and_are_marked(train):
+def test_fake_images_need_no_files_and_are_marked(train):
     result = train("--image-size=32", "--training-step-per-epoch=3", "--eval-step-per-epoch=2", data="fake")
     report = result.run.report()
     assert (report["data_is_fake"], result.run.config["num_classes"]) == (True, 1000)
@@ -350,7 +350,7 @@ def test_fake_images_cost_nothing_and_are_marked(train):
     assert train().run.report()["data_is_fake"] is False
 
 
-def test_memory_does_not_grow_with_epochs_and_a_loader_left_alive_ends_with_its_process(images):
+def test_worker_memory_does_not_grow_and_workers_exit_with_the_process(images):
     code = (
         "import sys; from multiprocessing import active_children; from vgglab.settings.parser import parse_flags\n"
         "from vgglab.data.sets import open_sets; from vgglab.data import loader\n"
@@ -373,7 +373,7 @@ def test_memory_does_not_grow_with_epochs_and_a_loader_left_alive_ends_with_its_
     assert growth_kib < 12 * 1024  # 40 epochs; one page a picture more would be 40 MB
 
 
-def test_the_next_batch_is_asked_for_before_one_is_handed_out():
+def test_prefetch_requests_the_next_batch_before_yielding():
     from vgglab.devices.native import prefetch
 
     asked = []
@@ -386,7 +386,7 @@ def test_the_next_batch_is_asked_for_before_one_is_handed_out():
     assert list(prefetch([7])) == [7]
 
 
-def test_the_benchmark_prints_ratios_and_ends_with_one_line_of_json(images):
+def test_benchmark_prints_ratios_and_a_final_json_line(images):
     words = ["-m", "vgglab.bench", "data", f"--data-path={images}", "--image-size=32", "--batch-size=6"]
     result = python(*words, "--seconds=0.2", "--workers=1", "--card=100", "--json")
     assert result.returncode == 0, result.stderr

@@ -39,7 +39,7 @@ def tiny(images, tmp_path):
     return [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}"]
 
 
-def test_a_launched_run_is_waited_for_and_read(tiny):
+def test_wait_returns_the_finished_run(tiny):
     run = vgglab.launch(tiny, epochs=2, print_freq=1, nesterov=True, watch=False)
     assert run.wait(PATIENCE_SECONDS) is run
     assert (run.status, run.config["epochs"], run.config["nesterov"]) == ("done", 2, True)
@@ -48,13 +48,13 @@ def test_a_launched_run_is_waited_for_and_read(tiny):
     assert len([line for line in run.logs().splitlines() if line.startswith("run directory")]) == 1
 
 
-def test_in_a_script_launch_prints_and_returns_at_the_end(tiny, capsys):
+def test_launch_in_a_script_prints_and_blocks(tiny, capsys):
     run = vgglab.launch(" ".join(tiny))
     assert run.process.poll() == 0
     assert "top-1" in capsys.readouterr().out
 
 
-def test_a_wrong_flag_fails_at_once_without_a_run(tiny, tmp_path):
+def test_invalid_flag_fails_at_once_without_a_run(tiny, tmp_path):
     with pytest.raises(vgglab.UserError, match="--epochs: '0'"):
         vgglab.launch(tiny, epochs=0)
     with pytest.raises(vgglab.UserError, match=r"--modle: no such flag; did you mean --model\?"):
@@ -62,7 +62,7 @@ def test_a_wrong_flag_fails_at_once_without_a_run(tiny, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_settings_are_passed_on_as_they_are_meant(tiny, tmp_path):
+def test_settings_are_passed_to_the_run_unchanged(tiny, tmp_path):
     run = vgglab.launch([*tiny, "--epochs", 2], resume=None, run_dir=tmp_path / "with space", watch=False).wait(
         PATIENCE_SECONDS
     )
@@ -71,12 +71,12 @@ def test_settings_are_passed_on_as_they_are_meant(tiny, tmp_path):
         vgglab.launch(tiny, run_dir=tmp_path / "with space")
 
 
-def test_what_the_run_refuses_reaches_the_caller(tiny):
+def test_input_error_in_the_run_reaches_the_caller(tiny):
     with pytest.raises(vgglab.UserError, match=r"--num-classes 7: .* has 3 classes"):
         vgglab.launch(tiny, num_classes=7, watch=False).wait(PATIENCE_SECONDS)
 
 
-def test_a_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path):
+def test_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
         "import vgglab.settings.schedule as s\n"
@@ -90,7 +90,7 @@ def test_a_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path
     assert run.status == "failed"
 
 
-def test_without_a_grace_period_a_run_that_hangs_is_killed_at_once(tiny, monkeypatch):
+def test_hanging_run_is_killed_at_once_without_a_grace_period(tiny, monkeypatch):
     monkeypatch.setenv(MARK, "no-grace")
     run = vgglab.launch(tiny, epochs=100_000, watch=False)
     wait_until(lambda: run.events("train"))
@@ -117,7 +117,7 @@ def test_stop_ends_the_run_and_its_workers(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)])
-def test_a_stop_in_the_middle_of_a_checkpoint_waits_for_it(tiny, times):
+def test_stop_while_saving_waits_for_the_checkpoint(tiny, times):
     """torch.save turns Ctrl-C into a RuntimeError of its own: the run was called failed."""
     for _ in range(times):
         run = vgglab.launch(tiny, epochs=100_000, watch=False)
@@ -132,7 +132,7 @@ DELAYS = [0.002 * number for number in range(10)]
 
 
 @pytest.mark.parametrize("delays", [[0, 0.008], pytest.param(DELAYS, marks=pytest.mark.long)], ids=["some", "many"])
-def test_a_stop_while_workers_are_forked_is_not_lost(tiny, delays):
+def test_stop_while_workers_are_forked_is_not_lost(tiny, delays):
     """It fell into one of Python's fork hooks, and the run went on until it was killed."""
     for delay_seconds in delays:
         run = vgglab.launch(
@@ -146,7 +146,7 @@ def test_a_stop_while_workers_are_forked_is_not_lost(tiny, delays):
 
 
 @pytest.mark.parametrize("seconds", [0, 0.5, 2])
-def test_a_stop_during_start_up_is_no_failure(tiny, seconds):
+def test_stop_during_startup_is_not_a_failure(tiny, seconds):
     run = vgglab.launch(tiny, epochs=100_000, watch=False)
     time.sleep(seconds)
     run.stop()
@@ -171,7 +171,7 @@ def start_launcher(tiny, mark, code=LAUNCHER):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
-def test_a_launcher_that_dies_takes_its_run_along(tiny, number):
+def test_run_ends_with_the_process_that_launched_it(tiny, number):
     mark = f"dies-{number}"
     launcher = start_launcher(tiny, mark)
     run = vgglab.Run(launcher.stdout.readline().strip())
@@ -194,7 +194,7 @@ def has_group(number):
     return True
 
 
-def test_ctrl_backslash_ends_a_run_with_its_workers_and_the_run_can_go_on(images, tmp_path):
+def test_ctrl_backslash_ends_run_and_workers_and_the_run_can_resume(images, tmp_path):
     """SIGQUIT reaches every process in the terminal's foreground group, and none of them cleans up."""
     flags = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--resume=auto", "--workers=2"]
     process = Child(["-m", "vgglab.train", *flags, "--epochs=100000"], preexec_fn=no_core_dump)
@@ -209,7 +209,7 @@ def test_ctrl_backslash_ends_a_run_with_its_workers_and_the_run_can_go_on(images
     assert run.events("start")[-1]["first_step"] == saved["step"]
 
 
-def test_a_launcher_that_dies_early_leaves_nothing_either(tiny):
+def test_run_ends_if_its_launching_process_dies_early(tiny):
     """Before the run has imported torch, when it is easily missed."""
     environment = {**os.environ, MARK: "early"}
     launcher = subprocess.Popen(
@@ -221,7 +221,7 @@ def test_a_launcher_that_dies_early_leaves_nothing_either(tiny):
     wait_until(lambda: not processes_with("early"))
 
 
-def test_interrupting_the_wait_stops_the_run(tiny):
+def test_ctrl_c_during_wait_stops_the_run(tiny):
     waiter = start_launcher(tiny, "wait", code=LAUNCHER.replace("time.sleep(600)", "run.wait()"))
     run = vgglab.Run(waiter.stdout.readline().strip())
     wait_until(lambda: run.events("eval"))
@@ -232,12 +232,12 @@ def test_interrupting_the_wait_stops_the_run(tiny):
     assert run.status == "interrupted"
 
 
-def test_importing_the_package_brings_in_neither_torch_nor_matplotlib():
+def test_importing_the_package_imports_neither_torch_nor_matplotlib():
     code = "import sys, vgglab; vgglab.launch; print(sorted({'torch', 'matplotlib', 'IPython'} & set(sys.modules)))"
     assert shell("python", "-c", code).stdout.strip() == "[]"
 
 
-def test_a_second_writer_is_refused_in_one_line_and_the_first_goes_on(tiny, tmp_path):
+def test_second_writer_is_refused_in_one_line_and_the_first_continues(tiny, tmp_path):
     flags = [*tiny, f"--run-dir={tmp_path / 'run'}", "--resume=auto"]
     run = vgglab.launch(flags, epochs=100_000, watch=False)
     with pytest.raises(vgglab.UserError, match=f"run_dir .*run: process {run.process.pid} on .* is writing there; "):
@@ -258,7 +258,7 @@ def test_a_second_writer_is_refused_in_one_line_and_the_first_goes_on(tiny, tmp_
     assert again.status == "interrupted"
 
 
-def test_the_same_cell_twice_does_not_take_the_first_run_over(tiny, tmp_path):
+def test_launching_twice_does_not_affect_the_first_run(tiny, tmp_path):
     run = vgglab.launch(tiny, run_dir=tmp_path / "run", epochs=100_000, watch=False)
     with pytest.raises(vgglab.UserError, match="is writing there"):
         vgglab.launch(tiny, run_dir=tmp_path / "run", epochs=100_000, watch=False)
@@ -270,7 +270,7 @@ def test_the_same_cell_twice_does_not_take_the_first_run_over(tiny, tmp_path):
     assert run.status == "interrupted"
 
 
-def test_a_folder_that_somebody_else_has_locked_makes_nobody_wait(tiny, tmp_path, monkeypatch):
+def test_folder_locked_by_another_process_does_not_block_launch(tiny, tmp_path, monkeypatch):
     """Anybody who may read a folder may lock it; the launch waited for ever."""
     monkeypatch.setattr("vgglab.storage.lock.MAX_WAIT_SECONDS", 0.2)
     (tmp_path / "run" / "log").mkdir(parents=True)
@@ -283,7 +283,7 @@ def test_a_folder_that_somebody_else_has_locked_makes_nobody_wait(tiny, tmp_path
         os.close(number)
 
 
-def test_a_launch_leaves_no_pipe_behind(tiny):
+def test_launch_leaks_no_file_descriptors(tiny):
     before = len(os.listdir("/proc/self/fd"))
     runs = [vgglab.launch(tiny, num_classes=7, watch=False) for _ in range(3)]
     for run in runs:
@@ -292,7 +292,7 @@ def test_a_launch_leaves_no_pipe_behind(tiny):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_no_clock_decides_whether_a_run_goes_on(tiny, monkeypatch):
+def test_status_does_not_depend_on_the_clock(tiny, monkeypatch):
     launched, now = vgglab.launch(tiny, epochs=100_000, watch=False), time.time
     wait_until(lambda: launched.events("checkpoint"))
     run = vgglab.Run(launched.path)

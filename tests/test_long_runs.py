@@ -52,7 +52,7 @@ HISTORIES = {
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-def test_it_reads_as_a_short_one(history, path, monkeypatch):  # noqa: F811
+def test_long_run_reads_like_a_short_one(history, path, monkeypatch):  # noqa: F811
     write(path, *HISTORIES[history])
     short, long = (read(path, monkeypatch, is_long) for is_long in (False, True))
     for kind in (None, "start", "train", "eval", "end"):
@@ -66,7 +66,7 @@ def test_it_reads_as_a_short_one(history, path, monkeypatch):  # noqa: F811
     assert compare_runs(short, long).is_same
 
 
-def test_what_is_new_is_taken_in_and_nothing_twice(path, monkeypatch):  # noqa: F811
+def test_new_lines_are_read_exactly_once(path, monkeypatch):  # noqa: F811
     write(path, START, *training(1, 31))
     run = read(path, monkeypatch, is_long=True)
     before = run.events("train")
@@ -77,7 +77,7 @@ def test_what_is_new_is_taken_in_and_nothing_twice(path, monkeypatch):  # noqa: 
 
 
 @pytest.mark.parametrize("place", [0, 3, 12, 20, 40])
-def test_each_flipped_bit_is_noticed(place, path, monkeypatch):  # noqa: F811
+def test_each_flipped_bit_is_detected(place, path, monkeypatch):  # noqa: F811
     write(path, START, *training(1, 41))
     content = bytearray((path / "events.jsonl").read_bytes())
     lines = content.split(b"\n")
@@ -94,14 +94,14 @@ def test_each_flipped_bit_is_noticed(place, path, monkeypatch):  # noqa: F811
             assert len(run.events()) == 40
 
 
-def test_a_line_that_is_missing_is_counted(path, monkeypatch):  # noqa: F811
+def test_missing_line_is_counted(path, monkeypatch):  # noqa: F811
     write(path, START, *training(1, 41))
     lines = (path / "events.jsonl").read_text().splitlines(keepends=True)
     (path / "events.jsonl").write_text("".join(lines[:20] + lines[21:]))
     assert "events.jsonl: 1 line missing" in read(path, monkeypatch, is_long=True).damage()
 
 
-def test_a_file_that_changes_under_the_reader_is_an_error_and_no_figure(path, monkeypatch):  # noqa: F811
+def test_file_modified_while_being_read_is_an_error(path, monkeypatch):  # noqa: F811
     write(path, START, *training(1, 41))
     run = read(path, monkeypatch, is_long=True)
     train = run.events("train")
@@ -111,7 +111,7 @@ def test_a_file_that_changes_under_the_reader_is_an_error_and_no_figure(path, mo
         list(train)
 
 
-def test_a_report_that_was_changed_is_not_believed(path, monkeypatch):  # noqa: F811
+def test_modified_report_is_recomputed(path, monkeypatch):  # noqa: F811
     write(path, *HISTORIES["to its end"])
     true = vgglab.Run(path).report()
     assert true["damage"] == []
@@ -133,7 +133,7 @@ def test_a_report_that_was_changed_is_not_believed(path, monkeypatch):  # noqa: 
     assert acc1(with_checksum(saved)) == 50.0
 
 
-def test_a_file_that_is_replaced_between_two_looks_is_another_run(path, monkeypatch):  # noqa: F811
+def test_file_replaced_between_two_reads_is_another_run(path, monkeypatch):  # noqa: F811
     """Its lines were taken for those of the first: figures of both, and no damage."""
     write(path, *HISTORIES["to its end"])
     run = read(path, monkeypatch, is_long=True)
@@ -149,7 +149,7 @@ def test_a_file_that_is_replaced_between_two_looks_is_another_run(path, monkeypa
     assert run.status == "failed"
 
 
-def test_a_run_that_ends_while_its_report_is_made_has_no_valid_one(path, monkeypatch):  # noqa: F811
+def test_report_is_invalid_if_the_run_ends_meanwhile(path, monkeypatch):  # noqa: F811
     """The checksum was of more than had been read, and such a report was believed."""
     write(path, START, *training(1, 31))
     checksum = vgglab.Run.events_checksum
@@ -167,7 +167,7 @@ def test_a_run_that_ends_while_its_report_is_made_has_no_valid_one(path, monkeyp
 
 
 @pytest.mark.parametrize(("name", "change"), [("env.json", {"simulated": True}), ("config.json", {"batch_size": 64})])
-def test_a_report_is_not_that_of_other_settings_or_another_machine(name, change, path):  # noqa: F811
+def test_report_is_recomputed_for_other_settings_or_another_machine(name, change, path):  # noqa: F811
     write(path, *HISTORIES["to its end"])
     assert call("report", [str(path)]) == 0
     assert vgglab.Run(path).report()["images_per_second"] is not None
@@ -177,14 +177,14 @@ def test_a_report_is_not_that_of_other_settings_or_another_machine(name, change,
     assert vgglab.Run(path).report()["images_per_second"] is None
 
 
-def test_a_file_of_another_size_is_not_read_to_compare_it(path):  # noqa: F811
+def test_file_of_a_different_size_is_not_read_for_comparison(path):  # noqa: F811
     write(path, *HISTORIES["to its end"])
     assert call("report", [str(path)]) == 0
     os.truncate(path / "events.jsonl", 2**40)  # a hole, which takes no room
     assert "has more than 1 GiB" in " ".join(vgglab.Run(path).damage())
 
 
-def test_a_report_without_events_is_no_report(path):  # noqa: F811
+def test_report_without_events_is_not_used(path):  # noqa: F811
     write(path, *HISTORIES["to its end"])
     saved = {**vgglab.Run(path).report(), "events_checksum": ""}
     (path / "report.json").write_text(json.dumps(with_checksum(saved)))
@@ -201,7 +201,7 @@ def test_a_report_without_events_is_no_report(path):  # noqa: F811
         {"interval_seconds": 5e-324}, {"step": 50}, {"event": "end", "status": "done", "error": None},
     ],
 )  # fmt: skip
-def test_a_line_that_no_trainer_writes_is_one_line_and_no_traceback(changed, path, monkeypatch):  # noqa: F811
+def test_invalid_event_causes_no_traceback(changed, path, monkeypatch):  # noqa: F811
     rows = [START, *training(1, 41), END]
     write(path, *rows[:20], {**rows[20], **changed}, *rows[21:])
     for is_long in (False, True):
@@ -213,12 +213,12 @@ def test_a_line_that_no_trainer_writes_is_one_line_and_no_traceback(changed, pat
         assert run.status == "done"
 
 
-def test_a_run_that_starts_very_often_makes_nobody_wait(path):  # noqa: F811
+def test_too_many_start_events_are_reported(path):  # noqa: F811
     write(path, *[START] * 3000)
     assert "has more than 1000 start events" in " ".join(vgglab.Run(path).damage())
 
 
-def test_a_terminal_is_not_told_again_what_it_has_shown(path, monkeypatch, capsys):  # noqa: F811
+def test_terminal_shows_each_event_once(path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(events, "MAX_PARSED", NUM_PARSED)
     write(path, START, *training(1, 4))
     run = vgglab.Run(path)

@@ -59,7 +59,7 @@ def tiny(images, tmp_path):
     return [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--print-freq=1", "--seed=1"]
 
 
-def test_row_8_accuracy_is_the_same_to_the_last_digit_on_1_2_and_3_ranks(images, tmp_path):
+def test_row_8_accuracy_is_identical_on_1_2_and_3_ranks(images, tmp_path):
     """11 held-out images: no number of ranks here divides them, and none is counted twice."""
     for source, copy in (("n01/n01_0.JPEG", "n01/more.JPEG"), ("n02/n02_1.JPEG", "n02/more.JPEG")):
         shutil.copy(images / "val" / source, images / "val" / copy)
@@ -74,7 +74,7 @@ def test_row_8_accuracy_is_the_same_to_the_last_digit_on_1_2_and_3_ranks(images,
 
 
 @pytest.mark.parametrize("model", ["vgg11", "vgg11_bn"])
-def test_one_rank_and_two_train_the_same_with_the_same_global_batch(images, tmp_path, model):
+def test_one_and_two_ranks_agree_with_the_same_global_batch(images, tmp_path, model):
     flags = [f"--model={model}", "--epochs=2", "--lr=0.01", "--dropout-rate=0", "--sync-bn"]
     # In float64: with batch norm, float32's rounding grows to 1e-4 in a few steps, more or less of it by processor.
     one = run_ranks(tmp_path, images, "cpu", 1, *flags, "--batch-size=8", before=BEFORE["float64"])
@@ -87,14 +87,14 @@ def test_one_rank_and_two_train_the_same_with_the_same_global_batch(images, tmp_
 
 
 @needs_sim
-def test_synchronised_batch_norm_is_the_same_on_the_simulated_card(images, tmp_path):
+def test_sync_batch_norm_on_the_simulated_card_matches_the_cpu(images, tmp_path):
     flags = ["--model=vgg11_bn", "--sync-bn"]
     on_cpu, on_sim = (run_ranks(tmp_path, images, device, 2, *flags) for device in ("cpu", "gcu-sim"))
     losses, other = ([event["loss"] for event in run.events("train")] for run in (on_cpu, on_sim))
     assert losses == other
 
 
-def test_row_19_one_rank_writes_and_each_has_its_own_log(images, tmp_path):
+def test_row_19_one_rank_writes_events_and_each_has_its_own_log(images, tmp_path):
     run = run_ranks(tmp_path, images, "cpu", 2)
     assert sorted(file.name for file in (run.path / "log").iterdir()) == [
         "rank0.jsonl", "rank0.txt", "rank1.jsonl", "rank1.txt",
@@ -107,7 +107,7 @@ def test_row_19_one_rank_writes_and_each_has_its_own_log(images, tmp_path):
     assert run.logs(1) == ""
 
 
-def test_ranks_over_gloo_end_without_taking_python_apart(tiny, planted, tmp_path):
+def test_ranks_over_gloo_exit_without_running_pythons_shutdown(tiny, planted, tmp_path):
     """There, now and then, a thread that gloo had left behind aborted a run that had gone well."""
     environment = {**os.environ, **planted("__import__('atexit').register(print, 'taken apart')", rank=0)}
     alone = shell("python", "-m", "vgglab.train", *tiny, env={**environment, "RANK": "0"}, cwd=tmp_path)
@@ -118,7 +118,7 @@ def test_ranks_over_gloo_end_without_taking_python_apart(tiny, planted, tmp_path
     assert "taken apart" not in several.stdout
 
 
-def test_a_rank_that_raises_is_named_with_its_own_traceback(tiny, planted, tmp_path):
+def test_failed_rank_is_named_with_its_own_traceback(tiny, planted, tmp_path):
     result = processes.ranks(2, "-m", "vgglab.train", *tiny, env={**os.environ, **planted(RAISES)}, cwd=tmp_path)
     assert result.returncode == 1
     assert "vgglab.train: rank 1 of 2: failed:" in result.stderr
@@ -130,7 +130,7 @@ def test_a_rank_that_raises_is_named_with_its_own_traceback(tiny, planted, tmp_p
     assert "ZeroDivisionError" in Run(run).logs(1)
 
 
-def test_a_launched_rank_that_raises_fails_the_cell_with_its_traceback(tiny, planted, monkeypatch):
+def test_wait_raises_with_the_traceback_of_the_failed_rank(tiny, planted, monkeypatch):
     for name, value in planted(RAISES).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(MARK, "raises")
@@ -141,7 +141,7 @@ def test_a_launched_rank_that_raises_fails_the_cell_with_its_traceback(tiny, pla
 
 
 @pytest.mark.parametrize("rank", [0, 1])  # rank 0 has a log, which is no stack
-def test_a_launched_rank_that_is_killed_is_named(tiny, planted, monkeypatch, rank):
+def test_wait_names_the_killed_rank(tiny, planted, monkeypatch, rank):
     for name, value in planted(KILLED, rank).items():
         monkeypatch.setenv(name, value)
     run = vgglab.launch(tiny, nproc=2, watch=False)
@@ -149,7 +149,7 @@ def test_a_launched_rank_that_is_killed_is_named(tiny, planted, monkeypatch, ran
         run.wait(PATIENCE_SECONDS)
 
 
-def test_a_rank_that_hangs_is_seen_and_stopped(tiny, planted, monkeypatch):
+def test_hanging_rank_is_detected_and_stopped(tiny, planted, monkeypatch):
     for name, value in planted(HANGS).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(MARK, "hangs")
@@ -169,7 +169,7 @@ def test_a_rank_that_hangs_is_seen_and_stopped(tiny, planted, monkeypatch):
     assert run.status == "interrupted"
 
 
-def test_the_rank_that_the_others_wait_for_is_marked(tiny, planted, monkeypatch):
+def test_straggler_is_marked(tiny, planted, monkeypatch):
     for name, value in planted(DAWDLES).items():
         monkeypatch.setenv(name, value)
     run = vgglab.launch(tiny, nproc=2, epochs=2, watch=False).wait(PATIENCE_SECONDS)
@@ -184,12 +184,12 @@ def test_the_rank_that_the_others_wait_for_is_marked(tiny, planted, monkeypatch)
     assert run.stacks().count("not running") == 2
 
 
-def test_what_all_ranks_refuse_reaches_the_caller_in_one_line(tiny):
+def test_input_error_on_all_ranks_reaches_the_caller_in_one_line(tiny):
     with pytest.raises(UserError, match=r"^--num-classes 7: .* has 3 classes"):
         vgglab.launch(tiny, nproc=2, num_classes=7, watch=False).wait(PATIENCE_SECONDS)
 
 
-def test_stop_ends_all_ranks_with_a_checkpoint(tiny, monkeypatch):
+def test_stop_saves_a_checkpoint_and_ends_all_ranks(tiny, monkeypatch):
     monkeypatch.setenv(MARK, "stopped")
     run = vgglab.launch(tiny, nproc=2, epochs=100_000, workers=1, watch=False)
     wait_until(lambda: len(run.events("train")) > 3)
@@ -212,7 +212,7 @@ worker.signal_handling._set_worker_signal_handlers = set_handlers
 """
 
 
-def test_a_warning_to_a_worker_that_has_just_begun_does_not_end_it(tiny, tmp_path):
+def test_sigterm_does_not_end_a_starting_worker(tiny, tmp_path):
     """torchrun warns whole process groups; such a worker died of it, and took its run along."""
     (tmp_path / "sitecustomize.py").write_text(EARLY)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
@@ -225,7 +225,7 @@ def launcher_of(run):
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["early", "training"])
-def test_a_launcher_that_is_killed_leaves_no_rank(tiny, monkeypatch, early):
+def test_killed_launcher_leaves_no_ranks(tiny, monkeypatch, early):
     monkeypatch.setenv(MARK, f"launcher-{early}")
     run = vgglab.launch(tiny, nproc=2, epochs=100_000, workers=1, watch=False)
     if early:
@@ -258,7 +258,7 @@ OTHERS = [pytest.param(number, marks=pytest.mark.long) for number in (signal.SIG
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, *OTHERS])
-def test_a_launcher_that_dies_takes_its_ranks_along(tiny, number):
+def test_ranks_end_with_the_process_that_launched_them(tiny, number):
     mark = f"ranks-{number}"
     launcher = start_launcher(tiny, mark, "attached")
     run = Run(launcher.stdout.readline().strip())
@@ -268,7 +268,7 @@ def test_a_launcher_that_dies_takes_its_ranks_along(tiny, number):
     wait_until(lambda: not processes_with(mark))
 
 
-def test_a_detached_run_outlives_its_launcher_and_is_found_and_stopped(tiny):
+def test_detached_run_outlives_its_launching_process_and_can_be_stopped(tiny):
     launcher = start_launcher(tiny, "detached", "detached")
     run = Run(launcher.stdout.readline().strip())
     wait_until(lambda: run.events("train"))
@@ -284,7 +284,7 @@ def test_a_detached_run_outlives_its_launcher_and_is_found_and_stopped(tiny):
 
 
 @pytest.mark.paper_widths  # torchrun starts new interpreters
-def test_two_launchers_train_one_model(tiny, images, tmp_path, monkeypatch):
+def test_two_nodes_train_one_model(tiny, images, tmp_path, monkeypatch):
     """Two machines, played by two torchruns that meet over c10d, in a folder where somebody has left a torch.py."""
     alone = run_ranks(tmp_path, images, "cpu", 2)
     (tmp_path / "torch.py").write_text("raise SystemExit('planted')")
@@ -325,11 +325,11 @@ def test_row_21_slurm_tasks_become_ranks():
 @pytest.mark.parametrize(
     ("nodes", "first"), [("n1", "n1"), ("n1,n2", "n1"), ("gpu[003-007,9],cpu1", "gpu003"), ("a-[7,9]", "a-7")]
 )
-def test_the_first_of_slurms_nodes(nodes, first):
+def test_first_host_of_a_slurm_node_list(nodes, first):
     assert first_host(nodes) == first
 
 
-def test_row_21_a_run_under_srun_with_two_tasks(tiny, tmp_path):
+def test_row_21_srun_with_two_tasks_runs_two_ranks(tiny, tmp_path):
     common = {
         **os.environ, "PYTHONPATH": str(PROJECT), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2",
         "SLURM_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid()),
@@ -348,6 +348,6 @@ def test_row_21_a_run_under_srun_with_two_tasks(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("bad", [{"nproc": 0}, {"nproc": "two"}, {"nnodes": 2}, {"python": "/no/such/python"}])
-def test_what_cannot_be_launched_is_said(tiny, bad):
+def test_invalid_launch_arguments_are_refused(tiny, bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         vgglab.launch(tiny, watch=False, **bad)

@@ -118,9 +118,7 @@ CASES = [(1, 0, "cpu"), (1, 2, "cpu"), (2, 2, "cpu"), (1, 0, "gcu-sim")]
 
 
 @pytest.mark.parametrize(("ranks", "workers", "device"), [pytest.param(*case, marks=needs_sim) for case in CASES])
-def test_row_5_a_run_resumed_in_the_middle_of_an_epoch_is_the_one_that_never_stopped(
-    job, tmp_path, ranks, workers, device
-):
+def test_row_5_run_resumed_within_an_epoch_equals_an_uninterrupted_run(job, tmp_path, ranks, workers, device):
     flags, several = [f"--workers={workers}", f"--device={device}"], {"ranks": ranks} if ranks > 1 else {}
     uninterrupted = job("uninterrupted", *flags, **several)
     steps_an_epoch = STEPS // ranks
@@ -136,7 +134,7 @@ def test_row_5_a_run_resumed_in_the_middle_of_an_epoch_is_the_one_that_never_sto
 @pytest.mark.parametrize(
     ("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), (1, signal.SIGHUP), (2, signal.SIGTERM)]
 )
-def test_row_4_a_warning_is_answered_with_a_checkpoint_and_an_exit_code(job, tmp_path, ranks, number):
+def test_row_4_termination_signal_saves_a_checkpoint_and_sets_the_exit_code(job, tmp_path, ranks, number):
     process = job.start("warned", "--epochs=400", ranks=ranks)
     wait_for_step(tmp_path / "warned", 3)
     if ranks == 1:
@@ -182,7 +180,7 @@ def holding(planted):
 
 
 @pytest.mark.paper_widths  # new interpreters beside this process
-def test_a_run_that_left_goes_on_in_place_with_the_same_command(job, holding, tmp_path):
+def test_stopped_run_continues_in_place_with_the_same_command(job, holding, tmp_path):
     uninterrupted = job("uninterrupted", "--epochs=6")
     process = job.start("same", "--resume=auto", "--epochs=6", **holding(20))
     wait_for_step(tmp_path / "same", 5)
@@ -198,7 +196,7 @@ def test_a_run_that_left_goes_on_in_place_with_the_same_command(job, holding, tm
 
 
 @pytest.mark.paper_widths
-def test_torchrun_brings_a_run_with_killed_ranks_to_the_same_end(job, holding, tmp_path):
+def test_run_restarted_by_torchrun_equals_an_uninterrupted_run(job, holding, tmp_path):
     flags = ["--epochs=6", "--checkpoint-every=3"]
     uninterrupted = job("uninterrupted", *flags, ranks=2)
     process = job.start("killed", *flags, ranks=2, restarts=2, **holding(5, 10))
@@ -217,7 +215,7 @@ def test_torchrun_brings_a_run_with_killed_ranks_to_the_same_end(job, holding, t
 
 @pytest.mark.paper_widths
 @pytest.mark.parametrize("kills", [range(2), pytest.param(range(2, 22), marks=pytest.mark.long)], ids=["two", "many"])
-def test_row_3_no_kill_harms_a_checkpoint(job, tmp_path, kills):
+def test_row_3_checkpoints_survive_sigkill(job, tmp_path, kills):
     """Half of them while a checkpoint is being written."""
     uninterrupted = job("uninterrupted")
     draw = random.Random(kills.start)
@@ -233,7 +231,7 @@ def test_row_3_no_kill_harms_a_checkpoint(job, tmp_path, kills):
         assert_same(uninterrupted, job(name, "--checkpoint-every=1", "--resume=auto"))
 
 
-def test_resume_auto_passes_over_what_is_damaged_and_says_so(job, tmp_path):
+def test_resume_auto_skips_damaged_checkpoints_with_a_warning(job, tmp_path):
     run = job("run", "--checkpoint-every=3", "--epochs=1")
     last = run.checkpoint("last")
     content = bytearray(last.read_bytes())
@@ -250,7 +248,7 @@ def test_resume_auto_passes_over_what_is_damaged_and_says_so(job, tmp_path):
     assert resumed.events("start")[-1]["first_step"] == 3
 
 
-def test_resume_auto_without_a_run_directory_takes_the_newest_run_there_is(job, tmp_path):
+def test_resume_auto_without_a_run_directory_uses_the_newest_run(job, tmp_path):
     path = job("runs/older", "--epochs=1").path
     job("runs/newer", "--resume=auto", f"--output-dir={tmp_path}", "--epochs=1")
     assert Run(tmp_path / "runs/newer").events("start")[-1]["first_step"] == 0  # its own folder only
@@ -261,7 +259,7 @@ def test_resume_auto_without_a_run_directory_takes_the_newest_run_there_is(job, 
     assert path.exists()
 
 
-def test_a_damaged_checkpoint_that_was_asked_for_is_refused_in_one_line(job, refused):
+def test_damaged_checkpoint_given_explicitly_is_refused_in_one_line(job, refused):
     last = job("run", "--epochs=1").checkpoint("last")
     content = bytearray(last.read_bytes())
     content[len(content) // 3] ^= 16
@@ -272,7 +270,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_in_one_line(job, ref
     assert f"the checkpoint before it: --resume {last.with_name('previous.pt')}" in refused(f"--resume={last}")
 
 
-def test_resume_auto_does_not_overwrite_checkpoints_none_of_which_can_be_used(job, refused):
+def test_resume_auto_does_not_overwrite_unusable_checkpoints(job, refused):
     run = job("run", "--epochs=2")
     files = sorted((run.path / "checkpoints").glob("*.pt"))
     assert len(files) > 1
@@ -287,7 +285,7 @@ def test_resume_auto_does_not_overwrite_checkpoints_none_of_which_can_be_used(jo
     assert Run(run.path).status == "done"
 
 
-def test_row_12_a_loss_that_is_not_finite_ends_the_run_in_one_line(job, tmp_path):
+def test_row_12_non_finite_loss_stops_the_run_with_a_one_line_error(job, tmp_path):
     output = job.refused("run", "--epochs=3", "--checkpoint-every=1", "--lr=1e30", "--warmup=0", "--model=vgg11")
     assert "Traceback" not in output
     assert "not finite" in output
@@ -320,7 +318,7 @@ def full_disk(planted):
     return lambda *when: planted(FULL_DISK.replace("{when}", str(set(when))))
 
 
-def test_row_30_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(job, full_disk):
+def test_row_30_full_disk_keeps_the_last_checkpoint_and_the_run_continues(job, full_disk):
     run = job("run", **full_disk(2))
     assert run.status == "done"
     [warning] = [event["text"] for event in run.events("warning") if "not written" in event["text"]]
@@ -331,7 +329,7 @@ def test_row_30_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(job
     assert not (run.path / "checkpoints" / "unfinished.tmp").exists()
 
 
-def test_row_30_a_disk_that_is_full_at_the_end_is_said_and_the_run_can_go_on(job, full_disk, tmp_path):
+def test_row_30_full_disk_at_the_end_is_an_error_and_the_run_can_resume(job, full_disk, tmp_path):
     output = job.refused("run", **full_disk(3))
     assert "step 12 was not written" in output
     assert "free some disk space (or remount the disk as writable), then continue with " in output
@@ -341,14 +339,14 @@ def test_row_30_a_disk_that_is_full_at_the_end_is_said_and_the_run_can_go_on(job
     assert torch.load(resumed.checkpoint("last"))["step"] == 12
 
 
-def test_a_disk_that_is_full_for_all_checkpoints_is_said_and_the_run_can_begin_again(job, full_disk, tmp_path):
+def test_full_disk_for_all_checkpoints_is_an_error_and_the_run_can_restart(job, full_disk, tmp_path):
     output = job.refused("run", **full_disk(1, 2, 3))
     [error] = [line for line in output.splitlines() if "error: " in line]
     assert "there is no earlier one; free some disk space (or remount the disk as writable), then continue" in error
     assert job("run", "--resume=auto").events("train")[-1]["step"] == 12
 
 
-def test_a_run_without_a_checkpoint_begins_again_with_its_own_settings(job):
+def test_run_without_a_checkpoint_restarts_with_its_own_settings(job):
     """The advice at the end of a run, taken literally, trained the default network."""
     run = job("run", "--epochs=1", "--lr=0.03")
     before = dict(run.config)
@@ -359,7 +357,7 @@ def test_a_run_without_a_checkpoint_begins_again_with_its_own_settings(job):
     assert [after[name] for name in names] == [before[name] for name in names]
 
 
-def test_an_image_after_a_resume_with_other_ranks_comes_once(job):
+def test_resuming_with_more_ranks_uses_each_image_once(job):
     """The place in the data is kept in images: one rank's checkpoint goes on with two."""
     flags = ["--epochs=1", "--checkpoint-every=2"]
     middle = job("one", *flags, "--training-step-per-epoch=3").path / "checkpoints" / "previous.pt"

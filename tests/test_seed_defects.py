@@ -25,7 +25,7 @@ def rates(run):
     return [event["lr"] for event in run.events("train")]
 
 
-def test_row_1_test_only_evaluates_the_held_out_images_the_same_each_time(train, refused):
+def test_row_1_test_only_evaluates_held_out_images_reproducibly(train, refused):
     """Seed: the shuffled, augmented training images; another result each time; random weights without a word."""
     trained = train().run
     twice = [train("--test-only", f"--resume={trained.path}").run for _ in range(2)]
@@ -37,7 +37,7 @@ def test_row_1_test_only_evaluates_the_held_out_images_the_same_each_time(train,
     assert "nothing to evaluate" in refused("--test-only")
 
 
-def test_row_2_the_first_step_of_an_epoch_has_that_epochs_rate(train):
+def test_row_2_first_step_of_an_epoch_has_its_learning_rate(train):
     """Seed: the rate was set after the step: raw --lr at first, then always one epoch late."""
     run = train("--epochs=3", "--warmup=2", "--print-freq=1", "--lr=0.64").run
     base = 0.64 * 4 / 256
@@ -46,7 +46,7 @@ def test_row_2_the_first_step_of_an_epoch_has_that_epochs_rate(train):
     assert [e["step"] for e in events if e["epoch"] == 1] == [5, 6, 7, 8]
 
 
-def test_row_6_the_last_epoch_is_always_evaluated_and_saved(train, refused):
+def test_row_6_last_epoch_is_always_evaluated_and_saved(train, refused):
     """Seed: --eval-freq 2 with an odd number of epochs lost the last one, or everything."""
     for epochs in (1, 3):
         run = train("--eval-freq=2", f"--epochs={epochs}").run
@@ -59,7 +59,7 @@ def test_row_6_the_last_epoch_is_always_evaluated_and_saved(train, refused):
 
 
 @pytest.mark.parametrize("flags", [("--skip-steps=4",), ("--skip-steps=100",)])
-def test_row_7_too_few_steps_to_measure_cost_nothing_but_the_figure(train, flags):
+def test_row_7_too_few_steps_to_measure_speed_is_not_an_error(train, flags):
     """Seed: a crash when the report was due, and the checkpoint was lost with it."""
     result = train(*flags)
     assert result.code == 0
@@ -68,17 +68,17 @@ def test_row_7_too_few_steps_to_measure_cost_nothing_but_the_figure(train, flags
     assert result.run.checkpoint("last").exists()
 
 
-def test_row_7_print_freq_above_the_steps_still_measures(train):
+def test_row_7_print_freq_above_the_step_count_still_measures_speed(train):
     report = train("--print-freq=1000", "--skip-steps=1").run.report()
     assert report["train_fps_mean"] > 0
 
 
-def test_row_7_less_than_a_batch_is_an_error(refused):
+def test_row_7_fewer_images_than_a_batch_is_an_error(refused):
     """Seed: no step at all, and the untrained network was tested as if it were trained."""
     assert "larger than the training set" in refused("--batch-size=100")
 
 
-def test_row_11_the_model_named_is_the_model_trained(train, refused):
+def test_row_11_requested_model_is_trained(train, refused):
     """Seed: always vgg16, whatever was asked for, and the report repeated the wish."""
     run = train("--model=vgg13_bn", "--training-step-per-epoch=1").run
     assert run.report()["model"] == "vgg13_bn"
@@ -94,7 +94,7 @@ def test_row_13_step_size_and_gamma_are_honoured(train):
     assert sorted(set(rates(run))) == pytest.approx([base / 4, base / 2, base])
 
 
-def test_row_13_broadcast_buffers_reaches_the_wrapper(images, tmp_path):
+def test_row_13_broadcast_buffers_is_passed_to_ddp(images, tmp_path):
     code = (
         "import functools, os, sys, torch.nn.parallel.distributed as d\n"
         "real = d.DistributedDataParallel.__init__\n"
@@ -141,12 +141,12 @@ def test_row_16_rmsprop_trains(train):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_row_17_any_number_of_workers(train, workers):
+def test_row_17_any_number_of_workers_works(train, workers):
     """Seed: --workers=0, its second README's own example, always crashed."""
     assert train(f"--workers={workers}", "--epochs=2").code == 0
 
 
-def test_row_18_gpu_is_another_word_for_a_card(train, refused):
+def test_row_18_gpu_is_an_alias_of_cuda(train, refused):
     """Seed: its second README says "cpu, gcu, gpu"; gpu crashed."""
     if torch.cuda.is_available():
         assert train("--device=gpu").run.report()["device"] == "cuda"
@@ -163,7 +163,7 @@ def test_row_18_gpu_is_another_word_for_a_card(train, refused):
         ("--apex-opt-level=O1", "--amp"),
     ],
 )
-def test_row_20_dead_ends_name_the_way_out(refused, flag, names):
+def test_row_20_unsupported_flags_name_the_alternative(refused, flag, names):
     assert names in refused(flag)
 
 
@@ -190,7 +190,7 @@ def test_row_23_pretrained_with_other_classes_replaces_the_last_layer(train):
     assert trained["classifier.6.weight"].shape == (3, 4096)
 
 
-def test_row_24_a_run_resumes_from_its_own_checkpoint(train):
+def test_row_24_run_resumes_from_its_own_checkpoint(train):
     """Seed: on torch 2.6 and later its own checkpoint could not be loaded."""
     first = train().run
     resumed = train("--epochs=2", f"--resume={first.checkpoint('last')}")
@@ -198,20 +198,20 @@ def test_row_24_a_run_resumes_from_its_own_checkpoint(train):
     assert [e["epoch"] for e in resumed.run.events("eval")] == [1]
 
 
-def test_row_25_the_training_module_can_be_imported():
+def test_row_25_training_module_can_be_imported():
     """Seed: its functions needed globals of __main__."""
     code = "import vgglab.train, vgglab.trainer; print(vgglab.train.main(['--epochs=0']))"
     result = shell("python", "-c", code)
     assert result.stdout.strip() == "2"
 
 
-def test_row_26_the_number_of_classes_is_checked_before_anything_starts(refused):
+def test_row_26_number_of_classes_is_checked_before_training(refused):
     """Seed: too few crashed in the loss, on a card as a device assert; too many was taken silently."""
     assert "--num-classes 2" in refused("--num_classes=2")
     assert "--num-classes 99" in refused("--num_classes=99")
 
 
-def test_row_27_two_classes_have_a_top_two(train, images):
+def test_row_27_top_5_accuracy_works_with_two_classes(train, images):
     """Seed: top-5 was hard wired."""
     for split in ("train", "val"):
         shutil.rmtree(images / split / "n03")
@@ -219,7 +219,7 @@ def test_row_27_two_classes_have_a_top_two(train, images):
     assert run.report()["acc5"] == 100.0
 
 
-def test_row_29_hidden_folders_are_no_classes_and_empty_ones_are_named(train, refused, images):
+def test_row_29_hidden_folders_are_ignored_and_empty_ones_named(train, refused, images):
     (images / "train" / ".ipynb_checkpoints").mkdir()
     run = train().run
     assert run.config["num_classes"] == 3
@@ -227,14 +227,14 @@ def test_row_29_hidden_folders_are_no_classes_and_empty_ones_are_named(train, re
     assert "train/n09_empty contains no images" in refused()
 
 
-def test_row_31_a_run_shorter_than_its_warmup_says_so(train):
+def test_row_31_run_shorter_than_its_warmup_warns(train):
     """Seed: its performance command never reached the base rate, silently."""
     result = train("--warmup=5")
     assert "--epochs 1 ends during the warm-up (--warmup 5): the learning rate only reaches 20%" in result.out
     assert any("--warmup 5" in text for text in result.run.report()["warnings"])
 
 
-def test_row_32_wrong_values_are_refused_before_the_data_is_looked_at(refused, train):
+def test_row_32_invalid_values_are_refused_before_data_is_read(refused, train):
     """Seed: after the scan. It also printed stray numbers, and offered a schedule that could not run."""
     assert "--num-classes: 'abc'" in refused("--num_classes=abc", data="/nowhere")
     assert "--lr-schedule" in refused("--lr-schedule=nonsense")
@@ -257,7 +257,7 @@ CONVERGENCE = PERFORMANCE.replace("=300", "=-1").replace("--epochs=1 ", "--epoch
 
 
 @pytest.mark.parametrize("flags", [PERFORMANCE, CONVERGENCE])
-def test_the_four_commands_are_understood(flags):
+def test_the_four_commands_are_parsed(flags):
     config = parse_flags(flags.split())
     assert (config.batch_size, config.num_classes, config.skip_steps, config.workers) == (192, 1000, 5, 8)
     assert config.epochs == (1 if "=300" in flags else 90)

@@ -90,14 +90,14 @@ def is_training(tmp_path):
     return any(tmp_path.glob("runs/*/events.jsonl")) and the_only_run(tmp_path).events("train")
 
 
-def test_the_check_sees_a_socket_that_is_open_to_all():
+def test_listening_finds_a_socket_open_to_all():
     with socket.socket() as door:
         door.bind(("0.0.0.0", 0))
         door.listen()
         assert (f"{0:08X}", f"{door.getsockname()[1]:04X}") in listening([os.getpid()])
 
 
-def test_a_launched_run_listens_on_loopback_at_most(command, monkeypatch):
+def test_launched_run_listens_only_on_loopback(command, monkeypatch):
     monkeypatch.setenv(MARK, "ports")
     run = vgglab.launch(command, epochs=100_000, watch=False)
     try:
@@ -140,7 +140,7 @@ for port, pid in attempts.items():
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be another user")
-def test_another_user_reaches_neither_the_meeting_nor_a_store(command, monkeypatch, tmp_path):
+def test_another_user_can_reach_neither_the_rendezvous_nor_a_store(command, monkeypatch, tmp_path):
     """Anyone who could reach torchrun's store could make the run's owner unpickle data of their choosing."""
     monkeypatch.setenv(MARK, "attack")
     shared = tmp_path / "shared"
@@ -167,7 +167,7 @@ def test_another_user_reaches_neither_the_meeting_nor_a_store(command, monkeypat
         run.stop()
 
 
-def test_ranks_are_started_anew_after_one_was_killed_and_the_run_goes_on(start, tmp_path):
+def test_ranks_restart_after_one_is_killed_and_the_run_completes(start, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(PLANTED.format(deed=FIRST_TIME, rank=1))
     path = f"{tmp_path / 'site'}{os.pathsep}{PROJECT}"
@@ -187,7 +187,7 @@ def test_ranks_are_started_anew_after_one_was_killed_and_the_run_goes_on(start, 
     [(signal.SIGTERM, "launcher", 75), (signal.SIGTERM, "rank", 75), (signal.SIGINT, "launcher", 130)],
     ids=["launcher", "rank", "ctrl-c"],
 )
-def test_a_signal_ends_all_ranks_with_the_documented_code(start, tmp_path, number, whom, code):
+def test_signal_ends_all_ranks_with_the_documented_exit_code(start, tmp_path, number, whom, code):
     process = start("--epochs=100000", mark=f"signal-{whom}-{code}")
     wait_until(lambda: is_training(tmp_path) and len(the_only_run(tmp_path).ranks()) == 2)
     run = the_only_run(tmp_path)
@@ -199,7 +199,7 @@ def test_a_signal_ends_all_ranks_with_the_documented_code(start, tmp_path, numbe
     assert run.events("checkpoint")[-1]["step"] == run.events("train")[-1]["step"]
 
 
-def test_at_a_second_ctrl_c_ranks_leave_at_once_and_the_run_says_so(start, tmp_path):
+def test_second_ctrl_c_ends_ranks_at_once_with_status_interrupted(start, tmp_path):
     """They were killed: the run was called failed, and there was no last line."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(PLANTED.format(deed=HANGS, rank=1))
@@ -217,7 +217,7 @@ def test_at_a_second_ctrl_c_ranks_leave_at_once_and_the_run_says_so(start, tmp_p
     assert processes_with("ctrl-c-at-once") == []
 
 
-def test_a_third_ctrl_c_kills_ranks_that_hang(start, tmp_path):
+def test_third_ctrl_c_kills_hanging_ranks(start, tmp_path):
     process = start("--epochs=100000", mark="ctrl-c-twice")
     wait_until(lambda: is_training(tmp_path))
     wait_until(lambda: len(the_only_run(tmp_path).ranks()) == 2)
@@ -244,7 +244,7 @@ FROM_A_SCRIPT = "import sys, vgglab\nvgglab.launch(sys.argv[1:], watch=False).wa
 
 
 @pytest.mark.parametrize("how", ["--nproc=2", "--seeds=1", "launch", "doctor"])
-def test_nothing_is_imported_from_the_current_folder(command, tmp_path, how):
+def test_nothing_is_imported_from_the_current_directory(command, tmp_path, how):
     """A torch.py that somebody had put into a shared folder ran in the ranks."""
     shared, script = tmp_path / "shared", tmp_path / "elsewhere" / "script.py"
     shared.mkdir()
@@ -260,7 +260,7 @@ def test_nothing_is_imported_from_the_current_folder(command, tmp_path, how):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_what_all_ranks_refuse_is_exit_code_2(start, tmp_path):
+def test_input_error_on_all_ranks_gives_exit_code_2(start, tmp_path):
     process = start("--num-classes=7", mark="refused")
     _, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, "Traceback" in err) == (2, False), err

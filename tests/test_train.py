@@ -34,7 +34,7 @@ def losses(run):
     return [event["loss"] for event in run.events("train")]
 
 
-def test_a_run_leaves_everything_the_house_promises(train):
+def test_run_writes_all_documented_files(train):
     result = train("--epochs=2", "--print-freq=1", "--skip-steps=2")
     assert result.code == 0
     run = result.run
@@ -57,7 +57,7 @@ def test_a_run_leaves_everything_the_house_promises(train):
     assert run.logs() in result.out
 
 
-def test_tensorboard_has_the_seeds_scalars(train):
+def test_tensorboard_has_the_original_scalars(train):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -68,12 +68,12 @@ def test_tensorboard_has_the_seeds_scalars(train):
     assert [s.value for s in written.Scalars("loss")] == pytest.approx(losses(run))
 
 
-def test_without_tensorboard_the_flag_says_so(refused, monkeypatch):
+def test_tensorboard_flag_without_the_package_is_an_error(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert "--tensorboard: the package tensorboard is missing" in refused("--tensorboard")
 
 
-def test_the_report_has_the_seeds_fields_and_can_be_made_again(train):
+def test_report_has_the_original_fields_and_can_be_regenerated(train):
     run = train("--print-freq=1", "--skip-steps=2").run
     file = run.path / "report.json"
     report = json.loads(file.read_text())
@@ -102,7 +102,7 @@ def test_accuracy_does_not_depend_on_the_batch_size(train):
         assert event["loss"] == pytest.approx(reference["loss"], rel=1e-4)  # other kernels round otherwise
 
 
-def test_a_resumed_run_equals_the_one_that_was_not_stopped(train):
+def test_resumed_run_equals_an_uninterrupted_run(train):
     flags = ("--seed=7", "--dropout-rate=0.5", "--print-freq=1", "--model=vgg11_bn")
     whole = train(*flags, "--epochs=3").run
     part = train(*flags, "--epochs=3", "--start-epoch=0", "--training-step-per-epoch=-1").run
@@ -115,7 +115,7 @@ def test_a_resumed_run_equals_the_one_that_was_not_stopped(train):
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
-def test_resuming_a_finished_run_reports_it_and_remembers_its_best(train):
+def test_resuming_a_finished_run_keeps_its_best_accuracy(train):
     first = train("--epochs=2").run
     again = train("--epochs=2", f"--resume={first.path}")
     assert again.code == 0
@@ -124,7 +124,7 @@ def test_resuming_a_finished_run_reports_it_and_remembers_its_best(train):
     assert again.run.events("train") == []
 
 
-def test_best_is_the_best_and_is_kept_while_last_moves_on(train):
+def test_best_checkpoint_is_kept_when_accuracy_drops(train):
     run = train("--model=vgg11_bn", "--epochs=10", "--seed=4", "--lr=2").run
     accuracies = [event["acc1"] for event in run.events("eval")]
     best = load_tensors(run.checkpoint("best"))
@@ -140,13 +140,13 @@ def test_best_is_the_best_and_is_kept_while_last_moves_on(train):
     assert (kept["epoch"], load_tensors(ruined.checkpoint("last"))["epoch"]) == (best["epoch"], 11)
 
 
-def test_a_resumed_run_that_does_not_get_better_still_has_its_best(train):
+def test_resumed_run_without_improvement_keeps_the_best_checkpoint(train):
     first = train("--lr=0.1").run
     resumed = train("--lr=0", "--epochs=2", f"--resume={first.path}").run
     assert resumed.checkpoint("best").read_bytes() == first.checkpoint("best").read_bytes()
 
 
-def test_the_readmes_resume_lines_need_no_other_flag(images, tmp_path, capsys):
+def test_readme_resume_commands_need_no_other_flags(images, tmp_path, capsys):
     from vgglab.train import main
 
     recipe = ("--model=vgg11_bn", "--lr=0.3", "--lr-schedule=cosine", f"--data-path={images}", "--dropout-rate=0.5")
@@ -163,7 +163,7 @@ def test_the_readmes_resume_lines_need_no_other_flag(images, tmp_path, capsys):
     assert Run(tested).report()["acc1"] == Run(longer).events("eval")[-1]["acc1"]
 
 
-def test_what_is_given_with_resume_wins_and_what_contradicts_is_refused(train, refused, tmp_path):
+def test_flags_given_with_resume_override_and_conflicts_are_refused(train, refused, tmp_path):
     first = train("--nesterov", "--amp", "--seed=7").run
     plain = train("--epochs=2", "--amp=false", "--fix-seed", f"--resume={first.path}").run
     assert (plain.config["amp"], plain.config["amp_dtype"], plain.config["seed"]) == (False, None, 1 << 20)
@@ -175,7 +175,7 @@ def test_what_is_given_with_resume_wins_and_what_contradicts_is_refused(train, r
         assert f"its {next(iter(setting))} is damaged" in refused("--epochs=2", f"--resume={tmp_path}/odd.pt")
 
 
-def test_a_run_can_be_resumed_from_another_folder(images, tmp_path, monkeypatch):
+def test_run_can_be_resumed_from_another_directory(images, tmp_path, monkeypatch):
     from vgglab.train import main
 
     monkeypatch.chdir(images.parent)
@@ -186,7 +186,7 @@ def test_a_run_can_be_resumed_from_another_folder(images, tmp_path, monkeypatch)
     assert Run(tmp_path / "there").report()["acc1"] == run.report()["acc1"]
 
 
-def test_a_shortened_evaluation_looks_at_all_classes(images, train):
+def test_shortened_evaluation_samples_all_classes(images, train):
     """It took the first images, which are all of one class; those of the other classes are unreadable here."""
     for name in CLASSES[1:]:
         for file in (images / "val" / name).iterdir():
@@ -206,7 +206,7 @@ def test_a_shortened_evaluation_looks_at_all_classes(images, train):
         ((), ("--print-freq=3", "--init=normal", "--workers=1"), None),
     ],
 )
-def test_a_resumed_run_says_which_settings_that_affect_the_weights_it_changes(train, before, after, said):
+def test_resuming_reports_changed_settings_that_affect_weights(train, before, after, said):
     """The first four were changed in silence."""
     if "--decoder=fast" in after:
         pytest.importorskip("simplejpeg")
@@ -216,7 +216,7 @@ def test_a_resumed_run_says_which_settings_that_affect_the_weights_it_changes(tr
     assert changes == ([] if said is None else [f"--resume: {said}"])
 
 
-def test_the_best_accuracy_of_other_held_out_images_is_not_carried_over(train):
+def test_best_accuracy_on_other_held_out_images_is_not_carried_over(train):
     """An accuracy of 100 % over one image stayed the best of the run that was tested on all."""
     first = train("--epochs=1", "--eval-step-per-epoch=1", "--batch-size=1").run
     run = train("--epochs=2", f"--resume={first.path}").run
@@ -236,7 +236,7 @@ def test_the_best_accuracy_of_other_held_out_images_is_not_carried_over(train):
 @pytest.mark.parametrize(
     ("name", "value"), [("eval_step_per_epoch", torch.zeros(3)), ("lr", torch.zeros(3)), ("crops", "a\nwarning: b")]
 )
-def test_a_setting_in_a_checkpoint_is_a_plain_value(train, refused, name, value):
+def test_checkpoint_setting_that_is_not_a_plain_value_is_refused(train, refused, name, value):
     run = train().run
     content = load_tensors(run.checkpoint("last"))
     content["config"][name] = value
@@ -244,7 +244,7 @@ def test_a_setting_in_a_checkpoint_is_a_plain_value(train, refused, name, value)
     assert "is damaged" in refused(f"--resume={run.checkpoint('last')}", "--epochs=2", "--lr=0.1")
 
 
-def test_a_setting_that_nobody_has_classified_is_reported_and_compared():
+def test_unclassified_setting_counts_as_affecting_weights():
     from vgglab.settings.flags import AFFECTS, Policy, flag
 
     assert Policy().affects == "weights"
@@ -253,7 +253,7 @@ def test_a_setting_that_nobody_has_classified_is_reported_and_compared():
     assert {item.metadata["policy"].affects for item in fields(Request)} == {*AFFECTS}
 
 
-def test_a_resumed_run_keeps_its_seed_and_uses_its_own_flags(train, refused):
+def test_resumed_run_keeps_the_seed_and_applies_new_flags(train, refused):
     first = train("--weight-decay=0.5").run
     result = train("--epochs=2", "--momentum=0.5", "--weight-decay=0.3", f"--resume={first.path}")
     assert result.run.config["seed"] == first.config["seed"]  # which was drawn
@@ -265,7 +265,7 @@ def test_a_resumed_run_keeps_its_seed_and_uses_its_own_flags(train, refused):
     assert "was written with --optimizer sgd" in line
 
 
-def test_a_resumed_run_leaves_out_its_own_first_steps(train):
+def test_skip_steps_applies_again_after_resume(train):
     first = train("--skip-steps=1").run
     resumed = train("--epochs=2", "--skip-steps=2", "--print-freq=1", f"--resume={first.path}").run
     assert [(e["step"], e["is_measured"]) for e in resumed.events("train")] == [
@@ -273,7 +273,7 @@ def test_a_resumed_run_leaves_out_its_own_first_steps(train):
     ]  # fmt: skip
 
 
-def test_each_file_and_each_module_is_a_door(images, tmp_path):
+def test_train_runs_as_a_file_and_as_a_module(images, tmp_path):
     """The file does not put its own folder in front of other people's modules."""
     (tmp_path / "launch.py").write_text("raise SystemExit('not ours')")
     check = tmp_path / "sitecustomize.py"
@@ -293,7 +293,7 @@ def test_each_file_and_each_module_is_a_door(images, tmp_path):
 # Bad input. Each gets one line that names the flag or the file, exit code 2, and no run directory.
 
 
-def test_missing_and_empty_folders(refused, images, tmp_path):
+def test_missing_and_empty_folders_are_refused(refused, images, tmp_path):
     assert "--data-path /nowhere: no such folder" in refused(data="/nowhere")
     (tmp_path / "bare").mkdir()
     assert "has no train/ folder" in refused(data=tmp_path / "bare")
@@ -304,7 +304,7 @@ def test_missing_and_empty_folders(refused, images, tmp_path):
     assert "has no val/ folder" in refused()
 
 
-def test_folders_that_cannot_be_read(refused, images, tmp_path):
+def test_unreadable_folders_are_refused(refused, images, tmp_path):
     (images / "train" / "n04").symlink_to("/nowhere")
     assert "n04 is a broken symbolic link" in refused()
     (images / "train" / "n04").unlink()
@@ -313,12 +313,12 @@ def test_folders_that_cannot_be_read(refused, images, tmp_path):
     assert "no such folder" in refused(data="two\nlines")
 
 
-def test_an_image_too_large_to_be_true_is_refused(refused, images, monkeypatch):
+def test_decompression_bomb_is_refused(refused, images, monkeypatch):
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 48 * 40 // 3)
     assert "decompression bomb" in refused(in_the_middle=True)
 
 
-def test_classes_that_disagree(refused, train, images):
+def test_class_mismatches_are_reported(refused, train, images):
     assert "--num-classes 2: " in (line := refused("--num-classes=2"))
     assert "has 3 classes" in line
     assert "--num-classes 4: " in refused("--num-classes=4")
@@ -330,12 +330,12 @@ def test_classes_that_disagree(refused, train, images):
     assert "val/n00 is not a class of train/" in refused()
 
 
-def test_a_batch_larger_than_the_set(refused):
+def test_batch_larger_than_the_training_set_is_refused(refused):
     assert refused("--batch-size=19") == "--batch-size 19: larger than the training set (18 images)"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_truncated_image_is_named_and_nothing_is_lost(refused, train, images, workers):
+def test_truncated_image_is_named_in_the_error(refused, train, images, workers):
     before = train("--epochs=1").run
     broken = images / "train/n02/n02_3.JPEG"
     broken.write_bytes(broken.read_bytes()[:-200])
@@ -346,7 +346,7 @@ def test_a_truncated_image_is_named_and_nothing_is_lost(refused, train, images, 
     assert before.checkpoint("last").exists()
 
 
-def test_a_failed_run_says_so_in_its_directory(train, images):
+def test_failure_is_recorded_in_the_run_directory(train, images):
     (images / "val/n02/n02_1.JPEG").write_bytes(b"")
     run = train().run
     assert run.status == "failed"
@@ -354,13 +354,13 @@ def test_a_failed_run_says_so_in_its_directory(train, images):
     assert run.report()["status"] == "failed"
 
 
-def test_an_output_directory_that_cannot_be_written(refused, tmp_path):
+def test_unwritable_output_directory_is_refused(refused, tmp_path):
     (tmp_path / "file").write_text("precious")
     assert "--output-dir" in refused(f"--output-dir={tmp_path}/file")
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_a_run_directory_is_not_written_twice(refused, train, tmp_path):
+def test_existing_run_is_not_overwritten(refused, train, tmp_path):
     (tmp_path / "old/checkpoints").mkdir(parents=True)
     assert "already contains a run" in refused(f"--run-dir={tmp_path}/old")
     assert train(f"--run-dir={tmp_path}/mine").code == 0
@@ -369,7 +369,7 @@ def test_a_run_directory_is_not_written_twice(refused, train, tmp_path):
     assert (tmp_path / "mine/config.json").read_bytes() == config
 
 
-def test_checkpoints_that_do_not_fit(refused, train, tmp_path):
+def test_incompatible_checkpoints_are_refused(refused, train, tmp_path):
     run = train().run
     assert "is a checkpoint of vgg11, but this run uses --model vgg13" in refused(
         f"--resume={run.path}", "--model=vgg13"
@@ -404,7 +404,7 @@ class Trap:
         return (open, (self.file, "w"))
 
 
-def test_a_checkpoint_never_runs_code(refused, tmp_path):
+def test_loading_a_checkpoint_never_executes_code(refused, tmp_path):
     sprung = tmp_path / "sprung"
     torch.save({"model": Trap(str(sprung))}, tmp_path / "zip.pt")
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"model": Trap(str(sprung))}))
@@ -413,7 +413,7 @@ def test_a_checkpoint_never_runs_code(refused, tmp_path):
     assert not sprung.exists()
 
 
-def test_on_old_torch_too_a_checkpoint_never_runs_code(tmp_path):
+def test_unpickler_for_old_torch_never_executes_code(tmp_path):
     """torch 1.10 has no weights_only: there our own unpickler reads."""
     from vgglab.devices.compat import _PlainPickle
 
@@ -427,7 +427,7 @@ def test_on_old_torch_too_a_checkpoint_never_runs_code(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_on_old_torch_an_archive_with_code_is_not_opened(tmp_path):
+def test_torchscript_archive_is_refused_on_old_torch(tmp_path):
     """torch 1.10 would hand it to torch.jit.load, which runs what is in it."""
     from vgglab.devices.compat import NotACheckpoint, _refuse_torchscript
 
@@ -438,7 +438,7 @@ def test_on_old_torch_an_archive_with_code_is_not_opened(tmp_path):
     _refuse_torchscript(tmp_path / "plain.pt")
 
 
-def test_no_flipped_bit_gives_other_weights_or_a_traceback(tmp_path):
+def test_flipped_bits_never_give_wrong_weights_or_a_traceback(tmp_path):
     """In what torch finds the weights by, the archive's directory: some ended in a traceback, one in other weights."""
     weights = torch.arange(4.0)
     torch.save({"model": {"weight": weights}}, tmp_path / "whole.pt")
@@ -463,7 +463,7 @@ def test_no_flipped_bit_gives_other_weights_or_a_traceback(tmp_path):
      {"images": -100}, {"epoch": -5}, {"step": -1}, {"epoch": 2**62}, {"best": {}}, {"trained": 5}, {"momentum": "x"},
      {"best": {"acc1": float("nan"), "acc5": 1.0}}, {"momentum": torch.zeros(3)}],
 )  # fmt: skip
-def test_a_damaged_checkpoint_is_refused(refused, train, tmp_path, damage):
+def test_damaged_checkpoint_is_refused(refused, train, tmp_path, damage):
     content = load_tensors(train().run.checkpoint("last"))
     if "momentum" in damage:
         content["optimizer"]["state"][0]["momentum_buffer"] = damage["momentum"]
@@ -472,7 +472,7 @@ def test_a_damaged_checkpoint_is_refused(refused, train, tmp_path, damage):
 
 
 @pytest.mark.parametrize("lost", ["step", "square_avg", "all"])
-def test_a_checkpoint_without_the_averages_of_its_optimizer_is_refused(refused, train, tmp_path, lost):
+def test_checkpoint_with_incomplete_optimizer_state_is_refused(refused, train, tmp_path, lost):
     content = load_tensors(train("--optimizer=rmsprop").run.checkpoint("last"))
     if lost == "all":
         del content["optimizer"]["state"][0]
@@ -482,7 +482,7 @@ def test_a_checkpoint_without_the_averages_of_its_optimizer_is_refused(refused, 
     assert "is damaged" in refused(f"--resume={tmp_path}/damaged.pt", "--epochs=2", "--optimizer=rmsprop")
 
 
-def test_two_ranks_report_what_the_saved_weights_are_worth(images, tmp_path):
+def test_two_ranks_report_the_accuracy_of_the_saved_weights(images, tmp_path):
     """Each rank has batch-norm statistics of its own; only rank 0's are saved."""
     flags = [*TINY, f"--data-path={images}", "--model=vgg11_bn", "--lr=0.5", "--batch-size=2", "--epochs=2"]
     result = ranks(2, "-m", "vgglab.train", *flags, f"--run-dir={tmp_path}/two")
@@ -496,14 +496,14 @@ def test_two_ranks_report_what_the_saved_weights_are_worth(images, tmp_path):
     assert alone["loss"] == pytest.approx(together["loss"], rel=1e-5)
 
 
-def test_a_terminal_that_goes_away_does_not_end_the_run(images, tmp_path):
+def test_run_survives_a_closed_output_pipe(images, tmp_path):
     flags = " ".join([*TINY, f"--data-path={images}", f"--run-dir={tmp_path}/run"])
     result = shell("bash", "-c", f"{sys.executable} -m vgglab.train {flags} | true")
     assert "Traceback" not in result.stderr
     assert Run(tmp_path / "run").status == "done"
 
 
-def test_devices_that_are_not_there(refused):
+def test_missing_devices_are_refused(refused):
     assert "--device gcu: torch_gcu is not installed" in refused("--device=gcu")
     assert "--device mps: PyTorch finds no Metal device" in refused("--device=mps")
     if not torch.cuda.is_available():
@@ -511,7 +511,7 @@ def test_devices_that_are_not_there(refused):
 
 
 @pytest.mark.parametrize("before", [(), (signal.SIGTERM,)], ids=["alone", "after-sigterm"])
-def test_ctrl_c_saves_and_ends_in_a_run_directory_that_says_so(images, tmp_path, before):
+def test_ctrl_c_saves_a_checkpoint_and_marks_the_run_interrupted(images, tmp_path, before):
     flags = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path}/run", "--epochs=1000", "--workers=2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "vgglab.train", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -532,7 +532,7 @@ def test_ctrl_c_saves_and_ends_in_a_run_directory_that_says_so(images, tmp_path,
     assert process.stderr.read().splitlines()[-1] == f"vgglab.train: {advice}"
 
 
-def test_a_batch_that_does_not_fit_is_said_in_one_line_and_the_run_says_failed(tmp_path):
+def test_out_of_memory_is_a_one_line_error_and_the_run_has_failed(tmp_path):
     """Where the system gives no more memory, made so with a limit."""
     import resource
 
@@ -557,7 +557,7 @@ sys.meta_path.insert(0, Finder())
 
 
 @pytest.mark.parametrize("several", [(), ("--nproc=2", "--batch-size=2")], ids=["one", "two"])
-def test_a_training_that_compiles_nothing_does_not_import_the_compiler(images, tmp_path, several):
+def test_training_without_compilation_does_not_import_the_compiler(images, tmp_path, several):
     """That takes seconds, in each process; two trainings, since the second loads what the first has saved."""
     (tmp_path / "sitecustomize.py").write_text(COMPILER)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
@@ -569,7 +569,7 @@ def test_a_training_that_compiles_nothing_does_not_import_the_compiler(images, t
 
 
 @pytest.mark.parametrize("given", ["soon", "-1", "inf", "100000"])
-def test_a_grace_period_that_is_no_number_of_seconds_is_refused(refused, monkeypatch, tmp_path, given):
+def test_invalid_grace_period_is_refused(refused, monkeypatch, tmp_path, given):
     monkeypatch.setenv("VGGLAB_GRACE_SECONDS", given)
     said = f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds from 0 to 99999, such as 10"
     assert refused() == said
@@ -578,7 +578,7 @@ def test_a_grace_period_that_is_no_number_of_seconds_is_refused(refused, monkeyp
     assert not (tmp_path / "run").exists()
 
 
-def test_a_closed_stream_is_no_failure(images, tmp_path):
+def test_run_succeeds_with_stderr_closed(images, tmp_path):
     words = [sys.executable, "-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}"]
     result = subprocess.run(
         ["bash", "-c", 'exec "$@" 2>&-', "bash", *words], cwd=PROJECT, capture_output=True, text=True
@@ -589,7 +589,7 @@ def test_a_closed_stream_is_no_failure(images, tmp_path):
     assert all(json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines())
 
 
-def test_ctrl_c_twice_is_answered_once(images, tmp_path):
+def test_repeated_ctrl_c_prints_one_final_line(images, tmp_path):
     words = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--epochs=100000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "vgglab.train", *words], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -609,7 +609,7 @@ def test_ctrl_c_twice_is_answered_once(images, tmp_path):
     assert Run(tmp_path / "run").status == "interrupted"
 
 
-def test_ctrl_c_in_a_finalizer_is_not_printed_and_the_next_one_is_answered():
+def test_ctrl_c_in_a_finalizer_is_silent_and_the_next_one_raises():
     """A generator of the loop was being closed as the second came: its traceback was the last thing said."""
     code = """
 import signal
@@ -633,7 +633,7 @@ with deferring_signals():
     assert (result.stdout, "Traceback" in result.stderr) == ("answered\n", False), result.stderr
 
 
-def test_a_segmentation_fault_leaves_a_stack(images, tmp_path):
+def test_segmentation_fault_logs_a_stack_trace(images, tmp_path):
     """What a vendor's library does: from a shell in the run's log, with several ranks among its failures too."""
     (tmp_path / "sitecustomize.py").write_text(
         "import faulthandler, os\nimport vgglab.pace as pace\n"
