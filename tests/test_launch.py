@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE_SECONDS, TINY, shell, wait_until
+from conftest import MAX_WAIT_SECONDS, TINY, shell, wait_until
 from processes import Child, python
 
 import vgglab
@@ -41,7 +41,7 @@ def tiny(images, tmp_path):
 
 def test_wait_returns_the_finished_run(tiny):
     run = vgglab.launch(tiny, epochs=2, print_freq=1, nesterov=True, watch=False)
-    assert run.wait(PATIENCE_SECONDS) is run
+    assert run.wait(MAX_WAIT_SECONDS) is run
     assert (run.status, run.config["epochs"], run.config["nesterov"]) == ("done", 2, True)
     assert run.report()["acc1"] is not None
     assert "held-out images" in run.logs()
@@ -64,7 +64,7 @@ def test_invalid_flag_fails_at_once_without_a_run(tiny, tmp_path):
 
 def test_settings_are_passed_to_the_run_unchanged(tiny, tmp_path):
     run = vgglab.launch([*tiny, "--epochs", 2], resume=None, run_dir=tmp_path / "with space", watch=False).wait(
-        PATIENCE_SECONDS
+        MAX_WAIT_SECONDS
     )
     assert (run.config["epochs"], run.config["resume"]) == (2, None)
     with pytest.raises(vgglab.UserError, match=r"--run-dir .*with space: already contains a run"):
@@ -73,7 +73,7 @@ def test_settings_are_passed_to_the_run_unchanged(tiny, tmp_path):
 
 def test_input_error_in_the_run_reaches_the_caller(tiny):
     with pytest.raises(vgglab.UserError, match=r"--num-classes 7: .* has 3 classes"):
-        vgglab.launch(tiny, num_classes=7, watch=False).wait(PATIENCE_SECONDS)
+        vgglab.launch(tiny, num_classes=7, watch=False).wait(MAX_WAIT_SECONDS)
 
 
 def test_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path):
@@ -86,7 +86,7 @@ def test_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     run = vgglab.launch(tiny, watch=False)
     with pytest.raises(vgglab.RunFailed, match=r"(?s)exit code 1.*Traceback.*planted"):
-        run.wait(PATIENCE_SECONDS)
+        run.wait(MAX_WAIT_SECONDS)
     assert run.status == "failed"
 
 
@@ -177,7 +177,7 @@ def test_run_ends_with_the_process_that_launched_it(tiny, number):
     run = vgglab.Run(launcher.stdout.readline().strip())
     wait_until(lambda: run.events("eval"))
     launcher.send_signal(number)
-    launcher.communicate(timeout=PATIENCE_SECONDS)
+    launcher.communicate(timeout=MAX_WAIT_SECONDS)
     wait_until(lambda: not processes_with(mark))
     assert run.status == "interrupted"
 
@@ -217,7 +217,7 @@ def test_run_ends_if_its_launching_process_dies_early(tiny):
     )
     launcher.stdout.readline()
     launcher.kill()
-    launcher.communicate(timeout=PATIENCE_SECONDS)
+    launcher.communicate(timeout=MAX_WAIT_SECONDS)
     wait_until(lambda: not processes_with("early"))
 
 
@@ -226,7 +226,7 @@ def test_ctrl_c_during_wait_stops_the_run(tiny):
     run = vgglab.Run(waiter.stdout.readline().strip())
     wait_until(lambda: run.events("eval"))
     waiter.send_signal(signal.SIGINT)
-    _, errors = waiter.communicate(timeout=PATIENCE_SECONDS)
+    _, errors = waiter.communicate(timeout=MAX_WAIT_SECONDS)
     assert "KeyboardInterrupt" in errors
     assert processes_with("wait") == []
     assert run.status == "interrupted"
@@ -288,7 +288,7 @@ def test_launch_leaks_no_file_descriptors(tiny):
     runs = [vgglab.launch(tiny, num_classes=7, watch=False) for _ in range(3)]
     for run in runs:
         with pytest.raises(vgglab.UserError):
-            run.wait(PATIENCE_SECONDS)
+            run.wait(MAX_WAIT_SECONDS)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import processes
 import pytest
-from conftest import PATIENCE_SECONDS, PROJECT, TINY, shell, torchrun, wait_until
+from conftest import MAX_WAIT_SECONDS, PROJECT, TINY, shell, torchrun, wait_until
 from expected_losses import BEFORE
 from test_devices import needs_sim, run_ranks
 from test_launch import MARK, processes_with
@@ -136,7 +136,7 @@ def test_wait_raises_with_the_traceback_of_the_failed_rank(tiny, planted, monkey
     monkeypatch.setenv(MARK, "raises")
     run = vgglab.launch(tiny, nproc=2, watch=False)
     with pytest.raises(vgglab.RunFailed, match=r"(?s)rank 1 failed\nTraceback.*end_own_work.*planted"):
-        run.wait(PATIENCE_SECONDS)
+        run.wait(MAX_WAIT_SECONDS)
     assert processes_with("raises") == []
 
 
@@ -146,7 +146,7 @@ def test_wait_names_the_killed_rank(tiny, planted, monkeypatch, rank):
         monkeypatch.setenv(name, value)
     run = vgglab.launch(tiny, nproc=2, watch=False)
     with pytest.raises(vgglab.RunFailed, match=rf"rank {rank} was killed \(SIGKILL\); if nobody killed it, .*memory$"):
-        run.wait(PATIENCE_SECONDS)
+        run.wait(MAX_WAIT_SECONDS)
 
 
 def test_hanging_rank_is_detected_and_stopped(tiny, planted, monkeypatch):
@@ -157,7 +157,7 @@ def test_hanging_rank_is_detected_and_stopped(tiny, planted, monkeypatch):
     wait_until(lambda: run.events("train"))
     monkeypatch.setattr(rank_table, "NO_NEWS_SECONDS", 1)
     wait_until(lambda: stall_warning(run))  # ten times what a step takes
-    monkeypatch.setattr("vgglab.runs.run.request_stack", partial(request_stack, seconds=PATIENCE_SECONDS))
+    monkeypatch.setattr("vgglab.runs.run.request_stack", partial(request_stack, seconds=MAX_WAIT_SECONDS))
     assert "run.stacks()" in summary(run, progress_of(run))
     rank0, rank1 = run.stacks().split("rank 1:")
     assert "end_own_work" in rank1
@@ -172,7 +172,7 @@ def test_hanging_rank_is_detected_and_stopped(tiny, planted, monkeypatch):
 def test_straggler_is_marked(tiny, planted, monkeypatch):
     for name, value in planted(DAWDLES).items():
         monkeypatch.setenv(name, value)
-    run = vgglab.launch(tiny, nproc=2, epochs=2, watch=False).wait(PATIENCE_SECONDS)
+    run = vgglab.launch(tiny, nproc=2, epochs=2, watch=False).wait(MAX_WAIT_SECONDS)
     rank0, rank1 = rank_rows(run)
     assert (rank0.is_straggler, rank1.is_straggler) == (False, True)
     assert rank1.own_seconds > 1  # of 2 s of sleep, in all steps but the first
@@ -186,7 +186,7 @@ def test_straggler_is_marked(tiny, planted, monkeypatch):
 
 def test_input_error_on_all_ranks_reaches_the_caller_in_one_line(tiny):
     with pytest.raises(UserError, match=r"^--num-classes 7: .* has 3 classes"):
-        vgglab.launch(tiny, nproc=2, num_classes=7, watch=False).wait(PATIENCE_SECONDS)
+        vgglab.launch(tiny, nproc=2, num_classes=7, watch=False).wait(MAX_WAIT_SECONDS)
 
 
 def test_stop_saves_a_checkpoint_and_ends_all_ranks(tiny, monkeypatch):
@@ -194,7 +194,7 @@ def test_stop_saves_a_checkpoint_and_ends_all_ranks(tiny, monkeypatch):
     run = vgglab.launch(tiny, nproc=2, epochs=100_000, workers=1, watch=False)
     wait_until(lambda: len(run.events("train")) > 3)
     assert len(processes_with("stopped")) >= 5  # the launcher, two ranks, a worker each
-    run.stop(grace_seconds=PATIENCE_SECONDS)  # a slow disk may take its time to have the checkpoint
+    run.stop(grace_seconds=MAX_WAIT_SECONDS)  # a slow disk may take its time to have the checkpoint
     assert processes_with("stopped") == []
     assert run.status == "interrupted"
     assert run.events("checkpoint")[-1]["step"] == run.events("train")[-1]["step"]
@@ -234,7 +234,7 @@ def test_killed_launcher_leaves_no_ranks(tiny, monkeypatch, early):
         wait_until(lambda: run.events("train"))
     os.kill(launcher_of(run), signal.SIGKILL)
     with pytest.raises(vgglab.RunFailed):
-        run.wait(PATIENCE_SECONDS)
+        run.wait(MAX_WAIT_SECONDS)
     wait_until(lambda: not processes_with(f"launcher-{early}"))
 
 
@@ -264,7 +264,7 @@ def test_ranks_end_with_the_process_that_launched_them(tiny, number):
     run = Run(launcher.stdout.readline().strip())
     wait_until(lambda: run.events("train"))
     launcher.send_signal(number)
-    launcher.communicate(timeout=PATIENCE_SECONDS)
+    launcher.communicate(timeout=MAX_WAIT_SECONDS)
     wait_until(lambda: not processes_with(mark))
 
 
@@ -273,7 +273,7 @@ def test_detached_run_outlives_its_launching_process_and_can_be_stopped(tiny):
     run = Run(launcher.stdout.readline().strip())
     wait_until(lambda: run.events("train"))
     launcher.kill()
-    launcher.communicate(timeout=PATIENCE_SECONDS)
+    launcher.communicate(timeout=MAX_WAIT_SECONDS)
     step = run.events("train")[-1]["step"]
     wait_until(lambda: run.events("train")[-1]["step"] > step + 3)
     again = Run(run.path)
@@ -296,7 +296,7 @@ def test_two_nodes_train_one_model(tiny, images, tmp_path, monkeypatch):
     words = [*tiny, f"--run-dir={tmp_path / 'run'}", "--batch-size=2"]
     nodes = [vgglab.launch(words, watch=False, nnodes=2, node_rank=rank, rendezvous=rendezvous) for rank in (0, 1)]
     for node in nodes:
-        node.wait(PATIENCE_SECONDS)
+        node.wait(MAX_WAIT_SECONDS)
     run = Run(tmp_path / "run")
     assert [event["loss"] for event in run.events("train")] == [event["loss"] for event in alone.events("train")]
     assert run.report()["world_size"] == 2

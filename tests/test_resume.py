@@ -12,7 +12,7 @@ import time
 import processes
 import pytest
 import torch
-from conftest import PATIENCE_SECONDS, PROJECT, TINY, torchrun, wait_until
+from conftest import MAX_WAIT_SECONDS, PROJECT, TINY, torchrun, wait_until
 from test_devices import needs_sim
 
 from vgglab import Run
@@ -20,7 +20,7 @@ from vgglab.train import main
 
 pytestmark = pytest.mark.usefixtures("narrow")
 EPOCHS, STEPS = 3, 4  # of TINY on 18 images: 4 steps an epoch with 1 rank, 2 with 2
-STOPPED = 75
+EXIT_STOPPED = 75
 JOB = [*TINY[:-1], "--model=vgg11_bn", "--dropout-rate=0.5", f"--epochs={EPOCHS}", "--seed=7", "--print-freq=1"]
 
 
@@ -141,12 +141,12 @@ def test_row_4_termination_signal_saves_a_checkpoint_and_sets_the_exit_code(job,
         process.send_signal(number)
     else:  # as a scheduler does it: one of the ranks is enough
         os.kill(rank_pids(process.pid)[-1], number)
-    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    output, _ = process.communicate(timeout=MAX_WAIT_SECONDS)
     name = signal.Signals(number).name
     assert f"stopped by {name}" in output
     assert f"checkpoint saved; continue with --run-dir {tmp_path / 'warned'} --resume auto" in output
     if ranks == 1:
-        assert process.returncode == STOPPED
+        assert process.returncode == EXIT_STOPPED
     run = Run(tmp_path / "warned")
     assert run.status == "interrupted"
     content = torch.load(run.checkpoint("last"))
@@ -185,8 +185,8 @@ def test_stopped_run_continues_in_place_with_the_same_command(job, holding, tmp_
     process = job.start("same", "--resume=auto", "--epochs=6", **holding(20))
     wait_for_step(tmp_path / "same", 5)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == STOPPED
+    process.communicate(timeout=MAX_WAIT_SECONDS)
+    assert process.returncode == EXIT_STOPPED
     left_at = Run(tmp_path / "same").events("train")[-1]["step"]
     resumed = job("same", "--resume=auto", "--epochs=6")
     assert resumed.status == "done"
@@ -205,7 +205,7 @@ def test_run_restarted_by_torchrun_equals_an_uninterrupted_run(job, holding, tmp
         pids = rank_pids(process.pid)
         os.kill(pids[victim], signal.SIGKILL)
         wait_until(lambda pids=pids: len(rank_pids(process.pid)) == 2 and not set(pids) & set(rank_pids(process.pid)))
-    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    output, _ = process.communicate(timeout=MAX_WAIT_SECONDS)
     assert process.returncode == 0, output
     run = Run(tmp_path / "killed")
     assert run.status == "done"

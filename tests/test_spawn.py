@@ -11,7 +11,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from conftest import PATIENCE_SECONDS, PROJECT, TINY, shell, wait_until
+from conftest import MAX_WAIT_SECONDS, PROJECT, TINY, shell, wait_until
 from test_launch import MARK, processes_with
 from test_ranks import HANGS, PLANTED
 from torch.distributed import TCPStore
@@ -172,7 +172,7 @@ def test_ranks_restart_after_one_is_killed_and_the_run_completes(start, tmp_path
     (tmp_path / "site" / "sitecustomize.py").write_text(PLANTED.format(deed=FIRST_TIME, rank=1))
     path = f"{tmp_path / 'site'}{os.pathsep}{PROJECT}"
     process = start("--epochs=2", "--checkpoint-every=1", "--max-restarts=1", mark="restart", PYTHONPATH=path)
-    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    _, err = process.communicate(timeout=MAX_WAIT_SECONDS)
     assert process.returncode == 0, err
     assert "rank 1 of 2: was killed (SIGKILL)" in err
     assert "restart 1 of 1" in err
@@ -192,7 +192,7 @@ def test_signal_ends_all_ranks_with_the_documented_exit_code(start, tmp_path, nu
     wait_until(lambda: is_training(tmp_path) and len(the_only_run(tmp_path).ranks()) == 2)
     run = the_only_run(tmp_path)
     os.kill(process.pid if whom == "launcher" else run.ranks()[1]["pid"], number)
-    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    _, err = process.communicate(timeout=MAX_WAIT_SECONDS)
     assert (process.returncode, "Traceback" in err) == (code, False), err
     assert run.status == "interrupted"
     assert processes_with(f"signal-{whom}-{code}") == []
@@ -209,7 +209,7 @@ def test_second_ctrl_c_ends_ranks_at_once_with_status_interrupted(start, tmp_pat
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)  # two at the same moment would be one
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    _, err = process.communicate(timeout=MAX_WAIT_SECONDS)
     assert (process.returncode, "Traceback" in err) == (130, False), err
     run = the_only_run(tmp_path)
     assert run.status == "interrupted"
@@ -229,7 +229,7 @@ def test_third_ctrl_c_kills_hanging_ranks(start, tmp_path):
     while process.poll() is None:
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
-    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    _, err = process.communicate(timeout=MAX_WAIT_SECONDS)
     assert (process.returncode, "Traceback" in err) == (130, False), err
     assert processes_with("ctrl-c-twice") == []
 
@@ -262,7 +262,7 @@ def test_nothing_is_imported_from_the_current_directory(command, tmp_path, how):
 
 def test_input_error_on_all_ranks_gives_exit_code_2(start, tmp_path):
     process = start("--num-classes=7", mark="refused")
-    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    _, err = process.communicate(timeout=MAX_WAIT_SECONDS)
     assert (process.returncode, "Traceback" in err) == (2, False), err
     assert "--num-classes 7: " in err
     assert not (tmp_path / "runs").exists()

@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import CLASSES, NUM_VAL, PATIENCE_SECONDS, PROJECT, TINY, shell, wait_until
+from conftest import CLASSES, MAX_WAIT_SECONDS, NUM_VAL, PROJECT, TINY, shell, wait_until
 from processes import python, ranks
 
 import vgglab
@@ -315,7 +315,7 @@ def test_unreadable_folders_are_refused(refused, images, tmp_path):
 
 def test_decompression_bomb_is_refused(refused, images, monkeypatch):
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 48 * 40 // 3)
-    assert "decompression bomb" in refused(in_the_middle=True)
+    assert "decompression bomb" in refused(after_start=True)
 
 
 def test_class_mismatches_are_reported(refused, train, images):
@@ -340,7 +340,7 @@ def test_truncated_image_is_named_in_the_error(refused, train, images, workers):
     broken = images / "train/n02/n02_3.JPEG"
     broken.write_bytes(broken.read_bytes()[:-200])
     every_image = "--batch-size=6"  # divides 18: none is left out by the shuffle
-    line = refused(f"--workers={workers}", every_image, in_the_middle=True)
+    line = refused(f"--workers={workers}", every_image, after_start=True)
     assert str(broken) in line
     assert "cannot be read as an image" in line
     assert before.checkpoint("last").exists()
@@ -521,7 +521,7 @@ def test_ctrl_c_saves_a_checkpoint_and_marks_the_run_interrupted(images, tmp_pat
         process.send_signal(number)
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    process.wait(PATIENCE_SECONDS)
+    process.wait(MAX_WAIT_SECONDS)
     assert process.returncode == 130
     run = Run(tmp_path / "run")
     assert run.status == "interrupted"
