@@ -31,7 +31,7 @@ CORE = (
     "config data decode model schedule predictions seed_defects train devices gcu doctor anatomy recipes plan parity "
     "experiments expected_losses spawn schema recording"
 ).split()
-NEWER_TORCH = "not rows_14_and_15 and not row_23 and not readmes_resume and not given_with_resume"
+NEWER_TORCH = "not rows_14_and_15 and not row_23 and not readme_resume and not given_with_resume"
 # Torch 2.10 is between the oldest and the newest version that are tested, so a selection of tests is enough: CARDS runs
 # with one of its interpreters, TRAINING with the other.
 CARDS = "devices gcu doctor expected_losses".split()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 from urllib.request import urlopen
 
-from conftest import PATIENCE_SECONDS, PROJECT
+from conftest import MAX_WAIT_SECONDS, PROJECT
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NO_CHROMIUM = "no chromium on the PATH; `make browser`, or as root: apt-get install chromium"
@@ -25,7 +25,7 @@ FLAGS = (
     "--disable-quic"
 ).split()
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
-SECONDS = PATIENCE_SECONDS // 2  # for whatever a person would wait for; a page that missed something is opened again
+SECONDS = MAX_WAIT_SECONDS // 2  # for whatever a person would wait for; a page that missed something is opened again
 
 
 class Lab:

@@ -1,4 +1,4 @@
-"""What the tests share: a folder of images in ImageNet's layout, and the shell's door."""
+"""Shared fixtures and helpers: a folder of images in ImageNet's layout, and calls of the command-line entry points."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import pytest
-from processes import NARROW, NARROW_VGG11, PATIENCE_SECONDS, PROJECT
+from processes import MAX_WAIT_SECONDS, NARROW, NARROW_VGG11, PROJECT
 
-# Several tests at once on all cores, and their processes: one thread each, or they wait for one another's.
+# Tests run in parallel on all cores, as do the processes that they start: with one thread each, they do not compete.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# On a busy machine a run that is asked to leave may take its time to save; none is killed for that.
-os.environ.setdefault("VGGLAB_GRACE_SECONDS", str(PATIENCE_SECONDS / 2))
+# On a busy machine, a run that was asked to stop may need long to save a checkpoint; it is not killed meanwhile.
+os.environ.setdefault("VGGLAB_GRACE_SECONDS", str(MAX_WAIT_SECONDS / 2))
 
 CLASSES = ("n01", "n02", "n03")
 NUM_TRAIN, NUM_VAL = 6, 3  # images per class
-# Trains in a second: VGG11 on 32x32 pixels, 18 images, 4 at a time: 4 steps an epoch. Xavier is the fastest to draw.
+# Trains in a second: VGG11, 18 images of 32x32 pixels, batches of 4: 4 steps per epoch. Xavier is the fastest --init.
 TINY = (
     *("--model=vgg11", "--init=xavier", "--image-size=32", "--batch-size=4", "--workers=0"),
     *("--epochs=1", "--warmup=0", "--device=cpu"),
 )
 
 
-# The files with the longest tests come first, so that at the end no core waits for the other's last one.
+# The files with the longest tests come first, so that no core is idle at the end while another runs a long test.
 LONGEST = ("test_browser.py", "test_notebooks.py", "test_ranks.py", "test_seeds.py", "test_performance.py")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Within a file the order stays the one that pytest-randomly has drawn."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+    """Put the longest files first; within a file, the order stays that of pytest-randomly."""
+    order = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_trace_outside(tmp_path_factory):
-    """Caches of the tests' own, and no variables of a launcher or a notebook around them."""
+def _isolated_environment(tmp_path_factory):
+    """Separate caches, default signal handlers, and no variables of a launcher or a notebook."""
     os.environ["VGGLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
-    # A script in the background ignores Ctrl-C and Ctrl-\\, nohup a closed terminal, and our children would inherit it.
+    # Background scripts ignore Ctrl-C and Ctrl-\\, nohup a closed terminal; child processes would inherit that.
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         if signal.getsignal(number) == signal.SIG_IGN:
@@ -55,7 +55,7 @@ def _no_trace_outside(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def _images(tmp_path_factory) -> Path:
+def _image_folder(tmp_path_factory) -> Path:
     from PIL import Image
 
     root = tmp_path_factory.mktemp("images")
@@ -73,31 +73,31 @@ def _images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def images(_images, tmp_path) -> Path:
+def images(_image_folder, tmp_path) -> Path:
     """A fresh copy of 18 training and 9 held-out JPEGs of 3 classes."""
-    return Path(shutil.copytree(_images, tmp_path / "images"))
+    return Path(shutil.copytree(_image_folder, tmp_path / "images"))
 
 
 def torchrun(num_ranks: int, max_restarts: int = 0) -> list[str]:
-    """After ``python``: one machine, and a port that is free (``--standalone`` is one fixed port on torch 1.10)."""
-    meeting = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--rdzv_id=test"]
-    return ["-m", "torch.distributed.run", *meeting, f"--nproc_per_node={num_ranks}", f"--max_restarts={max_restarts}"]
+    """Arguments for ``python``: torchrun on a free port (``--standalone`` uses a fixed port on torch 1.10)."""
+    rdzv = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--rdzv_id=test"]
+    return ["-m", "torch.distributed.run", *rdzv, f"--nproc_per_node={num_ranks}", f"--max_restarts={max_restarts}"]
 
 
 class Result(NamedTuple):
-    """What came out of the shell's door."""
+    """Result of a call of the command-line entry point."""
 
     code: int
     out: str
     err: str
-    run: object  # vgglab.Run, or None where none was made
+    run: object  # vgglab.Run, or None if there is no run directory
 
 
 @pytest.fixture
 def narrow(request, monkeypatch) -> None:
-    """A VGG11 with a tenth of the weights, here and in forked processes: for tests in which any network will do.
+    """Use a VGG11 with a tenth of the weights, in this and in forked processes, for tests that work with any network.
 
-    Not where a test has the marker ``paper_widths``, and not in new interpreters.
+    This has no effect on tests with the marker ``paper_widths``, nor in new interpreters.
     """
     from vgglab import model
 
@@ -108,7 +108,7 @@ def narrow(request, monkeypatch) -> None:
 
 @pytest.fixture
 def train(images, tmp_path, capsys, narrow) -> Callable[..., Result]:
-    """``train("--epochs=2", ...)``: the tiny job with these flags on top, in this process."""
+    """``train("--epochs=2", ...)``: runs the tiny job with these additional flags in this process."""
     from vgglab import Run
     from vgglab.train import main
 
@@ -117,19 +117,22 @@ def train(images, tmp_path, capsys, narrow) -> Callable[..., Result]:
         capsys.readouterr()
         code = main([*base, f"--data-path={data}", f"--output-dir={out}", *flags])
         captured = capsys.readouterr()
-        made = sorted(out.glob("runs/*"))
-        return Result(code, captured.out, captured.err, Run(made[0]) if made else None)
+        runs = sorted(out.glob("runs/*"))
+        return Result(code, captured.out, captured.err, Run(runs[0]) if runs else None)
 
     return run_training
 
 
 @pytest.fixture
 def refused(train) -> Callable[..., str]:
-    """``refused(flags...)``: asserts exit code 2, one line on stderr and no run directory; returns the line."""
+    """``refused(flags...)``: asserts exit code 2, one line on stderr and no run directory; returns that line.
 
-    def expect_refusal(*flags: str, in_the_middle: bool = False, **options) -> str:
+    With ``after_start=True``, a run directory is allowed.
+    """
+
+    def expect_refusal(*flags: str, after_start: bool = False, **options) -> str:
         result = train(*flags, **options)
-        assert in_the_middle or result.run is None
+        assert after_start or result.run is None
         lines = result.err.strip().splitlines()
         assert (result.code, len(lines)) == (2, 1), result
         assert lines[0].startswith("vgglab.train: error: ")
@@ -138,16 +141,16 @@ def refused(train) -> Callable[..., str]:
     return expect_refusal
 
 
-def shell(*words: str | Path, timeout: float = PATIENCE_SECONDS, **options) -> subprocess.CompletedProcess:
-    """Run a command as a person would; ``python`` is this interpreter, and ``processes.python`` a cheaper one."""
-    command = [sys.executable if word == "python" else str(word) for word in words]
+def shell(*args: str | Path, timeout: float = MAX_WAIT_SECONDS, **options) -> subprocess.CompletedProcess:
+    """Run a command as in a shell; ``python`` is this interpreter. ``processes.python`` is cheaper."""
+    command = [sys.executable if arg == "python" else str(arg) for arg in args]
     options.setdefault("cwd", PROJECT)
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
 
 
 def wait_until(condition: Callable[[], object], *, every: float = 0.1) -> None:
-    """Returns when ``condition()`` holds."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    """Return when ``condition()`` is true."""
+    deadline = time.monotonic() + MAX_WAIT_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(every)

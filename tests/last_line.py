@@ -1,6 +1,6 @@
-"""The last line of ``make test``: the result, the time, and the command that repeats what failed.
+"""The last line of ``make test``: the result, the time, and the command that repeats the failed tests.
 
-A pytest plugin, loaded by the Makefile with ``-p tests.last_line``; it stands below pytest's own closing line.
+A pytest plugin, loaded by the Makefile with ``-p tests.last_line``; its line follows pytest's summary line.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Iterable
 
 import pytest
 
-AT_MOST_BY_NAME = 5  # failures; of more, the files that they are in
-KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+MAX_LISTED_FAILURES = 5  # with more failures, the command lists their files instead
+KERNEL_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
 
 def repeat_command(failed: Iterable[str], marker: str = "", keyword: str = "") -> str:
-    """What to type to run just these tests again: ``failed`` are node ids; ``keyword`` is what -k had chosen."""
+    """The command that runs only these tests again: ``failed`` are node ids, ``keyword`` is the value of -k."""
     ids = list(dict.fromkeys(name.split("@")[0] if "@" in name.rpartition("]")[2] else name for name in failed))
-    if len(ids) > AT_MOST_BY_NAME:
+    if len(ids) > MAX_LISTED_FAILURES:
         ids = list(dict.fromkeys(name.split("::")[0] for name in ids))
     interpreter = Path(sys.executable)
     if interpreter.is_relative_to(Path.cwd()):
         interpreter = interpreter.relative_to(Path.cwd())
-    kernels = [f"{name}={os.environ[name]}" for name in KERNELS if name in os.environ]
-    chosen = [*(["-m", marker] if marker == "long" else []), *(["-k", keyword] if keyword else [])]
-    return shlex.join([*kernels, str(interpreter), "-m", "pytest", *chosen, *ids])
+    kernels = [f"{name}={os.environ[name]}" for name in KERNEL_VARIABLES if name in os.environ]
+    selection = [*(["-m", marker] if marker == "long" else []), *(["-k", keyword] if keyword else [])]
+    return shlex.join([*kernels, str(interpreter), "-m", "pytest", *selection, *ids])
 
 
 class LastLine:
@@ -37,7 +37,7 @@ class LastLine:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Iterable[None]:
-        """Around the terminal's own, which prints the closing line of pytest."""
+        """Wrap the terminal reporter's hook, which prints pytest's summary line."""
         yield
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:
@@ -62,5 +62,5 @@ class LastLine:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # not in the processes that xdist starts
+    if not hasattr(config, "workerinput"):  # not in xdist's workers
         config.pluginmanager.register(LastLine(), "the last line")

@@ -1,12 +1,12 @@
-"""Processes for tests that need one but are not about starting it: forked from a server that has imported torch.
+"""Cheap processes for tests that do not depend on how a process starts: forked from a server that has imported torch.
 
-``python("-m", "vgglab.train", ...)`` gives what ``shell("python", "-m", "vgglab.train", ...)`` gives, without the
-seconds that every new interpreter spends on ``import torch``. The server (Python's own forkserver, one per pytest
-process, started when first needed) knows torch and its friends but no module of vgglab: each child imports the package
-that its ``PYTHONPATH`` names, and keeps its own time.
+``python("-m", "vgglab.train", ...)`` returns the same as ``shell("python", "-m", "vgglab.train", ...)``, without the
+seconds that each new interpreter spends on ``import torch``. The server (Python's forkserver, one per pytest process,
+started on first use) has imported torch and a few other packages, but no module of vgglab: each child imports the
+package from its ``PYTHONPATH``.
 
-What a fork cannot show, and needs ``shell``: how an interpreter starts, in which order things are imported, variables
-that torch or the C library reads at that time, the environment as ``/proc`` shows it, how Python is taken apart.
+Forked processes cannot test the following, which needs ``shell``: interpreter startup, the order of imports, variables
+that torch or the C library reads at startup, the environment as ``/proc`` shows it, and Python's shutdown.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from types import ModuleType
 from typing import Mapping
 
 PROJECT = Path(__file__).resolve().parent.parent
-# After so long something hangs; no test says how fast a machine has to be.
-PATIENCE_SECONDS = 600
-GRACE_SECONDS = 30  # for the other ranks to notice that one has failed; torchrun's figure
-# What a training run imports; torchvision is imported only where a test needs it.
+# A timeout that only a hang exceeds; no test requires a fast machine.
+MAX_WAIT_SECONDS = 600
+GRACE_SECONDS = 30  # for the other ranks to notice that one has failed; the same as torchrun's
+# Imported by every training run; torchvision is not preloaded, because only some tests need it.
 PRELOADED = "numpy torch torch.distributed torch.nn.parallel torch.utils.data.distributed PIL.Image tqdm".split()
 _context = multiprocessing.get_context("forkserver")
-# In an environment with this variable VGG11 has few channels; the last convolution keeps its own, for the classifier.
+# With this environment variable, VGG11 has few channels, except in the last convolution, which feeds the classifier.
 NARROW, NARROW_VGG11 = "VGGLAB_TESTS_NARROW", [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 512, "M"]
 
 
-def python(*words: str | Path, **options) -> subprocess.CompletedProcess:
-    """``python`` with these words after it (``-m module``, ``-c code`` or a file), to its end.
+def python(*args: str | Path, **options) -> subprocess.CompletedProcess:
+    """Run ``python`` with these arguments (``-m module``, ``-c code`` or a file) until it exits.
 
     Args:
-        options: ``env``, ``cwd``, ``preexec_fn`` as of ``subprocess.run``; ``autoload`` as in ``Child``.
+        options: ``env``, ``cwd`` and ``preexec_fn`` as in ``subprocess.run``; ``autoload`` as in ``Child``.
     """
-    child = Child(words, **options)
+    child = Child(args, **options)
     try:
         child.wait()
     finally:
@@ -54,14 +54,14 @@ def python(*words: str | Path, **options) -> subprocess.CompletedProcess:
     return child.completed()
 
 
-def ranks(number: int, *words: str | Path, env: Mapping[str, str] | None = None, **options):
-    """Start this many ranks with torchrun's environment variables; one ``CompletedProcess`` for all of them.
+def ranks(number: int, *args: str | Path, env: Mapping[str, str] | None = None, **options):
+    """Run this many ranks with torchrun's environment variables; return one ``CompletedProcess`` for all of them.
 
-    Its output is that of rank 0, then of rank 1 and so on; its code that of the first that failed.
+    Its output is that of rank 0, then of rank 1 and so on; its exit code is that of the rank that failed first.
     """
     from torch.distributed import TCPStore
 
-    # As torchrun does it, the parent holds the meeting place: its port is taken, not guessed to be free.
+    # As with torchrun, the parent hosts the store, on a port that the system assigns, so that it is certainly free.
     store = TCPStore("127.0.0.1", 0, number, True, wait_for_workers=False)
     common = {
         **(os.environ if env is None else env),
@@ -69,27 +69,27 @@ def ranks(number: int, *words: str | Path, env: Mapping[str, str] | None = None,
         "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
     }  # fmt: skip
     children = [
-        Child(words, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options) for rank in range(number)
+        Child(args, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options) for rank in range(number)
     ]
     try:
         code = _wait_for_all(children)
     finally:
         for child in children:
             child.kill()
-    ended = [child.completed() for child in children]
-    out, err = ("".join(getattr(one, name) for one in ended) for name in ("stdout", "stderr"))
-    return subprocess.CompletedProcess(ended[0].args, code, out, err)
+    results = [child.completed() for child in children]
+    out, err = ("".join(getattr(result, name) for result in results) for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(results[0].args, code, out, err)
 
 
 def _wait_for_all(children: list[Child]) -> int:
-    deadline, code, left = time.monotonic() + PATIENCE_SECONDS, 0, list(children)
-    while left:
-        ended = connection.wait([child.sentinel for child in left], max(0, deadline - time.monotonic()))
+    deadline, code, running = time.monotonic() + MAX_WAIT_SECONDS, 0, list(children)
+    while running:
+        ended = connection.wait([child.sentinel for child in running], max(0, deadline - time.monotonic()))
         if not ended and code:
-            return code  # those that still wait for the one that failed are killed
-        assert ended, "waited in vain for ranks"
-        for child in [child for child in left if child.sentinel in ended]:
-            left.remove(child)
+            return code  # ranks that still wait for the failed one are killed
+        assert ended, "timed out waiting for ranks"
+        for child in [child for child in running if child.sentinel in ended]:
+            running.remove(child)
             if child.wait() and not code:
                 code, deadline = child.wait(), min(deadline, time.monotonic() + GRACE_SECONDS)
     return code
@@ -98,47 +98,47 @@ def _wait_for_all(children: list[Child]) -> int:
 class Child:
     """A forked process that behaves like ``python`` with these arguments, in a separate process group."""
 
-    def __init__(self, words, *, env=None, cwd=PROJECT, preexec_fn=None, autoload=False) -> None:
+    def __init__(self, args, *, env=None, cwd=PROJECT, preexec_fn=None, autoload=False) -> None:
         """
         Args:
-            autoload: load a card's library from its ``PYTHONPATH``, as ``import torch`` does where one is installed.
+            autoload: load a card's library from ``PYTHONPATH``, as ``import torch`` does if one is installed.
         """
-        self.words = [str(word) for word in words]
+        self.args = [str(arg) for arg in args]
         self._folder = tempfile.TemporaryDirectory(prefix="child-")
         self._outputs = [os.path.join(self._folder.name, name) for name in ("stdout", "stderr")]
-        setting = (dict(os.environ if env is None else env), str(cwd), self._outputs, _standard_path())
+        settings = (dict(os.environ if env is None else env), str(cwd), self._outputs, _default_path())
         _start_server()
-        self.process = _context.Process(target=_become, args=(self.words, *setting, preexec_fn, autoload))
+        self.process = _context.Process(target=_run_child, args=(self.args, *settings, preexec_fn, autoload))
         with _without_main():
             self.process.start()
         self.pid, self.sentinel = self.process.pid, self.process.sentinel
 
     def wait(self) -> int:
-        """Its exit code; that of a signal is negative."""
-        self.process.join(PATIENCE_SECONDS)
-        assert self.process.exitcode is not None, f"waited in vain for python {' '.join(self.words)}"
+        """Wait for the exit and return the exit code, which is negative after a signal."""
+        self.process.join(MAX_WAIT_SECONDS)
+        assert self.process.exitcode is not None, f"timed out waiting for python {' '.join(self.args)}"
         return self.process.exitcode
 
     def kill(self) -> None:
-        """It and what it has started, if anything is left of them."""
-        for kill, number in ((os.killpg, self.pid), (os.kill, self.pid)):
+        """Kill the process and all that it has started, if they still run."""
+        for kill, pid in ((os.killpg, self.pid), (os.kill, self.pid)):
             if self.process.exitcode is None or kill is os.killpg:
                 with contextlib.suppress(ProcessLookupError):
-                    kill(number, signal.SIGKILL)
+                    kill(pid, signal.SIGKILL)
         self.process.join()
 
     def completed(self) -> subprocess.CompletedProcess:
-        """Its code and what it has written, once it has ended."""
+        """Its exit code and output; waits for its exit."""
         out, err = (Path(file).read_text(errors="replace") if os.path.exists(file) else "" for file in self._outputs)
         self._folder.cleanup()
-        return subprocess.CompletedProcess(["python", *self.words], self.wait(), out, err)
+        return subprocess.CompletedProcess(["python", *self.args], self.wait(), out, err)
 
 
 @lru_cache(maxsize=None)
 def _start_server() -> None:
-    """One thread, as all here; and nothing of what the test that happens to come first has put into the environment."""
+    """Start it with one thread, as everywhere here, and without any ``PYTHONPATH`` that the first test has set."""
     _context.set_forkserver_preload(PRELOADED)
-    before = dict(os.environ)
+    saved = dict(os.environ)
     os.environ.pop("PYTHONPATH", None)
     os.environ.update(OMP_NUM_THREADS="1", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     try:
@@ -146,12 +146,12 @@ def _start_server() -> None:
             forkserver.ensure_running()
     finally:
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(saved)
 
 
 @contextlib.contextmanager
 def _without_main():
-    """What runs the tests is nothing that a child should import first, as multiprocessing would have it."""
+    """Hide ``__main__`` (pytest), so that multiprocessing does not import it in the child."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -161,13 +161,13 @@ def _without_main():
 
 
 def server_pid() -> int | None:
-    """For those who count what its children have used."""
+    """Process id of the server, for measurements of the resources that its children have used."""
     return forkserver._forkserver._forkserver_pid
 
 
 @lru_cache(maxsize=None)
-def _standard_path() -> list[str]:
-    """Where an interpreter looks for modules after its first folder and its ``PYTHONPATH``."""
+def _default_path() -> list[str]:
+    """``sys.path`` of a new interpreter without its first entry and without ``PYTHONPATH``."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     code = "import sys; print('\\n'.join(sys.path[1:]))"
     return subprocess.run(
@@ -175,8 +175,8 @@ def _standard_path() -> list[str]:
     ).stdout.splitlines()
 
 
-def _become(words, environment, cwd, outputs, path, preexec_fn, autoload) -> None:
-    """In the child: all that a new interpreter would find set, then what it was to run."""
+def _run_child(args, environment, cwd, outputs, path, preexec_fn, autoload) -> None:
+    """In the child: restore the state of a new interpreter, then run its arguments."""
     os.setpgid(0, 0)
     _reset_signals()
     os.environ.clear()
@@ -200,7 +200,7 @@ def _become(words, environment, cwd, outputs, path, preexec_fn, autoload) -> Non
             torch._import_device_backends()
         if NARROW in environment:
             importlib.import_module("vgglab.model").CONFIGURATIONS["vgg11"] = NARROW_VGG11
-        _run([word for word in words if word != "-u"])
+        _run([arg for arg in args if arg != "-u"])
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 0
@@ -210,8 +210,8 @@ def _become(words, environment, cwd, outputs, path, preexec_fn, autoload) -> Non
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
-    gc.collect()  # as where an interpreter ends, whose functions have returned by now
-    with contextlib.suppress(Exception):  # which it has printed, and which changes no interpreter's exit code
+    gc.collect()  # at the exit of an interpreter, the frames of its functions are gone too
+    with contextlib.suppress(Exception):  # atexit has printed it, and it does not change the exit code
         atexit._run_exitfuncs()
     sys.exit(code)  # multiprocessing waits for threads, flushes and calls os._exit
 
@@ -221,7 +221,7 @@ def _reset_signals() -> None:
         if number not in (signal.SIGKILL, signal.SIGSTOP) and signal.getsignal(number) != signal.SIG_DFL:
             try:
                 signal.signal(number, signal.SIG_DFL)
-            except (OSError, ValueError):  # not a signal of this system, or the C library's own
+            except (OSError, ValueError):  # does not exist on this system, or is reserved by the C library
                 continue
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("SIGPIPE", "SIGXFSZ"):  # Python raises an error instead
@@ -230,9 +230,9 @@ def _reset_signals() -> None:
 
 
 def _open_streams(outputs: list[str]) -> None:
-    """Files for the three streams, buffered as Python does for a pipe."""
-    nowhere = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nowhere, 0)
+    """Redirect the three streams to files, with the buffering that Python uses for a pipe."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
     for number, file in enumerate(outputs, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)
@@ -240,18 +240,18 @@ def _open_streams(outputs: list[str]) -> None:
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
 
 
-def _run(words: list[str]) -> None:
-    kind = words[0]
-    if kind == "-m":
-        sys.argv = words[1:]
+def _run(args: list[str]) -> None:
+    first = args[0]
+    if first == "-m":
+        sys.argv = args[1:]
         sys.path.insert(0, os.getcwd())
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    elif kind == "-c":
-        sys.argv = ["-c", *words[2:]]
+        runpy.run_module(args[1], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv = ["-c", *args[2:]]
         sys.path.insert(0, "")
         sys.modules["__main__"] = ModuleType("__main__")
-        exec(compile(words[1], "<string>", "exec"), vars(sys.modules["__main__"]))
+        exec(compile(args[1], "<string>", "exec"), vars(sys.modules["__main__"]))
     else:
-        sys.argv = list(words)
-        sys.path.insert(0, os.path.dirname(os.path.abspath(kind)))
-        runpy.run_path(kind, run_name="__main__")
+        sys.argv = list(args)
+        sys.path.insert(0, os.path.dirname(os.path.abspath(first)))
+        runpy.run_path(first, run_name="__main__")

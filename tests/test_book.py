@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 from browser import CHROMIUM, NO_CHROMIUM, chromium, done_by
-from conftest import PATIENCE_SECONDS, PROJECT, TINY, wait_until
+from conftest import MAX_WAIT_SECONDS, PROJECT, TINY, wait_until
 from processes import python
 
 from vgglab import Run
@@ -238,7 +238,7 @@ def test_interrupted_nothing_goes_on(tmp_path, number):
     pid = tmp_path / "pid"
     wait_until(lambda: pid.exists() and pid.read_text())
     process.send_signal(number)
-    _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    _, said = process.communicate(timeout=MAX_WAIT_SECONDS)
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "vgglab.book: interrupted"
     wait_until(lambda: not os.path.exists(f"/proc/{pid.read_text()}"))

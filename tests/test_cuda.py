@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import PATIENCE_SECONDS, PROJECT, shell, torchrun
+from conftest import MAX_WAIT_SECONDS, PROJECT, shell, torchrun
 from expected_losses import measure, read_reference, share_of_tolerance
-from test_resume import STOPPED, job, wait_for_step  # noqa: F401  # job is a fixture
+from test_resume import EXIT_STOPPED, job, wait_for_step  # noqa: F401  # job is a fixture
 
 from vgglab import Run
 from vgglab.devices.compat import load_tensors
@@ -93,8 +93,8 @@ def test_it_is_left_and_gone_on_with(job, tmp_path):  # noqa: F811
     process = job.start("left", *flags)
     wait_for_step(tmp_path / "left", 5)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == STOPPED
+    process.communicate(timeout=MAX_WAIT_SECONDS)
+    assert process.returncode == EXIT_STOPPED
     left_at = Run(tmp_path / "left").events("train")[-1]["step"]
     run = job("left", *flags, "--resume=auto")
     assert run.status == "done"
@@ -121,7 +121,7 @@ def test_more_ranks_than_cards_are_refused(images, tmp_path):
 
 def test_a_batch_too_large_for_the_card_is_said_in_one_line(refused):
     flags = (CARD, "--model=vgg16", "--image-size=224", "--batch-size=4096")  # 192 took 19 GiB of an H200
-    line = refused(*flags, data="fake", in_the_middle=True)
+    line = refused(*flags, data="fake", after_start=True)
     assert line.startswith("--batch-size 4096: out of memory on cuda (")
 
 

@@ -1,4 +1,4 @@
-"""The bundled digits, folders in ImageNet's layout, and which image comes when."""
+"""The bundled digits, folders in ImageNet's layout, and the order of the images."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def rank(number=0, of=1):
     )
 
 
-def test_digits_lie_in_imagenets_layout_with_lists_that_tell_the_truth():
+def test_digits_use_the_imagenet_layout_with_matching_lists():
     root = digits_folder()
     sizes = {}
     for split in ("train", "val"):
@@ -42,21 +42,21 @@ def test_digits_lie_in_imagenets_layout_with_lists_that_tell_the_truth():
         assert listed == sorted(str(f.relative_to(root / split)) for f in (root / split).glob("*/*.png"))
         sizes[split] = len(listed)
     assert sizes == {"train": 1437, "val": 360}
-    assert digits_folder() == root  # written once
+    assert digits_folder() == root  # not written again
 
 
-def test_two_processes_may_write_the_digits_at_once(tmp_path):
+def test_two_processes_can_write_the_digits_concurrently(tmp_path):
     code = "from vgglab.data.digits import digits_folder as f; print(len(list(f().glob('*/*/*.png'))))"
     environment = {**os.environ, "VGGLAB_CACHE": str(tmp_path)}
-    both = [
+    processes = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    assert [process.communicate()[0].strip() for process in both] == ["1797", "1797"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["digits-1"]  # nothing half-done is left
+    assert [process.communicate()[0].strip() for process in processes] == ["1797", "1797"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["digits-1"]  # no temporary files are left
 
 
-def test_a_folder_is_read_in_sorted_order_without_hidden_files(images):
+def test_folder_is_read_in_sorted_order_without_hidden_files(images):
     (images / "train" / ".ipynb_checkpoints").mkdir()
     shutil.copy(images / "train/n01/n01_0.JPEG", images / "train/.ipynb_checkpoints/n01_0.JPEG")
     shutil.copy(images / "train/n01/n01_0.JPEG", images / "train/n01/._n01_0.JPEG")
@@ -66,41 +66,42 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_files(images):
     assert (len(sets.train), len(sets.val), sets.num_classes) == (3 * NUM_TRAIN, 3 * NUM_VAL, 3)
 
 
-def test_a_class_missing_from_val_keeps_the_labels_of_the_others(images):
+def test_class_missing_from_val_does_not_shift_labels(images):
     shutil.rmtree(images / "val" / CLASSES[0])
     sets = open_sets(parse_flags([f"--data-path={images}"]))
     assert sorted(set(sets.val.labels)) == [1, 2]
 
 
-def all_samples(sampler, epoch=0):
+def batches_of(sampler, epoch=0):
     sampler.epoch = epoch
     return [list(batch) for batch in sampler]
 
 
-def test_two_ranks_see_together_what_one_sees_alone():
-    alone = all_samples(loader.TrainBatchSampler(50, 8, rank(), seed=3), epoch=2)
-    first = all_samples(loader.TrainBatchSampler(50, 4, rank(0, 2), seed=3), epoch=2)
-    second = all_samples(loader.TrainBatchSampler(50, 4, rank(1, 2), seed=3), epoch=2)
-    assert [sorted(a + b) for a, b in zip(first, second)] == [sorted(batch) for batch in alone]
-    assert len(alone) == len(first) == 6  # 50 images: the last two are left out, this epoch
+def test_two_ranks_together_get_the_batches_of_one():
+    single = batches_of(loader.TrainBatchSampler(50, 8, rank(), seed=3), epoch=2)
+    first = batches_of(loader.TrainBatchSampler(50, 4, rank(0, 2), seed=3), epoch=2)
+    second = batches_of(loader.TrainBatchSampler(50, 4, rank(1, 2), seed=3), epoch=2)
+    assert [sorted(a + b) for a, b in zip(first, second)] == [sorted(batch) for batch in single]
+    assert len(single) == len(first) == 6  # of 50 images, each epoch drops the last two
 
 
-def test_every_epoch_and_seed_has_an_order_and_crops_of_its_own():
+def test_order_and_crops_differ_by_epoch_and_seed():
     orders = {
-        str(all_samples(loader.TrainBatchSampler(50, 8, rank(), seed), epoch)) for seed in (1, 2) for epoch in (0, 1)
+        str(batches_of(loader.TrainBatchSampler(50, 8, rank(), seed), epoch)) for seed in (1, 2) for epoch in (0, 1)
     }
     assert len(orders) == 4
-    seeds = [sample.seed for batch in all_samples(loader.TrainBatchSampler(50, 8, rank(), 2**31)) for sample in batch]
+    seeds = [sample.seed for batch in batches_of(loader.TrainBatchSampler(50, 8, rank(), 2**31)) for sample in batch]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_held_out_images_count_once_on_any_number_of_ranks(num_ranks):
-    seen = []
+def test_held_out_images_are_counted_once_on_any_number_of_ranks(num_ranks):
+    indices = []
     for number in range(num_ranks):
-        seen += [sample.image for batch in loader.EvalBatchSampler(10, 4, rank(number, num_ranks)) for sample in batch]
-    assert sorted(seen) == list(range(10))
+        batches = loader.EvalBatchSampler(10, 4, rank(number, num_ranks))
+        indices += [sample.image for batch in batches for sample in batch]
+    assert sorted(indices) == list(range(10))
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(images):
@@ -111,46 +112,46 @@ def test_batches_do_not_depend_on_the_number_of_workers(images):
         batches = loader.train_batches(open_sets(config), config, rank())
         return [(b.images.sum().item(), b.labels.tolist()) for epoch in (0, 1) for b in batches.epoch(epoch)]
 
-    alone = pixels(0)
-    assert len(set(map(str, alone))) == len(alone)  # the crops do differ
-    assert pixels(2) == alone
+    without_workers = pixels(0)
+    assert len(set(map(str, without_workers))) == len(without_workers)  # the crops differ
+    assert pixels(2) == without_workers
 
 
-# Row 9, 10 and 22 of the original example's defects: listings, classes and list files.
+# Rows 9, 10 and 22 of the original example's defects: listings, classes and list files.
 
 
-def names(folder):
+def listed_files(folder):
     return {name: listing.split() for name, listing in index.read_index(folder).items() if name}
 
 
-def test_row_9_a_listing_is_never_stale(images):
-    """Seed: found by the path as it was typed; images that came were not seen, images that went ended the run."""
+def test_row_9_listing_is_never_stale(images):
+    """Original: cached by the path as typed; new images were ignored, and deleted ones crashed the run."""
     folder = images / "train"
-    assert list(names(folder)) == ["n01", "n02", "n03"]
+    assert list(listed_files(folder)) == ["n01", "n02", "n03"]
     shutil.copy(folder / "n02/n02_0.JPEG", folder / "n02/n02_new.JPEG")
     (folder / "n03/n03_1.JPEG").unlink()
     (folder / "n00").mkdir()
     shutil.copy(folder / "n02/n02_0.JPEG", folder / "n00/a.JPEG")
     shutil.rmtree(folder / "n01")
-    now = names(folder)
-    assert list(now) == ["n00", "n02", "n03"]
-    assert "n02_new.JPEG" in now["n02"]
-    assert "n03_1.JPEG" not in now["n03"]
+    after = listed_files(folder)
+    assert list(after) == ["n00", "n02", "n03"]
+    assert "n02_new.JPEG" in after["n02"]
+    assert "n03_1.JPEG" not in after["n03"]
 
 
-def test_row_9_the_same_relative_path_elsewhere_is_another_set(images, tmp_path, monkeypatch):
+def test_row_9_same_relative_path_elsewhere_is_another_data_set(images, tmp_path, monkeypatch):
     monkeypatch.chdir(images.parent)
-    here = names(Path("images/train"))
+    expected = listed_files(Path("images/train"))
     other = tmp_path / "elsewhere" / "images" / "train" / "cats"
     other.mkdir(parents=True)
     shutil.copy(images / "train/n01/n01_0.JPEG", other / "cat.JPEG")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert names(Path("images/train")) == {"cats": ["cat.JPEG"]}
+    assert listed_files(Path("images/train")) == {"cats": ["cat.JPEG"]}
     monkeypatch.chdir(images.parent)
-    assert names(Path("images/train")) == here
+    assert listed_files(Path("images/train")) == expected
 
 
-def test_a_read_only_folder_can_be_trained_on(images, train):
+def test_training_on_a_read_only_folder_works(images, train):
     folders = [images, *(folder for folder in images.rglob("*") if folder.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
@@ -161,12 +162,12 @@ def test_a_read_only_folder_can_be_trained_on(images, train):
             folder.chmod(0o755)
 
 
-def test_paths_are_kept_in_two_flat_buffers(tmp_path):
-    wanted = ["a", "späß/图 片.JPEG", os.fsdecode(b"not\xffutf8"), ""]
-    paths = index.Paths(wanted)
-    assert list(paths) == wanted
+def test_paths_behaves_like_a_list(tmp_path):
+    expected = ["a", "späß/图 片.JPEG", os.fsdecode(b"not\xffutf8"), ""]
+    paths = index.Paths(expected)
+    assert list(paths) == expected
     assert paths[-1] == ""
-    assert paths[1:3] == wanted[1:3]
+    assert paths[1:3] == expected[1:3]
     with pytest.raises(IndexError):
         paths[4]
 
@@ -178,13 +179,13 @@ def write_lists(images, change=lambda split, lines: lines):
         (images / f"{split}_list.txt").write_text("\n".join(change(split, lines)) + "\n")
 
 
-def opened(images, *flags):
+def open_folder(images, *flags):
     return open_sets(parse_flags([f"--data-path={images}", *flags]))
 
 
 @pytest.mark.parametrize("prefix", ["", "{split}/", "./"])
-def test_row_22_list_files_say_what_is_in_the_set(images, prefix):
-    """Seed: shown in the README, read by nothing."""
+def test_row_22_list_files_define_the_data_set(images, prefix):
+    """Original: shown in the README, but never read."""
     kept = {}
 
     def shorten(split, lines):
@@ -192,16 +193,16 @@ def test_row_22_list_files_say_what_is_in_the_set(images, prefix):
         return [prefix.format(split=split) + line for line in kept[split]]
 
     write_lists(images, shorten)
-    sets = opened(images)
-    for split, found in (("train", sets.train), ("val", sets.val)):
-        files = [os.path.relpath(found.images.name(place), images / split) for place in range(len(found))]
-        assert [f"{file} {label}" for file, label in zip(files, found.labels)] == kept[split]
+    sets = open_folder(images)
+    for split, data_set in (("train", sets.train), ("val", sets.val)):
+        files = [os.path.relpath(data_set.images.name(i), images / split) for i in range(len(data_set))]
+        assert [f"{file} {label}" for file, label in zip(files, data_set.labels)] == kept[split]
     assert sets.train.classes == list(CLASSES)
-    left_out = 3 * NUM_TRAIN - len(kept["train"])
-    assert any(f"train_list.txt: does not list {left_out} image files" in text for text in sets.warnings)
+    num_unlisted = 3 * NUM_TRAIN - len(kept["train"])
+    assert any(f"train_list.txt: does not list {num_unlisted} image files" in text for text in sets.warnings)
 
 
-def test_row_22_a_list_may_name_held_out_images_that_lie_in_no_class_folder(images, train):
+def test_row_22_listed_held_out_images_need_no_class_folders(images, train):
     lines = []
     for file in sorted((images / "val").glob("*/*")):
         lines.append(f"{file.name} {CLASSES.index(file.parent.name)}")
@@ -214,7 +215,7 @@ def test_row_22_a_list_may_name_held_out_images_that_lie_in_no_class_folder(imag
     assert not [text for text in result.run.report()["warnings"] if "list" in text]
 
 
-def test_row_22_listed_files_that_are_missing_are_counted(images, refused, train):
+def test_row_22_missing_listed_files_are_counted(images, refused, train):
     write_lists(images)
     (images / "train/n02/n02_1.JPEG").unlink()
     (images / "train/n03/n03_2.JPEG").unlink()
@@ -226,18 +227,20 @@ def test_row_22_listed_files_that_are_missing_are_counted(images, refused, train
     assert any("2 of 18 files are missing" in text for text in result.run.report()["warnings"])
 
 
-def test_row_22_labels_that_contradict_the_folders_are_counted(images):
+def test_row_22_labels_that_contradict_the_folders_are_reported(images):
     write_lists(images, lambda split, lines: [lines[0][:-1] + "2", *lines[1:]] if split == "train" else lines)
-    assert any("1 of 18 images have a different label from most of their folder" in t for t in opened(images).warnings)
+    assert any(
+        "1 of 18 images have a different label from most of their folder" in t for t in open_folder(images).warnings
+    )
     write_lists(images, lambda split, lines: [line[:-1] + str(2 - int(line[-1])) for line in lines])
-    sets = opened(images)
+    sets = open_folder(images)
     assert any("numbers 2 of 3 class folders differently" in text for text in sets.warnings)
     assert sets.train.classes == list(CLASSES)[::-1]
     assert list(sets.val.labels) == [2] * NUM_VAL + [1] * NUM_VAL + [0] * NUM_VAL
 
 
-def test_row_10_lists_that_number_the_classes_differently_are_refused(images, refused):
-    """Seed: each folder had its own numbering; wrong accuracy, and no word of it."""
+def test_row_10_lists_with_different_class_numbers_are_refused(images, refused):
+    """Original: each folder had its own numbering, which silently gave a wrong accuracy."""
     write_lists(
         images, lambda split, lines: [line[:-1] + str((int(line[-1]) + (split == "val")) % 3) for line in lines]
     )
@@ -246,33 +249,33 @@ def test_row_10_lists_that_number_the_classes_differently_are_refused(images, re
     assert "val_list.txt: 9 of 9 labels disagree with the training images" in refused()
 
 
-def test_row_10_classes_of_the_two_splits_are_compared(images, refused, train):
+def test_row_10_classes_of_both_splits_must_match(images, refused, train):
     (images / "train/.ipynb_checkpoints").mkdir()
     shutil.copy(images / "train/n01/n01_0.JPEG", images / "train/.ipynb_checkpoints/n01_0.JPEG")
-    assert train().run.config["num_classes"] == 3  # a stray dot folder shifts no label
+    assert train().run.config["num_classes"] == 3  # a hidden folder does not shift labels
     (images / "val/n02").rename(images / "val/n02b")
     assert "val/n02b is not a class of train/" in refused()
 
 
-def test_what_lies_where_nobody_looks_is_counted(images):
+def test_ignored_files_and_folders_are_reported(images):
     (images / "train/n01/more").mkdir()
     shutil.copy(images / "train/n01/n01_0.JPEG", images / "train/loose.JPEG")
     shutil.rmtree(images / "val/n03")
-    said = "\n".join(opened(images).warnings)
-    assert "train/: 1 images outside class folders are ignored, e.g. loose.JPEG" in said
-    assert "train/: nested folders in 1 class folders are ignored, e.g. in train/n01/" in said
-    assert "val/: has no images of 1 of 3 classes, e.g. n03" in said
+    warnings = "\n".join(open_folder(images).warnings)
+    assert "train/: 1 images outside class folders are ignored, e.g. loose.JPEG" in warnings
+    assert "train/: nested folders in 1 class folders are ignored, e.g. in train/n01/" in warnings
+    assert "val/: has no images of 1 of 3 classes, e.g. n03" in warnings
 
 
-def test_a_list_may_begin_with_a_byte_order_mark_and_have_doubled_slashes(images):
+def test_list_may_have_a_byte_order_mark_and_double_slashes(images):
     write_lists(images, lambda split, lines: [line.replace("/", "//") for line in lines])
     file = images / "train_list.txt"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
-    assert opened(images).warnings == []
+    assert open_folder(images).warnings == []
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "expected"),
     [
         ("n01/n01_0.JPEG", "is not a path and a label"),
         ("n01/n01_0.JPEG one", "is not a path and a label"),
@@ -284,23 +287,23 @@ def test_a_list_may_begin_with_a_byte_order_mark_and_have_doubled_slashes(images
         ("", "empty; remove it"),
     ],
 )
-def test_lines_that_are_none_are_named(images, refused, line, says):
+def test_invalid_list_lines_are_reported(images, refused, line, expected):
     (images / "train_list.txt").write_text(f"{line}\n")
-    assert says in (said := refused())
-    assert "train_list.txt" in said
+    assert expected in (message := refused())
+    assert "train_list.txt" in message
 
 
-def test_labels_that_count_from_one_are_refused(images, refused):
+def test_one_based_labels_are_refused(images, refused):
     write_lists(images, lambda split, lines: [line[:-1] + str(int(line[-1]) + 1) for line in lines])
     assert "labels from 1 to 3, but 0 does not occur; labels count from 0" in refused()
 
 
-@pytest.mark.parametrize("place", ["cache", "package"])
-def test_fashion_mnist_is_read_without_network(tmp_path, monkeypatch, train, place):
-    """Written here in its format, into the cache or packed as Debian's package has it."""
+@pytest.mark.parametrize("source", ["cache", "package"])
+def test_fashion_mnist_is_read_without_network(tmp_path, monkeypatch, train, source):
+    """The test writes files in its format, either into the cache or compressed as in Debian's package."""
     monkeypatch.setenv("VGGLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("vgglab.data.named.PACKAGED_FASHION_MNIST", tmp_path / "package")
-    raw = tmp_path / "cache" / "FashionMNIST" / "raw" if place == "cache" else tmp_path / "package"
+    raw = tmp_path / "cache" / "FashionMNIST" / "raw" if source == "cache" else tmp_path / "package"
     raw.mkdir(parents=True)
     for name, count in (("train", 40), ("t10k", 20)):
         labels = bytes(number % 10 for number in range(count))
@@ -310,7 +313,7 @@ def test_fashion_mnist_is_read_without_network(tmp_path, monkeypatch, train, pla
             f"{name}-labels-idx1-ubyte": struct.pack(">2i", 2049, count) + labels,
         }
         for file, content in contents.items():
-            if place == "cache":
+            if source == "cache":
                 (raw / file).write_bytes(content)
             else:
                 (raw / f"{file}.gz").write_bytes(gzip.compress(content))
@@ -325,7 +328,7 @@ def test_fashion_mnist_is_read_without_network(tmp_path, monkeypatch, train, pla
 
 
 @pytest.mark.parametrize("name", [name for name in NAMED_SETS if name not in ("digits", "fake")])
-def test_a_set_that_cannot_be_fetched_says_what_to_put_where(tmp_path, monkeypatch, refused, name):
+def test_failed_download_explains_where_to_put_which_files(tmp_path, monkeypatch, refused, name):
     def no_network(*args, **options):
         raise urllib.error.URLError("no network here")
 
@@ -342,7 +345,7 @@ def test_a_set_that_cannot_be_fetched_says_what_to_put_where(tmp_path, monkeypat
     assert NAMED_SETS[name].archives
 
 
-def test_fake_images_cost_nothing_and_are_marked(train):
+def test_fake_images_need_no_files_and_are_marked(train):
     result = train("--image-size=32", "--training-step-per-epoch=3", "--eval-step-per-epoch=2", data="fake")
     report = result.run.report()
     assert (report["data_is_fake"], result.run.config["num_classes"]) == (True, 1000)
@@ -350,7 +353,7 @@ def test_fake_images_cost_nothing_and_are_marked(train):
     assert train().run.report()["data_is_fake"] is False
 
 
-def test_memory_does_not_grow_with_epochs_and_a_loader_left_alive_ends_with_its_process(images):
+def test_worker_memory_does_not_grow_and_workers_exit_with_the_process(images):
     code = (
         "import sys; from multiprocessing import active_children; from vgglab.settings.parser import parse_flags\n"
         "from vgglab.data.sets import open_sets; from vgglab.data import loader\n"
@@ -358,44 +361,44 @@ def test_memory_does_not_grow_with_epochs_and_a_loader_left_alive_ends_with_its_
         "c = parse_flags([f'--data-path={sys.argv[1]}', '--batch-size=6', '--workers=1', '--seed=1', "
         "'--image-size=224'])\n"
         "b = loader.train_batches(open_sets(c), c, open_device('cpu'))\n"
-        "kib = lambda: [int(line.split()[1]) for child in active_children()\n"
-        "               for line in open(f'/proc/{child.pid}/status') if line.startswith('VmRSS')]\n"
-        "seen = []\n"
+        "worker_kib = lambda: [int(line.split()[1]) for child in active_children()\n"
+        "                      for line in open(f'/proc/{child.pid}/status') if line.startswith('VmRSS')]\n"
+        "sizes = []\n"
         "for epoch in range(40):\n"
         "    for batch in b.epoch(epoch): pass\n"
-        "    seen += kib()\n"
-        "print(len(seen), max(seen[-3:]) - max(seen[:10]))\n"
+        "    sizes += worker_kib()\n"
+        "print(len(sizes), max(sizes[-3:]) - max(sizes[:10]))\n"
     )
     result = python("-c", code, images)
     assert result.returncode == 0, result.stderr
-    num_seen, growth_kib = map(int, result.stdout.split())
-    assert num_seen == 40
-    assert growth_kib < 12 * 1024  # 40 epochs; one page a picture more would be 40 MB
+    num_sizes, growth_kib = map(int, result.stdout.split())
+    assert num_sizes == 40
+    assert growth_kib < 12 * 1024  # one leaked page per image would be 40 MB in 40 epochs
 
 
-def test_the_next_batch_is_asked_for_before_one_is_handed_out():
+def test_prefetch_requests_the_next_batch_before_yielding():
     from vgglab.devices.native import prefetch
 
-    asked = []
-    source = (asked.append(number) or number for number in range(4))
-    handed = []
+    requested = []
+    source = (requested.append(number) or number for number in range(4))
+    received = []
     for number in prefetch(source):
-        handed.append((number, len(asked)))
-    assert handed == [(0, 2), (1, 3), (2, 4), (3, 4)]
+        received.append((number, len(requested)))
+    assert received == [(0, 2), (1, 3), (2, 4), (3, 4)]
     assert list(prefetch([])) == []
     assert list(prefetch([7])) == [7]
 
 
-def test_the_benchmark_prints_ratios_and_ends_with_one_line_of_json(images):
-    words = ["-m", "vgglab.bench", "data", f"--data-path={images}", "--image-size=32", "--batch-size=6"]
-    result = python(*words, "--seconds=0.2", "--workers=1", "--card=100", "--json")
+def test_benchmark_prints_ratios_and_a_final_json_line(images):
+    args = ["-m", "vgglab.bench", "data", f"--data-path={images}", "--image-size=32", "--batch-size=6"]
+    result = python(*args, "--seconds=0.2", "--workers=1", "--card=100", "--json")
     assert result.returncode == 0, result.stderr
-    figures = json.loads(result.stdout.splitlines()[-1])
-    assert {"images_per_second", "reference_images_per_second", "ratio"} <= set(figures)
-    assert figures["ratio_range"][0] <= figures["ratio"] <= figures["ratio_range"][1]
-    assert figures["by_workers"]["1"]["images_per_second"] > 0
+    metrics = json.loads(result.stdout.splitlines()[-1])
+    assert {"images_per_second", "reference_images_per_second", "ratio"} <= set(metrics)
+    assert metrics["ratio_range"][0] <= metrics["ratio"] <= metrics["ratio_range"][1]
+    assert metrics["by_workers"]["1"]["images_per_second"] > 0
     assert "100 images/s: needs" in result.stdout
-    for wrong in (["--workers=²"], ["--data-path=/nowhere"], ["--data-path=fake"], ["--card=nan"], ["--no-such"]):
-        result = python(*words, *wrong)
+    for invalid in (["--workers=²"], ["--data-path=/nowhere"], ["--data-path=fake"], ["--card=nan"], ["--no-such"]):
+        result = python(*args, *invalid)
         assert (result.returncode, len(result.stderr.strip().splitlines())) == (2, 1), result.stderr
     assert python("-m", "vgglab.bench", "nothing").returncode == 2

@@ -257,7 +257,7 @@ def test_bad_images_are_skipped_counted_and_listed_and_nothing_takes_their_place
 
 def test_without_the_policy_the_first_bad_image_ends_the_run_by_name(refused, images):
     (images / "train" / "n02" / "empty.JPEG").write_bytes(b"")
-    line = refused("--batch-size=6", "--epochs=9", in_the_middle=True)
+    line = refused("--batch-size=6", "--epochs=9", after_start=True)
     assert f"{images / 'train' / 'n02' / 'empty.JPEG'}" in line
     assert "--on-bad-image skip" in line
 
@@ -265,7 +265,7 @@ def test_without_the_policy_the_first_bad_image_ends_the_run_by_name(refused, im
 def test_a_batch_of_nothing_but_bad_images_is_not_passed_over(refused, images):
     for file in (images / "train").glob("*/*"):
         file.write_bytes(b"")
-    assert "no image of a batch can be read" in refused("--on-bad-image=skip", in_the_middle=True)
+    assert "no image of a batch can be read" in refused("--on-bad-image=skip", after_start=True)
 
 
 def test_check_names_what_cannot_be_read_and_counts_what_is_unusual(images):

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE_SECONDS, PROJECT, shell
+from conftest import MAX_WAIT_SECONDS, PROJECT, shell
 from test_devices import needs_sim
 
 from vgglab.commands.doctor import Diagnosis
@@ -21,7 +21,7 @@ def patient(tmp_path_factory):
     """A folder on every ``PYTHONPATH`` here: on a busy machine a library is slow to load, and does not hang."""
     global PATIENT
     PATIENT = tmp_path_factory.mktemp("patient")
-    code = f"import vgglab.devices.checkup as checkup\ncheckup.TIMEOUT_SECONDS = {PATIENCE_SECONDS}\n"
+    code = f"import vgglab.devices.checkup as checkup\ncheckup.TIMEOUT_SECONDS = {MAX_WAIT_SECONDS}\n"
     (PATIENT / "sitecustomize.py").write_text(code)
 
 

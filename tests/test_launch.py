@@ -1,4 +1,4 @@
-"""vgglab.launch: runs that are followed, stopped and never left behind."""
+"""vgglab.launch: runs can be followed and stopped, and leave no processes behind."""
 
 import fcntl
 import json
@@ -11,17 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE_SECONDS, TINY, shell, wait_until
+from conftest import MAX_WAIT_SECONDS, TINY, shell, wait_until
 from processes import Child, python
 
 import vgglab
 from vgglab.runs.run import is_run_dir
 
-MARK = f"VGGLAB_TEST_MARK_{os.getpid()}"  # another suite on this machine has other ones
+MARK = f"VGGLAB_TEST_MARK_{os.getpid()}"  # differs from that of other test runs on this machine
 
 
 def processes_with(mark):
-    """Every live process that carries the mark in its environment."""
+    """Process ids of all live processes with this mark in their environment."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -39,22 +39,22 @@ def tiny(images, tmp_path):
     return [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}"]
 
 
-def test_a_launched_run_is_waited_for_and_read(tiny):
+def test_wait_returns_the_finished_run(tiny):
     run = vgglab.launch(tiny, epochs=2, print_freq=1, nesterov=True, watch=False)
-    assert run.wait(PATIENCE_SECONDS) is run
+    assert run.wait(MAX_WAIT_SECONDS) is run
     assert (run.status, run.config["epochs"], run.config["nesterov"]) == ("done", 2, True)
     assert run.report()["acc1"] is not None
     assert "held-out images" in run.logs()
     assert len([line for line in run.logs().splitlines() if line.startswith("run directory")]) == 1
 
 
-def test_in_a_script_launch_prints_and_returns_at_the_end(tiny, capsys):
+def test_launch_in_a_script_prints_and_blocks(tiny, capsys):
     run = vgglab.launch(" ".join(tiny))
     assert run.process.poll() == 0
     assert "top-1" in capsys.readouterr().out
 
 
-def test_a_wrong_flag_fails_at_once_without_a_run(tiny, tmp_path):
+def test_invalid_flag_fails_at_once_without_a_run(tiny, tmp_path):
     with pytest.raises(vgglab.UserError, match="--epochs: '0'"):
         vgglab.launch(tiny, epochs=0)
     with pytest.raises(vgglab.UserError, match=r"--modle: no such flag; did you mean --model\?"):
@@ -62,35 +62,35 @@ def test_a_wrong_flag_fails_at_once_without_a_run(tiny, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_settings_are_passed_on_as_they_are_meant(tiny, tmp_path):
+def test_settings_are_passed_to_the_run_unchanged(tiny, tmp_path):
     run = vgglab.launch([*tiny, "--epochs", 2], resume=None, run_dir=tmp_path / "with space", watch=False).wait(
-        PATIENCE_SECONDS
+        MAX_WAIT_SECONDS
     )
     assert (run.config["epochs"], run.config["resume"]) == (2, None)
     with pytest.raises(vgglab.UserError, match=r"--run-dir .*with space: already contains a run"):
         vgglab.launch(tiny, run_dir=tmp_path / "with space")
 
 
-def test_what_the_run_refuses_reaches_the_caller(tiny):
+def test_input_error_in_the_run_reaches_the_caller(tiny):
     with pytest.raises(vgglab.UserError, match=r"--num-classes 7: .* has 3 classes"):
-        vgglab.launch(tiny, num_classes=7, watch=False).wait(PATIENCE_SECONDS)
+        vgglab.launch(tiny, num_classes=7, watch=False).wait(MAX_WAIT_SECONDS)
 
 
-def test_a_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path):
+def test_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
         "import vgglab.settings.schedule as s\n"
-        "def learning_rate(*_): raise ZeroDivisionError('planted')\n"
+        "def learning_rate(*_): raise ZeroDivisionError('injected')\n"
         "s.learning_rate = learning_rate\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     run = vgglab.launch(tiny, watch=False)
-    with pytest.raises(vgglab.RunFailed, match=r"(?s)exit code 1.*Traceback.*planted"):
-        run.wait(PATIENCE_SECONDS)
+    with pytest.raises(vgglab.RunFailed, match=r"(?s)exit code 1.*Traceback.*injected"):
+        run.wait(MAX_WAIT_SECONDS)
     assert run.status == "failed"
 
 
-def test_without_a_grace_period_a_run_that_hangs_is_killed_at_once(tiny, monkeypatch):
+def test_hanging_run_is_killed_at_once_without_a_grace_period(tiny, monkeypatch):
     monkeypatch.setenv(MARK, "no-grace")
     run = vgglab.launch(tiny, epochs=100_000, watch=False)
     wait_until(lambda: run.events("train"))
@@ -111,14 +111,14 @@ def test_stop_ends_the_run_and_its_workers(tiny, monkeypatch):
     run.stop()
     assert processes_with("stop") == []
     assert run.status == "interrupted"
-    assert run.wait() is run  # a run that was stopped did not fail
+    assert run.wait() is run  # a stopped run is not a failed run
     assert run.checkpoint("last").exists()
-    run.stop()  # twice does no harm
+    run.stop()  # stopping again has no effect
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)])
-def test_a_stop_in_the_middle_of_a_checkpoint_waits_for_it(tiny, times):
-    """torch.save turns Ctrl-C into a RuntimeError of its own: the run was called failed."""
+def test_stop_while_saving_waits_for_the_checkpoint(tiny, times):
+    """torch.save turns Ctrl-C into a RuntimeError, so the run had the status failed."""
     for _ in range(times):
         run = vgglab.launch(tiny, epochs=100_000, watch=False)
         unfinished = run.path / "checkpoints" / "unfinished.tmp"
@@ -132,8 +132,8 @@ DELAYS = [0.002 * number for number in range(10)]
 
 
 @pytest.mark.parametrize("delays", [[0, 0.008], pytest.param(DELAYS, marks=pytest.mark.long)], ids=["some", "many"])
-def test_a_stop_while_workers_are_forked_is_not_lost(tiny, delays):
-    """It fell into one of Python's fork hooks, and the run went on until it was killed."""
+def test_stop_while_workers_are_forked_is_not_lost(tiny, delays):
+    """The signal arrived in one of Python's fork hooks and was lost: the run continued until it was killed."""
     for delay_seconds in delays:
         run = vgglab.launch(
             tiny, epochs=100_000, workers=2, batch_size=1, training_step_per_epoch=1, eval_step_per_epoch=1, watch=False
@@ -146,7 +146,7 @@ def test_a_stop_while_workers_are_forked_is_not_lost(tiny, delays):
 
 
 @pytest.mark.parametrize("seconds", [0, 0.5, 2])
-def test_a_stop_during_start_up_is_no_failure(tiny, seconds):
+def test_stop_during_startup_is_not_a_failure(tiny, seconds):
     run = vgglab.launch(tiny, epochs=100_000, watch=False)
     time.sleep(seconds)
     run.stop()
@@ -171,13 +171,13 @@ def start_launcher(tiny, mark, code=LAUNCHER):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
-def test_a_launcher_that_dies_takes_its_run_along(tiny, number):
+def test_run_ends_with_the_process_that_launched_it(tiny, number):
     mark = f"dies-{number}"
     launcher = start_launcher(tiny, mark)
     run = vgglab.Run(launcher.stdout.readline().strip())
     wait_until(lambda: run.events("eval"))
     launcher.send_signal(number)
-    launcher.communicate(timeout=PATIENCE_SECONDS)
+    launcher.communicate(timeout=MAX_WAIT_SECONDS)
     wait_until(lambda: not processes_with(mark))
     assert run.status == "interrupted"
 
@@ -186,22 +186,22 @@ def no_core_dump():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def has_group(number):
+def group_exists(pgid):
     try:
-        os.killpg(number, 0)
+        os.killpg(pgid, 0)
     except ProcessLookupError:
         return False
     return True
 
 
-def test_ctrl_backslash_ends_a_run_with_its_workers_and_the_run_can_go_on(images, tmp_path):
-    """SIGQUIT reaches every process in the terminal's foreground group, and none of them cleans up."""
+def test_ctrl_backslash_ends_run_and_workers_and_the_run_can_resume(images, tmp_path):
+    """The terminal sends SIGQUIT to all processes of its foreground group, and none of them cleans up."""
     flags = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--resume=auto", "--workers=2"]
     process = Child(["-m", "vgglab.train", *flags, "--epochs=100000"], preexec_fn=no_core_dump)
     wait_until(lambda: is_run_dir(tmp_path / "run") and vgglab.Run(tmp_path / "run").events("checkpoint"))
     os.killpg(process.pid, signal.SIGQUIT)
     assert process.wait() == -signal.SIGQUIT
-    wait_until(lambda: not has_group(process.pid))
+    wait_until(lambda: not group_exists(process.pid))
     run = vgglab.Run(tmp_path / "run")
     assert run.status == "failed"
     saved = run.events("checkpoint")[-1]
@@ -209,39 +209,39 @@ def test_ctrl_backslash_ends_a_run_with_its_workers_and_the_run_can_go_on(images
     assert run.events("start")[-1]["first_step"] == saved["step"]
 
 
-def test_a_launcher_that_dies_early_leaves_nothing_either(tiny):
-    """Before the run has imported torch, when it is easily missed."""
+def test_run_ends_if_its_launching_process_dies_early(tiny):
+    """Even before the run has imported torch."""
     environment = {**os.environ, MARK: "early"}
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, *tiny], env=environment, stdout=subprocess.PIPE, text=True
     )
     launcher.stdout.readline()
     launcher.kill()
-    launcher.communicate(timeout=PATIENCE_SECONDS)
+    launcher.communicate(timeout=MAX_WAIT_SECONDS)
     wait_until(lambda: not processes_with("early"))
 
 
-def test_interrupting_the_wait_stops_the_run(tiny):
-    waiter = start_launcher(tiny, "wait", code=LAUNCHER.replace("time.sleep(600)", "run.wait()"))
-    run = vgglab.Run(waiter.stdout.readline().strip())
+def test_ctrl_c_during_wait_stops_the_run(tiny):
+    launcher = start_launcher(tiny, "wait", code=LAUNCHER.replace("time.sleep(600)", "run.wait()"))
+    run = vgglab.Run(launcher.stdout.readline().strip())
     wait_until(lambda: run.events("eval"))
-    waiter.send_signal(signal.SIGINT)
-    _, errors = waiter.communicate(timeout=PATIENCE_SECONDS)
+    launcher.send_signal(signal.SIGINT)
+    _, errors = launcher.communicate(timeout=MAX_WAIT_SECONDS)
     assert "KeyboardInterrupt" in errors
     assert processes_with("wait") == []
     assert run.status == "interrupted"
 
 
-def test_importing_the_package_brings_in_neither_torch_nor_matplotlib():
+def test_importing_the_package_imports_neither_torch_nor_matplotlib():
     code = "import sys, vgglab; vgglab.launch; print(sorted({'torch', 'matplotlib', 'IPython'} & set(sys.modules)))"
     assert shell("python", "-c", code).stdout.strip() == "[]"
 
 
-def test_a_second_writer_is_refused_in_one_line_and_the_first_goes_on(tiny, tmp_path):
+def test_second_writer_is_refused_in_one_line_and_the_first_continues(tiny, tmp_path):
     flags = [*tiny, f"--run-dir={tmp_path / 'run'}", "--resume=auto"]
     run = vgglab.launch(flags, epochs=100_000, watch=False)
     with pytest.raises(vgglab.UserError, match=f"run_dir .*run: process {run.process.pid} on .* is writing there; "):
-        vgglab.launch(flags, epochs=100_000, watch=False)  # the same cell again, while it starts
+        vgglab.launch(flags, epochs=100_000, watch=False)  # the same cell again, during startup
     wait_until(lambda: run.events("checkpoint"))
     with pytest.raises(vgglab.UserError, match="is writing there"):
         vgglab.launch(flags, epochs=100_000, watch=False)
@@ -250,57 +250,57 @@ def test_a_second_writer_is_refused_in_one_line_and_the_first_goes_on(tiny, tmp_
     assert f"run: process {run.process.pid} on " in second.stderr
     step = run.events("train")[-1]["step"]
     wait_until(lambda: run.events("train")[-1]["step"] > step)
-    os.kill(run.process.pid, signal.SIGKILL)  # the lock dies with its holder
+    os.kill(run.process.pid, signal.SIGKILL)  # the lock is released when its owner dies
     run.process.wait()
-    again = vgglab.launch(flags, epochs=100_000, watch=False)
-    wait_until(lambda: again.events("checkpoint"))
-    again.stop()
-    assert again.status == "interrupted"
+    restarted = vgglab.launch(flags, epochs=100_000, watch=False)
+    wait_until(lambda: restarted.events("checkpoint"))
+    restarted.stop()
+    assert restarted.status == "interrupted"
 
 
-def test_the_same_cell_twice_does_not_take_the_first_run_over(tiny, tmp_path):
+def test_launching_twice_does_not_affect_the_first_run(tiny, tmp_path):
     run = vgglab.launch(tiny, run_dir=tmp_path / "run", epochs=100_000, watch=False)
     with pytest.raises(vgglab.UserError, match="is writing there"):
         vgglab.launch(tiny, run_dir=tmp_path / "run", epochs=100_000, watch=False)
     wait_until(lambda: run.events("checkpoint"))
     assert json.loads((run.path / "launch.json").read_text())["pid"] == run.process.pid
     (tmp_path / "alias").symlink_to(tmp_path / "run")
-    vgglab.Run(tmp_path / "alias").stop()  # by another name for the same folder
+    vgglab.Run(tmp_path / "alias").stop()  # by a symbolic link to the same folder
     run.process.wait(1)
     assert run.status == "interrupted"
 
 
-def test_a_folder_that_somebody_else_has_locked_makes_nobody_wait(tiny, tmp_path, monkeypatch):
-    """Anybody who may read a folder may lock it; the launch waited for ever."""
+def test_folder_locked_by_another_process_does_not_block_launch(tiny, tmp_path, monkeypatch):
+    """Every user who can read a folder can lock it; the launch then waited forever."""
     monkeypatch.setattr("vgglab.storage.lock.MAX_WAIT_SECONDS", 0.2)
     (tmp_path / "run" / "log").mkdir(parents=True)
-    number = os.open(tmp_path / "run" / "log", os.O_RDONLY)
-    fcntl.flock(number, fcntl.LOCK_EX)
+    descriptor = os.open(tmp_path / "run" / "log", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         with pytest.raises(vgglab.UserError, match="another process has locked this folder"):
             vgglab.launch(tiny, run_dir=tmp_path / "run", watch=False)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
-def test_a_launch_leaves_no_pipe_behind(tiny):
+def test_launch_leaks_no_file_descriptors(tiny):
     before = len(os.listdir("/proc/self/fd"))
     runs = [vgglab.launch(tiny, num_classes=7, watch=False) for _ in range(3)]
     for run in runs:
         with pytest.raises(vgglab.UserError):
-            run.wait(PATIENCE_SECONDS)
+            run.wait(MAX_WAIT_SECONDS)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_no_clock_decides_whether_a_run_goes_on(tiny, monkeypatch):
-    launched, now = vgglab.launch(tiny, epochs=100_000, watch=False), time.time
+def test_status_does_not_depend_on_the_clock(tiny, monkeypatch):
+    launched, true_time = vgglab.launch(tiny, epochs=100_000, watch=False), time.time
     wait_until(lambda: launched.events("checkpoint"))
     run = vgglab.Run(launched.path)
     for hours in (1000, -1000):
-        monkeypatch.setattr(time, "time", lambda hours=hours: now() + 3600 * hours)
+        monkeypatch.setattr(time, "time", lambda hours=hours: true_time() + 3600 * hours)
         assert run.status == "running"
-    said = run.stop()
-    assert said == f"{run.name}: process {launched.process.pid} was asked to save and stop; interrupted"
+    message = run.stop()
+    assert message == f"{run.name}: process {launched.process.pid} was asked to save and stop; interrupted"
     assert "had already ended" in run.stop()
-    launched.process.wait(1)  # at most its threads have still to go
+    launched.process.wait(1)  # at most its threads are still ending
     assert run.status == "interrupted"

@@ -1,4 +1,4 @@
-"""A run of a million events: read without holding it in memory, and with the same outcome as a short one."""
+"""A run of a million events is not held in memory when it is read, with the same results as for a short run."""
 
 import contextlib
 import json
@@ -19,13 +19,13 @@ NUM_PARSED = 5
 EVALUATED = {
     "event": "eval", "seconds": 30, "step": 30, "epoch": 0, "acc1": 50.0, "acc5": 90.0, "loss": 1.0, "num_images": 9,
 }  # fmt: skip
-AGAIN = {**START, "seconds": 60, "first_epoch": 1, "first_step": 30}
-LATER = {**AGAIN, "first_step": 45}
+RESTART = {**START, "seconds": 60, "first_epoch": 1, "first_step": 30}
+SECOND_RESTART = {**RESTART, "first_step": 45}
 END = {"event": "end", "seconds": 99, "status": "done", "error": None}
 
 
 def training(first, last, **more):
-    order = ("event", "seconds", "epoch", "step")  # as the trainer writes them
+    order = ("event", "seconds", "epoch", "step")  # as written by the trainer
     rows = [trained(step, loss=1 / step, step_seconds=[0.4, 0.6], **more) for step in range(first, last)]
     return [{**{name: row[name] for name in order}, **row} for row in rows]
 
@@ -44,15 +44,15 @@ def read(folder, monkeypatch, is_long):
 
 
 HISTORIES = {
-    "to its end": [START, *training(1, 31), EVALUATED, *training(31, 61), END],
-    "continued": [START, *training(1, 31), EVALUATED, *training(31, 41), END, AGAIN, *training(31, 51), END],
-    "continued twice": [START, *training(1, 41), AGAIN, *training(31, 51), LATER, *training(46, 61)],
-    "by timers": [START, *training(1, 41, phase_seconds={"data": 0.5, "forward": 1.0}, host_reads={"a.py:3": 2})],
+    "completed": [START, *training(1, 31), EVALUATED, *training(31, 61), END],
+    "resumed": [START, *training(1, 31), EVALUATED, *training(31, 41), END, RESTART, *training(31, 51), END],
+    "resumed twice": [START, *training(1, 41), RESTART, *training(31, 51), SECOND_RESTART, *training(46, 61)],
+    "with timers": [START, *training(1, 41, phase_seconds={"data": 0.5, "forward": 1.0}, host_reads={"a.py:3": 2})],
 }
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-def test_it_reads_as_a_short_one(history, path, monkeypatch):  # noqa: F811
+def test_long_run_reads_like_a_short_one(history, path, monkeypatch):  # noqa: F811
     write(path, *HISTORIES[history])
     short, long = (read(path, monkeypatch, is_long) for is_long in (False, True))
     for kind in (None, "start", "train", "eval", "end"):
@@ -66,7 +66,7 @@ def test_it_reads_as_a_short_one(history, path, monkeypatch):  # noqa: F811
     assert compare_runs(short, long).is_same
 
 
-def test_what_is_new_is_taken_in_and_nothing_twice(path, monkeypatch):  # noqa: F811
+def test_new_lines_are_read_exactly_once(path, monkeypatch):  # noqa: F811
     write(path, START, *training(1, 31))
     run = read(path, monkeypatch, is_long=True)
     before = run.events("train")
@@ -76,32 +76,32 @@ def test_what_is_new_is_taken_in_and_nothing_twice(path, monkeypatch):  # noqa: 
     assert progress_of(run).step == 40
 
 
-@pytest.mark.parametrize("place", [0, 3, 12, 20, 40])
-def test_each_flipped_bit_is_noticed(place, path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("index", [0, 3, 12, 20, 40])
+def test_each_flipped_bit_is_detected(index, path, monkeypatch):  # noqa: F811
     write(path, START, *training(1, 41))
     content = bytearray((path / "events.jsonl").read_bytes())
     lines = content.split(b"\n")
-    at = sum(len(line) + 1 for line in lines[:place])
-    for offset in range(0, len(lines[place]), 7):
+    start = sum(len(line) + 1 for line in lines[:index])
+    for offset in range(0, len(lines[index]), 7):
         for bit in (0, 4):
             changed = bytearray(content)
-            changed[at + offset] ^= 1 << bit
-            if b"\n" in changed[at : at + len(lines[place])]:
-                continue  # two lines, which the short way has a test for
+            changed[start + offset] ^= 1 << bit
+            if b"\n" in changed[start : start + len(lines[index])]:
+                continue  # splits the line in two, which the tests of short runs cover
             (path / "events.jsonl").write_bytes(changed)
             run = read(path, monkeypatch, is_long=True)
             assert "events.jsonl: 1 damaged line, left out" in run.damage()
             assert len(run.events()) == 40
 
 
-def test_a_line_that_is_missing_is_counted(path, monkeypatch):  # noqa: F811
+def test_missing_line_is_counted(path, monkeypatch):  # noqa: F811
     write(path, START, *training(1, 41))
     lines = (path / "events.jsonl").read_text().splitlines(keepends=True)
     (path / "events.jsonl").write_text("".join(lines[:20] + lines[21:]))
     assert "events.jsonl: 1 line missing" in read(path, monkeypatch, is_long=True).damage()
 
 
-def test_a_file_that_changes_under_the_reader_is_an_error_and_no_figure(path, monkeypatch):  # noqa: F811
+def test_file_modified_while_being_read_is_an_error(path, monkeypatch):  # noqa: F811
     write(path, START, *training(1, 41))
     run = read(path, monkeypatch, is_long=True)
     train = run.events("train")
@@ -111,31 +111,31 @@ def test_a_file_that_changes_under_the_reader_is_an_error_and_no_figure(path, mo
         list(train)
 
 
-def test_a_report_that_was_changed_is_not_believed(path, monkeypatch):  # noqa: F811
-    write(path, *HISTORIES["to its end"])
-    true = vgglab.Run(path).report()
-    assert true["damage"] == []
-    saved = {**true, "acc1": 99.0}
+def test_modified_report_is_recomputed(path, monkeypatch):  # noqa: F811
+    write(path, *HISTORIES["completed"])
+    report = vgglab.Run(path).report()
+    assert report["damage"] == []
+    saved = {**report, "acc1": 99.0}
 
-    def acc1(report):
-        (path / "report.json").write_text(json.dumps(report))
+    def acc1(content):
+        (path / "report.json").write_text(json.dumps(content))
         return vgglab.Run(path).report()["acc1"]
 
-    assert acc1(with_checksum(saved)) == 99.0  # intact and of these events: it is what was computed at the end
-    assert acc1({**with_checksum(true), "acc1": 99.0}) == 50.0
+    assert acc1(with_checksum(saved)) == 99.0  # intact and computed from these events
+    assert acc1({**with_checksum(report), "acc1": 99.0}) == 50.0
     assert acc1(with_checksum({**saved, "peak_bytes": "<b>"})) == 50.0
     assert acc1(with_checksum({**saved, "status": "running"})) == 50.0
     assert acc1(with_checksum({name: value for name, value in saved.items() if name != "warnings"})) == 50.0
     (path / "report.json").write_text(json.dumps(with_checksum(saved)))
     assert call("report", [str(path)]) == 0
     assert json.loads((path / "report.json").read_text())["acc1"] == 50.0
-    write(path, *training(61, 62), first=len(HISTORIES["to its end"]))
+    write(path, *training(61, 62), first=len(HISTORIES["completed"]))
     assert acc1(with_checksum(saved)) == 50.0
 
 
-def test_a_file_that_is_replaced_between_two_looks_is_another_run(path, monkeypatch):  # noqa: F811
-    """Its lines were taken for those of the first: figures of both, and no damage."""
-    write(path, *HISTORIES["to its end"])
+def test_file_replaced_between_two_reads_is_another_run(path, monkeypatch):  # noqa: F811
+    """Its lines were mistaken for those of the first run: metrics of both were mixed, and no damage was reported."""
+    write(path, *HISTORIES["completed"])
     run = read(path, monkeypatch, is_long=True)
     train = run.events("train")
     (path / "events.jsonl").rename(path / "before.jsonl")
@@ -149,26 +149,26 @@ def test_a_file_that_is_replaced_between_two_looks_is_another_run(path, monkeypa
     assert run.status == "failed"
 
 
-def test_a_run_that_ends_while_its_report_is_made_has_no_valid_one(path, monkeypatch):  # noqa: F811
-    """The checksum was of more than had been read, and such a report was believed."""
+def test_report_is_invalid_if_the_run_ends_meanwhile(path, monkeypatch):  # noqa: F811
+    """The checksum covered more events than had been read, and the report counted as valid."""
     write(path, START, *training(1, 31))
-    checksum = vgglab.Run.events_checksum
+    original = vgglab.Run.events_checksum
 
-    def with_an_end(run):
-        found = checksum(run)
+    def end_the_run(run):
+        checksum = original(run)
         monkeypatch.undo()
         write(path, EVALUATED, *training(31, 41), END, first=31)
-        return found
+        return checksum
 
-    monkeypatch.setattr(vgglab.Run, "events_checksum", with_an_end)
+    monkeypatch.setattr(vgglab.Run, "events_checksum", end_the_run)
     assert call("report", [str(path)]) == 0
     assert vgglab.Run(path).valid_report() is None
     assert vgglab.Run(path).report()["acc1"] == 50.0
 
 
 @pytest.mark.parametrize(("name", "change"), [("env.json", {"simulated": True}), ("config.json", {"batch_size": 64})])
-def test_a_report_is_not_that_of_other_settings_or_another_machine(name, change, path):  # noqa: F811
-    write(path, *HISTORIES["to its end"])
+def test_report_is_recomputed_for_other_settings_or_another_machine(name, change, path):  # noqa: F811
+    write(path, *HISTORIES["completed"])
     assert call("report", [str(path)]) == 0
     assert vgglab.Run(path).report()["images_per_second"] is not None
     content = json.loads((path / name).read_text())
@@ -177,15 +177,15 @@ def test_a_report_is_not_that_of_other_settings_or_another_machine(name, change,
     assert vgglab.Run(path).report()["images_per_second"] is None
 
 
-def test_a_file_of_another_size_is_not_read_to_compare_it(path):  # noqa: F811
-    write(path, *HISTORIES["to its end"])
+def test_file_of_a_different_size_is_not_read_for_comparison(path):  # noqa: F811
+    write(path, *HISTORIES["completed"])
     assert call("report", [str(path)]) == 0
-    os.truncate(path / "events.jsonl", 2**40)  # a hole, which takes no room
+    os.truncate(path / "events.jsonl", 2**40)  # a sparse file, which takes no disk space
     assert "has more than 1 GiB" in " ".join(vgglab.Run(path).damage())
 
 
-def test_a_report_without_events_is_no_report(path):  # noqa: F811
-    write(path, *HISTORIES["to its end"])
+def test_report_without_events_is_not_used(path):  # noqa: F811
+    write(path, *HISTORIES["completed"])
     saved = {**vgglab.Run(path).report(), "events_checksum": ""}
     (path / "report.json").write_text(json.dumps(with_checksum(saved)))
     (path / "events.jsonl").unlink()
@@ -201,24 +201,24 @@ def test_a_report_without_events_is_no_report(path):  # noqa: F811
         {"interval_seconds": 5e-324}, {"step": 50}, {"event": "end", "status": "done", "error": None},
     ],
 )  # fmt: skip
-def test_a_line_that_no_trainer_writes_is_one_line_and_no_traceback(changed, path, monkeypatch):  # noqa: F811
+def test_invalid_event_causes_no_traceback(changed, path, monkeypatch):  # noqa: F811
     rows = [START, *training(1, 41), END]
     write(path, *rows[:20], {**rows[20], **changed}, *rows[21:])
     for is_long in (False, True):
         monkeypatch.setattr(events, "MAX_PARSED", NUM_PARSED if is_long else 20_000)
         run = vgglab.Run(path)
-        for look in (repr, vgglab.Run.report, lambda run: summary(run, progress_of(run)), lambda run: [*run.events()]):
+        for show in (repr, vgglab.Run.report, lambda run: summary(run, progress_of(run)), lambda run: [*run.events()]):
             with contextlib.suppress(vgglab.UserError):
-                look(run)
+                show(run)
         assert run.status == "done"
 
 
-def test_a_run_that_starts_very_often_makes_nobody_wait(path):  # noqa: F811
+def test_too_many_start_events_are_reported(path):  # noqa: F811
     write(path, *[START] * 3000)
     assert "has more than 1000 start events" in " ".join(vgglab.Run(path).damage())
 
 
-def test_a_terminal_is_not_told_again_what_it_has_shown(path, monkeypatch, capsys):  # noqa: F811
+def test_terminal_shows_each_event_once(path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(events, "MAX_PARSED", NUM_PARSED)
     write(path, START, *training(1, 4))
     run = vgglab.Run(path)

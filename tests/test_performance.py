@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import PATIENCE_SECONDS, PROJECT, TINY, shell, wait_until
+from conftest import MAX_WAIT_SECONDS, PROJECT, TINY, shell, wait_until
 from processes import python
 from test_devices import needs_sim, run_ranks
 
@@ -239,7 +239,7 @@ def test_a_run_that_is_asked_to_leave_while_it_is_traced_leaves_its_trace(images
     process = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: has_run_files(tmp_path / "run") and len(Run(tmp_path / "run").events("train")) > 3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE_SECONDS) == 75
+    assert process.wait(MAX_WAIT_SECONDS) == 75
     assert (tmp_path / "run" / "trace.json").exists()
 
 
@@ -300,7 +300,7 @@ def test_bench_step_refuses_in_one_line(tmp_path, capsys, wrong):
 
 def _die_with_a_request_unread(connection, way, flags):
     connection.send(step.Ready({}, step.Network("vgg11", 10, 32, "small", False), 1))
-    connection.poll(PATIENCE_SECONDS)
+    connection.poll(MAX_WAIT_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""Several ranks: the same training and the same accuracy whatever their number, and what is seen when one fails."""
+"""Several ranks: results do not depend on their number, and failures of a rank are reported."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from functools import partial
 
 import processes
 import pytest
-from conftest import PATIENCE_SECONDS, PROJECT, TINY, shell, torchrun, wait_until
+from conftest import MAX_WAIT_SECONDS, PROJECT, TINY, shell, torchrun, wait_until
 from expected_losses import BEFORE
 from test_devices import needs_sim, run_ranks
 from test_launch import MARK, processes_with
@@ -25,33 +25,33 @@ from vgglab.view.live import progress_of, summary
 from vgglab.view.rank_table import as_html, as_text, rank_rows, stall_warning
 
 pytestmark = pytest.mark.usefixtures("narrow")
-PLANTED = """
+FAULT = """
 import os, sys
 import vgglab.pace as pace
 original, steps = pace.Clock.end_own_work, []
 def end_own_work(clock):
     steps.append(1)
     if os.environ.get("RANK") == "{rank}" and len(steps) >= 2:
-        {deed}
+        {action}
     original(clock)
 pace.Clock.end_own_work = end_own_work
 """
-RAISES = "raise ZeroDivisionError('planted')"
-KILLED = "os.kill(os.getpid(), 9)"
-HANGS = "__import__('time').sleep(600)"
-DAWDLES = "__import__('time').sleep(2)"  # many times what a busy machine takes for such a step
+RAISE = "raise ZeroDivisionError('injected')"
+KILL_SELF = "os.kill(os.getpid(), 9)"
+HANG = "__import__('time').sleep(600)"
+SLOW_DOWN = "__import__('time').sleep(2)"  # many times the duration of such a step on a busy machine
 
 
 @pytest.fixture
-def planted(tmp_path):
-    """Variables under which rank ``rank`` does something from its second step on."""
+def inject_fault(tmp_path):
+    """``inject_fault(action)`` returns variables with which a rank does this in each step from its second one."""
 
-    def plant(deed, rank=1):
+    def inject(action, rank=1):
         (tmp_path / "site").mkdir()
-        (tmp_path / "site" / "sitecustomize.py").write_text(PLANTED.format(deed=deed, rank=rank))
+        (tmp_path / "site" / "sitecustomize.py").write_text(FAULT.format(action=action, rank=rank))
         return {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{PROJECT}", "OMP_NUM_THREADS": "1"}
 
-    return plant
+    return inject
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ def tiny(images, tmp_path):
     return [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--print-freq=1", "--seed=1"]
 
 
-def test_row_8_accuracy_is_the_same_to_the_last_digit_on_1_2_and_3_ranks(images, tmp_path):
-    """11 held-out images: no number of ranks here divides them, and none is counted twice."""
+def test_row_8_accuracy_is_identical_on_1_2_and_3_ranks(images, tmp_path):
+    """Neither 2 nor 3 ranks divide the 11 held-out images, and no image is counted twice."""
     for source, copy in (("n01/n01_0.JPEG", "n01/more.JPEG"), ("n02/n02_1.JPEG", "n02/more.JPEG")):
         shutil.copy(images / "val" / source, images / "val" / copy)
     saved = run_ranks(tmp_path, images, "cpu", 1).checkpoint("last")
@@ -74,9 +74,9 @@ def test_row_8_accuracy_is_the_same_to_the_last_digit_on_1_2_and_3_ranks(images,
 
 
 @pytest.mark.parametrize("model", ["vgg11", "vgg11_bn"])
-def test_one_rank_and_two_train_the_same_with_the_same_global_batch(images, tmp_path, model):
+def test_one_and_two_ranks_agree_with_the_same_global_batch(images, tmp_path, model):
     flags = [f"--model={model}", "--epochs=2", "--lr=0.01", "--dropout-rate=0", "--sync-bn"]
-    # In float64: with batch norm, float32's rounding grows to 1e-4 in a few steps, more or less of it by processor.
+    # In float64: with batch norm, rounding errors of float32 grow to about 1e-4 in a few steps, depending on the CPU.
     one = run_ranks(tmp_path, images, "cpu", 1, *flags, "--batch-size=8", before=BEFORE["float64"])
     two = run_ranks(tmp_path, images, "cpu", 2, *flags, "--batch-size=4", before=BEFORE["float64"])
     losses, other = ([event["loss"] for event in run.events("train")] for run in (one, two))
@@ -87,92 +87,92 @@ def test_one_rank_and_two_train_the_same_with_the_same_global_batch(images, tmp_
 
 
 @needs_sim
-def test_synchronised_batch_norm_is_the_same_on_the_simulated_card(images, tmp_path):
+def test_sync_batch_norm_on_the_simulated_card_matches_the_cpu(images, tmp_path):
     flags = ["--model=vgg11_bn", "--sync-bn"]
     on_cpu, on_sim = (run_ranks(tmp_path, images, device, 2, *flags) for device in ("cpu", "gcu-sim"))
     losses, other = ([event["loss"] for event in run.events("train")] for run in (on_cpu, on_sim))
     assert losses == other
 
 
-def test_row_19_one_rank_writes_and_each_has_its_own_log(images, tmp_path):
+def test_row_19_one_rank_writes_events_and_each_has_its_own_log(images, tmp_path):
     run = run_ranks(tmp_path, images, "cpu", 2)
     assert sorted(file.name for file in (run.path / "log").iterdir()) == [
         "rank0.jsonl", "rank0.txt", "rank1.jsonl", "rank1.txt",
     ]  # fmt: skip
-    assert [figures["rank"] for figures in run.ranks()] == [0, 1]
+    assert [row["rank"] for row in run.ranks()] == [0, 1]
     last = run.events("train")[-1]
-    assert all(figures["step"] == last["step"] for figures in run.ranks())
-    assert sum(figures["loss"] for figures in run.ranks()) / 2 == pytest.approx(last["loss"], rel=1e-5)
+    assert all(row["step"] == last["step"] for row in run.ranks())
+    assert sum(row["loss"] for row in run.ranks()) / 2 == pytest.approx(last["loss"], rel=1e-5)
     assert len(run.events("start")) == 1
     assert run.logs(1) == ""
 
 
-def test_ranks_over_gloo_end_without_taking_python_apart(tiny, planted, tmp_path):
-    """There, now and then, a thread that gloo had left behind aborted a run that had gone well."""
-    environment = {**os.environ, **planted("__import__('atexit').register(print, 'taken apart')", rank=0)}
-    alone = shell("python", "-m", "vgglab.train", *tiny, env={**environment, "RANK": "0"}, cwd=tmp_path)
-    several = shell("python", *torchrun(2), "-m", "vgglab.train", *tiny, env=environment, cwd=tmp_path)
-    assert (alone.returncode, several.returncode) == (0, 0), several.stderr
-    assert "taken apart" in alone.stdout
-    assert "report.json" in several.stdout
-    assert "taken apart" not in several.stdout
+def test_ranks_over_gloo_exit_without_running_pythons_shutdown(tiny, inject_fault, tmp_path):
+    """During Python's shutdown, a thread that gloo had left running sometimes aborted a successful run."""
+    environment = {**os.environ, **inject_fault("__import__('atexit').register(print, 'atexit ran')", rank=0)}
+    one = shell("python", "-m", "vgglab.train", *tiny, env={**environment, "RANK": "0"}, cwd=tmp_path)
+    two = shell("python", *torchrun(2), "-m", "vgglab.train", *tiny, env=environment, cwd=tmp_path)
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert "atexit ran" in one.stdout
+    assert "report.json" in two.stdout
+    assert "atexit ran" not in two.stdout
 
 
-def test_a_rank_that_raises_is_named_with_its_own_traceback(tiny, planted, tmp_path):
-    result = processes.ranks(2, "-m", "vgglab.train", *tiny, env={**os.environ, **planted(RAISES)}, cwd=tmp_path)
+def test_failed_rank_is_named_with_its_own_traceback(tiny, inject_fault, tmp_path):
+    result = processes.ranks(2, "-m", "vgglab.train", *tiny, env={**os.environ, **inject_fault(RAISE)}, cwd=tmp_path)
     assert result.returncode == 1
     assert "vgglab.train: rank 1 of 2: failed:" in result.stderr
-    assert "ZeroDivisionError: planted" in result.stderr
+    assert "ZeroDivisionError: injected" in result.stderr
     assert result.stderr.count("vgglab.train: rank 0 of 2: another rank has gone") <= 1
     [run] = tmp_path.glob("runs/*")
     cause = Run(run).failures()[0]
-    assert (cause["rank"], cause["error"]) == (1, "ZeroDivisionError: planted")
+    assert (cause["rank"], cause["error"]) == (1, "ZeroDivisionError: injected")
     assert "ZeroDivisionError" in Run(run).logs(1)
 
 
-def test_a_launched_rank_that_raises_fails_the_cell_with_its_traceback(tiny, planted, monkeypatch):
-    for name, value in planted(RAISES).items():
+def test_wait_raises_with_the_traceback_of_the_failed_rank(tiny, inject_fault, monkeypatch):
+    for name, value in inject_fault(RAISE).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(MARK, "raises")
     run = vgglab.launch(tiny, nproc=2, watch=False)
-    with pytest.raises(vgglab.RunFailed, match=r"(?s)rank 1 failed\nTraceback.*end_own_work.*planted"):
-        run.wait(PATIENCE_SECONDS)
+    with pytest.raises(vgglab.RunFailed, match=r"(?s)rank 1 failed\nTraceback.*end_own_work.*injected"):
+        run.wait(MAX_WAIT_SECONDS)
     assert processes_with("raises") == []
 
 
-@pytest.mark.parametrize("rank", [0, 1])  # rank 0 has a log, which is no stack
-def test_a_launched_rank_that_is_killed_is_named(tiny, planted, monkeypatch, rank):
-    for name, value in planted(KILLED, rank).items():
+@pytest.mark.parametrize("rank", [0, 1])  # rank 0 has a log without a stack trace
+def test_wait_names_the_killed_rank(tiny, inject_fault, monkeypatch, rank):
+    for name, value in inject_fault(KILL_SELF, rank).items():
         monkeypatch.setenv(name, value)
     run = vgglab.launch(tiny, nproc=2, watch=False)
     with pytest.raises(vgglab.RunFailed, match=rf"rank {rank} was killed \(SIGKILL\); if nobody killed it, .*memory$"):
-        run.wait(PATIENCE_SECONDS)
+        run.wait(MAX_WAIT_SECONDS)
 
 
-def test_a_rank_that_hangs_is_seen_and_stopped(tiny, planted, monkeypatch):
-    for name, value in planted(HANGS).items():
+def test_hanging_rank_is_detected_and_stopped(tiny, inject_fault, monkeypatch):
+    for name, value in inject_fault(HANG).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(MARK, "hangs")
     run = vgglab.launch(tiny, nproc=2, watch=False)
     wait_until(lambda: run.events("train"))
     monkeypatch.setattr(rank_table, "STALL_SECONDS", 1)
-    wait_until(lambda: stall_warning(run))  # ten times what a step takes
-    monkeypatch.setattr("vgglab.runs.run.request_stack", partial(request_stack, seconds=PATIENCE_SECONDS))
+    wait_until(lambda: stall_warning(run))  # after ten times the duration of a step
+    monkeypatch.setattr("vgglab.runs.run.request_stack", partial(request_stack, seconds=MAX_WAIT_SECONDS))
     assert "run.stacks()" in summary(run, progress_of(run))
     rank0, rank1 = run.stacks().split("rank 1:")
     assert "end_own_work" in rank1
     assert "end_own_work" not in rank0
-    assert "backward" in rank0  # where it waits for rank 1's gradients
+    assert "backward" in rank0  # where it waits for the gradients of rank 1
     assert run.status == "running"
     run.stop(grace_seconds=2)
     assert processes_with("hangs") == []
     assert run.status == "interrupted"
 
 
-def test_the_rank_that_the_others_wait_for_is_marked(tiny, planted, monkeypatch):
-    for name, value in planted(DAWDLES).items():
+def test_straggler_is_marked(tiny, inject_fault, monkeypatch):
+    for name, value in inject_fault(SLOW_DOWN).items():
         monkeypatch.setenv(name, value)
-    run = vgglab.launch(tiny, nproc=2, epochs=2, watch=False).wait(PATIENCE_SECONDS)
+    run = vgglab.launch(tiny, nproc=2, epochs=2, watch=False).wait(MAX_WAIT_SECONDS)
     rank0, rank1 = rank_rows(run)
     assert (rank0.is_straggler, rank1.is_straggler) == (False, True)
     assert rank1.own_seconds > 1  # of 2 s of sleep, in all steps but the first
@@ -184,57 +184,57 @@ def test_the_rank_that_the_others_wait_for_is_marked(tiny, planted, monkeypatch)
     assert run.stacks().count("not running") == 2
 
 
-def test_what_all_ranks_refuse_reaches_the_caller_in_one_line(tiny):
+def test_input_error_on_all_ranks_reaches_the_caller_in_one_line(tiny):
     with pytest.raises(UserError, match=r"^--num-classes 7: .* has 3 classes"):
-        vgglab.launch(tiny, nproc=2, num_classes=7, watch=False).wait(PATIENCE_SECONDS)
+        vgglab.launch(tiny, nproc=2, num_classes=7, watch=False).wait(MAX_WAIT_SECONDS)
 
 
-def test_stop_ends_all_ranks_with_a_checkpoint(tiny, monkeypatch):
+def test_stop_saves_a_checkpoint_and_ends_all_ranks(tiny, monkeypatch):
     monkeypatch.setenv(MARK, "stopped")
     run = vgglab.launch(tiny, nproc=2, epochs=100_000, workers=1, watch=False)
     wait_until(lambda: len(run.events("train")) > 3)
-    assert len(processes_with("stopped")) >= 5  # the launcher, two ranks, a worker each
-    run.stop(grace_seconds=PATIENCE_SECONDS)  # a slow disk may take its time to have the checkpoint
+    assert len(processes_with("stopped")) >= 5  # the launcher and two ranks with a worker each
+    run.stop(grace_seconds=MAX_WAIT_SECONDS)  # writing the checkpoint may take long on a slow disk
     assert processes_with("stopped") == []
     assert run.status == "interrupted"
     assert run.events("checkpoint")[-1]["step"] == run.events("train")[-1]["step"]
     assert run.wait() is run
 
 
-EARLY = """
+SIGTERM_AT_START = """
 import os, signal
 import torch.utils.data._utils.worker as worker
 def set_handlers():
-    torch_sets_them()
+    original()
     os.kill(os.getpid(), signal.SIGTERM)
-torch_sets_them = worker.signal_handling._set_worker_signal_handlers
+original = worker.signal_handling._set_worker_signal_handlers
 worker.signal_handling._set_worker_signal_handlers = set_handlers
 """
 
 
-def test_a_warning_to_a_worker_that_has_just_begun_does_not_end_it(tiny, tmp_path):
-    """torchrun warns whole process groups; such a worker died of it, and took its run along."""
-    (tmp_path / "sitecustomize.py").write_text(EARLY)
+def test_sigterm_does_not_end_a_starting_worker(tiny, tmp_path):
+    """torchrun sends SIGTERM to whole process groups; it killed such a worker, and the run failed."""
+    (tmp_path / "sitecustomize.py").write_text(SIGTERM_AT_START)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
     result = processes.python("-m", "vgglab.train", *tiny, "--workers=1", env=environment, cwd=tmp_path)
     assert (result.returncode, "exited unexpectedly" in result.stderr) == (0, False), result.stderr
 
 
-def launcher_of(run):
+def launcher_pid(run):
     return json.loads((run.path / "launch.json").read_text())["pid"]
 
 
-@pytest.mark.parametrize("early", [True, False], ids=["early", "training"])
-def test_a_launcher_that_is_killed_leaves_no_rank(tiny, monkeypatch, early):
+@pytest.mark.parametrize("early", [True, False], ids=["during-startup", "while-training"])
+def test_killed_launcher_leaves_no_ranks(tiny, monkeypatch, early):
     monkeypatch.setenv(MARK, f"launcher-{early}")
     run = vgglab.launch(tiny, nproc=2, epochs=100_000, workers=1, watch=False)
     if early:
         wait_until(lambda: len(processes_with(f"launcher-{early}")) >= 3, every=0.01)
     else:
         wait_until(lambda: run.events("train"))
-    os.kill(launcher_of(run), signal.SIGKILL)
+    os.kill(launcher_pid(run), signal.SIGKILL)
     with pytest.raises(vgglab.RunFailed):
-        run.wait(PATIENCE_SECONDS)
+        run.wait(MAX_WAIT_SECONDS)
     wait_until(lambda: not processes_with(f"launcher-{early}"))
 
 
@@ -246,59 +246,59 @@ time.sleep(600)
 """
 
 
-def start_launcher(tiny, mark, how):
+def start_launcher(tiny, mark, mode):
     from subprocess import PIPE, Popen
 
-    command = [sys.executable, "-c", LAUNCHER, how, *tiny]
+    command = [sys.executable, "-c", LAUNCHER, mode, *tiny]
     return Popen(command, env={**os.environ, MARK: mark, "PYTHONPATH": str(PROJECT)}, stdout=PIPE, text=True)
 
 
-# One rank less, tests/test_launch.py has each signal in the usual suite.
-OTHERS = [pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGTERM, signal.SIGINT)]
+# The other signals are in the long suite only; tests/test_launch.py tests each with one rank.
+OTHER_SIGNALS = [pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, *OTHERS])
-def test_a_launcher_that_dies_takes_its_ranks_along(tiny, number):
+@pytest.mark.parametrize("number", [signal.SIGKILL, *OTHER_SIGNALS])
+def test_ranks_end_with_the_process_that_launched_them(tiny, number):
     mark = f"ranks-{number}"
     launcher = start_launcher(tiny, mark, "attached")
     run = Run(launcher.stdout.readline().strip())
     wait_until(lambda: run.events("train"))
     launcher.send_signal(number)
-    launcher.communicate(timeout=PATIENCE_SECONDS)
+    launcher.communicate(timeout=MAX_WAIT_SECONDS)
     wait_until(lambda: not processes_with(mark))
 
 
-def test_a_detached_run_outlives_its_launcher_and_is_found_and_stopped(tiny):
+def test_detached_run_outlives_its_launching_process_and_can_be_stopped(tiny):
     launcher = start_launcher(tiny, "detached", "detached")
     run = Run(launcher.stdout.readline().strip())
     wait_until(lambda: run.events("train"))
     launcher.kill()
-    launcher.communicate(timeout=PATIENCE_SECONDS)
+    launcher.communicate(timeout=MAX_WAIT_SECONDS)
     step = run.events("train")[-1]["step"]
     wait_until(lambda: run.events("train")[-1]["step"] > step + 3)
-    again = Run(run.path)
-    assert again.status == "running"
-    again.stop()
+    found = Run(run.path)
+    assert found.status == "running"
+    found.stop()
     assert processes_with("detached") == []
-    assert again.status == "interrupted"
+    assert found.status == "interrupted"
 
 
 @pytest.mark.paper_widths  # torchrun starts new interpreters
-def test_two_launchers_train_one_model(tiny, images, tmp_path, monkeypatch):
-    """Two machines, played by two torchruns that meet over c10d, in a folder where somebody has left a torch.py."""
-    alone = run_ranks(tmp_path, images, "cpu", 2)
-    (tmp_path / "torch.py").write_text("raise SystemExit('planted')")
+def test_two_nodes_train_one_model(tiny, images, tmp_path, monkeypatch):
+    """Two launchers on one machine stand for two nodes; a torch.py in the current directory is ignored."""
+    single_node = run_ranks(tmp_path, images, "cpu", 2)
+    (tmp_path / "torch.py").write_text("raise SystemExit('wrong torch')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
-    words = [*tiny, f"--run-dir={tmp_path / 'run'}", "--batch-size=2"]
-    nodes = [vgglab.launch(words, watch=False, nnodes=2, node_rank=rank, rendezvous=rendezvous) for rank in (0, 1)]
+    args = [*tiny, f"--run-dir={tmp_path / 'run'}", "--batch-size=2"]
+    nodes = [vgglab.launch(args, watch=False, nnodes=2, node_rank=rank, rendezvous=rendezvous) for rank in (0, 1)]
     for node in nodes:
-        node.wait(PATIENCE_SECONDS)
+        node.wait(MAX_WAIT_SECONDS)
     run = Run(tmp_path / "run")
-    assert [event["loss"] for event in run.events("train")] == [event["loss"] for event in alone.events("train")]
+    assert [event["loss"] for event in run.events("train")] == [event["loss"] for event in single_node.events("train")]
     assert run.report()["world_size"] == 2
 
 
@@ -311,32 +311,31 @@ SLURM = {
 def test_row_21_slurm_tasks_become_ranks():
     environment = dict(SLURM)
     adopt_slurm_environment(environment)
-    wanted = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu003"}
-    assert wanted.items() <= environment.items()
+    expected = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu003"}
+    assert expected.items() <= environment.items()
     assert environment["MASTER_PORT"] == "19711"
-    for alone in ({**SLURM, "RANK": "0"}, {**SLURM, "SLURM_NTASKS": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}):
-        before = dict(alone)
-        adopt_slurm_environment(
-            alone
-        )  # under torchrun, one task, or a plain shell of an allocation: no ranks of srun's
-        assert alone == before
+    # Under torchrun, with one task, and in the shell of an allocation.
+    for other in ({**SLURM, "RANK": "0"}, {**SLURM, "SLURM_NTASKS": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}):
+        before = dict(other)
+        adopt_slurm_environment(other)
+        assert other == before
 
 
 @pytest.mark.parametrize(
     ("nodes", "first"), [("n1", "n1"), ("n1,n2", "n1"), ("gpu[003-007,9],cpu1", "gpu003"), ("a-[7,9]", "a-7")]
 )
-def test_the_first_of_slurms_nodes(nodes, first):
+def test_first_host_of_a_slurm_node_list(nodes, first):
     assert first_host(nodes) == first
 
 
-def test_row_21_a_run_under_srun_with_two_tasks(tiny, tmp_path):
+def test_row_21_srun_with_two_tasks_runs_two_ranks(tiny, tmp_path):
     common = {
         **os.environ, "PYTHONPATH": str(PROJECT), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2",
         "SLURM_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid()),
     }  # fmt: skip
-    words = ["-m", "vgglab.train", *tiny, f"--run-dir={tmp_path / 'run'}", "--batch-size=2"]
+    args = ["-m", "vgglab.train", *tiny, f"--run-dir={tmp_path / 'run'}", "--batch-size=2"]
     tasks = [
-        processes.Child(words, env={**common, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
+        processes.Child(args, env={**common, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
         for task in range(2)
     ]
     try:
@@ -348,6 +347,6 @@ def test_row_21_a_run_under_srun_with_two_tasks(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("bad", [{"nproc": 0}, {"nproc": "two"}, {"nnodes": 2}, {"python": "/no/such/python"}])
-def test_what_cannot_be_launched_is_said(tiny, bad):
+def test_invalid_launch_arguments_are_refused(tiny, bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         vgglab.launch(tiny, watch=False, **bad)

@@ -1,4 +1,4 @@
-"""Runs that survive: stopped in an epoch, killed, out of disk; resumed, they end as if nothing had happened."""
+"""Runs that are stopped within an epoch, killed or out of disk space give the same result when they are resumed."""
 
 import json
 import os
@@ -12,23 +12,23 @@ import time
 import processes
 import pytest
 import torch
-from conftest import PATIENCE_SECONDS, PROJECT, TINY, torchrun, wait_until
+from conftest import MAX_WAIT_SECONDS, PROJECT, TINY, torchrun, wait_until
 from test_devices import needs_sim
 
 from vgglab import Run
 from vgglab.train import main
 
 pytestmark = pytest.mark.usefixtures("narrow")
-EPOCHS, STEPS = 3, 4  # of TINY on 18 images: 4 steps an epoch with 1 rank, 2 with 2
-STOPPED = 75
+EPOCHS, STEPS = 3, 4  # of TINY on 18 images: 4 steps per epoch with 1 rank, 2 with 2
+EXIT_STOPPED = 75
 JOB = [*TINY[:-1], "--model=vgg11_bn", "--dropout-rate=0.5", f"--epochs={EPOCHS}", "--seed=7", "--print-freq=1"]
 
 
 @pytest.fixture
 def job(images, tmp_path):
-    """``job("name", "--flag", ranks=2)``: trains into the run directory ``name``; ``job.start`` as from a shell."""
+    """``job("name", "--flag", ranks=2)`` trains in the run directory ``name``; ``job.start`` starts a new process."""
 
-    def words(name, flags):
+    def train_args(name, flags):
         return [
             "-m",
             "vgglab.train",
@@ -45,7 +45,7 @@ def job(images, tmp_path):
     def start(name, *flags, ranks=1, restarts=0, **variables):
         launcher = torchrun(ranks, restarts) if ranks > 1 or restarts else []
         return subprocess.Popen(
-            [sys.executable, *launcher, *words(name, flags)],
+            [sys.executable, *launcher, *train_args(name, flags)],
             env=environment(variables),
             cwd=tmp_path,
             stdout=subprocess.PIPE,
@@ -54,19 +54,19 @@ def job(images, tmp_path):
         )
 
     def run(name, *flags, ranks=1, **variables):
-        if ranks == 1 and not variables and "--device=gcu-sim" not in flags:  # as good in this process
-            assert main(words(name, flags)[2:]) == 0
+        if ranks == 1 and not variables and "--device=gcu-sim" not in flags:  # can run in this process
+            assert main(train_args(name, flags)[2:]) == 0
             return Run(tmp_path / name)
         options = {"env": environment(variables), "cwd": tmp_path}
         if ranks == 1:
-            result = processes.python(*words(name, flags), **options)
+            result = processes.python(*train_args(name, flags), **options)
         else:
-            result = processes.ranks(ranks, *words(name, flags), **options)
+            result = processes.ranks(ranks, *train_args(name, flags), **options)
         assert result.returncode == 0, result.stderr
         return Run(tmp_path / name)
 
     def refused(name, *flags, **variables):
-        result = processes.python(*words(name, flags), env=environment(variables), cwd=tmp_path)
+        result = processes.python(*train_args(name, flags), env=environment(variables), cwd=tmp_path)
         assert result.returncode == 2, result.stderr
         return result.stdout + result.stderr
 
@@ -75,19 +75,19 @@ def job(images, tmp_path):
 
 
 @pytest.fixture
-def planted(tmp_path):
-    """Variables under which a process runs these lines first."""
+def inject_code(tmp_path):
+    """``inject_code(code)`` returns variables with which a process runs this code at startup."""
 
-    def plant(code):
+    def inject(code):
         (tmp_path / "site").mkdir()
         (tmp_path / "site" / "sitecustomize.py").write_text(code)
         return {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{PROJECT}"}
 
-    return plant
+    return inject
 
 
-def trained(run):
-    """What must be the same: every loss, and every number in the last checkpoint."""
+def results_of(run):
+    """What must be equal: every loss, and every number in the last checkpoint."""
     events = run.events()
     losses = [(event["step"], event["loss"]) for event in events if event["event"] in ("train", "eval")]
     content = torch.load(run.checkpoint("last"))
@@ -97,38 +97,36 @@ def trained(run):
 
 
 def assert_same(one, other, after=0):
-    (losses, tensors, place), (other_losses, other_tensors, other_place) = trained(one), trained(other)
+    (losses, tensors, position), (other_losses, other_tensors, other_position) = results_of(one), results_of(other)
     assert [entry for entry in losses if entry[0] > after] == [entry for entry in other_losses if entry[0] > after]
     assert len(tensors) == len(other_tensors) > 20
     assert all(torch.equal(a, b) for a, b in zip(tensors, other_tensors))
-    assert place == other_place
+    assert position == other_position
 
 
 def wait_for_step(path, step):
-    def is_there():
+    def has_reached_step():
         run = Run(path) if (path / "env.json").exists() else None
         assert run is None or run.status != "failed" or run.events("train"), run.logs()
-        done = run.events("train") if run else []
-        return done and done[-1]["step"] >= step
+        steps = run.events("train") if run else []
+        return steps and steps[-1]["step"] >= step
 
-    wait_until(is_there, every=0.02)
+    wait_until(has_reached_step, every=0.02)
 
 
 CASES = [(1, 0, "cpu"), (1, 2, "cpu"), (2, 2, "cpu"), (1, 0, "gcu-sim")]
 
 
 @pytest.mark.parametrize(("ranks", "workers", "device"), [pytest.param(*case, marks=needs_sim) for case in CASES])
-def test_row_5_a_run_resumed_in_the_middle_of_an_epoch_is_the_one_that_never_stopped(
-    job, tmp_path, ranks, workers, device
-):
-    flags, several = [f"--workers={workers}", f"--device={device}"], {"ranks": ranks} if ranks > 1 else {}
-    uninterrupted = job("uninterrupted", *flags, **several)
-    steps_an_epoch = STEPS // ranks
-    stop = steps_an_epoch + 1  # the first step of the second epoch
-    stopped = job("stopped", *flags, f"--checkpoint-every={stop}", "--epochs=2", **several)
+def test_row_5_run_resumed_within_an_epoch_equals_an_uninterrupted_run(job, tmp_path, ranks, workers, device):
+    flags, options = [f"--workers={workers}", f"--device={device}"], {"ranks": ranks} if ranks > 1 else {}
+    uninterrupted = job("uninterrupted", *flags, **options)
+    steps_per_epoch = STEPS // ranks
+    stop = steps_per_epoch + 1  # after the first step of the second epoch
+    stopped = job("stopped", *flags, f"--checkpoint-every={stop}", "--epochs=2", **options)
     middle = stopped.path / "checkpoints" / "previous.pt"
     assert torch.load(middle)["images"] == 4 * ranks
-    resumed = job("resumed", *flags, f"--resume={middle}", f"--epochs={EPOCHS}", **several)
+    resumed = job("resumed", *flags, f"--resume={middle}", f"--epochs={EPOCHS}", **options)
     assert resumed.events("start")[-1]["first_step"] == stop
     assert_same(uninterrupted, resumed, after=stop)
 
@@ -136,32 +134,32 @@ def test_row_5_a_run_resumed_in_the_middle_of_an_epoch_is_the_one_that_never_sto
 @pytest.mark.parametrize(
     ("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), (1, signal.SIGHUP), (2, signal.SIGTERM)]
 )
-def test_row_4_a_warning_is_answered_with_a_checkpoint_and_an_exit_code(job, tmp_path, ranks, number):
-    process = job.start("warned", "--epochs=400", ranks=ranks)
-    wait_for_step(tmp_path / "warned", 3)
+def test_row_4_termination_signal_saves_a_checkpoint_and_sets_the_exit_code(job, tmp_path, ranks, number):
+    process = job.start("signalled", "--epochs=400", ranks=ranks)
+    wait_for_step(tmp_path / "signalled", 3)
     if ranks == 1:
         process.send_signal(number)
-    else:  # as a scheduler does it: one of the ranks is enough
+    else:  # like some schedulers: a signal to one of the ranks is enough
         os.kill(rank_pids(process.pid)[-1], number)
-    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    output, _ = process.communicate(timeout=MAX_WAIT_SECONDS)
     name = signal.Signals(number).name
     assert f"stopped by {name}" in output
-    assert f"checkpoint saved; continue with --run-dir {tmp_path / 'warned'} --resume auto" in output
+    assert f"checkpoint saved; continue with --run-dir {tmp_path / 'signalled'} --resume auto" in output
     if ranks == 1:
-        assert process.returncode == STOPPED
-    run = Run(tmp_path / "warned")
+        assert process.returncode == EXIT_STOPPED
+    run = Run(tmp_path / "signalled")
     assert run.status == "interrupted"
     content = torch.load(run.checkpoint("last"))
     assert content["step"] == run.events("train")[-1]["step"]
 
 
-def rank_pids(launcher):
-    children = subprocess.run(["ps", "--ppid", str(launcher), "-o", "pid="], capture_output=True, text=True).stdout
+def rank_pids(launcher_pid):
+    children = subprocess.run(["ps", "--ppid", str(launcher_pid), "-o", "pid="], capture_output=True, text=True).stdout
     return sorted(int(pid) for pid in children.split())
 
 
-# However late a busy machine lets the test act, the run is not at its end by then.
-HOLDS = """
+# Delays a run, so that it does not finish before the test acts on a busy machine.
+PAUSE = """
 import os, time
 import vgglab.dist.interrupts as interrupts
 import vgglab.runs.writer as recording
@@ -176,38 +174,38 @@ recording.RunWriter.event = event
 
 
 @pytest.fixture
-def holding(planted):
-    """``holding(8, 18)``: variables under which a run's first attempt waits after step 8, its second after step 18."""
-    return lambda *steps: planted(HOLDS.replace("{steps}", str(list(steps))))
+def pause_at(inject_code):
+    """``pause_at(8, 18)`` returns variables that pause the first attempt of a run after step 8, the second after 18."""
+    return lambda *steps: inject_code(PAUSE.replace("{steps}", str(list(steps))))
 
 
-@pytest.mark.paper_widths  # new interpreters beside this process
-def test_a_run_that_left_goes_on_in_place_with_the_same_command(job, holding, tmp_path):
+@pytest.mark.paper_widths  # other runs of this test use new interpreters
+def test_stopped_run_continues_in_place_with_the_same_command(job, pause_at, tmp_path):
     uninterrupted = job("uninterrupted", "--epochs=6")
-    process = job.start("same", "--resume=auto", "--epochs=6", **holding(20))
+    process = job.start("same", "--resume=auto", "--epochs=6", **pause_at(20))
     wait_for_step(tmp_path / "same", 5)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == STOPPED
-    left_at = Run(tmp_path / "same").events("train")[-1]["step"]
+    process.communicate(timeout=MAX_WAIT_SECONDS)
+    assert process.returncode == EXIT_STOPPED
+    stop = Run(tmp_path / "same").events("train")[-1]["step"]
     resumed = job("same", "--resume=auto", "--epochs=6")
     assert resumed.status == "done"
-    assert resumed.events("start")[-1]["first_step"] == left_at < 24
+    assert resumed.events("start")[-1]["first_step"] == stop < 24
     assert [event["step"] for event in resumed.events("train")] == list(range(1, 25))
     assert_same(uninterrupted, resumed)
 
 
 @pytest.mark.paper_widths
-def test_torchrun_brings_a_run_with_killed_ranks_to_the_same_end(job, holding, tmp_path):
+def test_run_restarted_by_torchrun_equals_an_uninterrupted_run(job, pause_at, tmp_path):
     flags = ["--epochs=6", "--checkpoint-every=3"]
     uninterrupted = job("uninterrupted", *flags, ranks=2)
-    process = job.start("killed", *flags, ranks=2, restarts=2, **holding(5, 10))
-    for victim, step in ((1, 3), (0, 7)):  # 0 is the one that writes
+    process = job.start("killed", *flags, ranks=2, restarts=2, **pause_at(5, 10))
+    for rank, step in ((1, 3), (0, 7)):  # rank 0 writes the events and checkpoints
         wait_for_step(tmp_path / "killed", step)
         pids = rank_pids(process.pid)
-        os.kill(pids[victim], signal.SIGKILL)
+        os.kill(pids[rank], signal.SIGKILL)
         wait_until(lambda pids=pids: len(rank_pids(process.pid)) == 2 and not set(pids) & set(rank_pids(process.pid)))
-    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    output, _ = process.communicate(timeout=MAX_WAIT_SECONDS)
     assert process.returncode == 0, output
     run = Run(tmp_path / "killed")
     assert run.status == "done"
@@ -217,8 +215,8 @@ def test_torchrun_brings_a_run_with_killed_ranks_to_the_same_end(job, holding, t
 
 @pytest.mark.paper_widths
 @pytest.mark.parametrize("kills", [range(2), pytest.param(range(2, 22), marks=pytest.mark.long)], ids=["two", "many"])
-def test_row_3_no_kill_harms_a_checkpoint(job, tmp_path, kills):
-    """Half of them while a checkpoint is being written."""
+def test_row_3_checkpoints_survive_sigkill(job, tmp_path, kills):
+    """Every second kill comes while a checkpoint is being written."""
     uninterrupted = job("uninterrupted")
     draw = random.Random(kills.start)
     for number in kills:
@@ -233,7 +231,7 @@ def test_row_3_no_kill_harms_a_checkpoint(job, tmp_path, kills):
         assert_same(uninterrupted, job(name, "--checkpoint-every=1", "--resume=auto"))
 
 
-def test_resume_auto_passes_over_what_is_damaged_and_says_so(job, tmp_path):
+def test_resume_auto_skips_damaged_checkpoints_with_a_warning(job, tmp_path):
     run = job("run", "--checkpoint-every=3", "--epochs=1")
     last = run.checkpoint("last")
     content = bytearray(last.read_bytes())
@@ -242,26 +240,26 @@ def test_resume_auto_passes_over_what_is_damaged_and_says_so(job, tmp_path):
     last.write_bytes(content)
     (run.path / "checkpoints" / "best.pt").write_bytes(b"not a checkpoint")
     resumed = job("run", "--resume=auto", "--epochs=1")
-    texts = " ".join(event["text"] for event in resumed.events("warning"))
-    assert f"--resume auto: {last} is damaged (the checksum of" in texts
-    assert "so it was not used" in texts
-    assert "best.pt" in texts
+    warnings = " ".join(event["text"] for event in resumed.events("warning"))
+    assert f"--resume auto: {last} is damaged (the checksum of" in warnings
+    assert "so it was not used" in warnings
+    assert "best.pt" in warnings
     assert f"resuming from {run.path / 'checkpoints' / 'previous.pt'}" in resumed.logs()
     assert resumed.events("start")[-1]["first_step"] == 3
 
 
-def test_resume_auto_without_a_run_directory_takes_the_newest_run_there_is(job, tmp_path):
+def test_resume_auto_without_a_run_directory_uses_the_newest_run(job, tmp_path):
     path = job("runs/older", "--epochs=1").path
     job("runs/newer", "--resume=auto", f"--output-dir={tmp_path}", "--epochs=1")
-    assert Run(tmp_path / "runs/newer").events("start")[-1]["first_step"] == 0  # its own folder only
-    words = ["-m", "vgglab.train", "--resume=auto", f"--output-dir={tmp_path}", "--epochs=2"]
-    result = processes.python(*words, env={**os.environ, "PYTHONPATH": str(PROJECT)}, cwd=tmp_path)
+    assert Run(tmp_path / "runs/newer").events("start")[-1]["first_step"] == 0  # with --run-dir, other runs are ignored
+    args = ["-m", "vgglab.train", "--resume=auto", f"--output-dir={tmp_path}", "--epochs=2"]
+    result = processes.python(*args, env={**os.environ, "PYTHONPATH": str(PROJECT)}, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"resuming from {tmp_path / 'runs/newer'}" in result.stdout
     assert path.exists()
 
 
-def test_a_damaged_checkpoint_that_was_asked_for_is_refused_in_one_line(job, refused):
+def test_damaged_checkpoint_given_explicitly_is_refused_in_one_line(job, refused):
     last = job("run", "--epochs=1").checkpoint("last")
     content = bytearray(last.read_bytes())
     content[len(content) // 3] ^= 16
@@ -272,7 +270,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_in_one_line(job, ref
     assert f"the checkpoint before it: --resume {last.with_name('previous.pt')}" in refused(f"--resume={last}")
 
 
-def test_resume_auto_does_not_overwrite_checkpoints_none_of_which_can_be_used(job, refused):
+def test_resume_auto_does_not_overwrite_unusable_checkpoints(job, refused):
     run = job("run", "--epochs=2")
     files = sorted((run.path / "checkpoints").glob("*.pt"))
     assert len(files) > 1
@@ -287,7 +285,7 @@ def test_resume_auto_does_not_overwrite_checkpoints_none_of_which_can_be_used(jo
     assert Run(run.path).status == "done"
 
 
-def test_row_12_a_loss_that_is_not_finite_ends_the_run_in_one_line(job, tmp_path):
+def test_row_12_non_finite_loss_stops_the_run_with_a_one_line_error(job, tmp_path):
     output = job.refused("run", "--epochs=3", "--checkpoint-every=1", "--lr=1e30", "--warmup=0", "--model=vgg11")
     assert "Traceback" not in output
     assert "not finite" in output
@@ -306,7 +304,7 @@ original, saved = checkpoint._write, []
 def write(folder, content, is_best):
     saved.append(1)
     size = 1_000_000 if len(saved) in {when} else -1
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))  # a file cannot grow beyond: what a full disk says, early
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))  # larger files fail, as on a full disk
     try:
         original(folder, content, is_best)
     finally:
@@ -316,11 +314,12 @@ checkpoint._write = write
 
 
 @pytest.fixture
-def full_disk(planted):
-    return lambda *when: planted(FULL_DISK.replace("{when}", str(set(when))))
+def full_disk(inject_code):
+    """``full_disk(2, 3)`` returns variables with which a run cannot write its second and third checkpoint."""
+    return lambda *when: inject_code(FULL_DISK.replace("{when}", str(set(when))))
 
 
-def test_row_30_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(job, full_disk):
+def test_row_30_full_disk_keeps_the_last_checkpoint_and_the_run_continues(job, full_disk):
     run = job("run", **full_disk(2))
     assert run.status == "done"
     [warning] = [event["text"] for event in run.events("warning") if "not written" in event["text"]]
@@ -331,7 +330,7 @@ def test_row_30_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(job
     assert not (run.path / "checkpoints" / "unfinished.tmp").exists()
 
 
-def test_row_30_a_disk_that_is_full_at_the_end_is_said_and_the_run_can_go_on(job, full_disk, tmp_path):
+def test_row_30_full_disk_at_the_end_is_an_error_and_the_run_can_resume(job, full_disk, tmp_path):
     output = job.refused("run", **full_disk(3))
     assert "step 12 was not written" in output
     assert "free some disk space (or remount the disk as writable), then continue with " in output
@@ -341,15 +340,15 @@ def test_row_30_a_disk_that_is_full_at_the_end_is_said_and_the_run_can_go_on(job
     assert torch.load(resumed.checkpoint("last"))["step"] == 12
 
 
-def test_a_disk_that_is_full_for_all_checkpoints_is_said_and_the_run_can_begin_again(job, full_disk, tmp_path):
+def test_full_disk_for_all_checkpoints_is_an_error_and_the_run_can_restart(job, full_disk, tmp_path):
     output = job.refused("run", **full_disk(1, 2, 3))
     [error] = [line for line in output.splitlines() if "error: " in line]
     assert "there is no earlier one; free some disk space (or remount the disk as writable), then continue" in error
     assert job("run", "--resume=auto").events("train")[-1]["step"] == 12
 
 
-def test_a_run_without_a_checkpoint_begins_again_with_its_own_settings(job):
-    """The advice at the end of a run, taken literally, trained the default network."""
+def test_run_without_a_checkpoint_restarts_with_its_own_settings(job):
+    """The command that an interrupted run suggests trained the default model."""
     run = job("run", "--epochs=1", "--lr=0.03")
     before = dict(run.config)
     shutil.rmtree(run.path / "checkpoints")
@@ -359,10 +358,11 @@ def test_a_run_without_a_checkpoint_begins_again_with_its_own_settings(job):
     assert [after[name] for name in names] == [before[name] for name in names]
 
 
-def test_an_image_after_a_resume_with_other_ranks_comes_once(job):
-    """The place in the data is kept in images: one rank's checkpoint goes on with two."""
+def test_resuming_with_more_ranks_uses_each_image_once(job):
+    """The position in the data is saved as a number of images: two ranks can resume a checkpoint of one rank."""
     flags = ["--epochs=1", "--checkpoint-every=2"]
     middle = job("one", *flags, "--training-step-per-epoch=3").path / "checkpoints" / "previous.pt"
     resumed = job("two", *flags, "--training-step-per-epoch=2", f"--resume={middle}", ranks=2)
     assert "--resume: --nproc 2, was 1" in [event["text"] for event in resumed.events("warning")]
-    assert [event["step"] for event in resumed.events("train")] == [3]  # 8 of 16 images were done, and 8 are a step now
+    # 8 of 16 images had been used, and a step of two ranks uses 8.
+    assert [event["step"] for event in resumed.events("train")] == [3]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PATIENCE_SECONDS, PROJECT, TINY, shell, wait_until
+from conftest import MAX_WAIT_SECONDS, PROJECT, TINY, shell, wait_until
 from test_launch import MARK, processes_with
 
 import vgglab
@@ -79,7 +79,7 @@ def test_however_the_series_is_ended_its_run_ends_too(tiny, tmp_path, number, co
         lambda: (tmp_path / "long" / "seed-1").exists() and vgglab.Seeds(tmp_path / "long").runs[0].events("train")
     )
     process.send_signal(number)
-    assert process.wait(PATIENCE_SECONDS) == code
+    assert process.wait(MAX_WAIT_SECONDS) == code
     wait_until(lambda: not processes_with(mark))
     assert seeds_in(tmp_path / "long") == [1]  # the second was not begun
     if number != signal.SIGKILL:

@@ -1,4 +1,4 @@
-"""python -m vgglab.train: what it leaves behind, what it refuses, how it goes on."""
+"""python -m vgglab.train: the files that it writes, the input that it refuses, and resuming."""
 
 import inspect
 import json
@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import CLASSES, NUM_VAL, PATIENCE_SECONDS, PROJECT, TINY, shell, wait_until
+from conftest import CLASSES, MAX_WAIT_SECONDS, NUM_VAL, PROJECT, TINY, shell, wait_until
 from processes import python, ranks
 
 import vgglab
@@ -24,7 +24,7 @@ from vgglab.errors import UserError
 from vgglab.runs import checkpoint
 from vgglab.settings.config import Request
 
-SEED_REPORT_FIELDS = (
+ORIGINAL_REPORT_FIELDS = (
     "model local_rank batch_size epochs training_step_per_epoch eval_step_per_epoch acc1 acc5 device skip_steps "
     "train_fps_mean train_fps_min train_fps_max training_time"
 ).split()
@@ -34,13 +34,13 @@ def losses(run):
     return [event["loss"] for event in run.events("train")]
 
 
-def test_a_run_leaves_everything_the_house_promises(train):
+def test_run_writes_all_documented_files(train):
     result = train("--epochs=2", "--print-freq=1", "--skip-steps=2")
     assert result.code == 0
     run = result.run
     assert run.status == "done"
-    left = {str(file.relative_to(run.path)) for file in run.path.rglob("*") if file.is_file()}
-    assert left == {
+    written = {str(file.relative_to(run.path)) for file in run.path.rglob("*") if file.is_file()}
+    assert written == {
         "config.json", "env.json", "events.jsonl", "report.json", "log/rank0.txt", "log/rank0.jsonl",
         "lock", "checkpoints/last.pt", "checkpoints/previous.pt", "checkpoints/best.pt",
     }  # fmt: skip
@@ -49,7 +49,7 @@ def test_a_run_leaves_everything_the_house_promises(train):
     assert [event["step"] for event in run.events("train")] == list(range(1, 9))
     assert [(e["epoch"], e["num_images"]) for e in run.events("eval")] == [(0, 3 * NUM_VAL), (1, 3 * NUM_VAL)]
     assert events[-1]["event"] == "end"
-    assert run.config["num_classes"] == 3  # resolved, not as given
+    assert run.config["num_classes"] == 3  # the resolved value, not the flag's
     assert run.env["simulated"] is False
     assert run.env["world_size"] == 1
     assert torch.__version__.startswith(run.env["versions"]["torch"])
@@ -57,27 +57,27 @@ def test_a_run_leaves_everything_the_house_promises(train):
     assert run.logs() in result.out
 
 
-def test_tensorboard_has_the_seeds_scalars(train):
+def test_tensorboard_has_the_original_scalars(train):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = train("--print-freq=1", "--tensorboard").run
-    written = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    logged = EventAccumulator(str(run.path / "tensorboard")).Reload()
     for name in ("learning_rate", "loss", "train_accuracy_step", "train_fps_step", "eval_accuracy_epoch"):
-        assert written.Scalars(name), name
-    assert [s.value for s in written.Scalars("loss")] == pytest.approx(losses(run))
+        assert logged.Scalars(name), name
+    assert [s.value for s in logged.Scalars("loss")] == pytest.approx(losses(run))
 
 
-def test_without_tensorboard_the_flag_says_so(refused, monkeypatch):
+def test_tensorboard_flag_without_the_package_is_an_error(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert "--tensorboard: the package tensorboard is missing" in refused("--tensorboard")
 
 
-def test_the_report_has_the_seeds_fields_and_can_be_made_again(train):
+def test_report_has_the_original_fields_and_can_be_regenerated(train):
     run = train("--print-freq=1", "--skip-steps=2").run
     file = run.path / "report.json"
     report = json.loads(file.read_text())
-    assert set(SEED_REPORT_FIELDS) <= set(report)
+    assert set(ORIGINAL_REPORT_FIELDS) <= set(report)
     assert report["num_intervals"] == 2  # four steps, two of them skipped
     assert report["train_fps_min"] <= report["train_fps_mean"] <= report["train_fps_max"]
     assert 0 <= report["data_wait_share"] <= 1
@@ -90,32 +90,32 @@ def test_the_report_has_the_seeds_fields_and_can_be_made_again(train):
 
 
 def test_accuracy_does_not_depend_on_the_batch_size(train):
-    """9 images; no batch size here but 1, 3 and 9 divides them."""
+    """There are 9 held-out images; 2, 4, 5 and 64 do not divide 9."""
     trained = train()
     weights = trained.run.checkpoint("last")
     reference = trained.run.events("eval")[-1]
     for batch_size in (1, 2, 4, 5, 9, 64):
         result = train("--test-only", f"--resume={weights}", f"--batch-size={batch_size}")
         (event,) = result.run.events("eval")
-        for figure in ("acc1", "acc5", "num_images"):
-            assert event[figure] == reference[figure]
-        assert event["loss"] == pytest.approx(reference["loss"], rel=1e-4)  # other kernels round otherwise
+        for metric in ("acc1", "acc5", "num_images"):
+            assert event[metric] == reference[metric]
+        assert event["loss"] == pytest.approx(reference["loss"], rel=1e-4)  # other kernels round differently
 
 
-def test_a_resumed_run_equals_the_one_that_was_not_stopped(train):
+def test_resumed_run_equals_an_uninterrupted_run(train):
     flags = ("--seed=7", "--dropout-rate=0.5", "--print-freq=1", "--model=vgg11_bn")
-    whole = train(*flags, "--epochs=3").run
-    part = train(*flags, "--epochs=3", "--start-epoch=0", "--training-step-per-epoch=-1").run
-    assert losses(whole) == losses(part)  # the same twice, first of all
+    uninterrupted = train(*flags, "--epochs=3").run
+    repeated = train(*flags, "--epochs=3", "--start-epoch=0", "--training-step-per-epoch=-1").run
+    assert losses(uninterrupted) == losses(repeated)  # training is reproducible
     first = train(*flags, "--epochs=1", "--lr-schedule=step").run
     resumed = train(*flags, "--epochs=3", f"--resume={first.path}").run
-    assert losses(first) + losses(resumed) == losses(whole)
+    assert losses(first) + losses(resumed) == losses(uninterrupted)
     assert [e["step"] for e in resumed.events("train")] == list(range(5, 13))
-    ends = [load_tensors(run.checkpoint("last"))["model"] for run in (whole, resumed)]
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    weights = [load_tensors(run.checkpoint("last"))["model"] for run in (uninterrupted, resumed)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_resuming_a_finished_run_reports_it_and_remembers_its_best(train):
+def test_resuming_a_finished_run_keeps_its_best_accuracy(train):
     first = train("--epochs=2").run
     again = train("--epochs=2", f"--resume={first.path}")
     assert again.code == 0
@@ -124,46 +124,46 @@ def test_resuming_a_finished_run_reports_it_and_remembers_its_best(train):
     assert again.run.events("train") == []
 
 
-def test_best_is_the_best_and_is_kept_while_last_moves_on(train):
+def test_best_checkpoint_is_kept_when_accuracy_drops(train):
     run = train("--model=vgg11_bn", "--epochs=10", "--seed=4", "--lr=2").run
     accuracies = [event["acc1"] for event in run.events("eval")]
     best = load_tensors(run.checkpoint("best"))
-    assert best["epoch"] == accuracies.index(max(accuracies)) + 1  # the first of the best
+    assert best["epoch"] == accuracies.index(max(accuracies)) + 1  # the first epoch with the best accuracy
     assert best["best"]["acc1"] == max(accuracies)
     assert sorted(os.listdir(run.path / "checkpoints")) == ["best.pt", "last.pt", "previous.pt"]
     again = train("--test-only", f"--resume={run.checkpoint('best')}", "--model=vgg11_bn").run
     assert again.report()["acc1"] == run.report()["acc1"] == max(accuracies)
-    ruined = train(
+    diverged = train(
         "--model=vgg11_bn", "--epochs=11", "--lr=1e4", "--training-step-per-epoch=1", f"--resume={run.path}"
     ).run
-    kept = load_tensors(ruined.checkpoint("best"))
-    assert (kept["epoch"], load_tensors(ruined.checkpoint("last"))["epoch"]) == (best["epoch"], 11)
+    kept = load_tensors(diverged.checkpoint("best"))
+    assert (kept["epoch"], load_tensors(diverged.checkpoint("last"))["epoch"]) == (best["epoch"], 11)
 
 
-def test_a_resumed_run_that_does_not_get_better_still_has_its_best(train):
+def test_resumed_run_without_improvement_keeps_the_best_checkpoint(train):
     first = train("--lr=0.1").run
     resumed = train("--lr=0", "--epochs=2", f"--resume={first.path}").run
     assert resumed.checkpoint("best").read_bytes() == first.checkpoint("best").read_bytes()
 
 
-def test_the_readmes_resume_lines_need_no_other_flag(images, tmp_path, capsys):
+def test_readme_resume_commands_need_no_other_flags(images, tmp_path, capsys):
     from vgglab.train import main
 
     recipe = ("--model=vgg11_bn", "--lr=0.3", "--lr-schedule=cosine", f"--data-path={images}", "--dropout-rate=0.5")
-    first, longer, tested = (tmp_path / name for name in ("first", "longer", "tested"))
+    first, longer, evaluated = (tmp_path / name for name in ("first", "longer", "evaluated"))
     assert main([*TINY, *recipe, "--amp", f"--run-dir={first}"]) == 0
     assert main([f"--resume={first}", "--epochs=2", "--workers=0", f"--run-dir={longer}"]) == 0
-    assert main([f"--resume={longer}", "--test-only", "--workers=0", f"--run-dir={tested}"]) == 0
-    said = re.findall("--resume: .*", capsys.readouterr().out)
-    assert said == ["--resume: --epochs 2, was 1"]  # cosine falls towards the last of them
+    assert main([f"--resume={longer}", "--test-only", "--workers=0", f"--run-dir={evaluated}"]) == 0
+    changes = re.findall("--resume: .*", capsys.readouterr().out)
+    assert changes == ["--resume: --epochs 2, was 1"]  # the cosine schedule depends on --epochs
     settings = [Run(path).config for path in (first, longer)]
     differing = {name for name in settings[0] if settings[0][name] != settings[1][name]}
     assert differing <= {"epochs", "resume", "run_dir", "amp", "device"}
     assert Run(longer).events("start")[0]["first_epoch"] == 1
-    assert Run(tested).report()["acc1"] == Run(longer).events("eval")[-1]["acc1"]
+    assert Run(evaluated).report()["acc1"] == Run(longer).events("eval")[-1]["acc1"]
 
 
-def test_what_is_given_with_resume_wins_and_what_contradicts_is_refused(train, refused, tmp_path):
+def test_flags_given_with_resume_override_and_conflicts_are_refused(train, refused, tmp_path):
     first = train("--nesterov", "--amp", "--seed=7").run
     plain = train("--epochs=2", "--amp=false", "--fix-seed", f"--resume={first.path}").run
     assert (plain.config["amp"], plain.config["amp_dtype"], plain.config["seed"]) == (False, None, 1 << 20)
@@ -171,11 +171,11 @@ def test_what_is_given_with_resume_wins_and_what_contradicts_is_refused(train, r
     assert "--nesterov: needs" in refused("--epochs=2", "--momentum=0", f"--resume={first.path}")
     content = load_tensors(first.checkpoint("last"))
     for setting in ({"lr": "abc"}, {"optimizer": "nonsense"}):
-        torch.save({**content, "config": {**content["config"], **setting}}, tmp_path / "odd.pt")
-        assert f"its {next(iter(setting))} is damaged" in refused("--epochs=2", f"--resume={tmp_path}/odd.pt")
+        torch.save({**content, "config": {**content["config"], **setting}}, tmp_path / "damaged.pt")
+        assert f"its {next(iter(setting))} is damaged" in refused("--epochs=2", f"--resume={tmp_path}/damaged.pt")
 
 
-def test_a_run_can_be_resumed_from_another_folder(images, tmp_path, monkeypatch):
+def test_run_can_be_resumed_from_another_directory(images, tmp_path, monkeypatch):
     from vgglab.train import main
 
     monkeypatch.chdir(images.parent)
@@ -186,8 +186,8 @@ def test_a_run_can_be_resumed_from_another_folder(images, tmp_path, monkeypatch)
     assert Run(tmp_path / "there").report()["acc1"] == run.report()["acc1"]
 
 
-def test_a_shortened_evaluation_looks_at_all_classes(images, train):
-    """It took the first images, which are all of one class; those of the other classes are unreadable here."""
+def test_shortened_evaluation_samples_all_classes(images, train):
+    """It used the first images, which are all of one class. Here, images of the other classes are unreadable."""
     for name in CLASSES[1:]:
         for file in (images / "val" / name).iterdir():
             file.write_bytes(b"no image")
@@ -196,28 +196,28 @@ def test_a_shortened_evaluation_looks_at_all_classes(images, train):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "reported"),
     [
         ((), ("--decoder=fast",), "--decoder fast, was pil"),
         ((), ("--sync-bn",), "--sync-bn True, was False"),
         ((), ("--on-bad-image=skip",), "--on-bad-image skip, was fail"),
         (("--lr-schedule=cosine",), ("--epochs=4",), "--epochs 4, was 2"),
-        (("--lr-schedule=step",), ("--epochs=4",), None),  # the first two are as they would have been
+        (("--lr-schedule=step",), ("--epochs=4",), None),  # the learning rate of the first two epochs is the same
         ((), ("--print-freq=3", "--init=normal", "--workers=1"), None),
     ],
 )
-def test_a_resumed_run_says_which_settings_that_affect_the_weights_it_changes(train, before, after, said):
-    """The first four were changed in silence."""
+def test_resuming_reports_changed_settings_that_affect_weights(train, before, after, reported):
+    """The first four changes were not reported."""
     if "--decoder=fast" in after:
         pytest.importorskip("simplejpeg")
     first = train("--epochs=2", "--training-step-per-epoch=1", "--decoder=pil", *before).run
     run = train("--epochs=3", *after, f"--resume={first.path}").run
     changes = [text for text in run.report()["warnings"] if text.startswith("--resume: ")]
-    assert changes == ([] if said is None else [f"--resume: {said}"])
+    assert changes == ([] if reported is None else [f"--resume: {reported}"])
 
 
-def test_the_best_accuracy_of_other_held_out_images_is_not_carried_over(train):
-    """An accuracy of 100 % over one image stayed the best of the run that was tested on all."""
+def test_best_accuracy_on_other_held_out_images_is_not_carried_over(train):
+    """An accuracy of 100 % on one image stayed the best of a resumed run that is evaluated on all images."""
     first = train("--epochs=1", "--eval-step-per-epoch=1", "--batch-size=1").run
     run = train("--epochs=2", f"--resume={first.path}").run
     assert run.events("start")[0]["best"] is None
@@ -236,7 +236,7 @@ def test_the_best_accuracy_of_other_held_out_images_is_not_carried_over(train):
 @pytest.mark.parametrize(
     ("name", "value"), [("eval_step_per_epoch", torch.zeros(3)), ("lr", torch.zeros(3)), ("crops", "a\nwarning: b")]
 )
-def test_a_setting_in_a_checkpoint_is_a_plain_value(train, refused, name, value):
+def test_checkpoint_setting_that_is_not_a_plain_value_is_refused(train, refused, name, value):
     run = train().run
     content = load_tensors(run.checkpoint("last"))
     content["config"][name] = value
@@ -244,19 +244,19 @@ def test_a_setting_in_a_checkpoint_is_a_plain_value(train, refused, name, value)
     assert "is damaged" in refused(f"--resume={run.checkpoint('last')}", "--epochs=2", "--lr=0.1")
 
 
-def test_a_setting_that_nobody_has_classified_is_reported_and_compared():
+def test_unclassified_setting_counts_as_affecting_weights():
     from vgglab.settings.flags import AFFECTS, Policy, flag
 
     assert Policy().affects == "weights"
     with pytest.raises(KeyError):
-        flag("help", affects="nothing we know")
+        flag("help", affects="unknown")
     assert {item.metadata["policy"].affects for item in fields(Request)} == {*AFFECTS}
 
 
-def test_a_resumed_run_keeps_its_seed_and_uses_its_own_flags(train, refused):
+def test_resumed_run_keeps_the_seed_and_applies_new_flags(train, refused):
     first = train("--weight-decay=0.5").run
     result = train("--epochs=2", "--momentum=0.5", "--weight-decay=0.3", f"--resume={first.path}")
-    assert result.run.config["seed"] == first.config["seed"]  # which was drawn
+    assert result.run.config["seed"] == first.config["seed"]  # which the first run chose at random
     groups = load_tensors(result.run.checkpoint("last"))["optimizer"]["param_groups"]
     assert (groups[0]["momentum"], groups[0]["weight_decay"]) == (0.5, 0.3)
     assert "--resume: --momentum 0.5, was 0.9" in result.out
@@ -265,7 +265,7 @@ def test_a_resumed_run_keeps_its_seed_and_uses_its_own_flags(train, refused):
     assert "was written with --optimizer sgd" in line
 
 
-def test_a_resumed_run_leaves_out_its_own_first_steps(train):
+def test_skip_steps_applies_again_after_resume(train):
     first = train("--skip-steps=1").run
     resumed = train("--epochs=2", "--skip-steps=2", "--print-freq=1", f"--resume={first.path}").run
     assert [(e["step"], e["is_measured"]) for e in resumed.events("train")] == [
@@ -273,30 +273,29 @@ def test_a_resumed_run_leaves_out_its_own_first_steps(train):
     ]  # fmt: skip
 
 
-def test_each_file_and_each_module_is_a_door(images, tmp_path):
-    """The file does not put its own folder in front of other people's modules."""
-    (tmp_path / "launch.py").write_text("raise SystemExit('not ours')")
-    check = tmp_path / "sitecustomize.py"
-    check.write_text(
+def test_train_runs_as_a_file_and_as_a_module(images, tmp_path):
+    """Run as a file, it does not put its own directory on sys.path, where it would hide other modules."""
+    (tmp_path / "launch.py").write_text("raise SystemExit('wrong module')")
+    (tmp_path / "sitecustomize.py").write_text(
         "import atexit, sys\n"
         "atexit.register(lambda: print('PATH', [p for p in sys.path if p.endswith('vgglab')], file=sys.stderr))\n"
     )
     flags = [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--training-step-per-epoch=1"]
-    for door in ([str(PROJECT / "vgglab" / "train.py")], ["-m", "vgglab.train"]):
+    for entry_point in ([str(PROJECT / "vgglab" / "train.py")], ["-m", "vgglab.train"]):
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        result = shell("python", *door, *flags, cwd=tmp_path, env=environment)
+        result = shell("python", *entry_point, *flags, cwd=tmp_path, env=environment)
         assert result.returncode == 0, result.stderr
         assert "PATH []" in result.stderr
     assert len(list(tmp_path.glob("runs/*/report.json"))) == 2
 
 
-# Bad input. Each gets one line that names the flag or the file, exit code 2, and no run directory.
+# Invalid input: one line that names the flag or the file, exit code 2, and no run directory.
 
 
-def test_missing_and_empty_folders(refused, images, tmp_path):
+def test_missing_and_empty_folders_are_refused(refused, images, tmp_path):
     assert "--data-path /nowhere: no such folder" in refused(data="/nowhere")
-    (tmp_path / "bare").mkdir()
-    assert "has no train/ folder" in refused(data=tmp_path / "bare")
+    (tmp_path / "empty").mkdir()
+    assert "has no train/ folder" in refused(data=tmp_path / "empty")
     (images / "train" / "n04").mkdir()
     assert "class folder train/n04 contains no images" in refused()
     (images / "train" / "n04").rmdir()
@@ -304,7 +303,7 @@ def test_missing_and_empty_folders(refused, images, tmp_path):
     assert "has no val/ folder" in refused()
 
 
-def test_folders_that_cannot_be_read(refused, images, tmp_path):
+def test_unreadable_folders_are_refused(refused, images, tmp_path):
     (images / "train" / "n04").symlink_to("/nowhere")
     assert "n04 is a broken symbolic link" in refused()
     (images / "train" / "n04").unlink()
@@ -313,16 +312,16 @@ def test_folders_that_cannot_be_read(refused, images, tmp_path):
     assert "no such folder" in refused(data="two\nlines")
 
 
-def test_an_image_too_large_to_be_true_is_refused(refused, images, monkeypatch):
+def test_decompression_bomb_is_refused(refused, images, monkeypatch):
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 48 * 40 // 3)
-    assert "decompression bomb" in refused(in_the_middle=True)
+    assert "decompression bomb" in refused(after_start=True)
 
 
-def test_classes_that_disagree(refused, train, images):
+def test_class_mismatches_are_reported(refused, train, images):
     assert "--num-classes 2: " in (line := refused("--num-classes=2"))
     assert "has 3 classes" in line
     assert "--num-classes 4: " in refused("--num-classes=4")
-    # The original example's four commands all say 1000, whatever the folder: that trains, and says so.
+    # The original example's four commands use 1000 for any data set: this is a warning, not an error.
     result = train("--num_classes=1000", "--training-step-per-epoch=1")
     assert result.code == 0
     assert "the folder has 3 classes" in result.out
@@ -330,23 +329,23 @@ def test_classes_that_disagree(refused, train, images):
     assert "val/n00 is not a class of train/" in refused()
 
 
-def test_a_batch_larger_than_the_set(refused):
+def test_batch_larger_than_the_training_set_is_refused(refused):
     assert refused("--batch-size=19") == "--batch-size 19: larger than the training set (18 images)"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_truncated_image_is_named_and_nothing_is_lost(refused, train, images, workers):
+def test_truncated_image_is_named_in_the_error(refused, train, images, workers):
     before = train("--epochs=1").run
-    broken = images / "train/n02/n02_3.JPEG"
-    broken.write_bytes(broken.read_bytes()[:-200])
-    every_image = "--batch-size=6"  # divides 18: none is left out by the shuffle
-    line = refused(f"--workers={workers}", every_image, in_the_middle=True)
-    assert str(broken) in line
+    truncated = images / "train/n02/n02_3.JPEG"
+    truncated.write_bytes(truncated.read_bytes()[:-200])
+    all_images = "--batch-size=6"  # divides 18, so that each epoch contains every image
+    line = refused(f"--workers={workers}", all_images, after_start=True)
+    assert str(truncated) in line
     assert "cannot be read as an image" in line
     assert before.checkpoint("last").exists()
 
 
-def test_a_failed_run_says_so_in_its_directory(train, images):
+def test_failure_is_recorded_in_the_run_directory(train, images):
     (images / "val/n02/n02_1.JPEG").write_bytes(b"")
     run = train().run
     assert run.status == "failed"
@@ -354,13 +353,13 @@ def test_a_failed_run_says_so_in_its_directory(train, images):
     assert run.report()["status"] == "failed"
 
 
-def test_an_output_directory_that_cannot_be_written(refused, tmp_path):
+def test_unwritable_output_directory_is_refused(refused, tmp_path):
     (tmp_path / "file").write_text("precious")
     assert "--output-dir" in refused(f"--output-dir={tmp_path}/file")
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_a_run_directory_is_not_written_twice(refused, train, tmp_path):
+def test_existing_run_is_not_overwritten(refused, train, tmp_path):
     (tmp_path / "old/checkpoints").mkdir(parents=True)
     assert "already contains a run" in refused(f"--run-dir={tmp_path}/old")
     assert train(f"--run-dir={tmp_path}/mine").code == 0
@@ -369,7 +368,7 @@ def test_a_run_directory_is_not_written_twice(refused, train, tmp_path):
     assert (tmp_path / "mine/config.json").read_bytes() == config
 
 
-def test_checkpoints_that_do_not_fit(refused, train, tmp_path):
+def test_incompatible_checkpoints_are_refused(refused, train, tmp_path):
     run = train().run
     assert "is a checkpoint of vgg11, but this run uses --model vgg13" in refused(
         f"--resume={run.path}", "--model=vgg13"
@@ -378,12 +377,12 @@ def test_checkpoints_that_do_not_fit(refused, train, tmp_path):
     assert "cannot be read" in refused("--resume=/nowhere.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     assert "not a checkpoint" in refused(f"--resume={tmp_path}/text.pt")
-    whole = run.checkpoint("last").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    assert "not a checkpoint" in refused(f"--resume={tmp_path}/cut.pt")
+    content = run.checkpoint("last").read_bytes()
+    (tmp_path / "truncated.pt").write_bytes(content[: len(content) // 2])
+    assert "not a checkpoint" in refused(f"--resume={tmp_path}/truncated.pt")
     weights = load_tensors(run.checkpoint("last"))["model"]
-    torch.save({"model": weights, "config": "a string"}, tmp_path / "foreign.pt")
-    assert train(f"--resume={tmp_path}/foreign.pt", "--test-only").code == 0
+    torch.save({"model": weights, "config": "a string"}, tmp_path / "bad-config.pt")
+    assert train(f"--resume={tmp_path}/bad-config.pt", "--test-only").code == 0
     torch.save({"model": {1: weights["features.0.weight"]}}, tmp_path / "keys.pt")
     assert "contains no model weights" in refused(f"--resume={tmp_path}/keys.pt")
     torch.save({"epoch": 3}, tmp_path / "numbers.pt")
@@ -396,7 +395,7 @@ def test_checkpoints_that_do_not_fit(refused, train, tmp_path):
 UNSAFE = {"weights_only": False} if "weights_only" in inspect.signature(torch.load).parameters else {}
 
 
-class Trap:
+class Malicious:
     def __init__(self, file):
         self.file = file
 
@@ -404,31 +403,31 @@ class Trap:
         return (open, (self.file, "w"))
 
 
-def test_a_checkpoint_never_runs_code(refused, tmp_path):
-    sprung = tmp_path / "sprung"
-    torch.save({"model": Trap(str(sprung))}, tmp_path / "zip.pt")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"model": Trap(str(sprung))}))
+def test_loading_a_checkpoint_never_executes_code(refused, tmp_path):
+    created = tmp_path / "created"
+    torch.save({"model": Malicious(str(created))}, tmp_path / "zip.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"model": Malicious(str(created))}))
     for name in ("zip", "pickle"):
         assert "not a checkpoint that can be loaded safely" in refused(f"--resume={tmp_path}/{name}.pt")
-    assert not sprung.exists()
+    assert not created.exists()
 
 
-def test_on_old_torch_too_a_checkpoint_never_runs_code(tmp_path):
-    """torch 1.10 has no weights_only: there our own unpickler reads."""
+def test_unpickler_for_old_torch_never_executes_code(tmp_path):
+    """torch 1.10 has no weights_only, so vgglab uses its own unpickler there."""
     from vgglab.devices.compat import _PlainPickle
 
     content = {"model": {"w": torch.arange(6.0).reshape(2, 3)}, "epoch": 3}
     torch.save(content, tmp_path / "good.pt")
     read = torch.load(tmp_path / "good.pt", pickle_module=_PlainPickle, **UNSAFE)
     assert torch.equal(read["model"]["w"], content["model"]["w"])
-    torch.save({"model": Trap(str(tmp_path / "sprung"))}, tmp_path / "bad.pt")
+    torch.save({"model": Malicious(str(tmp_path / "created"))}, tmp_path / "bad.pt")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "bad.pt", pickle_module=_PlainPickle, **UNSAFE)
-    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "created").exists()
 
 
-def test_on_old_torch_an_archive_with_code_is_not_opened(tmp_path):
-    """torch 1.10 would hand it to torch.jit.load, which runs what is in it."""
+def test_torchscript_archive_is_refused_on_old_torch(tmp_path):
+    """torch 1.10 would pass it to torch.jit.load, which executes code from the archive."""
     from vgglab.devices.compat import NotACheckpoint, _reject_torchscript
 
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), str(tmp_path / "script.pt"))
@@ -438,23 +437,23 @@ def test_on_old_torch_an_archive_with_code_is_not_opened(tmp_path):
     _reject_torchscript(tmp_path / "plain.pt")
 
 
-def test_no_flipped_bit_gives_other_weights_or_a_traceback(tmp_path):
-    """In what torch finds the weights by, the archive's directory: some ended in a traceback, one in other weights."""
+def test_flipped_bits_never_give_wrong_weights_or_a_traceback(tmp_path):
+    """Bits of the zip directory: some flips caused a traceback, one loaded wrong weights."""
     weights = torch.arange(4.0)
     torch.save({"model": {"weight": weights}}, tmp_path / "whole.pt")
     content = (tmp_path / "whole.pt").read_bytes()
-    entries = [place for place in range(len(content)) if content.startswith(b"PK\x01\x02", place)]
-    [of_weights] = [place for place in entries if b"/data/0" in content[place + 46 : place + 70]]
-    for place in [*range(of_weights, of_weights + 46), *range(len(content) - 98, len(content))]:
+    entries = [offset for offset in range(len(content)) if content.startswith(b"PK\x01\x02", offset)]
+    [entry] = [offset for offset in entries if b"/data/0" in content[offset + 46 : offset + 70]]  # of the weights
+    for offset in [*range(entry, entry + 46), *range(len(content) - 98, len(content))]:
         for bit in range(8):
             damaged = bytearray(content)
-            damaged[place] ^= 1 << bit
+            damaged[offset] ^= 1 << bit
             (tmp_path / "damaged.pt").write_bytes(damaged)
             try:
-                found = checkpoint.read(tmp_path / "damaged.pt")
+                loaded = checkpoint.read(tmp_path / "damaged.pt")
             except UserError:
                 continue
-            assert torch.equal(found["model"]["weight"], weights), (place, bit)
+            assert torch.equal(loaded["model"]["weight"], weights), (offset, bit)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +462,7 @@ def test_no_flipped_bit_gives_other_weights_or_a_traceback(tmp_path):
      {"images": -100}, {"epoch": -5}, {"step": -1}, {"epoch": 2**62}, {"best": {}}, {"trained": 5}, {"momentum": "x"},
      {"best": {"acc1": float("nan"), "acc5": 1.0}}, {"momentum": torch.zeros(3)}],
 )  # fmt: skip
-def test_a_damaged_checkpoint_is_refused(refused, train, tmp_path, damage):
+def test_damaged_checkpoint_is_refused(refused, train, tmp_path, damage):
     content = load_tensors(train().run.checkpoint("last"))
     if "momentum" in damage:
         content["optimizer"]["state"][0]["momentum_buffer"] = damage["momentum"]
@@ -471,47 +470,47 @@ def test_a_damaged_checkpoint_is_refused(refused, train, tmp_path, damage):
     assert "--resume" in refused(f"--resume={tmp_path}/damaged.pt", "--epochs=2")
 
 
-@pytest.mark.parametrize("lost", ["step", "square_avg", "all"])
-def test_a_checkpoint_without_the_averages_of_its_optimizer_is_refused(refused, train, tmp_path, lost):
+@pytest.mark.parametrize("missing", ["step", "square_avg", "all"])
+def test_checkpoint_with_incomplete_optimizer_state_is_refused(refused, train, tmp_path, missing):
     content = load_tensors(train("--optimizer=rmsprop").run.checkpoint("last"))
-    if lost == "all":
+    if missing == "all":
         del content["optimizer"]["state"][0]
     else:
-        del content["optimizer"]["state"][0][lost]
+        del content["optimizer"]["state"][0][missing]
     torch.save(content, tmp_path / "damaged.pt")
     assert "is damaged" in refused(f"--resume={tmp_path}/damaged.pt", "--epochs=2", "--optimizer=rmsprop")
 
 
-def test_two_ranks_report_what_the_saved_weights_are_worth(images, tmp_path):
-    """Each rank has batch-norm statistics of its own; only rank 0's are saved."""
+def test_two_ranks_report_the_accuracy_of_the_saved_weights(images, tmp_path):
+    """Batch-norm statistics differ between ranks; only those of rank 0 are saved."""
     flags = [*TINY, f"--data-path={images}", "--model=vgg11_bn", "--lr=0.5", "--batch-size=2", "--epochs=2"]
     result = ranks(2, "-m", "vgglab.train", *flags, f"--run-dir={tmp_path}/two")
     assert result.returncode == 0, result.stderr
     assert "FutureWarning: `broadcast" not in result.stderr
     again = ("--test-only", f"--resume={tmp_path}/two", "--device=cpu", "--workers=0", f"--run-dir={tmp_path}/one")
     assert python("-m", "vgglab.train", *again).returncode == 0
-    (alone,) = Run(tmp_path / "one").events("eval")
-    together = Run(tmp_path / "two").events("eval")[-1]
-    assert (alone["acc1"], alone["num_images"]) == (together["acc1"], together["num_images"]) == (alone["acc1"], 9)
-    assert alone["loss"] == pytest.approx(together["loss"], rel=1e-5)
+    (one,) = Run(tmp_path / "one").events("eval")
+    two = Run(tmp_path / "two").events("eval")[-1]
+    assert (one["acc1"], one["num_images"]) == (two["acc1"], two["num_images"]) == (one["acc1"], 9)
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
 
-def test_a_terminal_that_goes_away_does_not_end_the_run(images, tmp_path):
+def test_run_survives_a_closed_output_pipe(images, tmp_path):
     flags = " ".join([*TINY, f"--data-path={images}", f"--run-dir={tmp_path}/run"])
     result = shell("bash", "-c", f"{sys.executable} -m vgglab.train {flags} | true")
     assert "Traceback" not in result.stderr
     assert Run(tmp_path / "run").status == "done"
 
 
-def test_devices_that_are_not_there(refused):
+def test_missing_devices_are_refused(refused):
     assert "--device gcu: torch_gcu is not installed" in refused("--device=gcu")
     assert "--device mps: PyTorch finds no Metal device" in refused("--device=mps")
     if not torch.cuda.is_available():
         assert "--device cuda: PyTorch finds no CUDA device" in refused("--device=cuda")
 
 
-@pytest.mark.parametrize("before", [(), (signal.SIGTERM,)], ids=["alone", "after-sigterm"])
-def test_ctrl_c_saves_and_ends_in_a_run_directory_that_says_so(images, tmp_path, before):
+@pytest.mark.parametrize("before", [(), (signal.SIGTERM,)], ids=["ctrl-c", "ctrl-c-after-sigterm"])
+def test_ctrl_c_saves_a_checkpoint_and_marks_the_run_interrupted(images, tmp_path, before):
     flags = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path}/run", "--epochs=1000", "--workers=2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "vgglab.train", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -521,19 +520,19 @@ def test_ctrl_c_saves_and_ends_in_a_run_directory_that_says_so(images, tmp_path,
         process.send_signal(number)
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    process.wait(PATIENCE_SECONDS)
+    process.wait(MAX_WAIT_SECONDS)
     assert process.returncode == 130
     run = Run(tmp_path / "run")
     assert run.status == "interrupted"
     assert run.report()["acc1"] is not None
     step = run.events("checkpoint")[-1]["step"]
     assert load_tensors(run.checkpoint("last"))["step"] == step >= run.events("train")[-1]["step"]
-    advice = f"stopped by Ctrl-C after step {step}, checkpoint saved; continue with --run-dir {run.path} --resume auto"
-    assert process.stderr.read().splitlines()[-1] == f"vgglab.train: {advice}"
+    message = f"stopped by Ctrl-C after step {step}, checkpoint saved; continue with --run-dir {run.path} --resume auto"
+    assert process.stderr.read().splitlines()[-1] == f"vgglab.train: {message}"
 
 
-def test_a_batch_that_does_not_fit_is_said_in_one_line_and_the_run_says_failed(tmp_path):
-    """Where the system gives no more memory, made so with a limit."""
+def test_out_of_memory_is_a_one_line_error_and_the_run_has_failed(tmp_path):
+    """With a limit on the address space, in place of a machine whose memory is used up."""
     import resource
 
     code = "import vgglab.trainer; print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
@@ -556,32 +555,32 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-@pytest.mark.parametrize("several", [(), ("--nproc=2", "--batch-size=2")], ids=["one", "two"])
-def test_a_training_that_compiles_nothing_does_not_import_the_compiler(images, tmp_path, several):
-    """That takes seconds, in each process; two trainings, since the second loads what the first has saved."""
+@pytest.mark.parametrize("rank_flags", [(), ("--nproc=2", "--batch-size=2")], ids=["one-rank", "two-ranks"])
+def test_training_without_compilation_does_not_import_the_compiler(images, tmp_path, rank_flags):
+    """The import takes seconds in each process. Trains twice, because the second run also loads a checkpoint."""
     (tmp_path / "sitecustomize.py").write_text(COMPILER)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
-    words = ["-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--resume=auto"]
+    args = ["-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--resume=auto"]
     for epochs in (1, 2):
-        result = shell("python", *words, *several, f"--epochs={epochs}", env=environment)
+        result = shell("python", *args, *rank_flags, f"--epochs={epochs}", env=environment)
         assert (result.returncode, result.stderr) == (0, "")
     assert Run(tmp_path / "run").status == "done"
 
 
-@pytest.mark.parametrize("given", ["soon", "-1", "inf", "100000"])
-def test_a_grace_period_that_is_no_number_of_seconds_is_refused(refused, monkeypatch, tmp_path, given):
-    monkeypatch.setenv("VGGLAB_GRACE_SECONDS", given)
-    said = f"VGGLAB_GRACE_SECONDS: {given!r} is not a number of seconds from 0 to 99999, such as 10"
-    assert refused() == said
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize("value", ["soon", "-1", "inf", "100000"])
+def test_invalid_grace_period_is_refused(refused, monkeypatch, tmp_path, value):
+    monkeypatch.setenv("VGGLAB_GRACE_SECONDS", value)
+    message = f"VGGLAB_GRACE_SECONDS: {value!r} is not a number of seconds from 0 to 99999, such as 10"
+    assert refused() == message
+    with pytest.raises(UserError, match=message):
         vgglab.launch(run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_closed_stream_is_no_failure(images, tmp_path):
-    words = [sys.executable, "-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}"]
+def test_run_succeeds_with_stderr_closed(images, tmp_path):
+    args = [sys.executable, "-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}"]
     result = subprocess.run(
-        ["bash", "-c", 'exec "$@" 2>&-', "bash", *words], cwd=PROJECT, capture_output=True, text=True
+        ["bash", "-c", 'exec "$@" 2>&-', "bash", *args], cwd=PROJECT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout
     run = Run(tmp_path / "run")
@@ -589,28 +588,28 @@ def test_a_closed_stream_is_no_failure(images, tmp_path):
     assert all(json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines())
 
 
-def test_ctrl_c_twice_is_answered_once(images, tmp_path):
-    words = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--epochs=100000"]
+def test_repeated_ctrl_c_prints_one_final_line(images, tmp_path):
+    args = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--epochs=100000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "vgglab.train", *words], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-m", "vgglab.train", *args], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     wait_until(lambda: (tmp_path / "run/events.jsonl").exists() and Run(tmp_path / "run").events("train"))
     while process.poll() is None:
         process.send_signal(signal.SIGINT)
         time.sleep(0.02)
-    said = process.communicate()[1].decode()
+    err = process.communicate()[1].decode()
     assert process.returncode == 130
-    [last] = [line for line in said.splitlines() if line.startswith("vgglab.train: ")]
-    # The second may have come while the first was answered, with a checkpoint.
+    [last] = [line for line in err.splitlines() if line.startswith("vgglab.train: ")]
+    # The second Ctrl-C may have come while the first was saving a checkpoint.
     assert re.match("vgglab.train: (interrupted|stopped by Ctrl-C after step [0-9]+, checkpoint saved); ", last)
     assert last.endswith(f"; continue with --run-dir {tmp_path / 'run'} --resume auto")
-    assert "Traceback" not in said
-    assert "press it again to stop at once" in said
+    assert "Traceback" not in err
+    assert "press it again to stop at once" in err
     assert Run(tmp_path / "run").status == "interrupted"
 
 
-def test_ctrl_c_in_a_finalizer_is_not_printed_and_the_next_one_is_answered():
-    """A generator of the loop was being closed as the second came: its traceback was the last thing said."""
+def test_ctrl_c_in_a_finalizer_is_silent_and_the_next_one_raises():
+    """A generator was being closed when the second Ctrl-C came: its traceback was the last output."""
     code = """
 import signal
 from vgglab.dist.interrupts import defer_signals
@@ -621,32 +620,32 @@ def batches():
         signal.raise_signal(signal.SIGINT)
 with defer_signals():
     signal.raise_signal(signal.SIGINT)
-    opened = batches()
-    next(opened)
-    del opened
+    iterator = batches()
+    next(iterator)
+    del iterator
     try:
         signal.raise_signal(signal.SIGINT)
     except KeyboardInterrupt:
-        print("answered")
+        print("interrupted")
 """
     result = python("-c", code)
-    assert (result.stdout, "Traceback" in result.stderr) == ("answered\n", False), result.stderr
+    assert (result.stdout, "Traceback" in result.stderr) == ("interrupted\n", False), result.stderr
 
 
-def test_a_segmentation_fault_leaves_a_stack(images, tmp_path):
-    """What a vendor's library does: from a shell in the run's log, with several ranks among its failures too."""
+def test_segmentation_fault_logs_a_stack_trace(images, tmp_path):
+    """As in a vendor's library: the stack trace is in the log, and with several ranks also among the failures."""
     (tmp_path / "sitecustomize.py").write_text(
         "import faulthandler, os\nimport vgglab.pace as pace\n"
         "def end_own_work(clock):\n    faulthandler._sigsegv()\n"
         "if os.environ.get('RANK') != '0':\n    pace.Clock.end_own_work = end_own_work\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}", "OMP_NUM_THREADS": "1"}
-    words = ["-m", "vgglab.train", *TINY, f"--data-path={images}"]
-    alone = shell("python", *words, f"--run-dir={tmp_path / 'one'}", env=environment)
-    assert alone.returncode == -signal.SIGSEGV
+    args = ["-m", "vgglab.train", *TINY, f"--data-path={images}"]
+    one = shell("python", *args, f"--run-dir={tmp_path / 'one'}", env=environment)
+    assert one.returncode == -signal.SIGSEGV
     assert "in end_own_work" in Run(tmp_path / "one").logs()
-    several = shell("python", *words, f"--run-dir={tmp_path / 'two'}", "--nproc=2", env=environment)
-    assert several.returncode == 1
+    two = shell("python", *args, f"--run-dir={tmp_path / 'two'}", "--nproc=2", env=environment)
+    assert two.returncode == 1
     cause = Run(tmp_path / "two").failures()[0]
     assert (cause["rank"], cause["error"]) == (1, "was killed (SIGSEGV)")
     assert "in end_own_work" in cause["traceback"]

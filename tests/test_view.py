@@ -12,7 +12,7 @@ import threading
 
 import matplotlib
 import pytest
-from conftest import PATIENCE_SECONDS, TINY, shell, wait_until
+from conftest import MAX_WAIT_SECONDS, TINY, shell, wait_until
 from test_runs import START, add, trained
 
 import vgglab
@@ -37,7 +37,7 @@ def test_on_a_terminal_there_is_a_bar_that_says_what_is_going_on_and_for_how_lon
         if not part:
             break
         seen += part
-    assert process.wait(PATIENCE_SECONDS) == 0
+    assert process.wait(MAX_WAIT_SECONDS) == 0
     text = seen.decode()
     assert "epoch 2 of 2 |" in text
     assert "/8 steps" in text
