@@ -156,7 +156,7 @@ def measure_tolerances(network: str, expected: Sequence[float], precision: str) 
     return [max(least, *(2 * deviation for deviation in column)) for column in zip(*draws)]
 
 
-def share_of_tolerance(found: dict[str, Any], record: dict[str, Any], precision: str) -> float:
+def tolerance_ratio(found: dict[str, Any], record: dict[str, Any], precision: str) -> float:
     """The largest deviation of a loss in units of its tolerance: 1 or less where nothing but rounding differs."""
     pairs = zip(deviations(found["losses"], record["losses"]), record["tolerances"][precision])
     return max(deviation / tolerance for deviation, tolerance in pairs)
@@ -208,7 +208,7 @@ def _compare_here() -> bool:
 
 
 def _print_comparison(name: str, found: dict[str, Any], record: dict[str, Any], precision: str) -> bool:
-    share = share_of_tolerance(found, record, precision)
+    share = tolerance_ratio(found, record, precision)
     deviation, allowed = max(deviations(found["losses"], record["losses"])), max(record["tolerances"][precision])
     verdict = "agrees" if share <= 1 else "DIFFERS"
     print(
@@ -230,7 +230,7 @@ def _show_faults() -> None:
         for fault in ("", *FAULTS):
             found = with_fault(network, fault) if fault else in_float64(network)
             deviation = max(deviations(found["losses"], record["losses"]))
-            share = share_of_tolerance(found, record, "float64")
+            share = tolerance_ratio(found, record, "float64")
             print(f"{network:9s} {fault or 'as it is':32s} deviation {deviation:.1e}, {share:.1e} x its tolerance")
 
 

@@ -11,7 +11,7 @@ from expected_losses import (
     in_float64,
     measure,
     read_reference,
-    share_of_tolerance,
+    tolerance_ratio,
     with_fault,
 )
 from processes import python
@@ -23,7 +23,7 @@ CAN_SIMULATE = tuple(int(part) for part in version("torch").split(".")[:2]) >= (
 def test_float64_losses_are_the_recorded_ones(network):
     record, found = read_reference()[network], in_float64(network, run=python)
     assert len(found["losses"]) == 9
-    assert share_of_tolerance(found, record, "float64") <= 1
+    assert tolerance_ratio(found, record, "float64") <= 1
     assert found["acc1"] == record["acc1"]
 
 
@@ -32,7 +32,7 @@ def test_float32_losses_differ_from_them_by_rounding(device):
     if device == "gcu-sim" and not CAN_SIMULATE:
         pytest.skip("the simulated card needs torch 2.10")
     record, found = read_reference()["vgg11"], measure("vgg11", device, run=python)
-    assert 0 < share_of_tolerance(found, record, "float32") <= 1
+    assert 0 < tolerance_ratio(found, record, "float32") <= 1
     assert found["simulated"] is (device == "gcu-sim")
 
 
@@ -49,10 +49,8 @@ def test_a_fault_in_training_shows_within_three_steps(fault):
 
 def test_a_fault_in_the_evaluation_shows_in_its_loss():
     found, record = with_fault("vgg11_bn", "evaluated in training mode", run=python), read_reference()["vgg11_bn"]
-    assert (
-        share_of_tolerance({**found, "losses": [*found["losses"][:-1], record["losses"][-1]]}, record, "float64") <= 1
-    )
-    assert share_of_tolerance(found, record, "float64") > 10
+    assert tolerance_ratio({**found, "losses": [*found["losses"][:-1], record["losses"][-1]]}, record, "float64") <= 1
+    assert tolerance_ratio(found, record, "float64") > 10
 
 
 def test_each_fault_is_a_flag_or_changes_the_code():
