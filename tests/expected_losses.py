@@ -124,8 +124,8 @@ def measure(network: str, device: str = "cpu", *changes: str, before: Sequence[s
     }
 
 
-def _new_interpreter(*words: str, **options: Any) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, **options)
+def _new_interpreter(*args: str, **options: Any) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, **options)
 
 
 def in_float64(network: str, *changes: str, before: Sequence[str] = (), **options: Any) -> dict[str, Any]:

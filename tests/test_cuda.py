@@ -60,7 +60,7 @@ def test_each_mode_gives_similar_losses_and_is_recorded(train, flag, expected):
 
 
 def test_the_host_waits_for_the_card_once_per_log_line_not_per_step(train):
-    """torch reports each place where the host waits."""
+    """torch reports each line at which the host waits."""
 
     def waits(num_epochs):
         torch.cuda.set_sync_debug_mode("warn")
@@ -110,9 +110,9 @@ def test_a_run_with_a_loss_scale_resumes(train):
 
 def test_more_ranks_than_cards_are_refused(images, tmp_path):
     num_ranks = torch.cuda.device_count() + 1
-    words = ["python", *torchrun(num_ranks), "-m", "vgglab.train", CARD, f"--data-path={images}", "--image-size=32"]
+    args = ["python", *torchrun(num_ranks), "-m", "vgglab.train", CARD, f"--data-path={images}", "--image-size=32"]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    result = shell(*words, "--batch-size=2", f"--run-dir={tmp_path / 'run'}", env=environment, cwd=tmp_path)
+    result = shell(*args, "--batch-size=2", f"--run-dir={tmp_path / 'run'}", env=environment, cwd=tmp_path)
     assert result.returncode != 0
     line = f"rank {num_ranks - 1} needs card {num_ranks - 1} (counted from 0); this machine has {num_ranks - 1}"
     assert line in result.stdout + result.stderr
@@ -132,8 +132,8 @@ def test_the_doctor_names_the_card():
 
 def test_bench_step_measures_each_mode(tmp_path):
     flags = "--model vgg11 --image-size 64 --batch-size 64 --turns 2 --json".split()
-    ways = ["--ways", "float32,amp,fast", "--against", "torchvision"]
-    result = shell("python", "-m", "vgglab.bench", "step", *flags, *ways, "--output-dir", tmp_path)
+    modes = ["--ways", "float32,amp,fast", "--against", "torchvision"]
+    result = shell("python", "-m", "vgglab.bench", "step", *flags, *modes, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout.splitlines()[-1])["all"]
     assert [row["way"] for row in rows] == ["float32", "amp", "fast", "torchvision"]

@@ -36,13 +36,13 @@ def run_ranks(tmp_path, images, device, num_ranks, *flags, in_process=True, befo
     if before:
         before += "\nimport sys; from vgglab import train; from vgglab.dist import ranks"
         start = ["-c", f"{before}\nranks.exit_process(train.main(sys.argv[1:]))"]
-    words = [*start, *job, f"--run-dir={path}", *flags]
+    args = [*start, *job, f"--run-dir={path}", *flags]
     if not in_process:
-        result = shell("python", *words, env=environment, cwd=tmp_path)
+        result = shell("python", *args, env=environment, cwd=tmp_path)
     elif num_ranks == 1:
-        result = python(*words, env=environment, cwd=tmp_path)
+        result = python(*args, env=environment, cwd=tmp_path)
     else:
-        result = ranks(num_ranks, *words, env=environment, cwd=tmp_path)
+        result = ranks(num_ranks, *args, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Exception ignored" not in result.stderr  # printed at interpreter shutdown
     return Run(path)
@@ -247,8 +247,8 @@ def test_a_damaged_loss_scale_is_refused_in_one_line(images, tmp_path):
 @needs_sim
 def test_a_rank_without_a_card_is_refused(images, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}
-    words = ["-m", "vgglab.train", *TINY[:-1], f"--data-path={images}", "--device=gcu-sim"]
-    result = python(*words, env={**environment, "VGGLAB_SIM_CARDS": "2"}, cwd=tmp_path)
+    args = ["-m", "vgglab.train", *TINY[:-1], f"--data-path={images}", "--device=gcu-sim"]
+    result = python(*args, env={**environment, "VGGLAB_SIM_CARDS": "2"}, cwd=tmp_path)
     assert result.returncode == 2
     assert "rank 2 needs card 2 (counted from 0); this machine has 2" in result.stderr
 

@@ -57,8 +57,8 @@ def fake_torch_gcu(folder: Path, body: str, is_loaded_with_torch: bool = False) 
 
 
 def train_on_gcu(tmp_path, *folders, **variables):
-    words = ["python", "-m", "vgglab.train", "--device=gcu", "--data-path=digits", "--run-dir=run"]
-    return shell(*words, env=environment(*folders, **variables), cwd=tmp_path)
+    args = ["python", "-m", "vgglab.train", "--device=gcu", "--data-path=digits", "--run-dir=run"]
+    return shell(*args, env=environment(*folders, **variables), cwd=tmp_path)
 
 
 def all_text(findings):
@@ -113,9 +113,9 @@ def test_a_library_that_fails_to_autoload_is_reported(tmp_path, stubs):
     assert "libtopsrt.so" in failed_run.stderr
     assert "vgglab.doctor" in failed_run.stderr
     # Training without the card still works.
-    words = ["python", "-m", "vgglab.train", "--device=cpu", "--model=vgg11", "--epochs=1", "--run-dir=cpu"]
+    args = ["python", "-m", "vgglab.train", "--device=cpu", "--model=vgg11", "--epochs=1", "--run-dir=cpu"]
     short = ["--training-step-per-epoch=1", "--eval-step-per-epoch=1", "--workers=0"]
-    assert shell(*words, *short, env=environment(broken), cwd=tmp_path).returncode == 0
+    assert shell(*args, *short, env=environment(broken), cwd=tmp_path).returncode == 0
 
 
 def test_a_library_that_aborts_the_process_is_reported(tmp_path, stubs):

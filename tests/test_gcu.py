@@ -42,13 +42,13 @@ def on_gcu(images, tmp_path):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (package, double))), "OMP_NUM_THREADS": "1"}
         environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
         environment.update(VGGLAB_DOUBLE_LOG=str(log), **variables)
-        words = ["-m", "vgglab.train", *job, f"--device={device}", *flags]
+        args = ["-m", "vgglab.train", *job, f"--device={device}", *flags]
         options = {"env": environment, "cwd": tmp_path, "autoload": double is EAGER and device in ("gcu", "auto")}
         if forks:
-            result = python(*words, **options) if num_ranks == 1 else ranks(num_ranks, *words, **options)
+            result = python(*args, **options) if num_ranks == 1 else ranks(num_ranks, *args, **options)
         else:
             launcher = torchrun(num_ranks) if num_ranks > 1 else []
-            result = shell("python", *launcher, *words, env=environment, cwd=tmp_path)
+            result = shell("python", *launcher, *args, env=environment, cwd=tmp_path)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         of_rank_0 = [line for line in lines if line["rank"] == 0]
         run = Run(path) if path.exists() else None
@@ -288,7 +288,7 @@ MUTATIONS = {
         "must come before init_process_group",
     ),
 }
-NEEDS_RANKS = ("DDP", "init")  # words in the names of the changes
+NEEDS_RANKS = ("DDP", "init")  # parts of the names of the changes
 NEEDS_AMP = ("unlazy",)
 
 

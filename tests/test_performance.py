@@ -70,8 +70,8 @@ def test_channels_last_checkpoints_load_without_channels_last(train):
     run = train("--channels-last").run
     weights = load_tensors(run.checkpoint("last"))["model"]
     assert weights["features.3.weight"].shape == (128, 64, 3, 3)
-    again = train("--test-only", f"--resume={run.path}", "--no-channels-last").run
-    assert again.events("eval")[0]["acc1"] == run.events("eval")[-1]["acc1"]
+    evaluated = train("--test-only", f"--resume={run.path}", "--no-channels-last").run
+    assert evaluated.events("eval")[0]["acc1"] == run.events("eval")[-1]["acc1"]
 
 
 @needs_sim
@@ -86,10 +86,10 @@ def test_compiled_code_is_cached_in_a_private_folder(images, tmp_path):
     """By default, PyTorch caches compiled code in the shared temporary folder, and loads what it finds there."""
     shared, cache = tmp_path / "shared", tmp_path / "cache"
     shared.mkdir()
-    words = ["--compile", "--training-step-per-epoch=1", "--eval-step-per-epoch=1", f"--data-path={images}"]
+    args = ["--compile", "--training-step-per-epoch=1", "--eval-step-per-epoch=1", f"--data-path={images}"]
     environment = {**os.environ, "TMPDIR": str(shared), "VGGLAB_CACHE": str(cache)}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # does not apply to everything that PyTorch caches
-    result = shell("python", "-m", "vgglab.train", *TINY, *words, f"--run-dir={tmp_path / 'run'}", env=environment)
+    result = shell("python", "-m", "vgglab.train", *TINY, *args, f"--run-dir={tmp_path / 'run'}", env=environment)
     assert result.returncode == 0, result.stderr
     assert Run(tmp_path / "run").report()["compiled"] is True
     assert list((cache / "temporary").glob("torchinductor*/**/*.so"))
@@ -234,9 +234,9 @@ def test_a_trace_is_written_on_request(train, skipped):
 
 def test_a_run_terminated_while_tracing_writes_its_trace(images, tmp_path):
     """It used to crash with a segmentation fault."""
-    words = [sys.executable, "-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}"]
-    words += ["--epochs=1000", "--trace=100000", "--skip-steps=1", "--print-freq=1"]
-    process = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    args = [sys.executable, "-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}"]
+    args += ["--epochs=1000", "--trace=100000", "--skip-steps=1", "--print-freq=1"]
+    process = subprocess.Popen(args, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: holds_a_run(tmp_path / "run") and len(Run(tmp_path / "run").events("train")) > 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_SECONDS) == 75
@@ -262,7 +262,7 @@ def test_freed_memory_is_kept():
 
 
 def test_bench_step_interleaves_modes_and_writes_a_run_directory(tmp_path):
-    words = [
+    args = [
         "python",
         "-m",
         "vgglab.bench",
@@ -272,8 +272,8 @@ def test_bench_step_interleaves_modes_and_writes_a_run_directory(tmp_path):
         "--batch-size=2",
         "--device=cpu",
     ]
-    words += ["--turns=2", f"--output-dir={tmp_path}"]
-    result = shell(*words, "--ways=float32,bare", "--against=torchvision", "--json")
+    args += ["--turns=2", f"--output-dir={tmp_path}"]
+    result = shell(*args, "--ways=float32,bare", "--against=torchvision", "--json")
     assert result.returncode == 0, result.stderr
     output = json.loads(result.stdout.splitlines()[-1])
     assert {"images_per_second", "reference_images_per_second", "ratio"} <= set(output)
@@ -332,14 +332,14 @@ def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
     code = "import multiprocessing, sys; from vgglab.commands import call; from vgglab.lab.bench import step\n"
     code += "step.CONTEXT, step.CLOSE_ENOUGH = multiprocessing.get_context('fork'), 1 / 2\n"
     code += "sys.exit(call('bench'))"
-    words = ["-c", code, "step", "--model=vgg11", "--image-size=64", "--device=cpu", "--turns=1"]
-    words += ["--ways=float32", f"--output-dir={tmp_path}"]
-    result = python(*words, "--batch-size=max", "--json", **options)
+    args = ["-c", code, "step", "--model=vgg11", "--image-size=64", "--device=cpu", "--turns=1"]
+    args += ["--ways=float32", f"--output-dir={tmp_path}"]
+    result = python(*args, "--batch-size=max", "--json", **options)
     assert result.returncode == 0, result.stderr
     [row] = json.loads(result.stdout.splitlines()[-1])["all"]
     assert row["ratio"] is None
     assert row["images_per_second"] > 0
-    too_large = python(*words, f"--batch-size={2 * row['batch_size']}", **options)
+    too_large = python(*args, f"--batch-size={2 * row['batch_size']}", **options)
     assert (too_large.returncode, too_large.stderr.count("\n")) == (2, 1), too_large.stderr
     assert "out of memory" in too_large.stderr
     [found] = results.collect([tmp_path / "runs"])

@@ -213,19 +213,19 @@ def test_stop_does_not_end_a_process_whose_lock_is_linked_into_a_run(run, tmp_pa
     (run.path / "lock").unlink()
     (tmp_path / "lock").touch()
     link(tmp_path / "lock", run.path / "lock")
-    words = [sys.executable, "-c", HOLD_LOCK, str(tmp_path / "lock")]
-    victim = subprocess.Popen(words, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PROJECT)})
+    args = [sys.executable, "-c", HOLD_LOCK, str(tmp_path / "lock")]
+    lock_owner = subprocess.Popen(args, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PROJECT)})
     try:
-        assert victim.stdout.readline() == b"held\n"
+        assert lock_owner.stdout.readline() == b"held\n"
         events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
         (run.path / "events.jsonl").write_text("".join(events[:-1]))
-        write_document(run.path / "env.json", {**run.env, **signature(victim.pid)})
+        write_document(run.path / "env.json", {**run.env, **signature(lock_owner.pid)})
         with pytest.raises(UserError, match="cannot confirm"):
             Run(run.path).stop()
-        assert victim.poll() is None
+        assert lock_owner.poll() is None
     finally:
-        victim.kill()
-        victim.communicate()
+        lock_owner.kill()
+        lock_owner.communicate()
 
 
 @pytest.fixture
