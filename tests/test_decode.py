@@ -1,4 +1,4 @@
-"""Reading images: the fast decoder beside Pillow's, and every kind of file that is not what it seems."""
+"""Image decoding: the fast decoder compared with Pillow, and damaged or unusual files of every kind."""
 
 import io
 import os
@@ -31,7 +31,7 @@ from vgglab.errors import BadImage
 
 needs_fast = pytest.mark.skipif(
     find_spec("simplejpeg") is None or best_decoder() == "pil",
-    reason="simplejpeg, or a torch that shrinks bytes, is missing",
+    reason="needs simplejpeg, and a torch that can resize uint8",
 )
 
 each_decoder = pytest.mark.parametrize(
@@ -41,9 +41,9 @@ each_decoder = pytest.mark.parametrize(
 
 def photograph(width=500, height=375, mode="RGB"):
     """Smooth shapes and some noise, as in a photograph."""
-    draw = np.random.default_rng(width * height)
+    rng = np.random.default_rng(width * height)
     y, x = np.mgrid[0:height, 0:width] / 60
-    planes = [128 + 80 * np.sin(x + k) * np.cos(y - k) + draw.normal(0, 12, (height, width)) for k in range(3)]
+    planes = [128 + 80 * np.sin(x + k) * np.cos(y - k) + rng.normal(0, 12, (height, width)) for k in range(3)]
     return Image.fromarray(np.clip(np.stack(planes, -1), 0, 255).astype("uint8")).convert(mode)
 
 
@@ -59,7 +59,7 @@ def jpeg(tmp_path):
 @needs_fast
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("options", [{}, {"restart_marker_blocks": 8}, {"optimize": True}], ids=["", "restart", "opt"])
-def test_the_rows_that_are_decoded_are_those_of_the_whole_image(jpeg, subsampling, options):
+def test_partially_decoded_rows_match_the_whole_image(jpeg, subsampling, options):
     file = jpeg(subsampling=subsampling, **options)
     whole = as_tensor(open_picture(file, "pil").pixels())
     for rows in (1, 15, 16, 17, 31, 200, 352, 359, 360, 374, 375):
@@ -71,7 +71,7 @@ def test_the_rows_that_are_decoded_are_those_of_the_whole_image(jpeg, subsamplin
 
 
 @needs_fast
-def test_the_fast_crop_differs_from_pillows_by_a_step_in_255(jpeg):
+def test_fast_crops_differ_from_pillow_by_rounding(jpeg):
     file = jpeg()
     differences = []
     for seed in range(40):
@@ -84,28 +84,28 @@ def test_the_fast_crop_differs_from_pillows_by_a_step_in_255(jpeg):
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (224, 224), (1000, 230), (40, 60)])
-def test_pil_is_torchvisions_reference_to_the_last_bit(jpeg, size):
+def test_pil_matches_torchvision_bit_for_bit(jpeg, size):
     file = jpeg(photograph(*size))
     with Image.open(file) as image:
         image = image.convert("RGB")
     normalise = transforms.Normalize(CHANNEL_MEAN, CHANNEL_STD)
     steps = [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), normalise]
-    wanted = transforms.Compose(steps)(image)
+    expected = transforms.Compose(steps)(image)
     ours = CentreCrop(224, 256 / 224)(open_picture(file, "pil"))
-    assert torch.equal(normalised(ours[None])[0], wanted)
+    assert torch.equal(normalised(ours[None])[0], expected)
     for seed in range(5):
-        draw = random.Random(seed)
-        box = random_box(image.height, image.width, (0.08, 1.0), draw)
-        is_mirrored = draw.random() < 0.5
-        wanted = functional.resized_crop(image, *box, [224, 224])
-        wanted = functional.pil_to_tensor(functional.hflip(wanted) if is_mirrored else wanted)
+        rng = random.Random(seed)
+        box = random_box(image.height, image.width, (0.08, 1.0), rng)
+        is_mirrored = rng.random() < 0.5
+        expected = functional.resized_crop(image, *box, [224, 224])
+        expected = functional.pil_to_tensor(functional.hflip(expected) if is_mirrored else expected)
         ours = RandomCrop(224, (0.08, 1.0), True)(open_picture(file, "pil"), seed)
-        assert torch.equal(ours.permute(2, 0, 1), wanted)
+        assert torch.equal(ours.permute(2, 0, 1), expected)
 
 
-def test_crops_have_the_areas_and_shapes_of_the_paper():
-    draw = random.Random(0)
-    boxes = [random_box(375, 500, (0.08, 1.0), draw) for _ in range(4000)]
+def test_crops_have_the_areas_and_aspect_ratios_of_the_paper():
+    rng = random.Random(0)
+    boxes = [random_box(375, 500, (0.08, 1.0), rng) for _ in range(4000)]
     for top, left, height, width in boxes:
         assert top >= 0
         assert left >= 0
@@ -121,7 +121,7 @@ def test_crops_have_the_areas_and_shapes_of_the_paper():
 
 
 @pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (1, 1)])
-def test_an_image_that_no_crop_fits_gives_its_middle(size):
+def test_an_image_that_no_crop_fits_gets_a_centre_crop(size):
     width, height = size
     box = random_box(height, width, (0.9, 1.0), random.Random(0))
     assert (box.top + box.height <= height, box.left + box.width <= width) == (True, True)
@@ -129,15 +129,15 @@ def test_an_image_that_no_crop_fits_gives_its_middle(size):
 
 
 @each_decoder
-def test_tiny_parts_can_be_enlarged(jpeg, decoder):
+def test_tiny_crops_can_be_enlarged(jpeg, decoder):
     file = jpeg(photograph(40, 30))
     for height, width in ((1, 1), (1, 7), (7, 1), (2, 2)):
         pixels = crop_to_box(open_picture(file, decoder).pixels(), Box(3, 2, height, width))
         assert as_tensor(resize(pixels, 32, 32)).shape == (32, 32, 3)
 
 
-def broken(folder):
-    """One file of each kind that cannot be read, by what is said of it."""
+def unreadable_files(folder):
+    """Write one unreadable file of each kind; returns the error message for each name."""
     whole = io.BytesIO()
     photograph().save(whole, "JPEG")
     data = whole.getvalue()
@@ -151,15 +151,15 @@ def broken(folder):
     (folder / "half.png").write_bytes(png.getvalue()[: len(png.getvalue()) // 2])
     thumbnail = io.BytesIO()
     photograph(160, 120).save(thumbnail, "JPEG")
-    # A camera's file, a whole small JPEG in its header, and the large one is cut right after it.
+    # A camera's file: its header contains a complete thumbnail, and the image itself is cut off after the header.
     app1 = b"Exif\0\0" + thumbnail.getvalue()
     (folder / "thumb.JPEG").write_bytes(
         data[:2] + b"\xff\xe1" + (len(app1) + 2).to_bytes(2, "big") + app1 + data[2:1500]
     )
     (folder / "headless.JPEG").write_bytes(data[300:])
     bomb = bytearray(data)
-    at = bomb.index(b"\xff\xc0") + 5
-    bomb[at : at + 4] = b"\xff\xdc\xff\xdc"  # 65500 x 65500
+    offset = bomb.index(b"\xff\xc0") + 5
+    bomb[offset : offset + 4] = b"\xff\xdc\xff\xdc"  # 65500 x 65500
     (folder / "bomb.JPEG").write_bytes(bomb)
     return {
         "cut.JPEG": "truncated",
@@ -175,17 +175,17 @@ def broken(folder):
 
 
 @each_decoder
-def test_row_28_what_cannot_be_read_is_named_with_the_reason(tmp_path, decoder):
-    """Seed: "image file is truncated", and of which of 1.28 million files it was, nobody knew."""
-    for name, reason in broken(tmp_path).items():
+def test_row_28_an_unreadable_image_is_named_with_the_reason(tmp_path, decoder):
+    """The original example said "image file is truncated", but not which of 1.28 million files it was."""
+    for name, reason in unreadable_files(tmp_path).items():
         with pytest.raises(BadImage, match=reason) as raised:
             open_picture(str(tmp_path / name), decoder).pixels(10)
         assert str(tmp_path / name) in str(raised.value)
         assert raised.value.file == str(tmp_path / name)
 
 
-def unusual(folder):
-    """One readable file of each unusual kind, and what its pixel at (0, 0) should become."""
+def unusual_files(folder):
+    """Write one readable file of each unusual kind; returns the colour of pixel (0, 0) for each name."""
     grey16 = Image.fromarray(np.full((40, 50), 0x8040, dtype="uint16"))
     grey16.save(folder / "sixteen.png")
     turned = Image.new("RGB", (50, 40), (200, 20, 20))
@@ -209,36 +209,36 @@ def unusual(folder):
 
 
 @each_decoder
-def test_unusual_files_are_read_as_they_are_meant(tmp_path, decoder):
-    for name, colour in unusual(tmp_path).items():
+def test_unusual_files_are_decoded_correctly(tmp_path, decoder):
+    for name, colour in unusual_files(tmp_path).items():
         picture = open_picture(str(tmp_path / name), decoder)
-        assert (picture.height, picture.width) == (40, 50), name  # a turned one as it lies, as torchvision takes it
+        assert (picture.height, picture.width) == (40, 50), name  # EXIF orientation is ignored, as in torchvision
         pixels = as_tensor(picture.pixels())
         assert pixels.shape == (40, 50, 3)
         assert pixels[0, 0].tolist() == pytest.approx(colour, abs=3), name
 
 
-def test_real_numbers_have_no_scale(tmp_path):
+def test_floating_point_images_are_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4), dtype="float32")).save(tmp_path / "f.tiff")
-    assert TiffImagePlugin  # Pillow reads it
+    assert TiffImagePlugin  # Pillow can read it
     with pytest.raises(BadImage, match="floating-point"):
         open_picture(str(tmp_path / "f.tiff"), "pil").pixels()
 
 
 @needs_fast
-def test_something_behind_the_end_of_a_jpeg_does_no_harm(jpeg):
+def test_trailing_bytes_after_a_jpeg_are_ignored(jpeg):
     file = jpeg()
-    wanted = open_picture(file, "fast").pixels()
-    with open(file, "ab") as lines:
-        lines.write(b"\0" * 1000)
-    assert torch.equal(open_picture(file, "fast").pixels(), wanted)
-    assert torch.equal(open_picture(file, "fast").pixels(100)[:100], wanted[:100])
+    expected = open_picture(file, "fast").pixels()
+    with open(file, "ab") as stream:
+        stream.write(b"\0" * 1000)
+    assert torch.equal(open_picture(file, "fast").pixels(), expected)
+    assert torch.equal(open_picture(file, "fast").pixels(100)[:100], expected[:100])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_are_skipped_counted_and_listed_and_nothing_takes_their_place(train, images, workers):
+def test_bad_images_are_skipped_counted_and_listed_but_not_replaced(train, images, workers):
     bad = {}
-    for name, reason in broken(images / "train" / "n02").items():
+    for name, reason in unreadable_files(images / "train" / "n02").items():
         bad[str(images / "train" / "n02" / name)] = reason
     (images / "val" / "n03" / "empty.png").write_bytes(b"")
     bad[str(images / "val" / "n03" / "empty.png")] = "not an image"
@@ -255,21 +255,21 @@ def test_bad_images_are_skipped_counted_and_listed_and_nothing_takes_their_place
     assert len(lines) == len(bad)  # once each, not once an epoch
 
 
-def test_without_the_policy_the_first_bad_image_ends_the_run_by_name(refused, images):
+def test_without_the_flag_the_first_bad_image_ends_the_run_and_is_named(refused, images):
     (images / "train" / "n02" / "empty.JPEG").write_bytes(b"")
     line = refused("--batch-size=6", "--epochs=9", after_start=True)
     assert f"{images / 'train' / 'n02' / 'empty.JPEG'}" in line
     assert "--on-bad-image skip" in line
 
 
-def test_a_batch_of_nothing_but_bad_images_is_not_passed_over(refused, images):
+def test_a_batch_without_readable_images_ends_the_run(refused, images):
     for file in (images / "train").glob("*/*"):
         file.write_bytes(b"")
     assert "no image of a batch can be read" in refused("--on-bad-image=skip", after_start=True)
 
 
-def test_check_names_what_cannot_be_read_and_counts_what_is_unusual(images):
-    bad, odd = broken(images / "train" / "n01"), unusual(images / "val" / "n02")
+def test_check_names_unreadable_files_and_counts_unusual_ones(images):
+    bad, odd = unreadable_files(images / "train" / "n01"), unusual_files(images / "val" / "n02")
     result = python("-m", "vgglab.data", "check", images)
     assert result.returncode == 1
     num_files = 3 * (NUM_TRAIN + NUM_VAL) + len(bad) + len(odd)
@@ -281,7 +281,7 @@ def test_check_names_what_cannot_be_read_and_counts_what_is_unusual(images):
         assert f" {kind}: " in result.stdout, kind
 
 
-def test_check_of_a_good_set_is_quiet_and_zero(images):
+def test_check_of_a_valid_data_set_finds_nothing(images):
     result = python("-m", "vgglab.data", "check", images, "--json", "--workers=1")
     assert result.returncode == 0, result.stderr
     assert '"unreadable": {}' in result.stdout

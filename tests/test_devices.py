@@ -1,4 +1,4 @@
-"""The seam and the simulated card, through the shell's door and as a person at a prompt would use them."""
+"""Devices and the simulated card, used from the command line and from Python code."""
 
 import os
 from importlib.metadata import version
@@ -21,10 +21,10 @@ needs_sim = pytest.mark.skipif(not CAN_SIMULATE, reason="the simulated card need
 
 
 def run_ranks(tmp_path, images, device, num_ranks, *flags, in_process=True, before="", **environment):
-    """A tiny run; returns it, asserted to have gone well.
+    """Perform a tiny run, assert that it succeeded, and return it.
 
-    Several ranks, and one on a card that changes torch for all that comes after, have processes of their own; in these
-    the lines ``before`` come first. With ``in_process=False`` a new interpreter runs it, as from a shell.
+    Several ranks run in separate processes, and so does a single rank on a card, since the simulated card modifies
+    torch; these processes execute the lines ``before`` first. ``in_process=False`` starts a new interpreter instead.
     """
     path = tmp_path / f"{device}-{num_ranks}-{len(list(tmp_path.iterdir()))}"
     job = [*TINY[:-1], "--batch-size=2", f"--data-path={images}", "--seed=1", "--print-freq=1", f"--device={device}"]
@@ -36,15 +36,15 @@ def run_ranks(tmp_path, images, device, num_ranks, *flags, in_process=True, befo
     if before:
         before += "\nimport sys; from vgglab import train; from vgglab.dist import ranks"
         start = ["-c", f"{before}\nranks.exit_process(train.main(sys.argv[1:]))"]
-    words = [*start, *job, f"--run-dir={path}", *flags]
+    args = [*start, *job, f"--run-dir={path}", *flags]
     if not in_process:
-        result = shell("python", *words, env=environment, cwd=tmp_path)
+        result = shell("python", *args, env=environment, cwd=tmp_path)
     elif num_ranks == 1:
-        result = python(*words, env=environment, cwd=tmp_path)
+        result = python(*args, env=environment, cwd=tmp_path)
     else:
-        result = ranks(num_ranks, *words, env=environment, cwd=tmp_path)
+        result = ranks(num_ranks, *args, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "Exception ignored" not in result.stderr  # of an interpreter that ends
+    assert "Exception ignored" not in result.stderr  # printed at interpreter shutdown
     return Run(path)
 
 
@@ -52,8 +52,8 @@ def losses(run):
     return [event["loss"] for event in run.events() if event["event"] in ("train", "eval")]
 
 
-def at_a_prompt(code, **environment):
-    """Run lines in a process of their own with the simulated card; what they print."""
+def run_on_sim(code, **environment):
+    """Run code in a separate process with the simulated card; returns its output."""
     prelude = "import torch, warnings\nwarnings.simplefilter('ignore')\nfrom vgglab.devices import sim\nsim.install()\n"
     result = python("-c", prelude + code, env={**os.environ, "PYTHONPATH": str(PROJECT), **environment})
     assert result.returncode == 0, result.stderr[-3000:]
@@ -62,7 +62,7 @@ def at_a_prompt(code, **environment):
 
 @needs_sim
 @pytest.mark.parametrize("num_ranks", [1, 8])
-def test_the_simulated_card_gives_the_losses_of_the_cpu_step_for_step(images, tmp_path, num_ranks):
+def test_the_simulated_card_matches_the_cpu_losses_at_every_step(images, tmp_path, num_ranks):
     flags = ["--model=vgg11_bn", "--dropout-rate=0.5", "--epochs=2"]
     sim = run_ranks(tmp_path, images, "gcu-sim", num_ranks, *flags)
     assert losses(sim) == losses(run_ranks(tmp_path, images, "cpu", num_ranks, *flags))
@@ -70,7 +70,7 @@ def test_the_simulated_card_gives_the_losses_of_the_cpu_step_for_step(images, tm
 
 
 @needs_sim
-def test_all_that_a_simulated_card_writes_says_so_and_shows_no_speed(images, tmp_path):
+def test_all_files_of_a_simulated_run_say_so_and_show_no_speed(images, tmp_path):
     run = run_ranks(tmp_path, images, "gcu-sim", 1, "--skip-steps=0", "--tensorboard", in_process=False)
     assert run.config["simulated"] is run.env["simulated"] is run.report()["simulated"] is True
     assert run.env["device"] == "gcu-sim"
@@ -81,8 +81,8 @@ def test_all_that_a_simulated_card_writes_says_so_and_shows_no_speed(images, tmp
     assert run.events("end")[0]["host_reads"] > 0
 
 
-def test_each_backend_is_one_whose_errors_are_known():
-    """A rank that only lost the others was named as the cause where they met over eccl."""
+def test_lost_peers_are_recognised_for_each_backend():
+    """With eccl, a rank that had only lost its peers used to be reported as the cause."""
     from vgglab.devices.gcu_eager import EagerGcu
     from vgglab.devices.native import BACKENDS
     from vgglab.dist.ranks import has_lost_peers
@@ -91,7 +91,7 @@ def test_each_backend_is_one_whose_errors_are_known():
         assert has_lost_peers(RuntimeError(f"{backend} error: remote process exited"))
 
 
-NO_SPEED = {  # numbers of the report that say nothing about how fast a card is
+NO_SPEED = {  # numbers in the report that do not measure speed
     "acc1", "acc1_last", "acc5", "acc5_last", "batch_size", "epochs", "eval_step_per_epoch", "global_batch_size",
     "image_size", "local_rank", "lr", "num_intervals", "num_lines", "num_measured_steps", "num_skipped_images",
     "peak_bytes", "seed", "skip_steps", "training_step_per_epoch", "world_size",
@@ -99,8 +99,8 @@ NO_SPEED = {  # numbers of the report that say nothing about how fast a card is
 
 
 @needs_sim
-def test_each_figure_of_the_report_is_known_to_its_reader_and_a_simulated_card_has_no_speed(images, tmp_path):
-    """A new figure needs a type in the schema, and null as its value on a simulated card."""
+def test_report_metrics_are_in_the_schema_and_a_simulated_card_has_no_speed(images, tmp_path):
+    """A new metric needs a type in the schema and, if it measures speed, must be null on a simulated card."""
     run = run_ranks(tmp_path, images, "gcu-sim", 1, "--skip-steps=0", "--timers")
     report = build_report(run)
     assert _compute_metrics(run, report["global_batch_size"]).keys() == DOCUMENTS["report.json"].keys()
@@ -110,7 +110,7 @@ def test_each_figure_of_the_report_is_known_to_its_reader_and_a_simulated_card_h
 
 
 @needs_sim
-def test_a_cpu_run_is_not_called_simulated(train):
+def test_a_cpu_run_is_not_marked_as_simulated(train):
     run = train("--skip-steps=0").run
     assert run.env["simulated"] is run.report()["simulated"] is False
     assert "simulated" not in run.config
@@ -119,7 +119,7 @@ def test_a_cpu_run_is_not_called_simulated(train):
 
 
 @needs_sim
-def test_the_loop_reads_from_the_card_once_a_log_line():
+def test_the_loop_reads_from_the_card_once_per_log_line():
     code = (
         "from vgglab.devices import open_device\n"
         "from vgglab.settings import parser; from vgglab.settings.config import complete\n"
@@ -140,11 +140,11 @@ def test_the_loop_reads_from_the_card_once_a_log_line():
         "trainer.fit(run)\n"
         "print([(kind, n - before) for kind, n in run.reads])\n"
     )
-    assert at_a_prompt(code) == str([("train", 1), ("train", 2), ("eval_start", 2), ("eval", 3), ("checkpoint", 3)])
+    assert run_on_sim(code) == str([("train", 1), ("train", 2), ("eval_start", 2), ("eval", 3), ("checkpoint", 3)])
 
 
 @needs_sim
-def test_a_forgotten_to_device_fails():
+def test_mixing_tensors_of_different_devices_fails():
     code = (
         "net = torch.nn.Conv2d(3, 4, 3).to('gcu')\n"
         "for images in (torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8, device='gcu:1')):\n"
@@ -152,14 +152,14 @@ def test_a_forgotten_to_device_fails():
         "    except RuntimeError as error: print(error)\n"
         "print((torch.ones(2, device='gcu') * torch.tensor(2.0)).tolist())\n"
     )
-    lines = at_a_prompt(code).splitlines()
+    lines = run_on_sim(code).splitlines()
     assert "at least two devices, gcu:0 and cpu" in lines[0]
     assert "at least two devices, gcu:1 and gcu:0" in lines[1]
-    assert lines[2] == "[2.0, 2.0]"  # single values may come from the CPU
+    assert lines[2] == "[2.0, 2.0]"  # scalars may be on the CPU
 
 
 @needs_sim
-def test_64_bit_types_are_narrow_and_warn_once():
+def test_64_bit_types_are_stored_in_32_bits_and_warn_once():
     code = (
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
@@ -169,15 +169,15 @@ def test_64_bit_types_are_narrow_and_warn_once():
         "print(big.dtype, big.tolist(), fine.dtype, fine.tolist(), zeros.tolist())\n"
         "print([str(w.message)[:25] for w in seen])\n"
     )
-    values, warned = at_a_prompt(code).splitlines()
+    values, warned = run_on_sim(code).splitlines()
     assert values == f"torch.int64 [7, 3] torch.float64 [1.0] [{2**31 - 1}]"
     assert warned == "['GCU stores int64 as int32', 'GCU stores float64 as flo']"
-    kept = at_a_prompt("print(torch.tensor([2**40]).to('gcu').tolist())", TORCH_GCU_ENABLE_INT64_AND_UINT64="true")
+    kept = run_on_sim("print(torch.tensor([2**40]).to('gcu').tolist())", TORCH_GCU_ENABLE_INT64_AND_UINT64="true")
     assert kept == f"[{2**40}]"
 
 
 @needs_sim
-def test_torch_gcu_answers_what_the_contract_lists():
+def test_torch_gcu_functions_follow_the_contract():
     code = (
         "g = torch.gcu\n"
         "print(g.device_count(), g.is_available(), g.get_device_name(), g.get_device_capability())\n"
@@ -194,7 +194,7 @@ def test_torch_gcu_answers_what_the_contract_lists():
         "    try: call()\n"
         "    except Exception as error: print(type(error).__name__)\n"
     )
-    lines = at_a_prompt(code, VGGLAB_SIM_CARDS="3").splitlines()
+    lines = run_on_sim(code, VGGLAB_SIM_CARDS="3").splitlines()
     assert lines[0] == "3 True GCU (3, 0)"
     assert lines[1:4] == ["0", "4000", "0 4000"]
     assert lines[4:8] == ["0 True", "True 5", "True", "1 gcu:1"]
@@ -202,7 +202,7 @@ def test_torch_gcu_answers_what_the_contract_lists():
 
 
 @needs_sim
-def test_a_forked_child_may_not_touch_the_card():
+def test_a_forked_child_cannot_use_the_card():
     code = (
         "import os; torch.ones(1, device='gcu'); child = os.fork()\n"
         "if child == 0:\n"
@@ -210,11 +210,11 @@ def test_a_forked_child_may_not_touch_the_card():
         "    except RuntimeError as error: os._exit(0 if 'spawn' in str(error) else 2)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
-    assert at_a_prompt(code) == "0"
+    assert run_on_sim(code) == "0"
 
 
 @needs_sim
-def test_loader_workers_are_spawned_and_do_not_need_the_card(images, tmp_path):
+def test_loader_workers_are_spawned_and_do_not_use_the_card(images, tmp_path):
     run = run_ranks(tmp_path, images, "gcu-sim", 1, "--workers=1")
     assert losses(run) == losses(run_ranks(tmp_path, images, "cpu", 1, "--workers=0"))
 
@@ -245,16 +245,16 @@ def test_a_damaged_loss_scale_is_refused_in_one_line(images, tmp_path):
 
 
 @needs_sim
-def test_the_number_of_cards_is_kept_to(images, tmp_path):
+def test_a_rank_without_a_card_is_refused(images, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}
-    words = ["-m", "vgglab.train", *TINY[:-1], f"--data-path={images}", "--device=gcu-sim"]
-    result = python(*words, env={**environment, "VGGLAB_SIM_CARDS": "2"}, cwd=tmp_path)
+    args = ["-m", "vgglab.train", *TINY[:-1], f"--data-path={images}", "--device=gcu-sim"]
+    result = python(*args, env={**environment, "VGGLAB_SIM_CARDS": "2"}, cwd=tmp_path)
     assert result.returncode == 2
     assert "rank 2 needs card 2 (counted from 0); this machine has 2" in result.stderr
 
 
 @needs_sim
-def test_a_process_with_the_lazy_double_is_told_to_start_another(tmp_path):
+def test_the_simulated_card_refuses_to_load_beside_the_lazy_double(tmp_path):
     code = """
 from vgglab.devices.doubles import load_lazy
 from vgglab.devices import sim
@@ -270,7 +270,7 @@ except sim.CannotSimulate as error:
 
 @needs_sim
 @pytest.mark.parametrize("value", ["-1", "abc", "65"])
-def test_a_wrong_number_of_cards_is_one_line(tmp_path, value):
+def test_an_invalid_number_of_cards_is_a_one_line_error(tmp_path, value):
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "VGGLAB_SIM_CARDS": value}
     result = python("-m", "vgglab.train", "--device=gcu-sim", env=environment, cwd=tmp_path)
     assert result.returncode == 2
@@ -279,56 +279,56 @@ def test_a_wrong_number_of_cards_is_one_line(tmp_path, value):
 
 
 @pytest.mark.skipif(CAN_SIMULATE, reason="torch is new enough")
-def test_an_old_torch_is_told_that_it_cannot_simulate(refused):
+def test_the_simulated_card_requires_torch_2_10(refused):
     assert "--device gcu-sim: needs torch 2.10 or newer" in refused("--device=gcu-sim")
 
 
-def test_tf32_is_off_unless_asked_for_and_refused_in_one_line_where_there_is_none(train, refused):
+def test_tf32_is_off_by_default_and_refused_on_the_cpu(train, refused):
     assert "--tf32: not supported on cpu" in refused("--tf32")
     run = train("--no-tf32").run
     assert run.config["tf32"] is run.env["tf32"] is run.report()["tf32"] is False
 
 
-def test_the_tf32_switches_of_cuda_are_both_set():
+def test_tf32_sets_both_cuda_switches():
     from vgglab.devices.native import _set_tf32
 
-    for wanted in (True, False):
-        _set_tf32(wanted)
-        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is wanted
+    for enabled in (True, False):
+        _set_tf32(enabled)
+        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is enabled
 
 
-def test_auto_takes_the_best_there_is_and_records_it(train):
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    assert train("--device=auto").run.config["device"] == here
-    assert open_device("auto").kind == here
+def test_auto_selects_and_records_the_best_device(train):
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    assert train("--device=auto").run.config["device"] == best
+    assert open_device("auto").kind == best
 
 
-def test_a_name_that_is_no_device_is_refused_with_those_that_are():
+def test_an_unknown_device_is_refused_with_a_list_of_devices():
     with pytest.raises(UserError, match=f"^device: 'CPU' is not one of auto, {', '.join(KINDS)}"):
         open_device("CPU")
 
 
 def test_auto_tries_every_kind_of_card():
-    """It ends at the CPU, which every machine has; only what is simulated may come after it."""
+    """It stops at the CPU, which every machine has, so only simulated devices may be listed after it."""
     assert [*KINDS][[*KINDS].index("cpu") :] == ["cpu", "gcu-sim"]
 
 
-SLOW_TO_LET_GO = """
+SLOW_RELEASE = """
 import os, threading, time, torch.distributed
 held, all_reduce = [], torch.distributed.all_reduce
-def let_go():
+def release():
     time.sleep(0.05)
     held.pop()
 def reduce_slowly(tensor, *arguments, **options):
     all_reduce(tensor, *arguments, **options)
-    held.append(tensor)  # as a thread of gloo's does
-    threading.Thread(target=let_go).start()
+    held.append(tensor)  # as a gloo thread does
+    threading.Thread(target=release).start()
 torch.distributed.all_reduce = reduce_slowly
 os.register_at_fork(before=lambda: held and os._exit(9))
 """
 
 
-def test_no_worker_is_forked_before_gloo_has_let_go_of_the_last_sum(tmp_path, images):
-    """On Python 3.8 to 3.11 such a worker may hang for ever: once in some hundred runs on a busy machine."""
-    run = run_ranks(tmp_path, images, "cpu", 2, "--workers=1", before=SLOW_TO_LET_GO)
+def test_workers_are_forked_after_gloo_has_released_the_last_tensor(tmp_path, images):
+    """On Python 3.8 to 3.11, a worker forked earlier may hang, about once in a few hundred runs on a busy machine."""
+    run = run_ranks(tmp_path, images, "cpu", 2, "--workers=1", before=SLOW_RELEASE)
     assert run.status == "done"

@@ -1,4 +1,4 @@
-"""The doctor, on a healthy machine and on broken installs; and what ``--device gcu`` says on the same."""
+"""The doctor on a healthy machine and with broken installs, and the errors of ``--device gcu`` with the latter."""
 
 import html
 import json
@@ -13,29 +13,29 @@ from vgglab.commands.doctor import Diagnosis
 from vgglab.devices.doubles import EAGER, LAZY
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-PATIENT = None  # see patient()
+LONG_TIMEOUT = None  # the folder of long_timeout()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def patient(tmp_path_factory):
-    """A folder on every ``PYTHONPATH`` here: on a busy machine a library is slow to load, and does not hang."""
-    global PATIENT
-    PATIENT = tmp_path_factory.mktemp("patient")
+def long_timeout(tmp_path_factory):
+    """Raise the doctor's timeout in every test: on a busy machine, a library may load slowly without hanging."""
+    global LONG_TIMEOUT
+    LONG_TIMEOUT = tmp_path_factory.mktemp("timeout")
     code = f"import vgglab.devices.checkup as checkup\ncheckup.TIMEOUT_SECONDS = {MAX_WAIT_SECONDS}\n"
-    (PATIENT / "sitecustomize.py").write_text(code)
+    (LONG_TIMEOUT / "sitecustomize.py").write_text(code)
 
 
 @pytest.fixture(scope="module")
-def light(tmp_path_factory):
-    """A folder with a torchvision that is loaded at once, for what is not about it."""
-    folder = tmp_path_factory.mktemp("light")
+def stubs(tmp_path_factory):
+    """A folder with an empty torchvision, which loads quickly, for tests that do not need the real one."""
+    folder = tmp_path_factory.mktemp("torchvision")
     (folder / "torchvision.py").write_text("")
     return folder
 
 
 def environment(*folders, **variables):
     clean = {name: value for name, value in os.environ.items() if name != AUTOLOAD}
-    return {**clean, "PYTHONPATH": os.pathsep.join(map(str, (PROJECT, PATIENT, *folders))), **variables}
+    return {**clean, "PYTHONPATH": os.pathsep.join(map(str, (PROJECT, LONG_TIMEOUT, *folders))), **variables}
 
 
 def diagnose(*folders, **variables):
@@ -57,8 +57,8 @@ def fake_torch_gcu(folder: Path, body: str, is_loaded_with_torch: bool = False) 
 
 
 def train_on_gcu(tmp_path, *folders, **variables):
-    words = ["python", "-m", "vgglab.train", "--device=gcu", "--data-path=digits", "--run-dir=run"]
-    return shell(*words, env=environment(*folders, **variables), cwd=tmp_path)
+    args = ["python", "-m", "vgglab.train", "--device=gcu", "--data-path=digits", "--run-dir=run"]
+    return shell(*args, env=environment(*folders, **variables), cwd=tmp_path)
 
 
 def all_text(findings):
@@ -73,8 +73,8 @@ def test_a_machine_without_cards_is_healthy():
     assert any("gcu-sim" in note for note in findings["notes"])
 
 
-def test_text_for_a_terminal_and_one_line_for_a_bad_flag(light):
-    text = shell("python", "-m", "vgglab.doctor", env=environment(light, ENFLAME_LOG_DEBUG_LEVEL="DEBUG")).stdout
+def test_the_text_output_and_the_error_for_a_bad_flag(stubs):
+    text = shell("python", "-m", "vgglab.doctor", env=environment(stubs, ENFLAME_LOG_DEBUG_LEVEL="DEBUG")).stdout
     assert "--device auto" in text
     assert text.strip().endswith("no problems found")
     assert "debug output slows down every step" in text
@@ -83,7 +83,7 @@ def test_text_for_a_terminal_and_one_line_for_a_bad_flag(light):
 
 
 @pytest.mark.parametrize(("package", "named"), [("torchvision", "torchvision cannot"), ("torch", "torch cannot")])
-def test_which_of_torch_and_torchvision_is_broken(tmp_path, package, named):
+def test_a_broken_torch_or_torchvision_is_identified(tmp_path, package, named):
     (tmp_path / f"{package}.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     code, findings = diagnose(tmp_path)
     assert code == 1
@@ -91,50 +91,50 @@ def test_which_of_torch_and_torchvision_is_broken(tmp_path, package, named):
     assert ("cuda cards" in findings["facts"]) == (package == "torchvision")
 
 
-def test_a_library_that_ends_the_process_is_answered_in_one_line(tmp_path):
-    """It was taken for the end of the run: no word, and the library's own exit code."""
+def test_a_library_that_exits_is_reported_in_one_line(tmp_path):
+    """It used to end the run without a message, with the library's exit code."""
     result = train_on_gcu(tmp_path, fake_torch_gcu(tmp_path, "raise SystemExit(3)"))
     assert result.returncode == 2
     assert "torch_gcu cannot be loaded (SystemExit: 3)" in result.stderr
 
 
 @needs_sim
-def test_a_library_that_raises_when_torch_loads_it(tmp_path, light):
+def test_a_library_that_fails_to_autoload_is_reported(tmp_path, stubs):
     body = "raise OSError('libtopsrt.so: cannot open shared object file')"
     broken = fake_torch_gcu(tmp_path, body, is_loaded_with_torch=True)
-    code, findings = diagnose(broken, light)
+    code, findings = diagnose(broken, stubs)
     assert code == 1
     assert "libtopsrt.so" in all_text(findings)
     assert "LD_LIBRARY_PATH=/opt/tops/lib" in all_text(findings)
     assert findings["facts"]["torch"] is not None
     assert findings["auto"].startswith("error: ")
-    refusal = train_on_gcu(tmp_path, broken)
-    assert (refusal.returncode, len(refusal.stderr.strip().splitlines())) == (2, 1)
-    assert "libtopsrt.so" in refusal.stderr
-    assert "vgglab.doctor" in refusal.stderr
-    # Who does not ask for the card trains without it.
-    words = ["python", "-m", "vgglab.train", "--device=cpu", "--model=vgg11", "--epochs=1", "--run-dir=cpu"]
+    failed_run = train_on_gcu(tmp_path, broken)
+    assert (failed_run.returncode, len(failed_run.stderr.strip().splitlines())) == (2, 1)
+    assert "libtopsrt.so" in failed_run.stderr
+    assert "vgglab.doctor" in failed_run.stderr
+    # Training without the card still works.
+    args = ["python", "-m", "vgglab.train", "--device=cpu", "--model=vgg11", "--epochs=1", "--run-dir=cpu"]
     short = ["--training-step-per-epoch=1", "--eval-step-per-epoch=1", "--workers=0"]
-    assert shell(*words, *short, env=environment(broken), cwd=tmp_path).returncode == 0
+    assert shell(*args, *short, env=environment(broken), cwd=tmp_path).returncode == 0
 
 
-def test_a_library_that_kills_its_process(tmp_path, light):
-    code, findings = diagnose(fake_torch_gcu(tmp_path, "import os; os.abort()"), light)
+def test_a_library_that_aborts_the_process_is_reported(tmp_path, stubs):
+    code, findings = diagnose(fake_torch_gcu(tmp_path, "import os; os.abort()"), stubs)
     assert code == 1
     assert "the process exited abnormally (signal 6)" in all_text(findings)
 
 
-def test_a_library_of_no_known_generation(tmp_path, light):
+def test_a_library_of_unknown_generation_is_reported(tmp_path, stubs):
     folder = fake_torch_gcu(tmp_path, "__version__ = '9'")
-    code, findings = diagnose(folder, light)
+    code, findings = diagnose(folder, stubs)
     assert code == 1
     assert "unknown generation of torch_gcu" in all_text(findings)
     assert "unknown generation of torch_gcu" in train_on_gcu(tmp_path, folder).stderr
 
 
 @needs_sim
-def test_a_driver_that_does_not_answer(light):
-    code, findings = diagnose(EAGER, light, VGGLAB_SIM_CARDS="0")
+def test_a_driver_that_does_not_respond_is_reported(stubs):
+    code, findings = diagnose(EAGER, stubs, VGGLAB_SIM_CARDS="0")
     assert code == 1
     assert findings["facts"]["driver"] == "no response"
     assert "finds no card" in all_text(findings)
@@ -142,15 +142,15 @@ def test_a_driver_that_does_not_answer(light):
 
 
 @needs_sim
-def test_a_card_named_twice_and_a_switch_in_capitals(light):
-    code, findings = diagnose(EAGER, light, TOPS_VISIBLE_DEVICES="0,0", TORCH_GCU_ENABLE_INT64_AND_UINT64="True")
+def test_a_duplicate_card_and_a_capitalised_switch_are_reported(stubs):
+    code, findings = diagnose(EAGER, stubs, TOPS_VISIBLE_DEVICES="0,0", TORCH_GCU_ENABLE_INT64_AND_UINT64="True")
     assert code == 1
     assert "names a card twice" in all_text(findings)
     assert "TORCH_GCU_ENABLE_INT64_AND_UINT64=True is read as false" in all_text(findings)
 
 
-def test_the_lazy_generation_is_known_by_its_name(light):
-    code, findings = diagnose(LAZY, light, CUDA_VISIBLE_DEVICES="")
+def test_the_lazy_generation_is_recognised(stubs):
+    code, findings = diagnose(LAZY, stubs, CUDA_VISIBLE_DEVICES="")
     assert (code, findings["problems"]) == (0, [])
     facts = findings["facts"]
     assert (facts["generation"], len(facts["gcu cards"]), facts["eccl"], facts["driver"]) == (
@@ -163,7 +163,7 @@ def test_the_lazy_generation_is_known_by_its_name(light):
 
 
 @pytest.mark.parametrize("text", ["<b>&", "a card"])
-def test_the_table_is_safe_to_show(text):
+def test_the_table_is_escaped(text):
     table = Diagnosis({"--device auto": text}, [{"problem": text, "fix": text}], [text])._repr_html_()
     assert table.count(html.escape(text)) == 4
     assert "<b>" not in table

@@ -1,4 +1,4 @@
-"""vgglab.features against windows worked out by hand, autograd by hand, captum; and what a reader's file does."""
+"""vgglab.features compared with manual computations, autograd and captum; and photographs chosen by the user."""
 
 import io
 import math
@@ -25,7 +25,7 @@ def images():
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-def test_layers_are_called_as_in_the_papers_figures(network):
+def test_layers_are_named_as_in_the_papers_figures(network):
     assert (
         list(features.named_layers(network))
         == (
@@ -41,33 +41,33 @@ def test_layers_are_called_as_in_the_papers_figures(network):
     ]
 
 
-def test_a_map_is_what_its_layer_gave_and_not_what_a_relu_made_of_it(network, images):
+def test_feature_maps_are_not_overwritten_by_an_in_place_relu(network, images):
     layers = features.named_layers(network)
     with torch.no_grad():
         maps = features.feature_maps(network, images, {"one": layers["conv1_1"], "two": layers["relu1_1"]})
-        by_hand = nn.functional.conv2d(images, layers["conv1_1"].weight, layers["conv1_1"].bias, padding=1)
-    assert torch.allclose(maps["one"], by_hand, atol=1e-6)
-    assert (maps["one"] < 0).any()  # although the ReLU behind it is in place
+        expected = nn.functional.conv2d(images, layers["conv1_1"].weight, layers["conv1_1"].bias, padding=1)
+    assert torch.allclose(maps["one"], expected, atol=1e-6)
+    assert (maps["one"] < 0).any()  # although the ReLU after it works in place
     assert torch.equal(maps["two"], maps["one"].clamp_min(0))
     assert not any(layer._forward_hooks for layer in layers.values())
 
 
-def test_kept_outputs_change_no_answer(network, images):
+def test_removing_in_place_relu_does_not_change_the_output(network, images):
     with torch.no_grad():
         before = network.eval()(images)
         assert torch.equal(features.without_inplace_relu(network.train())(images), before)
 
 
-def test_the_field_of_a_chain_of_averages_is_what_its_windows_say():
+def test_the_receptive_field_of_average_poolings_matches_their_windows():
     chain = nn.Sequential(nn.AvgPool2d(3, 1), nn.AvgPool2d(3, 1), nn.AvgPool2d(2, 2))
     (field,) = features.effective_receptive_fields(chain, torch.rand(1, 3, 20, 20), {"last": chain[2]})["last"]
-    rows = [1 / 18, 3 / 18, 5 / 18, 5 / 18, 3 / 18, 1 / 18]  # 3 and 3 are 5 pixels, 1 2 3 2 1; two of them side by side
+    rows = [1 / 18, 3 / 18, 5 / 18, 5 / 18, 3 / 18, 1 / 18]  # 3 * 3 = 5 pixels (1 2 3 2 1), added twice, shifted by 1
     assert torch.allclose(field[8:14, 8:14], torch.outer(torch.tensor(rows), torch.tensor(rows)), atol=1e-6)
     assert field.sum().item() == pytest.approx(1)
     assert int((field > 0).sum()) == 36
 
 
-def test_the_field_is_the_gradient_of_the_middle_unit(network, images):
+def test_the_receptive_field_is_the_gradient_of_the_central_unit(network, images):
     features.without_inplace_relu(network)
     layers = features.named_layers(network)
     fields = features.effective_receptive_fields(
@@ -76,29 +76,29 @@ def test_the_field_is_the_gradient_of_the_middle_unit(network, images):
     pixels = images.clone().requires_grad_()
     maps = network.features[:5](pixels)  # conv relu pool conv relu
     maps[:, :, maps.shape[2] // 2, maps.shape[3] // 2].sum().backward()
-    by_hand = pixels.grad.abs().sum(dim=1)
-    assert torch.allclose(fields["relu2_1"], by_hand / by_hand.sum(dim=(1, 2), keepdim=True), atol=1e-6)
+    expected = pixels.grad.abs().sum(dim=1)
+    assert torch.allclose(fields["relu2_1"], expected / expected.sum(dim=(1, 2), keepdim=True), atol=1e-6)
     for name, side in ("relu2_1", 8), ("relu3_2", 26):  # 3, pooled 4, 8; pooled 10, 18, 26
         rows = fields[name].sum(dim=(0, 2)).nonzero().flatten()
         assert int(rows[-1] - rows[0]) + 1 == side
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in layers["conv5_2"].parameters())
 
 
-def test_the_nearest_are_those_of_the_largest_cosine():
-    draw = random.Random(0)
-    rows = [[draw.gauss(0, 1) for _ in range(5)] for _ in range(12)]
+def test_nearest_finds_the_largest_cosine_similarities():
+    rng = random.Random(0)
+    rows = [[rng.gauss(0, 1) for _ in range(5)] for _ in range(12)]
 
     def cosine(one, other):
         return sum(a * b for a, b in zip(one, other)) / math.hypot(*one) / math.hypot(*other)
 
-    values, places = features.nearest(torch.tensor(rows[:3]) * 7, torch.tensor(rows), 4)
-    for query, some_values, some_places in zip(rows, values.tolist(), places.tolist()):
-        wanted = sorted(range(12), key=lambda place: -cosine(query, rows[place]))[:4]
-        assert some_places == wanted
-        assert some_values == pytest.approx([cosine(query, rows[place]) for place in wanted], abs=1e-5)
+    values, indices = features.nearest(torch.tensor(rows[:3]) * 7, torch.tensor(rows), 4)
+    for query, found_values, found_indices in zip(rows, values.tolist(), indices.tolist()):
+        expected = sorted(range(12), key=lambda index: -cosine(query, rows[index]))[:4]
+        assert found_indices == expected
+        assert found_values == pytest.approx([cosine(query, rows[index]) for index in expected], abs=1e-5)
 
 
-def test_grad_cam_and_occlusion_are_what_their_papers_say(network, images):
+def test_grad_cam_and_occlusion_match_their_definitions(network, images):
     attr = pytest.importorskip("captum.attr")
     features.without_inplace_relu(network)
     layer, targets = features.named_layers(network)["relu4_2"], torch.tensor([1, 3])
@@ -106,55 +106,55 @@ def test_grad_cam_and_occlusion_are_what_their_papers_say(network, images):
     assert network.features[14] is layer
     logits = network.classifier(network.avgpool(network.features[15:](maps)).flatten(1))
     (gradients,) = torch.autograd.grad(logits[0, 1] + logits[1, 3], maps)
-    by_hand = (gradients.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1, keepdim=True)
+    expected = (gradients.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1, keepdim=True)
     theirs = attr.LayerGradCam(network, layer).attribute(images, target=targets)
-    assert torch.allclose(theirs, by_hand, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(theirs, expected, rtol=1e-4, atol=1e-7)
 
     window = {"sliding_window_shapes": (3, 32, 32), "strides": (3, 32, 32), "baselines": 0}
     with torch.no_grad():
-        falls = attr.Occlusion(network).attribute(images, target=targets, **window)
+        drops = attr.Occlusion(network).attribute(images, target=targets, **window)
         covered = images.clone()
         covered[:, :, :32, 32:] = 0
-        fall = (network(images) - network(covered)).gather(1, targets[:, None])
-    assert torch.allclose(falls[:, 0, 5, 40], fall[:, 0], atol=1e-5)
+        drop = (network(images) - network(covered)).gather(1, targets[:, None])
+    assert torch.allclose(drops[:, 0, 5, 40], drop[:, 0], atol=1e-5)
 
 
-def saved(image, kind, **options):
+def encode(image, image_format, **options):
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    image.save(file, image_format, **options)
     return file.getvalue()
 
 
-def test_a_photograph_comes_upright_and_small_from_a_path_or_from_bytes(tmp_path):
+def test_a_photograph_from_a_path_or_bytes_is_upright_and_resized(tmp_path):
     image = Image.new("RGB", (800, 400), "red")
     image.paste("blue", (0, 0, 400, 400))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
-    data = saved(image, "JPEG", exif=exif)
+    data = encode(image, "JPEG", exif=exif)
     (tmp_path / "mine.jpg").write_bytes(data)
     pixels = features.read_photograph(str(tmp_path / "mine.jpg"), longest=100)
     assert tuple(pixels.shape) == (100, 50, 3)
-    assert (pixels[10, 25, 2] > 200) & (pixels[90, 25, 0] > 200)  # blue was left, and is on top
+    assert (pixels[10, 25, 2] > 200) & (pixels[90, 25, 0] > 200)  # blue, on the left in the file, is on top
     assert torch.equal(features.read_photograph("any name", data, longest=100), pixels)
-    assert tuple(features.read_photograph("small", saved(Image.new("L", (30, 20)), "PNG")).shape) == (20, 30, 3)
+    assert tuple(features.read_photograph("small", encode(Image.new("L", (30, 20)), "PNG")).shape) == (20, 30, 3)
 
 
 @pytest.mark.parametrize("data", [b"", b"import os\nos.remove('x')\n", b"<svg onload='alert(1)'/>", None])
-def test_a_file_that_is_no_image_is_one_line(tmp_path, data):
+def test_a_file_that_is_not_an_image_is_a_one_line_error(tmp_path, data):
     with pytest.raises(
         vgglab.UserError, match=r"photograph: '.*odd.py' cannot be read as an image \(.*\); use"
-    ) as refused:
+    ) as error:
         features.read_photograph(str(tmp_path / "odd.py"), data)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_cut_photograph_is_refused():
-    data = saved(Image.effect_noise((200, 200), 50), "JPEG")
+def test_a_truncated_photograph_is_refused():
+    data = encode(Image.effect_noise((200, 200), 50), "JPEG")
     with pytest.raises(vgglab.UserError, match="cannot be read as an image"):
         features.read_photograph("cut.jpg", data[: len(data) // 2])
 
 
-def test_the_chooser_shows_what_is_made_of_a_file_and_one_line_for_a_bad_one():
+def test_the_chooser_shows_a_figure_or_a_one_line_error():
     pytest.importorskip("ipywidgets")
     from vgglab.view.figures import map_rows
     from vgglab.view.photograph_chooser import PhotographChooser
@@ -167,7 +167,7 @@ def test_the_chooser_shows_what_is_made_of_a_file_and_one_line_for_a_bad_one():
         return {"name": name, "type": "", "size": len(data), "content": memoryview(data), "last_modified": None}
 
     chooser = PhotographChooser(look)
-    chooser._on_file({"new": (file("<b>.png", saved(Image.effect_noise((30, 20), 50), "PNG")),)})
+    chooser._on_file({"new": (file("<b>.png", encode(Image.effect_noise((30, 20), 50), "PNG")),)})
     assert chooser.line.value == "<span>&lt;b&gt;.png, 30 pixels wide</span>"
     assert bytes(chooser.picture.value).startswith(b"\x89PNG")
     assert chooser.picture.layout.display is None
@@ -176,7 +176,7 @@ def test_the_chooser_shows_what_is_made_of_a_file_and_one_line_for_a_bad_one():
     assert chooser.picture.layout.display == "none"
 
 
-def test_heat_that_is_the_same_everywhere_has_no_bar_with_a_made_up_range():
+def test_a_constant_heat_map_has_no_colour_bar():
     pytest.importorskip("matplotlib")
     from vgglab.view.figures import heat_over
 

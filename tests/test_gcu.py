@@ -1,4 +1,4 @@
-"""Both generations of torch_gcu, against the contract doubles: ``--device gcu`` through the shell's door."""
+"""``--device gcu`` from the command line, with the contract doubles of both generations of torch_gcu."""
 
 import json
 import os
@@ -31,10 +31,10 @@ class Outcome(NamedTuple):
 def on_gcu(images, tmp_path):
     """``on_gcu(LAZY, "--flag", num_ranks=2, package=folder, VARIABLE="x")``: a tiny run on the double.
 
-    With ``forks=False`` a new interpreter imports torch, and with it the double where that is how it is loaded.
+    With ``forks=False``, a new interpreter imports torch, which loads the double if it supports autoload.
     """
 
-    def run_it(double, *flags, num_ranks=1, package=PROJECT, device="gcu", forks=True, **variables):
+    def run_on_double(double, *flags, num_ranks=1, package=PROJECT, device="gcu", forks=True, **variables):
         number = len(list(tmp_path.glob("log*")))
         path, log = tmp_path / f"run{number}", tmp_path / f"log{number}"
         log.touch()
@@ -42,23 +42,23 @@ def on_gcu(images, tmp_path):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (package, double))), "OMP_NUM_THREADS": "1"}
         environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
         environment.update(VGGLAB_DOUBLE_LOG=str(log), **variables)
-        words = ["-m", "vgglab.train", *job, f"--device={device}", *flags]
+        args = ["-m", "vgglab.train", *job, f"--device={device}", *flags]
         options = {"env": environment, "cwd": tmp_path, "autoload": double is EAGER and device in ("gcu", "auto")}
         if forks:
-            result = python(*words, **options) if num_ranks == 1 else ranks(num_ranks, *words, **options)
+            result = python(*args, **options) if num_ranks == 1 else ranks(num_ranks, *args, **options)
         else:
             launcher = torchrun(num_ranks) if num_ranks > 1 else []
-            result = shell("python", *launcher, *words, env=environment, cwd=tmp_path)
+            result = shell("python", *launcher, *args, env=environment, cwd=tmp_path)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        mine = [line for line in lines if line["rank"] == 0]
+        of_rank_0 = [line for line in lines if line["rank"] == 0]
         run = Run(path) if path.exists() else None
-        return Outcome(result.returncode, result.stderr, run, [line["call"] for line in mine], mine)
+        return Outcome(result.returncode, result.stderr, run, [line["call"] for line in of_rank_0], of_rank_0)
 
-    return run_it
+    return run_on_double
 
 
 @pytest.mark.parametrize("double", GENERATIONS)
-def test_a_run_keeps_the_contract_and_gives_the_losses_of_the_cpu(on_gcu, double):
+def test_a_run_follows_the_contract_and_matches_the_cpu_losses(on_gcu, double):
     flags = ["--model=vgg11_bn", "--dropout-rate=0.5"]
     outcome = on_gcu(double, *flags)
     assert outcome.code == 0, outcome.err
@@ -71,52 +71,52 @@ def test_a_run_keeps_the_contract_and_gives_the_losses_of_the_cpu(on_gcu, double
 
 
 @pytest.mark.parametrize("double", GENERATIONS)
-def test_auto_takes_the_card(on_gcu, double):
+def test_auto_selects_the_card(on_gcu, double):
     assert on_gcu(double, device="auto", forks=False).run.config["device"] == "gcu"
 
 
 @pytest.mark.parametrize("double", GENERATIONS)
-def test_two_ranks_over_eccl(on_gcu, double):
-    outcome = on_gcu(double, "--batch-size=2", num_ranks=2, forks=False)  # torchrun has loaded the card's library, too
+def test_two_ranks_use_eccl(on_gcu, double):
+    outcome = on_gcu(double, "--batch-size=2", num_ranks=2, forks=False)  # torchrun loads the card's library, too
     assert outcome.code == 0, outcome.err
     assert outcome.calls.count("init_process_group") == 1
     assert [d["device_ids"] for d in outcome.details if d["call"] == "DistributedDataParallel"] == [[0]]
     assert len(losses(outcome.run)) == STEPS + 1
 
 
-TAKEN_APART = """
+REPORT_SHUTDOWN = """
 import atexit, os, sys
 if "RANK" in os.environ:
-    atexit.register(print, "taken apart", file=sys.stderr)
+    atexit.register(print, "interpreter shutdown", file=sys.stderr)
 """
 
 
-def test_lazy_ranks_of_a_double_end_without_taking_python_apart(on_gcu, tmp_path):
-    """The double's gloo left a thread behind, which now and then aborted a rank at its end."""
+def test_lazy_ranks_with_a_double_skip_interpreter_shutdown(on_gcu, tmp_path):
+    """A leftover gloo thread of the double occasionally aborted a rank at exit."""
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(TAKEN_APART)
+    (tmp_path / "site" / "sitecustomize.py").write_text(REPORT_SHUTDOWN)
     path = os.pathsep.join(map(str, (tmp_path / "site", PROJECT, LAZY)))
     outcome = on_gcu(LAZY, "--batch-size=2", num_ranks=2, forks=False, PYTHONPATH=path)
-    assert (outcome.code, "taken apart" in outcome.err) == (0, False), outcome.err
+    assert (outcome.code, "interpreter shutdown" in outcome.err) == (0, False), outcome.err
 
 
-def test_lazy_each_step_is_the_vendors(on_gcu):
+def test_lazy_steps_follow_the_vendors_sequence(on_gcu):
     calls = on_gcu(LAZY, "--print-freq=100", "--epochs=2").calls
     steps = [call for call in calls if call in ("zero_grad", "backward", "optimizer_step")]
     assert steps == ["zero_grad", "backward", "optimizer_step"] * STEPS * 2
     assert calls.count("set_epoch") == 2
     between = calls[calls.index("zero_grad") : calls.index("optimizer_step", calls.index("optimizer_step") + 1)]
     assert "read" not in between
-    assert calls.count("manual_seed_all") == 1 + 2 * STEPS  # before the first weights, then once a step
+    assert calls.count("manual_seed_all") == 1 + 2 * STEPS  # before the initial weights, then once per step
 
 
-def test_lazy_averages_of_weights_are_refused_and_blends_are_within_the_contract(on_gcu):
+def test_lazy_refuses_averaged_weights_and_supports_mixup_and_cutmix(on_gcu):
     refused = on_gcu(LAZY, "--ema=0.9")
     assert (refused.code, "--ema: not supported on gcu" in refused.err) == (2, True)
     assert on_gcu(LAZY, "--mixup=0.2", "--cutmix=1", "--label-smoothing=0.1").code == 0
 
 
-def test_lazy_mixed_precision_ends_in_one_unlazy_with_everything_in_it(on_gcu):
+def test_lazy_mixed_precision_steps_end_with_a_single_unlazy(on_gcu):
     outcome = on_gcu(LAZY, "--amp", "--eval-step-per-epoch=1", "--print-freq=100", num_ranks=2)
     assert outcome.code == 0, outcome.err
     parts = ("zero_grad", "scale", "backward", "scaler.step", "scaler.update", "unlazy")
@@ -134,14 +134,14 @@ def test_lazy_mixed_precision_ends_in_one_unlazy_with_everything_in_it(on_gcu):
         ((), "true", "true"),
     ],
 )
-def test_lazy_tf32_is_settled_before_the_library_is_imported(on_gcu, flags, variable, expected):
+def test_lazy_tf32_is_set_before_the_library_is_imported(on_gcu, flags, variable, expected):
     outcome = on_gcu(LAZY, *flags, **({"ENFLAME_ENABLE_TF32": variable} if variable else {}))
     assert outcome.details[0] == {"rank": 0, "call": "import", "tf32": expected}
     assert outcome.run.env["tf32"] is outcome.run.report()["tf32"] is (expected == "true")
 
 
 @needs_sim
-def test_eager_has_no_tf32_and_sets_no_variable(on_gcu):
+def test_eager_refuses_tf32_and_sets_no_variable(on_gcu):
     outcome = on_gcu(EAGER, "--tf32")
     assert outcome.code == 2
     assert "--tf32: torch_gcu 2.10.0 has no TF32 switch" in outcome.err
@@ -149,7 +149,7 @@ def test_eager_has_no_tf32_and_sets_no_variable(on_gcu):
 
 
 @needs_sim
-def test_eager_one_step_for_one_backward_and_the_card_chosen_before_joining(on_gcu):
+def test_eager_steps_once_per_backward_and_sets_the_device_before_init(on_gcu):
     outcome = on_gcu(EAGER, "--amp", "--batch-size=2", num_ranks=2)
     assert outcome.code == 0, outcome.err
     assert [c for c in outcome.calls if c in ("backward", "optimizer.step")] == ["backward", "optimizer.step"] * STEPS
@@ -158,7 +158,7 @@ def test_eager_one_step_for_one_backward_and_the_card_chosen_before_joining(on_g
 
 @needs_sim
 @pytest.mark.parametrize("is_imported_first", [True, False])
-def test_eager_autoload_is_as_the_contract_has_it(is_imported_first):
+def test_eager_autoload_follows_the_contract(is_imported_first):
     first = "import torch_gcu" if is_imported_first else "import torch"
     code = f"{first}; import os, torch; print(os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'], torch.ones(1).gcu().device)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (PROJECT, EAGER)))}
@@ -166,16 +166,16 @@ def test_eager_autoload_is_as_the_contract_has_it(is_imported_first):
     assert shell("python", "-c", code, env=environment).stdout.split() == ["0" if is_imported_first else "1", "gcu:0"]
 
 
-def test_checkpoints_come_and_go_between_card_and_cpu(on_gcu):
+def test_checkpoints_resume_on_the_card_and_on_the_cpu(on_gcu):
     first = on_gcu(LAZY).run
-    again = on_gcu(LAZY, f"--resume={first.path}", "--epochs=3")
-    assert again.code == 0, again.err
-    assert len(losses(again.run)) == 2 * (STEPS + 1)
-    assert losses(on_gcu(LAZY, f"--resume={first.path}", "--epochs=3", device="cpu").run) == losses(again.run)
+    resumed = on_gcu(LAZY, f"--resume={first.path}", "--epochs=3")
+    assert resumed.code == 0, resumed.err
+    assert len(losses(resumed.run)) == 2 * (STEPS + 1)
+    assert losses(on_gcu(LAZY, f"--resume={first.path}", "--epochs=3", device="cpu").run) == losses(resumed.run)
 
 
 @pytest.mark.parametrize(
-    ("double", "variables", "words"),
+    ("double", "variables", "phrases"),
     [
         pytest.param(LAZY, {"VGGLAB_DOUBLE_CARDS": "0"}, ["finds no card", "driver"], id="lazy-no-cards"),
         pytest.param(EAGER, {"VGGLAB_SIM_CARDS": "0"}, ["finds no card", "driver"], id="no-driver", marks=needs_sim),
@@ -183,61 +183,61 @@ def test_checkpoints_come_and_go_between_card_and_cpu(on_gcu):
         pytest.param(EAGER, {"TOPS_VISIBLE_DEVICES": "-1"}, ["hides every card"], id="hidden", marks=needs_sim),
     ],
 )
-def test_no_cards_is_one_line_and_under_auto_a_warning(on_gcu, double, variables, words):
+def test_no_cards_is_a_one_line_error_and_a_warning_with_auto(on_gcu, double, variables, phrases):
     outcome = on_gcu(double, **variables)
     assert (outcome.code, outcome.run, len(outcome.err.strip().splitlines())) == (2, None, 1)
-    assert all(word in outcome.err for word in ["--device gcu: ", *words])
+    assert all(phrase in outcome.err for phrase in ["--device gcu: ", *phrases])
     fallback = on_gcu(double, device="auto", **variables)
     assert fallback.run.config["device"] != "gcu"
     assert any("--device auto selected" in event["text"] for event in fallback.run.events("warning"))
 
 
-# What a careless change would do, and which double says no. Each is applied to a copy of the package.
+# Careless changes, each with the double that must detect it and its message. They are made in a copy of the package.
 MUTATIONS = {
-    "a bare optimizer.step() on lazy": (
+    "bare optimizer.step() on lazy": (
         LAZY,
         "devices/gcu_lazy.py",
         "self._gcu.optimizer_step(optimizer, list(outputs), model=model, mode=self._mode)",
         "optimizer.step()",
         "bare optimizer.step()",
     ),
-    "a loss.item() before the flush": (
+    "loss.item() before the flush": (
         LAZY,
         "trainer.py",
         "        device.step(self.optimizer, self.model, [loss, logits])\n",
         "        loss.item()\n        device.step(self.optimizer, self.model, [loss, logits])\n",
         "between the forward pass and the flush",
     ),
-    "the loss left out of the outputs": (
+    "loss missing from the outputs": (
         LAZY,
         "trainer.py",
         "device.step(self.optimizer, self.model, [loss, logits])",
         "device.step(self.optimizer, self.model, [logits])",
         "not among the outputs",
     ),
-    "no model named": (LAZY, "devices/gcu_lazy.py", "list(outputs), model=model,", "list(outputs),", "without model"),
-    "torch's own DDP on lazy": (
+    "model not passed": (LAZY, "devices/gcu_lazy.py", "list(outputs), model=model,", "list(outputs),", "without model"),
+    "torch's DDP on lazy": (
         LAZY,
         "devices/gcu_lazy.py",
         "self._gcu.nn.parallel.DistributedDataParallel(\n            network, device_ids=[",
         "nn.parallel.DistributedDataParallel(\n            network, device_ids=[",
         "torch's own DistributedDataParallel",
     ),
-    "torch's own sampler on lazy": (
+    "torch's sampler on lazy": (
         LAZY,
         "devices/gcu_lazy.py",
         "self.sampler = torch_gcu.utils",
         "self.sampler = torch.utils",
         "torch's own DistributedSampler",
     ),
-    "waiting for each graph under DDP": (
+    "SAFEASYNC with DDP": (
         LAZY,
         "devices/gcu_lazy.py",
         "JitRunMode.ASYNC if",
         "JitRunMode.SAFEASYNC if",
         "Enflame's scripts use",
     ),
-    "weights left out of unlazy": (LAZY, "devices/gcu_lazy.py", "[*kept, *outputs]", "[*outputs]", "leaves out"),
+    "weights missing from unlazy": (LAZY, "devices/gcu_lazy.py", "[*kept, *outputs]", "[*outputs]", "leaves out"),
     "gradients kept in the graph": (
         LAZY,
         "trainer.py",
@@ -273,14 +273,14 @@ MUTATIONS = {
         "labels.int().to(self._torch_device",
         "Int",
     ),
-    "a forgotten move": (
+    "batch not moved to the card": (
         EAGER,
         "devices/base.py",
         "yield self.move(batch.images, batch.labels)",
         "yield batch.images, batch.labels",
         "all tensors to be on the same device",
     ),
-    "the card chosen after joining": (
+    "device not set before init": (
         EAGER,
         "devices/gcu_eager.py",
         "self._gcu.set_device(self.local_rank)",
@@ -288,21 +288,21 @@ MUTATIONS = {
         "must come before init_process_group",
     ),
 }
-NEEDS_RANKS = ("DDP", "joining")
+NEEDS_RANKS = ("DDP", "init")  # parts of the names of the changes
 NEEDS_AMP = ("unlazy",)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_careless_change_is_caught(on_gcu, tmp_path, name):
-    double, file, old, new, complaint = MUTATIONS[name]
+def test_a_careless_change_is_detected(on_gcu, tmp_path, name):
+    double, file, old, new, message = MUTATIONS[name]
     if double is EAGER and not CAN_SIMULATE:
         pytest.skip("the eager double computes on the simulated card")
     shutil.copytree(PROJECT / "vgglab", tmp_path / "changed/vgglab")
     source = tmp_path / "changed/vgglab" / file
-    assert source.read_text().count(old) >= 1, "the line has changed: mutate it as it is now"
+    assert source.read_text().count(old) >= 1, "the source has changed: update this mutation"
     source.write_text(source.read_text().replace(old, new))
     flags = ["--amp"] if any(word in name for word in NEEDS_AMP) else []
     num_ranks = 2 if any(word in name for word in NEEDS_RANKS) else 1
     outcome = on_gcu(double, *flags, num_ranks=num_ranks, package=tmp_path / "changed")
     assert outcome.code == 1
-    assert complaint in outcome.err
+    assert message in outcome.err

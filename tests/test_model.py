@@ -1,4 +1,4 @@
-"""vgglab.model against torchvision's and the paper's figures."""
+"""vgglab.model compared with torchvision and the paper."""
 
 import os
 
@@ -16,19 +16,19 @@ PAPER_MILLIONS = {"vgg11": 133, "vgg13": 133, "vgg16": 138, "vgg19": 144}
 
 
 def randomised(model):
-    """Every parameter and buffer drawn, running variances positive: no layer is an identity."""
+    """Randomise all parameters and buffers, so that no layer is an identity; running variances stay positive."""
     generator = torch.Generator().manual_seed(1)
     for name, value in model.state_dict().items():
         if name.endswith("num_batches_tracked"):
             continue
-        drawn = torch.empty_like(value).uniform_(-0.1, 0.1, generator=generator)
-        value.copy_(drawn.abs() + 0.5 if name.endswith("running_var") else drawn)
+        values = torch.empty_like(value).uniform_(-0.1, 0.1, generator=generator)
+        value.copy_(values.abs() + 0.5 if name.endswith("running_var") else values)
     return model.eval()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_same_weights_give_the_same_logits_as_torchvision(name, monkeypatch):
-    for layer in (torch.nn.Conv2d, torch.nn.Linear):  # what PyTorch would draw first is overwritten
+    for layer in (torch.nn.Conv2d, torch.nn.Linear):  # skip PyTorch's initialisation, since it is overwritten
         monkeypatch.setattr(layer, "reset_parameters", lambda _: None)
     theirs = randomised(getattr(torchvision.models, name)(init_weights=False))
     ours = models.build(name, init_weights=False).eval()
@@ -41,18 +41,18 @@ def test_same_weights_give_the_same_logits_as_torchvision(name, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "millions"), PAPER_MILLIONS.items())
-def test_parameter_counts_are_the_papers(name, millions):
+def test_parameter_counts_match_the_paper(name, millions):
     count = sum(p.numel() for p in models.build(name, init_weights=False).parameters())
     assert round(count / 1e6) == millions
 
 
 @pytest.mark.parametrize("name", models.CONFIGURATIONS)
-def test_each_configuration_halves_the_image_as_often_as_the_head_expects(name):
-    """The adaptive pooling would hide another number."""
+def test_each_configuration_has_the_stride_that_the_head_expects(name):
+    """The adaptive pooling would hide a mismatch."""
     assert 2 ** models.CONFIGURATIONS[name].count("M") == models.FEATURE_STRIDE
 
 
-def test_the_small_head_does_not_pay_for_the_large_layer():
+def test_the_small_head_omits_the_large_linear_layer():
     assert models.head_for(32) == "small"
     assert models.head_for(224) == "imagenet"
     small = models.vgg16(num_classes=10, head="small")
@@ -61,7 +61,7 @@ def test_the_small_head_does_not_pay_for_the_large_layer():
     assert in_classifier < 0.01 * 25088 * 4096
 
 
-def test_the_eight_functions_are_the_eight_names():
+def test_each_model_name_has_a_function_with_that_architecture():
     assert models.model_names() == list(MODELS)
     for name in MODELS:
         network = getattr(models, name)(num_classes=3, head="small", dropout_rate=0.25, init_weights=False)
@@ -72,7 +72,7 @@ def test_the_eight_functions_are_the_eight_names():
         assert {m.p for m in network.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
 
 
-def test_initial_weights_match_torchvisions_in_spread():
+def test_initial_weights_have_torchvisions_standard_deviation():
     theirs = torchvision.models.vgg11(num_classes=10).state_dict()
     ours = models.vgg11(num_classes=10).state_dict()
     for name, value in theirs.items():
@@ -82,8 +82,8 @@ def test_initial_weights_match_torchvisions_in_spread():
             assert not ours[name].any()
 
 
-def test_a_seed_gives_the_same_initial_weights_whatever_the_processor_can():
-    """In float32, PyTorch's normal numbers depend on the vector instructions; read when torch is imported."""
+def test_a_seed_gives_the_same_initial_weights_on_any_processor():
+    """PyTorch's normal float32 numbers depend on the vector instructions, which are detected when torch is imported."""
     code = (
         "import hashlib, torch; from vgglab import model; torch.manual_seed(1)\n"
         "weights = model.vgg11(num_classes=10, head='small').state_dict().values()\n"
@@ -97,18 +97,18 @@ def test_a_seed_gives_the_same_initial_weights_whatever_the_processor_can():
     assert printed[0] == printed[1]
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones():
+def test_an_unknown_name_is_refused_with_a_list_of_names():
     with pytest.raises(UserError, match=r"vgg12.*vgg11, vgg11_bn"):
         models.build("vgg12")
     with pytest.raises(UserError):
         models.build("vgg16_bn_bn")
 
 
-def test_without_network_pretrained_says_what_to_put_where(monkeypatch):
-    def unplugged(*_args, **_options):
+def test_pretrained_without_internet_explains_the_manual_download(monkeypatch):
+    def fail_to_download(*_args, **_options):
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", unplugged)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail_to_download)
     with pytest.raises(
         UserError,
         match=r"--pretrained: cannot download the weights of vgg13.*put the file vgg13-\w+\.pth into .*checkpoints",

@@ -1,4 +1,4 @@
-"""The same training as a plain torchvision loop: same weights, same batches, same recipe, same losses."""
+"""Training matches a plain torchvision loop: same weights, same batches, same recipe, same losses."""
 
 from dataclasses import replace
 
@@ -19,18 +19,18 @@ NUM_STEPS, EPOCHS = 50, 13  # 4 steps an epoch
 FLAGS = ("--init=kaiming", "--lr=0.1", "--warmup=3", f"--epochs={EPOCHS}", "--wd=0.0005", "--seed=3", "--print-freq=1")
 
 
-def rate_by_the_seeds_formula(epoch):
+def original_learning_rate(epoch):
     base = 0.1 * 4 / 256
     return base * (epoch + 1) / 3 if epoch < 3 else base
 
 
 def losses_of_a_plain_loop(config):
-    """Nothing of the kit's but the order of the images, their crops and the first weights."""
+    """Train without vgglab, except for the order of the images, their crops and the initial weights."""
     sets = open_sets(config)
     torch.manual_seed(3)
     ours = build("vgg11", num_classes=3, head="small", dropout_rate=0.0)
     model = torchvision.models.vgg11(num_classes=3, init_weights=False)
-    # Its classifier is 4096 wide, 120 million weights; for images of 32 pixels 512 will do.
+    # Its classifier is 4096 wide (120 million weights); for images of 32 pixels, 512 is enough.
     model.avgpool = nn.AdaptiveAvgPool2d((1, 1))
     model.classifier[0], model.classifier[3], model.classifier[6] = (
         nn.Linear(512, 512),
@@ -48,7 +48,7 @@ def losses_of_a_plain_loop(config):
     batches = train_batches(sets, config, open_device("cpu"))
     for epoch in range(EPOCHS):
         for group in optimizer.param_groups:
-            group["lr"] = rate_by_the_seeds_formula(epoch)
+            group["lr"] = original_learning_rate(epoch)
         for batch in batches.epoch(epoch):
             images = normalise(batch.images.permute(0, 3, 1, 2).contiguous().float() / 255)
             loss = loss_of(model(images), batch.labels)
@@ -59,7 +59,7 @@ def losses_of_a_plain_loop(config):
     return losses[:NUM_STEPS]
 
 
-def test_fifty_steps_are_those_of_a_plain_torchvision_loop(train, images):
+def test_fifty_steps_match_a_plain_torchvision_loop(train, images):
     run = train(*FLAGS).run
     ours = [event["loss"] for event in run.events("train")][:NUM_STEPS]
     config = parse_flags(

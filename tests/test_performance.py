@@ -1,4 +1,4 @@
-"""The fast path, the clock of the loop and its parts, and the benchmark of steps."""
+"""``--fast`` and its parts, step timing, host reads and traces, and the step benchmark."""
 
 import json
 import multiprocessing
@@ -30,29 +30,29 @@ from vgglab.runs.run import has_run_files
 from vgglab.storage.cache import use_private_temporary_folder
 from vgglab.view import results
 
-has_fused = pytest.mark.skipif("fused" not in torch.optim.SGD.__init__.__code__.co_varnames, reason="torch before 2.3")
+needs_fused = pytest.mark.skipif("fused" not in torch.optim.SGD.__init__.__code__.co_varnames, reason="needs torch 2.3")
 
 
 def losses(run):
     return [event["loss"] for event in run.events("train")]
 
 
-@has_fused
-def test_fast_is_recorded_part_by_part_and_trains_the_same_thing(train):
+@needs_fused
+def test_fast_records_each_part_and_gives_similar_losses(train):
     plain, fast = (train("--seed=1", "--print-freq=1", *flags).run for flags in ((), ("--fast",)))
     report = fast.report()
     assert (report["channels_last"], report["fused"]) == (True, True)
     assert (fast.config["channels_last"], fast.config["fused"]) == (True, True)
-    assert report["amp_dtype"] in ("bfloat16", None)  # None: a CPU that would only emulate it
+    assert report["amp_dtype"] in ("bfloat16", None)  # None: a CPU that could only emulate it
     assert [plain.report()[name] for name in ("channels_last", "fused", "compiled", "amp_dtype")] == [False] * 3 + [
         None
     ]
     assert losses(fast) == pytest.approx(losses(plain), rel=0.05)
 
 
-@has_fused
+@needs_fused
 @pytest.mark.parametrize("flag", ["--channels-last", "--fused"])
-def test_each_part_has_its_own_flag_and_only_rounds_otherwise(train, flag):
+def test_each_part_of_fast_has_a_flag_and_differs_only_by_rounding(train, flag):
     flags = ("--seed=1", "--print-freq=1", "--dropout-rate=0")
     plain, changed = (train(*flags, *more).run for more in ((), (flag,)))
     assert losses(changed) == pytest.approx(losses(plain), rel=1e-4)
@@ -60,36 +60,36 @@ def test_each_part_has_its_own_flag_and_only_rounds_otherwise(train, flag):
     assert changed.report()["amp_dtype"] is None
 
 
-def test_a_part_of_fast_can_be_left_out(train):
+def test_a_part_of_fast_can_be_turned_off(train):
     run = train("--fast", "--no-channels-last", "--no-fused").run
     assert (run.report()["channels_last"], run.report()["fused"]) == (False, False)
 
 
 @pytest.mark.paper_widths
-def test_the_weights_of_a_channels_last_run_are_read_like_any_other(train):
+def test_channels_last_checkpoints_load_without_channels_last(train):
     run = train("--channels-last").run
     weights = load_tensors(run.checkpoint("last"))["model"]
     assert weights["features.3.weight"].shape == (128, 64, 3, 3)
-    again = train("--test-only", f"--resume={run.path}", "--no-channels-last").run
-    assert again.events("eval")[0]["acc1"] == run.events("eval")[-1]["acc1"]
+    evaluated = train("--test-only", f"--resume={run.path}", "--no-channels-last").run
+    assert evaluated.events("eval")[0]["acc1"] == run.events("eval")[-1]["acc1"]
 
 
 @needs_sim
 @pytest.mark.parametrize("flag", ["--channels-last", "--fused", "--compile"])
-def test_a_card_that_promises_none_of_it_says_so(refused, flag):
+def test_unsupported_speed_flags_are_refused(refused, flag):
     assert f"{flag}: not supported on gcu-sim" in refused("--device=gcu-sim", flag)
 
 
 @pytest.mark.long  # the compiler takes half a minute
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of networks needs g++")
-def test_what_a_compiled_run_keeps_is_not_where_others_can_put_it(images, tmp_path):
-    """PyTorch keeps compiled code below the temporary folder, by the user's name, and loads what it finds there."""
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+def test_compiled_code_is_cached_in_a_private_folder(images, tmp_path):
+    """By default, PyTorch caches compiled code in the shared temporary folder, and loads what it finds there."""
     shared, cache = tmp_path / "shared", tmp_path / "cache"
     shared.mkdir()
-    words = ["--compile", "--training-step-per-epoch=1", "--eval-step-per-epoch=1", f"--data-path={images}"]
+    args = ["--compile", "--training-step-per-epoch=1", "--eval-step-per-epoch=1", f"--data-path={images}"]
     environment = {**os.environ, "TMPDIR": str(shared), "VGGLAB_CACHE": str(cache)}
-    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # PyTorch does not keep all of it there
-    result = shell("python", "-m", "vgglab.train", *TINY, *words, f"--run-dir={tmp_path / 'run'}", env=environment)
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # does not apply to everything that PyTorch caches
+    result = shell("python", "-m", "vgglab.train", *TINY, *args, f"--run-dir={tmp_path / 'run'}", env=environment)
     assert result.returncode == 0, result.stderr
     assert Run(tmp_path / "run").report()["compiled"] is True
     assert list((cache / "temporary").glob("torchinductor*/**/*.so"))
@@ -97,9 +97,9 @@ def test_what_a_compiled_run_keeps_is_not_where_others_can_put_it(images, tmp_pa
     assert list(shared.glob("torchinductor*")) == []
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to give a folder away")
-def test_the_temporary_folder_of_the_compiler_is_nobody_elses(tmp_path, monkeypatch):
-    """Root may change the mode of any folder, and its owner stays the same."""
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, for chown")
+def test_a_compiler_cache_owned_by_another_user_is_refused(tmp_path, monkeypatch):
+    """For root, chmod succeeds, but does not change the owner."""
     monkeypatch.setenv("VGGLAB_CACHE", str(tmp_path))
     (tmp_path / "temporary").mkdir()
     os.chown(tmp_path / "temporary", 65534, 65534)
@@ -108,13 +108,13 @@ def test_the_temporary_folder_of_the_compiler_is_nobody_elses(tmp_path, monkeypa
 
 
 @needs_sim
-def test_fast_on_a_gcu_is_its_mixed_precision(images, tmp_path):
+def test_fast_on_a_gcu_enables_mixed_precision(images, tmp_path):
     run = run_ranks(tmp_path, images, "gcu-sim", 1, "--fast")
     assert run.report()["amp_dtype"] == "float16"
     assert run.report()["step_seconds_p50"] is None  # a simulated card has no speed
 
 
-def test_each_step_is_timed_and_the_first_since_the_start_of_the_process(images, tmp_path):
+def test_steps_are_timed_and_the_first_includes_process_startup(images, tmp_path):
     # As if importing torch took 1000 s.
     code = "import sys; from vgglab.dist import ranks; ranks.PROCESS_STARTED -= 1000\n"
     code += "from vgglab.train import main; main(sys.argv[1:])"
@@ -134,92 +134,92 @@ def test_each_step_is_timed_and_the_first_since_the_start_of_the_process(images,
     assert report["step_seconds_p50"] <= report["step_seconds_p90"] <= report["step_seconds_p99"]
 
 
-def test_uneven_steps_are_remarked_upon():
+def test_unsteady_step_times_are_reported():
     def remark(*intervals):
         speed = SpeedStatistics()
         for step_seconds in intervals:
-            figures = {"interval_steps": len(step_seconds), "interval_images": 1, "interval_seconds": sum(step_seconds)}
-            more = {"is_measured": True, "images_per_second": 1.0, "data_seconds": 0.0, "step_seconds": step_seconds}
-            speed.add({**figures, **more})
+            counts = {"interval_steps": len(step_seconds), "interval_images": 1, "interval_seconds": sum(step_seconds)}
+            timing = {"is_measured": True, "images_per_second": 1.0, "data_seconds": 0.0, "step_seconds": step_seconds}
+            speed.add({**counts, **timing})
         return steadiness_warning(speed.step_statistics())
 
     assert remark([0.1] * 10, [0.11] * 10) == ""
     assert remark([0.1] * 17, [0.3] * 3).startswith(
         "step times are not steady: 10 % of the 20 measured steps took 3.00 x the median"
     )
-    assert remark([0.1] * 5 + [9.0]) == ""  # too few to say
+    assert remark([0.1] * 5 + [9.0]) == ""  # too few steps to judge
 
 
-def test_timers_show_a_slow_loader(train, monkeypatch):
+def test_timers_reveal_a_slow_loader(train, monkeypatch):
     from vgglab.data import loader
 
     flags = ("--timers", "--print-freq=1", "--skip-steps=0", "--epochs=2")
     run = train(*flags).run
     original, clock, slept = loader.BatchReader.__getitem__, time.perf_counter, []
 
-    def read_for_1000_seconds(*args):  # by the clock that the loop looks at
+    def read_for_1000_seconds(*args):  # by the clock that the loop reads
         slept.append(1000)
         return original(*args)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + sum(slept))
     monkeypatch.setattr(loader.BatchReader, "__getitem__", read_for_1000_seconds)
     slow = train(*flags).run
-    usual, waiting = (one.report()["phase_seconds"] for one in (run, slow))
-    assert list(usual) == list(PHASES)
-    assert waiting["data"] > 1000 > usual["data"]
+    normal_seconds, slow_seconds = (one.report()["phase_seconds"] for one in (run, slow))
+    assert list(normal_seconds) == list(PHASES)
+    assert slow_seconds["data"] > 1000 > normal_seconds["data"]
     for event in run.events("train"):
         assert sum(event["phase_seconds"].values()) == pytest.approx(event["interval_seconds"], rel=0.2)
     assert train().run.report()["phase_seconds"] is None
 
 
-def test_with_timers_two_ranks_average_the_same_gradients(images, tmp_path):
+def test_timers_do_not_change_the_losses_of_two_ranks(images, tmp_path):
     flags = ["--dropout-rate=0", "--lr=0.05", "--skip-steps=0"]
-    usual, timed = (run_ranks(tmp_path, images, "cpu", 2, *flags, *more) for more in ([], ["--timers"]))
-    assert losses(timed) == pytest.approx(losses(usual), rel=1e-6)
+    plain, timed = (run_ranks(tmp_path, images, "cpu", 2, *flags, *more) for more in ([], ["--timers"]))
+    assert losses(timed) == pytest.approx(losses(plain), rel=1e-6)
     assert timed.report()["phase_seconds"]["all_reduce"] > 0
 
 
-def words_in(figure):
+def texts_in(figure):
     return [text.get_text() for panel in figure.axes for text in [*panel.texts, *panel.get_yticklabels()]]
 
 
-def test_a_hidden_item_in_the_loop_is_seen_in_the_picture_by_its_line(train, monkeypatch):
+def test_the_figure_names_the_line_of_an_extra_host_read(train, monkeypatch):
     from vgglab import trainer
     from vgglab.view.figures import where_time_goes
 
     flags = ("--timers", "--print-freq=2", "--skip-steps=0", "--epochs=2")
-    usual = train(*flags).run
+    plain = train(*flags).run
     original = trainer.normalised
 
     def normalised(*args):
         images = original(*args)
-        images.sum().item()  # hidden
+        images.sum().item()  # a hidden host read
         return images
 
     monkeypatch.setattr(trainer, "normalised", normalised)
     hidden = train(*flags).run
     line = normalised.__code__.co_firstlineno + 2
-    # A log line has its own, once for all it shows.
-    [(place, number)] = usual.report()["host_reads"].items()
-    assert (place.split(":")[0], number) == ("pace.py", 0.5)
-    assert hidden.report()["host_reads"] == {place: 0.5, f"test_performance.py:{line}": 1.0}
-    figure = where_time_goes([usual, hidden], ["usual", "hidden"])
+    # Each log line reads from the device once, for all its metrics.
+    [(location, reads_per_step)] = plain.report()["host_reads"].items()
+    assert (location.split(":")[0], reads_per_step) == ("pace.py", 0.5)
+    assert hidden.report()["host_reads"] == {location: 0.5, f"test_performance.py:{line}": 1.0}
+    figure = where_time_goes([plain, hidden], ["plain", "hidden"])
     assert len(figure.png()) > 5000
-    [remark] = [text for text in words_in(figure) if "host waits" in text]
+    [remark] = [text for text in texts_in(figure) if "host waits" in text]
     assert f"1 per step at test_performance.py:{line}" in remark
 
 
-def test_what_is_counted_is_left_as_it_was(train):
+def test_counting_host_reads_restores_the_tensor_methods(train):
     before = {name: getattr(torch.Tensor, name) for name in ("item", "cpu", "__bool__")}
     train("--timers")
     assert before == {name: getattr(torch.Tensor, name) for name in before}
 
 
-def test_the_layout_stands_beside_a_bar(train):
+def test_each_bar_is_labelled_with_the_memory_layout(train):
     from vgglab.view.figures import where_time_goes
 
     runs = [train("--timers", "--skip-steps=0", *flags).run for flags in ((), ("--channels-last",))]
-    text = "\n".join(words_in(where_time_goes(runs)))
+    text = "\n".join(texts_in(where_time_goes(runs)))
     assert "batch 4, float32,\nchannels first" in text
     assert "channels last" in text
 
@@ -232,18 +232,18 @@ def test_a_trace_is_written_on_request(train, skipped):
     assert not (train().run.path / "trace.json").exists()
 
 
-def test_a_run_that_is_asked_to_leave_while_it_is_traced_leaves_its_trace(images, tmp_path):
-    """It was taken down by a segmentation fault."""
-    words = [sys.executable, "-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}"]
-    words += ["--epochs=1000", "--trace=100000", "--skip-steps=1", "--print-freq=1"]
-    process = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_a_run_terminated_while_tracing_writes_its_trace(images, tmp_path):
+    """It used to crash with a segmentation fault."""
+    args = [sys.executable, "-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}"]
+    args += ["--epochs=1000", "--trace=100000", "--skip-steps=1", "--print-freq=1"]
+    process = subprocess.Popen(args, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: has_run_files(tmp_path / "run") and len(Run(tmp_path / "run").events("train")) > 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(MAX_WAIT_SECONDS) == 75
     assert (tmp_path / "run" / "trace.json").exists()
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="Linux")
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux")
 def test_freed_memory_is_kept():
     code = (
         "import ctypes, resource; from vgglab.devices.memory import keep_freed_memory\n"
@@ -251,18 +251,18 @@ def test_freed_memory_is_kept():
         "libc.malloc.restype, libc.free.argtypes, libc.memset.argtypes = ctypes.c_void_p, [ctypes.c_void_p], "
         "[ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]\n"
         "faults = []\n"
-        "for turn in range(3):\n"
+        "for _ in range(3):\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    block = libc.malloc(ctypes.c_size_t(2**26)); libc.memset(block, 1, 2**26); libc.free(block)\n"
         "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
         "print(kept, faults[2] < 100 < faults[0])\n"
     )
-    wanted = "True" if keep_freed_memory() else "False"
-    assert shell("python", "-c", code).stdout.split() == [wanted, wanted]
+    expected = "True" if keep_freed_memory() else "False"
+    assert shell("python", "-c", code).stdout.split() == [expected, expected]
 
 
-def test_bench_step_goes_in_turns_and_leaves_a_run_directory(tmp_path):
-    words = [
+def test_bench_step_interleaves_modes_and_writes_a_run_directory(tmp_path):
+    args = [
         "python",
         "-m",
         "vgglab.bench",
@@ -272,78 +272,76 @@ def test_bench_step_goes_in_turns_and_leaves_a_run_directory(tmp_path):
         "--batch-size=2",
         "--device=cpu",
     ]
-    words += ["--turns=2", f"--output-dir={tmp_path}"]
-    result = shell(*words, "--ways=float32,bare", "--against=torchvision", "--json")
+    args += ["--turns=2", f"--output-dir={tmp_path}"]
+    result = shell(*args, "--ways=float32,bare", "--against=torchvision", "--json")
     assert result.returncode == 0, result.stderr
-    figures = json.loads(result.stdout.splitlines()[-1])
-    assert {"images_per_second", "reference_images_per_second", "ratio"} <= set(figures)
-    assert [row["way"] for row in figures["all"]] == ["float32", "bare", "torchvision"]
-    assert all(row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1] for row in figures["all"])
-    flop = {row["way"]: row["flop_per_image"] for row in figures["all"]}
-    # Its wide classifier, also for small images.
+    output = json.loads(result.stdout.splitlines()[-1])
+    assert {"images_per_second", "reference_images_per_second", "ratio"} <= set(output)
+    assert [row["way"] for row in output["all"]] == ["float32", "bare", "torchvision"]
+    assert all(row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1] for row in output["all"])
+    flop = {row["way"]: row["flop_per_image"] for row in output["all"]}
+    # torchvision keeps its wide classifier for small images.
     assert flop["torchvision"] > 1.5 * flop["float32"] == 1.5 * flop["bare"]
-    for row in figures["all"]:
-        done = row["images_per_second"] * row["flop_per_image"]
-        assert row["share_of_peak"] == pytest.approx(done / row["peak_flop_per_second"])
+    for row in output["all"]:
+        achieved = row["images_per_second"] * row["flop_per_image"]
+        assert row["share_of_peak"] == pytest.approx(achieved / row["peak_flop_per_second"])
     [path] = tmp_path.glob("runs/*")
     assert Run(path).status == "done"
     assert Run(path).env["simulated"] is False
-    assert json.loads((path / "bench.json").read_text())["results"] == figures["all"]
+    assert json.loads((path / "bench.json").read_text())["results"] == output["all"]
 
 
-@pytest.mark.parametrize("wrong", ["--ways=slow", "--batch-size=0", "--model=vgg12", "--turns=0", "--image-size=8"])
-def test_bench_step_refuses_in_one_line(tmp_path, capsys, wrong):
-    code = call("bench", ["step", "--model=vgg11", "--batch-size=2", "--device=cpu", f"--output-dir={tmp_path}", wrong])
+@pytest.mark.parametrize("flag", ["--ways=slow", "--batch-size=0", "--model=vgg12", "--turns=0", "--image-size=8"])
+def test_bench_step_refuses_bad_values_in_one_line(tmp_path, capsys, flag):
+    code = call("bench", ["step", "--model=vgg11", "--batch-size=2", "--device=cpu", f"--output-dir={tmp_path}", flag])
     assert (code, len(capsys.readouterr().err.strip().splitlines())) == (2, 1)
     assert not list(tmp_path.glob("runs/*"))
 
 
-def _die_with_a_request_unread(connection, way, flags):
+def _die_with_unread_request(connection, mode, flags):
     connection.send(step.Ready({}, step.Network("vgg11", 10, 32, "small", False), 1))
     connection.poll(MAX_WAIT_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_benchmark_process_that_is_killed_with_a_request_unread_is_out_of_memory(monkeypatch):
-    """It was a ConnectionResetError with its traceback."""
+def test_a_benchmark_process_killed_with_an_unread_request_is_out_of_memory(monkeypatch):
+    """It used to end with the traceback of a ConnectionResetError."""
     monkeypatch.setattr(step, "CONTEXT", multiprocessing.get_context("fork"))
-    monkeypatch.setattr(step, "serve", _die_with_a_request_unread)
+    monkeypatch.setattr(step, "serve", _die_with_unread_request)
     child = step.Child(step.PLAIN, [])
     with pytest.raises(step.DoesNotFit, match="its process was killed"):
         child.steps(1)
 
 
-def test_the_help_of_bench_step_names_the_usual_ways():
-    [steps] = (action for action in bench_parser()._actions if action.dest == "subject")
-    [ways] = (action for action in steps.choices["step"]._actions if action.dest == "ways")
-    assert re.findall(r"[a-z0-9-]+", ways.help.partition("default: ")[2].replace(" and ", ", ")) == list(
-        step.DEFAULT_MODES
-    )
+def test_bench_step_help_lists_the_default_modes():
+    [subcommand] = (action for action in bench_parser()._actions if action.dest == "subject")
+    [option] = (action for action in subcommand.choices["step"]._actions if action.dest == "ways")
+    assert re.findall(r"[a-z0-9-]+", option.help.partition("default: ")[2].replace(" and ", ", ")) == list(step.DEFAULT_MODES)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
-    """In a process with little memory: what was found has been computed, and what is a little larger cannot be."""
+    """In a process with little memory, the reported batch size works and twice that size does not."""
     import resource
 
     code = "import vgglab.trainer, vgglab.commands.bench\n"
     code += "print(open('/proc/self/status').read().split('VmSize:')[1].split()[0])"
     limit = (int(python("-c", code).stdout) + 400_000) * 1024
     options = {"preexec_fn": partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))}
-    # Each attempt runs in a process; forked ones start faster.
+    # Each attempt runs in a separate process; forked processes start faster.
     code = "import multiprocessing, sys; from vgglab.commands import call; from vgglab.lab.bench import step\n"
     code += "step.CONTEXT, step.TOLERANCE = multiprocessing.get_context('fork'), 1 / 2\n"
     code += "sys.exit(call('bench'))"
-    words = ["-c", code, "step", "--model=vgg11", "--image-size=64", "--device=cpu", "--turns=1"]
-    words += ["--ways=float32", f"--output-dir={tmp_path}"]
-    result = python(*words, "--batch-size=max", "--json", **options)
+    args = ["-c", code, "step", "--model=vgg11", "--image-size=64", "--device=cpu", "--turns=1"]
+    args += ["--ways=float32", f"--output-dir={tmp_path}"]
+    result = python(*args, "--batch-size=max", "--json", **options)
     assert result.returncode == 0, result.stderr
     [row] = json.loads(result.stdout.splitlines()[-1])["all"]
     assert row["ratio"] is None
     assert row["images_per_second"] > 0
-    too_many = python(*words, f"--batch-size={2 * row['batch_size']}", **options)
-    assert (too_many.returncode, too_many.stderr.count("\n")) == (2, 1), too_many.stderr
-    assert "out of memory" in too_many.stderr
+    too_large = python(*args, f"--batch-size={2 * row['batch_size']}", **options)
+    assert (too_large.returncode, too_large.stderr.count("\n")) == (2, 1), too_large.stderr
+    assert "out of memory" in too_large.stderr
     [found] = results.collect([tmp_path / "runs"])
     assert (found.batch_size, found.plain_ratio) == (row["batch_size"], None)
     assert found.share_of_peak == row["share_of_peak"] > 0

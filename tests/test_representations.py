@@ -1,4 +1,4 @@
-"""What a cell shows of a run, a report, a plan and a comparison: the figures, escaped, and in plain text too."""
+"""Runs, reports, plans and comparisons in a notebook: their metrics as escaped HTML and as text. Status and stop."""
 
 import contextlib
 import json
@@ -33,36 +33,36 @@ def run(train, tmp_path):
     return Run(path)
 
 
-def rewrite(file, before, after):
+def replace_in(file, old, new):
     text = file.read_text()
-    assert before in text
-    file.write_text(text.replace(before, after))
+    assert old in text
+    file.write_text(text.replace(old, new))
 
 
-def test_a_run_is_a_card(run):
-    report, card = run.report(), run._repr_html_()
-    for figure in ("done", "vgg11", f"{report['acc1']:.2f}", f"{report['images_per_second']:,.1f} images/s"):
-        assert f">{figure}</td>" in card
-    assert "&lt;i&gt;runs/one" in card
-    assert "<i>" not in card
+def test_a_run_is_displayed_with_its_metrics(run):
+    report, page = run.report(), run._repr_html_()
+    for value in ("done", "vgg11", f"{report['acc1']:.2f}", f"{report['images_per_second']:,.1f} images/s"):
+        assert f">{value}</td>" in page
+    assert "&lt;i&gt;runs/one" in page
+    assert "<i>" not in page
     assert repr(run) == f"Run({str(run.path)!r})  # done"
 
 
-def test_the_card_of_a_simulated_card_has_no_speed(run):
-    rewrite(run.path / "env.json", '"simulated": false', '"simulated": true')
-    card = run._repr_html_()
-    assert "simulated card, no speed" in card
-    assert "images/s" not in card
+def test_a_run_on_a_simulated_card_is_displayed_without_speed(run):
+    replace_in(run.path / "env.json", '"simulated": false', '"simulated": true')
+    page = run._repr_html_()
+    assert "simulated card, no speed" in page
+    assert "images/s" not in page
 
 
-def test_a_run_that_has_only_begun_has_a_card(tmp_path):
+def test_a_starting_run_is_displayed(tmp_path):
     (tmp_path / "launch.json").write_text('{"host": "elsewhere", "pid": 1}')
-    card = Run(tmp_path)._repr_html_()
-    assert ">starting</td>" in card
-    assert str(tmp_path) in card
+    page = Run(tmp_path)._repr_html_()
+    assert ">starting</td>" in page
+    assert str(tmp_path) in page
 
 
-def test_a_report_stays_a_dict(run):
+def test_a_report_is_also_a_dict(run):
     report = run.report()
     plain = build_report(run)
     assert type(plain) is dict
@@ -71,8 +71,8 @@ def test_a_report_stays_a_dict(run):
     assert {**report} == plain
 
 
-def test_a_report_shows_every_figure(run):
-    rewrite(run.path / "env.json", '"hardware": ', f'"hardware": "{ODD}", "was": ')
+def test_a_report_shows_every_metric(run):
+    replace_in(run.path / "env.json", '"hardware": ', f'"hardware": "{ODD}", "was": ')
     report = run.report()
     text, page = repr(report), report._repr_html_()
     for name in report:
@@ -86,7 +86,7 @@ def test_a_report_shows_every_figure(run):
     assert "{" not in text
 
 
-def test_a_plan_is_a_table():
+def test_a_plan_is_displayed_as_a_table():
     planned = plan_training(parse_flags(["--recipe=seed"]), images_per_second=590.0, ranks=8)
     for shown in (repr(planned), planned._repr_html_()):
         assert f"{planned.steps:,} with {planned.global_batch_size} images" in shown
@@ -98,7 +98,7 @@ def test_a_plan_is_a_table():
     assert ODD not in page
 
 
-def test_a_comparison_is_a_list(run, train):
+def test_a_comparison_is_displayed_as_a_list(run, train):
     other = train("--print-freq=1", "--skip-steps=0", "--lr=0.02").run
     found = compare_runs(run, other)
     assert "first difference: " in repr(found)
@@ -108,19 +108,19 @@ def test_a_comparison_is_a_list(run, train):
 
 @pytest.mark.parametrize("content", [b"{", b"", b"3", b"\xff\xfe"])
 @pytest.mark.parametrize("name", ["config.json", "env.json"])
-def test_a_damaged_run_stands_in_the_table_and_takes_no_other_along(run, name, content):
+def test_a_damaged_run_is_still_listed_in_the_table(run, name, content):
     from vgglab.view.summaries import runs_table
 
     (run.path / name).write_bytes(content)
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
-    (run.path / "events.jsonl").write_text("".join(events[:-1]))  # as if it were still going on
+    (run.path / "events.jsonl").write_text("".join(events[:-1]))  # as if it were still running
     table = repr(runs_table([run]))
     assert run.name in table
     assert run.name in run._repr_html_()
     assert run.name in repr(run)
 
 
-def test_the_accuracy_of_made_up_images_says_so(train):
+def test_accuracy_on_generated_images_is_labelled_as_such(train):
     from vgglab.view.live import progress_of, summary
     from vgglab.view.summaries import runs_table
 
@@ -130,48 +130,48 @@ def test_the_accuracy_of_made_up_images_says_so(train):
     assert "% of generated images" in summary(run, progress_of(run))
 
 
-@pytest.mark.parametrize("age_seconds", [3600, 0], ids=["left behind", "copied just now"])
-def test_another_process_with_the_number_of_a_run_that_was_killed_is_left_alone(run, age_seconds):
+@pytest.mark.parametrize("age_seconds", [3600, 0], ids=["old", "just copied"])
+def test_stop_does_not_end_a_process_with_the_pid_of_a_killed_run(run, age_seconds):
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
-    (run.path / "events.jsonl").write_text("".join(events[:-1]))  # killed: it never said how it ended
-    stranger = subprocess.Popen(["sleep", "60"])
+    (run.path / "events.jsonl").write_text("".join(events[:-1]))  # killed, so without an end event
+    unrelated = subprocess.Popen(["sleep", "60"])
     try:
         env = json.loads((run.path / "env.json").read_text())
-        (run.path / "env.json").write_text(json.dumps({**env, "pid": stranger.pid}))
+        (run.path / "env.json").write_text(json.dumps({**env, "pid": unrelated.pid}))
         os.utime(run.path / "env.json", (time.time() - age_seconds,) * 2)
         assert Run(run.path).status == "failed"
         Run(run.path).stop()
-        assert stranger.poll() is None
+        assert unrelated.poll() is None
     finally:
-        stranger.kill()
-        stranger.wait()
+        unrelated.kill()
+        unrelated.wait()
 
 
 @pytest.mark.parametrize("pid", [-1, 0, 1, True, "12", None, 10**30])
-def test_no_number_in_a_foreign_run_directory_makes_stop_send_a_signal(run, monkeypatch, pid):
-    """-1 stands for every process there is."""
+def test_stop_sends_no_signal_to_a_pid_from_a_foreign_run_directory(run, monkeypatch, pid):
+    """-1 means all processes."""
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
     (run.path / "events.jsonl").write_text("".join(events[:-1]))
     env = json.loads((run.path / "env.json").read_text())
-    began = identity(1)["process"] if pid in (1, True) else env["process"]
-    (run.path / "env.json").write_text(json.dumps({**env, "pid": pid, "process": began}))
+    start = identity(1)["process"] if pid in (1, True) else env["process"]
+    (run.path / "env.json").write_text(json.dumps({**env, "pid": pid, "process": start}))
     sent = []
-    monkeypatch.setattr(os, "kill", lambda *words: sent.append(words))
+    monkeypatch.setattr(os, "kill", lambda *args: sent.append(args))
     with contextlib.suppress(UserError):
         Run(run.path).stop()
-    assert [words for words in sent if words[1] != 0] == []
+    assert [args for args in sent if args[1] != 0] == []
 
 
 def test_a_copy_of_an_active_run_is_not_active(run):
-    """It said that it runs, for as long as the run that it was copied from."""
+    """It used to be shown as running for as long as the original run was active."""
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
     (run.path / "events.jsonl").write_text("".join(events[:-1]))
-    write_document(run.path / "env.json", {**run.env, **identity(os.getpid())})  # a process that lives, without a lock
+    write_document(run.path / "env.json", {**run.env, **identity(os.getpid())})  # a live process that holds no lock
     assert Run(run.path).status == "failed"
 
 
 def test_a_copy_of_a_launched_run_is_not_active(run, tmp_path):
-    """It said that it runs, for as long as the process that had launched the original."""
+    """It used to be shown as running for as long as the process that had launched the original was alive."""
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
     (run.path / "events.jsonl").write_text("".join(events[:-1]))
     launcher = {**identity(os.getpid()), "inode": inode_of(run.path)}
@@ -181,7 +181,7 @@ def test_a_copy_of_a_launched_run_is_not_active(run, tmp_path):
     assert Run(shutil.copytree(tmp_path / "renamed", tmp_path / "copied")).status == "failed"
 
 
-LOCKS = """
+HOLD_LOCK = """
 import sys, time
 from pathlib import Path
 from vgglab.storage.files import inode_of
@@ -192,94 +192,94 @@ time.sleep(600)
 """
 
 
-def test_a_lock_that_is_held_outside_the_container_is_not_free(tmp_path):
-    """Linux names no process there, and a run that is active would have failed."""
+def test_a_lock_held_outside_the_container_is_not_free(tmp_path):
+    """Linux reports no process for it, so an active run would be shown as failed."""
     unshare = ["unshare", "--pid", "--fork"]
     if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
-        pytest.skip("needs the right to make a process namespace")
+        pytest.skip("needs permission to create a process namespace")
     code = (
         "import sys; from pathlib import Path; from vgglab.storage.lock import holder; print(holder(Path(sys.argv[1])))"
     )
     lock = Lock(tmp_path / "lock")
-    asked = [*unshare, sys.executable, "-c", code, tmp_path / "lock"]
-    answer = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(PROJECT)})
+    command = [*unshare, sys.executable, "-c", code, tmp_path / "lock"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(PROJECT)})
     lock.close()
-    assert answer.stdout == "None\n", answer.stderr
+    assert result.stdout == "None\n", result.stderr
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
-def test_a_run_whose_lock_is_another_name_for_someone_elses_does_not_stop_him(run, tmp_path, link):
-    """A copy with such a link ended the run that it was copied from."""
+def test_stop_does_not_end_a_process_whose_lock_is_linked_into_a_run(run, tmp_path, link):
+    """Stopping a copy with such a link used to end the original run."""
     (run.path / "lock").unlink()
     (tmp_path / "lock").touch()
     link(tmp_path / "lock", run.path / "lock")
-    words = [sys.executable, "-c", LOCKS, str(tmp_path / "lock")]
-    victim = subprocess.Popen(words, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PROJECT)})
+    args = [sys.executable, "-c", HOLD_LOCK, str(tmp_path / "lock")]
+    lock_owner = subprocess.Popen(args, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PROJECT)})
     try:
-        assert victim.stdout.readline() == b"held\n"
+        assert lock_owner.stdout.readline() == b"held\n"
         events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
         (run.path / "events.jsonl").write_text("".join(events[:-1]))
-        write_document(run.path / "env.json", {**run.env, **identity(victim.pid)})
+        write_document(run.path / "env.json", {**run.env, **identity(lock_owner.pid)})
         with pytest.raises(UserError, match="cannot confirm"):
             Run(run.path).stop()
-        assert victim.poll() is None
+        assert lock_owner.poll() is None
     finally:
-        victim.kill()
-        victim.communicate()
+        lock_owner.kill()
+        lock_owner.communicate()
 
 
 @pytest.fixture
-def stranger(tmp_path):
-    """Another process of ours; its output goes to a file."""
-    with (tmp_path / "its.txt").open("w") as output:
+def unrelated(tmp_path):
+    """An unrelated process of the same user; its output goes to a file."""
+    with (tmp_path / "output.txt").open("w") as output:
         process = subprocess.Popen(["sleep", "600"], stdout=output)
     yield process
     process.kill()
     process.wait()
 
 
-def test_who_is_named_in_a_foreign_run_directory_is_not_stopped(run, stranger):
-    """All that names a process can be read from /proc by everybody; only the run itself holds its lock."""
+def test_stop_does_not_end_a_process_named_in_a_foreign_run_directory(run, unrelated):
+    """Everything that identifies a process can be read from /proc by anyone, but only the run itself holds its lock."""
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
     (run.path / "events.jsonl").write_text("".join(events[:-1]))
-    write_document(run.path / "env.json", {**run.env, **identity(stranger.pid)})
+    write_document(run.path / "env.json", {**run.env, **identity(unrelated.pid)})
     assert Run(run.path).stop().endswith("it had already ended; failed")
     for name in ("launch.json", "env.json"):
-        write_document(run.path / name, {**run.env, **identity(stranger.pid), "command": [], "argv": []})
+        write_document(run.path / name, {**run.env, **identity(unrelated.pid), "command": [], "argv": []})
     with pytest.raises(UserError, match=r"cannot confirm that process [0-9]+ on .* belongs to this run"):
         Run(run.path).stop()
-    assert stranger.poll() is None
+    assert unrelated.poll() is None
 
 
-@pytest.mark.parametrize("kind", ["a link", "the same file", "a file of the name"])
-def test_who_is_named_in_a_foreign_run_directory_is_not_asked_where_it_is(run, stranger, tmp_path, kind):
-    """The question is a signal that ends a process without a handler."""
+@pytest.mark.parametrize("kind", ["symbolic link", "hard link", "deleted output"])
+def test_stacks_are_not_requested_from_a_process_of_a_foreign_run(run, unrelated, tmp_path, kind):
+    """The request is a signal, which ends a process that has no handler for it."""
     log = run.path / "log" / "rank0.txt"
     log.unlink()
-    if kind == "a link":
-        log.symlink_to(tmp_path / "its.txt")
+    if kind == "symbolic link":
+        log.symlink_to(tmp_path / "output.txt")
     else:
-        os.link(tmp_path / "its.txt", log)
-    if kind == "a file of the name":
-        (tmp_path / "its.txt").unlink()
+        os.link(tmp_path / "output.txt", log)
+    if kind == "deleted output":
+        (tmp_path / "output.txt").unlink()
     (run.path / "log" / "rank0.jsonl").unlink()
-    figures = {"rank": 0, "pid": stranger.pid, "time": 1, "step": 1, "loss": 1.0, "interval_steps": 1}
-    append_line(run.path / "log" / "rank0.jsonl", {**figures, "own_seconds": 1, "interval_seconds": 1})
+    metrics = {"rank": 0, "pid": unrelated.pid, "time": 1, "step": 1, "loss": 1.0, "interval_steps": 1}
+    append_line(run.path / "log" / "rank0.jsonl", {**metrics, "own_seconds": 1, "interval_seconds": 1})
     assert "not running" in Run(run.path).stacks()
-    assert stranger.poll() is None
+    assert unrelated.poll() is None
 
 
 @pytest.mark.parametrize("line", ["5", '"x"', "[1]", "null", '{"a": 1}', '{"event": "train"}', "\x00\x01"])
-def test_a_line_that_is_no_event_changes_nothing(run, line):
+def test_a_line_that_is_not_an_event_changes_nothing(run, line):
     report = run.report()
     assert report.pop("damage") == []
     checksum = report.pop("events_checksum")
     before = (report, run.status, run.events(), run.ranks(), run.skipped())
     for file in [run.path / "events.jsonl", *run.path.glob("log/*.jsonl")]:
         file.write_text(f"{line}\n{file.read_text()}{line}\n")
-    again = Run(run.path)
-    report = again.report()
+    reread = Run(run.path)
+    report = reread.report()
     damaged = [f"{name}: 2 damaged lines, left out" for name in ("events.jsonl", "log/rank*.jsonl")]
     assert report.pop("damage") == damaged
     assert report.pop("events_checksum") != checksum
-    assert (report, again.status, again.events(), again.ranks(), again.skipped()) == before
+    assert (report, reread.status, reread.events(), reread.ranks(), reread.skipped()) == before

@@ -1,4 +1,4 @@
-"""Run directories from elsewhere, and damaged ones: what is wrong in them is named and left out."""
+"""Damaged and malicious run directories: each problem is reported, and the damaged part is ignored."""
 
 import contextlib
 import io
@@ -37,7 +37,7 @@ FILES = ("config.json", "env.json", "launch.json", "events.jsonl", "log/rank0.js
 
 @pytest.fixture
 def run(train):
-    """A finished run with one of each file, whose process is gone: of one that lives a last line may be unfinished."""
+    """A finished run with each kind of file. Its process is gone: in an active run, the last line may be incomplete."""
     path = train("--print-freq=1").run.path
     env = {**Run(path).env, "process": "gone"}
     write_document(path / "env.json", env)
@@ -46,13 +46,13 @@ def run(train):
     failure = {"rank": 0, "time": 1.5, "host": "here", "error": "E: x", "traceback": "t", "exit_code": 1}
     write_document(path / "log" / "failure-rank0.json", {**failure, "has_lost_peers": False})
     append_line(path / "log" / "skipped-rank0.jsonl", {"image": "a.jpg", "reason": "no image"})
-    os.utime(path / "events.jsonl")  # its end is that of this launch
+    os.utime(path / "events.jsonl")  # so that the end of the run belongs to this launch
     return Run(path)
 
 
 def outputs(path, other):
-    """What each way of looking at a run says: its text, or the one line of a UserError."""
-    ways = {
+    """The output of each view of a run: text, or the one-line message of a UserError."""
+    views = {
         "repr": lambda run: repr(run) + repr(run.report()) + repr(run.failures()) + run.logs(),
         "html": lambda run: run._repr_html_() + run.report()._repr_html_(),
         "page.html": lambda run: results.as_html(results.collect([path]), {"a": [other, run]}),
@@ -69,55 +69,55 @@ def outputs(path, other):
         "terminal": lambda run: _TerminalLines(run).update(),
         "stop": lambda run: run.stop(0.1),
     }
-    said = {}
-    for name, way in ways.items():
+    texts = {}
+    for name, view in views.items():
         screen = io.StringIO()
         with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
             try:
-                said[name] = f"{way(Run(path))}{screen.getvalue()}"
+                texts[name] = f"{view(Run(path))}{screen.getvalue()}"
             except UserError as error:
-                said[name] = str(error)
-                assert "\n" not in said[name]
-    return said
+                texts[name] = str(error)
+                assert "\n" not in texts[name]
+    return texts
 
 
 def report_tables():
     return run_tables.report_table, run_tables.settings_table, run_tables.machine_table, run_tables.warnings_table
 
 
-def mutated(data, draw):
-    """The file with one change, by accident or on purpose; its own checksum is known to everybody."""
-    kind = draw.choice(["bit", "cut", "insert", "line", "drop", "double", "shuffle", "field", "field", "field"])
+def mutated(data, rng):
+    """The content with one accidental or malicious change; anyone can compute the checksum."""
+    kind = rng.choice(["bit", "cut", "insert", "line", "drop", "double", "shuffle", "field", "field", "field"])
     lines = data.split(b"\n")
-    place, number = draw.randrange(len(data)), draw.randrange(len(lines))
+    position, number = rng.randrange(len(data)), rng.randrange(len(lines))
     if kind == "bit":
-        return data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :]
+        return data[:position] + bytes([data[position] ^ 1 << rng.randrange(8)]) + data[position + 1 :]
     if kind == "cut":
-        return data[:place]
+        return data[:position]
     if kind == "insert":
-        return data[:place] + draw.choice([b"\n", b"\0", b'"', b"}\n5\n", b"\xff\xfe", b"1e999,"]) + data[place:]
+        return data[:position] + rng.choice([b"\n", b"\0", b'"', b"}\n5\n", b"\xff\xfe", b"1e999,"]) + data[position:]
     if kind == "line":
-        lines.insert(number, draw.choice(LINES))
+        lines.insert(number, rng.choice(LINES))
     elif kind == "drop":
         del lines[number]
     elif kind == "double":
         lines.insert(number, lines[number])
     elif kind == "shuffle":
-        draw.shuffle(lines)
+        rng.shuffle(lines)
     else:
-        return with_another_field(data, draw)
+        return with_changed_field(data, rng)
     return b"\n".join(lines)
 
 
-def with_another_field(data, draw):
+def with_changed_field(data, rng):
     lines = [data] if data.startswith(b"{\n") else data.rstrip(b"\n").split(b"\n")
-    number = draw.randrange(len(lines))
+    number = rng.randrange(len(lines))
     try:
         content = json.loads(lines[number])
-    except ValueError:  # a log
-        return data + repr(draw.choice(HOSTILE)).encode()
-    content[draw.choice([*content, "another"])] = draw.choice(HOSTILE)
-    if draw.random() < 0.7:
+    except ValueError:  # a log file
+        return data + repr(rng.choice(HOSTILE)).encode()
+    content[rng.choice([*content, "another"])] = rng.choice(HOSTILE)
+    if rng.random() < 0.7:
         content.pop("check", None)
         content = with_checksum(content)
     lines[number] = json.dumps(content).encode()
@@ -126,24 +126,24 @@ def with_another_field(data, draw):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("times", [15, pytest.param(1000, marks=pytest.mark.long)])
-def test_whatever_a_file_holds_nothing_but_one_line_is_said(run, tmp_path, name, times):
+def test_a_damaged_file_causes_at_most_a_one_line_error(run, tmp_path, name, times):
     other = Run(shutil.copytree(run.path, tmp_path / "other"))
-    data, draw = (run.path / name).read_bytes(), random.Random(name)
+    data, rng = (run.path / name).read_bytes(), random.Random(name)
     for number in range(times):
-        (run.path / name).write_bytes(mutated(data, draw))
-        if number % 10 == 0 and find_spec("matplotlib"):  # which takes as long as all else
+        (run.path / name).write_bytes(mutated(data, rng))
+        if number % 10 == 0 and find_spec("matplotlib"):  # as slow as everything else together
             from vgglab.view.figures import curves_beside
 
             with contextlib.suppress(UserError):
                 curves_beside([other, Run(run.path)]).png()
-        for way, said in outputs(run.path, other).items():
-            assert not set("\x1b\x07\u202e\ud800") & set(said), way
-            assert "<img" not in said or not way.endswith("html"), way
-            assert "<script" not in said or not way.endswith("html"), way
+        for view, text in outputs(run.path, other).items():
+            assert not set("\x1b\x07\u202e\ud800") & set(text), view
+            assert "<img" not in text or not view.endswith("html"), view
+            assert "<script" not in text or not view.endswith("html"), view
 
 
 def test_each_field_of_an_event_has_a_type(train):
-    """A field without one is read unchecked."""
+    """A field without a type is not checked when it is read."""
     run = train("--print-freq=1", "--timers", "--skip-steps=0", "--epochs=2", "--warmup=3").run
     for event in run.events():
         unknown = event.keys() - {"event", "seconds"} - EVENTS[event["event"]].keys() - OPTIONAL.keys()
@@ -152,48 +152,48 @@ def test_each_field_of_an_event_has_a_type(train):
 
 @pytest.mark.parametrize("name", ["events.jsonl", "config.json", "env.json"])
 @pytest.mark.parametrize("times", [150, pytest.param(None, marks=pytest.mark.long)])
-def test_one_flipped_bit_is_noticed_or_changes_no_figure(run, name, times):
-    def figures():
-        report = dict(run_again.report())
-        report.pop("events_checksum")  # no figure: a digit that float64 has no room for moves it, and nothing else
-        return report.pop("damage"), (report, run_again.status, dict(run_again.config), dict(run_again.env))
+def test_a_flipped_bit_is_detected_or_changes_no_metric(run, name, times):
+    def metrics():
+        report = dict(current_run.report())
+        report.pop("events_checksum")  # not a metric: it changes even with a digit beyond the precision of float64
+        return report.pop("damage"), (report, current_run.status, dict(current_run.config), dict(current_run.env))
 
-    run_again = run
-    damage, before = figures()
+    current_run = run
+    damage, before = metrics()
     assert damage == []
-    data, num_noticed = (run.path / name).read_bytes(), 0
+    data, num_detected = (run.path / name).read_bytes(), 0
     bits = range(8 * len(data)) if times is None else random.Random(0).sample(range(8 * len(data)), times)
     for bit in bits:
-        place = bit // 8
-        changed = bytes([data[place] ^ 1 << bit % 8])
-        (run.path / name).write_bytes(data[:place] + changed + data[place + 1 :])
-        run_again = Run(run.path)
+        position = bit // 8
+        changed = bytes([data[position] ^ 1 << bit % 8])
+        (run.path / name).write_bytes(data[:position] + changed + data[position + 1 :])
+        current_run = Run(run.path)
         try:
-            damage, after = figures()
-        except UserError:  # in one line, with the file's name
-            num_noticed += 1
+            damage, after = metrics()
+        except UserError:  # one line with the name of the file
+            num_detected += 1
             continue
-        num_noticed += bool(damage)
-        if not damage:  # in the word "check", or between two fields
+        num_detected += bool(damage)
+        if not damage:  # the bit was in the word "check" or between two fields
             extra = {key for fields in after[2:] for key in fields} - {key for fields in before[2:] for key in fields}
             after = (*after[:2], *({k: v for k, v in fields.items() if k not in extra} for fields in after[2:]))
             differing = {k: (v, after[0].get(k)) for k, v in before[0].items() if after[0].get(k) != v}
-            assert after == before, (bit, data[max(0, place - 40) : place + 20], differing)
-    assert num_noticed > 0.5 * len(bits)
+            assert after == before, (bit, data[max(0, position - 40) : position + 20], differing)
+    assert num_detected > 0.5 * len(bits)
 
 
-def test_damaged_lines_are_counted_wherever_the_figures_are(run, tmp_path):
+def test_damaged_lines_are_counted_in_every_view(run, tmp_path):
     file, other = run.path / "events.jsonl", Run(shutil.copytree(run.path, tmp_path / "other"))
     lines = file.read_bytes().split(b"\n")
     lines[2] = lines[2].replace(b'"loss": ', b'"loss": 1')
     file.write_bytes(b"\n".join([*lines[:-1], b'{"event": "eval", "seconds"']))
     assert Run(run.path).damage() == ["events.jsonl: 2 damaged lines, left out"]
-    said = outputs(run.path, other)
-    for way in ("repr", "html", "page.html", "results", "compare", "seeds", "report page", "runs", "dashboard"):
-        assert "2 damaged lines" in said[way], way
+    texts = outputs(run.path, other)
+    for view in ("repr", "html", "page.html", "results", "compare", "seeds", "report page", "runs", "dashboard"):
+        assert "2 damaged lines" in texts[view], view
 
 
-def test_damaged_lines_of_skipped_images_are_counted(run):
+def test_damaged_lines_in_the_list_of_skipped_images_are_counted(run):
     file = run.path / "log" / "skipped-rank0.jsonl"
     append_line(file, {"image": "b.jpg", "reason": "no image"})
     file.write_bytes(file.read_bytes().replace(b"a.jpg", b"c.jpg"))
@@ -201,15 +201,15 @@ def test_damaged_lines_of_skipped_images_are_counted(run):
     assert run.damage() == ["log/skipped-rank*.jsonl: 1 damaged line, left out"]
 
 
-def test_a_list_of_skipped_images_is_read_only_so_far(run):
-    """64 MB of such lines, 65 kB in an archive, stalled every table."""
+def test_a_list_of_skipped_images_is_read_only_up_to_a_limit(run):
+    """64 MB of such lines (65 kB when compressed) stalled every table."""
     (run.path / "log" / "skipped-rank0.jsonl").write_bytes(b"x\n" * 2**25)
-    said, damage = [text for text in run.damage() if "skipped" in text]
-    assert said == "log/skipped-rank0.jsonl: too long to read in full, so skipped images are undercounted"
+    too_long, damage = [text for text in run.damage() if "skipped" in text]
+    assert too_long == "log/skipped-rank0.jsonl: too long to read in full, so skipped images are undercounted"
     assert int(re.search("[0-9]+ damaged", damage).group().split()[0]) <= 2**19
 
 
-def test_a_comparison_is_json_whatever_a_setting_holds(run, tmp_path):
+def test_a_comparison_is_valid_json_for_any_value_of_a_setting(run, tmp_path):
     other = Path(shutil.copytree(run.path, tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "lr": 1, "check": None})[:-1] + ', "new": 1e999}')
@@ -217,7 +217,7 @@ def test_a_comparison_is_json_whatever_a_setting_holds(run, tmp_path):
     assert "new" in json.loads(result.stdout.splitlines()[-1], parse_constant=pytest.fail)["settings"]
 
 
-def test_a_field_of_a_wrong_type_is_named_and_left_out(run, tmp_path):
+def test_a_field_of_the_wrong_type_is_reported_and_ignored(run, tmp_path):
     other = shutil.copytree(run.path, tmp_path / "other")
     env = json.loads((run.path / "env.json").read_text())
     write_document(run.path / "env.json", {**env, "started": ["now"], "check": None})
@@ -237,20 +237,20 @@ def test_a_field_of_a_wrong_type_is_named_and_left_out(run, tmp_path):
         run.report()
 
 
-def test_a_pipe_or_a_folder_in_the_place_of_a_file_does_not_make_anybody_wait(run, tmp_path):
+def test_a_pipe_or_folder_in_place_of_a_file_does_not_block(run, tmp_path):
     other = Run(shutil.copytree(run.path, tmp_path / "other"))
     for name in FILES:
-        shutil.copy(run.path / name, tmp_path / "kept")
-        for put in (os.mkfifo, os.mkdir):
+        shutil.copy(run.path / name, tmp_path / "backup")
+        for create in (os.mkfifo, os.mkdir):
             (run.path / name).unlink()
-            put(run.path / name)
+            create(run.path / name)
             outputs(run.path, other)
-            os.rmdir(run.path / name) if put is os.mkdir else os.unlink(run.path / name)
-            shutil.copy(tmp_path / "kept", run.path / name)
+            os.rmdir(run.path / name) if create is os.mkdir else os.unlink(run.path / name)
+            shutil.copy(tmp_path / "backup", run.path / name)
 
 
-def test_a_link_in_the_place_of_a_file_is_not_followed(run, tmp_path):
-    """A run directory from elsewhere would have shown what only its reader may read."""
+def test_a_link_in_place_of_a_file_is_not_followed(run, tmp_path):
+    """Otherwise, a run directory of someone else could display private files of its reader."""
     other = Run(shutil.copytree(run.path, tmp_path / "other"))
     for name in FILES:
         (run.path / name).rename(tmp_path / "secret")
@@ -266,11 +266,11 @@ def test_a_link_in_the_place_of_a_file_is_not_followed(run, tmp_path):
         Run(run.path).events()
 
 
-def test_a_file_larger_than_any_of_ours_is_not_read_into_memory(run, tmp_path):
+def test_an_oversized_file_is_not_read_into_memory(run, tmp_path):
     other = Run(shutil.copytree(run.path, tmp_path / "other"))
     for name in FILES:
         with open(run.path / name, "r+b") as file:
-            file.truncate(2**33)  # a hole, which takes no room
+            file.truncate(2**33)  # sparse, uses no disk space
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\n"
     code += "import test_schema, vgglab\nfrom pathlib import Path\n"
     code += "print(len(test_schema.outputs(Path(sys.argv[1]), vgglab.Run(sys.argv[2]))))"
@@ -279,8 +279,8 @@ def test_a_file_larger_than_any_of_ours_is_not_read_into_memory(run, tmp_path):
     assert result.stdout.split() == ["15"], result.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs another user")
-def test_what_may_not_be_read_is_said_in_one_line(run, tmp_path):
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to become another user")
+def test_files_without_read_permission_are_reported_in_one_line(run, tmp_path):
     other = Run(shutil.copytree(run.path, tmp_path / "other"))
     names = [*FILES, "log", "."]
     for folder in [tmp_path, *list(tmp_path.parents)[:-1]]:
@@ -301,20 +301,20 @@ def test_what_may_not_be_read_is_said_in_one_line(run, tmp_path):
         os.chmod(run.path / name, mode)
 
 
-def test_lines_that_are_gone_are_noticed(run):
+def test_missing_lines_are_detected(run):
     file = run.path / "events.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
-    for gone in range(len(lines) - 1):
-        file.write_bytes(b"".join(lines[:gone] + lines[gone + 1 :]))
-        assert Run(run.path).damage() == ["events.jsonl: 1 line missing"], gone
+    for missing in range(len(lines) - 1):
+        file.write_bytes(b"".join(lines[:missing] + lines[missing + 1 :]))
+        assert Run(run.path).damage() == ["events.jsonl: 1 line missing"], missing
     file.write_bytes(b"".join([*lines[:3], lines[2], *lines[3:]]))
     assert Run(run.path).damage() == ["events.jsonl: 1 damaged line, left out"]
     file.write_bytes(b"".join(lines[:-1]))
     assert Run(run.path).status != "done"
 
 
-def test_steps_that_cannot_be_listed_are_counted(run):
-    """An interval of a trillion steps, without the seconds of each."""
+def test_steps_without_individual_times_are_counted(run):
+    """An interval of a trillion steps without the time of each step."""
     many = {"interval_steps": 10**12, "interval_images": 4 * 10**12, "interval_seconds": 1e9, "data_seconds": 0.0}
     event = {"event": "train", "seconds": 2, "epoch": 0, "step": 9, "loss": 1.0, "acc1": 1.0, "lr": 0.1}
     append_line(run.path / "events.jsonl", {**event, **many, "is_measured": True, "images_per_second": 4000.0})
@@ -323,7 +323,7 @@ def test_steps_that_cannot_be_listed_are_counted(run):
     assert report["step_seconds_p50"] == report["step_seconds_p99"] == 0.001
 
 
-def test_no_other_encoding_hides_a_character_from_the_reader(run):
+def test_another_encoding_does_not_hide_a_control_character(run):
     warning = with_checksum({"event": "warning", "seconds": 1, "text": "evil"})
     line = json.dumps(warning).replace("evil", "\u202eevil").encode("utf-16-be")
     (run.path / "events.jsonl").write_bytes((run.path / "events.jsonl").read_bytes() + line + b"\n")
@@ -331,21 +331,21 @@ def test_no_other_encoding_hides_a_character_from_the_reader(run):
     assert "1 damaged line" in repr(Run(run.path))
 
 
-def test_a_folder_of_seeds_with_another_digit_is_no_seed(run, tmp_path):
+def test_a_seed_folder_with_a_non_ascii_digit_is_ignored(run, tmp_path):
     for seed in ("1", "\N{SUPERSCRIPT TWO}"):
         shutil.copytree(run.path, tmp_path / "many" / f"seed-{seed}")
     assert len(Seeds(tmp_path / "many").runs) == 1
 
 
-@pytest.mark.parametrize("wrong", [{"num_classes": None}, {"num_classes": 10**9}, {"image_size": 3}])
-def test_predictions_are_held_to_what_the_flags_allow(run, wrong):
-    write_document(run.path / "config.json", {**run.config, **wrong})
+@pytest.mark.parametrize("invalid", [{"num_classes": None}, {"num_classes": 10**9}, {"image_size": 3}])
+def test_predict_refuses_settings_that_no_flag_allows(run, invalid):
+    write_document(run.path / "config.json", {**run.config, **invalid})
     with pytest.raises(UserError, match=r"config\.json"):
         vgglab.predict(run)
 
 
-def test_runs_of_earlier_versions_have_no_checksums_and_are_whole():
+def test_runs_of_earlier_versions_without_checksums_are_not_damaged():
     recorded = Path(__file__).resolve().parent.parent / "recorded"
     runs = [Run(file.parent) for file in recorded.rglob("env.json")]
     assert len(runs) > 15
-    assert [what for run in runs for what in run.damage()] == []
+    assert [damage for run in runs for damage in run.damage()] == []
