@@ -105,40 +105,40 @@ def test_frame_contains_every_pixel_with_a_gradient(name):
 
 def test_every_control_changes_figure_and_description():
     pytest.importorskip("ipywidgets")
-    shown = Explorer(anatomy.of, PHOTOGRAPH, "vgg16", 64)
-    shown.widget()
-    seen = [(bytes(shown.image.value), shown.about.value)]
+    view = Explorer(anatomy.of, PHOTOGRAPH, "vgg16", 64)
+    view.widget()
+    seen = [(bytes(view.image.value), view.about.value)]
     assert seen[0][0][:4] == b"\x89PNG"
     assert "features.28, conv" in seen[0][1]
     for control, value, words in (
-        (shown.layers, "features.5", ("73,856", "64x32x32 to 128x32x32", "10 x 10 pixels", "2 pixels", "0.524 MB")),
-        (shown.image_size, 96, ("64x48x48 to 128x48x48", "vgg16", "96 pixels")),
-        (shown.depth, "vgg19", ("vgg19",)),
-        (shown.batch_norm, True, ("vgg19_bn", "features.7, conv", "10 x 10 pixels")),
-        (shown.layers, "classifier.6", ("1000", "each output sees the whole image")),
+        (view.layers, "features.5", ("73,856", "64x32x32 to 128x32x32", "10 x 10 pixels", "2 pixels", "0.524 MB")),
+        (view.image_size, 96, ("64x48x48 to 128x48x48", "vgg16", "96 pixels")),
+        (view.depth, "vgg19", ("vgg19",)),
+        (view.batch_norm, True, ("vgg19_bn", "features.7, conv", "10 x 10 pixels")),
+        (view.layers, "classifier.6", ("1000", "each output sees the whole image")),
     ):
         control.value = value
-        seen.append((bytes(shown.image.value), shown.about.value))
-        assert [word for word in words if word not in shown.about.value] == []
+        seen.append((bytes(view.image.value), view.about.value))
+        assert [word for word in words if word not in view.about.value] == []
     assert len({picture for picture, _ in seen}) == len({about for _, about in seen}) == len(seen)
 
 
 def test_selected_convolution_keeps_its_index_or_becomes_the_last():
     pytest.importorskip("ipywidgets")
-    shown = Explorer(anatomy.of, PHOTOGRAPH, "vgg19", 32)
-    shown.widget()
-    shown.layers.value = "features.5"
-    shown.depth.value = "vgg11"
-    assert shown.layers.value == "features.6"
-    shown.depth.value = "vgg19"
-    shown.layers.value = "features.34"
-    shown.depth.value = "vgg11"
-    assert shown.layers.value == "features.18"
-    assert len(shown.layers.options) == len(anatomy.of("vgg11", 32))
-    shown.batch_norm.value = True
-    shown.layers.value = shown.layers.options[1][1]  # a batch norm
-    shown.batch_norm.value = False  # the selected layer no longer exists
-    assert shown.layer.kind == "conv"
+    view = Explorer(anatomy.of, PHOTOGRAPH, "vgg19", 32)
+    view.widget()
+    view.layers.value = "features.5"
+    view.depth.value = "vgg11"
+    assert view.layers.value == "features.6"
+    view.depth.value = "vgg19"
+    view.layers.value = "features.34"
+    view.depth.value = "vgg11"
+    assert view.layers.value == "features.18"
+    assert len(view.layers.options) == len(anatomy.of("vgg11", 32))
+    view.batch_norm.value = True
+    view.layers.value = view.layers.options[1][1]  # a batch norm
+    view.batch_norm.value = False  # the selected layer no longer exists
+    assert view.layer.kind == "conv"
 
 
 def test_controls_have_full_labels_and_each_network_is_computed_once():
@@ -149,13 +149,13 @@ def test_controls_have_full_labels_and_each_network_is_computed_once():
         calls.append(network)
         return anatomy.of(*network)
 
-    shown = Explorer(record_call, PHOTOGRAPH, "vgg11", 32)
-    shown.widget()
-    for control in (shown.depth, shown.image_size, shown.layers):
+    view = Explorer(record_call, PHOTOGRAPH, "vgg11", 32)
+    view.widget()
+    for control in (view.depth, view.image_size, view.layers):
         assert control.description
         assert control.style.description_width == "initial"
     for name in ("vgg13", "vgg11", "vgg13"):
-        shown.depth.value = name
+        view.depth.value = name
     assert calls == [("vgg11", 32), ("vgg13", 32)]
 
 
@@ -167,29 +167,29 @@ def test_error_is_shown_in_the_description():
             raise UserError("image_size: <32> at most")
         return anatomy.of(model, image_size)
 
-    shown = Explorer(reject_large_images, PHOTOGRAPH, "vgg11", 32)
-    shown.widget()
-    shown.image_size.value = 64
-    assert "image_size: &lt;32&gt; at most" in shown.about.value
-    shown.image_size.value = 32
-    assert "vgg11" in shown.about.value
+    view = Explorer(reject_large_images, PHOTOGRAPH, "vgg11", 32)
+    view.widget()
+    view.image_size.value = 64
+    assert "image_size: &lt;32&gt; at most" in view.about.value
+    view.image_size.value = 32
+    assert "vgg11" in view.about.value
 
 
 def test_changes_from_two_threads_end_in_a_consistent_state():
     pytest.importorskip("ipywidgets")
-    shown = Explorer(anatomy.of, PHOTOGRAPH, "vgg11", 32)
-    shown.widget()
+    view = Explorer(anatomy.of, PHOTOGRAPH, "vgg11", 32)
+    view.widget()
     threads = [
-        threading.Thread(target=setattr, args=(shown.depth, "value", "vgg13")),
-        threading.Thread(target=setattr, args=(shown.image_size, "value", 64)),
+        threading.Thread(target=setattr, args=(view.depth, "value", "vgg13")),
+        threading.Thread(target=setattr, args=(view.image_size, "value", 64)),
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (shown.anatomy.model, shown.anatomy.image_size) == ("vgg13", 64)
-    assert "vgg13" in shown.about.value
-    assert "64 pixels" in shown.about.value
+    assert (view.anatomy.model, view.anatomy.image_size) == ("vgg13", 64)
+    assert "vgg13" in view.about.value
+    assert "64 pixels" in view.about.value
 
 
 @pytest.mark.parametrize("kind", ["static", "live"])
@@ -197,15 +197,15 @@ def test_live_front_end_shows_widgets_and_static_one_a_figure(kind, monkeypatch)
     import IPython.display
 
     widgets = pytest.importorskip("ipywidgets")
-    shown = []
+    displayed = []
     monkeypatch.setattr(explorer, "front_end", lambda: kind)
-    monkeypatch.setattr(IPython.display, "display", lambda what, **_: shown.append(what))
+    monkeypatch.setattr(IPython.display, "display", lambda what, **_: displayed.append(what))
     explore(anatomy.of, PHOTOGRAPH, "vgg11", 32)
     if kind == "live":
-        (box,) = shown
+        (box,) = displayed
         assert isinstance(box, widgets.Box)
         return
-    picture, table = shown
+    picture, table = displayed
     assert picture["image/png"][:4] == b"\x89PNG"
     assert "features.18, conv" in picture["text/plain"]
     assert "features.18, conv" in table["text/html"]

@@ -76,11 +76,11 @@ def execute(few_digits, tmp_path):
 
     def run(number, error_pattern="", **parameters):
         file, out = FILES[number], tmp_path / "out.ipynb"
-        given = {"output_dir": tmp_path, **SMALLEST_VALUES[number], **parameters}
-        given = {name: value for name, value in given.items() if value is not None}
+        values = {"output_dir": tmp_path, **SMALLEST_VALUES[number], **parameters}
+        values = {name: value for name, value in values.items() if value is not None}
         # No network access: a proxy that does not exist makes any request fail at once.
         proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-        result = run_papermill(file, out, given, VGGLAB_CACHE=str(few_digits), **proxies)
+        result = run_papermill(file, out, values, VGGLAB_CACHE=str(few_digits), **proxies)
         outputs = [output for cell in cells_of(out, "code") for output in cell["outputs"]]
         errors = [output for output in outputs if output["output_type"] == "error"]
         if error_pattern:

@@ -25,7 +25,7 @@ def mounted(folder, size):
     folder.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
     if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a disk")
+        pytest.skip("needs permission to mount a disk")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
@@ -100,7 +100,7 @@ def disk_and_remount(tmp_path):
     if shutil.which("mkfs.ext4") is None or subprocess.run(["mkfs.ext4", "-q", image]).returncode:
         pytest.skip("needs mkfs.ext4")
     if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a disk")
+        pytest.skip("needs permission to mount a disk")
     yield folder, lambda: subprocess.run(["mount", "-o", "remount,abort", folder], check=True)
     subprocess.run(["umount", "--lazy", folder], check=True)
 
@@ -186,7 +186,7 @@ def test_link_or_pipe_in_place_of_a_written_file_is_rejected(images, train, tmp_
     assert result.returncode == 2
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs another user")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to act as another user")
 @pytest.mark.parametrize("name", ["log", "checkpoints"])
 def test_folder_linked_by_another_user_is_not_written_to(images, tmp_path, name):
     path, victim = tmp_path / "run", tmp_path / "victim"
