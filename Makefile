@@ -14,7 +14,7 @@ MAIN_JOB := --data-path digits --model vgg16_bn --epochs 6 --warmup 1 --lr 0.1 -
 NUMBERS := compare expected_losses experiments features model parity predictions schedule
 # Tests in these files that add nothing about kernels: deeper networks, faults a million times larger than rounding,
 # commands.
-NOT_NUMBERS := vgg13 or vgg16 or vgg19 or fault or door or drawn
+NOT_NUMBERS := vgg13 or vgg16 or vgg19 or fault or command_line or drawn
 
 # $(call INSTALL,words,index) installs with the uv on the PATH or in .venv, or with pip if there is no uv or it fails.
 # uv does not read pip's configuration, so a package index (mirror) configured there is passed to uv.

@@ -1,6 +1,6 @@
 """Write docs/api.md from the docstrings of the public names: ``python tests/api_page.py``.
 
-The package is read, not imported (griffe); ``tests/test_public.py`` sees whether the page is up to date.
+griffe parses the package without importing it; ``tests/test_public.py`` checks that the page is up to date.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import griffe
 
 PROJECT = Path(__file__).resolve().parent.parent
 PAGE = PROJECT / "docs" / "api.md"
-OPENING = """# The API · 公开接口
+HEADER = """# The API · 公开接口
 
 The names that notebooks and scripts import from `vgglab`; `import vgglab as vl` is enough. Anything else is
 internal and may change. This page is made from the docstrings by `python tests/api_page.py`.
@@ -22,61 +22,60 @@ internal and may change. This page is made from the docstrings by `python tests/
 """
 
 
-def page() -> str:
+def render_page() -> str:
     package = griffe.load("vgglab", search_paths=[str(PROJECT)])
     names = _public_names()
     contents = ", ".join(f"[`{name}`](#{name.lower()})" for name in names)
-    sections = [f"## {name}\n\n{_described(_found(package, place), name)}" for name, place in names.items()]
-    return "\n".join([OPENING, f"{contents}\n", *sections])
+    sections = [f"## {name}\n\n{_describe(_resolve(package, location), name)}" for name, location in names.items()]
+    return "\n".join([HEADER, f"{contents}\n", *sections])
 
 
-LAZY = re.compile(
-    r'^    "(\w+)": "([\w.:]+)",$', re.MULTILINE
-)  # as __init__ files list names that are loaded when used
+# An entry in the table of lazily loaded names of an __init__ file.
+LAZY = re.compile(r'^    "(\w+)": "([\w.:]+)",$', re.MULTILINE)
 
 
 def _public_names() -> dict[str, str]:
     """Each public name, and where it is defined, as ``module:name`` or as a module."""
     source = (PROJECT / "vgglab" / "__init__.py").read_text(encoding="utf-8")
-    places = dict(LAZY.findall(source))
+    locations = dict(LAZY.findall(source))
     for module, imported in re.findall(r"^from (vgglab[\w.]*) import (.+?)(?:  #.*)?$", source, re.MULTILINE):
         for item in imported.split(", "):
             name, _, public = item.partition(" as ")
             if not name.startswith("_"):
-                places[public or name] = f"{module}:{name}"
-    return dict(sorted(places.items(), key=lambda item: item[0].lower()))
+                locations[public or name] = f"{module}:{name}"
+    return dict(sorted(locations.items(), key=lambda item: item[0].lower()))
 
 
-def _found(package: griffe.Module, place: str) -> griffe.Object:
-    path = place.replace(":", ".").partition(".")[2]
+def _resolve(package: griffe.Module, location: str) -> griffe.Object:
+    path = location.replace(":", ".").partition(".")[2]
     found = package[path]
     return found.final_target if found.is_alias else found
 
 
-def _described(thing: griffe.Object, name: str) -> str:
-    if thing.is_module:
-        parts = [_text(thing)]
-        lazy = LAZY.findall(thing.filepath.read_text(encoding="utf-8"))
-        exported = [_found(thing.package, f"{thing.path}.{module}:{name}") for name, module in lazy] or _members_of(
-            thing
+def _describe(obj: griffe.Object, name: str) -> str:
+    if obj.is_module:
+        parts = [_text(obj)]
+        lazy = LAZY.findall(obj.filepath.read_text(encoding="utf-8"))
+        exported = [_resolve(obj.package, f"{obj.path}.{module}:{name}") for name, module in lazy] or _public_members(
+            obj
         )
         for member in exported:
             parts.append(f"- `{_signature(member, f'{name}.{member.name}')}`: {_summary(member)}".rstrip(": ") + "\n")
         return "\n".join(parts)
-    parts = [f"```python\n{_signature(thing, name)}\n```\n", _text(thing)]
-    if thing.is_class:
+    parts = [f"```python\n{_signature(obj, name)}\n```\n", _text(obj)]
+    if obj.is_class:
         parts.append("")
-        inherited = [member for name, member in thing.inherited_members.items() if name not in thing.members]
-        for member in [*thing.members.values(), *(member.final_target for member in inherited)]:
+        inherited = [member for name, member in obj.inherited_members.items() if name not in obj.members]
+        for member in [*obj.members.values(), *(member.final_target for member in inherited)]:
             if member.is_alias or member.name.startswith("_") or not member.docstring:
                 continue
-            what = _signature(member, member.name) if member.is_function else member.name
-            parts.append(f"- `.{what}`: {_summary(member)}\n")
+            label = _signature(member, member.name) if member.is_function else member.name
+            parts.append(f"- `.{label}`: {_summary(member)}\n")
     return "\n".join(parts)
 
 
-def _members_of(module: griffe.Object) -> list[griffe.Object]:
-    """Public functions and classes that a module defines or, as a package, passes on."""
+def _public_members(module: griffe.Object) -> list[griffe.Object]:
+    """Public functions and classes that a module defines or, if it is a package, re-exports."""
     found = []
     for member in module.members.values():
         if member.name.startswith("_"):
@@ -86,19 +85,19 @@ def _members_of(module: griffe.Object) -> list[griffe.Object]:
                 continue
             try:
                 member = member.final_target
-            except griffe.AliasResolutionError:  # one of several names that are assigned at once
+            except griffe.AliasResolutionError:  # a name assigned by tuple unpacking
                 continue
         if member.docstring and (member.is_function or member.is_class):
             found.append(member)
     return found
 
 
-def _signature(thing: griffe.Object, name: str) -> str:
-    function = thing.all_members.get("__init__") if thing.is_class else thing
+def _signature(obj: griffe.Object, name: str) -> str:
+    function = obj.all_members.get("__init__") if obj.is_class else obj
     function = function.final_target if function is not None and function.is_alias else function
     if function is None or not function.is_function:  # a constant, or a named tuple
         return name
-    shown = []
+    parameters = []
     for parameter in function.parameters:
         if parameter.name == "self":
             continue
@@ -106,16 +105,16 @@ def _signature(thing: griffe.Object, name: str) -> str:
             str(parameter.kind and parameter.kind.value), ""
         )
         default = "" if star or parameter.default is None else f"={parameter.default}".replace("'", '"')
-        shown.append(f"{star}{parameter.name}{default}")
-    return f"{name}({', '.join(shown)})"
+        parameters.append(f"{star}{parameter.name}{default}")
+    return f"{name}({', '.join(parameters)})"
 
 
-def _text(thing: griffe.Object) -> str:
-    """The docstring; its sections as lists, code with one backtick, as Markdown has it."""
-    if not thing.docstring:
+def _text(obj: griffe.Object) -> str:
+    """The docstring as Markdown: its sections as lists, code in single backticks."""
+    if not obj.docstring:
         return ""
     lines = []
-    for line in thing.docstring.value.splitlines():
+    for line in obj.docstring.value.splitlines():
         section = re.fullmatch(r"(Args|Returns|Raises|Attributes):", line)
         item = re.fullmatch(r" {4}(\S[^:]*): (.*)", line)
         if section:
@@ -127,11 +126,11 @@ def _text(thing: griffe.Object) -> str:
     return re.sub(r"``([^`]+)``", r"`\1`", "\n".join(lines)).strip() + "\n"
 
 
-def _summary(thing: griffe.Object) -> str:
-    first = " ".join(thing.docstring.value.split("\n\n")[0].split()) if thing.docstring else ""
+def _summary(obj: griffe.Object) -> str:
+    first = " ".join(obj.docstring.value.split("\n\n")[0].split()) if obj.docstring else ""
     return re.sub(r"``([^`]+)``", r"`\1`", first)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(render_page(), encoding="utf-8")
     sys.exit(0)

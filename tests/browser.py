@@ -1,4 +1,4 @@
-"""A real JupyterLab and the Chromium of the machine, for tests and for the README's pictures."""
+"""JupyterLab in Chromium, driven by Playwright, for tests and for the README's pictures."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from conftest import MAX_WAIT_SECONDS, PROJECT
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NO_CHROMIUM = "no chromium on the PATH; `make browser`, or as root: apt-get install chromium"
-# Nothing that asks the network, and no sandbox, which root cannot have.
-FLAGS = (
+# No background network traffic; no sandbox, because Chromium does not start as root with one.
+CHROMIUM_FLAGS = (
     "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
     "--disable-quic"
 ).split()
-KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
-SECONDS = MAX_WAIT_SECONDS // 2  # for whatever a person would wait for; a page that missed something is opened again
+KERNEL_SPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
+PAGE_TIMEOUT_SECONDS = MAX_WAIT_SECONDS // 2  # for each wait; test_browser opens the page again after a timeout
 
 
 class Lab:
-    """A JupyterLab of its own: no settings, no kernels, no notebooks but those written here."""
+    """A JupyterLab server with its own settings, kernels and notebooks, isolated from the user's."""
 
     def __init__(self, folder: Path, browser: Any) -> None:
         self.folder, self.browser = folder, browser
@@ -43,10 +43,10 @@ class Lab:
         for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR"):
             environment[f"JUPYTER_{name}"] = str(folder / name)
         environment["JUPYTERLAB_SETTINGS_DIR"] = environment["JUPYTERLAB_WORKSPACES_DIR"] = str(folder / "lab")
-        # Else a question about news covers what is looked at.
-        quiet = folder / "lab" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-        quiet.parent.mkdir(parents=True)
-        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        # Otherwise a dialog that asks about news covers the page.
+        settings = folder / "lab" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+        settings.parent.mkdir(parents=True)
+        settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={self.port}"]
         command += [f"--IdentityProvider.token={self.token}", f"--notebook-dir={self.notebooks}"]
         command += ["--allow-root"] if os.getuid() == 0 else []
@@ -54,8 +54,8 @@ class Lab:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
-    def wait_until_it_answers(self) -> None:
-        deadline = time.monotonic() + SECONDS
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + PAGE_TIMEOUT_SECONDS
         while True:
             try:
                 urlopen(f"http://127.0.0.1:{self.port}/api?token={self.token}", timeout=5).close()
@@ -65,18 +65,18 @@ class Lab:
                     raise RuntimeError(self.log.read_text()) from None
                 time.sleep(0.1)
 
-    def open(self, name: str, cells: Sequence[str], **view: Any) -> Notebook:
-        """Write a notebook with these cells of code and open it in a page of its own, its kernel running."""
-        written = [
+    def open(self, name: str, cells: Sequence[str], **page_options: Any) -> Notebook:
+        """Write a notebook with these code cells, open it in a new page and wait for its kernel."""
+        code_cells = [
             {"id": f"cell-{n:02}", "cell_type": "code", "source": cell, "metadata": {}, "outputs": []}
             for n, cell in enumerate(cells)
         ]
-        for cell in written:
+        for cell in code_cells:
             cell["execution_count"] = None
-        content = {"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": KERNEL}, "cells": written}
+        content = {"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": KERNEL_SPEC}, "cells": code_cells}
         (self.notebooks / f"{name}.ipynb").write_text(json.dumps(content))
-        page = self.browser.new_page(**view)
-        page.set_default_timeout(1000 * SECONDS)
+        page = self.browser.new_page(**page_options)
+        page.set_default_timeout(1000 * PAGE_TIMEOUT_SECONDS)
         page.goto(f"http://127.0.0.1:{self.port}/lab/workspaces/{name}/tree/{name}.ipynb?token={self.token}")
         self.wait_until_connected(page, f"{name}.ipynb")
         notebook = Notebook(page, self.notebooks / f"{name}.ipynb")
@@ -84,17 +84,17 @@ class Lab:
         return notebook
 
     def wait_until_connected(self, page: Any, name: str) -> None:
-        """Before that a page calls itself idle, too, but forgets the cells that it is asked to run."""
-        deadline = time.monotonic() + SECONDS
+        """Wait for the page's kernel; before that the page shows idle, too, but ignores requests to run a cell."""
+        deadline = time.monotonic() + PAGE_TIMEOUT_SECONDS
         while True:
             sessions = page.request.get(f"http://127.0.0.1:{self.port}/api/sessions?token={self.token}").json()
             if any(session["path"] == name and session["kernel"]["connections"] for session in sessions):
                 return
-            assert time.monotonic() < deadline, "the page does not find its kernel"
+            assert time.monotonic() < deadline, "the page did not connect to its kernel"
             page.wait_for_timeout(100)
 
     def close(self) -> None:
-        self.process.terminate()  # it ends its kernels
+        self.process.terminate()  # also shuts down its kernels
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
@@ -103,7 +103,7 @@ class Lab:
 
 
 class Notebook:
-    """One that is open in a page."""
+    """A notebook that is open in a page."""
 
     def __init__(self, page: Any, file: Path) -> None:
         self.page, self.file = page, file
@@ -115,15 +115,15 @@ class Notebook:
         return self.cell(number).locator(".jp-OutputArea-output")
 
     def run(self, number: int) -> None:
-        """Run a cell as a person does, and do not wait for it."""
-        before, deadline = self.prompt(number), time.monotonic() + SECONDS
-        while self.prompt(number) == before:  # a page that has just opened may swallow the first keys
-            assert time.monotonic() < deadline, "the cell does not run"
+        """Run a cell from the keyboard, without waiting for it to finish."""
+        before, deadline = self.prompt(number), time.monotonic() + PAGE_TIMEOUT_SECONDS
+        while self.prompt(number) == before:  # a page that has just opened may ignore the first keys
+            assert time.monotonic() < deadline, "the cell did not start"
             self.cell(number).locator(".cm-content").click()
             self.page.keyboard.press("Control+Enter")
-            # Long enough for a busy machine: pressed twice, a cell would run twice.
-            again = time.monotonic() + SECONDS / 10
-            while self.prompt(number) == before and time.monotonic() < again:
+            # Long enough for a busy machine: a second key press would run the cell twice.
+            retry_time = time.monotonic() + PAGE_TIMEOUT_SECONDS / 10
+            while self.prompt(number) == before and time.monotonic() < retry_time:
                 self.page.wait_for_timeout(100)
 
     def prompt(self, number: int) -> str:
@@ -133,10 +133,10 @@ class Notebook:
         self.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
 
     def save(self) -> None:
-        """With Ctrl-S, until it stands on the disk."""
+        """Save with Ctrl-S and wait until the file has changed."""
         before = self.file.stat().st_mtime_ns
         self.page.keyboard.press("Control+s")
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + PAGE_TIMEOUT_SECONDS
         while self.file.stat().st_mtime_ns == before:
             assert time.monotonic() < deadline, "not saved"
             self.page.wait_for_timeout(50)
@@ -152,11 +152,11 @@ class Notebook:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser, ended when this is left."""
+    """A browser, closed on exit."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
         try:
             yield browser
         finally:
@@ -165,22 +165,22 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def jupyterlab(folder: Path) -> Iterator[Lab]:
-    """A JupyterLab and a browser, both ended when this is left."""
+    """JupyterLab and a browser, both closed on exit."""
     with chromium() as browser:
         lab = Lab(folder, browser)
         try:
-            lab.wait_until_it_answers()
+            lab.wait_until_ready()
             yield lab
         finally:
             lab.close()
 
 
-def done_by(browser: Any, file: Path) -> list[str]:
-    """What a page does by itself when it is opened: the dialogs it shows, the addresses it asks for."""
-    page, done = browser.new_page(), []
-    page.on("dialog", lambda dialog: (done.append(f"dialog {dialog.message}"), dialog.dismiss()))
-    page.on("request", lambda request: done.append(request.url))
+def page_activity(browser: Any, file: Path) -> list[str]:
+    """Dialogs and requested URLs of a page that is opened, without any user input."""
+    page, activity = browser.new_page(), []
+    page.on("dialog", lambda dialog: (activity.append(f"dialog {dialog.message}"), dialog.dismiss()))
+    page.on("request", lambda request: activity.append(request.url))
     page.goto(file.as_uri(), wait_until="load")
     page.wait_for_timeout(300)
     page.close()
-    return [what for what in done if what != file.as_uri() and not what.startswith("data:")]
+    return [entry for entry in activity if entry != file.as_uri() and not entry.startswith("data:")]

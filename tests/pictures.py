@@ -1,4 +1,4 @@
-"""Make the README's pictures anew, from a real JupyterLab: ``python tests/pictures.py``."""
+"""Regenerate the README's pictures with JupyterLab: ``python tests/pictures.py``."""
 
 import tempfile
 from pathlib import Path
@@ -6,33 +6,33 @@ from pathlib import Path
 from browser import jupyterlab
 from conftest import PROJECT
 
-LAUNCH = """import vgglab
+LAUNCH_CELL = """import vgglab
 run = vgglab.launch("--data-path digits --model vgg11_bn --epochs 6 --warmup 1 --lr 0.1 --lr-schedule cosine",
                     device="cpu", run_dir="runs/first")"""
 
 
-def dashboard(lab) -> None:
-    """In the middle of a run: three epochs are evaluated."""
-    notebook = lab.open("dashboard", [LAUNCH, "run.stop()"], viewport={"width": 1290, "height": 900})
+def capture_dashboard(lab) -> None:
+    """The dashboard in the middle of a run, after three evaluated epochs."""
+    notebook = lab.open("dashboard", [LAUNCH_CELL, "run.stop()"], viewport={"width": 1290, "height": 900})
     notebook.run(0)
     output = notebook.output(0)
     output.filter(has_text="epoch 4 of").first.wait_for(timeout=300_000)
     notebook.page.mouse.move(0, 0)
-    notebook.page.wait_for_timeout(2500)  # the picture follows the text
+    notebook.page.wait_for_timeout(2500)  # the figure is updated after the text
     output.first.screenshot(path=PROJECT / "docs" / "dashboard.png")
     notebook.run(1)
     notebook.close()
 
 
-EXPLORE = """from sklearn.datasets import load_sample_image
+EXPLORER_CELL = """from sklearn.datasets import load_sample_image
 from vgglab.lab import anatomy
 from vgglab.view.explorer import explore
 explore(anatomy.of, load_sample_image("flower.jpg"), "vgg16", 224, "features.14")"""
 
 
-def explorer(lab) -> None:
-    """A layer in the middle of VGG16, and what it sees of a flower."""
-    notebook = lab.open("explorer", [EXPLORE], viewport={"width": 1330, "height": 1200})
+def capture_explorer(lab) -> None:
+    """The explorer with a middle layer of VGG16, on the photograph of a flower."""
+    notebook = lab.open("explorer", [EXPLORER_CELL], viewport={"width": 1330, "height": 1200})
     notebook.run(0)
     output = notebook.output(0)
     output.locator("img").first.wait_for(timeout=120_000)
@@ -45,5 +45,5 @@ def explorer(lab) -> None:
 if __name__ == "__main__":
     (PROJECT / "docs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, jupyterlab(Path(folder)) as lab:
-        dashboard(lab)
-        explorer(lab)
+        capture_dashboard(lab)
+        capture_explorer(lab)

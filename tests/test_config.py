@@ -1,4 +1,4 @@
-"""The parser: the original example's flags and defaults, and what a wrong one gets."""
+"""The parser: the original example's flags and defaults, and errors for invalid flags."""
 
 import re
 from dataclasses import FrozenInstanceError, fields, replace
@@ -12,9 +12,10 @@ from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags, settings_warnings, unused_settings
 from vgglab.settings.schedule import SCHEDULES, learning_rate
 
-# Flags and defaults of the original example. Left open here: the number of classes (the folder's), the workers (16,
-# at most one a core), the device (auto), the folder (the bundled digits) and the drops (30, 60, 80).
-SEED_DEFAULTS = {
+# Flags and defaults of the original example, except those that vgglab changed: the number of classes (that of the
+# folder), the workers (16, at most one per core), the device (auto), the folder (the bundled digits) and the drops (30,
+# 60, 80).
+ORIGINAL_DEFAULTS = {
     "model": "vgg16", "batch_size": 32, "epochs": 90, "lr": 0.01, "optimizer": "sgd", "momentum": 0.9,
     "nesterov": False, "weight_decay": 1e-4, "bn_weight_decay": False, "dropout_rate": 0.0,
     "lr_schedule": "step", "warmup": 5, "end_lr": 0.0, "lr_gamma": 0.1, "print_freq": 10, "eval_freq": 1,
@@ -24,36 +25,36 @@ SEED_DEFAULTS = {
     "dist_url": "env://", "apex": False, "enable_horovod": False,
 }  # fmt: skip
 
-SEED_FLAGS = """--data-path=x --num_classes=5 --model=vgg16 --device=cpu -b=2 --batch-size=2 --epochs=3 -j=1 --workers=1
---lr=0.1 --optimizer=sgd --momentum=0.8 --nesterov --wd=0.1 --weight-decay=0.1 --bn-weight-decay --dropout_rate=0.1
---lr-schedule=step --warmup=1 --end-lr=0 --lr-step-size=3 --lr-gamma=0.2 --print-freq=1 --eval-freq=1 --output-dir=o
---resume=r --start-epoch=1 --test-only --cache-dataset --sync-bn --broadcast-buffers --fix-seed
---torch-amp --amp --training_step_per_epoch=3 --eval_step_per_epoch=3 --skip_steps=1 --world-size=1
+ORIGINAL_FLAGS = """--data-path=x --num_classes=5 --model=vgg16 --device=cpu -b=2 --batch-size=2 --epochs=3 -j=1
+--workers=1 --lr=0.1 --optimizer=sgd --momentum=0.8 --nesterov --wd=0.1 --weight-decay=0.1 --bn-weight-decay
+--dropout_rate=0.1 --lr-schedule=step --warmup=1 --end-lr=0 --lr-step-size=3 --lr-gamma=0.2 --print-freq=1
+--eval-freq=1 --output-dir=o --resume=r --start-epoch=1 --test-only --cache-dataset --sync-bn --broadcast-buffers
+--fix-seed --torch-amp --amp --training_step_per_epoch=3 --eval_step_per_epoch=3 --skip_steps=1 --world-size=1
 --dist-url=env://""".split()
 
 
-def test_defaults_are_the_seed_kits():
+def test_defaults_match_the_original_example():
     config = parse_flags([]).as_dict()
-    assert {name: config[name] for name in SEED_DEFAULTS} == SEED_DEFAULTS
+    assert {name: config[name] for name in ORIGINAL_DEFAULTS} == ORIGINAL_DEFAULTS
 
 
 @pytest.mark.parametrize("swap", ["-_", "_-"])
-def test_every_flag_of_the_seed_kit_is_taken_with_dashes_and_underscores(swap):
-    def respelt(flag):
+def test_original_flags_accept_dashes_and_underscores(swap):
+    def respell(flag):
         name, equals, value = flag.partition("=")
         return "--" + name[2:].replace(*swap) + equals + value if name.startswith("--") else flag
 
-    assert parse_flags([respelt(flag) for flag in SEED_FLAGS]) == parse_flags(SEED_FLAGS)
+    assert parse_flags([respell(flag) for flag in ORIGINAL_FLAGS]) == parse_flags(ORIGINAL_FLAGS)
     assert parse_flags(["--pretrained"]).pretrained
 
 
-def test_underscores_in_values_are_left_alone():
+def test_underscores_in_values_are_kept():
     assert parse_flags(["--data-path", "my_data-set", "--output_dir=a_b"]).data_path == "my_data-set"
     assert parse_flags(["--output_dir=a_b"]).output_dir == "a_b"
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
         (["--epochs=0"], "--epochs: '0' is not a whole number, 1 or more"),
         (["--epochs=2.5"], "--epochs: '2.5' is not"),
@@ -85,14 +86,14 @@ def test_underscores_in_values_are_left_alone():
         (["--nesterov", "--momentum=0"], "--nesterov: needs"),
     ],
 )
-def test_bad_input_names_the_flag_and_what_is_allowed(argv, says):
-    with pytest.raises(UserError, match=says) as caught:
+def test_error_names_the_flag_and_allowed_values(argv, message):
+    with pytest.raises(UserError, match=message) as caught:
         parse_flags(argv)
     assert "\n" not in str(caught.value)
 
 
-def test_the_list_of_flags_is_a_promise():
-    """A flag that goes or changes its name is a line in the changelog, and a change here."""
+def test_list_of_flags_is_unchanged():
+    """Removing or renaming a flag needs a line in the changelog and a change here."""
     assert sorted(Request().as_dict()) == sorted(
         "amp amp_dtype apex apex_opt_level batch_size bias_weight_decay bn_weight_decay broadcast_buffers "
         "cache_dataset channels_last checkpoint_every compile crops cutmix data_path decoder device dist_url "
@@ -104,7 +105,7 @@ def test_the_list_of_flags_is_a_promise():
     )
 
 
-def test_a_choice_is_in_its_table_and_what_is_not_in_it_is_an_error(monkeypatch):
+def test_choices_match_their_tables_and_others_raise(monkeypatch):
     """An unknown schedule silently became cosine, an unknown decoder Pillow."""
     from vgglab import model, optim
     from vgglab.data import decode, named, sets
@@ -131,23 +132,23 @@ def test_a_choice_is_in_its_table_and_what_is_not_in_it_is_an_error(monkeypatch)
         decode.open_picture(__file__, "webp")
 
 
-def test_settings_do_not_change_once_they_are_there():
+def test_settings_are_immutable():
     with pytest.raises(FrozenInstanceError):
         parse_flags([]).epochs = 1
 
 
-def test_every_setting_is_used_somewhere():
-    """A flag that is accepted, recorded and read by nobody would do nothing in silence."""
-    ours = [file for file in (PROJECT / "vgglab").rglob("*.py") if file.parent.name != "settings"]
-    code = "\n".join(file.read_text() for file in [*ours, PROJECT / "vgglab" / "settings" / "schedule.py"])
-    # These the parser answers or warns about; a recipe is what its settings are.
-    answered = {"apex", "apex_opt_level", "enable_horovod", "cache_dataset", "recipe", "fix_seed"}
-    answered |= {setting for optimizer in OPTIMIZERS.values() for setting in optimizer.options.values()}
-    names = {item.name for item in fields(Request)} - answered
+def test_every_setting_is_used():
+    """A flag that is accepted and recorded but never read would silently do nothing."""
+    modules = [file for file in (PROJECT / "vgglab").rglob("*.py") if file.parent.name != "settings"]
+    code = "\n".join(file.read_text() for file in [*modules, PROJECT / "vgglab" / "settings" / "schedule.py"])
+    # The parser handles these: it rejects them, warns about them, or sets other settings.
+    handled = {"apex", "apex_opt_level", "enable_horovod", "cache_dataset", "recipe", "fix_seed"}
+    handled |= {setting for optimizer in OPTIMIZERS.values() for setting in optimizer.options.values()}
+    names = {item.name for item in fields(Request)} - handled
     assert [name for name in sorted(names) if not re.search(rf"\b(config|request|settings)\.{name}\b", code)] == []
 
 
-def test_a_setting_without_effect_is_a_warning():
+def test_setting_without_effect_gives_a_warning():
     """``--end-lr`` with the step schedule was recorded and did nothing."""
     config = parse_flags(["--end-lr=0.1", "--rmsprop-eps=0.1", "--lr-gamma=0.2"])
     assert settings_warnings(config) == ["--end-lr has no effect with --lr-schedule step"]
@@ -158,10 +159,10 @@ def test_a_setting_without_effect_is_a_warning():
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_lists_the_settings_that_it_uses(name):
-    named = {"lr_step_size": 2, "lr_gamma": 0.5, "end_lr": 0.001}
-    usual = Request(lr_schedule=name)
-    configs = [usual, *(replace(usual, **{setting: value}) for setting, value in named.items())]
+def test_schedule_lists_the_settings_it_uses(name):
+    changes = {"lr_step_size": 2, "lr_gamma": 0.5, "end_lr": 0.001}
+    base = Request(lr_schedule=name)
+    configs = [base, *(replace(base, **{setting: value}) for setting, value in changes.items())]
     rates = [[learning_rate(config, epoch, 1, epoch // 30) for epoch in range(90)] for config in configs]
-    used = {setting for setting, with_it in zip(named, rates[1:]) if with_it != rates[0]}
-    assert used == {*SCHEDULES[name].settings} - {"lr_patience"}  # which decides when num_drops grows
+    used = {setting for setting, changed in zip(changes, rates[1:]) if changed != rates[0]}
+    assert used == {*SCHEDULES[name].settings} - {"lr_patience"}  # it determines only when num_drops increases

@@ -1,4 +1,4 @@
-"""The drawing of a network, and the explorer: what moves when a control does, and what stays where nothing can."""
+"""The architecture drawing and the explorer: what its controls change, and what is shown without widgets."""
 
 import threading
 
@@ -19,16 +19,16 @@ from vgglab.view.figures import architecture
 PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
 
-def boxes_of(network, marked=""):
+def draw_boxes(network, marked=""):
     (panel,) = architecture(network, marked).axes
     return {patch.get_gid(): patch for patch in panel.patches}, panel
 
 
 @pytest.mark.parametrize("image_size", [32, 224])
 @pytest.mark.parametrize("name", ["vgg11", "vgg16_bn", "vgg19"])
-def test_each_layer_has_its_box_as_high_and_as_wide_as_what_it_writes(name, image_size):
+def test_box_size_matches_the_layers_output(name, image_size):
     network = anatomy.of(name, image_size)
-    boxes, panel = boxes_of(network)
+    boxes, panel = draw_boxes(network)
     drawn = [layer for layer in network if layer.kind in ("conv", "pool", "linear", "batch norm")]
     assert set(boxes) == {layer.name for layer in drawn}
     maps = [layer for layer in drawn if layer.kind in ("conv", "pool")]
@@ -39,43 +39,43 @@ def test_each_layer_has_its_box_as_high_and_as_wide_as_what_it_writes(name, imag
     assert widths == pytest.approx([unit * layer.output_shape[1] for layer in convolutions])
     lefts = [boxes[layer.name].get_x() for layer in drawn if layer.kind != "batch norm"]
     assert lefts == sorted(lefts)
-    words = [text.get_text() for text in panel.texts]
-    assert f"{image_size}x{image_size}" in words
-    assert words.count("512") >= 2
-    assert words[-1] == "1000"
+    labels = [text.get_text() for text in panel.texts]
+    assert f"{image_size}x{image_size}" in labels
+    assert labels.count("512") >= 2
+    assert labels[-1] == "1000"
 
 
-def test_pictures_of_different_networks_differ():
-    pictures = [
-        architecture(anatomy.of(*what)).png() for what in (("vgg11",), ("vgg19",), ("vgg19_bn",), ("vgg19", 64))
+def test_drawings_of_different_networks_differ():
+    drawings = [
+        architecture(anatomy.of(*network)).png() for network in (("vgg11",), ("vgg19",), ("vgg19_bn",), ("vgg19", 64))
     ]
-    assert len(set(pictures)) == 4
-    assert min(map(len, pictures)) > 5000
+    assert len(set(drawings)) == 4
+    assert min(map(len, drawings)) > 5000
 
 
-def test_numbers_do_not_stand_on_one_another():
+def test_labels_do_not_overlap():
     for name, size in (("vgg11", 32), ("vgg19_bn", 64), ("vgg16", 224), ("vgg13", 448), ("vgg19_bn", 384)):
         picture = architecture(anatomy.of(name, size))
         picture.canvas.draw()
-        places = [text.get_window_extent() for text in picture.axes[0].texts]
-        overlap = [(a, b) for n, a in enumerate(places) for b in places[:n] if a.overlaps(b)]
+        extents = [text.get_window_extent() for text in picture.axes[0].texts]
+        overlap = [(a, b) for n, a in enumerate(extents) for b in extents[:n] if a.overlaps(b)]
         assert overlap == [], (name, size)
         linear = [patch for patch in picture.axes[0].patches if patch.get_gid().startswith("classifier")]
-        assert not [box for box in linear for text in places if text.overlaps(box.get_window_extent())], (name, size)
+        assert not [box for box in linear for text in extents if text.overlaps(box.get_window_extent())], (name, size)
 
 
-def test_a_layer_without_a_box_is_marked_where_it_works():
+def test_layer_without_a_box_marks_its_convolution():
     network = anatomy.of("vgg11_bn", 32)
     assert [layer.kind for layer in network[4:7]] == ["conv", "batch norm", "relu"]
-    boxes, panel = boxes_of(network, network[6].name)
+    boxes, panel = draw_boxes(network, network[6].name)
     assert boxes["mark"].get_bbox().bounds == boxes[network[4].name].get_bbox().bounds
     assert network[6].name in [text.get_text() for text in panel.texts]
 
 
-def test_networks_by_hand_are_drawn_too():
-    boxes, _ = boxes_of(anatomy.of(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)), 8))
+def test_custom_networks_are_drawn():
+    boxes, _ = draw_boxes(anatomy.of(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)), 8))
     assert set(boxes) == {"1"}
-    boxes, _ = boxes_of(anatomy.of(nn.Sequential(*[nn.Conv2d(4, 4, 1) for _ in range(100)]), 8))
+    boxes, _ = draw_boxes(anatomy.of(nn.Sequential(*[nn.Conv2d(4, 4, 1) for _ in range(100)]), 8))
     assert len(boxes) == 100
     assert min(box.get_width() for box in boxes.values()) > 0
     with pytest.raises(UserError, match="nothing to draw"):
@@ -85,7 +85,7 @@ def test_networks_by_hand_are_drawn_too():
 
 
 @pytest.mark.parametrize("name", ["features.5", "features.17", "features.24"])
-def test_the_frame_holds_every_pixel_that_has_a_gradient(name):
+def test_frame_contains_every_pixel_with_a_gradient(name):
     torch.manual_seed(0)
     network = models.build("vgg16", num_classes=10, head="small").features
     layer = next(row for row in anatomy.of("vgg16", 160) if row.name == name)
@@ -96,142 +96,142 @@ def test_the_frame_holds_every_pixel_that_has_a_gradient(name):
     seen = gradient[0].abs().sum(0) > 0
     frame = layer.window(row, column)
     rows, columns = (torch.where(seen.any(side))[0] for side in (1, 0))
-    for places, start in ((rows, frame.top), (columns, frame.left)):
-        assert max(0, start) <= int(places[0])
-        assert int(places[-1]) < start + frame.side
-        # Maxima pass over some pixels of the rim, so the outermost may be without a gradient.
-        assert int(places[-1] - places[0]) > 0.9 * (min(160, start + frame.side) - max(0, start)) - 2
+    for positions, start in ((rows, frame.top), (columns, frame.left)):
+        assert max(0, start) <= int(positions[0])
+        assert int(positions[-1]) < start + frame.side
+        # Max pooling skips some pixels, so the outermost ones may have no gradient.
+        assert int(positions[-1] - positions[0]) > 0.9 * (min(160, start + frame.side) - max(0, start)) - 2
 
 
-def test_every_control_changes_the_picture_and_the_words():
+def test_every_control_changes_figure_and_description():
     pytest.importorskip("ipywidgets")
-    shown = Explorer(anatomy.of, PHOTOGRAPH, "vgg16", 64)
-    shown.widget()
-    seen = [(bytes(shown.image.value), shown.about.value)]
+    view = Explorer(anatomy.of, PHOTOGRAPH, "vgg16", 64)
+    view.widget()
+    seen = [(bytes(view.image.value), view.about.value)]
     assert seen[0][0][:4] == b"\x89PNG"
     assert "features.28, conv" in seen[0][1]
     for control, value, words in (
-        (shown.layers, "features.5", ("73,856", "64x32x32 to 128x32x32", "10 x 10 pixels", "2 pixels", "0.524 MB")),
-        (shown.image_size, 96, ("64x48x48 to 128x48x48", "vgg16", "96 pixels")),
-        (shown.depth, "vgg19", ("vgg19",)),
-        (shown.batch_norm, True, ("vgg19_bn", "features.7, conv", "10 x 10 pixels")),
-        (shown.layers, "classifier.6", ("1000", "each output sees the whole image")),
+        (view.layers, "features.5", ("73,856", "64x32x32 to 128x32x32", "10 x 10 pixels", "2 pixels", "0.524 MB")),
+        (view.image_size, 96, ("64x48x48 to 128x48x48", "vgg16", "96 pixels")),
+        (view.depth, "vgg19", ("vgg19",)),
+        (view.batch_norm, True, ("vgg19_bn", "features.7, conv", "10 x 10 pixels")),
+        (view.layers, "classifier.6", ("1000", "each output sees the whole image")),
     ):
         control.value = value
-        seen.append((bytes(shown.image.value), shown.about.value))
-        assert [word for word in words if word not in shown.about.value] == []
+        seen.append((bytes(view.image.value), view.about.value))
+        assert [word for word in words if word not in view.about.value] == []
     assert len({picture for picture, _ in seen}) == len({about for _, about in seen}) == len(seen)
 
 
-def test_the_third_convolution_stays_the_third_and_the_last_takes_over_where_there_are_fewer():
+def test_selected_convolution_keeps_its_index_or_becomes_the_last():
     pytest.importorskip("ipywidgets")
-    shown = Explorer(anatomy.of, PHOTOGRAPH, "vgg19", 32)
-    shown.widget()
-    shown.layers.value = "features.5"
-    shown.depth.value = "vgg11"
-    assert shown.layers.value == "features.6"
-    shown.depth.value = "vgg19"
-    shown.layers.value = "features.34"
-    shown.depth.value = "vgg11"
-    assert shown.layers.value == "features.18"
-    assert len(shown.layers.options) == len(anatomy.of("vgg11", 32))
-    shown.batch_norm.value = True
-    shown.layers.value = shown.layers.options[1][1]  # a batch norm
-    shown.batch_norm.value = False  # there is none to stay at
-    assert shown.layer.kind == "conv"
+    view = Explorer(anatomy.of, PHOTOGRAPH, "vgg19", 32)
+    view.widget()
+    view.layers.value = "features.5"
+    view.depth.value = "vgg11"
+    assert view.layers.value == "features.6"
+    view.depth.value = "vgg19"
+    view.layers.value = "features.34"
+    view.depth.value = "vgg11"
+    assert view.layers.value == "features.18"
+    assert len(view.layers.options) == len(anatomy.of("vgg11", 32))
+    view.batch_norm.value = True
+    view.layers.value = view.layers.options[1][1]  # a batch norm
+    view.batch_norm.value = False  # the selected layer no longer exists
+    assert view.layer.kind == "conv"
 
 
-def test_each_control_is_labelled_in_full_and_each_network_counted_once():
+def test_controls_have_full_labels_and_each_network_is_computed_once():
     pytest.importorskip("ipywidgets")
-    counted = []
+    calls = []
 
-    def counting(*what):
-        counted.append(what)
-        return anatomy.of(*what)
+    def record_call(*network):
+        calls.append(network)
+        return anatomy.of(*network)
 
-    shown = Explorer(counting, PHOTOGRAPH, "vgg11", 32)
-    shown.widget()
-    for control in (shown.depth, shown.image_size, shown.layers):
+    view = Explorer(record_call, PHOTOGRAPH, "vgg11", 32)
+    view.widget()
+    for control in (view.depth, view.image_size, view.layers):
         assert control.description
         assert control.style.description_width == "initial"
     for name in ("vgg13", "vgg11", "vgg13"):
-        shown.depth.value = name
-    assert counted == [("vgg11", 32), ("vgg13", 32)]
+        view.depth.value = name
+    assert calls == [("vgg11", 32), ("vgg13", 32)]
 
 
-def test_what_cannot_be_counted_is_said_in_place():
+def test_error_is_shown_in_the_description():
     pytest.importorskip("ipywidgets")
 
-    def only_small(model, image_size):
+    def reject_large_images(model, image_size):
         if image_size > 32:
             raise UserError("image_size: <32> at most")
         return anatomy.of(model, image_size)
 
-    shown = Explorer(only_small, PHOTOGRAPH, "vgg11", 32)
-    shown.widget()
-    shown.image_size.value = 64
-    assert "image_size: &lt;32&gt; at most" in shown.about.value
-    shown.image_size.value = 32
-    assert "vgg11" in shown.about.value
+    view = Explorer(reject_large_images, PHOTOGRAPH, "vgg11", 32)
+    view.widget()
+    view.image_size.value = 64
+    assert "image_size: &lt;32&gt; at most" in view.about.value
+    view.image_size.value = 32
+    assert "vgg11" in view.about.value
 
 
-def test_changes_from_two_threads_end_in_one_state():
+def test_changes_from_two_threads_end_in_a_consistent_state():
     pytest.importorskip("ipywidgets")
-    shown = Explorer(anatomy.of, PHOTOGRAPH, "vgg11", 32)
-    shown.widget()
+    view = Explorer(anatomy.of, PHOTOGRAPH, "vgg11", 32)
+    view.widget()
     threads = [
-        threading.Thread(target=setattr, args=(shown.depth, "value", "vgg13")),
-        threading.Thread(target=setattr, args=(shown.image_size, "value", 64)),
+        threading.Thread(target=setattr, args=(view.depth, "value", "vgg13")),
+        threading.Thread(target=setattr, args=(view.image_size, "value", 64)),
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (shown.anatomy.model, shown.anatomy.image_size) == ("vgg13", 64)
-    assert "vgg13" in shown.about.value
-    assert "64 pixels" in shown.about.value
+    assert (view.anatomy.model, view.anatomy.image_size) == ("vgg13", 64)
+    assert "vgg13" in view.about.value
+    assert "64 pixels" in view.about.value
 
 
 @pytest.mark.parametrize("kind", ["static", "live"])
-def test_widgets_where_somebody_watches_and_a_picture_where_nobody_does(kind, monkeypatch):
+def test_live_front_end_shows_widgets_and_static_one_a_figure(kind, monkeypatch):
     import IPython.display
 
     widgets = pytest.importorskip("ipywidgets")
-    shown = []
+    displayed = []
     monkeypatch.setattr(explorer, "front_end", lambda: kind)
-    monkeypatch.setattr(IPython.display, "display", lambda what, **_: shown.append(what))
+    monkeypatch.setattr(IPython.display, "display", lambda what, **_: displayed.append(what))
     explore(anatomy.of, PHOTOGRAPH, "vgg11", 32)
     if kind == "live":
-        (box,) = shown
+        (box,) = displayed
         assert isinstance(box, widgets.Box)
         return
-    picture, table = shown
+    picture, table = displayed
     assert picture["image/png"][:4] == b"\x89PNG"
     assert "features.18, conv" in picture["text/plain"]
     assert "features.18, conv" in table["text/html"]
 
 
-def test_in_a_terminal_it_prints(capsys):
+def test_terminal_prints_text(capsys):
     explore(anatomy.of, PHOTOGRAPH, "vgg16", 32, "features.28")
     assert "196 x 196 pixels, larger than the image; the rest is padding" in capsys.readouterr().out
 
 
-def test_the_photograph_may_be_a_file(tmp_path):
+def test_photograph_can_be_a_file(tmp_path):
     from PIL import Image
 
     Image.fromarray(PHOTOGRAPH).save(tmp_path / "photograph.png")
     by_path, by_pixels = (Explorer(anatomy.of, p, "vgg11", 32) for p in (str(tmp_path / "photograph.png"), PHOTOGRAPH))
     assert by_path.picture().png() == by_pixels.picture().png()
     (tmp_path / "text.png").write_text("no image")
-    for wrong in (tmp_path / "text.png", tmp_path / "missing.png", None, np.zeros((4, 4, 5), np.uint8)):
-        with pytest.raises(UserError, match=r"^photograph: must be a path or") as refusal:
-            explore(anatomy.of, wrong)
-        assert len(str(refusal.value).splitlines()) == 1
+    for invalid in (tmp_path / "text.png", tmp_path / "missing.png", None, np.zeros((4, 4, 5), np.uint8)):
+        with pytest.raises(UserError, match=r"^photograph: must be a path or") as error:
+            explore(anatomy.of, invalid)
+        assert len(str(error.value).splitlines()) == 1
     with pytest.raises(UserError, match=r"vgg11 has no 'features\.99'"):
         explore(anatomy.of, PHOTOGRAPH, "vgg11", 32, "features.99")
 
 
-def test_photographs_of_any_kind_are_seen_in_colour(tmp_path):
+def test_photographs_of_any_mode_are_shown_in_rgb(tmp_path):
     import numpy
     from PIL import Image
 
@@ -239,11 +239,11 @@ def test_photographs_of_any_kind_are_seen_in_colour(tmp_path):
 
     upright = Image.new("RGB", (40, 60), "red")
     exif = upright.getexif()
-    exif[0x0112] = 6  # turn by a quarter
+    exif[0x0112] = 6  # rotate by 90 degrees
     upright.save(tmp_path / "turned.jpg", exif=exif)
     grey = numpy.full((50, 50), 90, "uint8")
-    clear = numpy.full((50, 50, 4), 200, "uint8")
-    for photograph in (tmp_path / "turned.jpg", grey, clear):
+    rgba = numpy.full((50, 50, 4), 200, "uint8")
+    for photograph in (tmp_path / "turned.jpg", grey, rgba):
         picture = Explorer(anatomy.of, photograph, "vgg11", 64).picture()
         assert picture.axes[0].images[0].get_array().shape[2] == 3
     with pytest.raises(UserError, match="explore: expects the name of a network and a whole number"):

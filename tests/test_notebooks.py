@@ -1,4 +1,4 @@
-"""Every notebook: clean in git, and run from top to bottom by papermill."""
+"""Every notebook: committed without outputs, and runs from top to bottom with papermill."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from vgglab.lab.timings import SECONDS
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 FILES = {file.stem[:2]: file for file in NOTEBOOKS}
-# The smallest that still runs every cell; the digits are a few of them, see few_digits.
-SHORTER = {
+# The smallest values that still run every cell; the data set is smaller, too (few_digits).
+SMALLEST_VALUES = {
     "00": {"model": "vgg11", "epochs": 1, "steps_per_epoch": 4},
     "01": {"image_size": 32},
     "02": {"seconds": 0.1},
@@ -28,9 +28,9 @@ SHORTER = {
     "07": {"model": "vgg11", "epochs": 1},
     "08": {},
 }
-TRAINS_NOTHING = {"01_architecture"}
-# What a sentence below an output says of it, where the output once said otherwise.
-SAYS = {
+WITHOUT_TRAINING = {"01_architecture"}
+# Outputs that the text below them describes, and that once differed from it.
+EXPECTED_OUTPUT = {
     "00": r"train_fps_mean: not measured \(all steps fell within --skip-steps 10\)",
 }
 
@@ -41,20 +41,20 @@ def cells_of(file, kind):
     return [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == kind]
 
 
-def papermill(file, out, parameters, **environment):
-    # However busy the machine is: only pytest's own limit says that something hangs.
+def run_papermill(file, out, parameters, **environment):
+    # A long timeout for busy machines; pytest's own limit detects hangs.
     words = [sys.executable, "-m", "papermill", "--log-level=WARNING", "--start-timeout=1000"]
     words += ["--cwd", str(file.parent), str(file), str(out)]
     for name, value in parameters.items():
         words += ["-p", name, str(value)]
-    # Two tests at once on two cores: threads that wait for one another by spinning would take each other's time.
+    # Two tests at once on two cores: spinning OpenMP threads would slow each other down.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
     return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="session")
 def few_digits(tmp_path_factory):
-    """A cache in which ``digits`` are 260 images to learn from and 40 held out, of all ten classes."""
+    """A cache in which ``digits`` has only 260 training and 40 held-out images, of all ten classes."""
     from vgglab.data.digits import NAME, digits_folder
 
     cache = tmp_path_factory.mktemp("few")
@@ -72,44 +72,44 @@ def few_digits(tmp_path_factory):
 
 @pytest.fixture
 def execute(few_digits, tmp_path):
-    """``execute("00", device="cpu")``: the notebook with its smallest numbers and these on top; its cells' outputs."""
+    """``execute("00", device="cpu")``: run the notebook with its smallest values and these; its cells' outputs."""
 
-    def run(number, refused="", **parameters):
+    def run(number, error_pattern="", **parameters):
         file, out = FILES[number], tmp_path / "out.ipynb"
-        given = {"output_dir": tmp_path, **SHORTER[number], **parameters}
-        given = {name: value for name, value in given.items() if value is not None}
-        # No network, and none asked for: a proxy that is not there refuses at once.
+        values = {"output_dir": tmp_path, **SMALLEST_VALUES[number], **parameters}
+        values = {name: value for name, value in values.items() if value is not None}
+        # No network access: a proxy that does not exist makes any request fail at once.
         proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-        result = papermill(file, out, given, VGGLAB_CACHE=str(few_digits), **proxies)
+        result = run_papermill(file, out, values, VGGLAB_CACHE=str(few_digits), **proxies)
         outputs = [output for cell in cells_of(out, "code") for output in cell["outputs"]]
         errors = [output for output in outputs if output["output_type"] == "error"]
-        if refused:
+        if error_pattern:
             (error,) = errors
             assert (result.returncode != 0, error["ename"]) == (True, "UserError"), result.stderr[-3000:]
-            assert re.search(refused, error["evalue"]), error["evalue"]
+            assert re.search(error_pattern, error["evalue"]), error["evalue"]
             assert "\n" not in error["evalue"]
         else:
             assert result.returncode == 0, result.stderr[-3000:]
             assert not errors
-            assert re.search(SAYS.get(number, "") if not parameters else "", text_of(outputs))
-            assert not re.search(r"\bnan\b|\bNone\b", text_of(outputs)), text_of(outputs)
+            assert re.search(EXPECTED_OUTPUT.get(number, "") if not parameters else "", output_text(outputs))
+            assert not re.search(r"\bnan\b|\bNone\b", output_text(outputs)), output_text(outputs)
         return outputs
 
     return run
 
 
-def text_of(outputs):
+def output_text(outputs):
     return "".join("".join(output.get("text", "")) for output in outputs)
 
 
-def test_there_are_notebooks():
+def test_notebooks_are_found():
     assert NOTEBOOKS
 
 
 @each_notebook
-def test_committed_without_outputs_and_for_any_kernel(file):
+def test_notebook_has_no_outputs_and_a_standard_kernel(file):
     content = json.loads(file.read_text())
-    assert content["metadata"]["kernelspec"]["name"] == "python3"  # any other is NoSuchKernel elsewhere
+    assert content["metadata"]["kernelspec"]["name"] == "python3"  # any other raises NoSuchKernel on other machines
     assert "widgets" not in content["metadata"]
     for cell in cells_of(file, "code"):
         assert (cell["outputs"], cell["execution_count"]) == ([], None)
@@ -118,7 +118,7 @@ def test_committed_without_outputs_and_for_any_kernel(file):
 
 
 @each_notebook
-def test_short_cells_and_enough_prose(file):
+def test_notebook_has_short_cells_and_enough_prose(file):
     code = ["".join(cell["source"]).splitlines() for cell in cells_of(file, "code")]
     assert max(len(lines) for lines in code) <= 15
     num_words = sum(len("".join(cell["source"]).split()) for cell in cells_of(file, "markdown"))
@@ -143,7 +143,7 @@ def test_opening_and_headings_are_in_both_languages(file):
 
 
 @each_notebook
-def test_says_how_large_and_how_long_before_it_starts(file):
+def test_notebook_shows_its_profile_and_time_first(file):
     first, second = ["".join(cell["source"]) for cell in cells_of(file, "code")[:2]]
     assert first.startswith('profile = "quick"')
     assert re.search(rf'Profiles\(\s*"{file.stem}",', second)
@@ -151,44 +151,44 @@ def test_says_how_large_and_how_long_before_it_starts(file):
 
 
 @each_notebook
-def test_ends_with_exercises_that_are_checked_and_a_way_onward(file):
+def test_notebook_ends_with_checked_exercises_and_a_link(file):
     cells = json.loads(file.read_text())["cells"]
     texts = ["".join(cell["source"]) for cell in cells]
     (start,) = [number for number, text in enumerate(texts) if "Try it yourself" in text]
-    behind = [(cell["cell_type"], text) for cell, text in zip(cells[start:], texts[start:])]
-    assert [text for kind, text in behind if kind == "code" and "not yet: " in text and '"right"' in text]
-    assert [text for kind, text in behind if kind == "markdown" and "<details>" in text]
+    ending = [(cell["cell_type"], text) for cell, text in zip(cells[start:], texts[start:])]
+    assert [text for kind, text in ending if kind == "code" and "not yet: " in text and '"right"' in text]
+    assert [text for kind, text in ending if kind == "markdown" and "<details>" in text]
     assert re.search(r"\]\(\d\d_\w+\.ipynb\)", texts[-1])
 
 
 @each_notebook
-def test_links_lead_somewhere(file):
+def test_linked_notebooks_exist(file):
     for cell in cells_of(file, "markdown"):
         for name in re.findall(r"\]\((\w+\.ipynb)\)", "".join(cell["source"])):
             assert (file.parent / name).is_file(), name
 
 
 @each_notebook
-def test_runs_from_top_to_bottom(file, execute, tmp_path):
+def test_notebook_runs_from_top_to_bottom(file, execute, tmp_path):
     outputs = execute(file.stem[:2])
-    # Nobody watched: no widget is left behind, which a report could not show, and no flood of updates.
+    # Headless: no widgets, which a report cannot show, and not an output for each update.
     shown = [kind for output in outputs for kind in output.get("data", {})]
     assert "application/vnd.jupyter.widget-view+json" not in shown
     assert "image/png" in shown
-    # A figure that the front end could not draw leaves its name.
+    # A figure that could not be rendered leaves only its repr.
     assert not [output for output in outputs if "<Figure size" in "".join(output.get("data", {}).get("text/plain", ""))
                 and "image/png" not in output["data"]]  # fmt: skip
-    # And each picture is told in words as well.
+    # Each figure has alt text.
     drawn = [output for output in outputs if "image/png" in output.get("data", {})]
     assert all(len(output["metadata"]["image/png"]["alt"].split()) > 2 for output in drawn)
     assert len(outputs) < 3 * len(cells_of(file, "code"))
-    assert bool(list(tmp_path.glob("runs/*/report.json"))) == (file.stem not in TRAINS_NOTHING)
+    assert bool(list(tmp_path.glob("runs/*/report.json"))) == (file.stem not in WITHOUT_TRAINING)
 
 
 long = pytest.mark.long  # not in the regular suite
 CPU_ONLY = {"device": "cpu"}
 SIMULATED = {"device": "gcu-sim"}
-# Each value of each parameter with choices, and the smallest numbers that make sense.
+# Each choice of each parameter, and the smallest valid numbers.
 VALUES = [
     pytest.param("00", {"device": "gcu-sim", "steps_per_epoch": 1}, id="00-simulated"),
     pytest.param("00", {"device": "cpu", "steps_per_epoch": 1}, id="00-cpu", marks=long),
@@ -225,14 +225,14 @@ VALUES = [
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("number", "parameters"), VALUES)
-def test_runs_with_every_value_that_it_offers(number, parameters, execute):
-    said = text_of(execute(number, **parameters))
+def test_notebook_runs_with_every_choice(number, parameters, execute):
+    output = output_text(execute(number, **parameters))
     if parameters.get("device") == "gcu-sim" and number != "07":  # which shows no speed
-        assert "not measured (a simulated card has no speed)" in said
+        assert "not measured (a simulated card has no speed)" in output
 
 
-# What cannot run here ends in one line, whichever cell it is in.
-ABSENT = [
+# Values that cannot work on this machine give a one-line error, whichever cell fails.
+UNAVAILABLE = [
     pytest.param("00", {"device": "cuda"}, "^--device cuda: ", id="00-cuda"),
     *(
         pytest.param("00", {"device": name}, f"^--device {name}: ", id=f"00-{name}", marks=long)
@@ -257,12 +257,12 @@ ABSENT = [
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("number", "parameters", "line"), ABSENT)
-def test_what_this_machine_has_not_ends_in_one_line(number, parameters, line, execute):
-    execute(number, refused=line, **parameters)
+@pytest.mark.parametrize(("number", "parameters", "line"), UNAVAILABLE)
+def test_unavailable_value_gives_a_one_line_error(number, parameters, line, execute):
+    execute(number, error_pattern=line, **parameters)
 
 
-SENSELESS = [
+INVALID = [
     *((number, {"profile": "tiny"}, "profile") for number in FILES),
     ("00", {"epochs": 0}, "epochs"),
     ("00", {"steps_per_epoch": 0}, "steps_per_epoch"),
@@ -285,23 +285,23 @@ SENSELESS = [
 ]
 
 
-@pytest.mark.parametrize(("number", "parameters", "begins"), SENSELESS)
-def test_the_second_cell_refuses_what_makes_no_sense(number, parameters, begins, monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "parameters", "message"), INVALID)
+def test_second_cell_rejects_invalid_values(number, parameters, message, monkeypatch, capsys):
     monkeypatch.setattr("vgglab.lab.profiles.slowdown", lambda: 1.0)
     first, second = ["".join(cell["source"]) for cell in cells_of(FILES[number], "code")[:2]]
     names = {}
     exec(first, names)
     assert set(parameters) <= set(names)
     names.update(parameters)
-    with pytest.raises(UserError, match=f"^{begins}"):
+    with pytest.raises(UserError, match=f"^{message}"):
         exec(second, names)
 
 
 @pytest.mark.parametrize(
-    ("device", "num_cards", "taken"), [("auto", 1, "cpu"), ("auto", 2, "auto"), ("cuda", 1, "cuda")]
+    ("device", "num_cards", "selected"), [("auto", 1, "cpu"), ("auto", 2, "auto"), ("cuda", 1, "cuda")]
 )
-def test_several_ranks_share_the_cpu_where_there_are_too_few_cards(device, num_cards, taken, monkeypatch, capsys):
-    """Seen on a machine with one CUDA card: rank 1 found none."""
+def test_ranks_share_the_cpu_if_there_are_too_few_cards(device, num_cards, selected, monkeypatch, capsys):
+    """On a machine with one CUDA card, rank 1 found none."""
     import vgglab
 
     monkeypatch.setattr("vgglab.lab.profiles.slowdown", lambda: 1.0)
@@ -311,16 +311,16 @@ def test_several_ranks_share_the_cpu_where_there_are_too_few_cards(device, num_c
     exec(first, names)
     names["device"] = device
     exec(second, names)
-    assert (names["device"], names["max_ranks"]) == (taken, 2)
-    assert ("this machine has 1 card for 2 ranks" in capsys.readouterr().out) == (taken == "cpu")
+    assert (names["device"], names["max_ranks"]) == (selected, 2)
+    assert ("this machine has 1 card for 2 ranks" in capsys.readouterr().out) == (selected == "cpu")
 
 
-def test_a_folder_named_by_a_number_is_a_folder(execute, tmp_path, monkeypatch):
-    """papermill makes a number of it."""
-    execute("08", refused="^20261126: no such folder$", folders="20261126", title="2026")
+def test_folder_with_a_numeric_name_is_accepted(execute, tmp_path, monkeypatch):
+    """papermill converts the name to a number."""
+    execute("08", error_pattern="^20261126: no such folder$", folders="20261126", title="2026")
 
 
-def test_a_run_that_fails_fails_the_cell_and_the_batch(execute, tmp_path):
-    execute("00", refused="--model: invalid choice", model="vgg12")
+def test_failed_run_stops_the_notebook(execute, tmp_path):
+    execute("00", error_pattern="--model: invalid choice", model="vgg12")
     last = [cell for cell in cells_of(tmp_path / "out.ipynb", "code") if cell["outputs"]][-1]
-    assert "vl.launch" in "".join(last["source"])  # the cells behind it did not run
+    assert "vl.launch" in "".join(last["source"])  # later cells did not run

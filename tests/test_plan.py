@@ -1,4 +1,4 @@
-"""The plan: counted here on its own, and compared with what a run then does."""
+"""``vgglab plan``: compared with numbers computed here, and with what a run does."""
 
 import json
 
@@ -11,13 +11,13 @@ from vgglab.lab.plan import plan_training
 from vgglab.settings.parser import flags_given, parse_flags
 
 
-def planned(*flags, speed=590.3, **more):
-    return plan_training(parse_flags(flags), speed, given=flags_given(flags), **more)
+def make_plan(*flags, speed=590.3, **options):
+    return plan_training(parse_flags(flags), speed, given=flags_given(flags), **options)
 
 
-def test_the_seeds_90_epochs_on_eight_cards():
-    """ImageNet's 1,281,167 images, 192 a card; VGG16's 138,357,544 parameters, once with their momentum."""
-    found = planned("--recipe=seed", ranks=8)
+def test_seed_recipe_on_eight_cards():
+    """ImageNet's 1,281,167 images, 192 per card; VGG16's 138,357,544 parameters, each with its momentum."""
+    found = make_plan("--recipe=seed", ranks=8)
     steps_per_epoch = 1_281_167 // 1536
     assert (found.steps_per_epoch, found.steps) == (steps_per_epoch, 90 * steps_per_epoch)
     assert found.training_seconds == pytest.approx(90 * steps_per_epoch * 1536 / (8 * 590.3))
@@ -31,7 +31,7 @@ def test_the_seeds_90_epochs_on_eight_cards():
     assert [rate for _, rate in found.rates] == pytest.approx([rate for _, rate in expected])
 
 
-def test_a_run_does_what_its_plan_says(images, train):
+def test_run_matches_its_plan(images, train):
     flags = (
         "--model=vgg11_bn",
         "--epochs=3",
@@ -41,7 +41,7 @@ def test_a_run_does_what_its_plan_says(images, train):
         "--lr-schedule=cosine",
     )
     run = train(*flags, "--print-freq=1", "--seed=1").run
-    found = planned(*flags, "--image-size=32", "--batch-size=4", "--warmup=0", f"--data-path={images}")
+    found = make_plan(*flags, "--image-size=32", "--batch-size=4", "--warmup=0", f"--data-path={images}")
     events = run.events("train")
     assert found.steps == events[-1]["step"]
     assert found.num_checkpoints == len(run.events("checkpoint"))
@@ -51,21 +51,21 @@ def test_a_run_does_what_its_plan_says(images, train):
     assert found.checkpoint_bytes == pytest.approx(size, rel=0.01)
 
 
-def test_the_head_and_the_first_epoch_count():
-    found = planned("--recipe=seed", "--head=small", "--start-epoch=80")
+def test_head_and_start_epoch_change_the_plan():
+    found = make_plan("--recipe=seed", "--head=small", "--start-epoch=80")
     assert (found.epochs, found.steps) == (10, 10 * (1_281_167 // 192))
-    num_parameters = 14_714_688 + 2 * (512 * 512 + 512) + 513 * 1000  # the convolutions', and a narrow classifier's
+    num_parameters = 14_714_688 + 2 * (512 * 512 + 512) + 513 * 1000  # convolutions and the small classifier
     assert found.checkpoint_bytes == 2 * 4 * num_parameters
 
 
 @pytest.mark.parametrize("flags", [["--seeds=5"], ["--test-only", "--pretrained"], ["--resume=auto"]])
-def test_what_is_not_one_training_from_its_beginning_is_refused(flags):
+def test_only_a_single_run_from_scratch_can_be_planned(flags):
     with pytest.raises(UserError, match="leave them out"):
-        planned("--recipe=quick", *flags)
+        make_plan("--recipe=quick", *flags)
 
 
 @pytest.mark.parametrize(
-    ("flags", "more", "says"),
+    ("flags", "options", "message"),
     [
         (["--recipe=seed", "--epochs=3"], {}, "ends during the warm-up"),
         (["--recipe=seed"], {"ranks": 64}, "8 x that of --recipe seed"),
@@ -74,21 +74,21 @@ def test_what_is_not_one_training_from_its_beginning_is_refused(flags):
         (["--recipe=paper"], {}, "cannot be planned"),
     ],
 )
-def test_it_warns(flags, more, says):
-    assert any(says in text for text in planned(*flags, **more).warnings)
+def test_plan_warns(flags, options, message):
+    assert any(message in text for text in make_plan(*flags, **options).warnings)
 
 
-def test_the_recipes_themselves_are_not_warned_about():
-    assert planned("--recipe=seed", "--workers=1", ranks=8).warnings == []
-    assert planned("--recipe=modern").warnings == []
+def test_recipes_give_no_warnings():
+    assert make_plan("--recipe=seed", "--workers=1", ranks=8).warnings == []
+    assert make_plan("--recipe=modern").warnings == []
 
 
-def test_a_batch_larger_than_the_set_is_refused(images):
+def test_batch_larger_than_the_training_set_is_rejected(images):
     with pytest.raises(UserError, match="larger than the training set"):
-        planned(f"--data-path={images}", "--batch-size=192")
+        make_plan(f"--data-path={images}", "--batch-size=192")
 
 
-def test_the_door(train, images, capsys):
+def test_command_line(train, images, capsys):
     run = train("--epochs=3", "--skip-steps=1", "--print-freq=1").run
     tiny = ["--recipe=quick", f"--data-path={images}", "--batch-size=8"]
     assert call("plan", [*tiny, f"--run={run.path}", "--json"]) == 0
@@ -98,13 +98,13 @@ def test_the_door(train, images, capsys):
     assert found["images_per_second"] == pytest.approx(run.report()["images_per_second"])
     assert "checkpoints" in out
     assert "its speed was measured with model vgg11, batch size 4" in out
-    with_ranks = planned("--recipe=seed", "--world-size=8", ranks=8)
+    with_ranks = make_plan("--recipe=seed", "--world-size=8", ranks=8)
     assert call("plan", ["--recipe=seed", "--world-size=8", "--images-per-second=590.3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == with_ranks.steps
     assert call("plan", [*tiny, f"--run={run.path}", "--images-per-second=5"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     result = python("-m", "vgglab.plan", "--recipe", "seed", "--images_per_second", "590", "--ranks", "8")
     assert (result.returncode, result.stderr) == (0, "")
-    for wrong in ([], ["--images-per-second=0"], ["--images-per-second=5", "--recipe=best"], ["--run=nowhere"]):
-        assert call("plan", [*tiny, *wrong]) == 2
+    for invalid in ([], ["--images-per-second=0"], ["--images-per-second=5", "--recipe=best"], ["--run=nowhere"]):
+        assert call("plan", [*tiny, *invalid]) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The profiles of a notebook: what they set, what is set by hand, and what is shown before it starts."""
+"""Notebook profiles: the values they set, values set by hand, and the table shown at the start."""
 
 import json
 import subprocess
@@ -19,34 +19,34 @@ PROFILES = Profiles(
 
 
 @pytest.fixture(autouse=True)
-def _timed(monkeypatch):
+def _fixed_times(monkeypatch):
     monkeypatch.setattr(PROFILES, "seconds", 75)
     monkeypatch.setattr("vgglab.lab.profiles.slowdown", lambda: 2.0)
 
 
 @pytest.mark.parametrize(("profile", "chosen"), [("quick", ["vgg11_bn", 2]), ("full", ["vgg<16>", 90])])
-def test_a_profile_sets_what_is_not_set_by_hand(profile, chosen):
+def test_profile_sets_values_that_are_not_set_by_hand(profile, chosen):
     assert PROFILES.choose(profile, model=None, epochs=None) == chosen
     assert PROFILES.choose(profile, model=None, epochs=1) == [chosen[0], 1]
 
 
-def test_it_is_shown_with_the_time_as_text_and_as_html(capsys):
+def test_table_shows_profile_values_and_time(capsys):
     PROFILES.choose("quick", model="mine", epochs=None)
     text = capsys.readouterr().out
     assert "quick (selected)" in text
     assert "mine (set by hand)" in text
-    assert "about 2 min 30 s" in text  # twice as slow as where it took 75 s
+    assert "about 2 min 30 s" in text  # 75 s on a machine that is twice as fast
     assert "not timed" in text
     assert "an estimate for this machine: 1 min 15 s on " + timings.MACHINE in text
     assert "Values set by hand change the time." in text
 
 
-def test_one_that_is_not_in_the_table_promises_nothing(capsys):
+def test_notebook_without_timing_shows_no_time(capsys):
     Profiles("mine", epochs=(1, 2, 3)).choose("quick", epochs=None)
     assert "about" not in capsys.readouterr().out
 
 
-def test_the_table_is_html_in_a_notebook(monkeypatch):
+def test_table_is_html_in_a_notebook(monkeypatch):
     display = pytest.importorskip("IPython.display")
     shown = []
     monkeypatch.setattr(display, "display", shown.append)
@@ -56,12 +56,12 @@ def test_the_table_is_html_in_a_notebook(monkeypatch):
     assert "full (selected)" in table._repr_html_()
 
 
-def test_another_profile_is_refused_by_name():
+def test_unknown_profile_is_rejected():
     with pytest.raises(vgglab.UserError, match="profile: 'fast' is not one of quick, small, full"):
         PROFILES.choose("fast", model=None)
 
 
-def test_a_number_for_a_text_stays_text():
+def test_number_for_a_string_becomes_a_string():
     assert PROFILES.choose("quick", model=20261126) == ["20261126"]
 
 
@@ -73,12 +73,12 @@ def test_a_number_for_a_text_stays_text():
         *(("seconds", value) for value in (0, "a", float("nan"))),
     ],
 )
-def test_a_value_that_makes_no_sense_is_refused_by_the_parameters_name(name, value):
+def test_error_for_an_invalid_value_names_the_parameter(name, value):
     with pytest.raises(vgglab.UserError, match=f"^{name}: "):
         PROFILES.choose("quick", **{name: value})
 
 
-def test_what_makes_sense_is_taken():
+def test_valid_values_are_accepted():
     assert PROFILES.choose("quick", steps=-1, seconds=0.2, epochs=1) == [-1, 0.2, 1]
     assert PROFILES.choose("quick", steps=3, data="fake") == [3, "fake"]
     with pytest.raises(vgglab.UserError, match="steps: 2 is not a whole number of at least 3, or -1 for all"):
@@ -99,12 +99,12 @@ REPORT = {"simulated": False, "num_measured_steps": 3, "skip_steps": 10, "device
         ({"speed": None}, "not measured (not available on cpu)"),
     ],
 )
-def test_a_figure_that_is_missing_says_why(change, shown):
+def test_missing_metric_shows_the_reason(change, shown):
     assert metric({**REPORT, **change}, "speed") == shown
 
 
 @pytest.fixture
-def measured_quickly(monkeypatch):
+def quick_measurement(monkeypatch):
     monkeypatch.setattr(machine_speed, "STEP_BENCHMARK_SECONDS", 0.0)
     monkeypatch.setattr(machine_speed, "COMPILE_BENCHMARK_SECONDS", 0.0)
     machine_speed.slowdown.cache_clear()
@@ -112,7 +112,7 @@ def measured_quickly(monkeypatch):
     machine_speed.slowdown.cache_clear()
 
 
-def test_the_machine_is_compared_once_and_the_next_kernel_takes_the_same(monkeypatch, tmp_path, measured_quickly):
+def test_machine_is_measured_once_and_the_result_cached(monkeypatch, tmp_path, quick_measurement):
     monkeypatch.setenv("VGGLAB_CACHE", str(tmp_path / "cache"))
     first = machine_speed.slowdown()
     assert 0.01 < first < 1000
@@ -121,7 +121,7 @@ def test_the_machine_is_compared_once_and_the_next_kernel_takes_the_same(monkeyp
     assert machine_speed.slowdown() == first
 
 
-def test_a_machine_three_times_as_slow_takes_three_times_as_long(monkeypatch, tmp_path, measured_quickly):
+def test_machine_three_times_slower_has_a_slowdown_of_three(monkeypatch, tmp_path, quick_measurement):
     monkeypatch.setenv("VGGLAB_CACHE", str(tmp_path))
     seconds = (3 * timings.STEP_SECONDS, 3 * timings.COMPILE_SECONDS)
     monkeypatch.setattr(machine_speed, "measure", lambda: seconds)
@@ -131,7 +131,7 @@ def test_a_machine_three_times_as_slow_takes_three_times_as_long(monkeypatch, tm
     assert machine_speed.slowdown() == pytest.approx(3.0)
 
 
-def test_the_measurement_needs_no_cache_and_leaves_torch_as_it_was(monkeypatch, tmp_path, measured_quickly):
+def test_measurement_needs_no_cache_and_restores_torch_state(monkeypatch, tmp_path, quick_measurement):
     torch = pytest.importorskip("torch")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VGGLAB_CACHE", str(tmp_path / "file" / "below"))
@@ -141,7 +141,7 @@ def test_the_measurement_needs_no_cache_and_leaves_torch_as_it_was(monkeypatch, 
     assert torch.equal(torch.random.get_rng_state(), before[1])
 
 
-def test_the_measurement_works_without_torch(tmp_path):
+def test_measurement_works_without_torch(tmp_path):
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from vgglab.lab import machine_speed; machine_speed.COMPILE_BENCHMARK_SECONDS = 0\n"

@@ -1,4 +1,4 @@
-"""The public names: what ``import vgglab as vl`` offers, and that the notebooks use nothing deeper."""
+"""The public names of ``import vgglab as vl``; the notebooks use no others."""
 
 import inspect
 import json
@@ -7,39 +7,39 @@ import subprocess
 import sys
 
 import pytest
-from api_page import PAGE, page
+from api_page import PAGE, render_page
 from processes import PROJECT
 
 import vgglab
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-DEEPER = re.compile(r"from vgglab|import vgglab(?! as vl\b)|(?<!`)\bvgglab\.\w+\(")
-USED = re.compile(r"\bvl\.(\w+)(?:\.(\w+))?")
+INTERNAL = re.compile(r"from vgglab|import vgglab(?! as vl\b)|(?<!`)\bvgglab\.\w+\(")
+PUBLIC_ACCESS = re.compile(r"\bvl\.(\w+)(?:\.(\w+))?")
 
 
-def test_there_are_about_25():
+def test_number_of_public_names_is_limited():
     assert len(vgglab.__all__) <= 30
     assert dir(vgglab) == sorted(vgglab.__all__)
 
 
 @pytest.mark.parametrize("name", sorted({*vgglab.__all__} - {"__version__"}))
-def test_each_is_there_and_says_what_it_is(name):
+def test_public_name_exists_and_has_a_docstring(name):
     assert name in dir(vgglab)
     assert inspect.getdoc(getattr(vgglab, name))
 
 
-def test_the_page_of_the_api_has_each_and_is_up_to_date():
+def test_api_page_is_complete_and_up_to_date():
     text = PAGE.read_text(encoding="utf-8")
-    assert text == page(), "write it again: python tests/api_page.py"
+    assert text == render_page(), "regenerate it: python tests/api_page.py"
     assert set(re.findall(r"^## (\w+)$", text, re.MULTILINE)) == {*vgglab.__all__} - {"__version__"}
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem[:2])
-def test_a_notebook_uses_nothing_deeper(file):
+def test_notebook_uses_only_public_names(file):
     for cell in json.loads(file.read_text())["cells"]:
         text = "".join(cell["source"])
-        assert not DEEPER.search(text), text
-        for name, inner in USED.findall(text) if cell["cell_type"] == "code" else ():
+        assert not INTERNAL.search(text), text
+        for name, inner in PUBLIC_ACCESS.findall(text) if cell["cell_type"] == "code" else ():
             assert name in vgglab.__all__, text
             found = getattr(vgglab, name)
             if inspect.ismodule(found) and inner:
@@ -47,13 +47,13 @@ def test_a_notebook_uses_nothing_deeper(file):
                 assert inner in getattr(found, "__all__", [inner]), text
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_name_raises_attribute_error():
     for module in (vgglab, vgglab.data):
         with pytest.raises(AttributeError, match="no attribute 'nothing'"):
             _ = module.nothing
 
 
-def test_names_do_not_depend_on_what_was_imported_before():
+def test_names_do_not_depend_on_import_order():
     code = (
         "import vgglab.plan, vgglab.compare, vgglab.anatomy, vgglab.data, vgglab.doctor, vgglab.launch\n"
         "import vgglab as vl\n"

@@ -1,4 +1,4 @@
-"""What the documents say is there, is there; the commands they show are understood."""
+"""Commands, files, links and names in the documentation are valid."""
 
 import importlib
 import os
@@ -22,8 +22,8 @@ PAGES = [PROJECT / "README.md", *sorted(file for file in (PROJECT / "docs").glob
 TRAINING = (PROJECT / "docs" / "training.md").read_text()
 
 
-def commands(text):
-    """Lines that start a training, continued lines joined, comments and launchers cut off."""
+def training_flags(text):
+    """The flags of each training command; continued lines joined, launchers and comments removed."""
     joined = re.sub(r"\\\s*\n\s*", " ", text)
     for line in joined.splitlines():
         match = re.search(r"(?:vgglab/train\.py|-m vgglab\.train|^vgglab train)\b(.*)", line.strip())
@@ -32,8 +32,8 @@ def commands(text):
 
 
 @pytest.mark.parametrize("text", [TRAINING, train.__doc__], ids=["training.md", "train.py"])
-def test_every_training_command_shown_is_understood(text):
-    found = list(commands(text))
+def test_training_commands_in_documentation_parse(text):
+    found = list(training_flags(text))
     assert len(found) >= 7
     for flags in found:
         words = [re.sub(r"<\w+>", "x", word) for word in shlex.split(flags)]
@@ -41,7 +41,7 @@ def test_every_training_command_shown_is_understood(text):
             parse_flags(words)
 
 
-def commands_of(file):
+def commands_shown_in(file):
     """The ``vgglab`` commands in a page's code blocks for the shell, each as a list of words."""
     for block in re.findall(r"^```sh\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL):
         for line in block.splitlines():
@@ -50,9 +50,9 @@ def commands_of(file):
 
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
-def test_every_command_shown_is_understood(file):
-    """Each by the parser of its command; what they do has tests of its own."""
-    for name, *words in commands_of(file):
+def test_commands_in_documentation_parse(file):
+    """Only with the parser of each command; what the commands do is tested elsewhere."""
+    for name, *words in commands_shown_in(file):
         if "--help" in words:
             continue
         if name == "train":
@@ -63,7 +63,7 @@ def test_every_command_shown_is_understood(file):
             importlib.import_module(f"vgglab.commands.{name}").parser().parse_args(words)
 
 
-SHORTER = {  # after the page's own flags, of which these replace some
+SHORTENING_FLAGS = {  # appended to the page's flags, to override some
     "train": [*TINY, "--training-step-per-epoch=2", "--eval-step-per-epoch=1", "--batch-size=2", "--skip-steps=0"],
     "bench data": ["--image-size=32", "--seconds=0.1", "--workers=1"],
     "bench step": ["--model=vgg11", "--image-size=32", "--turns=1", "--batch-size=2"],
@@ -74,38 +74,38 @@ SHORTER = {  # after the page's own flags, of which these replace some
 @pytest.mark.long
 @pytest.mark.paper_widths  # new interpreters continue what this process has trained
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
-def test_every_command_shown_runs(file, images, train, tmp_path):
+def test_commands_in_documentation_run(file, images, train, tmp_path):
     """In a folder with the data sets and runs that the pages name."""
     (tmp_path / "imagenet").symlink_to(images)
     (tmp_path / "recorded").symlink_to(PROJECT / "recorded")
     for name in ("my_run", "A", "B"):
         shutil.copytree(train().run.path, tmp_path / "runs" / name)
-    for words in commands_of(file):
+    for words in commands_shown_in(file):
         command = " ".join(words[:2]) if words[0] in ("bench", "data") else words[0]
-        several = ["--nproc=2"] * ("--nproc" in words) + ["--seeds=2"] * ("--seeds" in words)
-        extra = [] if "--help" in words else SHORTER.get(command, []) + several * (command == "train")
+        reduced = ["--nproc=2"] * ("--nproc" in words) + ["--seeds=2"] * ("--seeds" in words)
+        extra = [] if "--help" in words else SHORTENING_FLAGS.get(command, []) + reduced * (command == "train")
         result = shell(
             "python", "-m", "vgglab", *words, *extra, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(PROJECT)}
         )
         assert result.returncode in ((0, 1) if command == "compare" else (0,)), (words, result.stderr[-2000:])
 
 
-def test_pages_show_each_command():
-    shown = {words[0] for file in PAGES for words in commands_of(file)}
+def test_documentation_mentions_every_command():
+    shown = {words[0] for file in PAGES for words in commands_shown_in(file)}
     inline = set(re.findall(r"`vgglab (\w+)", "".join(file.read_text() for file in PAGES)))
     assert set(NAMES) <= shown | inline
 
 
-def test_the_original_examples_four_commands_are_in_the_documentation():
+def test_original_commands_are_in_the_documentation():
     from test_seed_defects import CONVERGENCE, EIGHT_CARDS, ONE_CARD, PERFORMANCE
 
     joined = " ".join(re.sub(r"\\\s*\n", " ", TRAINING).split())
-    for door in (ONE_CARD, EIGHT_CARDS):
+    for command in (ONE_CARD, EIGHT_CARDS):
         for flags in (PERFORMANCE, CONVERGENCE):
-            assert f"{door} {flags.replace('DATA', 'imagenet_raw')}" in joined
+            assert f"{command} {flags.replace('DATA', 'imagenet_raw')}" in joined
 
 
-def test_make_targets_named_in_the_documents_exist():
+def test_make_targets_in_documentation_exist():
     makefile = (PROJECT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     assert {"install", "run", "test", "test-long", "test-kernels", "lab", "check", "notebooks", "help"} <= targets
@@ -116,7 +116,7 @@ def test_make_targets_named_in_the_documents_exist():
     assert all(re.search(rf"^{target} ", listed, re.MULTILINE) for target in ("run", "test", "lab", "check"))
 
 
-def test_files_named_in_the_documents_exist():
+def test_files_in_documentation_exist():
     for document in (*PAGES, PROJECT / "CONTRIBUTING.md"):
         text = document.read_text()
         named = set(re.findall(r"`((?:vgglab|tests|notebooks)/[\w./]*)`|\b(\w+\.(?:ya?ml|toml|ipynb))\b", text))
@@ -126,19 +126,19 @@ def test_files_named_in_the_documents_exist():
 
 
 @pytest.mark.parametrize("file", [*PAGES, *PROJECT.glob("docs/*.zh-CN.md")], ids=lambda file: file.name)
-def test_links_lead_to_a_page(file):
+def test_links_in_documentation_exist(file):
     for link in re.findall(r"\]\(([^)#]+)", file.read_text(encoding="utf-8")):
         assert link.startswith("https://") or (file.parent / link).exists(), link
 
 
-def test_conda_gets_what_make_installs():
+def test_conda_environment_matches_make_install():
     environment = (PROJECT / "environment.yml").read_text()
     assert "-c constraints.txt" in environment
     assert "-e .[dev]" in environment
-    assert "pytorch" not in re.sub(r"#.*", "", environment)  # that channel is closed
+    assert "pytorch" not in re.sub(r"#.*", "", environment)  # that channel is discontinued
 
 
-def test_every_dependency_has_a_reason_and_a_pin():
+def test_every_dependency_is_explained_and_pinned():
     text = (PROJECT / "pyproject.toml").read_text()
     block = text[text.index("dependencies = [") : text.index("[tool.hatch")]
     pinned = {line.split("==")[0].lower() for line in (PROJECT / "constraints.txt").read_text().splitlines()}
@@ -152,7 +152,7 @@ def test_every_dependency_has_a_reason_and_a_pin():
 @pytest.mark.parametrize(
     ("page", "names"), [("data", DATA_SETS), ("data", DECODERS), ("training", RECIPES), ("devices", KINDS)]
 )
-def test_each_name_that_can_be_chosen_is_on_its_page(page, names):
-    """In the Chinese one, too: test_translation compares them."""
+def test_every_choice_is_documented(page, names):
+    """On the Chinese page, too: test_translation compares the two."""
     text = (PROJECT / "docs" / f"{page}.md").read_text()
     assert [name for name in names if not re.search(rf"`(--\w+ )?{name}`", text)] == []

@@ -1,4 +1,4 @@
-"""Recipes, and what the modern one adds: blends, smoothing, averages, plateaus, crops."""
+"""Recipes, and what the modern one adds: mixup, label smoothing, averaged weights, plateaus, crops."""
 
 import random
 from dataclasses import fields
@@ -19,16 +19,16 @@ from vgglab.settings.inheritance import check_setting
 from vgglab.settings.parser import parse_flags
 from vgglab.settings.recipes import RECIPE_DATA, RECIPES
 
-SEED_COMMAND = (
+ORIGINAL_COMMAND = (
     "--device=cpu --data-path=imagenet_raw --batch-size=192 --epochs=90 --model=vgg16 --workers=8 "
     "--training_step_per_epoch=-1 --eval_step_per_epoch=-1 --dropout_rate=0.5 --lr=0.01 --print-freq=20 --skip_steps=5"
 ).split()
 
 
-ON_CPU = ("--device=cpu",)  # a resume goes to the best device there is, and the bits of another one differ
+ON_CPU = ("--device=cpu",)  # resuming picks the best device, and results differ between devices
 
 
-def rates(run):
+def learning_rates(run):
     return [event["lr"] for event in run.events("train")]
 
 
@@ -36,44 +36,44 @@ def losses(run):
     return [event["loss"] for event in run.events("train")]
 
 
-def test_the_seed_recipe_is_the_seeds_command_to_the_letter():
+def test_seed_recipe_equals_the_original_command():
     by_name = parse_flags(["--recipe=seed", "--device=cpu", "--data-path=imagenet_raw"]).as_dict()
     assert by_name.pop("recipe") == "seed"
-    by_flags = parse_flags(SEED_COMMAND).as_dict()
+    by_flags = parse_flags(ORIGINAL_COMMAND).as_dict()
     by_flags.pop("recipe")
     assert by_name == by_flags
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_flag_overrides_a_recipe_wherever_it_stands(order):
+def test_flag_overrides_recipe_in_any_order(order):
     config = parse_flags(["--recipe=modern", "--lr=0.5"][::order])
     assert (config.lr, config.mixup) == (0.5, 0.2)
 
 
-def test_a_plan_knows_which_data_each_recipe_is_for():
+def test_every_recipe_has_a_data_set_for_plan():
     assert RECIPE_DATA.keys() == RECIPES.keys()
     assert {*RECIPE_DATA.values()} <= {"imagenet", "digits"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_has_values_that_its_flags_accept(recipe):
+def test_recipe_values_are_accepted_by_their_flags(recipe):
     for item in fields(Request):
         if item.name in RECIPES[recipe]:
             assert check_setting(item, RECIPES[recipe][item.name]) == RECIPES[recipe][item.name]
 
 
 @pytest.mark.parametrize("name", CROPS)
-def test_a_crop_depends_on_its_seed_and_on_whether_images_may_be_mirrored(name):
+def test_crop_depends_only_on_seed_and_flip(name):
     picture = ArrayPicture(
         torch.arange(48 * 40, dtype=torch.int64).reshape(48, 40).remainder(251).to(torch.uint8), "pil"
     )
-    mirrored = Preprocessing(flip=True)
-    crop, upright = CROPS[name](32, mirrored), CROPS[name](32, mirrored._replace(flip=False))
+    with_flip = Preprocessing(flip=True)
+    crop, unflipped = CROPS[name](32, with_flip), CROPS[name](32, with_flip._replace(flip=False))
     before = random.getstate()
     crops = [crop(picture, seed) for seed in range(8)]
     assert all(torch.equal(pixels, crop(picture, seed)) for seed, pixels in enumerate(crops))
     assert len({pixels.numpy().tobytes() for pixels in crops}) > 1
-    assert any(not torch.equal(pixels, upright(picture, seed)) for seed, pixels in enumerate(crops))
+    assert any(not torch.equal(pixels, unflipped(picture, seed)) for seed, pixels in enumerate(crops))
     assert random.getstate() == before
 
 
@@ -87,7 +87,7 @@ def test_every_recipe_trains(train, recipe):
     assert event["num_images"] == 9
 
 
-def blended(**settings):
+def blend_batch(**settings):
     config = parse_flags([f"--{name.replace('_', '-')}={value}" for name, value in settings.items()])
     images, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     objective = Objective(config, open_device("cpu"))
@@ -96,13 +96,13 @@ def blended(**settings):
     return objective, images, labels, mixed, targets
 
 
-def test_mixup_adds_neighbours_and_cutmix_pastes_them():
-    _, images, labels, mixed, targets = blended(mixup=1.0)
+def test_mixup_averages_neighbours_and_cutmix_pastes_them():
+    _, images, labels, mixed, targets = blend_batch(mixup=1.0)
     share, others = targets.ratio.item(), images.roll(1, 0)
     assert 0 < share < 1
     assert torch.allclose(mixed, share * images + (1 - share) * others)
     assert targets.mixed_labels.tolist() == labels.roll(1).tolist()
-    _, images, _, mixed, targets = blended(cutmix=1.0)
+    _, images, _, mixed, targets = blend_batch(cutmix=1.0)
     is_own = (mixed == images).all(dim=1)  # (N, S, S)
     is_other = (mixed == images.roll(1, 0)).all(dim=1)
     assert (is_own | is_other).all()
@@ -110,8 +110,8 @@ def test_mixup_adds_neighbours_and_cutmix_pastes_them():
     assert 0 < targets.ratio.item() < 1
 
 
-def test_the_loss_of_a_blend_is_the_cross_entropy_to_its_soft_target():
-    objective, _, labels, _, targets = blended(cutmix=1.0, label_smoothing=0.1)
+def test_loss_of_a_blend_is_cross_entropy_with_soft_targets():
+    objective, _, labels, _, targets = blend_batch(cutmix=1.0, label_smoothing=0.1)
     logits, share = torch.randn(4, 3), targets.ratio
     hot = nn.functional.one_hot
     soft = share * hot(labels, 3) + (1 - share) * hot(labels.roll(1), 3)
@@ -120,14 +120,14 @@ def test_the_loss_of_a_blend_is_the_cross_entropy_to_its_soft_target():
     assert objective(logits, targets).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_without_any_of_it_nothing_is_changed():
-    objective, images, labels, mixed, targets = blended(lr=0.1)
+def test_batch_is_unchanged_without_blending():
+    objective, images, labels, mixed, targets = blend_batch(lr=0.1)
     assert mixed is images
     logits = torch.randn(4, 3)
     assert objective(logits, targets) == nn.functional.cross_entropy(logits, labels)
 
 
-def test_blends_are_drawn_from_the_step_and_go_on_after_a_resume(train):
+def test_blends_depend_on_the_step_also_after_resuming(train):
     flags = ("--mixup=1", "--cutmix=1", "--ema=0.9", "--seed=1", "--print-freq=1", "--epochs=2")
     whole, again = train(*flags).run, train(*flags).run
     assert losses(whole) == losses(again)
@@ -138,7 +138,7 @@ def test_blends_are_drawn_from_the_step_and_go_on_after_a_resume(train):
     assert losses(train("--seed=1", "--print-freq=1", "--epochs=2").run) != losses(whole)
 
 
-def test_the_average_is_tested_and_the_weights_are_trained_on(train):
+def test_averaged_weights_are_evaluated_and_raw_weights_trained(train):
     run = train("--ema=0.5", "--seed=1", "--lr=1", "--epochs=1").run
     saved = load_tensors(run.checkpoint("last"))
     name = "classifier.6.weight"
@@ -150,7 +150,7 @@ def test_the_average_is_tested_and_the_weights_are_trained_on(train):
     assert plain.events("eval")[0]["loss"] != run.events("eval")[0]["loss"]
 
 
-def test_the_average_is_what_its_formula_says(train):
+def test_averaged_weights_follow_the_formula(train):
     """Weights after each of 4 steps, averaged here."""
     flags = ("--seed=1", "--lr=1", "--training-step-per-epoch=1", "--ema=0.5")
     name, average = "classifier.6.bias", None
@@ -161,43 +161,43 @@ def test_the_average_is_what_its_formula_says(train):
         if number == 0:
             # Biases start at 0.
             average, first = torch.zeros_like(weights), weights
-        kept = min(0.5, (1 + number + 1) / (10 + number + 1))
-        average = kept * average + (1 - kept) * weights
+        decay = min(0.5, (1 + number + 1) / (10 + number + 1))
+        average = decay * average + (1 - decay) * weights
         assert torch.allclose(saved["model"][name], average, rtol=1e-4, atol=1e-7)
     assert not torch.equal(first, weights)
 
 
-def test_a_plateau_lowers_the_rate_after_its_patience_also_across_a_resume(train):
+def test_plateau_lowers_the_rate_after_patience_also_when_resumed(train):
     flags = ("--lr-schedule=plateau", "--lr-patience=2", "--lr=1e-9", "--seed=1", "--training-step-per-epoch=1")
     base = 1e-9 * 4 / 256
-    expected = [base, base, base, base / 10, base / 10, base / 100]  # nothing gets better after the first evaluation
+    expected = [base, base, base, base / 10, base / 10, base / 100]  # no improvement after the first evaluation
     whole = train(*flags, "--epochs=6").run
-    assert rates(whole) == pytest.approx(expected)
+    assert learning_rates(whole) == pytest.approx(expected)
     first = train(*flags, "--epochs=2").run
     rest = train(f"--resume={first.path}", "--epochs=6", base=ON_CPU).run
-    assert rates(first) + rates(rest) == pytest.approx(expected)
+    assert learning_rates(first) + learning_rates(rest) == pytest.approx(expected)
 
 
-def test_other_schedules_and_warm_up_count_no_plateaus(train):
+def test_other_schedules_and_warm_up_count_no_drops(train):
     flags = ("--lr-patience=1", "--lr=1e-9", "--seed=1", "--training-step-per-epoch=1")
     first = train(*flags, "--lr-schedule=cosine", "--epochs=3").run
     assert load_tensors(first.checkpoint("last"))["num_drops"] == 0
     warming = train(*flags, "--lr-schedule=plateau", "--warmup=3", "--epochs=5").run
     base = 1e-9 * 4 / 256
-    assert rates(warming) == pytest.approx([base / 3, base * 2 / 3, base, base, base / 10])
+    assert learning_rates(warming) == pytest.approx([base / 3, base * 2 / 3, base, base, base / 10])
 
 
-def test_what_another_decay_or_momentum_means_for_a_resume(train):
+def test_resume_rejects_other_decay_and_accepts_other_momentum(train):
     earlier = train("--model=vgg11_bn").run
-    refusal = train("--epochs=2", "--no-bias-weight-decay", f"--resume={earlier.path}", base=ON_CPU)
-    assert refusal.code == 2
-    assert "weight decay on other layers; check --bias-weight-decay" in refusal.err
-    still = train("--optimizer=rmsprop", "--momentum=0", "--lr=0.0001").run
-    moved = train("--epochs=2", "--momentum=0.9", f"--resume={still.path}", base=ON_CPU)
-    assert moved.code == 0, moved.err
+    result = train("--epochs=2", "--no-bias-weight-decay", f"--resume={earlier.path}", base=ON_CPU)
+    assert result.code == 2
+    assert "weight decay on other layers; check --bias-weight-decay" in result.err
+    without_momentum = train("--optimizer=rmsprop", "--momentum=0", "--lr=0.0001").run
+    resumed = train("--epochs=2", "--momentum=0.9", f"--resume={without_momentum.path}", base=ON_CPU)
+    assert resumed.code == 0, resumed.err
 
 
-def test_what_belongs_to_the_hardware_is_not_inherited(train):
+def test_hardware_settings_are_not_inherited(train):
     earlier = train("--channels-last").run
     again = train("--epochs=2", f"--resume={earlier.path}", base=ON_CPU).run
     assert again.config["channels_last"] is False
@@ -206,7 +206,7 @@ def test_what_belongs_to_the_hardware_is_not_inherited(train):
     assert fast.config["channels_last"] is True
 
 
-def test_biases_can_be_spared_from_weight_decay():
+def test_biases_can_be_excluded_from_weight_decay():
     config = parse_flags(["--no-bias-weight-decay", "--wd=0.01"])
     network = build("vgg11_bn", num_classes=3, head="small")
     groups = build_optimizer(config, network).param_groups
@@ -217,7 +217,7 @@ def test_biases_can_be_spared_from_weight_decay():
 
 
 @pytest.mark.parametrize("init", ["kaiming", "xavier", "normal"])
-def test_first_weights_have_the_deviation_that_their_name_promises(init):
+def test_initial_weights_have_the_expected_standard_deviation(init):
     torch.manual_seed(0)
     conv = build("vgg16", num_classes=3, head="small", init=init).features[17]  # 256 to 512 channels
     expected = {"kaiming": (2 / (512 * 9)) ** 0.5, "xavier": (2 / (768 * 9)) ** 0.5, "normal": 0.01}[init]
@@ -225,17 +225,17 @@ def test_first_weights_have_the_deviation_that_their_name_promises(init):
     assert conv.bias.abs().max() == 0
 
 
-def ramp(height, width):
-    """Pixels that say where they are: red is the row, green the column."""
+def position_image(height, width):
+    """Pixels that encode their position: red is the row, green the column."""
     rows = torch.arange(height)[:, None].expand(height, width)
     columns = torch.arange(width)[None].expand(height, width)
     return torch.stack([rows, columns, rows * 0], dim=-1).to(torch.uint8)
 
 
-def test_scale_jitter_takes_what_the_papers_two_sizes_leave():
+def test_scale_jitter_covers_the_papers_scales():
     crop, sides = JitteredCrop(32, flip=False), []
     for seed in range(200):
-        pixels = crop(ArrayPicture(ramp(120, 240), "pil"), seed).float()
+        pixels = crop(ArrayPicture(position_image(120, 240), "pil"), seed).float()
         assert pixels.shape == (32, 32, 3)
         sides.append((pixels[-1, 0, 0] - pixels[0, 0, 0]).item() * 32 / 31)
     # 224 of 512 and of 256 are 0.44 and 0.88 of the shorter side.
@@ -243,9 +243,9 @@ def test_scale_jitter_takes_what_the_papers_two_sizes_leave():
     assert 0.8 < max(sides) / 120 < 0.92
 
 
-def test_trivial_augment_is_drawn_from_the_images_own_seed():
+def test_trivial_augment_depends_only_on_the_image_seed():
     crop = TrivialAugmentCrop(RandomCrop(32, (0.5, 1.0), True))
-    picture = ArrayPicture(ramp(40, 48), "pil")
+    picture = ArrayPicture(position_image(40, 48), "pil")
     state = torch.random.get_rng_state()
     first = [crop(picture, seed) for seed in range(8)]
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,4 +1,4 @@
-"""What a run does when its disk takes no more, or when somebody has put links where it writes."""
+"""Runs on a full or read-only disk, and run directories that contain links or pipes."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ def mounted(folder, size):
     folder.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
     if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a disk")
+        pytest.skip("needs permission to mount a disk")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
@@ -44,26 +44,26 @@ def fill(folder, num_blocks_left=0):
     os.truncate(folder / "filler", max(0, (folder / "filler").stat().st_size - num_blocks_left * BLOCK))
 
 
-def trained(*flags):
+def run_training(*flags):
     result = python("-m", "vgglab.train", *TINY, "--print-freq=1", *flags)
     assert "Traceback" not in result.stdout + result.stderr
     return result
 
 
 @pytest.fixture
-def elsewhere(images, disk, tmp_path):
-    """Flags that go on with a run on the small disk, whose checkpoints are on another."""
+def resume_flags(images, disk, tmp_path):
+    """Flags that resume a run on the small disk whose checkpoints are on another disk."""
     flags = [f"--data-path={images}", f"--run-dir={disk / 'run'}", "--resume=auto"]
-    assert trained(*flags).returncode == 0
+    assert run_training(*flags).returncode == 0
     shutil.move(disk / "run" / "checkpoints", tmp_path / "checkpoints")
     (disk / "run" / "checkpoints").symlink_to(tmp_path / "checkpoints")
     return flags
 
 
-def test_a_disk_that_fills_costs_log_lines_and_not_the_training(elsewhere, disk):
+def test_full_disk_loses_log_lines_but_training_finishes(resume_flags, disk):
     fill(disk, num_blocks_left=1)
     scalars = ["--tensorboard"] if find_spec("tensorboard") else []
-    result = trained(*elsewhere, "--epochs=9", "--eval-freq=100", *scalars)
+    result = run_training(*resume_flags, "--epochs=9", "--eval-freq=100", *scalars)
     assert result.returncode == 2
     [error] = [line for line in result.stderr.splitlines() if "error:" in line]
     assert re.search("training finished, but could not write: .*[0-9]+ lines of events", error)
@@ -73,23 +73,25 @@ def test_a_disk_that_fills_costs_log_lines_and_not_the_training(elsewhere, disk)
     assert "epoch 9 of 9" in result.stdout
     assert Run(disk / "run").status not in ACTIVE
     os.remove(disk / "filler")
-    assert trained(*elsewhere, "--epochs=10").returncode == 0
+    assert run_training(*resume_flags, "--epochs=10").returncode == 0
     assert (Run(disk / "run").status, Run(disk / "run").events("start")[-1]["first_epoch"]) == ("done", 9)
 
 
 @pytest.mark.usefixtures("narrow")
-def test_a_log_that_cannot_be_written_is_named_in_the_last_line(images, tmp_path):
-    """What was printed was lost without a word."""
+def test_unwritable_log_is_named_in_the_last_line(images, tmp_path):
+    """The printed lines were silently lost."""
     with mounted(tmp_path / "run" / "log", f"{BLOCK}"):
-        result = trained(f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--epochs=40", "--eval-freq=100")
+        result = run_training(
+            f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--epochs=40", "--eval-freq=100"
+        )
     assert (result.returncode, Run(tmp_path / "run").status) == (2, "done")
     assert re.search("not written: .*[0-9]+ lines of log/rank0.txt", result.stderr)
     assert "epoch 40 of 40" in result.stdout
 
 
 @pytest.fixture
-def aborted_disk(tmp_path):
-    """A separate disk, and what makes it read-only while files on it are open, as the kernel does after an error."""
+def disk_and_remount(tmp_path):
+    """A separate disk, and a function that makes it read-only with files open, as Linux does after an I/O error."""
     folder, image = tmp_path / "disk", tmp_path / "disk.img"
     folder.mkdir()
     with image.open("wb") as file:
@@ -98,12 +100,12 @@ def aborted_disk(tmp_path):
     if shutil.which("mkfs.ext4") is None or subprocess.run(["mkfs.ext4", "-q", image]).returncode:
         pytest.skip("needs mkfs.ext4")
     if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a disk")
+        pytest.skip("needs permission to mount a disk")
     yield folder, lambda: subprocess.run(["mount", "-o", "remount,abort", folder], check=True)
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-WAITS = """
+WAIT_AFTER_CHECKPOINT = """
 import os, time
 import vgglab.runs.writer as writer
 original = writer.RunWriter.event
@@ -116,21 +118,21 @@ writer.RunWriter.event = event
 
 
 @pytest.mark.usefixtures("narrow")
-def test_a_disk_that_becomes_read_only_costs_one_line_that_names_all_that_is_missing(images, aborted_disk, tmp_path):
-    disk, abort = aborted_disk
-    (tmp_path / "sitecustomize.py").write_text(WAITS.format(file=str(tmp_path / "aborted")))
+def test_read_only_disk_gives_one_error_that_lists_what_is_missing(images, disk_and_remount, tmp_path):
+    disk, make_read_only = disk_and_remount
+    (tmp_path / "sitecustomize.py").write_text(WAIT_AFTER_CHECKPOINT.format(file=str(tmp_path / "aborted")))
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
     words = ["-m", "vgglab.train", *TINY, f"--data-path={images}", f"--run-dir={disk / 'run'}", "--epochs=3"]
     process = Child([*words, "--print-freq=1"], env=environment)
     wait_until(lambda: is_run_dir(disk / "run") and Run(disk / "run").events("checkpoint"))
-    abort()
+    make_read_only()
     (tmp_path / "aborted").touch()
     process.wait()
-    ended = process.completed()
-    assert (ended.returncode, "Traceback" in ended.stdout + ended.stderr) == (2, False)
-    assert ended.stdout.count("events.jsonl cannot be written (Read-only file system)") == 1
-    assert "epoch 3 of 3" in ended.stdout
-    [error] = [line for line in ended.stderr.splitlines() if "error: " in line]
+    result = process.completed()
+    assert (result.returncode, "Traceback" in result.stdout + result.stderr) == (2, False)
+    assert result.stdout.count("events.jsonl cannot be written (Read-only file system)") == 1
+    assert "epoch 3 of 3" in result.stdout
+    [error] = [line for line in result.stderr.splitlines() if "error: " in line]
     assert re.search(
         r"checkpoint of step [0-9]+ was not written .*; the previous checkpoint is intact; also not written: ", error
     )
@@ -138,23 +140,23 @@ def test_a_disk_that_becomes_read_only_costs_one_line_that_names_all_that_is_mis
     assert Run(disk / "run").status == "failed"
 
 
-def test_a_disk_that_is_full_at_the_start_refuses_the_run_and_nothing_waits(images, disk):
+def test_full_disk_at_startup_is_an_error_and_nothing_hangs(images, disk):
     for num_blocks in (0, 1, 2):
         fill(disk, num_blocks)
         run_dir = disk / f"run{num_blocks}"
-        result = trained(f"--data-path={images}", f"--run-dir={run_dir}")
+        result = run_training(f"--data-path={images}", f"--run-dir={run_dir}")
         assert (result.returncode, result.stderr.count("error:")) == (2, 1)
         assert str(run_dir) in result.stderr
-        if num_blocks and is_run_dir(run_dir):  # it had room for its first lines
+        if num_blocks and is_run_dir(run_dir):  # there was space for its first lines
             assert Run(run_dir).status == "failed"
             Run(run_dir).watch()  # returns
             continue
         os.remove(disk / "filler")
-        assert trained(f"--data-path={images}", f"--run-dir={run_dir}").returncode == 0  # the same command
+        assert run_training(f"--data-path={images}", f"--run-dir={run_dir}").returncode == 0  # the same command
         shutil.rmtree(run_dir)
 
 
-def test_a_launch_onto_a_full_disk_is_refused_or_fails_and_leaves_no_process(images, disk):
+def test_launch_on_a_full_disk_fails_and_leaves_no_process(images, disk):
     for num_blocks in (0, 1, 2, 3):
         fill(disk, num_blocks)
         path = disk / f"run{num_blocks}"
@@ -164,42 +166,42 @@ def test_a_launch_onto_a_full_disk_is_refused_or_fails_and_leaves_no_process(ima
         assert not is_run_dir(path) or Run(path).status == "failed"
 
 
-PLACES = ("events.jsonl", "lock", "config.tmp", "env.tmp", "report.tmp", "log/rank0.txt", "log/rank0.jsonl",
-          "checkpoints/unfinished.tmp")  # fmt: skip
+WRITTEN_FILES = ("events.jsonl", "lock", "config.tmp", "env.tmp", "report.tmp", "log/rank0.txt", "log/rank0.jsonl",
+                 "checkpoints/unfinished.tmp")  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-@pytest.mark.parametrize("place", PLACES)
-def test_a_link_or_a_pipe_in_a_place_that_is_written_to_is_refused(images, train, tmp_path, place, kind):
-    """In a run directory that others can write to: what a link points to stays, and nobody waits at a pipe."""
+@pytest.mark.parametrize("name", WRITTEN_FILES)
+def test_link_or_pipe_in_place_of_a_written_file_is_rejected(images, train, tmp_path, name, kind):
+    """In a run directory that others can write to: link targets are not changed, and pipes do not block."""
     path = train().run.path
     victim = tmp_path / "victim"
     victim.write_text("precious")
     with contextlib.suppress(FileNotFoundError):
-        (path / place).unlink()
-    (path / place).symlink_to(victim) if kind == "link" else os.mkfifo(path / place)
-    result = trained(f"--data-path={images}", f"--run-dir={path}", "--resume=auto", "--epochs=2")
+        (path / name).unlink()
+    (path / name).symlink_to(victim) if kind == "link" else os.mkfifo(path / name)
+    result = run_training(f"--data-path={images}", f"--run-dir={path}", "--resume=auto", "--epochs=2")
     assert victim.read_text() == "precious"
     assert re.search("is a link|is a pipe|is not a regular file|holds no run", result.stdout + result.stderr)
     assert result.returncode == 2
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs another user")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to act as another user")
 @pytest.mark.parametrize("name", ["log", "checkpoints"])
-def test_a_folder_that_is_another_users_link_is_not_written_into(images, tmp_path, name):
+def test_folder_linked_by_another_user_is_not_written_to(images, tmp_path, name):
     path, victim = tmp_path / "run", tmp_path / "victim"
     victim.mkdir()
     path.mkdir()
     (path / name).symlink_to(victim)
     os.chown(path / name, 65534, 65534, follow_symlinks=False)
-    result = trained(f"--data-path={images}", f"--run-dir={path}")
+    result = run_training(f"--data-path={images}", f"--run-dir={path}")
     assert result.returncode == 2
     assert list(victim.iterdir()) == []
 
 
-def test_a_dangling_link_is_seen_before_the_training(images, tmp_path):
+def test_dangling_link_is_found_before_training(images, tmp_path):
     path = tmp_path / "run"
     path.mkdir()
     (path / "checkpoints").symlink_to(tmp_path / "nowhere")
-    result = trained(f"--data-path={images}", f"--run-dir={path}")
+    result = run_training(f"--data-path={images}", f"--run-dir={path}")
     assert (result.returncode, "epoch 1" in result.stdout) == (2, False)

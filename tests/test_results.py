@@ -1,4 +1,4 @@
-"""The results page: from run directories alone, and nothing simulated beside something measured."""
+"""The results page: made from run directories only, with simulated runs in a separate table."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from vgglab.view import results
 from vgglab.view.seeds_table import rows_of
 
 
-def test_the_page_has_a_row_per_run_and_the_published_figures_marked(images, tmp_path):
+def test_page_has_a_row_per_run_and_marks_published_results(images, tmp_path):
     for num_ranks in (1, 2):
         run_ranks(tmp_path, images, "cpu", num_ranks, "--skip-steps=1")
     rows = results.collect([tmp_path])
@@ -30,13 +30,13 @@ def test_the_page_has_a_row_per_run_and_the_published_figures_marked(images, tmp
 
 
 @needs_sim
-def test_scaling_is_that_beside_the_nearest_run_of_one_rank(images, tmp_path):
+def test_scaling_refers_to_the_nearest_run_on_one_rank(images, tmp_path):
     one, two = (run_ranks(tmp_path, images, "cpu", num_ranks, "--skip-steps=1").path for num_ranks in (1, 2))
     folder = tmp_path / "in the order of their names"
     for name, path, slower in ("1", one, 1), ("2", two, 1), ("3", two, 1), ("4", one, 5):
         shutil.copytree(path, folder / name)
         report = json.loads((path / "report.json").read_text())
-        report["step_seconds_p50"] *= slower  # another hour
+        report["step_seconds_p50"] *= slower  # measured at another time
         (folder / name / "report.json").write_text(json.dumps(report))
     first, second, third, last = results.collect([folder])
     assert second.efficiency == pytest.approx(second.images_per_second / first.images_per_second / 2)
@@ -45,7 +45,7 @@ def test_scaling_is_that_beside_the_nearest_run_of_one_rank(images, tmp_path):
     assert "Scaling: " not in results.as_text([first])
 
 
-def test_a_simulated_run_has_no_speed_and_a_table_of_its_own(images, tmp_path):
+def test_simulated_run_has_no_speed_and_a_separate_table(images, tmp_path):
     real = run_ranks(tmp_path, images, "cpu", 1, "--skip-steps=1")
     simulated = run_ranks(tmp_path, images, "gcu-sim", 1, "--skip-steps=1")
     rows = results.collect([tmp_path])
@@ -57,24 +57,24 @@ def test_a_simulated_run_has_no_speed_and_a_table_of_its_own(images, tmp_path):
     assert simulated.path.name not in measured
 
 
-def test_the_door(images, tmp_path):
+def test_command_line(images, tmp_path):
     run = run_ranks(tmp_path, images, "cpu", 1)
     page = tmp_path / "page.html"
     result = python("-m", "vgglab.view.results", tmp_path, "--html", page)
     assert result.returncode == 0, result.stderr
     assert run.path.name in page.read_text()
-    assert not re.search("https?:", page.read_text())  # nothing from elsewhere
-    assert python("-m", "vgglab.view.results", tmp_path, "--html", page).returncode == 0  # anew
+    assert not re.search("https?:", page.read_text())  # self-contained
+    assert python("-m", "vgglab.view.results", tmp_path, "--html", page).returncode == 0  # replaced
     (tmp_path / "mine.html").write_text("mine")
-    refused = python("-m", "vgglab.view.results", tmp_path, "--html", tmp_path / "mine.html")
-    assert (refused.returncode, (tmp_path / "mine.html").read_text()) == (2, "mine")
+    rejected = python("-m", "vgglab.view.results", tmp_path, "--html", tmp_path / "mine.html")
+    assert (rejected.returncode, (tmp_path / "mine.html").read_text()) == (2, "mine")
     assert python("-m", "vgglab.view.results", tmp_path / "nowhere").returncode == 2
     shutil.rmtree(run.path / "log")
-    (run.path / "events.jsonl").unlink()  # a run that has only just begun is left out
+    (run.path / "events.jsonl").unlink()  # a run that has just started is not listed
     assert results.collect([run.path]) == []
 
 
-def test_a_benchmark_has_a_row_for_each_way(images, tmp_path):
+def test_benchmark_has_a_row_per_mode(images, tmp_path):
     run = run_ranks(tmp_path, images, "cpu", 1)
     device = {"hardware": "a CPU", "amp_dtype": "bfloat16", "tf32": False, "channels_last": True, "simulated": False}
     row = {
@@ -86,18 +86,18 @@ def test_a_benchmark_has_a_row_for_each_way(images, tmp_path):
     assert second.source.endswith("mode float32")
 
 
-def counted(bench, peak):
-    """What a benchmark writes of one way: 5 images/s of 1000 operations each, beside this peak."""
+def bench_result(bench, peak):
+    """A benchmark's result for one mode: 5 images/s of 1000 operations each, with this peak."""
     return {
         "way": "float32", "batch_size": 4, "images_per_second": 5.0, "ratio": 1.1, "num_turns": 5,
         "flop_per_image": 1000, "peak_flop_per_second": peak, "device": bench.env,
     }  # fmt: skip
 
 
-def test_a_run_has_a_share_of_the_peak_that_a_benchmark_has_measured(images, tmp_path):
+def test_run_shows_its_share_of_the_measured_peak(images, tmp_path):
     timed, measured = (run_ranks(tmp_path, images, "cpu", 1, "--skip-steps=1", *more) for more in (["--timers"], []))
     bench = run_ranks(tmp_path, images, "cpu", 1)
-    row = counted(bench, 1e6)
+    row = bench_result(bench, 1e6)
     (bench.path / "bench.json").write_text(json.dumps({"results": [row]}))
     rows = {row.source.split(",")[0]: row for row in results.collect([tmp_path])}
     assert rows[bench.path.name].share_of_peak == pytest.approx(0.005)
@@ -106,7 +106,7 @@ def test_a_run_has_a_share_of_the_peak_that_a_benchmark_has_measured(images, tmp
     assert (rows[timed.path.name].layout, rows[measured.path.name].layout) == ("with timers", "")
 
 
-def test_runs_of_several_seeds_are_named_with_their_folder_and_have_their_mean(images, tmp_path):
+def test_seeds_are_named_with_their_folder_and_averaged(images, tmp_path):
     words = ["--seeds=2", f"--data-path={images}", f"--run-dir={tmp_path / 'runs/tiny-seeds'}"]
     assert python("-m", "vgglab.train", *TINY, *words).returncode == 0
     rows = results.collect([tmp_path / "runs"])
@@ -118,29 +118,29 @@ def test_runs_of_several_seeds_are_named_with_their_folder_and_have_their_mean(i
     assert results.SERIES not in results.as_text(rows)
 
 
-def test_a_share_above_the_peak_is_explained(images, tmp_path):
+def test_share_above_the_peak_is_explained(images, tmp_path):
     bench = run_ranks(tmp_path, images, "cpu", 1)
-    row = counted(bench, 4e3)
+    row = bench_result(bench, 4e3)
     (bench.path / "bench.json").write_text(json.dumps({"results": [row]}))
     assert results.OVER_PEAK in results.as_text(results.collect([tmp_path]))
     (bench.path / "bench.json").write_text(json.dumps({"results": [{**row, "peak_flop_per_second": 6e3}]}))
     assert results.OVER_PEAK not in results.as_text(results.collect([tmp_path]))
 
 
-@pytest.mark.parametrize("damage", ["no setting of that name", "half a bench.json", "a bench.json of before"])
-def test_a_run_that_cannot_be_read_is_named_and_takes_no_other_along(train, capsys, damage):
+@pytest.mark.parametrize("damage", ["missing setting", "truncated bench.json", "outdated bench.json"])
+def test_unreadable_run_is_named_and_the_others_are_listed(train, capsys, damage):
     good, bad = (train("--seed=1").run for _ in range(2))
-    if damage == "no setting of that name":
+    if damage == "missing setting":
         config = {name: value for name, value in bad.config.items() if name != "batch_size"}
         (bad.path / "config.json").write_text(json.dumps(config))
     else:
-        text = '{"results": [' if damage == "half a bench.json" else '{"results": [{"speed": 1}]}'
+        text = '{"results": [' if damage == "truncated bench.json" else '{"results": [{"speed": 1}]}'
         (bad.path / "bench.json").write_text(text)
     rows = results.collect([good.path, bad.path])
     assert [row.source for row in rows] == [good.name]
-    said = capsys.readouterr().err
-    assert f"left out: {bad.name}: " in said
-    assert "UserError" not in said
+    stderr = capsys.readouterr().err
+    assert f"left out: {bad.name}: " in stderr
+    assert "UserError" not in stderr
     groups = {"both": [good, bad]}
     [row, *_] = rows_of(groups)
-    assert row.n == (1 if damage == "no setting of that name" else 2)
+    assert row.n == (1 if damage == "missing setting" else 2)

@@ -1,4 +1,4 @@
-"""A run directory as it is read: also while it goes on in place, is launched again, removed, or made anew."""
+"""Reading a run directory, also while its run is resumed in place, relaunched, deleted or recreated."""
 
 import json
 import os
@@ -34,12 +34,12 @@ def trained(step, **more):
     return {"event": "train", "seconds": step, "step": step, "epoch": 0, **figures, **interval, **more}
 
 
-def add(path, *events):
+def append_events(path, *events):
     with (path / "events.jsonl").open("a") as file:
         file.writelines(f"{json.dumps(event)}\n" for event in events)
 
 
-TRAINED = []  # trained once in each process of the tests
+TRAINED = []  # a single run, once per pytest process
 
 
 @pytest.fixture
@@ -54,20 +54,20 @@ def path(request, tmp_path, tmp_path_factory):
 
 
 @pytest.fixture
-def dead():
-    """The number of a process that is gone."""
+def exited_pid():
+    """The ID of a process that has exited."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
 
 
-def owned_by(path, name, pid):
+def record_process(path, name, pid):
     file = path / name
     content = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps({**content, **identity(pid)}))
 
 
-def test_only_testing_in_place_is_refused_and_voids_nothing(train):
+def test_test_only_in_place_is_rejected_and_keeps_all_events(train):
     run = train().run
     before = run.events()
     result = train(f"--run-dir={run.path}", "--resume=auto", "--test-only")
@@ -78,45 +78,45 @@ def test_only_testing_in_place_is_refused_and_voids_nothing(train):
 
 @pytest.fixture
 def lock(path):
-    """Held, as by a run that is active."""
+    """The lock of the run, held as by an active run."""
     lock = Lock(path / "lock")
     yield lock
     lock.close()
 
 
 @pytest.mark.usefixtures("lock")
-def test_a_run_is_there_as_long_as_rank_0_or_its_launcher_is(path, dead):
-    add(path, START)
-    owned_by(path, "env.json", dead)
+def test_run_is_active_while_rank_0_or_its_launcher_is(path, exited_pid):
+    append_events(path, START)
+    record_process(path, "env.json", exited_pid)
     assert vgglab.Run(path).status == "failed"
-    owned_by(path, "launch.json", os.getpid())  # torchrun between two attempts, or the next launch, loading
+    record_process(path, "launch.json", os.getpid())  # torchrun between two attempts, or the next launch while it loads
     assert vgglab.Run(path).status == "running"
-    owned_by(path, "env.json", os.getpid())  # gone on with from a shell
-    owned_by(path, "launch.json", dead)
+    record_process(path, "env.json", os.getpid())  # resumed from a shell
+    record_process(path, "launch.json", exited_pid)
     assert vgglab.Run(path).status == "running"
 
 
-def test_the_end_of_a_former_launch_is_not_that_of_this_one(path, dead):
-    owned_by(path, "env.json", dead)
-    add(path, START, {"event": "end", "seconds": 9, "status": "interrupted", "error": None})
+def test_end_of_an_earlier_launch_does_not_end_this_one(path, exited_pid):
+    record_process(path, "env.json", exited_pid)
+    append_events(path, START, {"event": "end", "seconds": 9, "status": "interrupted", "error": None})
     run = vgglab.Run(path)
     assert run.status == "interrupted"
     os.utime(path / "events.jsonl", (time.time() - 60,) * 2)
-    owned_by(path, "launch.json", os.getpid())
+    record_process(path, "launch.json", os.getpid())
     assert run.status == "starting"
 
 
-def test_a_launch_that_is_refused_in_the_place_of_one_that_ended_well_is_an_error(images, tmp_path):
+def test_rejected_relaunch_of_a_finished_run_raises(images, tmp_path):
     flags = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--resume=auto"]
     assert vgglab.launch(flags, watch=False).wait().status == "done"
     run = vgglab.launch([*flags, "--num-classes=7"], watch=False)
     with pytest.raises(vgglab.UserError, match="--num-classes 7"):
         run.wait()
     assert run.status == "failed"
-    assert (vgglab.Run(run.path).status, run.failures()) == ("done", [])  # what is there is as it was
+    assert (vgglab.Run(run.path).status, run.failures()) == ("done", [])  # the finished run is unchanged
 
 
-def test_damage_is_listed_whatever_is_damaged(train):
+def test_damage_is_listed_for_every_file(train):
     run = train("--print-freq=1").run
     kept = {name: (run.path / name).read_bytes() for name in ("config.json", "env.json", "events.jsonl", "report.json")}
 
@@ -154,9 +154,9 @@ def test_damage_is_listed_whatever_is_damaged(train):
 
 
 @pytest.mark.usefixtures("lock")
-def test_a_folder_that_is_removed_is_no_run_that_goes_on_and_one_made_anew_is_another_run(path):
-    add(path, START, trained(2), trained(4))
-    owned_by(path, "env.json", os.getpid())
+def test_deleted_run_is_not_running_and_a_recreated_one_is_new(path):
+    append_events(path, START, trained(2), trained(4))
+    record_process(path, "env.json", os.getpid())
     run = vgglab.Run(path)
     assert run.status == "running"
     kept = {file.name: file.read_bytes() for file in path.glob("*.json")}
@@ -165,32 +165,34 @@ def test_a_folder_that_is_removed_is_no_run_that_goes_on_and_one_made_anew_is_an
     path.mkdir()
     for name, content in kept.items():
         (path / name).write_bytes(content)
-    add(path, START)
+    append_events(path, START)
     assert [event["event"] for event in run.events()] == ["start"]
 
 
-def test_on_a_terminal_what_came_after_a_checkpoint_is_told_again_and_nothing_is_left_out(path, capsys):
-    add(path, START, *(trained(step) for step in range(2, 22, 2)))
+def test_terminal_prints_repeated_steps_again_and_omits_none(path, capsys):
+    append_events(path, START, *(trained(step) for step in range(2, 22, 2)))
     lines = _TerminalLines(vgglab.Run(path))
     lines.update()
     capsys.readouterr()
-    add(path, {**START, "first_step": 10}, trained(12), trained(14))
+    append_events(path, {**START, "first_step": 10}, trained(12), trained(14))
     lines.update()
-    told = capsys.readouterr().out
-    assert "10 training images" not in told
-    assert "digits: 9 training images" in told
-    assert [line.split(":")[0] for line in told.splitlines()[1:]] == [f"epoch 1 of 9, step {n} of 90" for n in (12, 14)]
+    output = capsys.readouterr().out
+    assert "10 training images" not in output
+    assert "digits: 9 training images" in output
+    assert [line.split(":")[0] for line in output.splitlines()[1:]] == [
+        f"epoch 1 of 9, step {n} of 90" for n in (12, 14)
+    ]
 
 
-def test_a_simulated_cards_time_and_that_of_other_ranks_is_not_the_speed_of_this_hardware(path):
+def test_speed_excludes_simulated_steps_and_other_numbers_of_ranks(path):
     config = json.loads((path / "config.json").read_text())
     assert config["batch_size"] == 4
-    other = {"images_per_second": 99.0, "interval_seconds": 0.1}
-    add(
+    excluded = {"images_per_second": 99.0, "interval_seconds": 0.1}
+    append_events(
         path,
         START,
-        trained(2, simulated=True, **other),
-        trained(4, interval_images=16, **other),
+        trained(2, simulated=True, **excluded),
+        trained(4, interval_images=16, **excluded),
         trained(6),
         trained(8),
     )
@@ -198,16 +200,18 @@ def test_a_simulated_cards_time_and_that_of_other_ranks_is_not_the_speed_of_this
     assert (report["train_fps_mean"], report["train_fps_max"], report["num_measured_steps"]) == (8.0, 8.0, 4)
 
 
-def test_a_remark_is_made_once_a_run_however_often_it_went_on(path):
+def test_warning_is_listed_once_however_often_the_run_resumed(path):
     for step in (0, 10, 20):
-        add(path, {**START, "first_step": step}, {"event": "warning", "seconds": step, "text": "fake", "step": step})
+        append_events(
+            path, {**START, "first_step": step}, {"event": "warning", "seconds": step, "text": "fake", "step": step}
+        )
     run = vgglab.Run(path)
     assert run.report()["warnings"] == ["fake"]
     assert "runs" not in warnings_table([run])._repr_html_()
 
 
-def test_ranks_that_are_gone_and_their_figures_are_not_in_the_table(path):
-    add(path, START)
+def test_rank_table_omits_earlier_ranks_and_processes(path):
+    append_events(path, START)
     for file in (path / "log").glob("rank*.jsonl"):
         file.unlink()
     for rank, lines in {0: [(1, 0.1), (5, 0.1)], 1: [(2, 0.9), (2, 0.9), (6, 0.1)], 2: [(3, 0.1)]}.items():
@@ -220,18 +224,18 @@ def test_ranks_that_are_gone_and_their_figures_are_not_in_the_table(path):
     assert [(row.rank, row.own_seconds, row.is_straggler) for row in rows] == [(0, 0.1, False), (1, 0.1, False)]
 
 
-def test_seeds_are_drawn_and_told_while_one_has_only_begun(path, tmp_path):
+def test_seeds_are_drawn_and_printed_while_one_has_just_started(path, tmp_path):
     for seed in (1, 2):
         shutil.copytree(path, tmp_path / "many" / f"seed-{seed}")
-        add(tmp_path / "many" / f"seed-{seed}", START, *([trained(2), trained(4)] if seed == 1 else []))
+        append_events(tmp_path / "many" / f"seed-{seed}", START, *([trained(2), trained(4)] if seed == 1 else []))
     seeds = vgglab.Seeds(tmp_path / "many")
     assert bands({"many": seeds.runs}).axes[0].lines
     assert "no seed has finished yet" in repr(seeds)
-    assert seeds.runs[0] is seeds.runs[0]  # which reads on where it was
+    assert seeds.runs[0] is seeds.runs[0]  # the same object, which continues where it stopped reading
 
 
-def test_the_end_of_a_log_is_read_without_the_rest(tmp_path):
-    add(tmp_path, START)
+def test_end_of_a_log_is_read_without_the_rest(tmp_path):
+    append_events(tmp_path, START)
     (tmp_path / "log").mkdir()
     (tmp_path / "log/rank0.txt").write_text("".join(f"line {number} é\n" for number in range(10_000)))
     run = vgglab.Run(tmp_path)
@@ -239,13 +243,13 @@ def test_the_end_of_a_log_is_read_without_the_rest(tmp_path):
     assert run.last_lines("launcher", 3) == []
 
 
-def test_the_runs_in_folders_are_found_in_the_order_in_which_they_began(path, tmp_path):
+def test_runs_in_folders_are_sorted_by_start_time(path, tmp_path):
     late, seeds = path, tmp_path / "more" / "several-seeds"
     for number, folder in enumerate((seeds / "seed-1", seeds / "seed-2", tmp_path / "more" / "alone")):
         shutil.copytree(path, folder)
         os.utime(folder / "config.json", (number + 1, number + 1))
     (tmp_path / "more" / "no-run").mkdir()
-    runs = vgglab.Runs(tmp_path / "more", late, late)  # twice is once
+    runs = vgglab.Runs(tmp_path / "more", late, late)  # given twice, listed once
     assert [run.path for run in runs] == [seeds / "seed-1", seeds / "seed-2", tmp_path / "more" / "alone", late]
     assert runs[-1].path == late
     assert [line.split()[0] for line in repr(runs).strip().splitlines()[-4:]] == [run.name for run in runs]

@@ -1,4 +1,4 @@
-"""Several seeds: from the shell and from a cell, stopped, failing, and as a table that counts."""
+"""Several seeds: started from the shell and from Python, stopped, failing, and summarised in a table."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def seeds_in(path):
     return [run.config["seed"] for run in vgglab.Seeds(path).runs]
 
 
-def test_from_the_shell_one_after_the_other_and_a_table(tiny, tmp_path):
+def test_command_runs_seeds_one_by_one_and_prints_a_table(tiny, tmp_path):
     result = shell("python", "-m", "vgglab.train", *tiny, "--seeds", "3", "--seed=7", f"--run-dir={tmp_path / 'three'}")
     assert result.returncode == 0, result.stderr
     runs = vgglab.Seeds(tmp_path / "three").runs
@@ -50,11 +50,11 @@ def test_from_the_shell_one_after_the_other_and_a_table(tiny, tmp_path):
         ["--seeds=2", "--resume=auto"],
     ],
 )
-def test_seeds_that_are_none_are_refused(refused, flags):
+def test_invalid_seeds_are_rejected(refused, flags):
     assert refused(*flags).startswith("--seeds")
 
 
-def test_the_first_that_fails_is_the_last(tiny, tmp_path):
+def test_series_stops_at_the_first_failure(tiny, tmp_path):
     words = ["python", "-m", "vgglab.train", *tiny, "--seeds=1,2", "--num-classes=7", f"--run-dir={tmp_path / 'none'}"]
     result = shell(*words)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
@@ -62,7 +62,7 @@ def test_the_first_that_fails_is_the_last(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_however_the_series_is_ended_its_run_ends_too(tiny, tmp_path, number, code):
+def test_signal_to_the_series_ends_its_run(tiny, tmp_path, number, code):
     mark = f"series-{number}"
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), MARK: mark}
     words = [
@@ -81,13 +81,13 @@ def test_however_the_series_is_ended_its_run_ends_too(tiny, tmp_path, number, co
     process.send_signal(number)
     assert process.wait(MAX_WAIT_SECONDS) == code
     wait_until(lambda: not processes_with(mark))
-    assert seeds_in(tmp_path / "long") == [1]  # the second was not begun
+    assert seeds_in(tmp_path / "long") == [1]  # the second was not started
     if number != signal.SIGKILL:
         [run] = vgglab.Seeds(tmp_path / "long").runs
         assert run.status == "interrupted"
         last_line = process.stderr.read().splitlines()[-1]
         assert last_line.endswith(f"run the same command with --run-dir {tmp_path / 'long'}")
-    if number == signal.SIGTERM:  # the same line goes on with it, and does not do twice what is done
+    if number == signal.SIGTERM:  # the same command resumes it and repeats nothing
         step = run.events("train")[-1]["step"]
         epochs = f"--epochs={step // 4 + 2}"
         result = shell("python", *words[1:], epochs, env=environment)
@@ -98,7 +98,7 @@ def test_however_the_series_is_ended_its_run_ends_too(tiny, tmp_path, number, co
         assert again.stdout.count("already done") == 2
 
 
-def test_launched_from_a_script(tiny, tmp_path, capsys):
+def test_launch_from_a_script(tiny, tmp_path, capsys):
     seeds = vgglab.launch(tiny, seeds="4,2", run_dir=tmp_path / "two", nproc=2, batch_size=2)
     assert seeds.is_over
     assert seeds_in(tmp_path / "two") == [2, 4]
@@ -109,7 +109,7 @@ def test_launched_from_a_script(tiny, tmp_path, capsys):
     assert repr(vgglab.Seeds(tmp_path / "two")) == repr(seeds_table({"two": seeds.runs}))
 
 
-def test_stop_ends_the_run_and_begins_no_other(tiny, tmp_path, monkeypatch):
+def test_stop_ends_the_run_and_starts_no_other(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv(MARK, "stopped-seeds")
     seeds = vgglab.launch(tiny, seeds=3, epochs=100_000, run_dir=tmp_path / "stopped", watch=False)
     wait_until(lambda: seeds.runs and seeds.runs[0].events("train"))
@@ -119,7 +119,7 @@ def test_stop_ends_the_run_and_begins_no_other(tiny, tmp_path, monkeypatch):
     assert seeds.wait() is seeds
 
 
-def test_stop_reaches_a_run_that_is_just_being_started(tiny, tmp_path, monkeypatch):
+def test_stop_ends_a_run_that_is_just_starting(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv(MARK, "stopped-early")
     seeds = vgglab.launch(tiny, seeds=2, epochs=100_000, run_dir=tmp_path / "early", watch=False)
     seeds.stop()
@@ -127,7 +127,7 @@ def test_stop_reaches_a_run_that_is_just_being_started(tiny, tmp_path, monkeypat
     assert seeds.is_over
 
 
-def test_a_failure_reaches_who_waits(tiny, tmp_path):
+def test_failure_is_raised_by_launch(tiny, tmp_path):
     with pytest.raises(vgglab.UserError, match="--num-classes 7"):
         vgglab.launch(tiny, seeds=2, num_classes=7, run_dir=tmp_path / "failed")
     with pytest.raises(vgglab.UserError, match="contains no runs that differ only in their seed"):

@@ -36,7 +36,7 @@ def words(text):
 
 
 def blocks(body):
-    """Each code block without its comments; one without a language is a tree of files: their names only."""
+    """Each code block without comments; of a block without a language (a file tree), only the names."""
     for language, block in FENCE.findall(body):
         if language:
             yield [re.sub(r"(^|\s+)#.*", "", line).rstrip() for line in block.splitlines()]
@@ -45,7 +45,7 @@ def blocks(body):
 
 
 def parts(body):
-    """What has to be the same in both, by name."""
+    """What must be the same in both languages, by name."""
     prose = FENCE.sub("", body)
     prose = re.sub(r"^\[(English|中文)\]\([^)]*\)$", "", prose, flags=re.MULTILINE)  # each links to the other
     prose = prose.replace(".zh-CN.md", ".md")
@@ -60,10 +60,10 @@ def parts(body):
 
 
 def differences(one, other):
-    """A line for each thing that one of the two texts has and the other has not, with its section."""
+    """A line for each difference between the two texts, with its section."""
     for a, b in zip_longest(sections(one), sections(other)):
         if a is None or b is None or a[1] != b[1]:
-            yield f"headings part at {a and a[0]!r} / {b and b[0]!r}"
+            yield f"headings differ at {a and a[0]!r} / {b and b[0]!r}"
             return
         first, second = parts(a[2]), parts(b[2])
         for name in {**first, **second}:
@@ -105,12 +105,12 @@ make run --quick  # 训练
 """
 
 
-def test_a_faithful_translation_has_no_differences():
+def test_faithful_translation_has_no_differences():
     assert list(differences(ENGLISH, CHINESE)) == []
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "named"),
+    ("old", "new", "difference"),
     [
         ("2.56", "2.65", "Speed, numbers"),
         ("| `vgg16` | 99.44 % |\n", "", "Speed, table row 3"),
@@ -118,14 +118,14 @@ def test_a_faithful_translation_has_no_differences():
         ("`--fast`", "`--faster`", "Speed, code in the text"),
         ("--quick", "--slow", "Speed, code block 1"),
         ("docs/a.png", "docs/b.png", "T, pictures"),
-        ("## 速度", "### 速度", "headings part at 'Speed'"),
+        ("## 速度", "### 速度", "headings differ at 'Speed'"),
     ],
 )
-def test_a_translation_that_lags_is_found_by_section(old, new, named):
-    assert any(named in line for line in differences(ENGLISH, CHINESE.replace(old, new)))
+def test_outdated_translation_is_reported_by_section(old, new, difference):
+    assert any(difference in line for line in differences(ENGLISH, CHINESE.replace(old, new)))
 
 
-BILINGUAL = ("glossary.md", "api.md")  # of the first each line is, the second is made from docstrings
+BILINGUAL = ("glossary.md", "api.md")  # the glossary in each line; the API page is made from docstrings
 PAGES = [PROJECT / "README.md", *sorted(file for file in (PROJECT / "docs").glob("*.md") if "zh-CN" not in file.name)]
 
 
@@ -137,6 +137,6 @@ def test_both_languages_have_the_same_content(file):
     assert f"[English]({file.name})" in chinese.read_text(encoding="utf-8")
 
 
-def test_each_chinese_page_has_an_english_one():
+def test_every_chinese_page_has_an_english_one():
     for chinese in PROJECT.glob("docs/*.zh-CN.md"):
         assert chinese.with_name(chinese.name.replace(".zh-CN", "")) in PAGES

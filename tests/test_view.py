@@ -1,4 +1,4 @@
-"""What people see: the bar on a terminal, the dashboard, the block in a report."""
+"""What users see of a run: the progress bar in a terminal, the dashboard, the curves."""
 
 import fcntl
 import io
@@ -13,7 +13,7 @@ import threading
 import matplotlib
 import pytest
 from conftest import MAX_WAIT_SECONDS, TINY, shell, wait_until
-from test_runs import START, add, trained
+from test_runs import START, append_events, trained
 
 import vgglab
 from vgglab.view import live
@@ -22,33 +22,33 @@ from vgglab.view.live import Dashboard, front_end, progress_of, summary
 from vgglab.view.progress import Progress, duration
 
 
-def test_on_a_terminal_there_is_a_bar_that_says_what_is_going_on_and_for_how_long(images, tmp_path):
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # 40 lines of 120 characters
+def test_terminal_shows_a_progress_bar_with_remaining_time(images, tmp_path):
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # 40 lines of 120 characters
     flags = [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--print-freq=1", "--epochs=2"]
-    process = subprocess.Popen([sys.executable, "-m", "vgglab.train", *flags], stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    seen = b""
+    process = subprocess.Popen([sys.executable, "-m", "vgglab.train", *flags], stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    output = b""
     while True:
         try:
-            part = os.read(ours, 4096)
+            part = os.read(controller, 4096)
         except OSError:  # the other end is closed
             break
         if not part:
             break
-        seen += part
+        output += part
     assert process.wait(MAX_WAIT_SECONDS) == 0
-    text = seen.decode()
+    text = output.decode()
     assert "epoch 2 of 2 |" in text
     assert "/8 steps" in text
     assert "images/s" in text
     assert " left" in text
     (log,) = tmp_path.glob("runs/*/log/rank0.txt")
-    assert "\r" not in log.read_text()  # the redrawing stays on the screen
+    assert "\r" not in log.read_text()  # redrawn lines are not logged
     assert "top-1" in log.read_text()
 
 
-def test_time_left_is_told_from_what_was_done():
+def test_remaining_time_is_estimated_from_finished_steps():
     progress = Progress()
     progress.add({"event": "start", "seconds": 10, "epochs": 2, "first_epoch": 0, "first_step": 0, "num_steps": 100})
     assert progress.eta_seconds is None
@@ -58,7 +58,7 @@ def test_time_left_is_told_from_what_was_done():
     assert [duration(s) for s in (8, 200, 7500)] == ["8 s", "3 min 20 s", "2 h 05 min"]
 
 
-def test_the_dashboard_shows_a_run_and_its_button_stops_it(images, tmp_path):
+def test_dashboard_shows_a_run_and_its_button_stops_it(images, tmp_path):
     pytest.importorskip("ipywidgets")
     flags = [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--epochs=1000"]
     run = vgglab.launch(flags, watch=False)
@@ -76,7 +76,7 @@ def test_the_dashboard_shows_a_run_and_its_button_stops_it(images, tmp_path):
     assert ": interrupted" in dashboard.status.value
 
 
-def test_a_run_that_was_killed_is_not_taken_for_alive(images, tmp_path):
+def test_killed_run_is_failed_and_not_running(images, tmp_path):
     flags = [*TINY, f"--data-path={images}", f"--output-dir={tmp_path}", "--epochs=1000"]
     launched = vgglab.launch(flags, watch=False)
     wait_until(lambda: launched.events("train"))
@@ -89,7 +89,7 @@ def test_a_run_that_was_killed_is_not_taken_for_alive(images, tmp_path):
     run.watch()  # returns: there is nothing to wait for
 
 
-def test_a_launch_that_never_began_is_over_too(images, tmp_path):
+def test_launch_that_never_started_is_failed(images, tmp_path):
     launched = vgglab.launch(data_path="/nowhere", run_dir=tmp_path / "run", watch=False)
     launched.process.wait()
     run = vgglab.Run(tmp_path / "run")
@@ -97,62 +97,68 @@ def test_a_launch_that_never_began_is_over_too(images, tmp_path):
     run.watch()
 
 
-def test_two_threads_that_look_at_once_see_each_event_once(tmp_path):
-    """A dashboard and a cell: each took in the same lines, and the place to read on from ran past the file's end."""
-    add(tmp_path, *map(trained, range(20_000)))
-    run, together = vgglab.Run(tmp_path), threading.Barrier(2)
+def test_threads_that_read_at_once_see_each_event_once(tmp_path):
+    """A dashboard and a cell both read the same lines, and the read position moved past the end of the file."""
+    append_events(tmp_path, *map(trained, range(20_000)))
+    run, barrier = vgglab.Run(tmp_path), threading.Barrier(2)
 
-    def look():
-        together.wait()
+    def read():
+        barrier.wait()
         run.events()
 
-    threads = [threading.Thread(target=look) for _ in range(2)]
+    threads = [threading.Thread(target=read) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    add(tmp_path, trained(20_000))
+    append_events(tmp_path, trained(20_000))
     assert [event["step"] for event in run.events()] == list(range(20_001))
 
 
-def start_at(step):
+def start_event(step):
     return {**START, "first_step": step}
 
 
-def test_a_dashboards_progress_is_that_of_all_events_also_where_some_became_void(tmp_path):
-    add(tmp_path, start_at(0), *map(trained, (10, 20, 30)))
+def test_dashboard_progress_matches_all_events_also_after_resuming(tmp_path):
+    append_events(tmp_path, start_event(0), *map(trained, (10, 20, 30)))
     run = vgglab.Run(tmp_path)
     follower = live.ProgressReader(run)
     assert follower.progress().step == 30
-    for more in [trained(40)], [], [start_at(20)], [trained(30), trained(40), trained(50)], [start_at(10), trained(60)]:
-        add(tmp_path, *more)
+    for events in (
+        [trained(40)],
+        [],
+        [start_event(20)],
+        [trained(30), trained(40), trained(50)],
+        [start_event(10), trained(60)],
+    ):
+        append_events(tmp_path, *events)
         assert vars(follower.progress()) == vars(progress_of(vgglab.Run(tmp_path)))
     assert follower.progress().step == 60
 
 
-def test_the_curve_of_a_long_run_is_drawn_with_few_points_and_keeps_what_is_not_finite(tmp_path):
-    """30,000 log lines of 90 epochs, drawn every other second, took the kernel from whoever worked in it."""
-    add(tmp_path, start_at(0), *(trained(step) for step in range(1, 2500)), trained(2500, loss=None))
+def test_curve_of_a_long_run_has_few_points_and_keeps_nan(tmp_path):
+    """30,000 log lines of 90 epochs, drawn every other second, blocked the notebook's kernel."""
+    append_events(tmp_path, start_event(0), *(trained(step) for step in range(1, 2500)), trained(2500, loss=None))
     loss = curves(vgglab.Run(tmp_path)).axes[0]
     (line,) = [line for line in loss.lines if "mean of every 3 logged steps" in line.get_label()]
     steps, values = line.get_data()
     assert (steps[0], values[0], len(steps)) == (3, 1.0, 833)
-    add(tmp_path, trained(2501), trained(2502))
+    append_events(tmp_path, trained(2501), trained(2502))
     *_, last = [line for line in curves(vgglab.Run(tmp_path)).axes[0].lines if "mean of" in line.get_label()]
     assert last.get_ydata()[-1] != last.get_ydata()[-1]  # nan
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path):
+def test_folder_without_a_run_is_rejected(tmp_path):
     with pytest.raises(vgglab.UserError, match="is not a run directory"):
         vgglab.Run(tmp_path)
 
 
-def test_without_a_notebook_the_front_end_is_the_terminal(monkeypatch):
+def test_front_end_outside_a_notebook_is_the_terminal(monkeypatch):
     monkeypatch.setenv("VGGLAB_UI", "live")
     assert front_end() == "terminal"
 
 
-LOOKING = """
+MEASURE_MEMORY_GROWTH = """
 import gc, json, os, pathlib, sys
 from vgglab import Run
 from vgglab.view import live
@@ -161,7 +167,7 @@ from vgglab.view.live import Dashboard
 run = Run(sys.argv[1])
 event, dashboard = run.events("train")[-1], Dashboard(run)
 
-def look(num_times, num_drawn):
+def refresh(num_times, num_drawn):
     for number in range(num_times):
         live._has_ended = lambda _: number < num_drawn
         event["step"] += 1
@@ -172,24 +178,24 @@ def look(num_times, num_drawn):
     gc.collect()
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-before = look(600, 20)  # by then fonts are read and what is kept for reuse is there
-print("grown by MiB:", look(2000, 20) - before)
+before = refresh(600, 20)  # loads fonts and fills caches
+print("grown by MiB:", refresh(2000, 20) - before)
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="Linux")
-def test_many_refreshes_do_not_fill_the_memory(train):
-    """A quarter of an hour at two looks a second, 20 of them drawn; 1.5 kB a look would show.
+def test_refreshes_do_not_leak_memory(train):
+    """A quarter of an hour at two refreshes per second, 20 of them drawn; detects a leak of 1.5 kB per refresh.
 
     Measured in a separate process, because memory that other tests used may be freed or reused at any time.
     """
     pytest.importorskip("ipywidgets")
-    looked = shell("python", "-c", LOOKING, train("--print-freq=1").run.path)
-    assert float(looked.stdout.rpartition("grown by MiB:")[2]) < 3, looked.stderr
+    result = shell("python", "-c", MEASURE_MEMORY_GROWTH, train("--print-freq=1").run.path)
+    assert float(result.stdout.rpartition("grown by MiB:")[2]) < 3, result.stderr
 
 
-def test_what_goes_wrong_in_a_dashboard_is_shown_and_tried_again(monkeypatch):
-    """A thread that died in silence would leave figures that look alive."""
+def test_dashboard_error_is_shown_and_refresh_is_retried(monkeypatch):
+    """If the refreshing thread died silently, the dashboard would show outdated values as current ones."""
     widgets = pytest.importorskip("ipywidgets")
     monkeypatch.setattr(live, "REFRESH_SECONDS", 0.01)
     status, calls = widgets.HTML(), []
@@ -208,12 +214,12 @@ def test_what_goes_wrong_in_a_dashboard_is_shown_and_tried_again(monkeypatch):
         return answer
 
     live.refresh_until_over(refresh, is_over, status)
-    assert len(calls) == 4  # the last one sees the end
+    assert len(calls) == 4  # the last one shows the end of the run
     assert "this dashboard cannot be updated: OSError(&#x27;the disk &lt;is&gt; away&#x27;)" in calls[2]
 
 
-def test_the_powers_of_a_logarithmic_axis_are_drawn_as_powers():
-    """They stood there as $\\mathdefault{10^{2}}$."""
+def test_tick_labels_of_a_log_axis_are_powers():
+    """They were shown as $\\mathdefault{10^{2}}$."""
     figure, (panel,) = vgglab.figures.new_figure(1)
     panel.set(xscale="log", yscale="log", xlim=(1, 1e3), ylim=(1, 1e3), title="costs $5 and $_{")
     with matplotlib.rc_context({"svg.fonttype": "none"}):

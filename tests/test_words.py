@@ -1,4 +1,4 @@
-"""One term for each thing: docs/glossary.md has them, with the words that are not used any more."""
+"""One term for each thing: docs/glossary.md lists the terms, and the words that are no longer used."""
 
 import re
 
@@ -17,7 +17,7 @@ PAGES = [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md")]
 READ = [file for file in (*SOURCES, *PAGES) if file.name not in ("glossary.md", "CHANGELOG.md")]
 
 
-def test_the_glossary_is_complete():
+def test_glossary_is_complete():
     assert 50 <= len(ROWS) <= 90
     assert all(len(row) == 4 and row[0] and row[1] and row[2] for row in ROWS)
     english = [row[0].lower() for row in ROWS]
@@ -26,7 +26,7 @@ def test_the_glossary_is_complete():
 
 
 @pytest.mark.parametrize("word", RETIRED)
-def test_a_retired_word_is_used_no_more(word):
+def test_retired_word_is_not_used(word):
     edge = r"\b" if word.isascii() else ""
     pattern = re.compile(f"{edge}{re.escape(word)}{edge}", re.IGNORECASE)
     found = [
@@ -38,7 +38,7 @@ def test_a_retired_word_is_used_no_more(word):
     assert found == []
 
 
-def test_each_message_in_the_troubleshooting_page_exists():
+def test_messages_on_the_troubleshooting_page_exist():
     source = "\n".join(file.read_text(encoding="utf-8") for file in SOURCES)
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # messages that continue on the next line
     page = (PROJECT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """Time the notebooks on this machine: ``python tests/time_notebooks.py "two cores of a <processor>, <month>"``.
 
-Each runs alone in an empty folder. The times go into ``vgglab/lab/timings.json``, from which the notebooks announce
-them. Do it while nothing else runs: it takes as long as all of them together.
+Each notebook runs alone in an empty folder. The times go into ``vgglab/lab/timings.json``; the notebooks show them.
+Run this on an idle machine; it takes as long as all notebooks together.
 """
 
 import json
@@ -16,16 +16,16 @@ from vgglab.lab import machine_speed, timings
 
 def main(machine: str) -> int:
     notebooks = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
-    before = machine_speed.measure()
+    speed_before = machine_speed.measure()
     chapters = []
     for notebook in notebooks:
         with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)  # the runs go there
+            os.chdir(folder)  # runs are written here
             chapters += Book(num_parallel=1).execute(jobs_for([notebook], Path(folder), {}))
             os.chdir(os.path.dirname(folder))
     if any(chapter.error for chapter in chapters):
         return 1
-    step_seconds, compile_seconds = map(min, before, machine_speed.measure())  # the quieter moment
+    step_seconds, compile_seconds = map(min, speed_before, machine_speed.measure())  # the one with less interference
     seconds = {chapter.file.stem: round(chapter.seconds) for chapter in chapters}
     content = {"machine": machine, "step_seconds": round(step_seconds, 4), "compile_seconds": round(compile_seconds, 4)}
     file = Path(timings.__file__).with_suffix(".json")

@@ -1,7 +1,7 @@
-"""List every string that can reach a user, to read them from top to bottom: ``python tests/user_strings.py``.
+"""List every string that a user may see, for proofreading: ``python tests/user_strings.py``.
 
-Messages, help texts, headings, labels of figures, and the docstrings of public names; not those of the contract doubles
-and the simulated card. Each line: file, line, text.
+Messages, help texts, headings, figure labels, and docstrings of public names, without the contract doubles and the
+simulated card. Each line: file, line, text.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from pathlib import Path
 from typing import Iterator
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vgglab"
-LEFT_OUT = {"doubles", "sim"}
-FEWEST_WORDS = 2  # a single word is a key or a name
+EXCLUDED = {"doubles", "sim"}
+MIN_WORDS = 2  # a single word is a key or a name
 
 
 def strings_in(file: Path) -> Iterator[tuple[int, str]]:
     """Line and text of each string of a module; placeholders as in the source."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
-    hidden = {id(node.body[0].value) for node in ast.walk(tree) if _has_docstring(node) and not _is_public(node)}
+    private = {id(node.body[0].value) for node in ast.walk(tree) if _has_docstring(node) and not _is_public(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             text = ast.unparse(node)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts | hidden:
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts | private:
             text = node.value
         else:
             continue
-        if len(text.split()) >= FEWEST_WORDS and any(character.isalpha() for character in text):
+        if len(text.split()) >= MIN_WORDS and any(character.isalpha() for character in text):
             yield node.lineno, " ".join(text.split())
 
 
@@ -43,7 +43,7 @@ def _is_public(node: ast.AST) -> bool:
 
 def main() -> int:
     for file in sorted(PACKAGE.rglob("*.py")):
-        if not LEFT_OUT & {*file.parts}:
+        if not EXCLUDED & {*file.parts}:
             for line, text in strings_in(file):
                 print(f"{file.relative_to(PACKAGE.parent)}:{line}: {text}")
     return 0
