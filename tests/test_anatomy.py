@@ -14,7 +14,7 @@ from vgglab.devices import open_device
 from vgglab.errors import UserError
 from vgglab.lab import anatomy
 from vgglab.lab.shapes import output_of
-from vgglab.settings.config import MODELS
+from vgglab.settings.choices import MODELS
 from vgglab.view.anatomy_table import Ceilings, Layer, as_html, as_text
 
 # Table 2 of the paper: millions of parameters with 1000 classes.

@@ -109,17 +109,16 @@ def test_choices_match_their_tables_and_others_raise(monkeypatch):
     """An unknown schedule silently became cosine, an unknown decoder Pillow."""
     from vgglab import model, optim
     from vgglab.data import decode, named, sets
-    from vgglab.settings import config as configuration
-    from vgglab.settings import recipes, schedule
+    from vgglab.settings import choices, recipes, schedule
 
-    assert tuple(model.model_names()) == configuration.MODELS
-    assert set(configuration.INITS) == set(model.INITS)
-    assert set(configuration.OPTIMIZERS) == set(optim.OPTIMIZERS)
-    assert tuple(named.NAMED_SETS) == configuration.DATA_SETS
-    assert set(configuration.DECODERS) == set(decode.DECODERS)
-    assert set(configuration.CROPS) == set(sets.CROPS)
-    assert set(configuration.HEADS) == {"auto", *model.HEADS}
-    assert {recipe["lr_schedule"] for recipe in recipes.RECIPES.values()} <= set(schedule.SCHEDULES)
+    assert tuple(model.model_names()) == choices.MODELS
+    assert set(choices.INITS) == set(model.INITS)
+    assert set(choices.OPTIMIZERS) == set(optim.OPTIMIZERS)
+    assert tuple(named.NAMED_SETS) == tuple(choices.DATA_SETS)
+    assert tuple(choices.DECODERS) == tuple(decode.DECODERS)  # in the order of preference
+    assert set(choices.CROPS) == set(sets.CROPS)
+    assert set(choices.HEADS) == {"auto", *model.HEADS}
+    assert {recipe.settings["lr_schedule"] for recipe in recipes.RECIPES.values()} <= set(schedule.SCHEDULES)
     settings = parse_flags([])
     settings = replace(settings, warmup=0, lr_schedule="nonsense", optimizer="nonsense")
     with pytest.raises(KeyError):

@@ -70,6 +70,7 @@ def test_a_machine_without_cards_is_healthy():
     assert (code, findings["problems"]) == (0, [])
     assert findings["facts"]["torch_gcu"] is None
     assert findings["auto"] in ("cpu", "cuda", "mps")
+    assert "cpu" in findings["facts"]["devices"]
     assert any("gcu-sim" in note for note in findings["notes"])
 
 

@@ -204,14 +204,14 @@ MUTATIONS = {
     "loss.item() before the flush": (
         LAZY,
         "trainer.py",
-        "        device.step(self.optimizer, self.model, [loss, logits])\n",
-        "        loss.item()\n        device.step(self.optimizer, self.model, [loss, logits])\n",
+        "        device.step(self.optimizer, self.model, list(result))\n",
+        "        loss.item()\n        device.step(self.optimizer, self.model, list(result))\n",
         "between the forward pass and the flush",
     ),
     "loss missing from the outputs": (
         LAZY,
         "trainer.py",
-        "device.step(self.optimizer, self.model, [loss, logits])",
+        "device.step(self.optimizer, self.model, list(result))",
         "device.step(self.optimizer, self.model, [logits])",
         "not among the outputs",
     ),

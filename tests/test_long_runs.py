@@ -11,6 +11,7 @@ from test_runs import START, path, trained  # noqa: F401  # path is a fixture
 import vgglab
 from vgglab.commands import call
 from vgglab.runs.compare import compare_runs
+from vgglab.runs.run import Run
 from vgglab.storage import events
 from vgglab.storage.schema import with_checksum
 from vgglab.view.live import _TerminalLines, progress_of, summary
@@ -152,7 +153,7 @@ def test_file_replaced_between_two_reads_is_another_run(path, monkeypatch):  # n
 def test_report_is_invalid_if_the_run_ends_meanwhile(path, monkeypatch):  # noqa: F811
     """The checksum covered more events than had been read, and the report counted as valid."""
     write(path, START, *training(1, 31))
-    original = vgglab.Run.events_checksum
+    original = Run.events_checksum
 
     def end_the_run(run):
         checksum = original(run)
@@ -160,7 +161,7 @@ def test_report_is_invalid_if_the_run_ends_meanwhile(path, monkeypatch):  # noqa
         write(path, EVALUATED, *training(31, 41), END, first=31)
         return checksum
 
-    monkeypatch.setattr(vgglab.Run, "events_checksum", end_the_run)
+    monkeypatch.setattr(Run, "events_checksum", end_the_run)
     assert call("report", [str(path)]) == 0
     assert vgglab.Run(path).valid_report() is None
     assert vgglab.Run(path).report()["acc1"] == 50.0

@@ -13,7 +13,7 @@ from vgglab import train
 from vgglab.__main__ import NAMES
 from vgglab.commands import plan as plan_command
 from vgglab.devices import KINDS
-from vgglab.settings.config import DATA_SETS, DECODERS
+from vgglab.settings.choices import DATA_SETS, DECODERS
 from vgglab.settings.parser import parse_flags
 from vgglab.settings.recipes import RECIPES
 

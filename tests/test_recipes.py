@@ -17,7 +17,7 @@ from vgglab.optim import Objective, build_optimizer
 from vgglab.settings.config import Request
 from vgglab.settings.inheritance import check_setting
 from vgglab.settings.parser import parse_flags
-from vgglab.settings.recipes import RECIPE_DATA, RECIPES
+from vgglab.settings.recipes import RECIPES
 
 ORIGINAL_COMMAND = (
     "--device=cpu --data-path=imagenet_raw --batch-size=192 --epochs=90 --model=vgg16 --workers=8 "
@@ -50,16 +50,13 @@ def test_flag_overrides_recipe_in_any_order(order):
     assert (config.lr, config.mixup) == (0.5, 0.2)
 
 
-def test_every_recipe_has_a_data_set_for_plan():
-    assert RECIPE_DATA.keys() == RECIPES.keys()
-    assert {*RECIPE_DATA.values()} <= {"imagenet", "digits"}
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_values_are_accepted_by_their_flags(recipe):
     for item in fields(Request):
-        if item.name in RECIPES[recipe]:
-            assert check_setting(item, RECIPES[recipe][item.name]) == RECIPES[recipe][item.name]
+        if item.name in RECIPES[recipe].settings:
+            value = RECIPES[recipe].settings[item.name]
+            assert check_setting(item, value) == value
+    assert RECIPES[recipe].data in ("imagenet", "digits")
 
 
 @pytest.mark.parametrize("name", CROPS)
@@ -82,7 +79,7 @@ def test_every_recipe_trains(train, recipe):
     result = train(f"--recipe={recipe}", "--epochs=1", "--image-size=32", "--batch-size=4")
     assert result.code == 0, result.err
     assert result.run.report()["recipe"] == recipe
-    assert result.run.config["weight_decay"] == RECIPES[recipe].get("weight_decay", 1e-4)
+    assert result.run.config["weight_decay"] == RECIPES[recipe].settings.get("weight_decay", 1e-4)
     [event] = result.run.events("eval")
     assert event["num_images"] == 9
 

@@ -85,7 +85,7 @@ def test_unwritable_log_is_named_in_the_last_line(images, tmp_path):
             f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--epochs=40", "--eval-freq=100"
         )
     assert (result.returncode, Run(tmp_path / "run").status) == (2, "done")
-    assert re.search("not written: .*[0-9]+ lines of log/rank0.txt", result.stderr)
+    assert re.search("could not write: .*[0-9]+ lines of log/rank0.txt", result.stderr)
     assert "epoch 40 of 40" in result.stdout
 
 

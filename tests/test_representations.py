@@ -102,7 +102,7 @@ def test_a_comparison_is_displayed_as_a_list(run, train):
     other = train("--print-freq=1", "--skip-steps=0", "--lr=0.02").run
     found = compare_runs(run, other)
     assert "first difference: " in repr(found)
-    assert "lr 0.01 and 0.02" in repr(found)
+    assert "lr 0.01 vs. 0.02" in repr(found)
     assert "Comparison(" not in repr(found)
 
 

@@ -279,7 +279,7 @@ def test_resume_auto_does_not_overwrite_unusable_checkpoints(job, refused):
         file.write_bytes(b"damaged")
     line = refused("--resume=auto", f"--run-dir={run.path}")
     assert f"no checkpoint in {run.path} can be used: " in line
-    assert all(f"{file} not a checkpoint" in line for file in files)
+    assert all(f"{file} is not a checkpoint" in line for file in files)
     assert f"move {run.path}/checkpoints elsewhere" in line
     assert (run.path / "checkpoints" / "last.pt").read_bytes() == b"damaged"
     assert Run(run.path).status == "done"

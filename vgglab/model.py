@@ -4,12 +4,15 @@ Source: K. Simonyan and A. Zisserman, "Very Deep Convolutional Networks for Larg
 Recognition", 2014 (arXiv:1409.1556), table 1, configurations A, B, D and E.
 
 Layers have the same names as in torchvision (``features.N``, ``classifier.0/3/6``), so weights are interchangeable
-and give the same logits.
+and give the same logits. Each network has a function, as in torchvision:
+
+    >>> vgglab.model.vgg16(num_classes=10)  # also vgg11, vgg13, vgg19, and with batch norm vgg16_bn, ...
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
@@ -20,7 +23,8 @@ from vgglab.devices.compat import load_tensors
 from vgglab.errors import UserError
 
 # Table 1 of the paper, from top to bottom: a number is a 3x3 convolution with that many output channels,
-# "M" a 2x2 max pooling that halves height and width.
+# "M" a 2x2 max pooling that halves height and width. With 1000 classes (table 2), A and B have 133 million parameters,
+# D 138 and E 144.
 # fmt: off
 CONFIGURATIONS: dict[str, list[int | str]] = {
     "vgg11": [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],  # A
@@ -163,48 +167,15 @@ def build(name: str, **options: Any) -> VGG:
 
 
 def model_names() -> list[str]:
-    """The names of all eight networks."""
+    """The names of all networks, with and without batch norm."""
     return [base_name + suffix for base_name in CONFIGURATIONS for suffix in ("", "_bn")]
 
 
-def vgg11(**options: Any) -> VGG:
-    """Configuration A: 8 convolutions, 133 million parameters with 1000 classes (paper, table 2)."""
-    return build("vgg11", **options)
-
-
-def vgg11_bn(**options: Any) -> VGG:
-    """Configuration A with batch norm."""
-    return build("vgg11_bn", **options)
-
-
-def vgg13(**options: Any) -> VGG:
-    """Configuration B: 10 convolutions, 133 million parameters with 1000 classes (paper, table 2)."""
-    return build("vgg13", **options)
-
-
-def vgg13_bn(**options: Any) -> VGG:
-    """Configuration B with batch norm."""
-    return build("vgg13_bn", **options)
-
-
-def vgg16(**options: Any) -> VGG:
-    """Configuration D: 13 convolutions, 138 million parameters with 1000 classes (paper, table 2)."""
-    return build("vgg16", **options)
-
-
-def vgg16_bn(**options: Any) -> VGG:
-    """Configuration D with batch norm."""
-    return build("vgg16_bn", **options)
-
-
-def vgg19(**options: Any) -> VGG:
-    """Configuration E: 16 convolutions, 144 million parameters with 1000 classes (paper, table 2)."""
-    return build("vgg19", **options)
-
-
-def vgg19_bn(**options: Any) -> VGG:
-    """Configuration E with batch norm."""
-    return build("vgg19_bn", **options)
+def __getattr__(name: str) -> Callable[..., VGG]:
+    """``vgg11(...)`` to ``vgg19_bn(...)``: a function for each network, with the options of ``VGG``."""
+    if name not in model_names():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return partial(build, name)
 
 
 def load_pretrained(model: nn.Module, name: str) -> list[str]:
@@ -226,9 +197,15 @@ def load_pretrained(model: nn.Module, name: str) -> list[str]:
 
 
 def published_file(name: str) -> tuple[str, Path]:
-    """The URL of torchvision's published weights, and their path in torch's cache, where they may not exist yet."""
+    """The URL of torchvision's published weights, and their path in torch's cache, where they may not exist yet.
+
+    Raises:
+        UserError: torchvision does not have this network.
+    """
     import torchvision.models
 
+    if not hasattr(torchvision.models, name):
+        raise UserError(f"--pretrained: torchvision has published no weights for {name}; leave it out")
     # The URL comes from torchvision's own table, which moved in version 0.13.
     if hasattr(torchvision.models, "get_model_weights"):
         url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url

@@ -160,14 +160,14 @@ class StopCoordinator:
             return interrupts.stop_requested()
         return self._steps >= self._steps_per_sync
 
-    def sync(self, metrics: Tensor) -> list[float]:
-        """Average ``metrics (2,)`` over ranks, set ``should_stop``; return the means and this rank's ``metrics[0]``."""
+    def sync(self, metrics: Tensor) -> tuple[list[float], list[float]]:
+        """Set ``should_stop``; return the means of ``metrics (n,)`` over the ranks, and this rank's own values."""
         device = self._device
         seconds = (time.perf_counter() - self._last_sync) / max(self._steps, 1)
         state = torch.tensor([float(interrupts.stop_requested()), seconds]).to(metrics.device)
-        values = torch.cat([device.sum(torch.cat([metrics, state])) / device.world_size, metrics])
-        *means, stop_fraction, mean_seconds, local, _ = device.fetch(values)
+        values = device.fetch(torch.cat([device.sum(torch.cat([state, metrics])) / device.world_size, metrics]))
+        stop_fraction, mean_seconds = values[:2]
         self.should_stop = stop_fraction > 0
         self._steps_per_sync = max(1, int(SYNC_SECONDS / max(mean_seconds, 1e-6)))
         self._steps, self._last_sync = 0, time.perf_counter()
-        return [*means, local]
+        return values[2 : 2 + len(metrics)], values[2 + len(metrics) :]

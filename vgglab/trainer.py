@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Iterator, NoReturn
+from typing import TYPE_CHECKING, Iterator, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,13 @@ class TrainingState:
         self.num_poor = 0 if is_best else self.num_poor + 1
         if self.num_poor >= patience:
             self.num_poor, self.num_drops = 0, self.num_drops + 1
+
+
+class StepResult(NamedTuple):
+    """The results of a training step, on the device; reading them waits for it."""
+
+    loss: Tensor  # (), of this rank's batch
+    logits: Tensor  # (N, num_classes)
 
 
 class Trainer:
@@ -110,12 +117,8 @@ class Trainer:
                 saved.restore_model(network, config.model, for_training=not config.test_only)
         return network
 
-    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Perform one optimizer step on a batch on the device: ``images (N, S, S, 3)`` bytes, ``labels (N,)``.
-
-        Returns:
-            The loss, ``()``, and the logits, ``(N, num_classes)``, on the device; reading them waits for the device.
-        """
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+        """Perform one optimizer step on a batch on the device: ``images (N, S, S, 3)`` bytes, ``labels (N,)``."""
         device = self.device
         device.seed(self.step_seed())  # so that random numbers are the same with and without a resume
         images = normalised(images, device.channels_last)  # (N, 3, S, S) floats
@@ -126,11 +129,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         device.backward(loss)
         device.average_gradients(self.model)
-        device.step(self.optimizer, self.model, [loss, logits])
+        result = StepResult(loss, logits)  # in float16, gradients are still multiplied by the loss scale here
+        device.step(self.optimizer, self.model, list(result))
         self.state.step += 1
         if self.average is not None:
             self.average.update(self.network, self.state.step)
-        return loss, logits
+        return result
 
     def step_seed(self) -> int:
         """The seed for dropout, mixup and cutmix in the next step on this rank; 32 bits, as every card accepts."""
@@ -290,7 +294,7 @@ class Loop:
         device_batches = trainer.device.feed(batches.epoch(epoch, first_batch, self.run.skipped))
         with self._timing_phases():
             for batch, (images, labels) in clock.batches(device_batches, first_batch):
-                loss, logits = trainer.step(images, labels)
+                result = trainer.step(images, labels)
                 clock.end_step()
                 self.tracer.end_step()
                 state.images = batch * self.images_per_step
@@ -299,7 +303,7 @@ class Loop:
                 should_log = should_save or batch % config.print_freq == 0 or batch == len(batches)
                 should_log = should_log or state.step == self.last_skipped_step  # logging restarts the clock
                 if should_log or self.coordinator.is_due():
-                    self._log_and_sync(epoch, loss, logits, labels, should_log)
+                    self._log_and_sync(epoch, result, labels, should_log)
                 if self.coordinator.should_stop:
                     trainer.save_and_stop(self.run)
                 if should_save:
@@ -315,12 +319,12 @@ class Loop:
         finally:
             self.trainer.device = device
 
-    def _log_and_sync(self, epoch: int, loss: Tensor, logits: Tensor, labels: Tensor, should_log: bool) -> None:
+    def _log_and_sync(self, epoch: int, result: StepResult, labels: Tensor, should_log: bool) -> None:
         """Read the loss, averaged over the ranks, and whether the ranks should stop; log them if ``should_log``."""
         dtype = torch.get_default_dtype()  # not that of the loss, which may be 16-bit with mixed precision
-        correct = (logits.detach().argmax(1) == labels).to(dtype).mean()
-        local = torch.stack([loss.detach().to(dtype), correct])
-        mean_loss, mean_correct, own_loss = self.coordinator.sync(local)  # the only read from the device in the loop
+        correct = (result.logits.detach().argmax(1) == labels).to(dtype).mean()
+        local = torch.stack([result.loss.detach().to(dtype), correct])
+        (mean_loss, mean_correct), (own_loss, _) = self.coordinator.sync(local)  # the loop's only read from the device
         trainer, step = self.trainer, self.trainer.state.step
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss is not finite ({mean_loss}) at step {step}; {NOT_FINITE_ADVICE}")

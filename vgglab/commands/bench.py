@@ -10,7 +10,7 @@ from typing import Any, Sequence
 from vgglab.commands import call
 from vgglab.devices import DEVICE_CHOICES
 from vgglab.errors import UserError
-from vgglab.settings.config import DECODERS, MODELS
+from vgglab.settings.choices import DECODERS, MODELS
 from vgglab.settings.flags import AT_LEAST_1, OneLineParser, number, with_dashes
 from vgglab.settings.parser import parse_flags
 

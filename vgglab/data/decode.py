@@ -14,6 +14,7 @@ import os
 import stat
 import struct
 import warnings
+from importlib.util import find_spec
 from typing import Callable, NamedTuple
 
 import torch
@@ -32,12 +33,17 @@ TAIL_BYTES = 4096  # where to look for the end marker: some cameras and editors 
 
 
 def best_decoder() -> str:
-    """``fast`` if simplejpeg is installed and torch can resize uint8 with antialiasing (2.1+), otherwise ``pil``."""
-    try:
-        import simplejpeg  # noqa: F401
-    except ImportError:
-        return "pil"
-    return "fast" if can_resize_uint8() else "pil"
+    """The first decoder that can be used."""
+    return next(name for name, decoder in DECODERS.items() if not decoder.why_missing())
+
+
+def _why_no_simplejpeg() -> str:
+    if find_spec("simplejpeg") is not None and can_resize_uint8():
+        return ""
+    return (
+        "needs the package simplejpeg and torch 2.1 or newer; pip install simplejpeg, or leave the flag out to decode "
+        "with Pillow"
+    )
 
 
 def can_resize_uint8() -> bool:
@@ -126,15 +132,17 @@ def _open_jpeg(file: str) -> Picture | JpegPicture:
 
 
 class Decoder(NamedTuple):
-    """The two functions that define a decoder."""
+    """The functions that define a decoder."""
 
+    why_missing: Callable[[], str]  # what it needs that is not installed, and what to do; empty if it can be used
     open_file: Callable[[str], Picture | JpegPicture]
     from_array: Callable[[Tensor], Pixels]  # converts (H, W, 3) uint8 to what the decoder returns for a file
 
 
+# In the order of preference.
 DECODERS = {
-    "pil": Decoder(Picture, lambda pixels: Image.fromarray(pixels.numpy())),
-    "fast": Decoder(_open_jpeg, lambda pixels: pixels),
+    "fast": Decoder(_why_no_simplejpeg, _open_jpeg, lambda pixels: pixels),
+    "pil": Decoder(lambda: "", Picture, lambda pixels: Image.fromarray(pixels.numpy())),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from vgglab.data import lists
-from vgglab.data.decode import best_decoder
+from vgglab.data.decode import DECODERS, best_decoder
 from vgglab.data.images import FakeImages, FileImages, Split
 from vgglab.data.index import Index, Paths, read_index
 from vgglab.data.lists import ListFile
@@ -92,13 +92,12 @@ def _open_sets(config: Request) -> DataSets:
 
 
 def _decoder(config: Request) -> str:
-    best = best_decoder()
-    if config.decoder == "fast" != best:
-        raise UserError(
-            "--decoder fast: needs the package simplejpeg and torch 2.1 or newer; pip install simplejpeg, or "
-            "leave the flag out to decode with Pillow"
-        )
-    return best if config.decoder == "auto" else config.decoder
+    if config.decoder == "auto":
+        return best_decoder()
+    missing = DECODERS[config.decoder].why_missing()
+    if missing:
+        raise UserError(f"--decoder {config.decoder}: {missing}")
+    return config.decoder
 
 
 def _named_splits(name: str, image_size: int, config: Request) -> tuple[Split | None, Split]:

@@ -112,6 +112,13 @@ def open_device(name: str, **options: Any) -> Device:
     return device
 
 
+def available_kinds() -> list[str]:
+    """The kinds of real devices that this machine has, best first. Raises UserError if a card's library is broken."""
+    modules = {kind: _adapter_module(kind) for kind in KINDS}
+    real = [kind for kind, module in modules.items() if hasattr(module, "why_unavailable")]
+    return [kind for kind in real if modules[kind].why_unavailable(kind, DeviceOptions()) is None]
+
+
 def _adapter_module(kind: str) -> Any:
     """Return the module of a kind. It defines ``open_adapter(kind, options)``, which raises UserError if the device or
     an option is not available, and ``why_unavailable(kind, options)``, which returns None if this machine has such a

@@ -58,7 +58,10 @@ if is_lazy:
 else:
     facts["eccl"] = bool(getattr(torch.distributed, "is_eccl_available", lambda: False)())
 """
-AUTO_PROBE = "from vgglab.devices import open_device; facts = {'kind': open_device('auto').kind}"
+AUTO_PROBE = """
+from vgglab.devices import available_kinds, open_device
+facts = {"kind": open_device("auto").kind, "available": available_kinds()}
+"""
 
 
 def probe(code: str, **environment: str) -> dict[str, Any]:
@@ -121,6 +124,7 @@ class Checkup:
         cards = self._check_torch_gcu(has_gcu and has_torch)
         self._check_environment(cards)
         auto = probe(AUTO_PROBE) if has_torch else NOT_PROBED
+        self.facts["devices"] = auto.get("available", [])
         self.facts["--device auto"] = auto.get("kind") or f"error: {auto['error']}"
         if not has_gcu:
             self.notes.append("torch_gcu is not installed; --device gcu-sim uses a simulated card")

@@ -68,6 +68,7 @@ class LazyGcu(Device):
 
     def open(self) -> None:
         if self.world_size > 1:
+            ranks.LOST_PEER_PHRASES.add("eccl")
             # torch_gcu's own module: torch.distributed has no eccl.
             self._gcu.distributed.init_process_group(
                 backend="eccl", init_method=self._options.init_method, world_size=self.world_size, rank=self.rank

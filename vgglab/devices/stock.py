@@ -39,7 +39,7 @@ class StockDevice(Device):
     def open(self) -> None:
         assert self._scaler is not None or self.amp_dtype != "float16", "float16 needs a loss scaler"
         if self.world_size > 1:
-            assert self._backend in ranks.COLLECTIVES, "its connection errors would not be recognised"
+            ranks.LOST_PEER_PHRASES.add(self._backend)
             store: torch.distributed.Store
             if ranks.RENDEZVOUS in os.environ:
                 store = torch.distributed.FileStore(os.environ[ranks.RENDEZVOUS], self.world_size)

@@ -35,13 +35,13 @@ CRASH_HEADER = "Fatal Python error: "  # what faulthandler prints first after on
 CRASH_SIGNALS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL, signal.SIGBUS)
 RUN_PATH_FILE = "vgglab_run"  # file in the folder of a launch that contains the path of the run directory
 
-COLLECTIVES = ("gloo", "nccl", "eccl")  # collective communication libraries, by the names of torch's backends
 # Not ``-m``, which imports from the current folder first: another user may have put modules there.
 WITHOUT_CWD = "import sys; sys.path[:] = filter(None, sys.path); "
 TRAIN_CODE = WITHOUT_CWD + "sys.argv[0] = 'vgglab.train'; from vgglab.train import run_and_exit; run_and_exit()"
 TORCHRUN_CODE = WITHOUT_CWD + "from torch.distributed.run import main; main()"
 
-LOST_PEER_PHRASES = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "socket", *COLLECTIVES)
+# In the messages of errors that mean a lost connection; a device adds the name of its collective library.
+LOST_PEER_PHRASES = {"closed by peer", "reset by peer", "connection refused", "broken pipe", "socket", "gloo"}
 
 PROCESS_STARTED = time.monotonic()  # when this process began; this module is among the first to be imported
 _kept_alive: tuple[Any, ...] = ()  # objects that must never be destroyed

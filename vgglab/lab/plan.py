@@ -23,7 +23,7 @@ from vgglab.model import build, head_for
 from vgglab.optim import OPTIMIZERS
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags, settings_warnings
-from vgglab.settings.recipes import RECIPE_DATA
+from vgglab.settings.recipes import RECIPES
 from vgglab.settings.schedule import learning_rate
 from vgglab.view.tables import html_facts
 
@@ -126,7 +126,7 @@ def plan_training(
 
 def _data(config: Request, given: Sequence[str]) -> tuple[str, int, int, int, int]:
     """Return the description, numbers of training and held-out images, number of classes, and image size."""
-    if "data_path" not in given and config.recipe is not None and RECIPE_DATA[config.recipe] == "imagenet":
+    if "data_path" not in given and config.recipe is not None and RECIPES[config.recipe].data == "imagenet":
         return "ImageNet", IMAGENET["train"], IMAGENET["val"], IMAGENET["classes"], config.image_size or 224
     sets = open_sets(config)
     assert sets.train is not None

@@ -11,16 +11,13 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any, Mapping
 
 from vgglab.errors import UserError
+from vgglab.storage.schema import DOCUMENTS
 
 if TYPE_CHECKING:
     from vgglab.runs.run import Event, Run
 
 STEADY_RATIO = 1.2  # warn if the slowest tenth of the steps takes more than this multiple of the median
 MIN_MEASURED_STEPS = 20
-STEP_FIELDS = (
-    "step_seconds_p50", "step_seconds_p90", "step_seconds_p99", "num_measured_steps", "data_wait_share",
-    "num_intervals", "phase_seconds", "host_reads",
-)  # fmt: skip
 TIMER_FIELDS = ("phase_seconds", "host_reads")  # event fields with --timers: sums over an interval, by name
 
 
@@ -79,23 +76,16 @@ def build_report(run: Run, metrics: Mapping[str, Any] | None = None) -> dict[str
         "train_fps_max": metrics["train_fps_max"],
         "training_time": metrics["training_time"],
         # Above: the original example's fields, in its order. Below: fields that vgglab adds.
-        "acc1_last": metrics["acc1_last"],
-        "acc5_last": metrics["acc5_last"],
         "status": run.status,
         "damage": run.damage(),
-        "num_lines": metrics["num_lines"],
-        "events_checksum": metrics["events_checksum"],
         "recipe": config.get("recipe"),
         "world_size": env["world_size"],
         "data_path": config.get("data_path"),
-        "data_is_fake": metrics["data_is_fake"],
         "num_skipped_images": len(run.skipped()),
         "decoder": config.get("decoder"),
         "image_size": config.get("image_size"),
         "lr": config.get("lr"),
         "global_batch_size": config["batch_size"] * env["world_size"],
-        "images_per_second": metrics["images_per_second"],
-        **{name: metrics[name] for name in STEP_FIELDS},
         "seed": config.get("seed"),
         "amp_dtype": env.get("amp_dtype"),
         "tf32": env.get("tf32"),
@@ -103,12 +93,10 @@ def build_report(run: Run, metrics: Mapping[str, Any] | None = None) -> dict[str
         "fused": env.get("fused", False),
         "compiled": env.get("compiled", False),
         "timers": config.get("timers", False),
-        "first_step_seconds": metrics["first_step_seconds"],
-        "peak_bytes": metrics["peak_bytes"],
         "hardware": env.get("hardware"),
         "simulated": env["simulated"],
         "versions": env.get("versions", {}),
-        "warnings": metrics["warnings"],
+        **{name: metrics[name] for name in DOCUMENTS["report.json"]},
     }
 
 

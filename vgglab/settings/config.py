@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from vgglab.devices import AMP_DTYPES, DEVICE_CHOICES
+from vgglab.settings.choices import CROPS, DATA_SETS, DECODERS, HEADS, INITS, MODELS, OPTIMIZERS
 from vgglab.settings.flags import (
     AT_LEAST_0,
     AT_LEAST_1,
@@ -19,21 +20,14 @@ from vgglab.settings.flags import (
     SEED,
     SIZE,
     WORKERS,
+    described,
     flag,
     steps,
     switch,
 )  # fmt: skip
 from vgglab.settings.recipes import RECIPES
-from vgglab.settings.schedule import SCHEDULES
+from vgglab.settings.schedule import SCHEDULES, schedules_with
 
-MODELS = tuple(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn"))
-# Only the names: what they stand for needs torch and is in data/ (sets, crops, decoders), model.py and optim.py.
-DATA_SETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagenette", "fake")
-CROPS = ("standard", "scale-jitter", "trivial")
-INITS = ("kaiming", "xavier", "normal")
-OPTIMIZERS = ("sgd", "rmsprop")
-DECODERS = ("pil", "fast")
-HEADS = ("auto", "imagenet", "small")
 # The headings of --help.
 TASK, TUNING, DEVICE, SAVING = "what to train", "schedule and hyperparameters", "hardware", "saving and resuming"
 FIXED_SEED = 1 << 20  # as in the original example
@@ -51,8 +45,8 @@ class Request:
         section=TASK,
     )
     data_path: str = flag(
-        f"a folder with train/CLASS/ and val/CLASS/, or the name of a data set: {', '.join(DATA_SETS)} (digits is "
-        "bundled, fake is generated to measure speed without loading images, the others are downloaded on first use)",
+        "a folder with train/CLASS/ and val/CLASS/, or the name of a data set, downloaded on first use: "
+        + described(DATA_SETS),
         "digits",
         implies=("num_classes",),
         section=TASK,
@@ -79,11 +73,10 @@ class Request:
         section=DEVICE,
     )
     image_size: int | None = flag(
-        "side of the square images, in pixels; default: 224, or 32 for digits, fashion-mnist and cifar", None, SIZE
+        "side of the square images, in pixels; default: 224, or 32 for data sets of small images", None, SIZE
     )
     decoder: str = flag(
-        "image decoder: pil (bit for bit as in torchvision's reference) or fast (simplejpeg, which decodes only the "
-        "rows in the crop); auto: fast where available",
+        f"image decoder: {described(DECODERS)}; auto: the first one that is installed",
         "auto",
         choices=("auto", *DECODERS),
     )
@@ -92,13 +85,12 @@ class Request:
         "fail",
         choices=("fail", "skip"),
     )
-    head: str = flag("classifier: imagenet (the paper's), small, or auto (by image size)", "auto", choices=HEADS)
+    head: str = flag(f"classifier: {described(HEADS)}", "auto", choices=tuple(HEADS))
     dropout_rate: float = flag("dropout rate of the two hidden layers of the classifier", 0.0, FRACTION, section=TUNING)
     init: str = flag(
-        "initial weights: kaiming (as in torchvision), xavier, or normal (standard deviation 0.01, with which deep "
-        "networks without batch norm do not learn)",
+        f"initial weights: {described(INITS)}",
         "kaiming",
-        choices=INITS,
+        choices=tuple(INITS),
         affects="start",
     )
     pretrained: bool = switch(
@@ -125,19 +117,23 @@ class Request:
     )
     lr_schedule: str = flag("how the learning rate decreases after warm-up", "step", choices=tuple(SCHEDULES))
     warmup: int = flag("epochs of linear warm-up of the learning rate", 5, AT_LEAST_0)
-    end_lr: float = flag("final learning rate (cosine schedule), reached one epoch after the last", 0.0, NON_NEGATIVE)
-    lr_step_size: int | None = flag(
-        "epochs between drops (step schedule); default: drops at epochs 30, 60 and 80", None, AT_LEAST_1
+    end_lr: float = flag(
+        f"final learning rate ({schedules_with('end_lr')}), reached one epoch after the last", 0.0, NON_NEGATIVE
     )
-    lr_gamma: float = flag("factor of each drop (step and plateau schedules)", 0.1, POSITIVE)
-    lr_patience: int = flag("evaluations without a new best top-1 before a drop (plateau schedule)", 5, AT_LEAST_1)
+    lr_step_size: int | None = flag(
+        f"epochs between drops ({schedules_with('lr_step_size')}); default: drops at epochs 30, 60 and 80",
+        None,
+        AT_LEAST_1,
+    )
+    lr_gamma: float = flag(f"factor of each drop ({schedules_with('lr_gamma')})", 0.1, POSITIVE)
+    lr_patience: int = flag(
+        f"evaluations without a new best top-1 before a drop ({schedules_with('lr_patience')})", 5, AT_LEAST_1
+    )
 
     crops: str = flag(
-        "augmentation of training images: standard (random crop and flip), scale-jitter (as in the paper: "
-        "the shorter side is resized to a random length from 256 to 512, for crops of 224), trivial (standard, then "
-        "one operation of TrivialAugment)",
+        f"augmentation of training images: {described(CROPS)}",
         "standard",
-        choices=CROPS,
+        choices=tuple(CROPS),
     )
     label_smoothing: float = flag("label smoothing: share of the target spread over all classes", 0.0, FRACTION)
     mixup: float = flag("mixup strength: lambda ~ Beta(alpha, alpha); 0 disables it", 0.0, NON_NEGATIVE)
@@ -254,7 +250,7 @@ class Request:
         "only evaluate the weights of --resume or --pretrained", affects="metrics", inherited=False, section=SAVING
     )
     cache_dataset: bool = switch(
-        "accepted and ignored; lists of large folders are always cached",
+        "accepted and ignored; image folders are listed at each start",
         affects="others",
         inherited=False,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import field
-from typing import Any, Callable, NamedTuple, NoReturn
+from typing import Any, Callable, Mapping, NamedTuple, NoReturn
 
 from vgglab.errors import UserError
 
@@ -102,6 +102,11 @@ def switch(help: str, **options: Any) -> Any:
     """Declare a switch, off by default; accepts ``--flag``, ``--flag true`` and ``--flag false``."""
     default = None if "negation" in options else False  # with a --no- form, None means that neither form was given
     return flag(help, default=default, parse=boolean, nargs="?", const=True, metavar="true|false", **options)
+
+
+def described(choices: Mapping[str, str]) -> str:
+    """The choices of a flag for its help text, each with its description in parentheses."""
+    return ", ".join(f"{name} ({description})" if description else name for name, description in choices.items())
 
 
 class OneLineParser(argparse.ArgumentParser):

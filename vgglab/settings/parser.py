@@ -104,7 +104,7 @@ def parse_flags(argv: Sequence[str]) -> Request:
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise UserError(_unknown_flag(unknown[0], parser))
-    request = Request(**{**RECIPES.get(vars(parsed).get("recipe"), {}), **vars(parsed)})
+    request = Request(**{**_recipe_settings(vars(parsed)), **vars(parsed)})
     check_conflicts(request)
     return replace(request, seed=FIXED_SEED) if request.fix_seed else request
 
@@ -121,7 +121,12 @@ def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
 def flags_given(argv: Sequence[str]) -> list[str]:
     """The names of the settings given on a command line, directly or by a recipe."""
     parsed = vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0])
-    return [*RECIPES.get(parsed.get("recipe"), {}), *parsed]
+    return [*_recipe_settings(parsed), *parsed]
+
+
+def _recipe_settings(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    name = parsed.get("recipe")
+    return RECIPES[name].settings if name is not None else {}
 
 
 def check_conflicts(config: Request) -> None:

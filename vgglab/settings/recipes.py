@@ -6,76 +6,95 @@ The cost of a recipe is given in images: epochs x training images, each 92.65 GF
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-RECIPE_DATA = {"seed": "imagenet", "paper": "imagenet", "modern": "imagenet", "quick": "digits"}  # default of a plan
-RECIPES: dict[Any, dict[str, Any]] = {
+
+class Recipe(NamedTuple):
+    """A named set of settings."""
+
+    data: str  # what it is meant for, "imagenet" or "digits"; the default of ``vgglab plan``
+    settings: dict[str, Any]
+
+
+RECIPES = {
     # The original example's 90-epoch command, per card. Its --num-classes=1000 is omitted: it follows from the data.
     # Cost: 115 million images on ImageNet. Result published by Enflame for a T20 in FP32: 71.3 % top-1. We have not run
     # it on ImageNet; on Fashion-MNIST with --fast, 90 epochs of 7,680 images, 5 seeds on an H200 (recorded/): VGG16
     # 89.29 % (standard deviation 0.17), VGG16-BN 91.21 % (0.11).
-    "seed": {
-        "model": "vgg16",
-        "batch_size": 192,
-        "epochs": 90,
-        "workers": 8,
-        "dropout_rate": 0.5,
-        "lr": 0.01,
-        "lr_schedule": "step",
-        "warmup": 5,
-        "weight_decay": 1e-4,
-        "print_freq": 20,
-        "skip_steps": 5,
-    },
+    "seed": Recipe(
+        "imagenet",
+        {
+            "model": "vgg16",
+            "batch_size": 192,
+            "epochs": 90,
+            "workers": 8,
+            "dropout_rate": 0.5,
+            "lr": 0.01,
+            "lr_schedule": "step",
+            "warmup": 5,
+            "weight_decay": 1e-4,
+            "print_freq": 20,
+            "skip_steps": 5,
+        },
+    ),
     # Simonyan and Zisserman 2014, section 3.1: batches of 256, momentum, the learning rate divided by ten whenever the
     # held-out accuracy stops improving (three times in their 74 epochs), scale jitter from 256 to 512. Their colour
     # shift is left out. They initialised deep networks with weights of configuration A, but later found Glorot's
     # initialisation sufficient; this recipe uses the latter.
     # Cost: 95 million images on ImageNet. Published result: 25.6 % top-1 error for configuration D (table 3, at the
     # single test scale 384, whereas vgglab evaluates a centre crop of 224). We have not run it.
-    "paper": {
-        "model": "vgg16",
-        "batch_size": 256,
-        "epochs": 74,
-        "dropout_rate": 0.5,
-        "init": "xavier",
-        "lr": 0.01,
-        "lr_schedule": "plateau",
-        "warmup": 0,
-        "weight_decay": 5e-4,
-        "crops": "scale-jitter",
-    },
+    "paper": Recipe(
+        "imagenet",
+        {
+            "model": "vgg16",
+            "batch_size": 256,
+            "epochs": 74,
+            "dropout_rate": 0.5,
+            "init": "xavier",
+            "lr": 0.01,
+            "lr_schedule": "plateau",
+            "warmup": 0,
+            "weight_decay": 5e-4,
+            "crops": "scale-jitter",
+        },
+    ),
     # Current practice for the same network, based on torchvision's second set of recipes (2021), with a larger weight
     # decay, which small data sets need. It needs batch norm: --model vgg16_bn.
     # Cost: 256 million images on ImageNet, 10 million on CIFAR-10. Result: on Fashion-MNIST with --fast, 90 epochs of
     # 7,680 images, 5 seeds on an H200 (recorded/): 92.11 % (standard deviation 0.21); `seed` reached 91.21 % on the
     # same number of images. It is meant for long runs: with only 8 epochs of 6,400 images (one seed each, 2,560
     # held-out images), it reached 23.6 %, and `seed` 79.6 %.
-    "modern": {
-        "model": "vgg16_bn",
-        "batch_size": 128,
-        "epochs": 200,
-        "dropout_rate": 0.0,
-        "lr": 0.1,
-        "nesterov": True,
-        "lr_schedule": "cosine",
-        "warmup": 5,
-        "weight_decay": 5e-4,
-        "bias_weight_decay": False,
-        "crops": "trivial",
-        "label_smoothing": 0.1,
-        "mixup": 0.2,
-        "cutmix": 1.0,
-        "ema": 0.999,
-    },
+    "modern": Recipe(
+        "imagenet",
+        {
+            "model": "vgg16_bn",
+            "batch_size": 128,
+            "epochs": 200,
+            "dropout_rate": 0.0,
+            "lr": 0.1,
+            "nesterov": True,
+            "lr_schedule": "cosine",
+            "warmup": 5,
+            "weight_decay": 5e-4,
+            "bias_weight_decay": False,
+            "crops": "trivial",
+            "label_smoothing": 0.1,
+            "mixup": 0.2,
+            "cutmix": 1.0,
+            "ema": 0.999,
+        },
+    ),
     # Takes minutes on a laptop.
     # Cost: 8,622 images of 32 pixels on the digits, 2 minutes on 2 cores (make run). Result: see the README.
-    "quick": {
-        "model": "vgg16_bn",
-        "batch_size": 32,
-        "epochs": 6,
-        "lr": 0.1,
-        "lr_schedule": "cosine",
-        "warmup": 1,
-    },
+    "quick": Recipe(
+        "digits",
+        {
+            "model": "vgg16_bn",
+            "batch_size": 32,
+            "epochs": 6,
+            "lr": 0.1,
+            "lr_schedule": "cosine",
+            "warmup": 1,
+        },
+    ),
 }

@@ -55,6 +55,11 @@ SCHEDULES = {
 }
 
 
+def schedules_with(setting: str) -> str:
+    """The names of the schedules that use a setting, for its help text."""
+    return " and ".join(name for name, schedule in SCHEDULES.items() if setting in schedule.settings)
+
+
 def learning_rate(config: Request, epoch: int, world_size: int, num_drops: int = 0) -> float:
     """The learning rate of ``epoch`` (from 0) with ``world_size`` ranks, after ``num_drops`` drops at plateaus.
 

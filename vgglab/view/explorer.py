@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from vgglab.errors import UserError
-from vgglab.settings.config import MODELS
+from vgglab.settings.choices import MODELS
 from vgglab.view.anatomy_table import Anatomy, Layer, Window
 from vgglab.view.figures.base import INK, ORANGE, NotebookFigure
 from vgglab.view.figures.network import WIDTH, draw
@@ -32,7 +32,7 @@ def explore(
     Args:
         anatomy_of: ``vgglab.anatomy.of``, or a function with the same arguments.
         photograph: a path, or a uint8 array ``(height, width, 3)``; the central square is shown.
-        model: one of ``settings.config.MODELS``, e.g. ``vgg16`` or ``vgg16_bn``.
+        model: one of ``settings.choices.MODELS``, e.g. ``vgg16`` or ``vgg16_bn``.
         image_size: side of the images in pixels.
         layer: the layer shown first; "" for the last convolution.
 

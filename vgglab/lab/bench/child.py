@@ -53,6 +53,8 @@ class Network(NamedTuple):
             return build(self.model, num_classes=self.num_classes, dropout_rate=dropout_rate, head=self.head)
         from torchvision import models
 
+        if not hasattr(models, self.model):
+            raise UserError(f"--against torchvision: torchvision has no {self.model}; choose another network")
         return getattr(models, self.model)(num_classes=self.num_classes)
 
 
