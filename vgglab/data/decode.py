@@ -14,7 +14,6 @@ import os
 import stat
 import struct
 import warnings
-from importlib.util import find_spec
 from typing import Callable, NamedTuple
 
 import torch
@@ -38,8 +37,13 @@ def best_decoder() -> str:
 
 
 def _why_no_simplejpeg() -> str:
-    if find_spec("simplejpeg") is not None and can_resize_uint8():
-        return ""
+    try:
+        import simplejpeg  # noqa: F401  # it may be installed and not fit this numpy
+
+        if can_resize_uint8():
+            return ""
+    except ImportError:
+        pass
     return (
         "needs the package simplejpeg and torch 2.1 or newer; pip install simplejpeg, or leave the flag out to decode "
         "with Pillow"
