@@ -74,7 +74,7 @@ test-long: $(INSTALLED) ## run the long tests, mostly repetitions that look for 
 	@$(PYTEST) -m long
 
 # With the kernels of the oldest processor, expected numbers that hold only on newer processors make a test fail.
-test-kernels: $(INSTALLED) ## run the numerical tests again, with the kernels of an old processor
+test-kernels: $(INSTALLED) ## run the numerical tests again, with torch's kernels for older CPUs
 	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) -k "not ($(NOT_NUMBERS))" \
 		$(patsubst %,tests/test_%.py,$(NUMBERS))
 

@@ -38,7 +38,7 @@ def test_table_shows_profile_values_and_time(capsys):
     assert "about 2 min 30 s" in text  # 75 s on a machine that is twice as fast
     assert "not timed" in text
     assert "an estimate for this machine: 1 min 15 s on " + timings.MACHINE in text
-    assert "Values set by hand change the time." in text
+    assert "The expected time does not account for values set by hand." in text
 
 
 def test_notebook_without_timing_shows_no_time(capsys):

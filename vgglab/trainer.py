@@ -180,7 +180,9 @@ class Trainer:
         self.save(run, is_best)
 
     def save(self, run: RankWriter, is_best: bool = False) -> None:
-        """Write a checkpoint on rank 0. If that fails, training continues; if it was the last, the run ends as failed.
+        """Write a checkpoint on rank 0; a write error does not stop training.
+
+        If the last checkpoint cannot be written, the run ends with status "failed".
 
         Raises:
             UserError: a weight is not finite.

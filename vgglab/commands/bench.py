@@ -26,10 +26,12 @@ def parser() -> argparse.ArgumentParser:
         description="Measure the speed of data loading against torchvision's reference pipeline.",
         allow_abbrev=False,
     )
-    data.add_argument("--data-path", default="digits", help="a folder, or the name of a data set, as for training")
+    data.add_argument("--data-path", default="digits", help="a folder or the name of a data set, as in vgglab train")
     data.add_argument("--image-size", type=int, help="crop size in pixels (default: that of the data set)")
     data.add_argument("--batch-size", type=int, default=32, help="images per batch (default 32)")
-    data.add_argument("--decoder", choices=("auto", *DECODERS), default="auto", help="image decoder, as for training")
+    data.add_argument(
+        "--decoder", choices=("auto", *DECODERS), default="auto", help="image decoder, as in vgglab train"
+    )
     data.add_argument("--workers", help="numbers of workers to try, e.g. 1,2,4 (default: 1, and one per core)")
     data.add_argument(
         "--seconds", type=ABOVE_0, default=20.0, help="approximate seconds for each measurement (default 20)"

@@ -5,7 +5,7 @@ hardware. This module imports torch only when a device is opened, so that the pa
 without it.
 
     base.py       the interface
-    stock.py      the plain PyTorch step, for devices that PyTorch supports itself
+    stock.py      the plain PyTorch step, for devices that PyTorch supports natively
     native.py     cpu, cuda, mps
     gcu_eager.py  the current torch_gcu: device "gcu", backend "eccl"
     gcu_lazy.py   the torch_gcu of T20 cards: device "xla", torch 1.10, one graph per step

@@ -15,7 +15,7 @@ def open_adapter(kind: str, options: DeviceOptions) -> SimulatedGcu:
 
 
 class SimulatedGcu(EagerGcu):
-    """A card simulated on the CPU; everything it writes is marked as simulated."""
+    """A GCU card simulated on the CPU; its runs and their metrics are marked as simulated."""
 
     kind = "gcu-sim"
 

@@ -44,7 +44,7 @@ def _has_mps() -> bool:
 
 
 class NativeDevice(StockDevice):
-    """A device that PyTorch supports itself."""
+    """A device that PyTorch supports natively: cpu, cuda or mps."""
 
     supports = frozenset({"channels_last", "fused", "compile"})
     worker_start = "fork"  # workers use CPU tensors only, and a forked worker does not have to import torch again

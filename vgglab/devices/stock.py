@@ -1,4 +1,4 @@
-"""The plain PyTorch step, DDP and collectives, for devices that PyTorch supports itself."""
+"""The plain PyTorch step, DDP and collectives, for devices that PyTorch supports natively."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ _run_dir: Path | None = None  # where a failure of this process is recorded
 
 
 def grace_period_seconds(chosen: float | None = None) -> float:
-    """Seconds that a run has to save and stop before it is killed. Raises UserError for an invalid setting."""
+    """Seconds given to a run to save and stop before it is killed. Raises UserError for an invalid setting."""
     if chosen is not None:
         return chosen
     value = os.environ.get("VGGLAB_GRACE_SECONDS", "10")  # a slow disk, or a busy machine, may need longer

@@ -106,7 +106,7 @@ class ProfileTable:
             )
         self.rows.append(["expected time", expected, *["not timed"] * (len(NAMES) - 1)])
         if overrides:
-            self.remark += " Values set by hand change the time."
+            self.remark += " The expected time does not account for values set by hand."
 
     def __repr__(self) -> str:
         return f"{text_table(self.headings, self.rows)}\n{self.remark}".rstrip()

@@ -217,7 +217,7 @@ def _newest_first(file: Path) -> tuple[float, int]:
 
 
 def locate(path: str | Path) -> Path:
-    """The checkpoint file for a run directory or a file name."""
+    """The checkpoint file at ``path``: ``last.pt`` if it is a run directory, otherwise ``path`` itself."""
     return Path(path, "checkpoints", "last.pt") if Path(path).is_dir() else Path(path)
 
 

@@ -241,7 +241,7 @@ class Run:
         return read_report(self)
 
     def valid_report(self) -> Document | None:
-        """``report.json``, if it matches the events and the run has ended, so events need not be read; else None."""
+        """``report.json`` if the run has ended and it matches the events, which then need not be parsed; else None."""
         documents = self._documents()
         saved = documents["report.json"]
         is_complete = saved.has_checksum and saved.keys() >= schema.DOCUMENTS["report.json"].keys() and not saved.damage

@@ -201,7 +201,7 @@ def _ceilings_note(ceilings: Ceilings | None) -> list[str]:
     if ceilings is None:
         return []
     peak, bandwidth = ceilings.flop_per_second / 1e9, ceilings.bytes_per_second / 1e9
-    ridge = f"which meet at {ceilings.ridge:.1f} FLOP per byte"
+    ridge = f"ridge point at {ceilings.ridge:.1f} FLOP per byte"
     return [f"measured ceilings of this machine: {peak:.1f} GFLOP/s and {bandwidth:.1f} GB/s, {ridge}"]
 
 

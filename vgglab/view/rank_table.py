@@ -86,7 +86,9 @@ def stall_warning(run: Run) -> str:
     usual = max(metrics["interval_seconds"] for metrics in latest)
     if seconds < max(STALL_SECONDS, 10 * usual):
         return ""
-    return f"no log line for {seconds:.0f} s, usually every {usual:.0f} s; run.stacks() shows what each rank is doing"
+    return (
+        f"no log line for {seconds:.0f} s (usually one every {usual:.0f} s); run.stacks() shows what each rank is doing"
+    )
 
 
 def as_text(rows: list[RankRow]) -> str:

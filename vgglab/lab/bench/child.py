@@ -79,10 +79,11 @@ PEAK_REPEATS = 2  # of each matrix product, for each "peak" request
 
 
 def serve(connection: Connection, mode: Mode, flags: list[str]) -> None:
-    """Answer the requests from the connection until None arrives, which is answered with the device usage.
+    """Serve requests from the connection until one is None; the reply to that one is the device usage.
 
-    ``Ready`` is sent before the first request. A number of steps is answered with the seconds of each step, and
-    ``"peak"`` with the FLOP/s of a matrix product in the same precision. Any answer can be a ``Failure`` instead.
+    ``Ready`` is sent before the first request. The reply to a number of steps is the list of their times in seconds;
+    the reply to ``"peak"`` is the FLOP/s of a matrix product in the mode's precision. A ``Failure`` can replace any
+    reply.
     """
     try:
         request = parse_flags([*flags, *mode.flags])

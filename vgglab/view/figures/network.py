@@ -155,7 +155,7 @@ def _finish(panel: Any, anatomy: Anatomy, boxes: Sequence[tuple[Layer, float, fl
     sides = sorted({int(layer.output_shape[2]) for layer, *_ in boxes if layer.kind == "conv"}, reverse=True)
     panel.set_yticks([0, *(side for side in sides if side >= size / 8)])
     panel.set_xticks([])
-    panel.set_ylabel("side of the maps in pixels", fontsize=9)
+    panel.set_ylabel("feature map size in pixels", fontsize=9)
     panel.set_xlabel("numbers below the boxes: channels (box width)", fontsize=9)
     panel.set_title(f"{anatomy.model}, {size} x {size} pixels", fontsize=10, loc="left", color=INK)
     panel.spines[["top", "right", "bottom"]].set_visible(False)
