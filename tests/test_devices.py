@@ -108,7 +108,10 @@ def test_report_metrics_are_in_the_schema_and_a_simulated_card_has_no_speed(imag
     """A new metric needs a type in the schema and, if it measures speed, must be null on a simulated card."""
     run = run_ranks(tmp_path, images, "gcu-sim", 1, "--skip-steps=0", "--timers")
     report = build_report(run)
-    assert _compute_metrics(run, report["global_batch_size"]).keys() == DOCUMENTS["report.json"].keys()
+    metrics = _compute_metrics(run, report["global_batch_size"])
+    assert {name: valid(metrics[name]) for name, valid in DOCUMENTS["report.json"].items()} == dict.fromkeys(
+        metrics, True
+    )
     numbers = {name for name, value in report.items() if isinstance(value, (int, float)) and type(value) is not bool}
     assert numbers <= NO_SPEED
     assert [report[name] for name in ("phase_seconds", "host_reads", "first_step_seconds")] == [None] * 3
@@ -337,3 +340,27 @@ def test_workers_are_forked_after_gloo_has_released_the_last_tensor(tmp_path, im
     """On Python 3.8 to 3.11, a worker forked earlier may hang, about once in a few hundred runs on a busy machine."""
     run = run_ranks(tmp_path, images, "cpu", 2, "--workers=1", before=SLOW_RELEASE)
     assert run.status == "done"
+
+
+@needs_sim
+def test_gradients_divided_by_the_loss_scale_are_the_true_ones(images):
+    """In float16 they are multiplied by 128 until the optimizer step."""
+    from vgglab.data.sets import open_sets
+    from vgglab.settings.config import complete
+    from vgglab.settings.parser import parse_flags
+    from vgglab.trainer import Trainer
+
+    norms = []
+    for options in ({"amp_dtype": None}, {"amp_dtype": "float16"}):
+        config = parse_flags([*TINY, f"--data-path={images}", "--seed=1"])
+        sets = open_sets(config)
+        config = complete(config, workers=0, num_classes=3, image_size=32, head="small", seed=1)
+        device = open_device("gcu-sim", **options)
+        device.open()
+        trainer = Trainer(config, device, sets)
+        device.step = lambda *_: None  # which would divide the gradients
+        batch = next(iter(trainer.batches.epoch(0)))
+        trainer.step(*device.move(batch.images, batch.labels))
+        squares = sum(weight.grad.float().square().sum() for weight in trainer.network.parameters())
+        norms.append(float(squares.sqrt() / device.loss_scale()))
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)

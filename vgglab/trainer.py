@@ -52,7 +52,7 @@ class TrainingState:
 
 
 class StepResult(NamedTuple):
-    """The results of a training step, on the device; reading them waits for it."""
+    """The results of a training step, on the device; reading them waits for it. Scalars are averaged and logged."""
 
     loss: Tensor  # (), of this rank's batch
     logits: Tensor  # (N, num_classes)
@@ -129,7 +129,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         device.backward(loss)
         device.average_gradients(self.model)
-        result = StepResult(loss, logits)  # in float16, gradients are still multiplied by the loss scale here
+        result = StepResult(loss, logits)  # gradients are still multiplied by device.loss_scale()
         device.step(self.optimizer, self.model, list(result))
         self.state.step += 1
         if self.average is not None:
@@ -322,22 +322,22 @@ class Loop:
             self.trainer.device = device
 
     def _log_and_sync(self, epoch: int, result: StepResult, labels: Tensor, should_log: bool) -> None:
-        """Read the loss, averaged over the ranks, and whether the ranks should stop; log them if ``should_log``."""
+        """Average the scalars of ``result`` over the ranks and see whether to stop; write a log line if requested."""
         dtype = torch.get_default_dtype()  # not that of the loss, which may be 16-bit with mixed precision
-        correct = (result.logits.detach().argmax(1) == labels).to(dtype).mean()
-        local = torch.stack([result.loss.detach().to(dtype), correct])
-        (mean_loss, mean_correct), (own_loss, _) = self.coordinator.sync(local)  # the loop's only read from the device
+        scalars = {name: value.detach().to(dtype) for name, value in result._asdict().items() if value.dim() == 0}
+        scalars["acc1"] = (result.logits.detach().argmax(1) == labels).to(dtype).mean()
+        averaged, own = self.coordinator.sync(torch.stack([*scalars.values()]))  # the loop's only read from the device
+        means = dict(zip(scalars, averaged))
         trainer, step = self.trainer, self.trainer.state.step
-        if not math.isfinite(mean_loss):
-            raise UserError(f"the loss is not finite ({mean_loss}) at step {step}; {NOT_FINITE_ADVICE}")
+        if not math.isfinite(means["loss"]):
+            raise UserError(f"the loss is not finite ({means['loss']}) at step {step}; {NOT_FINITE_ADVICE}")
         if should_log:
-            self.run.rank_event(step=step, loss=own_loss, **self.clock.own_metrics(), **trainer.device.usage())
+            self.run.rank_event(step=step, loss=own[0], **self.clock.own_metrics(), **trainer.device.usage())
             self.run.event(
                 "train",
                 epoch=epoch,
                 step=step,
-                loss=mean_loss,
-                acc1=100 * mean_correct,
+                **{**means, "acc1": 100 * means["acc1"]},
                 lr=trainer.optimizer.param_groups[0]["lr"],
                 is_measured=step > self.last_skipped_step,
                 **self.clock.read_interval(),

@@ -119,6 +119,10 @@ class Device(ABC):
     def step(self, optimizer: Optimizer, model: nn.Module, outputs: Sequence[Tensor]) -> None:
         """Perform one optimizer step; ``outputs`` are the tensors that will be read after it."""
 
+    def loss_scale(self) -> Tensor | float:
+        """The factor by which gradients are multiplied between ``backward`` and ``step``, on the device; 1 if none."""
+        return 1.0 if self._scaler is None else self._scaler._scale
+
     def scaler_state(self) -> dict[str, Any]:
         """The state of the loss scaler, for a checkpoint; reads from the device. Empty without a loss scaler."""
         return {} if self._scaler is None else self._scaler.state_dict()

@@ -8,10 +8,22 @@ from __future__ import annotations
 from array import array
 from heapq import merge
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Mapping
+from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple
 
 from vgglab.errors import UserError
-from vgglab.storage.schema import DOCUMENTS
+from vgglab.storage.schema import (
+    DOCUMENTS,
+    Validator,
+    boolean,
+    count,
+    dict_of,
+    list_of,
+    nullable,
+    number,
+    positive,
+    seconds,
+    text,
+)
 
 if TYPE_CHECKING:
     from vgglab.runs.run import Event, Run
@@ -96,12 +108,33 @@ def build_report(run: Run, metrics: Mapping[str, Any] | None = None) -> dict[str
         "hardware": env.get("hardware"),
         "simulated": env["simulated"],
         "versions": env.get("versions", {}),
-        **{name: metrics[name] for name in DOCUMENTS["report.json"]},
+        **{name: metrics[name] for name in METRICS},
     }
 
 
-def _compute_metrics(run: Run, images_per_step: int) -> dict[str, Any]:
-    """Compute the metrics from the events; the names are those in ``storage/schema.py``."""
+class Collected(NamedTuple):
+    """What is collected in one pass over the events, to compute the metrics from."""
+
+    checksum: str  # of the events
+    num_lines: int
+    others: list[Event]  # all but the training events
+    total_seconds: float  # from the first event to the last
+    speed: SpeedStatistics
+    steps: dict[str, Any]  # statistics of single steps
+    first_step_seconds: float | None
+
+    def of_kind(self, kind: str) -> list[Event]:
+        return [event for event in self.others if event["event"] == kind]
+
+    def peak_bytes(self) -> int | None:
+        return next((event.get("peak_bytes") for event in self.of_kind("end")), None)
+
+    def last_accuracy(self, name: str) -> float | None:
+        evaluations = self.of_kind("eval")
+        return evaluations[-1][name] if evaluations else None
+
+
+def _collect(run: Run, images_per_step: int) -> Collected:
     # First, so that the checksum does not match if the run writes more events meanwhile.
     checksum = run.events_checksum()
     events, is_simulated = run.events(), run.env["simulated"]
@@ -116,24 +149,47 @@ def _compute_metrics(run: Run, images_per_step: int) -> dict[str, Any]:
             # A resumed run may have used other hardware: skip a simulated card, or another number of ranks.
             if not event.get("simulated") and event["interval_images"] == event["interval_steps"] * images_per_step:
                 speed.add(event)
-    last = next((event for event in reversed(others) if event["event"] == "eval"), None)
-    return {
-        "num_lines": run.num_lines(),
-        "events_checksum": checksum,
-        "acc1": _best(others, "acc1"),
-        "acc5": _best(others, "acc5"),
-        "acc1_last": last["acc1"] if last else None,
-        "acc5_last": last["acc5"] if last else None,
-        "images_per_second": speed.mean,
-        "train_fps_min": speed.lowest,
-        "train_fps_max": speed.highest,
-        "training_time": _hours_minutes_seconds(events[-1]["seconds"]),
-        "data_is_fake": any(event.get("is_fake") for event in others if event["event"] == "start"),
-        **speed.step_statistics(),
-        "first_step_seconds": first_step,
-        "peak_bytes": next((event.get("peak_bytes") for event in others if event["event"] == "end"), None),
-        "warnings": list(dict.fromkeys(event["text"] for event in others if event["event"] == "warning")),
-    }
+    total_seconds = events[-1]["seconds"]
+    return Collected(checksum, run.num_lines(), others, total_seconds, speed, speed.step_statistics(), first_step)
+
+
+class Metric(NamedTuple):
+    """A field of ``report.json`` that is computed from the events."""
+
+    validator: Validator
+    compute: Callable[[Collected], Any]
+
+
+METRICS = {
+    "acc1": Metric(nullable(number), lambda found: _best(found.others, "acc1")),
+    "acc5": Metric(nullable(number), lambda found: _best(found.others, "acc5")),
+    "acc1_last": Metric(nullable(number), lambda found: found.last_accuracy("acc1")),
+    "acc5_last": Metric(nullable(number), lambda found: found.last_accuracy("acc5")),
+    "images_per_second": Metric(nullable(positive), lambda found: found.speed.mean),
+    "train_fps_min": Metric(nullable(positive), lambda found: found.speed.lowest),
+    "train_fps_max": Metric(nullable(positive), lambda found: found.speed.highest),
+    "training_time": Metric(text, lambda found: _hours_minutes_seconds(found.total_seconds)),
+    "step_seconds_p50": Metric(nullable(seconds), lambda found: found.steps["step_seconds_p50"]),
+    "step_seconds_p90": Metric(nullable(seconds), lambda found: found.steps["step_seconds_p90"]),
+    "step_seconds_p99": Metric(nullable(seconds), lambda found: found.steps["step_seconds_p99"]),
+    "num_measured_steps": Metric(count, lambda found: found.steps["num_measured_steps"]),
+    "num_intervals": Metric(count, lambda found: found.steps["num_intervals"]),
+    "data_wait_share": Metric(nullable(number), lambda found: found.steps["data_wait_share"]),
+    "phase_seconds": Metric(nullable(dict_of(number)), lambda found: found.steps["phase_seconds"]),
+    "host_reads": Metric(nullable(dict_of(number)), lambda found: found.steps["host_reads"]),
+    "first_step_seconds": Metric(nullable(seconds), lambda found: found.first_step_seconds),
+    "peak_bytes": Metric(nullable(count), lambda found: found.peak_bytes()),
+    "data_is_fake": Metric(boolean, lambda found: any(event["is_fake"] for event in found.of_kind("start"))),
+    "warnings": Metric(list_of(text), lambda found: [*dict.fromkeys(e["text"] for e in found.of_kind("warning"))]),
+    "num_lines": Metric(count, lambda found: found.num_lines),
+    "events_checksum": Metric(text, lambda found: found.checksum),
+}
+DOCUMENTS["report.json"] = {name: metric.validator for name, metric in METRICS.items()}
+
+
+def _compute_metrics(run: Run, images_per_step: int) -> dict[str, Any]:
+    found = _collect(run, images_per_step)
+    return {name: metric.compute(found) for name, metric in METRICS.items()}
 
 
 def _best(events: list[Event], metric: str) -> float | None:
@@ -200,7 +256,7 @@ class SpeedStatistics:
             "step_seconds_p50": _percentile(ordered, 50),
             "step_seconds_p90": _percentile(ordered, 90),
             "step_seconds_p99": _percentile(ordered, 99),
-            "num_measured_steps": sum(number for _, number in ordered),
+            "num_measured_steps": sum(times for _, times in ordered),
             "data_wait_share": self._data_seconds / self._seconds if self.num_intervals else None,
             "num_intervals": self.num_intervals,
             **{field: self._mean_per_step(field) for field in TIMER_FIELDS},
@@ -220,9 +276,9 @@ def steadiness_warning(report: dict[str, Any]) -> str:
 
 def _percentile(ordered: list[tuple[float, int]], percent: int) -> float | None:
     """The nearest-rank percentile; ``ordered`` has (value, number of occurrences) pairs, smallest value first."""
-    remaining = -(-sum(number for _, number in ordered) * percent // 100)
-    for value, number in ordered:
-        remaining -= number
+    remaining = -(-sum(times for _, times in ordered) * percent // 100)
+    for value, times in ordered:
+        remaining -= times
         if remaining <= 0:
             return value
     return None

@@ -127,9 +127,7 @@ class Request:
     )
     lr_gamma: float = flag(f"factor of each drop ({schedules_with('lr_gamma')})", 0.1, POSITIVE)
     lr_patience: int = flag(
-        f"evaluations without a new best top-1 after which the learning rate drops ({schedules_with('lr_patience')})",
-        5,
-        AT_LEAST_1,
+        f"evaluations without a new best top-1 before the rate drops ({schedules_with('lr_patience')})", 5, AT_LEAST_1
     )
 
     crops: str = flag(

@@ -134,22 +134,12 @@ FAILURE: dict[str, Validator] = {"rank": count, "time": seconds, "host": text, "
 
 PROCESS: dict[str, Validator] = {"host": text, "pid": integer, "process": text}
 
-DOCUMENTS: dict[str, dict[str, Validator]] = {  # for config.json, see runs/run.py
+DOCUMENTS: dict[str, dict[str, Validator]] = {  # for config.json see runs/run.py, for report.json runs/report.py
     "env.json": {
         **PROCESS, "simulated": boolean, "device": text, "world_size": count_from_1, "hardware": text,
         "versions": dict_of(nullable(text)), "commit": nullable(text), "argv": list_of(text), "executable": text,
         "cwd": text, "started": text, "amp_dtype": nullable(text), "tf32": nullable(boolean), "channels_last": boolean,
         "fused": boolean, "compiled": boolean, "num_cpus": count, "num_threads": count,
-    },
-    "report.json": {  # fields computed from the events; the others are read from their sources
-        "num_lines": count, "events_checksum": text, "acc1": nullable(number), "acc5": nullable(number),
-        "acc1_last": nullable(number), "acc5_last": nullable(number), "images_per_second": nullable(positive),
-        "train_fps_min": nullable(positive), "train_fps_max": nullable(positive), "training_time": text,
-        "data_is_fake": boolean, "step_seconds_p50": nullable(seconds), "step_seconds_p90": nullable(seconds),
-        "step_seconds_p99": nullable(seconds), "num_measured_steps": count, "data_wait_share": nullable(number),
-        "num_intervals": count, "phase_seconds": nullable(dict_of(number)), "host_reads": nullable(dict_of(number)),
-        "first_step_seconds": nullable(seconds), "peak_bytes": nullable(count),
-        "warnings": list_of(text),
     },
     "launch.json": {**PROCESS, "inode": text, "argv": list_of(text), "command": list_of(text)},
     "bench.json": {"results": list_of(record(

@@ -25,6 +25,6 @@ def load_lazy() -> Any:
     """Import the lazy double as ``torch_gcu``, for a notebook; ``torch.Tensor.to`` stays patched in this process."""
     if str(LAZY) not in sys.path:
         sys.path.insert(0, str(LAZY))
-    import torch_gcu  # type: ignore[import-not-found]
+    import torch_gcu
 
     return torch_gcu
