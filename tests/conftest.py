@@ -29,6 +29,11 @@ TINY = (
 )
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One worker more than cores: tests wait for processes and signals, and a worker that waits would idle a core."""
+    return (os.cpu_count() or 1) + 1
+
+
 # The files with the longest tests come first, so that no core is idle at the end while another runs a long test.
 LONGEST = ("test_browser.py", "test_notebooks.py", "test_ranks.py", "test_seeds.py", "test_performance.py")
 
