@@ -343,6 +343,7 @@ def test_workers_are_forked_after_gloo_has_released_the_last_tensor(tmp_path, im
 
 
 @needs_sim
+@pytest.mark.filterwarnings("ignore:GCU stores")
 def test_gradients_divided_by_the_loss_scale_are_the_true_ones(images):
     """In float16 they are multiplied by 128 until the optimizer step."""
     from vgglab.data.sets import open_sets
