@@ -199,7 +199,7 @@ def test_row_22_list_files_define_the_data_set(images, prefix):
         assert [f"{file} {label}" for file, label in zip(files, data_set.labels)] == kept[split]
     assert sets.train.classes == list(CLASSES)
     num_unlisted = 3 * NUM_TRAIN - len(kept["train"])
-    assert any(f"train_list.txt: does not list {num_unlisted} image files" in text for text in sets.warnings)
+    assert any(f"train_list.txt: {num_unlisted} image files are not listed" in text for text in sets.warnings)
 
 
 def test_row_22_listed_held_out_images_need_no_class_folders(images, train):

@@ -258,7 +258,7 @@ def test_a_rank_without_a_card_is_refused(images, tmp_path):
     args = ["-m", "vgglab.train", *TINY[:-1], f"--data-path={images}", "--device=gcu-sim"]
     result = python(*args, env={**environment, "VGGLAB_SIM_CARDS": "2"}, cwd=tmp_path)
     assert result.returncode == 2
-    assert "rank 2 needs card 2 (counted from 0); this machine has 2" in result.stderr
+    assert "rank 2 needs card 2 (counted from 0); cards on this machine: 2" in result.stderr
 
 
 @needs_sim

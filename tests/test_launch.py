@@ -300,7 +300,7 @@ def test_status_does_not_depend_on_the_clock(tiny, monkeypatch):
         monkeypatch.setattr(time, "time", lambda hours=hours: true_time() + 3600 * hours)
         assert run.status == "running"
     message = run.stop()
-    assert message == f"{run.name}: process {launched.process.pid} was asked to save and stop; interrupted"
-    assert "had already ended" in run.stop()
+    assert message == f"{run.name}: process {launched.process.pid} was asked to save and stop; status: interrupted"
+    assert "already ended" in run.stop()
     launched.process.wait(1)  # at most its threads are still ending
     assert run.status == "interrupted"

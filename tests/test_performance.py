@@ -206,7 +206,7 @@ def test_the_figure_names_the_line_of_an_extra_host_read(train, monkeypatch):
     figure = where_time_goes([plain, hidden], ["plain", "hidden"])
     assert len(figure.png()) > 5000
     [remark] = [text for text in texts_in(figure) if "host waits" in text]
-    assert f"1 per step at test_performance.py:{line}" in remark
+    assert f"1x per step at test_performance.py:{line}" in remark
 
 
 def test_counting_host_reads_restores_the_tensor_methods(train):

@@ -243,7 +243,7 @@ def test_stop_does_not_end_a_process_named_in_a_foreign_run_directory(run, unrel
     events = (run.path / "events.jsonl").read_text().splitlines(keepends=True)
     (run.path / "events.jsonl").write_text("".join(events[:-1]))
     write_document(run.path / "env.json", {**run.env, **identity(unrelated.pid)})
-    assert Run(run.path).stop().endswith("it had already ended; failed")
+    assert Run(run.path).stop().endswith("already ended; status: failed")
     for name in ("launch.json", "env.json"):
         write_document(run.path / name, {**run.env, **identity(unrelated.pid), "command": [], "argv": []})
     with pytest.raises(UserError, match=r"cannot confirm that process [0-9]+ on .* belongs to this run"):

@@ -172,7 +172,7 @@ def test_flags_given_with_resume_override_and_conflicts_are_refused(train, refus
     content = load_tensors(first.checkpoint("last"))
     for setting in ({"lr": "abc"}, {"optimizer": "nonsense"}):
         torch.save({**content, "config": {**content["config"], **setting}}, tmp_path / "damaged.pt")
-        assert f"its {next(iter(setting))} is damaged" in refused("--epochs=2", f"--resume={tmp_path}/damaged.pt")
+        assert f"setting {next(iter(setting))} is invalid" in refused("--epochs=2", f"--resume={tmp_path}/damaged.pt")
 
 
 def test_run_can_be_resumed_from_another_directory(images, tmp_path, monkeypatch):

@@ -249,7 +249,7 @@ class LaunchedRun(NotebookRun):
     def stop(self, grace_seconds: float | None = None) -> str:
         """Ask the run to save and stop; kill it if it outlasts the grace period. Returns a one-line summary."""
         if self._has_ended():
-            return f"{self.name}: it had already ended; {self.status}"
+            return f"{self.name}: already ended; status: {self.status}"
         grace_seconds = ranks.grace_period_seconds(grace_seconds)
         self._was_stopped = True
         self.process.send_signal(signal.SIGTERM)
@@ -259,7 +259,7 @@ class LaunchedRun(NotebookRun):
             os.killpg(self.process.pid, signal.SIGKILL)  # the run has its own session, so this kills its workers too
             self.process.wait()
         processes.kill_all(self.path)
-        return f"{self.name}: process {self.process.pid} was asked to save and stop; {self.status}"
+        return f"{self.name}: process {self.process.pid} was asked to save and stop; status: {self.status}"
 
     def _raise_if_failed(self) -> None:
         self._has_ended()

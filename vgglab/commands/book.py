@@ -215,7 +215,7 @@ def main(argv: Sequence[str]) -> int:
 def _run_and_build(arguments: argparse.Namespace) -> int:
     sources = arguments.notebooks or sorted(Path("notebooks").glob("*.ipynb"))
     if not sources:
-        raise UserError("no notebooks found; name some, or run this in the folder that contains notebooks/")
+        raise UserError("no notebooks found; pass their paths, or run this in the folder that contains notebooks/")
     if arguments.at_once < 1:
         raise UserError("--at-once: must be at least 1")
     import nbconvert  # noqa: F401  # fail now if it is missing, not after an hour of execution

@@ -128,7 +128,7 @@ def describe_differences(listed: ListFile, index: Index) -> list[str]:
     num_unlisted = sum(count for count in unlisted.values() if count > 0)
     if num_unlisted:
         first = next(name for name, count in unlisted.items() if count > 0)
-        lines.append(f"{listed.name}: does not list {num_unlisted} image files of the folders, e.g. in {first or '.'}/")
+        lines.append(f"{listed.name}: {num_unlisted} image files are not listed, e.g. in {first or '.'}/")
     label_counts: dict[str, Counter] = {}
     for folder, label in zip(listed.folders(), listed.labels):
         if folder:

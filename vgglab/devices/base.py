@@ -72,7 +72,8 @@ class Device(ABC):
         self.num_cards = num_cards
         if self.local_rank >= num_cards:
             raise UserError(
-                f"--nproc: rank {self.rank} needs card {self.local_rank} (counted from 0); this machine has {num_cards}"
+                f"--nproc: rank {self.rank} needs card {self.local_rank} (counted from 0); "
+                f"cards on this machine: {num_cards}"
             )
 
     @abstractmethod

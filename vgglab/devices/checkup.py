@@ -88,7 +88,7 @@ def probe(code: str, **environment: str) -> dict[str, Any]:
         )
         return json.loads(child.stdout.decode(errors="replace").strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
-        return {"error": f"hangs: no answer after {TIMEOUT_SECONDS} s"}
+        return {"error": f"timed out after {TIMEOUT_SECONDS} s"}
     except (OSError, IndexError, ValueError):
         status = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
         return {"error": f"the process exited abnormally ({status})"}

@@ -46,8 +46,9 @@ def _is_not_torch_wrapper(wrapper: Any) -> bool:
 def parallel_without_compiler(network: nn.Module, **options: Any) -> DistributedDataParallel:
     """``DistributedDataParallel`` for a network that is not compiled, without importing the compiler.
 
-    torch (2.15) imports the compiler in two places: to read one of its settings (here it gets the default instead), and
-    in ``_inside_ddp_forward``, the context manager around each forward pass (here its wrapper is removed).
+    torch (2.15) imports the compiler in two places: in the constructor, to read one compiler setting (this function
+    supplies the default), and in a wrapper around ``_inside_ddp_forward``, the context manager for each forward pass
+    (this function removes the wrapper).
     """
     context = getattr(getattr(DistributedDataParallel, "_inside_ddp_forward", None), "__wrapped__", None)
     overrides: dict[str, Any] = {}

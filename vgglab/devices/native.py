@@ -28,7 +28,7 @@ AMP_DEFAULTS = {"cpu": "bfloat16", "cuda": "float16"}
 
 
 def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
-    """Return None if this machine has a device of this kind, otherwise "" (no reason worth reporting)."""
+    """Return None if this machine has a device of this kind, otherwise "", because the reason is obvious."""
     is_available = {"cuda": torch.cuda.is_available, "mps": _has_mps, "cpu": lambda: True}[kind]
     return None if is_available() else ""
 

@@ -1,4 +1,4 @@
-"""Compare the speed of this machine with the one on which the notebooks were timed, in about two seconds.
+"""Measure how much slower this machine is than the reference machine of the notebooks; takes about two seconds.
 
     >>> slowdown()
     1.0

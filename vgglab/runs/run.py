@@ -333,8 +333,8 @@ class Run:
         while any(map(is_alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.1)
         kill_all(self.path)
-        outcome = f"process {pids[0]} was asked to save and stop" if pids else "it had already ended"
-        return f"{self.name}: {outcome}; {self.status}"
+        outcome = f"process {pids[0]} was asked to save and stop" if pids else "already ended"
+        return f"{self.name}: {outcome}; status: {self.status}"
 
     def _processes_to_signal(self) -> list[int]:
         """The processes to signal, never process 1: those launched for this run, or the one that holds its lock.

@@ -86,7 +86,7 @@ def train_seeds(argv: Sequence[str], config: Request, table: Callable[[Mapping[s
         raise UserError("--seeds: on several cards use vgglab.launch(..., nproc=N, seeds=...), or one --seed at a time")
     path = seeds_folder(config)
     for seed in seed_values:
-        print(f"vgglab.train: seed {seed}, {seed_values.index(seed) + 1} of {len(seed_values)}", flush=True)
+        print(f"vgglab.train: seed {seed} ({seed_values.index(seed) + 1} of {len(seed_values)})", flush=True)
         if is_done(path / f"seed-{seed}"):
             print("vgglab.train: already done", flush=True)
             continue

@@ -107,7 +107,7 @@ class Request:
     momentum: float = flag("momentum", 0.9, FRACTION)
     nesterov: bool = switch("Nesterov momentum (sgd)")
     rmsprop_alpha: float = flag(
-        "decay of the mean squared gradient (rmsprop), as in torchvision's reference", 0.9, FRACTION
+        "decay rate of the mean squared gradient (rmsprop); default as in torchvision's reference", 0.9, FRACTION
     )
     rmsprop_eps: float = flag("epsilon in the denominator (rmsprop)", 0.0316, POSITIVE)
     weight_decay: float = flag("weight decay", 1e-4, NON_NEGATIVE, names=["--wd"])

@@ -31,15 +31,15 @@ def inherit(request: Request, given: Sequence[str], saved: dict[str, Any]) -> Re
 
 
 def check_setting(field: Field, value: Any) -> Any:
-    """Check a setting read from a file as its flag would be check_setting, and return its value."""
+    """Check a setting read from a file as its flag would be checked, and return its value."""
     if value is None:
         return field.default
     try:
         parsed = field.metadata["parse"](str(value))
     except (argparse.ArgumentTypeError, ValueError) as error:
-        raise UserError(f"its {field.name} is damaged: {error}") from None
+        raise UserError(f"the saved setting {field.name} is invalid: {error}") from None
     if parsed not in field.metadata.get("choices", (parsed,)):
-        raise UserError(f"its {field.name} is damaged: {value!r}")
+        raise UserError(f"the saved setting {field.name} is invalid: {value!r}")
     return parsed
 
 

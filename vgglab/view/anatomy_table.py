@@ -1,4 +1,4 @@
-"""A table of the layers of a network, and the limits of a machine for a roofline; plain values, without torch.
+"""The table of a network's layers, and the two measured limits of a roofline; does not import torch.
 
 ``vgglab.anatomy`` computes the rows; its ``--json`` output can be shown on a machine without torch.
 """

@@ -22,7 +22,7 @@ from vgglab.view.tables import POLICY, Table
 # From Enflame's README, for one T20 and for eight; it does not say whether 431.6 is per card or in total.
 PUBLISHED = (
     ("one card, batch 256, Enflame's first README", 1, 256, 590.3, None),
-    ("eight cards, Enflame's first README, which does not say whether per card or in total", 8, 192, 431.6, None),
+    ("eight cards, Enflame's first README (unclear whether the speed is per card or in total)", 8, 192, 431.6, None),
     ("90 epochs, Enflame's first README", None, 192, None, 71.6),
     ("90 epochs, Enflame's later README", None, 192, None, 71.3),
 )

@@ -189,7 +189,7 @@ def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> NotebookF
             left += width
         panel.text(left, index, f" {left:.0f} ms", va="center", fontsize=9, color=INK)
         frequent = [
-            f"{number:.2g} per step at {location}" for location, number in reads.items() if number > FREQUENT_READS
+            f"{number:.2g}x per step at {location}" for location, number in reads.items() if number > FREQUENT_READS
         ]
         if frequent:
             text = f"! the host waits for the device: {', '.join(frequent)}"
