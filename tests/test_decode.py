@@ -265,7 +265,7 @@ def test_without_the_flag_the_first_bad_image_ends_the_run_and_is_named(refused,
 def test_a_batch_without_readable_images_ends_the_run(refused, images):
     for file in (images / "train").glob("*/*"):
         file.write_bytes(b"")
-    assert "no image of a batch can be read" in refused("--on-bad-image=skip", after_start=True)
+    assert "all images in a batch are unreadable" in refused("--on-bad-image=skip", after_start=True)
 
 
 def test_check_names_unreadable_files_and_counts_unusual_ones(images):

@@ -81,7 +81,7 @@ class BatchReader(Dataset):
 
 
 class BatchSampler(Protocol):
-    """Yields the images of each batch in one pass; after a resume, the first ``first`` batches are skipped."""
+    """Yields the batches of one pass over the data, as lists of images; skips the first ``first`` after a resume."""
 
     epoch: int
     first: int
@@ -198,7 +198,7 @@ class Batches:
                     yield batch
                 elif isinstance(self._sampler, TrainBatchSampler):  # the other ranks would wait for this rank's step
                     raise UserError(
-                        f"--on-bad-image skip: no image of a batch can be read, e.g. {batch.skipped[0][0]!r}; "
+                        f"--on-bad-image skip: all images in a batch are unreadable, e.g. {batch.skipped[0][0]!r}; "
                         "increase --batch-size, or find the unreadable images with vgglab data check"
                     )
         except UserError as error:

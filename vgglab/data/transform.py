@@ -66,7 +66,7 @@ class RandomCrop(NamedTuple):
 
 
 class JitteredCrop(NamedTuple):
-    """Training as in the VGG paper: resize the shorter side to a random 256 to 512 pixels, then crop 224 x 224.
+    """The VGG paper's training crop: resize the shorter side to a random length (256 to 512 pixels), crop 224 x 224.
 
     The position is random, and half of the crops are mirrored. With another ``size``, all numbers scale in proportion.
     Source: Simonyan and Zisserman 2014, section 3.1, "training image size".

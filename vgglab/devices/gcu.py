@@ -83,7 +83,7 @@ def _set_tf32_variable(tf32: bool | None) -> None:
     value = resolve_tf32(tf32)
     if "torch_gcu" in sys.modules and os.environ.get(TF32_VARIABLE) != str(value).lower():
         raise UserError(
-            f"--tf32: torch_gcu is already loaded; set {TF32_VARIABLE}={str(value).lower()} before starting"
+            f"--tf32: torch_gcu is already loaded; set {TF32_VARIABLE}={str(value).lower()} before starting Python"
         )
     os.environ[TF32_VARIABLE] = str(value).lower()  # torch_gcu expects lower case
 

@@ -31,8 +31,8 @@ PUBLISHED = (
 TITLE = "<title>vgglab: results</title>"
 SERIES = "Several seeds, completed runs only"
 SCALING = (
-    "Scaling: images/s of n ranks, divided by n times the images/s of one rank. The run with one rank is the one with "
-    "the same settings that is nearest in time, by its name; the machine may have been busier then."
+    "Scaling: images/s of n ranks, divided by n times the images/s of one rank with the same settings. If there are "
+    "several such runs, the nearest by name is used (default names begin with the date); machine load may differ."
 )
 OVER_PEAK = (
     "A share of peak can exceed 100 %: operations are counted from the shapes of the layers, but a convolution can be "
