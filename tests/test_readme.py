@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+from dataclasses import fields
 
 import pytest
 from conftest import PROJECT, TINY, shell
@@ -14,6 +15,7 @@ from vgglab.__main__ import NAMES
 from vgglab.commands import plan as plan_command
 from vgglab.devices import KINDS
 from vgglab.settings.choices import DATA_SETS, DECODERS
+from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags
 from vgglab.settings.recipes import RECIPES
 
@@ -156,3 +158,15 @@ def test_every_choice_is_documented(page, names):
     """On the Chinese page, too: test_translation compares the two."""
     text = (PROJECT / "docs" / f"{page}.md").read_text()
     assert [name for name in names if not re.search(rf"`(--\w+ )?{name}`", text)] == []
+
+
+def test_settings_that_a_resumed_run_does_not_keep_are_on_the_page():
+    """The page listed some of them, and mixed precision, which is kept."""
+    not_about_training = {
+        "pretrained", "dist_url", "world_size", "fix_seed", "seeds", "run_dir", "resume", "start_epoch", "test_only",
+        "cache_dataset", "apex", "apex_opt_level", "enable_horovod", "amp",
+    }  # fmt: skip
+    names = {field.name for field in fields(Request) if not field.metadata["policy"].is_inherited} - not_about_training
+    page = (PROJECT / "docs" / "training.md").read_text()
+    [listed] = re.findall(r"repeat the flag: (.*?)\. ", page, re.DOTALL)
+    assert set(re.findall(r"`--([a-z0-9-]+)`", listed)) == {name.replace("_", "-") for name in names}
