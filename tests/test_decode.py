@@ -278,7 +278,7 @@ def test_check_names_unreadable_files_and_counts_unusual_ones(images):
         [line] = [line for line in result.stdout.splitlines() if f"/train/n01/{name}:" in line]
         assert reason in line
     for kind in ("grey", "cmyk", "palette", "transparent", "16-bit", "animated", "turned", "misnamed"):
-        assert f" {kind}: " in result.stdout, kind
+        assert f"{kind} (" in result.stdout, kind
 
 
 def test_check_of_a_valid_data_set_finds_nothing(images):

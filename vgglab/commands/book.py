@@ -49,11 +49,13 @@ class Job(NamedTuple):
 
 
 def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> list[Job]:
-    """Return one job per notebook, with the ``parameters`` it defines; speed measurements first, then longest first.
+    """Return one job per notebook, with those ``parameters`` that it defines.
+
+    Notebooks that measure speed come first, then the others; in each group, the longest first.
 
     Raises:
-        UserError: a notebook does not exist or would overwrite a page or file that is not its own output, or no
-            notebook defines a parameter.
+        UserError: a notebook does not exist or would overwrite a page or file that is not its own output, or one of
+            ``parameters`` is not defined by any notebook.
     """
     known = {source: _parameters_of(source) for source in dict.fromkeys(sources)}
     for name in parameters:

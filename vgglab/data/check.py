@@ -63,10 +63,10 @@ class Findings(NamedTuple):
         lines = [f"{self.num_files} files: {len(self.unreadable)} cannot be read"]
         lines += [f"  {_escaped(file)}: {why}" for file, why in self.unreadable.items()]
         for kind, files in self.kinds.items():
-            lines.append(f"{len(files)} {kind}: {KINDS[kind]}; e.g. {_escaped(files[0])}")
+            lines.append(f"{kind} ({len(files)}): {KINDS[kind]}; e.g. {_escaped(files[0])}")
         lines += self.disagreements
         if self.unreadable:
-            lines.append("repair or remove them, or train with --on-bad-image skip")
+            lines.append("repair or remove the unreadable files, or train with --on-bad-image skip")
         return "\n".join(lines)
 
 

@@ -146,7 +146,7 @@ def describe_differences(listed: ListFile, index: Index) -> list[str]:
     ]
     if renumbered and not num_differing:
         lines.append(
-            f"{listed.name}: numbers {len(renumbered)} of {len(label_counts)} class folders differently from "
+            f"{listed.name}: the labels of {len(renumbered)} of {len(label_counts)} class folders do not follow "
             f"alphabetical order, e.g. {renumbered[0]}/; the list is used"
         )
     return lines

@@ -57,9 +57,9 @@ def _output_side(module: Any, axis: int, side: int) -> int:
 
 
 def window(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int, int]:
-    """Return the extent of the inputs of one output (with dilation), the stride, and the padding.
+    """Return the window size of a layer (its kernel size, including dilation), its stride, and its padding.
 
-    Where they differ by axis, the larger value is returned.
+    If height and width differ, the larger value is returned.
     """
     if isinstance(module, (nn.Conv2d, *POOLS)):
         sides = zip(_pair(module.kernel_size), _pair(getattr(module, "dilation", 1)))

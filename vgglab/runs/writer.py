@@ -70,7 +70,7 @@ class RankWriter:
             suffix = f"; also not written: {unwritten}" if unwritten else ""
             return f"{self.lost_last_checkpoint}{suffix}; {DISK_SPACE_ADVICE}, then {self.resume_advice}"
         if unwritten:
-            advice = f"{DISK_SPACE_ADVICE}, then python -m vgglab.report {self.path}"
+            advice = f"{DISK_SPACE_ADVICE}, then run python -m vgglab.report {self.path}"
             return f"{self.path}: training finished, but could not write: {unwritten}; {advice}"
         return ""
 

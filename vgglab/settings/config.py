@@ -244,7 +244,7 @@ class Request:
         section=SAVING,
     )
     start_epoch: int = flag(
-        "epoch (counted from 0) at which to start without a checkpoint", 0, AT_LEAST_0, affects="start", inherited=False
+        "first epoch (counted from 0) if no checkpoint is resumed", 0, AT_LEAST_0, affects="start", inherited=False
     )
     test_only: bool = switch(
         "only evaluate the weights of --resume or --pretrained", affects="metrics", inherited=False, section=SAVING

@@ -13,7 +13,7 @@ from vgglab.settings.schedule import SCHEDULES
 
 
 def inherit(request: Request, given: Sequence[str], saved: dict[str, Any]) -> Request:
-    """Return the request, with the settings that were not given taken from the resumed run.
+    """Return the request; inheritable settings that are not in ``given`` are taken from the resumed run.
 
     Raises:
         UserError: a setting in the checkpoint is invalid, or cannot be combined with one that was given.
