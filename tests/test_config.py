@@ -56,9 +56,9 @@ def test_underscores_in_values_are_kept():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--epochs=0"], "--epochs: '0' is not a whole number, 1 or more"),
+        (["--epochs=0"], "--epochs: '0' is not a whole number of at least 1"),
         (["--epochs=2.5"], "--epochs: '2.5' is not"),
-        (["--lr=-0.1"], "--lr: '-0.1' is not a number, 0 or more"),
+        (["--lr=-0.1"], "--lr: '-0.1' is not a number of at least 0"),
         (["--lr=nan"], "--lr: 'nan'"),
         (["--lr=inf"], "--lr: 'inf'"),
         (["--batch-size=0"], "--batch-size"),

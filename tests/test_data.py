@@ -295,7 +295,7 @@ def test_invalid_list_lines_are_reported(images, refused, line, expected):
 
 def test_one_based_labels_are_refused(images, refused):
     write_lists(images, lambda split, lines: [line[:-1] + str(int(line[-1]) + 1) for line in lines])
-    assert "labels from 1 to 3, but 0 does not occur; labels count from 0" in refused()
+    assert "labels from 1 to 3, but 0 does not occur; labels must start at 0" in refused()
 
 
 @pytest.mark.parametrize("source", ["cache", "package"])

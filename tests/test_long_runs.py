@@ -182,7 +182,7 @@ def test_file_of_a_different_size_is_not_read_for_comparison(path):  # noqa: F81
     write(path, *HISTORIES["completed"])
     assert call("report", [str(path)]) == 0
     os.truncate(path / "events.jsonl", 2**40)  # a sparse file, which takes no disk space
-    assert "has more than 1 GiB" in " ".join(vgglab.Run(path).damage())
+    assert "is larger than 1 GiB" in " ".join(vgglab.Run(path).damage())
 
 
 def test_report_without_events_is_not_used(path):  # noqa: F811

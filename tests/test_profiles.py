@@ -37,7 +37,7 @@ def test_table_shows_profile_values_and_time(capsys):
     assert "mine (set by hand)" in text
     assert "about 2 min 30 s" in text  # 75 s on a machine that is twice as fast
     assert "not timed" in text
-    assert "an estimate for this machine: 1 min 15 s on " + timings.MACHINE in text
+    assert "an estimate: the notebook took 1 min 15 s on " + timings.MACHINE in text
     assert "The expected time does not account for values set by hand." in text
 
 

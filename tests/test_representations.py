@@ -125,8 +125,8 @@ def test_accuracy_on_generated_images_is_labelled_as_such(train):
     from vgglab.view.summaries import runs_table
 
     run = train("--eval-step-per-epoch=1", "--training-step-per-epoch=2", data="fake").run
-    assert "of generated images" in run._repr_html_()
-    assert "of generated images" in repr(runs_table([run]))
+    assert "(generated images)" in run._repr_html_()
+    assert "(generated images)" in repr(runs_table([run]))
     assert "% of generated images" in summary(run, progress_of(run))
 
 

@@ -130,7 +130,7 @@ def test_stop_ends_a_run_that_is_just_starting(tiny, tmp_path, monkeypatch):
 def test_failure_is_raised_by_launch(tiny, tmp_path):
     with pytest.raises(vgglab.UserError, match="--num-classes 7"):
         vgglab.launch(tiny, seeds=2, num_classes=7, run_dir=tmp_path / "failed")
-    with pytest.raises(vgglab.UserError, match="contains no runs that differ only in their seed"):
+    with pytest.raises(vgglab.UserError, match="contains no run in a folder named seed-<n>"):
         vgglab.Seeds(tmp_path / "nowhere")
     with pytest.raises(vgglab.UserError, match="cannot be combined with nnodes or detach"):
         vgglab.launch(tiny, seeds=2, detach=True)

@@ -183,7 +183,7 @@ def _start_process(command: list[str], argv: list[str], path: Path, log: Path, d
 
 
 def _environment(path: Path, detach: bool) -> dict[str, str]:
-    """The environment of a run: that of this process, the run directory, and ``PYTHONPATH`` for this package."""
+    """Return the environment of a run: a copy of this process's, plus the run directory and this package's path."""
     environment = {**ranks.with_package_path(os.environ), ranks.MARK: str(path.resolve())}
     if not detach:
         environment[ranks.TIED_TO_LAUNCHER] = "1"

@@ -150,7 +150,7 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def head_for(image_size: int) -> str:
-    """The head for square images of side ``image_size``: ``imagenet`` from 7 x 32 = 224 pixels on, else ``small``."""
+    """The head for square images of side ``image_size``: ``imagenet`` from 7 x 32 = 224 pixels up, else ``small``."""
     return "imagenet" if image_size >= HEADS["imagenet"][0] * FEATURE_STRIDE else "small"
 
 
@@ -172,7 +172,7 @@ def model_names() -> list[str]:
 
 
 def __getattr__(name: str) -> Callable[..., VGG]:
-    """``vgg11(...)`` to ``vgg19_bn(...)``: a function for each network, with the options of ``VGG``."""
+    """Return the function that builds the network ``name``, from ``vgg11`` to ``vgg19_bn``; options as for ``VGG``."""
     if name not in model_names():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return partial(build, name)
@@ -205,7 +205,7 @@ def published_file(name: str) -> tuple[str, Path]:
     import torchvision.models
 
     if not hasattr(torchvision.models, name):
-        raise UserError(f"--pretrained: torchvision has published no weights for {name}; leave it out")
+        raise UserError(f"--pretrained: torchvision has published no weights for {name}; leave out --pretrained")
     # The URL comes from torchvision's own table, which moved in version 0.13.
     if hasattr(torchvision.models, "get_model_weights"):
         url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url

@@ -49,11 +49,11 @@ OPTIMIZERS = {
 def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> Optimizer:
     """Build the optimizer. Weight decay applies to weights and biases, but to batch norm only with ``bn_weight_decay``.
 
-    The original example looks for "bn" in the parameter names, which no VGG layer contains; here the type of the layer
-    decides. With ``bias_weight_decay=False``, biases are exempt too.
+    The original example looks for "bn" in the parameter names, but no name in VGG contains it; here the type of the
+    layer decides. With ``bias_weight_decay=False``, biases are exempt too.
 
     Args:
-        fused: use one kernel per step, if the optimizer ``supports_fused``.
+        fused: update all weights in one kernel; only valid if the optimizer ``supports_fused``.
 
     Raises:
         KeyError: unknown optimizer.
@@ -148,7 +148,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Update after optimizer step ``step`` (from 1). Batch-norm statistics, already averages, are copied."""
+        """Update after optimizer step ``step`` (from 1). Batch-norm statistics are averages already and are copied."""
         decay = min(self.decay, (1 + step) / (10 + step))  # so that the random initial weights are soon forgotten
         for average, value in zip(self.network.parameters(), network.parameters()):
             average.mul_(decay).add_(value, alpha=1 - decay)

@@ -123,7 +123,7 @@ class TimedDevice:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Context manager for the forward pass and the loss."""
+        """Context manager for the forward pass and the loss; reports the end of the phases ``copy`` and ``forward``."""
         self._clock.end_phase("copy")
         with self._device.autocast():
             yield

@@ -117,11 +117,12 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
     """Open the device and the data, create the run directory, train, and write the report.
 
     Args:
-        given: the settings chosen by the user; with ``resume`` the others come from the earlier run.
+        given: the names of the settings that the user chose; with ``resume``, inheritable settings that are not among
+            them come from the earlier run.
 
     Raises:
-        UserError: for any problem found before the first step, without creating a run directory; during training,
-            for example for an image that cannot be read.
+        UserError: a problem was found before the first step (no run directory is created) or during training, for
+            example an image that cannot be read.
     """
     import_torch(request.device)  # not earlier: invalid flags are reported without importing torch
     from vgglab.data.sets import open_sets
@@ -168,7 +169,7 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
 
 
 def _fused(request: Request) -> bool | None:
-    """Whether to use a fused optimizer step: with ``--fused`` or ``--fast``, if the optimizer has one.
+    """Whether to use a fused optimizer step: False if the optimizer has none; None if it depends on ``--fast``.
 
     Raises:
         UserError: ``--fused`` was given and the optimizer has none.
@@ -263,7 +264,7 @@ def _build_and_run(
             trainer.state.best = None
             trainer.warnings.append(
                 "--resume: the best accuracy so far was measured on different held-out images "
-                "(--data-path, --eval-step-per-epoch, --batch-size or --nproc differ), so it is not carried over"
+                "(--data-path, --eval-step-per-epoch, --batch-size or --nproc differs), so it is not carried over"
             )
     path = Path(config.run_dir)
     if device.rank == 0:
@@ -300,7 +301,7 @@ def _train_or_evaluate(trainer: Trainer, run: RankWriter) -> None:
 
 
 def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
-    """Run rank 0: train or evaluate, and write the run directory up to the report, however the run ends."""
+    """Train or evaluate on rank 0; write the run directory, including the report, however the run ends."""
     from vgglab.optim import OPTIMIZERS
     from vgglab.runs import checkpoint
     from vgglab.runs.report import build_report, steadiness_warning

@@ -137,7 +137,7 @@ class Trainer:
         return result
 
     def step_seed(self) -> int:
-        """The seed for dropout, mixup and cutmix in the next step on this rank; 32 bits, as every card accepts."""
+        """The seed for dropout, mixup and cutmix in the next step on this rank; 32 bits, which every card accepts."""
         return mix_seeds(self.config.seed, self.state.step, self.device.rank) % 2**32
 
     def fit(self, run: RankWriter) -> None:
@@ -345,7 +345,7 @@ class Loop:
 
 
 def _broadcast_buffers(network: nn.Module, device: Device) -> None:
-    """Copy rank 0's batch-norm statistics to all ranks, so that the evaluated statistics are the saved ones."""
+    """Copy rank 0's batch-norm statistics to all ranks, so that each evaluates with those that are saved."""
     if device.world_size > 1:
         for buffer in network.buffers():
             buffer.copy_(device.sum(buffer if device.rank == 0 else torch.zeros_like(buffer)))

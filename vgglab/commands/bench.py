@@ -50,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--model", choices=MODELS, default="vgg16")
     step.add_argument("--device", choices=DEVICE_CHOICES, default="auto")
     step.add_argument("--image-size", default="224", help="height and width of the images (default 224)")
-    step.add_argument("--batch-size", default="16", help="e.g. 16 or 8,16,32; max: the largest that fits (default 16)")
+    step.add_argument(
+        "--batch-size", default="16", help="images per batch, e.g. 16 or 8,16,32; max: the most that fit (default 16)"
+    )
     step.add_argument("--ways", help="modes such as float32,fast; default: float32, channels-last, amp and fast")
     step.add_argument("--against", choices=("torchvision",), help="also measure torchvision's network in a plain loop")
     step.add_argument(

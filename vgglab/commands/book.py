@@ -175,7 +175,7 @@ class Book:
 
 
 def _has_begun(executed: Path) -> bool:
-    """Whether any cell was executed. A kernel may die earlier, if two kernels start at once and get the same port."""
+    """Whether any cell was executed. A kernel may die before that: two that start at once can get the same port."""
     return any(cell.get("execution_count") for cell in _content_of(executed).get("cells", ()))
 
 

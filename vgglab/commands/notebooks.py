@@ -25,10 +25,10 @@ def find_notebooks() -> list[Path]:
 
 
 def copy_notebooks(folder: Path) -> list[Path]:
-    """Copy the notebooks and return the copies. Nothing is written if one exists, because it may contain your work.
+    """Copy the notebooks and return the copies. Nothing is written if a copy exists: it may contain your work.
 
     Raises:
-        UserError: a notebook exists, or the folder cannot be written.
+        UserError: a file with the name of a notebook exists in the folder, or the folder cannot be written.
     """
     copies = {folder / original.name: original for original in find_notebooks()}
     for copy in copies:

@@ -28,7 +28,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", help="take the speed from this run directory")
     parser.add_argument("--ranks", type=AT_LEAST_1, help="number of cards (default: --world-size, or 1)")
     parser.add_argument(
-        "--scaling", type=POSITIVE, default=1.0, help="scaling efficiency: total speed / (ranks x one card) (default 1)"
+        "--scaling",
+        type=POSITIVE,
+        default=1.0,
+        help="scaling efficiency: total speed / (ranks x speed of one card) (default 1)",
     )
     parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
     return parser
@@ -51,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _speed(options: Any) -> float:
-    """Images per second of one card. Raises UserError if none was given."""
+    """Images per second of one card. Raises UserError if both flags or neither give it, or the run measured none."""
     if options.images_per_second is not None:
         if options.run is not None:
             raise UserError("--run and --images-per-second both give the speed; use one of them")
@@ -66,12 +69,12 @@ def _speed(options: Any) -> float:
 
 
 def _mismatch_warnings(config: Request, run: Run) -> list[str]:
-    """A warning if the run that supplies the speed differs from the planned one; else empty."""
+    """A list with a warning if the speed was measured with another network, image size or batch size; else empty."""
     report, planned = run.report(), config.as_dict()
     planned["image_size"] = config.image_size or report["image_size"]
     names = [name for name in ("model", "image_size", "batch_size") if report[name] != planned[name]]
     differing = ", ".join(f"{name.replace('_', ' ')} {report[name]}" for name in names)
-    return [f"--run {run.path.name}: its speed was measured with {differing}"] if names else []
+    return [f"--run {run.path.name}: its speed was measured with {differing}; the plan may be off"] if names else []
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ KINDS = {
     "transparent": "transparency is dropped",
     "16-bit": "the upper 8 bits are used",
     "animated": "the first frame is used",
-    "turned": "EXIF orientation is ignored, as in torchvision's reference",
+    "turned": "the EXIF orientation is ignored, as in torchvision",
     "misnamed": "the file extension does not match the format",
     "odd": "the pixels can be read, but the EXIF metadata cannot",
 }
@@ -102,14 +102,15 @@ def _unusual_kinds(file: str) -> tuple[str, ...]:
 
 
 def check_images(data_path: str, workers: int | None = None) -> Findings:
-    """Check every image file of a data set, training and held-out; show a progress bar on stderr.
+    """Check all training and held-out images of a data set, with a progress bar on stderr, and return the findings.
 
     Args:
         data_path: a folder or the name of a data set, as in training.
         workers: number of reader processes; None for one per core.
 
     Raises:
-        UserError: as in ``open_sets``; unreadable files do not raise, they are in the result.
+        UserError: as in ``open_sets``; also if the images are not files, or a reader process was killed. An unreadable
+            file is not an error; it is listed in the result.
     """
     sets = open_sets(parse_flags([f"--data-path={data_path}", "--on-bad-image=skip"]))
     if not isinstance(sets.val.images, FileImages):

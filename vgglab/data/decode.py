@@ -32,7 +32,7 @@ TAIL_BYTES = 4096  # where to look for the end marker: some cameras and editors 
 
 
 def best_decoder() -> str:
-    """The first decoder that can be used."""
+    """Return the name of the first decoder in ``DECODERS`` that can be used."""
     return next(name for name, decoder in DECODERS.items() if not decoder.why_missing())
 
 
@@ -45,8 +45,8 @@ def _why_no_simplejpeg() -> str:
     except ImportError:
         pass
     return (
-        "needs the package simplejpeg and torch 2.1 or newer; pip install simplejpeg, or leave the flag out to decode "
-        "with Pillow"
+        "needs the simplejpeg package and torch 2.1 or newer; run pip install simplejpeg, or leave the flag out to "
+        "decode with Pillow"
     )
 
 
@@ -180,7 +180,10 @@ def _parse_frame(data: bytearray) -> _Frame | None:
 
 
 def _next_segment(data: bytearray, offset: int, markers: set[int]) -> tuple[int, int]:
-    """The first segment from ``offset`` on with one of ``markers``: the marker and its offset. Raises ValueError."""
+    """Return the marker and the offset of the first segment, from ``offset`` on, that has one of ``markers``.
+
+    Raises ValueError if a marker is missing.
+    """
     while True:
         if data[offset] != 0xFF:
             raise ValueError("a marker is missing")

@@ -1,4 +1,4 @@
-"""Which image files a split has: ``<split>/<class>/<image>``, listed at each start."""
+"""List the image files of a split, ``<split>/<class>/<image>``; this is done at each start."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def class_names(listed: ListFile) -> list[str]:
         missing = next(expected for expected, label in enumerate([*used_labels, -1]) if expected != label)
         raise UserError(
             f"{listed.name}: labels from {used_labels[0]} to {used_labels[-1]}, but {missing} does not occur; "
-            "labels count from 0 and must have no gaps"
+            "labels must start at 0 and have no gaps"
         )
     names: dict[int, set[str]] = {label: set() for label in used_labels}
     labels: dict[str, set[int]] = {}

@@ -28,7 +28,7 @@ MULTIPLIER = 1_000_000_007  # a prime larger than any number of images or epochs
 
 
 def mix_seeds(*parts: int) -> int:
-    """One seed for a torch generator from several numbers; similar numbers give very different seeds."""
+    """Combine several numbers into one seed for a random number generator; changing any one changes the seed."""
     seed = 0
     for part in parts:
         seed = (seed * MULTIPLIER + part) % 2**63
@@ -81,7 +81,7 @@ class BatchReader(Dataset):
 
 
 class BatchSampler(Protocol):
-    """Yields the batches of one pass over the data, as lists of images; skips the first ``first`` after a resume."""
+    """Yields the batches of one pass over the data, as lists of samples; after a resume, starts at batch ``first``."""
 
     epoch: int
     first: int
@@ -94,9 +94,9 @@ class BatchSampler(Protocol):
 class TrainBatchSampler(Sampler):
     """Shuffled batches for one rank; the last batch is dropped unless it is full on every rank.
 
-    All ranks share one permutation of the images. Step k of an epoch takes the next ``global_batch_size`` images of it,
-    from index ``k x global_batch_size``; the device's sampler distributes them over the ranks. So one rank with batch
-    size 64 and two ranks with batch size 32 use the same images in each step.
+    All ranks share one permutation of the images. Step k of an epoch takes ``global_batch_size`` images from it,
+    starting at index ``k x global_batch_size``; the device's sampler distributes them over the ranks. So one rank with
+    batch size 64 and two ranks with batch size 32 use the same images in each step.
     """
 
     epoch = 0
@@ -127,8 +127,8 @@ class TrainBatchSampler(Sampler):
 class EvalBatchSampler(Sampler):
     """Batches with every image once, in order; rank r of n takes images r, r + n, r + 2n, ... without padding.
 
-    With ``max_batches``, each rank takes that many batches, spread evenly over the data set, whose first images all
-    belong to one class.
+    With ``max_batches``, each rank takes at most that many batches. Their images are spread evenly over the data set,
+    because its first images all belong to one class.
     """
 
     epoch = first = 0  # not used: all passes are the same

@@ -88,7 +88,7 @@ def _fake(split: str, size: int) -> Split:
 
 
 def _small_images(flip: bool) -> Preprocessing:
-    """Preprocessing for images of about 32 pixels, from which crops must not be tiny. ``flip``: False for digits."""
+    """Return the preprocessing for images of about 32 x 32 pixels: no tiny crops; ``flip`` is False for digits."""
     return Preprocessing(32, crop_scale=(0.7, 1.0), resize_ratio=1.0, flip=flip)
 
 

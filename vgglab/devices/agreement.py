@@ -1,4 +1,4 @@
-"""Make all ranks agree on a value; values are exchanged as sums of numbers by the collective library."""
+"""Make all ranks agree on a value, which is sent as numbers and summed over the ranks by an all-reduce."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ class Device(ABC):
 
     @abstractmethod
     def fetch(self, tensor: Tensor) -> list[float]:
-        """Read the values of a one-dimensional tensor; waits for the device. The loop has no other host reads."""
+        """Return a one-dimensional tensor as a list; waits for the device. The training loop reads only in this way."""
 
     @abstractmethod
     def sum(self, tensor: Tensor) -> Tensor:

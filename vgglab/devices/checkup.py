@@ -212,7 +212,7 @@ class Checkup:
             if entry.partition(":")[0].strip() not in ALLOC_KEYS:
                 self.problem(f"PYTORCH_GCU_ALLOC_CONF: {entry} is not supported", f"remove {entry}")
         if ("RANK" in variables) != ("WORLD_SIZE" in variables):
-            self.problem("one of RANK and WORLD_SIZE is set without the other", "unset it, or start with torchrun")
+            self.problem("only one of RANK and WORLD_SIZE is set", "unset it, or start with torchrun")
         self._add_notes(variables, cards)
 
     def _add_notes(self, variables: dict[str, str], cards: dict[str, Any]) -> None:

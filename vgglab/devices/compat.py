@@ -71,7 +71,7 @@ DOS_DIRECTORY_BIT = 0x10  # the folder bit in the attributes of a zip entry
 
 
 def describe_damage(file: Path) -> str:
-    """Describe the damage in an archive written by ``torch.save``; empty if intact. ``torch.load`` does not check."""
+    """Return what is damaged in a file written by ``torch.save``, or ""; ``torch.load`` does not check for this."""
     try:
         if not zipfile.is_zipfile(file):  # another format, or incomplete: torch reports which
             return ""

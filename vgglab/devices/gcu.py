@@ -25,7 +25,10 @@ DOCTOR_HINT = "python -m vgglab.doctor shows what to fix"
 
 
 def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
-    """Why ``--device auto`` does not select a GCU card. Raises UserError if torch_gcu is installed but broken."""
+    """Return why ``--device auto`` cannot use a GCU card: None if it can, "" if torch_gcu is not installed.
+
+    Raises UserError if torch_gcu is installed but broken.
+    """
     if not is_installed():
         return ""
     return None if count_cards(load(options)) else why_no_cards()

@@ -85,9 +85,9 @@ def defer_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence_unraisable_interrupts() -> Iterator[None]:
-    """In the block, do not print a KeyboardInterrupt raised in a finalizer; the next Ctrl-C then raises it again.
+    """In the block, do not print a KeyboardInterrupt raised in a finalizer, which Python cannot propagate.
 
-    Python cannot propagate it, only print it. The run still stops after the current step.
+    The next Ctrl-C then raises another one. Even without it, the run stops after the current step.
     """
     previous = sys.unraisablehook
 

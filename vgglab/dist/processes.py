@@ -33,8 +33,8 @@ def is_alive(pid: int) -> bool:
 def identity(pid: int) -> dict[str, Any]:
     """The identity of a process as recorded in a run directory, so that no other process is mistaken for it.
 
-    ``process`` is the boot ID of the machine and the start time of the process since boot, both independent of the
-    clock; it is empty without ``/proc``.
+    ``process`` is the boot ID of the machine and the time from boot to the start of the process, which do not depend
+    on the clock; without ``/proc`` it is empty.
     """
     return {"host": socket.gethostname(), "pid": pid, "process": _start_time(pid)}
 
@@ -110,7 +110,7 @@ def _has_open(pid: int, file: Path) -> bool:
 
 
 def kill_all(path: Path) -> None:
-    """Kill the remaining processes of a run on this machine, and wait up to ``KILL_TIMEOUT_SECONDS``."""
+    """Kill the remaining processes of a run on this machine; wait up to ``KILL_TIMEOUT_SECONDS`` until they end."""
     deadline = time.monotonic() + KILL_TIMEOUT_SECONDS
     while time.monotonic() < deadline and (remaining := find_processes(path)):
         for pid in remaining:

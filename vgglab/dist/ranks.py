@@ -154,7 +154,7 @@ def print_line(line: str) -> None:
 
 
 def num_cores() -> int:
-    """The number of cores that this process may use; in a container or under Slurm it may be fewer than all."""
+    """The number of cores that this process may use; in a container or under Slurm, often not all of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -164,7 +164,7 @@ def num_restarts() -> int:
 
 
 def _launch_folder() -> Path | None:
-    """A private folder shared by all attempts of this launch, and by no other launch."""
+    """A private folder of this launch, shared by all its attempts; None without a launcher."""
     if RENDEZVOUS in os.environ:
         return Path(os.environ[RENDEZVOUS]).parent
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's: <folder>/attempt_<n>/<rank>/error.json
@@ -180,7 +180,7 @@ def record_run_dir(path: Path) -> None:
 
 
 def recorded_run_dir(folder: Path) -> Path | None:
-    """The run directory of this launch, or of the attempt before a restart; None if there is none yet."""
+    """The run directory recorded in ``folder``, the private folder of a launch; None if there is none yet."""
     file = folder / RUN_PATH_FILE
     return Path(file.read_text(encoding="utf-8")) if file.exists() else None
 
@@ -216,7 +216,7 @@ def resume_advice(path: Path) -> str:
 
 
 def prefix() -> str:
-    """The prefix of messages from this process, ``rank 1 of 8: ``; empty for a single process."""
+    """The prefix of messages from this process, such as ``rank 1 of 8: ``; empty for a single process."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     return f"rank {os.environ.get('RANK', 0)} of {world_size}: " if world_size > 1 else ""
 
@@ -224,8 +224,8 @@ def prefix() -> str:
 def report_failure(error: BaseException, exit_code: int) -> None:
     """Record why this rank failed, in the run directory and where torchrun looks for it.
 
-    ``log/failure-rank<r>.json``: rank, time, error in one line, traceback, exit code. If several ranks write such a
-    file, ``failures`` puts the root cause first.
+    ``log/failure-rank<r>.json`` contains the rank, host and time, the error in one line, the traceback and the exit
+    code. If several ranks write such a file, ``failures`` puts the root cause first.
     """
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     launch_dir = os.environ.get(MARK)  # its log folder is created before any rank starts

@@ -114,7 +114,7 @@ class _Attempt:
         return ranks.EXIT_STOPPED if any(process.returncode for process in processes) else 0
 
     def _record_exit(self, rank: int, code: int) -> None:
-        """Keep the first failure, and record it for a rank that was killed and could not do so itself."""
+        """Set ``failure``, and record it on behalf of a rank that was killed and could not do so itself."""
         if code >= 0:
             self.failure = code
         elif self.signals:  # it was stopped before it had anything to save, or killed after the second Ctrl-C

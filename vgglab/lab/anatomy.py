@@ -125,7 +125,7 @@ def _rows(calls: list[Call], shape: tuple[int, ...]) -> Iterator[Layer]:
     needs_input_grad = False  # whether an earlier layer is trained
     for name, module, input_shape, output_shape in calls:
         if prod(input_shape) != prod(shape):
-            hint = "use a sequential network in which every change of shape is a layer (nn.MaxPool2d, not F.max_pool2d)"
+            hint = "use a sequential network in which only layers change the shape (nn.MaxPool2d, not F.max_pool2d)"
             raise UserError(f"{name}: its input does not match the output of the previous layer; {hint}")
         shape = output_shape
         weights = list(module.parameters())

@@ -78,7 +78,7 @@ def plan_training(
         given: names of the settings that were given in addition to the recipe.
 
     Raises:
-        UserError: data set not found, or smaller than one batch.
+        UserError: data set not found, or smaller than one batch; also for --test-only, --resume and --seeds.
     """
     if config.test_only or config.resume or config.seeds:
         raise UserError(
@@ -159,7 +159,7 @@ def _warnings(config: Request, ranks: int) -> list[str]:
         if not 1 / MAX_RATE_RATIO < factor < MAX_RATE_RATIO:
             lines.append(
                 f"the learning rate is {rate:.3g} after scaling by batch size and ranks, {factor:.2g} x that of "
-                f"--recipe {config.recipe} on up to {MAX_CARDS} cards: adjust --lr, or increase --warmup"
+                f"--recipe {config.recipe}, scaled for at most {MAX_CARDS} cards: adjust --lr, or increase --warmup"
             )
     depth, has_norm = int(config.model[3:].partition("_")[0]), config.model.endswith("_bn")
     if not has_norm and rate > MAX_RATE_WITHOUT_NORM:
@@ -197,7 +197,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         (
             "time",
             f"{_duration(plan.total_seconds)} on {cards} at {plan.images_per_second:,.0f} images/s in total, "
-            f"{evaluation} of it for evaluation",
+            f"including {evaluation} of evaluation",
         ),
         (
             "checkpoints",

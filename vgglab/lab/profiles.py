@@ -1,4 +1,4 @@
-"""Profiles: how large a notebook runs (``quick``, ``small`` or ``full``), shown with the expected time.
+"""Profiles: the size of a notebook run (``quick``, ``small`` or ``full``), shown with the expected time.
 
 Parameter values set by hand or with papermill are checked here before training.
 """
@@ -85,7 +85,7 @@ def _check_number(name: str, value: Any) -> float:
 
 
 class ProfileTable:
-    """The profiles as a table, with the selected profile marked, values set by hand, and the expected time."""
+    """A table of the profiles: marks the selected one and the values set by hand, and gives the expected time."""
 
     def __init__(self, profiles: Profiles, index: int, chosen: Mapping[str, Any], overrides: set[str]) -> None:
         self.headings = ["", *(f"{name} (selected)" if number == index else name for number, name in enumerate(NAMES))]
@@ -101,7 +101,7 @@ class ProfileTable:
             slowdown_factor = slowdown()
             expected = f"about {duration(_rounded(profiles.seconds * slowdown_factor))}"
             self.remark = (
-                f"The expected time is an estimate for this machine: {duration(profiles.seconds)} on {MACHINE}, and a "
+                f"The expected time is an estimate: the notebook took {duration(profiles.seconds)} on {MACHINE}, and a "
                 f"short benchmark took {slowdown_factor:.1f} times as long here."
             )
         self.rows.append(["expected time", expected, *["not timed"] * (len(NAMES) - 1)])

@@ -15,7 +15,9 @@ ADAPTIVE_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 def output_of(module: nn.Module, images: Tensor) -> Tensor:
-    """Return an uninitialised tensor with the shape of the output for ``images``, ``(N, C, H, W)`` or ``(N, C)``.
+    """Return a tensor with the shape of the layer's output for ``images``, ``(N, C, H, W)`` or ``(N, C)``.
+
+    Only its shape is meaningful; the values are not computed.
 
     Raises:
         ValueError: the layer does not accept that shape.

@@ -227,7 +227,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def copy_best(resumed: str | Path, folder: Path) -> None:
-    """Copy ``best.pt`` from the folder of the resumed checkpoint; it is the best until the run has a better one."""
+    """Copy the ``best.pt`` beside the resumed checkpoint to ``folder``; it stays until the run has a better one."""
     best = locate(resumed).with_name("best.pt")
     if best.exists() and best.parent.absolute() != folder.absolute():
         folder.mkdir(parents=True, exist_ok=True)
@@ -252,7 +252,7 @@ class Checkpoint(Dict[str, Any]):
         if not _is_state_dict(saved):
             raise UserError("is damaged (its entry 'trained' contains no weights)")
         for key in sorted(set(own) ^ set(saved)):
-            problem = "is missing" if key in own else "is not a layer of this network"
+            problem = "is missing" if key in own else "is not part of this network"
             raise UserError(f"does not fit --model {name}: {key} {problem}")
         for key, value in own.items():
             if saved[key].shape != value.shape:

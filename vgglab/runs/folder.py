@@ -10,7 +10,7 @@ from vgglab.runs.run import Run, is_run_dir
 
 
 def run_dirs(folders: Iterable[Path]) -> Iterator[Path]:
-    """Yield these folders and their subfolders that are run directories, without duplicates, sorted by name in each.
+    """Yield the run directories among these folders and their subfolders, without duplicates, sorted in each folder.
 
     Raises:
         UserError: a folder does not exist.

@@ -53,7 +53,7 @@ def build_report(run: Run, metrics: Mapping[str, Any] | None = None) -> dict[str
     ``acc1`` and ``acc5`` are the best of all evaluations, in percent, independently of each other, as in the original
     example; ``acc1_last`` and ``acc5_last`` are those of the last evaluation.
     ``train_fps_*`` are images per second of the whole job, including data loading. Each interval between two log lines
-    is one measurement; the first ``skip_steps`` steps do not count. They are null if no interval is left, and
+    is one measurement; the first ``skip_steps`` steps do not count. The speeds are null if no interval is left, and
     for a simulated card, whose speed means nothing. ``training_time`` (h:mm:ss) is the time from the first event to
     the last, including evaluation and checkpoints.
 
@@ -113,7 +113,7 @@ def build_report(run: Run, metrics: Mapping[str, Any] | None = None) -> dict[str
 
 
 class Collected(NamedTuple):
-    """What is collected in one pass over the events, to compute the metrics from."""
+    """What one pass over the events collects; the metrics are computed from it."""
 
     checksum: str  # of the events
     num_lines: int
@@ -193,7 +193,7 @@ def _compute_metrics(run: Run, images_per_step: int) -> dict[str, Any]:
 
 
 def _best(events: list[Event], metric: str) -> float | None:
-    """The best of all evaluations, including those before a resume (from the start event)."""
+    """The best value of ``metric`` in all evaluations; the start event of a resumed run has the best so far."""
     values: list[float] = []
     for event in events:
         if event["event"] == "start":  # it has the best so far, or none if earlier evaluations used other images
@@ -204,7 +204,7 @@ def _best(events: list[Event], metric: str) -> float | None:
 
 
 class SpeedStatistics:
-    """Collects statistics of the measured intervals between log lines, one by one, because there can be a million."""
+    """Statistics of the measured intervals between log lines, added one at a time because there can be a million."""
 
     def __init__(self) -> None:
         self.num_intervals = self._num_images = 0

@@ -3,7 +3,7 @@
     config.json    the final settings, written before the first step
     env.json       versions, commit, command line, hardware, whether it is simulated
     events.jsonl   one JSON object per line, append-only; the first has the schema version
-    log/           rank<r>.txt: the output of each rank; rank<r>.jsonl: its own metrics, one line per log line;
+    log/           rank<r>.txt: the output of each rank; rank<r>.jsonl: its metrics at each log line;
                    skipped-rank<r>.jsonl: the images it skipped; failure-rank<r>.json: why it failed;
                    launcher.txt: the output of the launcher and all ranks
     checkpoints/   last.pt, previous.pt and best.pt
@@ -177,7 +177,7 @@ class Run:
 
         Returns a list; for more than 20,000 events, a sequence that reads training events on access.
 
-        If the run was resumed from a checkpoint, events after that checkpoint from the earlier attempt are left out.
+        If the run was resumed from a checkpoint, what the earlier attempt wrote after that checkpoint is left out.
         """
         return self._events.read(kind)
 
@@ -203,7 +203,7 @@ class Run:
         return [process for process in (try_read_document(self.path / "env.json"), self._launcher()) if process]
 
     def _launcher(self) -> Document:
-        """The process that launched this run; empty if there is none, or if the folder is a copy of a launched run."""
+        """The process that ``vgglab.launch`` started; empty if there is none, or if the folder is a copy of its run."""
         launcher = try_read_document(self.path / LAUNCH_FILE)
         if "inode" in launcher and launcher["inode"] != inode_of(self.path):  # earlier versions did not record it
             launcher.clear()
@@ -241,7 +241,7 @@ class Run:
         return read_report(self)
 
     def valid_report(self) -> Document | None:
-        """``report.json`` if the run has ended and it matches the events, which then need not be parsed; else None."""
+        """``report.json`` if it is final and matches the events, which then need not be parsed; else None."""
         documents = self._documents()
         saved = documents["report.json"]
         is_complete = saved.has_checksum and saved.keys() >= schema.DOCUMENTS["report.json"].keys() and not saved.damage

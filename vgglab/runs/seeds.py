@@ -76,7 +76,7 @@ def remove_seeds_flag(argv: Sequence[str]) -> list[str]:
 
 
 def train_seeds(argv: Sequence[str], config: Request, table: Callable[[Mapping[str, Sequence[Run]]], Any]) -> int:
-    """Train each seed in a separate process until one fails, print a table of the runs, and return the exit code.
+    """Train with each seed in a separate process; stop if one fails, else print a table. Return the exit code.
 
     Raises:
         UserError: invalid seeds, or more than one rank.
@@ -107,7 +107,7 @@ def flags_for_seed(seed: int, folder: Path) -> list[str]:
 
 
 def _run(command: list[str]) -> int:
-    """Run a process that ends when this one does; termination signals are passed on.
+    """Run a process that ends when this one does, pass stop signals on to it, and return its exit code.
 
     It has its own session, so that Ctrl-C in a terminal reaches it only through this process.
     """
@@ -132,7 +132,7 @@ class Seeds:
         self.path = Path(path).absolute()
         self._runs: dict[str, Run] = {}
         if not self.runs:
-            raise UserError(f"{self.path} contains no runs that differ only in their seed")
+            raise UserError(f"{self.path} contains no run in a folder named seed-<n>")
 
     @property
     def runs(self) -> list[Run]:

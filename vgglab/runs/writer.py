@@ -239,7 +239,9 @@ class RunWriter(RankWriter):
         is_best: bool,
         average: nn.Module | None,
     ) -> None:
-        """Write a checkpoint (arguments: ``checkpoint.save``). A failure is a warning; for the last one, an error.
+        """Write a checkpoint; the arguments are those of ``checkpoint.save``.
+
+        If that fails, training continues with a warning; if it was the last checkpoint of the run, the run fails.
 
         Raises:
             UserError: a weight is not finite.

@@ -1,6 +1,6 @@
-"""The names that flags accept, with a description for ``--help``; empty if the name says it.
+"""The names that flags accept, with a description for ``--help``, which is empty if the name needs none.
 
-What they stand for needs torch and is in ``data/`` (sets, crops, decoders), ``model.py`` and ``optim.py``; a test
+The code behind them needs torch and is in ``data/`` (sets, crops, decoders), ``model.py`` and ``optim.py``; a test
 compares the names. Schedules and recipes are in their own modules, which do not need torch.
 """
 
@@ -17,7 +17,8 @@ DATA_SETS = {
 }
 CROPS = {
     "standard": "random crop and flip",
-    "scale-jitter": "as in the paper: the shorter side is resized to a random length from 256 to 512, for crops of 224",
+    "scale-jitter": "as in the paper: the shorter side is resized to a random length, from 256 to 512 for crops of 224 "
+    "and in proportion for other sizes",
     "trivial": "standard, then one operation of TrivialAugment",
 }
 INITS = {

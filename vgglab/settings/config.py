@@ -118,7 +118,7 @@ class Request:
     lr_schedule: str = flag("how the learning rate decreases after warm-up", "step", choices=tuple(SCHEDULES))
     warmup: int = flag("epochs of linear warm-up of the learning rate", 5, AT_LEAST_0)
     end_lr: float = flag(
-        f"final learning rate ({schedules_with('end_lr')}), reached one epoch after the last", 0.0, NON_NEGATIVE
+        f"final learning rate ({schedules_with('end_lr')}), reached one epoch past the last", 0.0, NON_NEGATIVE
     )
     lr_step_size: int | None = flag(
         f"epochs between drops ({schedules_with('lr_step_size')}); default: drops at epochs 30, 60 and 80",
@@ -211,7 +211,7 @@ class Request:
     eval_freq: int = flag(
         "epochs between evaluations and checkpoints (the last epoch always has both)", 1, AT_LEAST_1, affects="metrics"
     )
-    output_dir: str = flag("the run directory is created in DIR/runs", ".", affects="location", inherited=False)
+    output_dir: str = flag("folder in which runs/<run> is created", ".", affects="location", inherited=False)
     run_dir: str | None = flag("use exactly this run directory", affects="location", inherited=False, section=SAVING)
     timers: bool = switch(
         "time the phases of each step; gradients are then averaged after the backward pass, not during it",
@@ -230,8 +230,8 @@ class Request:
     )
     resume: str | None = flag(
         "continue from a checkpoint file, a run directory, or auto: the newest valid checkpoint in --run-dir (the "
-        "run continues there) or in <output-dir>/runs, or from the beginning if there is none; settings that are not "
-        "given are taken from the checkpoint",
+        "run continues there) or in <output-dir>/runs, or from the beginning if there is none; most settings that are "
+        "not given are taken from the checkpoint",
         affects="location",
         inherited=False,
         section=SAVING,
@@ -250,7 +250,7 @@ class Request:
         "only evaluate the weights of --resume or --pretrained", affects="metrics", inherited=False, section=SAVING
     )
     cache_dataset: bool = switch(
-        "accepted and ignored; image folders are listed at each start",
+        "accepted and ignored; image folders are searched anew at each start",
         affects="others",
         inherited=False,
     )

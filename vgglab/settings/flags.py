@@ -24,12 +24,12 @@ def number(convert: Callable[[str], Any], low: float, high: float, allowed: str)
     return parse
 
 
-AT_LEAST_0 = number(int, 0, 10**9, "a whole number, 0 or more")
-AT_LEAST_1 = number(int, 1, 10**9, "a whole number, 1 or more")
+AT_LEAST_0 = number(int, 0, 10**9, "a whole number of at least 0")
+AT_LEAST_1 = number(int, 1, 10**9, "a whole number of at least 1")
 SIZE = number(int, 32, 4096, "a whole number from 32 (VGG halves the image five times) to 4096")
 WORKERS = number(int, 0, 1024, "a whole number from 0 to 1024")
-NON_NEGATIVE = number(float, 0.0, 1e30, "a number, 0 or more")  # 1e30 still fits in float32
-POSITIVE = number(float, 1e-30, 10.0, "a number above 0, at most 10")
+NON_NEGATIVE = number(float, 0.0, 1e30, "a number of at least 0")  # 1e30 still fits in float32
+POSITIVE = number(float, 1e-30, 10.0, "a number above 0 and at most 10")
 FRACTION = number(float, 0.0, 1 - 2**-53, "in [0, 1)")
 
 
@@ -42,7 +42,7 @@ def steps(text: str) -> int:
     try:
         return AT_LEAST_1(text)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not -1 (all steps) or a whole number, 1 or more") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not -1 (all steps) or a whole number of at least 1") from None
 
 
 def boolean(text: str) -> bool:

@@ -28,7 +28,7 @@ SIGHUP after saving a checkpoint; 130 interrupted"""
 
 
 class _FullFormatter(argparse.HelpFormatter):
-    """Formats help with the line breaks of the epilog."""
+    """Formats help, keeping the line breaks of the epilog."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         fill = super()._fill_text
@@ -162,12 +162,12 @@ def settings_warnings(config: Request) -> list[str]:
         warnings.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
     warnings += unused_settings(config, "lr_schedule", {name: kind.settings for name, kind in SCHEDULES.items()})
     if config.cache_dataset:
-        warnings.append("--cache-dataset has no effect: image folders are listed at each start")
+        warnings.append("--cache-dataset has no effect: image folders are searched anew at each start")
     return warnings
 
 
 def unused_settings(config: Request, choice: str, used_settings: Mapping[str, Collection[str]]) -> list[str]:
-    """Return a warning, one line each, for settings that were changed but have no effect with the chosen option.
+    """Return a one-line warning for each setting that was changed but has no effect with the chosen option.
 
     Args:
         choice: the name of a setting with choices.

@@ -52,7 +52,7 @@ class LongEvents(Sequence[Event]):
         return next(iter(LongEvents(self._file, self._identity, [chosen])))
 
     def boundary_events(self) -> LongEvents:
-        """The events, without unread training events that are followed by another unread one."""
+        """Return the events; of consecutive training events that are still to be read, only the last."""
         next_entries = [*self._entries[1:], None]
         pairs = zip(self._entries, next_entries)
         kept = [e for e, next_entry in pairs if not (isinstance(e, int) and isinstance(next_entry, int))]
@@ -103,7 +103,7 @@ class EventFile:
     def read(self, kind: str | None = None) -> Sequence[Event]:
         """All valid events, or those of one kind; a list unless the file is long.
 
-        If the run was resumed from a checkpoint, events that were written between it and the resume are left out.
+        If the run was resumed from a checkpoint, the events between that checkpoint and the resume are left out.
 
         Raises:
             UserError: the file exists but cannot be read.
@@ -115,7 +115,7 @@ class EventFile:
                 size = os.fstat(lines.fileno()).st_size
                 if size > MAX_EVENTS_BYTES:
                     raise UserError(
-                        f"{self.file}: has more than {MAX_EVENTS_BYTES >> 30} GiB, so vgglab did not write it"
+                        f"{self.file}: is larger than {MAX_EVENTS_BYTES >> 30} GiB, so vgglab did not write it"
                     )
                 identity = _identity_of(lines)
                 if size < self._num_bytes_read or identity != self._identity:  # the first access, or a different file
@@ -160,7 +160,7 @@ class EventFile:
         self._entries.append(event)
 
     def _is_next_training_line(self, line: bytes) -> bool:
-        """Whether this is an intact training line with the next number, which need not be parsed yet."""
+        """Whether this is an intact training line with the next line number; such a line need not be parsed yet."""
         match = TRAIN_LINE.match(line)
         is_plain = match is not None and b"\\" not in line and line.count(b'"event": ') == 1 and is_intact(line)
         number = LINE_NUMBER.search(line) if is_plain else None
@@ -214,7 +214,7 @@ class EventFile:
         return self._next_line
 
     def damage(self, has_ended: bool) -> list[str]:
-        """Phrases about missing and damaged lines. If the run ``has_ended``, an incomplete last line is damaged."""
+        """Phrases about missing and damaged lines. If ``has_ended``, an incomplete last line counts as damaged."""
         self.read()
         num_damaged, phrases = self._num_damaged, []
         if has_ended and self.file.is_file() and self.file.stat().st_size > self._num_bytes_read:

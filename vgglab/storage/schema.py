@@ -82,7 +82,7 @@ def list_of(validator: Validator) -> Validator:
 
 
 def record(required: dict[str, Validator], **optional: Validator) -> Validator:
-    """A test for a JSON object with these fields."""
+    """A validator for a JSON object that has the fields ``required`` and may have those in ``optional``."""
     validators = {**optional, **required}
     return lambda value: (
         isinstance(value, dict)
@@ -161,7 +161,7 @@ def with_checksum(content: Content) -> Content:
 
 
 def parse(data: bytes) -> Content | None:
-    """Parse a JSON object in UTF-8; None for anything else or deeper nesting than vgglab writes."""
+    """Parse a JSON object in UTF-8; None for anything else, or if nested more deeply than vgglab writes."""
     try:
         content = json.loads(data.decode("utf-8"), parse_constant=_reject)  # from bytes, loads would guess the encoding
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
@@ -241,7 +241,7 @@ class Document(Content):
 
 
 def read_document(file: Path) -> Document:
-    """Read a JSON file, except fields of a wrong type; empty if there is none. Raises UserError if not JSON."""
+    """Read a JSON file, omitting fields of the wrong type; empty if there is no file. Raises UserError if not JSON."""
     if not exists(file):
         return Document(file, {}, [])
     data = read_bytes(file)
@@ -275,7 +275,7 @@ def write_document(file: Path, content: Content) -> None:
 
 
 def append_line(file: Path, content: Content) -> None:
-    """Append a line; after an incomplete line, start a new one. Raises OSError, after which later calls may succeed."""
+    """Append a line, after ending an incomplete last line. Raises OSError; later calls may still succeed."""
     line = json.dumps(with_checksum(content)).encode() + b"\n"
     with open(file, "a+b", buffering=0, opener=nofollow_opener) as lines:
         if lines.seek(0, os.SEEK_END):

@@ -20,7 +20,7 @@ MEASURED_HEADINGS = "forward\nms|backward\nms|achieved\nGFLOP/s|roofline\nGFLOP/
 
 
 class Window(NamedTuple):
-    """The square of pixels in the receptive field of one output; negative coordinates are padding."""
+    """The receptive field of one output, a square of pixels; negative coordinates are in the padding."""
 
     left: int
     top: int
@@ -41,7 +41,7 @@ class Layer(NamedTuple):
             weights are read once, the output is written once. Flatten moves nothing.
         receptive_field: side of the square of pixels that one output can depend on. It can be larger than the image,
             because it includes padding. After a linear layer it is the whole image.
-        field_start: first pixel of that square for the first output in a row; negative if in the padding.
+        field_start: row and column at which that square begins for the output at (0, 0); negative if in the padding.
         jump: distance in pixels between the squares of neighbouring outputs: the product of all strides so far.
         training_multiply_adds: multiply-adds of the forward and backward pass for one image. The gradient of the
             weights takes as many as the forward pass, and so does the gradient of the input, which is needed if an
@@ -80,7 +80,7 @@ class Layer(NamedTuple):
 
     @property
     def activation_bytes(self) -> int:
-        """Size of the output for one image, in float32: ``C x H x W`` or ``features`` values of 4 bytes."""
+        """Bytes of the output for one image, in float32: ``4 x C x H x W`` or ``4 x features``."""
         return 4 * math.prod(self.output_shape[1:])
 
     @property
@@ -244,7 +244,7 @@ def _measured_cells(row: Layer, ceilings: Ceilings | None) -> list[str]:
 
 
 def _scaled(value: float, unit: float, digits: int = 1) -> str:
-    """Format a number: empty for 0, with two significant digits below 1, such as 1,849.7, 0.25 or 0.0041."""
+    """Format ``value / unit``, e.g. 1,849.7; with two significant digits below 1, e.g. 0.25; empty for 0."""
     value /= unit
     if not value:
         return ""

@@ -26,7 +26,7 @@ class PhotographChooser:
     """
 
     def __init__(self, look: Callable[[str, bytes], tuple[str, NotebookFigure]]) -> None:
-        """``look(name, data)`` returns a line of text and a picture; raises UserError if the file is not an image."""
+        """Create the button. ``look(name, data)`` returns a line of text and a picture, or raises UserError."""
         import ipywidgets as widgets
 
         self.look = look

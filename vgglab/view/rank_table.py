@@ -77,7 +77,7 @@ def _own_seconds(events: list[dict[str, Any]]) -> float:
 def stall_warning(run: Run) -> str:
     """Return a warning if a run has not logged anything for much longer than usual, otherwise an empty string.
 
-    Given only between training steps, because an evaluation or the first step may take a long time.
+    The warning is given only between training steps, because an evaluation or the first step may take a long time.
     """
     events, latest = run.events(), run.ranks()
     if not latest or not events or events[-1]["event"] != "train":

@@ -31,8 +31,9 @@ PUBLISHED = (
 TITLE = "<title>vgglab: results</title>"
 SERIES = "Several seeds, completed runs only"
 SCALING = (
-    "Scaling: images/s of n ranks, divided by n times the images/s of one rank with the same settings. If there are "
-    "several such runs, the nearest by name is used (default names begin with the date); machine load may differ."
+    "Scaling: images/s of n ranks, divided by n times the images/s of one rank with the same settings. If several runs "
+    "with one rank match, the nearest in order of name is used (default names begin with the date); the load on the "
+    "machine may have been different."
 )
 OVER_PEAK = (
     "A share of peak can exceed 100 %: operations are counted from the shapes of the layers, but a convolution can be "

@@ -30,7 +30,7 @@ ORIGINAL_FIELDS = (
 
 
 def results_tables(folders: Sequence[str | Path]) -> list[Table]:
-    """Speed and accuracy of the runs and benchmarks in these folders, with Enflame's published results.
+    """Return tables of the speed and accuracy of the runs and benchmarks in ``folders``, with Enflame's results.
 
     Raises:
         UserError: a folder does not exist.

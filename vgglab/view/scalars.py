@@ -18,7 +18,7 @@ class Scalars:
 
     Raises:
         UserError: tensorboard is not installed.
-        OSError: when it is called and the disk is full.
+        OSError: an event is written while the disk is full.
     """
 
     def __init__(self, folder: Path) -> None:

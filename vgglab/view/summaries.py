@@ -102,7 +102,7 @@ def _settings(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _best(report: Mapping[str, Any]) -> str:
     if report["acc1"] is None:
         return ""
-    return f"{report['acc1']:.2f}" + " of generated images" * bool(report["data_is_fake"])
+    return f"{report['acc1']:.2f}" + " (generated images)" * bool(report["data_is_fake"])
 
 
 def _speed(report: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Contract doubles: stand-ins for the vendor's two ``torch_gcu`` libraries, for tests and for study.
 
 They compute on the CPU, log every call in order, and raise ``ContractViolation`` at the line that breaks the contract.
-``LAZY`` and ``EAGER`` are folders for ``PYTHONPATH``; with one of them in front, ``--device gcu`` finds a torch_gcu,
+``LAZY`` and ``EAGER`` are folders for ``PYTHONPATH``; if one of them comes first, ``--device gcu`` uses the double,
 and everything that a run writes is marked ``simulated``:
 
     PYTHONPATH=$(python -m vgglab.devices.doubles lazy) python -m vgglab.train --device gcu

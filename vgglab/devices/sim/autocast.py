@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def _with_cast(name: str, dtype: torch.dtype | None) -> Any:
-    """Return the operation with its float tensors cast to ``dtype``, or to autocast's low precision for None."""
+    """Return a function that casts float tensors to ``dtype`` (None: autocast's type), then runs the operation."""
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.aten, packet), overload or "default")
     without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, KEY))

@@ -58,7 +58,7 @@ state = State()
 
 
 def num_cards() -> int:
-    """The number of visible cards: ``VGGLAB_SIM_CARDS``, restricted by ``TOPS_VISIBLE_DEVICES`` like real ones."""
+    """Return the number of visible cards: ``VGGLAB_SIM_CARDS``, as limited by ``TOPS_VISIBLE_DEVICES``."""
     text = os.environ.get(CARDS_VARIABLE, str(DEFAULT_CARDS))
     if not text.isdigit() or int(text) > 64:
         raise ValueError(f"{CARDS_VARIABLE}={text} is not a whole number from 0 to 64")
@@ -77,7 +77,7 @@ def num_cards() -> int:
 
 
 def check_card(index: int) -> int:
-    """Raise RuntimeError if the card does not exist."""
+    """Return ``index``. Raises RuntimeError if there is no such card."""
     if not 0 <= index < num_cards():
         raise RuntimeError(f"invalid device ordinal: gcu:{index}; {num_cards()} GCU cards are visible")
     return index

@@ -76,7 +76,7 @@ class SimulatedEccl(ProcessGroup):
         return _completed_work([])
 
     def _run(self, name: str, results: Any, *args: Any) -> Any:
-        """Run gloo's collective of this name, wait for it, and return what the caller expects."""
+        """Run gloo's collective ``name``, wait for it, and return a completed work object with ``results``."""
         state.lazy_init()
         collective = getattr(self._gloo, name)
         collective(*pytree.tree_map(_to_cpu, args)).wait()

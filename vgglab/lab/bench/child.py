@@ -127,7 +127,7 @@ def serve(connection: Connection, mode: Mode, flags: list[str]) -> None:
 def _steps(connection: Connection, device: Device) -> Iterator[None]:
     """Yield once for each requested step and time it until its work on the device is done.
 
-    Other requests are answered here, too. Returns after None.
+    Other requests are answered here, too. The request None ends the iteration.
     """
     usage: dict[str, Any] = {}
     while True:

@@ -171,7 +171,7 @@ def _time(run: Callable[[], Any]) -> float:
 def _rates_with_workers(
     count: int, sets: DataSets, config: Request, device: Device, core_rate: float, seconds: float
 ) -> dict[str, float]:
-    """Return the images per second with ``count`` loader processes; this process only receives the batches."""
+    """Return the images per second of vgglab and of the reference, each with ``count`` loader processes."""
     assert sets.train is not None
     size = min(config.batch_size, len(sets.train))
     num_prefetched = 2 * count  # batches loaded ahead, two per process; once they are used up, only loading counts

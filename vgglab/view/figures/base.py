@@ -1,4 +1,4 @@
-"""Shared by all figures: colours, panels, and how a notebook shows them.
+"""What all figures share: their colours, their panels, and the way a notebook shows a figure.
 
 Figures use ``matplotlib.figure.Figure`` and never pyplot, which is not safe in the dashboard's thread.
 """

@@ -55,7 +55,7 @@ def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> Notebook
 
 
 def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles: Sequence[str]) -> NotebookFigure:
-    """Show the images in the first row, and below one row per kind of heat map, drawn over the images.
+    """Show the images in the first row; below it, one row per kind of heat map, drawn over the images.
 
     The heat map is resized to the image and drawn from its minimum to its maximum; the colour bar shows the scale.
     """
@@ -89,8 +89,9 @@ def _overlay(panel: Any, image: Any, heat: Any) -> Any:
 def receptive_fields(image: Any, fields: Mapping[str, Any]) -> NotebookFigure:
     """Mark on the image the pixels that affect the centre unit of each layer; a frame shows their extent.
 
-    ``fields``: by layer, ``(H, W)`` with sum 1, from ``features.effective_receptive_fields``; the square root is drawn
-    to make weak influence visible. Axes are in pixels of the image.
+    ``fields`` maps the name of each layer to an array ``(H, W)`` with sum 1: that of one image, from
+    ``features.effective_receptive_fields``. Its square root is drawn, to make weak influence visible. Axes are in
+    pixels of the image.
     """
     from matplotlib.patches import Rectangle
 

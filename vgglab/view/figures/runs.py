@@ -63,7 +63,7 @@ def _sampled_events(run: Run, kind: str) -> list[Event]:
 
 
 def _legend_label(name: str) -> str:
-    """A label for the legend: matplotlib omits names that begin with an underscore."""
+    """Return the name for the legend, with a space before a leading underscore: matplotlib omits such names."""
     return f" {name}" if name.startswith("_") else name
 
 

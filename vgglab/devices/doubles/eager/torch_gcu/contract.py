@@ -14,7 +14,7 @@ class ContractViolation(AssertionError):
 
 
 class Log:
-    """``calls`` in order, as ``(name, details)``."""
+    """The log: ``calls`` contains the calls so far, in order, as ``(name, details)``."""
 
     def __init__(self):
         self.calls = []

@@ -19,7 +19,7 @@ def init_process_group(backend, init_method="env://", world_size=-1, rank=-1):
 
 
 def all_reduce(tensor, op=ReduceOp.SUM):
-    """All-reduce in place; the result is pending like any other."""
+    """All-reduce in place; a pending tensor stays pending, a computed one stays computed."""
     if not is_on_card(tensor):
         raise RuntimeError("all_reduce takes a tensor on the card")
     log.call("all_reduce")

@@ -37,7 +37,7 @@ def gcu_device(device=None):
 
 @contextlib.contextmanager
 def device(device):
-    """A context manager, not a device: ``.to(torch_gcu.device(0))`` fails."""
+    """Context manager that selects a card. It is not a device: ``.to(torch_gcu.device(0))`` fails."""
     previous = _current[0]
     set_device(device)
     try:
