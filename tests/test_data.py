@@ -234,7 +234,7 @@ def test_row_22_labels_that_contradict_the_folders_are_reported(images):
     )
     write_lists(images, lambda split, lines: [line[:-1] + str(2 - int(line[-1])) for line in lines])
     sets = open_folder(images)
-    assert any("numbers 2 of 3 class folders differently" in text for text in sets.warnings)
+    assert any("labels of 2 of 3 class folders do not follow" in text for text in sets.warnings)
     assert sets.train.classes == list(CLASSES)[::-1]
     assert list(sets.val.labels) == [2] * NUM_VAL + [1] * NUM_VAL + [0] * NUM_VAL
 
