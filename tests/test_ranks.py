@@ -145,7 +145,9 @@ def test_wait_names_the_killed_rank(tiny, inject_fault, monkeypatch, rank):
     for name, value in inject_fault(KILL_SELF, rank).items():
         monkeypatch.setenv(name, value)
     run = vgglab.launch(tiny, nproc=2, watch=False)
-    with pytest.raises(vgglab.RunFailed, match=rf"rank {rank} was killed \(SIGKILL\); if nobody killed it, .*memory$"):
+    with pytest.raises(
+        vgglab.RunFailed, match=rf"rank {rank} was killed \(SIGKILL\); if you did not kill it yourself, .*memory$"
+    ):
         run.wait(MAX_WAIT_SECONDS)
 
 

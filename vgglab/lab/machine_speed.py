@@ -45,7 +45,7 @@ def _ratio(step_seconds: float, compile_seconds: float) -> float:
 
 
 def measure() -> tuple[float, float]:
-    """Return the median seconds of a training step and of compiling a module, excluding the first run of each."""
+    """Return the median seconds of a training step and of compiling a Python file, without the first run of each."""
     source = Path(argparse.__file__).read_text(encoding="utf-8")
     compile_seconds = _median_seconds(partial(compile, source, "argparse", "exec"), COMPILE_BENCHMARK_SECONDS)
     try:

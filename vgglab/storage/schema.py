@@ -161,7 +161,7 @@ def with_checksum(content: Content) -> Content:
 
 
 def parse(data: bytes) -> Content | None:
-    """Parse a JSON object in UTF-8; None for anything else, or if nested more deeply than vgglab writes."""
+    """Parse a JSON object in UTF-8; None for anything else, and if it is nested more deeply than vgglab writes."""
     try:
         content = json.loads(data.decode("utf-8"), parse_constant=_reject)  # from bytes, loads would guess the encoding
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError

@@ -112,7 +112,7 @@ class Explorer:
             ],
             ["activation memory", f"{layer.activation_bytes / 1e6:,.3f} MB per image, in float32"],
             ["receptive field", field],
-            ["stride to the next output", stride],
+            ["effective stride", stride],
         ]
 
     def text(self) -> str:
