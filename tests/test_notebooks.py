@@ -186,8 +186,6 @@ def test_notebook_runs_from_top_to_bottom(file, execute, tmp_path):
 
 
 long = pytest.mark.long  # not in the regular suite
-CPU_ONLY = {"device": "cpu"}
-SIMULATED = {"device": "gcu-sim"}
 # Each choice of each parameter, and the smallest valid numbers.
 VALUES = [
     pytest.param("00", {"device": "gcu-sim", "steps_per_epoch": 1}, id="00-simulated"),

@@ -28,7 +28,7 @@ from vgglab.settings.schedule import learning_rate
 from vgglab.view.tables import html_facts
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
-FORWARD_SHARE = 1 / 3  # operations of an evaluation step relative to a training step: it has no backward pass
+FORWARD_SHARE = 1 / 3  # an evaluated image needs a third of the operations of a training image: no backward pass
 MAX_RATE_RATIO, MAX_CARDS = (
     4.0,
     8,
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     steps: int
     images_per_second: float  # of all ranks together
     training_seconds: float  # without evaluation
-    evaluation_seconds: float  # an image counts as a third of a training image
+    evaluation_seconds: float  # assuming a third of the time of a training image for each evaluated one
     total_seconds: float
     num_checkpoints: int  # number written; at most three are kept
     checkpoint_bytes: int  # size of one checkpoint
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
 def plan_training(
     config: Request, images_per_second: float, ranks: int = 1, scaling: float = 1.0, given: Sequence[str] = ()
 ) -> Plan:
-    """Compute the plan of a training run.
+    """Plan a training run: its time, steps, disk space and learning rates.
 
     Args:
         config: the settings of the run.
