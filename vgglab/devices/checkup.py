@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ ALLOC_KEYS = {
 }  # fmt: skip
 NOT_PROBED = {"error": "PyTorch is not installed"}
 
+TORCHVISION_PROBE = "import torchvision; facts = {}"
 TORCH_PROBE = """
 import torch
 facts = {"cuda cards": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
 mps = getattr(torch.backends, "mps", None)
 facts["mps"] = mps is not None and mps.is_available()
 """
-TORCHVISION_PROBE = f"import torchvision\n{TORCH_PROBE}"
 PLAIN_IMPORT_PROBE = "import torch; facts = {}"
 CARD_PROBE = """
 from vgglab.devices import DeviceOptions, gcu
@@ -64,22 +65,26 @@ facts = {"kind": open_device("auto").kind, "available": available_kinds()}
 """
 
 
-def probe(code: str, **environment: str) -> dict[str, Any]:
-    """Run the code in a new process and return its ``facts``; on any failure, return ``{"error": one line}``."""
-    program = (
-        "import sys\nsys.path[:] = filter(None, sys.path)\nimport gc, json\ngc.disable()\ntry:\n"
-        + "".join(f"    {line}\n" for line in code.strip().splitlines())
-        + "    answer = facts\nexcept BaseException as error:\n"
-        + "    answer = {'error': ' '.join(str(error.__cause__ or error).split()) or type(error).__name__}\n"
-        + "print()\nprint(json.dumps(answer))\ngc.freeze()\n"  # no garbage collection at exit: a third faster
-    )
+def probe(*programs: str, **environment: str) -> list[dict[str, Any]]:
+    """Run the programs one after another in one new process, because importing torch takes seconds.
+
+    Returns:
+        For each program its ``facts``, or ``{"error": one line}`` if it failed. If the process exits abnormally or
+        hangs, all of them have this error.
+    """
+    parts = ["import sys\nsys.path[:] = filter(None, sys.path)\nimport gc, json\ngc.disable()\nanswers = []\n"]
+    for program in programs:
+        parts += ["try:\n", *(f"    {line}\n" for line in program.strip().splitlines()), "    answers.append(facts)\n"]
+        parts += ["except BaseException as error:\n", "    reason = ' '.join(str(error.__cause__ or error).split())\n"]
+        parts += ["    answers.append({'error': reason or type(error).__name__})\n"]
+    parts += ["print()\nprint(json.dumps(answers))\ngc.freeze()\n"]  # no garbage collection at exit: a third faster
     package_parent = str(Path(__file__).resolve().parent.parent.parent)
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package_parent]))
     # Without a launcher's variables: the child is a single process.
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     try:
         child = subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", "".join(parts)],
             env={**inherited, **environment, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -88,10 +93,11 @@ def probe(code: str, **environment: str) -> dict[str, Any]:
         )
         return json.loads(child.stdout.decode(errors="replace").strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
-        return {"error": f"timed out after {TIMEOUT_SECONDS} s"}
+        error = f"timed out after {TIMEOUT_SECONDS} s"
     except (OSError, IndexError, ValueError):
         status = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-        return {"error": f"the process exited abnormally ({status})"}
+        error = f"the process exited abnormally ({status})"
+    return [{"error": error}] * len(programs)
 
 
 def installed(package: str) -> str | None:
@@ -114,46 +120,47 @@ class Checkup:
         self.problems.append({"problem": text, "fix": fix})
 
     def run(self) -> None:
-        from importlib.util import find_spec
-
+        self.facts["torch"], self.facts["torchvision"] = installed("torch"), installed("torchvision")
         has_torch = find_spec("torch") is not None
         if not has_torch:
             self.problem("PyTorch is not installed", "run pip install torch torchvision with this interpreter")
-        self._check_torch(has_torch)
+        auto = self._check_torch() if has_torch else NOT_PROBED
         has_gcu = find_spec("torch_gcu") is not None
         cards = self._check_torch_gcu(has_gcu and has_torch)
         self._check_environment(cards)
-        auto = probe(AUTO_PROBE) if has_torch else NOT_PROBED
         self.facts["devices"] = auto.get("available", [])
         self.facts["--device auto"] = auto.get("kind") or f"error: {auto['error']}"
         if not has_gcu:
             self.notes.append("torch_gcu is not installed; --device gcu-sim uses a simulated card")
 
-    def _check_torch(self, has_torch: bool) -> None:
-        self.facts["torch"], self.facts["torchvision"] = installed("torch"), installed("torchvision")
-        if not has_torch:
-            return
-        with_torchvision = probe(TORCHVISION_PROBE, **{AUTOLOAD: "0"})
-        torch_facts = probe(TORCH_PROBE, **{AUTOLOAD: "0"}) if "error" in with_torchvision else with_torchvision
+    def _check_torch(self) -> dict[str, Any]:
+        """Check torch and torchvision; return what ``AUTO_PROBE`` finds."""
+        has_card_library = _backend_entry_points() or find_spec("torch_gcu") is not None  # AUTO_PROBE loads it
+        programs = [TORCH_PROBE] if has_card_library else [TORCH_PROBE, AUTO_PROBE]
+        torchvision, torch_facts, *auto = probe(TORCHVISION_PROBE, *programs, **{AUTOLOAD: "0"})
+        if "error" in torchvision:
+            torch_facts, *auto = probe(*programs, **{AUTOLOAD: "0"})
+        auto = auto or probe(AUTO_PROBE)
         if "error" in torch_facts:
             self.problem(
                 f"torch cannot be imported: {torch_facts['error']}", "pip install --force-reinstall torch torchvision"
             )
-            return
+            return auto[0]
         self.facts.update(torch_facts)
         self.facts["gcu-sim can run"] = _release(self.facts["torch"]) >= (2, 10)
-        if "error" in with_torchvision:
+        if "error" in torchvision:
             fix = f"install the torchvision that matches torch {self.facts['torch']}"
-            self.problem(f"torchvision cannot be imported: {with_torchvision['error']}", fix)
-        plain_import = probe(PLAIN_IMPORT_PROBE) if _backend_entry_points() else {}
+            self.problem(f"torchvision cannot be imported: {torchvision['error']}", fix)
+        plain_import = probe(PLAIN_IMPORT_PROBE)[0] if _backend_entry_points() else {}
         if "error" in plain_import:
             self.problem(
                 f"`import torch` fails to load the card's library: {plain_import['error']}",
                 f"set LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to run without the card",
             )
+        return auto[0]
 
     def _check_torch_gcu(self, is_installed: bool) -> dict[str, Any]:
-        cards = probe(CARD_PROBE, **{AUTOLOAD: "0"}) if is_installed else {}
+        cards = probe(CARD_PROBE, **{AUTOLOAD: "0"})[0] if is_installed else {}
         self.facts["torch_gcu"] = cards.get("version") or (installed("torch_gcu") if is_installed else None)
         self.facts["generation"] = cards.get("generation")
         self.facts["gcu cards"] = cards.get("cards", [])
