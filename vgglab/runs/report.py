@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from heapq import merge
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from vgglab.errors import UserError
 from vgglab.storage.schema import (
@@ -251,12 +251,12 @@ class SpeedStatistics:
 
     def step_statistics(self) -> dict[str, Any]:
         """Percentiles of step times, share of time spent waiting for data, and means of the ``--timers`` fields."""
-        ordered = [*merge(zip(sorted(self._step_seconds), repeat(1)), sorted(self._mean_step_seconds))]
+        num_steps = len(self._step_seconds) + sum(times for _, times in self._mean_step_seconds)
+        ordered = merge(zip(sorted(self._step_seconds), repeat(1)), sorted(self._mean_step_seconds))
+        percentiles = _percentiles(ordered, num_steps, (50, 90, 99))
         return {
-            "step_seconds_p50": _percentile(ordered, 50),
-            "step_seconds_p90": _percentile(ordered, 90),
-            "step_seconds_p99": _percentile(ordered, 99),
-            "num_measured_steps": sum(times for _, times in ordered),
+            **{f"step_seconds_p{percent}": value for percent, value in percentiles.items()},
+            "num_measured_steps": num_steps,
             "data_wait_share": self._data_seconds / self._seconds if self.num_intervals else None,
             "num_intervals": self.num_intervals,
             **{field: self._mean_per_step(field) for field in TIMER_FIELDS},
@@ -274,14 +274,21 @@ def steadiness_warning(report: dict[str, Any]) -> str:
     )
 
 
-def _percentile(ordered: list[tuple[float, int]], percent: int) -> float | None:
-    """The nearest-rank percentile; ``ordered`` has (value, number of occurrences) pairs, smallest value first."""
-    remaining = -(-sum(times for _, times in ordered) * percent // 100)
+def _percentiles(ordered: Iterable[tuple[float, int]], number: int, percents: Sequence[int]) -> dict[int, float | None]:
+    """Nearest-rank percentiles, in one pass because there can be ten million values.
+
+    Args:
+        ordered: pairs of a value and how often it occurs, smallest value first.
+        number: of all values.
+        percents: in ascending order.
+    """
+    found: dict[int, float | None] = dict.fromkeys(percents)
+    remaining, position = list(percents), 0
     for value, times in ordered:
-        remaining -= times
-        if remaining <= 0:
-            return value
-    return None
+        position += times
+        while remaining and 100 * position >= number * remaining[0]:
+            found[remaining.pop(0)] = value
+    return found
 
 
 def _hours_minutes_seconds(seconds: float) -> str:

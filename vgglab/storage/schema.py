@@ -38,7 +38,7 @@ def boolean(value: Any) -> bool:
 
 
 def number(value: Any) -> bool:
-    return integer(value) or (type(value) is float and abs(value) < MAX_FLOAT)
+    return abs(value) < MAX_FLOAT if type(value) is float else integer(value)
 
 
 def seconds(value: Any) -> bool:
@@ -163,7 +163,7 @@ def with_checksum(content: Content) -> Content:
 def parse(data: bytes) -> Content | None:
     """Parse a JSON object in UTF-8; None for anything else, and if it is nested more deeply than vgglab writes."""
     try:
-        content = json.loads(data.decode("utf-8"), parse_constant=_reject)  # from bytes, loads would guess the encoding
+        content = _decode(data.decode("utf-8"))
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
     # With this few brackets, it cannot be nested too deeply.
@@ -180,6 +180,9 @@ def _is_shallow(value: Any, levels: int) -> bool:
 
 def _reject(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_reject).decode  # json.loads would create a decoder for each line
 
 
 def is_intact(line: bytes) -> bool:
