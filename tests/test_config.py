@@ -65,7 +65,7 @@ def test_underscores_in_values_are_kept():
         (["--model=vgg12"], "--model: invalid choice: 'vgg12'.*vgg11"),
         (["--device=tpu"], "--device: invalid choice"),
         (["--dropout_rate=1"], r"--dropout-rate: '1' is not in \[0, 1\)"),
-        (["--training_step_per_epoch=0"], "--training-step-per-epoch: '0' is not -1"),
+        (["--training_step_per_epoch=0"], "--training-step-per-epoch: '0' is neither -1"),
         (["--image-size=16"], "--image-size: '16' is not.*from 32"),
         (["--lr-schedule=nonsense"], "--lr-schedule: invalid choice"),
         (["--num_clases=3"], "--num-clases: no such flag; did you mean --num-classes?"),

@@ -180,8 +180,8 @@ def test_straggler_is_marked(tiny, inject_fault, monkeypatch):
     assert rank1.own_seconds > 1  # of 2 s of sleep, in all steps but the first
     assert rank0.images_per_second > 0
     assert rank0.peak_bytes > 2**20
-    assert "wait for it" in as_text([rank0, rank1]).splitlines()[2]
-    assert "wait for it" in as_html([rank0, rank1])
+    assert "wait for this rank" in as_text([rank0, rank1]).splitlines()[2]
+    assert "wait for this rank" in as_html([rank0, rank1])
     assert "no rank" not in run.stacks()  # both have exited; no other process is signalled
     assert run.stacks().count("not running") == 2
 

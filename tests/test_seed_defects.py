@@ -183,7 +183,7 @@ def test_row_23_pretrained_with_other_classes_replaces_the_last_layer(train):
     extra = ("--training-step-per-epoch=1", "--eval-step-per-epoch=1")
     result = train("--pretrained", "--image-size=224", "--lr=0", *extra)
     assert result.code == 0
-    assert "--pretrained: classifier.6 initialised at random, because" in result.out
+    assert "--pretrained: random initial weights for classifier.6, because" in result.out
     trained = load_tensors(result.run.checkpoint("last"))["model"]
     assert torch.equal(trained["features.0.weight"], published["features.0.weight"])
     assert torch.equal(trained["classifier.3.weight"], published["classifier.3.weight"])

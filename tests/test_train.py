@@ -324,7 +324,7 @@ def test_class_mismatches_are_reported(refused, train, images):
     # The original example's four commands use 1000 for any data set: this is a warning, not an error.
     result = train("--num_classes=1000", "--training-step-per-epoch=1")
     assert result.code == 0
-    assert "the folder has 3 classes" in result.out
+    assert "the data set has 3 classes" in result.out
     (images / "val" / "n01").rename(images / "val" / "n00")
     assert "val/n00 is not a class of train/" in refused()
 

@@ -4,9 +4,9 @@
     >>> run = vl.launch("--data-path digits --model vgg11_bn --epochs 2")
     >>> vl.Run("runs/<name>").watch()
 
-Notebooks and scripts import only the names below; everything else is internal and may change. Each name is loaded on
-first use: importing this package imports neither torch nor matplotlib, so run directories can be read on a machine
-without them.
+Notebooks and scripts import only the names below; everything else is internal and may change. Most of them are
+loaded on first use: importing this package imports neither torch nor matplotlib, so run directories can be read on a
+machine without them.
 """
 
 from __future__ import annotations

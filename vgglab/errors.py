@@ -21,7 +21,7 @@ def printable(value: Any) -> Any:
 
 
 # Advice in errors about a loss or weight that is not finite.
-NOT_FINITE_ADVICE = "the last checkpoint is from an earlier step; lower --lr or lengthen --warmup"
+NOT_FINITE_ADVICE = "no checkpoint was saved at this step; lower --lr or lengthen --warmup"
 
 
 class UserError(Exception):
@@ -57,7 +57,7 @@ def error_context(subject: str) -> Iterator[None]:
 
 
 class RunFailed(RuntimeError):
-    """A launched run failed; the message ends with its last output, including the traceback."""
+    """A launched run failed; the message ends with the traceback or the last lines of its output."""
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]

@@ -1,7 +1,7 @@
 """Start a run from a notebook or a script, in a separate process that is observed through its run directory.
 
-Training never runs inside the kernel, so a failing cell cannot affect it. Unless detached, it does not outlive the
-kernel either: its processes hold the read end of a pipe and exit when the kernel, which holds the write end, exits. The
+Training never runs inside the kernel, so a failing cell cannot affect it. Unless detached, a run ends with the
+kernel: its processes hold the read end of a pipe and exit when the kernel, which holds the write end, exits. The
 environment of each process names the run directory, so that leftover processes can be found.
 """
 
@@ -284,7 +284,7 @@ class LaunchedRun(NotebookRun):
 
 
 class LaunchedSeeds(NotebookSeeds):
-    """A series of seeds started by ``launch``; its runs are executed one after the other."""
+    """Runs that differ only in their seed, started by ``launch`` one after the other."""
 
     def __init__(self, path: Path, seed_values: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
         self.path = path.absolute()

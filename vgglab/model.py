@@ -4,7 +4,7 @@ Source: K. Simonyan and A. Zisserman, "Very Deep Convolutional Networks for Larg
 Recognition", 2014 (arXiv:1409.1556), table 1, configurations A, B, D and E.
 
 Layers have the same names as in torchvision (``features.N``, ``classifier.0/3/6``), so weights are interchangeable
-and give the same logits. Each network has a function, as in torchvision:
+and give the same logits. As in torchvision, there is a function for each network:
 
     >>> vgglab.model.vgg16(num_classes=10)  # also vgg11, vgg13, vgg19, and with batch norm vgg16_bn, ...
 """

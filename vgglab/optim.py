@@ -34,7 +34,7 @@ class OptimizerSpec(NamedTuple):
     supports_fused: bool = False  # whether it can update all weights in one kernel
 
     def num_state_tensors(self, config: Request) -> int:
-        """Number of state tensors per weight, each of the size of the weight; a checkpoint contains them too."""
+        """Return the number of state tensors per weight tensor, all of its size; a checkpoint contains them too."""
         return len(self.state_keys) + int("momentum" in self.options and config.momentum > 0)
 
 
@@ -137,7 +137,7 @@ def box_mask(ratio: float, size: int) -> Tensor:
 
 
 class WeightAverage:
-    """Keeps a moving average of the weights in ``network``; the decay per step is smaller during the first steps.
+    """A moving average of the weights, kept in ``network``; the decay per step is smaller during the first steps.
 
     Source: Polyak and Juditsky 1992; here exponential, as in the reference scripts of torchvision and timm.
     """
@@ -148,7 +148,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Update after optimizer step ``step`` (from 1). Batch-norm statistics are averages already and are copied."""
+        """Update after optimizer step ``step``, counted from 1; batch-norm statistics, already averages, are copied."""
         decay = min(self.decay, (1 + step) / (10 + step))  # so that the random initial weights are soon forgotten
         for average, value in zip(self.network.parameters(), network.parameters()):
             average.mul_(decay).add_(value, alpha=1 - decay)

@@ -15,7 +15,7 @@ from vgglab.dist import interrupts
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
 
-SYNC_SECONDS = 5.0  # with several ranks, the approximate time between checks whether to stop
+SYNC_SECONDS = 5.0  # with several ranks, the approximate time between checks for a request to stop
 
 
 PHASES = ("data", "copy", "forward", "backward", "all_reduce", "optimizer", "host")
@@ -24,8 +24,8 @@ PHASES = ("data", "copy", "forward", "backward", "all_reduce", "optimizer", "hos
 class Clock:
     """Measures the interval from one log line to the next. Read it only after synchronising the device.
 
-    Each step is timestamped on the device, without waiting for it. With ``has_phases``, the phases of a step, which
-    ``TimedDevice`` reports, are timestamped too, and reads from the device are counted.
+    Each step is timestamped on the device, without waiting for it. With ``has_phases``, the phases of a step are
+    timestamped too (``TimedDevice`` reports most of them), and reads from the device are counted.
     """
 
     def __init__(self, images_per_step: int, device: Device, process_started: float, has_phases: bool = False) -> None:
@@ -45,7 +45,7 @@ class Clock:
         self._phases: list[tuple[str, Any]] = [("", self._marks[0])]
 
     def batches(self, batches: Iterable[Any], num_done: int = 0) -> Iterator[tuple[int, Any]]:
-        """Yield each batch with its number, from ``num_done`` + 1, and add up the time spent waiting."""
+        """Yield each batch with its number, counted from ``num_done`` + 1, and add up the time spent waiting."""
         with self._reads if self.has_phases else nullcontext():
             yield from self._number_batches(iter(batches), num_done)
 
@@ -113,7 +113,7 @@ class Clock:
 
 
 class TimedDevice:
-    """Wraps a device and reports the phases of each training step to a clock; forwards all other calls to it."""
+    """Wraps a device, forwards all calls to it, and reports phases of each training step to a clock."""
 
     def __init__(self, device: Device, clock: Clock) -> None:
         self._device, self._clock = device, clock

@@ -19,8 +19,8 @@ To continue after a stop, or only to evaluate:
     python -m vgglab.train --nproc 8 --max-restarts 3 --checkpoint-every 500
     python -m vgglab.train --resume runs/<run>/checkpoints/best.pt --test-only
 
-All results are written to the run directory (``vgglab/runs/run.py``). Exit codes: 0 done, 1 a bug (with traceback), 2
-bad input (one line on stderr), 75 stopped by SIGTERM, SIGUSR1 or SIGHUP after saving a checkpoint, 130 stopped by
+All results are written to the run directory (see ``vgglab/runs/run.py``). Exit codes: 0 done, 1 a bug (with traceback),
+2 bad input (one line on stderr), 75 stopped by SIGTERM, SIGUSR1 or SIGHUP after saving a checkpoint, 130 stopped by
 Ctrl-C, after saving a checkpoint if it was pressed once.
 """
 
@@ -334,7 +334,8 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             if not run.has_lock:
                 run.event(
                     "warning",
-                    text=f"{path}: this file system has no locks; do not start a second run in this folder",
+                    text=f"{path}: this file system does not support file locking; "
+                    "do not start a second run in this folder",
                 )
             trainer.record_start(run)
             warnings = [*device.warnings, *trainer.sets.warnings, *trainer.warnings]

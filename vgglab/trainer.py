@@ -110,7 +110,7 @@ class Trainer:
             if new_layers:
                 names = ", ".join(new_layers)
                 self.warnings.append(
-                    f"--pretrained: {names} initialised at random, because the published weights have a different shape"
+                    f"--pretrained: random initial weights for {names}, because the published weights differ in shape"
                 )
         if saved is not None:
             with error_context(f"--resume {config.resume}"):
@@ -195,7 +195,7 @@ class Trainer:
         run.save_checkpoint(self.network, self.optimizer, scaler, self.state, settings, is_best, average)
 
     def save_and_stop(self, run: RankWriter) -> NoReturn:
-        """Save, then raise StopRequested, whose message says what was saved and how to continue."""
+        """Save, then raise StopRequested; on rank 0 its message says whether saving succeeded and how to continue."""
         self.save(run)
         if self.device.rank != 0:
             raise StopRequested
@@ -282,7 +282,7 @@ class Loop:
         self.images_per_step = config.batch_size * device.world_size
         self.clock = Clock(self.images_per_step, device, run.process_started, config.timers)
         self.coordinator = StopCoordinator(device)
-        # The first steps of a run are slow, also after a resume.
+        # The first steps of a run are slow, even after a resume.
         self.last_skipped_step = trainer.state.step + config.skip_steps
 
     def train_epoch(self, epoch: int) -> None:
@@ -313,7 +313,7 @@ class Loop:
 
     @contextmanager
     def _timing_phases(self) -> Iterator[None]:
-        """In the block, the device reports the end of each phase of a step to the clock."""
+        """Context manager in which the device reports phases of each step to the clock (see ``TimedDevice``)."""
         device = self.trainer.device
         self.trainer.device = TimedDevice(device, self.clock)  # type: ignore[assignment]  # forwards everything else
         try:
@@ -345,7 +345,7 @@ class Loop:
 
 
 def _broadcast_buffers(network: nn.Module, device: Device) -> None:
-    """Copy rank 0's batch-norm statistics to all ranks, so that each evaluates with those that are saved."""
+    """Copy rank 0's batch-norm statistics to all ranks, so that each evaluates the network that is saved."""
     if device.world_size > 1:
         for buffer in network.buffers():
             buffer.copy_(device.sum(buffer if device.rank == 0 else torch.zeros_like(buffer)))

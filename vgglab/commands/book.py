@@ -175,12 +175,12 @@ class Book:
 
 
 def _has_begun(executed: Path) -> bool:
-    """Whether any cell was executed. A kernel may die before that: two that start at once can get the same port."""
+    """Whether any cell was executed. A kernel may die first: two kernels that start together can get the same port."""
     return any(cell.get("execution_count") for cell in _content_of(executed).get("cells", ()))
 
 
 def describe_failure(executed: Path) -> str:
-    """Which cell of an executed notebook failed, and why; empty if none did."""
+    """Return a text that says which cell of an executed notebook failed, and why; empty if none did."""
     cells = _content_of(executed).get("cells", [])
     cells = [cell for cell in cells if not PAPERMILL_TAGS & set(cell["metadata"].get("tags", ()))]
     for number, cell in enumerate(cells, 1):
@@ -211,7 +211,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _run_and_build(parser().parse_args(argv))
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed; pip install 'vgglab[lab]'") from None
+        raise UserError(f"{error.name} is not installed; run pip install 'vgglab[lab]'") from None
 
 
 def _run_and_build(arguments: argparse.Namespace) -> int:

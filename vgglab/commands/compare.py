@@ -55,7 +55,7 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _finite_values(value: Any) -> Any:
-    """The same content, with None for numbers that JSON cannot represent."""
+    """Return ``value`` with None in place of numbers that JSON cannot represent."""
     if isinstance(value, dict):
         return {name: _finite_values(item) for name, item in value.items()}
     return [_finite_values(item) for item in value] if isinstance(value, (list, tuple)) else finite_or_none(value)

@@ -1,6 +1,6 @@
-"""Check this machine, its devices and its installation: ``python -m vgglab.doctor [--json]``.
+"""Check this machine, its devices and the installation of vgglab: ``python -m vgglab.doctor [--json]``.
 
-It also works on a broken installation. Exit codes: 0 no problems, 1 problems found, 2 unknown flag.
+It works even if the installation is broken. Exit codes: 0 no problems, 1 problems found, 2 unknown flag.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Diagnosis:
         return {"facts": self.facts, "problems": self.problems, "notes": self.notes, "auto": self.auto}
 
     def rows(self) -> list[tuple[str, str]]:
-        """Name and value of every fact, as text."""
+        """Return the name and value of every fact, as text."""
         return [(name, _format(value)) for name, value in self.facts.items()]
 
     def __str__(self) -> str:
@@ -95,7 +95,7 @@ def check_machine() -> Diagnosis:
 def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="vgglab doctor",
-        description="Check this machine, its devices and its installation.",
+        description="Check this machine, its devices and the installation of vgglab.",
         epilog="Exit codes: 0 no problems; 1 problems found, each with a fix; 2 unknown flag.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     options, jupyter_argv = parser().parse_known_args(argv)
     if find_spec("jupyterlab") is None:
-        raise UserError("JupyterLab is not installed; pip install 'vgglab[lab]'")
+        raise UserError("JupyterLab is not installed; run pip install 'vgglab[lab]'")
     if not options.folder.exists():
         copy_notebooks(options.folder)
     first = min(options.folder.glob("*.ipynb"), default=options.folder)

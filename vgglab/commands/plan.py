@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="vgglab plan",
         usage="vgglab plan [--flag value ...]",
-        description="Estimate time, steps and disk space of a training run. Accepts all flags of vgglab train.",
+        description="Estimate the time, steps and disk space of a training run. Accepts all flags of vgglab train.",
         allow_abbrev=False,
     )
     parser.add_argument("--images-per-second", type=SPEED, help="training speed of one card")
@@ -54,13 +54,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _speed(options: Any) -> float:
-    """Images per second of one card. Raises UserError if both flags or neither give it, or the run measured none."""
+    """Return the images/s of one card. Raises UserError if both flags or neither are given, or the run has no speed."""
     if options.images_per_second is not None:
         if options.run is not None:
-            raise UserError("--run and --images-per-second both give the speed; use one of them")
+            raise UserError("--run and --images-per-second both give the speed; leave out one of them")
         return options.images_per_second
     if options.run is None:
-        raise UserError("--images-per-second: give the training speed of one card, or name a measured run with --run")
+        raise UserError("--images-per-second: give the training speed of one card, or take it from a run with --run")
     report = Run(options.run).report()
     if report["images_per_second"] is None:
         reason = "its card was simulated" if report["simulated"] else "all its steps fell within --skip-steps"
@@ -69,7 +69,7 @@ def _speed(options: Any) -> float:
 
 
 def _mismatch_warnings(config: Request, run: Run) -> list[str]:
-    """A list with a warning if the speed was measured with another network, image size or batch size; else empty."""
+    """Return a list with a warning if the speed was measured with another network, image size or batch size; or []."""
     report, planned = run.report(), config.as_dict()
     planned["image_size"] = config.image_size or report["image_size"]
     names = [name for name in ("model", "image_size", "batch_size") if report[name] != planned[name]]

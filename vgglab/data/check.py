@@ -4,7 +4,7 @@
     python -m vgglab.data check imagenet --json
 
 Every file is decoded in full, by several processes. Unreadable files are listed by name. Unusual files are counted
-by kind, with an example of each. Exit codes: 0 all files can be read, 1 some cannot, 2 invalid arguments.
+by kind, with an example of each. Exit codes: 0 all files can be read, 1 some cannot, 2 bad input.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decode image files, but only the rows that are needed.
+"""Decode image files with Pillow, or faster with libjpeg-turbo, which can skip rows that are not needed.
 
 There are two decoders. ``pil`` gives the same pixels as torchvision's reference script, bit for bit. ``fast`` decodes
 ordinary JPEGs with libjpeg-turbo (package simplejpeg) and skips the rows below the crop: two bytes of the header hold
@@ -71,7 +71,7 @@ class Picture:
         self.file = file
         try:
             with warnings.catch_warnings():
-                # A decompression bomb: Pillow warns above 89 million pixels, raises above twice that; here both raise.
+                # Decompression bombs: Pillow warns above 89 million pixels and raises at twice that; here both raise.
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 warnings.filterwarnings("ignore", module="PIL", category=UserWarning)  # e.g. about bad EXIF data
                 self._image = Image.open(file)  # for an animation, the first frame
@@ -143,7 +143,7 @@ class Decoder(NamedTuple):
     from_array: Callable[[Tensor], Pixels]  # converts (H, W, 3) uint8 to what the decoder returns for a file
 
 
-# In the order of preference.
+# In order of preference.
 DECODERS = {
     "fast": Decoder(_why_no_simplejpeg, _open_jpeg, lambda pixels: pixels),
     "pil": Decoder(lambda: "", Picture, lambda pixels: Image.fromarray(pixels.numpy())),
@@ -160,7 +160,7 @@ class _Frame(NamedTuple):
 
 
 def _parse_frame(data: bytearray) -> _Frame | None:
-    """The frame of a complete sequential JPEG, otherwise None. Source: ITU-T T.81, B.1.1 and B.2.2."""
+    """Return the frame of a complete sequential JPEG, or None for other data. Source: ITU-T T.81, B.1.1 and B.2.2."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
@@ -194,7 +194,7 @@ def _next_segment(data: bytearray, offset: int, markers: set[int]) -> tuple[int,
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Like ``convert("RGB")``, but 16-bit greys keep their upper 8 bits instead of being clipped to white."""
+    """Convert an image to RGB like Pillow, but keep the upper 8 bits of 16-bit greys instead of clipping to white."""
     if image.mode in SIXTEEN_BIT_MODES:
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     elif image.mode == "F":

@@ -1,8 +1,8 @@
 """The bundled data set: scikit-learn's 1797 handwritten digits, as a folder of image files.
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998: 8x8 pixels with
-17 grey levels. On first use they are enlarged to 32x32 and written in ImageNet's folder layout, so that training on
-them runs the same code as training on ImageNet.
+17 grey levels. On first use the images are enlarged to 32x32 and written in ImageNet's folder layout, so that training
+on them runs the same code as training on ImageNet.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _write_images(folder: Path) -> None:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("--data-path digits: needs scikit-learn; pip install scikit-learn") from None
+        raise UserError("--data-path digits: needs scikit-learn; run pip install scikit-learn") from None
     from PIL import Image
 
     bicubic = getattr(Image, "Resampling", Image).BICUBIC  # Pillow 9.1 moved it

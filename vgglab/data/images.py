@@ -73,7 +73,7 @@ class ArrayImages:
 
 
 class FakeImages:
-    """Random images, generated once and reused: loading takes almost no time, so a benchmark measures the rest."""
+    """Random images, generated once and reused, so that loading takes almost no time and does not limit a benchmark."""
 
     NUM_DISTINCT = 64
 

@@ -1,4 +1,4 @@
-"""List the image files of a split, ``<split>/<class>/<image>``; this is done at each start."""
+"""List the image files of a split, ``<split>/<class>/<image>``; the list is not cached between runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Listing(NamedTuple):
     """The sorted image names of a folder."""
 
     names: str  # joined by "/", which no name contains: a million small strings would take 100 MB
-    num_folders: int = 0  # subfolders, whose images are ignored
+    num_folders: int = 0  # number of subfolders, whose images are ignored
 
     def split(self) -> list[str]:
         return self.names.split("/") if self.names else []

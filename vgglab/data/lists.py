@@ -79,7 +79,7 @@ def class_names(listed: ListFile) -> list[str]:
     if used_labels[-1] + 1 != len(used_labels):
         missing = next(expected for expected, label in enumerate([*used_labels, -1]) if expected != label)
         raise UserError(
-            f"{listed.name}: labels from {used_labels[0]} to {used_labels[-1]}, but {missing} does not occur; "
+            f"{listed.name}: the labels range from {used_labels[0]} to {used_labels[-1]} and do not include {missing}; "
             "labels must start at 0 and have no gaps"
         )
     names: dict[int, set[str]] = {label: set() for label in used_labels}
@@ -117,7 +117,7 @@ def _exists_as_file(path: Path) -> bool:
 
 
 def describe_differences(listed: ListFile, index: Index) -> list[str]:
-    """Describe the differences between a list file and the folders, one line each, with counts."""
+    """Describe the differences between a list file and the folders, one line for each kind, with counts."""
     lines = []
     num_duplicates = len(listed.paths) - len(set(listed.paths))
     if num_duplicates:
@@ -137,8 +137,8 @@ def describe_differences(listed: ListFile, index: Index) -> list[str]:
     if num_differing:
         first = next(folder for folder, counts in label_counts.items() if len(counts) > 1)
         lines.append(
-            f"{listed.name}: {num_differing} of {len(listed.paths)} images have a different label from most of their "
-            f"folder's images, e.g. in {first}/; the list is used"
+            f"{listed.name}: {num_differing} of {len(listed.paths)} images have a different label from most images in "
+            f"their folder, e.g. in {first}/; the list is used"
         )
     alphabetical = {folder: number for number, folder in enumerate(sorted(folder for folder in index if folder))}
     renumbered = [

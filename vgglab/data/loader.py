@@ -28,7 +28,7 @@ MULTIPLIER = 1_000_000_007  # a prime larger than any number of images or epochs
 
 
 def mix_seeds(*parts: int) -> int:
-    """Combine several numbers into one seed for a random number generator; changing any one changes the seed."""
+    """Combine several numbers into one seed for a random number generator; changing any of them changes the seed."""
     seed = 0
     for part in parts:
         seed = (seed * MULTIPLIER + part) % 2**63

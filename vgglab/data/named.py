@@ -63,7 +63,7 @@ def _cifar(name: str, split: str, size: int) -> Split:
 
 
 def _imagenette() -> Path:
-    """The folder of Imagenette, in the version whose shorter side is 320 pixels; downloaded if it is missing."""
+    """Return the folder of Imagenette (images with a shorter side of 320 pixels), downloading it if it is missing."""
     root = cache_folder() / "imagenette2-320"
     if not (root / "train").is_dir():
         _load_from_torchvision("Imagenette", split="train", size="320px")

@@ -119,7 +119,8 @@ def _existing_folder(data_path: str) -> Path:
     if not root.is_dir():
         names = ", ".join(NAMED_SETS)
         raise UserError(
-            f"--data-path {data_path}: no such folder; use one that contains train/ and val/, or a data set: {names}"
+            f"--data-path {data_path}: no such folder; use one that contains train/ and val/, or "
+            f"the name of a data set: {names}"
         )
     return root
 
@@ -193,7 +194,7 @@ def _folder_warnings(split: str, index: Index, classes: list[str] | None) -> lis
         )
     missing = [name for name in classes or () if name not in index]
     if missing:
-        lines.append(f"{split}/: has no images of {len(missing)} of {len(classes or ())} classes, e.g. {missing[0]}")
+        lines.append(f"{split}/: {len(missing)} of {len(classes or ())} classes have no images, e.g. {missing[0]}")
     return lines
 
 
@@ -228,7 +229,7 @@ def _num_classes(config: Request, classes: list[str]) -> tuple[int, list[str]]:
         # The original example's commands all set 1000. Training works with it, but wastes outputs, and the
         # classes are numbered differently from those of ImageNet weights.
         return requested, [
-            f"--num-classes {requested}: the folder has {found} classes; the remaining outputs stay unused"
+            f"--num-classes {requested}: the data set has {found} classes; the remaining outputs stay unused"
         ]
     raise UserError(
         f"--num-classes {requested}: {config.data_path} has {found} classes; leave the flag out or set it to {found}"

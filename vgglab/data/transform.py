@@ -1,8 +1,8 @@
 """Transforms from decoded images to the network's input.
 
 The loader crops and resizes each image and mirrors some, with a seed for each image; the result is ``(S, S, 3)`` uint8.
-The card then converts the whole batch to float32 and normalises it. The crops are those of torchvision's reference
-script (``RandomResizedCrop``; ``Resize``, then ``CenterCrop``).
+The card then converts the whole batch to float32 and normalises it. By default the crops are those of torchvision's
+reference script (``RandomResizedCrop``; ``Resize``, then ``CenterCrop``).
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _half(pixels: int) -> int:
 
 
 def random_box(height: int, width: int, scale: tuple[float, float], draw: random.Random) -> Box:
-    """Draw a random box: its share of the image's area is in the range ``scale``, its aspect ratio from 3/4 to 4/3.
+    """Draw a random box whose share of the image's area is in the range ``scale``, with an aspect ratio of 3/4 to 4/3.
 
     Source: Szegedy et al., "Going Deeper with Convolutions", 2014, section 6; the numbers are torchvision's. If none of
     ten boxes fits into the image, the result is the largest centred box with an allowed aspect ratio.

@@ -87,7 +87,7 @@ def defer_signals() -> Iterator[None]:
 def _silence_unraisable_interrupts() -> Iterator[None]:
     """In the block, do not print a KeyboardInterrupt raised in a finalizer, which Python cannot propagate.
 
-    The next Ctrl-C then raises another one. Even without it, the run stops after the current step.
+    The next Ctrl-C then raises another one; without a further Ctrl-C, the run still stops after the current step.
     """
     previous = sys.unraisablehook
 
@@ -121,8 +121,8 @@ def handle_signals(signums: Sequence[int], handler: Callable[[int, Any], None]) 
 def ignore_signals_in_worker(_: int = 0) -> None:
     """Make a loader worker ignore signals that are meant for the rank, which still needs the worker's batches.
 
-    torchrun signals whole process groups. SIGTERM ends the worker only if the parent sent it, as Python does at
-    exit; if the worker ignored that too, both would wait for each other forever.
+    torchrun signals whole process groups. On Linux, a SIGTERM from the parent still ends the worker: Python sends one
+    at exit, and if the worker ignored it, both would wait for each other forever.
     """
     for signum in {*STOP_SIGNALS, signal.SIGINT} - {signal.SIGTERM}:
         signal.signal(signum, signal.SIG_IGN)

@@ -110,7 +110,7 @@ def _has_open(pid: int, file: Path) -> bool:
 
 
 def kill_all(path: Path) -> None:
-    """Kill the remaining processes of a run on this machine; wait up to ``KILL_TIMEOUT_SECONDS`` until they end."""
+    """Kill the remaining processes of a run on this machine; wait up to ``KILL_TIMEOUT_SECONDS`` for them to end."""
     deadline = time.monotonic() + KILL_TIMEOUT_SECONDS
     while time.monotonic() < deadline and (remaining := find_processes(path)):
         for pid in remaining:

@@ -107,7 +107,7 @@ def _exit_with_parent(parent: int) -> None:
 
 
 def _is_torchrun(pid: int) -> bool:
-    """Whether process ``pid`` is still our launcher, not one that adopts orphans (init, systemd --user, tini).
+    """Whether process ``pid`` is still our launcher, not a process that adopts orphans (init, systemd --user, tini).
 
     In a container torchrun itself can be process 1.
     """
@@ -242,7 +242,7 @@ def report_failure(error: BaseException, exit_code: int) -> None:
 
 
 def report_killed(rank: int, signum: int, folder: Path) -> str:
-    """Record the failure of a rank that was killed by a signal, on behalf of its launcher; return the error.
+    """Record, on behalf of the launcher, the failure of a rank that was killed by a signal; return the error message.
 
     Args:
         folder: the folder of the launch, as in ``recorded_run_dir``.

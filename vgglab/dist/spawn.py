@@ -2,8 +2,8 @@
 
 On one machine this replaces torchrun, whose store listens on every network interface: anyone who can reach the machine
 can write data there, which the launcher then unpickles. Here the ranks connect through a file that only its owner can
-read, and gloo and NCCL are restricted to the loopback interface. (``torch_gcu`` on the T20 supports only
-``MASTER_PORT``; which interfaces its store listens on is up to the vendor's library.)
+read, and gloo and NCCL are restricted to the loopback interface. (``torch_gcu`` on the T20 can only
+connect through ``MASTER_PORT``; which interfaces its store listens on is up to the vendor's library.)
 
 Standard library only: the launcher does not import torch.
 """
@@ -33,7 +33,7 @@ def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> in
     """Run the training command once per rank; if a rank dies, restart all of them, up to ``max_restarts`` times.
 
     Termination signals and Ctrl-C are passed on to every rank: after the first Ctrl-C they save and stop, after the
-    second they stop at once. Ranks that are still running after the grace period, or after a third Ctrl-C, are killed.
+    second they stop at once. They are killed at the third, or when the grace period after the second has passed.
     When a rank fails, the others are asked to stop, and killed after the grace period.
 
     Returns:

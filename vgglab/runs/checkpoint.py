@@ -278,7 +278,8 @@ class Checkpoint(Dict[str, Any]):
             saved_sizes = [len(group["params"]) for group in self["optimizer"]["param_groups"]]
             if saved_sizes != [len(group["params"]) for group in optimizer.param_groups]:
                 raise UserError(
-                    "was trained with weight decay on other parameters; check --bias-weight-decay and --bn-weight-decay"
+                    "was trained with weight decay on a different set of parameters; check --bias-weight-decay and "
+                    "--bn-weight-decay"
                 )
             optimizer.load_state_dict(self["optimizer"])
             state_keys = OPTIMIZERS[optimizer_name].state_keys

@@ -1,4 +1,4 @@
-"""Find the first difference between runs: in their settings, their data, and step by step.
+"""Find the first difference between runs: compare their settings and data, then their metrics step by step.
 
     python -m vgglab.compare runs/A runs/B                    # bit for bit
     python -m vgglab.compare runs/A runs/B --tolerance 3e-4   # relative, e.g. between two kinds of hardware

@@ -264,13 +264,13 @@ class SpeedStatistics:
 
 
 def steadiness_warning(report: dict[str, Any]) -> str:
-    """A warning if step times varied too much, else empty."""
+    """Return a warning if step times varied too much, else an empty string."""
     num_steps, median, slow = (report[name] for name in ("num_measured_steps", "step_seconds_p50", "step_seconds_p90"))
     if num_steps < MIN_MEASURED_STEPS or slow <= STEADY_RATIO * median:
         return ""
     return (
         f"step times are not steady: 10 % of the {num_steps} measured steps took {slow / median:.2f} x the median or "
-        "longer; quote the median, and check whether another program is running"
+        "longer; report the median, and check whether another program is running"
     )
 
 

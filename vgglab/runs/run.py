@@ -214,9 +214,9 @@ class Run:
         processes = self._recorded_processes()
         process: dict[str, Any] = next(filter(is_running, processes), processes[0] if processes else {})
         if not is_running(process) and holder(self.path / LOCK_FILE) == 0:
-            return "its writer has just ended; try again"
+            return "the process that was writing there has just ended; try again"
         who = f"process {process.get('pid')} on {process.get('host')}"
-        return f"{who} is writing there; vgglab.Run({str(self.path)!r}).watch() shows it, .stop() ends it"
+        return f"{who} is writing there; vgglab.Run({str(self.path)!r}).watch() shows that run, and .stop() ends it"
 
     def _is_dead(self) -> bool:
         """Whether neither rank 0 nor the launched process is alive, as far as can be seen from this machine.

@@ -27,7 +27,7 @@ from vgglab.settings.config import Request
 def parse_seeds(config: Request) -> list[int]:
     """The seeds given by ``--seeds``. Raises UserError if they are invalid."""
     if config.resume or config.test_only or config.fix_seed:
-        raise UserError("--seeds: each seed is trained from scratch; leave out --resume, --test-only and --fix-seed")
+        raise UserError("--seeds: each run starts from scratch; leave out --resume, --test-only and --fix-seed")
     words = (config.seeds or "").split(",")
     if not all(word.strip().isascii() and word.strip().isdigit() for word in words):
         raise UserError(f"--seeds: {config.seeds!r} is invalid; give a number of seeds (5) or a list (3,17,23)")

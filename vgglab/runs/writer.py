@@ -129,7 +129,7 @@ class RankWriter:
             name = f"lines of log/{file.name}"
 
             def on_error(error: OSError) -> None:
-                self.write_failed(name, f"{file} cannot be written ({error.strerror}); output is no longer saved there")
+                self.write_failed(name, f"{file} cannot be written ({error.strerror}); some output is not saved")
 
             copy = None if is_redirected else log
             sys.stdout, sys.stderr = _Tee(sys.stdout, copy, on_error), _Tee(sys.stderr, copy, on_error)
@@ -227,7 +227,7 @@ class RunWriter(RankWriter):
                 listener(event)
             except OSError as error:
                 name = type(listener).__name__.lower()
-                self.write_failed(name, f"{name} cannot be written ({error.strerror}); training continues without them")
+                self.write_failed(name, f"{name} cannot be written ({error.strerror}); training continues")
 
     def save_checkpoint(
         self,
@@ -271,7 +271,7 @@ class RunWriter(RankWriter):
 
 
 class _Tee:
-    """A text stream that copies what is printed to a log. A failed write does not end the run."""
+    """A text stream that keeps a copy of its output in a log. A failed write does not end the run."""
 
     def __init__(self, stream: Any, log: Any, on_error: Callable[[OSError], None]) -> None:
         """``log`` is None if the stream already is the log. ``on_error`` is called when a write has failed."""

@@ -1,7 +1,7 @@
 """The names that flags accept, with a description for ``--help``, which is empty if the name needs none.
 
 The code behind them needs torch and is in ``data/`` (sets, crops, decoders), ``model.py`` and ``optim.py``; a test
-compares the names. Schedules and recipes are in their own modules, which do not need torch.
+checks that the names agree. Schedules and recipes are in their own modules, which do not need torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INITS = {
 }
 OPTIMIZERS = ("sgd", "rmsprop")
 DECODERS = {
-    "fast": "simplejpeg, which decodes only the rows in the crop",
-    "pil": "bit for bit as in torchvision's reference",
+    "fast": "simplejpeg, which skips the rows below the crop",
+    "pil": "the same pixels as torchvision's reference, bit for bit",
 }
 HEADS = {"auto": "by image size", "imagenet": "the paper's", "small": "for small images"}

@@ -136,10 +136,10 @@ class Request:
         choices=tuple(CROPS),
     )
     label_smoothing: float = flag("label smoothing: share of the target spread over all classes", 0.0, FRACTION)
-    mixup: float = flag("mixup strength: lambda ~ Beta(alpha, alpha); 0 disables it", 0.0, NON_NEGATIVE)
+    mixup: float = flag("mixup strength alpha: lambda ~ Beta(alpha, alpha); 0 disables it", 0.0, NON_NEGATIVE)
     cutmix: float = flag(
-        "cutmix strength: area ~ Beta(alpha, alpha); 0 disables it; with --mixup, one of the two is chosen at random "
-        "for each batch",
+        "cutmix strength alpha: area ~ Beta(alpha, alpha); 0 disables it; with --mixup, one of the two is chosen at "
+        "random for each batch",
         0.0,
         NON_NEGATIVE,
     )
@@ -180,7 +180,7 @@ class Request:
         negation="--no-fused",
         inherited=False,
     )
-    compile: bool = switch("compile the network with torch.compile; the first steps take about a minute longer")
+    compile: bool = switch("compile the network with torch.compile, which adds about a minute to the first steps")
     sync_bn: bool = switch("synchronise batch norm over all ranks")
     broadcast_buffers: bool = switch("broadcast rank 0's buffers to all ranks before each step")
     nproc: int = flag(
@@ -261,7 +261,7 @@ class Request:
     enable_horovod: bool = switch("not supported: use --nproc", affects="others", inherited=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as in ``config.json``, without the settings that only affect the launch."""
+        """Return the settings as in ``config.json``: plain values, without those that only affect the launch."""
         launch_settings = settings_that_affect("launch")
         return {name: value for name, value in asdict(self).items() if name not in launch_settings}
 

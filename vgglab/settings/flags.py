@@ -42,7 +42,7 @@ def steps(text: str) -> int:
     try:
         return AT_LEAST_1(text)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not -1 (all steps) or a whole number of at least 1") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is neither -1 (all) nor a whole number of at least 1") from None
 
 
 def boolean(text: str) -> bool:
@@ -117,7 +117,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def with_dashes(argument: str) -> str:
-    """Replace underscores by dashes in a flag, not in its value: ``--batch_size=3`` becomes ``--batch-size=3``."""
+    """Replace underscores with dashes in a flag, not in its value: ``--batch_size=3`` becomes ``--batch-size=3``."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")

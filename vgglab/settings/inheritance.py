@@ -13,7 +13,7 @@ from vgglab.settings.schedule import SCHEDULES
 
 
 def inherit(request: Request, given: Sequence[str], saved: dict[str, Any]) -> Request:
-    """Return the request; inheritable settings that are not in ``given`` are taken from the resumed run.
+    """Return the request with inheritable settings that are not in ``given`` taken from the resumed run.
 
     Raises:
         UserError: a setting in the checkpoint is invalid, or cannot be combined with one that was given.
@@ -43,7 +43,7 @@ def check_setting(field: Field, value: Any) -> Any:
     return parsed
 
 
-FLAG_FOR = {"world_size": "nproc"}  # the flag that sets it
+FLAG_FOR = {"world_size": "nproc"}  # settings whose value users choose with another flag
 
 
 def changed_settings(checkpoint: dict[str, Any], config: dict[str, Any]) -> list[str]:

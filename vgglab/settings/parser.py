@@ -65,7 +65,7 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         formatter_class=_FullFormatter if show_all else _BriefFormatter,
     )
-    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="all flags, each with its full description")
+    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all flags, each with its full description")
     sections = {title: parser.add_argument_group(title) for title in (TASK, TUNING, DEVICE, SAVING)}
     others = parser.add_argument_group("all other flags") if show_all else parser
     for field in fields(Request):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 class Recipe(NamedTuple):
     """A named set of settings."""
 
-    data: str  # what it is meant for, "imagenet" or "digits"; the default of ``vgglab plan``
+    data: str  # the data set it is meant for, "imagenet" or "digits"; the default for ``vgglab plan``
     settings: dict[str, Any]
 
 
@@ -40,7 +40,7 @@ RECIPES = {
     # Simonyan and Zisserman 2014, section 3.1: batches of 256, momentum, the learning rate divided by ten whenever the
     # held-out accuracy stops improving (three times in their 74 epochs), scale jitter from 256 to 512. Their colour
     # shift is left out. They initialised deep networks with weights of configuration A, but later found Glorot's
-    # initialisation sufficient; this recipe uses the latter.
+    # initialisation sufficient, which this recipe uses.
     # Cost: 95 million images on ImageNet. Published result: 25.6 % top-1 error for configuration D (table 3, at the
     # single test scale 384, whereas vgglab evaluates a centre crop of 224). We have not run it.
     "paper": Recipe(

@@ -43,8 +43,8 @@ def use_private_temporary_folder() -> None:
 def best_effort_lock(file: Path) -> Iterator[None]:
     """Allow only one process on this machine at a time into the block.
 
-    Best effort: if the file cannot be written or the file system has no locks, the block runs without a lock, so it
-    must be safe without one.
+    Best effort: if the file cannot be written or the file system does not support locks, the block runs without a lock,
+    so the block must be safe without one.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, ImportError):

@@ -95,7 +95,7 @@ def exclusive_access(folder: Path) -> Iterator[None]:
                     raise UserError(f"{folder}: another process has locked this folder; use another folder") from None
                 time.sleep(0.05)
                 continue
-            except OSError:  # a file system without such locks
+            except OSError:  # the file system does not support such locks
                 pass
             break
         yield

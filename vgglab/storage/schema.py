@@ -152,7 +152,7 @@ DOCUMENTS: dict[str, dict[str, Validator]] = {  # for config.json see runs/run.p
 
 
 def checksum(content: Content) -> str:
-    """The checksum of all fields, in order."""
+    """The checksum of all fields; it depends on their order."""
     return f"{zlib.crc32(json.dumps(content).encode()):08x}"
 
 
@@ -161,7 +161,7 @@ def with_checksum(content: Content) -> Content:
 
 
 def parse(data: bytes) -> Content | None:
-    """Parse a JSON object in UTF-8; None for anything else, and if it is nested more deeply than vgglab writes."""
+    """Parse a JSON object in UTF-8 with at most ``MAX_NESTING`` levels; return None for anything else."""
     try:
         content = _decode(data.decode("utf-8"))
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
@@ -192,7 +192,7 @@ def is_intact(line: bytes) -> bool:
 
 
 def has_changed(content: Content) -> bool:
-    """Remove the checksum from ``content``; return whether it does not match."""
+    """Remove the checksum from ``content``; return True if it does not match the other fields."""
     return CHECK in content and content.pop(CHECK) != checksum(content)
 
 
@@ -244,7 +244,10 @@ class Document(Content):
 
 
 def read_document(file: Path) -> Document:
-    """Read a JSON file, omitting fields of the wrong type; empty if there is no file. Raises UserError if not JSON."""
+    """Read a JSON file, omitting fields of the wrong type; return an empty document if there is no file.
+
+    Raises UserError if the file cannot be read or is not a valid JSON object.
+    """
     if not exists(file):
         return Document(file, {}, [])
     data = read_bytes(file)

@@ -40,12 +40,14 @@ class Layer(NamedTuple):
         bytes_moved: minimum number of bytes moved by the forward pass in float32, for the whole batch: input and
             weights are read once, the output is written once. Flatten moves nothing.
         receptive_field: side of the square of pixels that one output can depend on. It can be larger than the image,
-            because it includes padding. After a linear layer it is the whole image.
+            because it includes padding. After a linear layer it covers the whole image.
         field_start: row and column at which that square begins for the output at (0, 0); negative if in the padding.
-        jump: distance in pixels between the squares of neighbouring outputs: the product of all strides so far.
+        jump: distance in pixels between the squares of neighbouring outputs: the product of all strides so far, or the
+            image size after a linear layer.
         training_multiply_adds: multiply-adds of the forward and backward pass for one image. The gradient of the
             weights takes as many as the forward pass, and so does the gradient of the input, which is needed if an
-            earlier layer is trained. So the first layer costs twice its forward pass, the others three times.
+            earlier layer is trained. If all layers are trained, the first one costs twice its forward pass, the others
+            three times.
         forward_seconds, backward_seconds: seconds for the whole batch; None until measured.
     """
 
@@ -106,7 +108,7 @@ class Ceilings(NamedTuple):
 
     @property
     def ridge(self) -> float:
-        """FLOP per byte at which the two lines meet: layers below are memory-bound, layers above compute-bound."""
+        """FLOP per byte at which the two lines meet: with less, a layer is memory-bound; with more, compute-bound."""
         return self.flop_per_second / self.bytes_per_second
 
     def attainable(self, intensity: float) -> float:
@@ -181,7 +183,7 @@ def _align(cell: str, width: int, index: int) -> str:
 
 
 def as_html(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str = "") -> str:
-    """The table as HTML, for a notebook."""
+    """Return the table as HTML, for a notebook."""
     headings, lines = _table(rows, ceilings)
     body = [_html_row(headings, "th"), *(_html_row(line, "td") for line in lines[:-1]), _html_row(lines[-1], "th")]
     table = f"<table style='font-variant-numeric: tabular-nums'>{''.join(body)}</table>"

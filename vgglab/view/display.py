@@ -76,7 +76,7 @@ class NotebookSeeds(Seeds):
         return bands({printable(self.path.name): self.runs})
 
     def table(self) -> Table:
-        """A table of the count, mean and standard deviation of each metric over the seeds that have finished."""
+        """Return a table of the count, mean, standard deviation and range of each metric over the finished seeds."""
         return seeds_table({printable(self.path.name): self.runs})
 
     def __repr__(self) -> str:

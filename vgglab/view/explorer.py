@@ -55,7 +55,7 @@ def explore(
 
 
 class Explorer:
-    """The current selection, as a figure, a table and text."""
+    """The selected layer of a network, shown as a figure, a table and text."""
 
     def __init__(
         self, anatomy_of: Callable[..., Anatomy], photograph: Any, model: str, image_size: int, layer: str = ""
@@ -70,7 +70,7 @@ class Explorer:
         """Select a network, an image size and a layer; "" selects the last convolution.
 
         Raises:
-            UserError: as in ``vgglab.anatomy.of``; also if the layer does not exist.
+            UserError: a type is wrong, ``vgglab.anatomy.of`` rejects the values, or the layer does not exist.
         """
         if not isinstance(model, str) or isinstance(image_size, bool) or not isinstance(image_size, int):
             raise UserError(
@@ -122,7 +122,7 @@ class Explorer:
         return html_table([self.anatomy.model, f"{self.anatomy.image_size} pixels"], self.rows())
 
     def picture(self) -> NotebookFigure:
-        """The photograph with the receptive field of the central output; below it, the network."""
+        """Draw the photograph with the receptive field of the central output and, below it, the network."""
         picture = NotebookFigure(WIDTH, HEIGHT)
         upper, lower = picture.subplots(2, 1, height_ratios=[1, 1.1])
         self._draw_field(upper)
@@ -145,12 +145,12 @@ class Explorer:
         margin = 0.03 * (high - low)
         panel.set(xlim=(low - margin, high + margin), ylim=(high + margin, low - margin), facecolor="#EEEEEE")
         panel.set_xlabel("pixels" + ("; grey is padding" if low < 0 or high > size else ""), fontsize=9)
-        title = f"orange: receptive field of a {self.layer.name} output{'; dashed: its neighbour' * has_neighbour}"
+        title = f"orange: receptive field of a {self.layer.name} output{'; dashed: of its neighbour' * has_neighbour}"
         panel.set_title(title, fontsize=9, color=INK)
         panel.tick_params(colors=INK, labelsize=9)
 
     def widget(self) -> Any:
-        """The controls, the figure and the table; usable with Tab and the arrow keys (the space bar opens a list)."""
+        """Return controls, figure and table; usable with Tab and the arrow keys (the space bar opens a list)."""
         import ipywidgets as widgets
 
         style = {"description_width": "initial"}
@@ -218,7 +218,7 @@ def _counterpart(old: Anatomy, layer: Layer, new: Anatomy) -> Layer | None:
 
 
 def _square(photograph: Any) -> Any:
-    """The central square, as a Pillow image."""
+    """Return the central square of the photograph as a Pillow image."""
     import numpy
     from PIL import Image, ImageOps
 
@@ -228,7 +228,7 @@ def _square(photograph: Any) -> Any:
         image = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, TypeError, ValueError, AttributeError, Image.DecompressionBombError) as error:
         expected = "must be a path or a uint8 array (height, width, 3)"
-        raise UserError(f"photograph: {expected}; this one cannot be read: {error}") from error
+        raise UserError(f"photograph: {expected}; reading it failed: {error}") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))

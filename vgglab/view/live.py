@@ -28,7 +28,7 @@ NUM_LOG_LINES = 6
 
 
 def front_end() -> str:
-    """Return ``live`` (widgets), ``static`` (a headless notebook), or ``terminal`` (no notebook)."""
+    """Return ``live`` (widgets), ``static`` (a headless notebook, or no widgets), or ``terminal`` (no notebook)."""
     try:
         from IPython import get_ipython
     except ImportError:
@@ -212,7 +212,7 @@ def refresh_until_over(refresh: Callable[[], None], is_over: Callable[[], bool],
 
 
 def ranks_of(run: Run) -> list[RankRow]:
-    """The rows of the rank table; none for a run with one rank."""
+    """Return the rows of the rank table; empty for a run with one rank."""
     rows = rank_rows(run)
     return rows if len(rows) > 1 else []
 
@@ -223,7 +223,7 @@ def last_lines(run: Run) -> list[str]:
 
 
 def is_continued(seen: Sequence[Event], events: Sequence[Event]) -> bool:
-    """Whether all events seen so far are still valid; resuming from a checkpoint invalidates those after it."""
+    """Return whether all events seen so far are still valid; a resume discards those after its checkpoint."""
     try:
         return [*events[: len(seen)][-1:]] == [*seen[-1:]]
     except UserError:  # the file was replaced
@@ -242,7 +242,7 @@ class ProgressReader:
         return len(self._seen)
 
     def progress(self) -> Progress:
-        """The current progress."""
+        """Return the current progress."""
         events = self.run.events()
         if not is_continued(self._seen, events):
             self._progress, self._seen = Progress(), []
@@ -258,12 +258,12 @@ class ProgressReader:
 
 
 def progress_of(run: Run) -> Progress:
-    """The current progress of a run."""
+    """Return the current progress of a run."""
     return ProgressReader(run).progress()
 
 
 def summary(run: Run, progress: Progress) -> str:
-    """Progress, accuracy, speed and remaining time, in one line."""
+    """Return the progress, loss, accuracy, speed, remaining time and any warnings in one line."""
     parts = [f"{run.name}: {progress.activity}"]
     if progress.num_steps:
         parts.append(f"step {progress.step} of {progress.num_steps}")

@@ -12,7 +12,7 @@ def metric(report: Mapping[str, Any], name: str, form: str = ".2f", factor: floa
 
 
 def reason_not_measured(report: Mapping[str, Any]) -> str:
-    """The most likely reason why a run reports no speed or no memory."""
+    """Return the most likely reason why a run reports no speed or no memory."""
     if report["simulated"]:
         return "a simulated card has no speed"
     if not report["num_measured_steps"]:

@@ -12,7 +12,7 @@ from vgglab.view.tables import html_text
 
 
 def choose_photograph(look: Callable[[str, bytes], tuple[str, NotebookFigure]], example: str | Path) -> Any:
-    """Print the text of ``look(name, data)`` for ``example``; return the button, or without widgets the picture."""
+    """Print the text of ``look(name, data)`` for ``example``; return the button or, without widgets, the picture."""
     line, picture = look(Path(example).name, Path(example).read_bytes())
     print(line)
     return PhotographChooser(look) if front_end() == "live" else picture
@@ -22,7 +22,7 @@ class PhotographChooser:
     """A button to choose a file, and below it the result of ``look``; for a live notebook.
 
     The button can be reached with Tab and pressed with Enter or the space bar. The content of the file is passed only
-    to ``look``; if this raises a UserError, its message is shown instead of a picture.
+    to ``look``; if ``look`` raises a UserError, its message is shown instead of a picture.
     """
 
     def __init__(self, look: Callable[[str, bytes], tuple[str, NotebookFigure]]) -> None:

@@ -11,7 +11,7 @@ class Progress:
     Attributes:
         activity: what the run is doing, e.g. ``epoch 2 of 6``.
         step, num_steps: optimizer steps done and in total, including those before a resume.
-        eta_seconds: estimated time left; includes evaluations only after the first one; None before the first step.
+        eta_seconds: estimated time left, including evaluations once one has ended; None before the first step.
         train, eval: the latest event of each kind, or empty.
         status: ``starting``, ``running``, ``done``, ``interrupted`` or ``failed``.
     """

@@ -16,7 +16,7 @@ STALL_SECONDS = 30.0  # and at least ten times the usual interval
 
 
 class RankRow(NamedTuple):
-    """The latest metrics of a rank; speeds are None for a simulated card."""
+    """The latest metrics of a rank; ``images_per_second`` and ``own_seconds`` are None for a simulated card."""
 
     rank: int
     step: int
@@ -28,7 +28,7 @@ class RankRow(NamedTuple):
     is_straggler: bool
 
     def cells(self) -> tuple[str, ...]:
-        """The cells as text, one for each heading."""
+        """Return the cells as text, one for each heading."""
         speed = "simulated" if self.images_per_second is None else f"{self.images_per_second:.1f}"
         return (
             str(self.rank),
@@ -37,12 +37,12 @@ class RankRow(NamedTuple):
             "not finite" if self.loss is None else f"{self.loss:.4f}",
             "" if self.peak_bytes is None else f"{self.peak_bytes / 2**30:.2f} GiB",
             "" if self.own_seconds is None else f"{1000 * self.own_seconds:.0f} ms",
-            "◀ the others wait for it" if self.is_straggler else "",
+            "◀ the others wait for this rank" if self.is_straggler else "",
         )
 
 
 def rank_rows(run: Run) -> list[RankRow]:
-    """The latest metrics of each rank of a run; empty before the first log line."""
+    """Return the latest metrics of each rank of a run; empty before the first log line."""
     recent = run.recent_metrics()
     batch_size = run.config.get("batch_size", 0)
     rows = []

@@ -42,7 +42,7 @@ OVER_PEAK = (
 
 
 class Result(NamedTuple):
-    """One row: the run and its results; None if something was not measured."""
+    """One row: a run and its results; fields that were not measured are None."""
 
     model: str
     data: str  # name of the data set or of its folder
@@ -64,7 +64,7 @@ class Result(NamedTuple):
     efficiency: float | None = None  # images/s divided by ranks x images/s of one rank with the same settings
     flop_per_image: int | None = None  # forward and backward
     peak_flop_per_second: float | None = None  # of one card: a matrix product in this precision
-    report: Mapping[str, Any] = {}  # of the run, for columns that show a field unchanged
+    report: Mapping[str, Any] = {}  # of the run; empty for benchmarks and published results
 
     @property
     def share_of_peak(self) -> float | None:
@@ -74,7 +74,7 @@ class Result(NamedTuple):
         return self.images_per_second * self.flop_per_image / (self.peak_flop_per_second * (self.ranks or 1))
 
     def cells(self) -> tuple[str, ...]:
-        """The cells as text, one for each heading."""
+        """Return the cells as text, one for each heading."""
         return tuple(column(self) for column in COLUMNS.values())
 
 
@@ -104,7 +104,7 @@ COLUMNS: dict[str, Callable[[Result], str]] = {
 
 
 def published() -> list[Result]:
-    """The published results of the original example."""
+    """Return Enflame's published results for the original example."""
     return [
         Result("vgg16", "ImageNet", "Enflame T20", "float32", "", ranks, batch, 224, speed, None, None, None, acc1,
                "1.10", f"published: {where}")
@@ -132,7 +132,7 @@ def collect(folders: Iterable[Path]) -> list[Result]:
         except UserError as error:  # one unreadable run must not hide the others
             print(f"left out: {printable(path.name)}: {error}", file=sys.stderr)
         except (ValueError, KeyError, TypeError):
-            print(f"left out: {printable(path.name)}: is damaged or was written by another version", file=sys.stderr)
+            print(f"left out: {printable(path.name)}: damaged, or from another version of vgglab", file=sys.stderr)
     return _with_peak(_with_efficiency(runs), benchmarks) + benchmarks
 
 
@@ -223,7 +223,7 @@ def _with_efficiency(results: list[Result]) -> list[Result]:
 
 
 def _with_peak(runs: list[Result], benchmarks: list[Result]) -> list[Result]:
-    """Add the operation count and the peak from a benchmark of the same network on the same hardware."""
+    """Add FLOP per image and peak FLOP/s from a benchmark of the same model, image size, hardware and precision."""
 
     def key(row: Result) -> tuple:
         return (row.model, row.hardware, row.precision, row.image_size)

@@ -39,7 +39,7 @@ def results_tables(folders: Sequence[str | Path]) -> list[Table]:
 
 
 def report_table(runs: Sequence[Run]) -> Table:
-    """One row per run: the fields of the original example's report, and whether the card was simulated."""
+    """Return one row per run: the original example's report, whether the card was simulated, and the status."""
     rows = []
     for run in runs:
         report = run.report()
@@ -50,7 +50,7 @@ def report_table(runs: Sequence[Run]) -> Table:
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
-    """One row for each setting that differs between the runs."""
+    """Return a table of the settings that differ between the runs, except for locations and launch settings."""
     settings = [_settings_of(run) for run in runs]
     names = dict.fromkeys(name for run_settings in settings for name in run_settings)
     values = {name: [_text(run_settings.get(name)) for run_settings in settings] for name in names}
@@ -59,7 +59,7 @@ def settings_table(runs: Sequence[Run]) -> Table:
 
 
 def common_settings(runs: Sequence[Run]) -> str:
-    """The settings that are the same in all runs, as a line of flags."""
+    """Return the settings that are the same in all runs, as a line of flags."""
     differing = {row[0] for row in settings_table(runs).rows}
     common = {name: value for name, value in _settings_of(runs[0]).items() if name not in differing}
     return " ".join(f"--{n.replace('_', '-')}={_text(v)}" for n, v in common.items() if v not in (None, False))
@@ -71,7 +71,7 @@ def _settings_of(run: Run) -> dict[str, Any]:
 
 
 def machine_table(runs: Sequence[Run]) -> Table:
-    """One row per run: hardware, ranks, precision, versions, commit."""
+    """Return a table with one row per run: hardware, ranks, precision, versions, commit."""
     rows = []
     for run in runs:
         env = run.env
@@ -83,7 +83,7 @@ def machine_table(runs: Sequence[Run]) -> Table:
 
 
 def warnings_table(runs: Sequence[Run]) -> Table:
-    """The warnings of the runs, without duplicates."""
+    """Return a table of the warnings of the runs, without duplicates."""
     runs_by_warning: dict[str, list[str]] = {}
     for run in runs:
         for text in dict.fromkeys(event["text"] for event in run.events("warning")):

@@ -25,7 +25,7 @@ class Scalars:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("--tensorboard: the package tensorboard is missing; pip install tensorboard") from None
+            raise UserError("--tensorboard: the package tensorboard is missing; run pip install tensorboard") from None
         self._folder = folder
         self._open_writer = lambda: SummaryWriter(str(folder), purge_step=self._purge_step)
         self._writer: Any = None

@@ -60,7 +60,7 @@ def _damage(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 def seeds_table(groups: Mapping[str, Sequence[Run]]) -> Table:
-    """One row for each group and metric, with notes on damaged files and on too few seeds."""
+    """Return a table with one row for each group and metric, and notes on damaged files and on too few seeds."""
     rows = rows_of(groups)
     return Table(
         HEADINGS, [row.cells() for row in rows], note="; ".join(filter(None, [few_seeds_note(rows), *_damage(groups)]))

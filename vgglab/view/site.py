@@ -86,7 +86,7 @@ def check_overwritable(folder: Path, stems: Sequence[str]) -> None:
 def write_site(
     chapters: Sequence[Chapter], folder: Path, parameters: Mapping[str, str], with_code: bool = True
 ) -> None:
-    """Write a page for each executed chapter, and ``index.html`` with summaries, durations and failures."""
+    """Write a page for each executed notebook, and ``index.html`` with summaries, durations and failures."""
     pages = [(chapter, *_title_and_summary(chapter.file)) for chapter in chapters if _is_complete(chapter.file)]
     for index, (chapter, _, _) in enumerate(pages):
         links = [("index.html", "All notebooks · 目录")]
@@ -120,7 +120,7 @@ def write_site(
 
 
 def _is_complete(file: Path) -> bool:
-    """Whether the executed notebook exists and is complete."""
+    """Return whether the executed notebook exists and can be read, even if one of its cells failed."""
     try:
         return "cells" in json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -128,7 +128,7 @@ def _is_complete(file: Path) -> bool:
 
 
 def _title_and_summary(file: Path) -> tuple[str, str]:
-    """The title of a notebook and its first sentence, without Markdown."""
+    """Return the title of a notebook, and its first sentence without Markdown markup."""
     for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown" and text.startswith("# "):

@@ -24,7 +24,7 @@ class Report(dict):
 
 
 def run_as_html(run: Run) -> str:
-    """The summary of a run: status, main settings, accuracy, speed and location."""
+    """Return a summary of a run as HTML: status, main settings, accuracy, speed and location."""
     facts = [("status", status_line(run))]
     report = report_of(run)
     if report is not None:
@@ -37,15 +37,15 @@ def run_as_html(run: Run) -> str:
 
 
 def status_or_error(run: Run) -> str:
-    """``run.status``, or a note that its files are damaged."""
+    """Return ``run.status``, or a note that the files of the run are damaged."""
     try:
         return run.status
-    except UserError as error:  # one of its files is damaged: one run must not take the others' table along
+    except UserError as error:  # a damaged run must not prevent the table of all runs
         return f"unreadable: {error}"
 
 
 def damage_of(run: Run) -> list[str]:
-    """``run.damage()``; empty if the run cannot be read, which ``status_or_error`` reports."""
+    """Return ``run.damage()``; empty if the run cannot be read, because ``status_or_error`` already reports that."""
     try:
         return run.damage()
     except UserError:
@@ -58,7 +58,7 @@ def status_line(run: Run) -> str:
 
 
 def report_of(run: Run) -> Mapping[str, Any] | None:
-    """The report of a run; None if it has not written anything yet or its files are damaged."""
+    """Return the report of a run; None if the run has not written anything yet or its files are damaged."""
     try:
         return run.report()
     except UserError:
@@ -66,17 +66,17 @@ def report_of(run: Run) -> Mapping[str, Any] | None:
 
 
 def report_as_text(report: Mapping[str, Any]) -> str:
-    """The metrics of a report, one per line."""
+    """Return the metrics of a report as text, one per line."""
     return text_table(("", ""), _metrics(report)).lstrip("\n")
 
 
 def report_as_html(report: Mapping[str, Any]) -> str:
-    """The metrics of a report as HTML, for a notebook."""
+    """Return the metrics of a report as HTML, for a notebook."""
     return html_facts(_metrics(report))
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """One row per run, in the given order; a simulated card is marked and has no speed."""
+    """Return a table with one row per run, in the given order; simulated cards are marked and have no speed."""
     rows = []
     for run in runs:
         report = report_of(run)

@@ -16,7 +16,7 @@ POLICY = (
 
 
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[str | None]]) -> str:
-    """A table as text, with aligned columns; a missing value is an empty cell."""
+    """Return a table as text, with aligned columns; a missing value is an empty cell."""
     table = [[" ".join((cell or "").split("\n")) for cell in cells] for cells in (headings, *rows)]
     columns = [c for c in range(len(headings)) if any(cells[c] for cells in table[1:])]
     widths = {c: max(len(cells[c]) for cells in table) for c in columns}
@@ -24,7 +24,7 @@ def text_table(headings: Sequence[str], rows: Sequence[Sequence[str | None]]) ->
 
 
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[str | None]]) -> str:
-    """A table as HTML that scrolls if the window is narrow."""
+    """Return a table as HTML that scrolls sideways if the window is narrow."""
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell or '')}</td>" for cell in cells) + "</tr>" for cells in rows
@@ -51,7 +51,7 @@ class Table(NamedTuple):
 
 
 def html_facts(rows: Sequence[Sequence[str]]) -> str:
-    """A two-column HTML table: names and values."""
+    """Return a two-column HTML table: names and values."""
     body = "".join(
         f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(value)}"
         "</td></tr>"
@@ -61,7 +61,7 @@ def html_facts(rows: Sequence[Sequence[str]]) -> str:
 
 
 def html_text(text: str, tag: str = "p", style: str = "") -> str:
-    """An HTML element with this text."""
+    """Return an HTML element that contains ``text``, escaped."""
     return f"<{tag} style='{style}'>{html.escape(text)}</{tag}>" if style else f"<{tag}>{html.escape(text)}</{tag}>"
 
 

@@ -29,9 +29,9 @@ class NotebookFigure(Figure):
         FigureCanvasAgg(self)
 
     def draw(self, renderer: Any) -> None:
-        """Draw as usual, but do not treat ``$`` in names of runs or classes as mathematics.
+        """Draw as usual, but do not interpret ``$`` in names of runs or classes as mathtext.
 
-        Tick labels of logarithmic axes are excepted, because matplotlib writes powers of ten as formulas.
+        Tick labels of logarithmic axes are an exception, because matplotlib writes powers of ten as formulas.
         """
         axes = [axis for panel in self.axes for axis in (panel.xaxis, panel.yaxis) if axis.get_scale() == "log"]
         powers = {text for axis in axes for text in (*axis.get_majorticklabels(), *axis.get_minorticklabels())}
@@ -45,7 +45,7 @@ class NotebookFigure(Figure):
         return file.getvalue()
 
     def alt_text(self) -> str:
-        """The alternative text for screen readers: title, axes and legend of each panel."""
+        """Return the alternative text for screen readers: title, axes and legend of each panel."""
         descriptions = []
         for panel in self.axes:
             axes = " over ".join(filter(None, [panel.get_ylabel(), panel.get_xlabel()]))
@@ -61,7 +61,7 @@ class NotebookFigure(Figure):
         return f"NotebookFigure({self.alt_text()})"
 
     def bundle(self, text: str = "") -> dict[str, Any]:
-        """The data for IPython's ``display``: the image, and its description as text."""
+        """Return the arguments of IPython's ``display``: the image, and ``text`` or else the figure's description."""
         metadata = {"image/png": {"alt": self.alt_text()}}
         return {"data": {"image/png": self.png(), "text/plain": text or repr(self)}, "metadata": metadata, "raw": True}
 

@@ -57,7 +57,7 @@ def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> Notebook
 def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles: Sequence[str]) -> NotebookFigure:
     """Show the images in the first row; below it, one row per kind of heat map, drawn over the images.
 
-    The heat map is resized to the image and drawn from its minimum to its maximum; the colour bar shows the scale.
+    Each heat map is resized to its image. The colours span the range of that map; a colour bar shows the scale.
     """
     num_columns = len(images)
     figure = NotebookFigure(min(9.6, 2.1 * num_columns + 0.8), 1.62 * (1 + len(heats)))

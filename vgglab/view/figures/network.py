@@ -26,13 +26,14 @@ GAP, POOL_WIDTH, LINEAR_WIDTH, MIN_WIDTH, LETTER_WIDTH = 0.007, 0.014, 0.05, 0.0
 def architecture(anatomy: Anatomy, marked: str = "") -> NotebookFigure:
     """Draw the whole network in one row, from the image on the left to the classes on the right.
 
-    The height of a convolution is the side of its maps in pixels, and its width is the number of channels. A pooling
-    layer is a hatched bar with the height of its output. The height of a linear layer is its number of features, on a
-    separate scale.
+    The box of a convolution is as high as its maps are in pixels, and its width is proportional to the number of
+    channels. A pooling layer is a hatched bar with the height of its output. The height of a linear layer's box is
+    its number of features, on a separate scale.
 
     Args:
         anatomy: a result of ``vgglab.anatomy.of``, of any depth and image size.
-        marked: the name of a layer to point at; a layer without a box is marked at the box of its input.
+        marked: the name of a layer to point at; a layer of another kind than convolution, pool or
+            linear is marked at the box before it.
 
     Raises:
         UserError: the layer does not exist, or the network has no layer that is drawn as a box.
@@ -103,7 +104,7 @@ def _box(panel: Any, name: str, kind: str, corner: tuple[float, float], width: f
 
 
 def _write_sizes(panel: Any, boxes: Sequence[tuple[Layer, float, float, float]], size: int) -> None:
-    """Write the side of the maps above the first box of each size, and the channels below the convolutions."""
+    """Write map sizes above the boxes, channels below the convolutions, and features above the linear layers."""
     background = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # an arrow may pass behind
     text_style: dict[str, Any] = {"fontsize": 9, "color": INK, "zorder": 5, "bbox": background}
     maps = [box for box in boxes if box[0].kind in ("conv", "pool")]
@@ -170,7 +171,7 @@ def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> NotebookFigure:
     Only layers with multiply-adds are shown. A layer far below the roofline could be faster.
 
     Raises:
-        UserError: nothing in ``rows`` was measured.
+        UserError: no layer with multiply-adds in ``rows`` was measured.
     """
     shown = [row for row in rows if row.flop_per_second is not None]
     if not shown:
@@ -202,7 +203,7 @@ def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> NotebookFigure:
 def _labels(
     rows: Sequence[Layer], speeds: Sequence[float], left: float, right: float
 ) -> list[tuple[str, float, float, float]]:
-    """Return the layer names, the positions of their markers, and label positions (0 to 1) without overlap."""
+    """Return for each layer its name, the position of its marker, and a label position (0 to 1) without overlap."""
     markers = sorted(zip((row.intensity for row in rows), speeds, (row.name for row in rows)))
     preferred = [math.log(marker[0] / left) / math.log(right / left) for marker in markers]
     gap = min(LABEL_GAP, 1 / (len(markers) + 1))

@@ -168,7 +168,7 @@ HATCHES = ("", "//", "", "..", "xx", "\\\\", "")
 
 
 def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> NotebookFigure:
-    """Plot one stacked bar per run: mean milliseconds of each phase of a step; needs runs with --timers.
+    """Plot one stacked bar per run: mean time of each phase of a step; needs runs that were trained with --timers.
 
     Without ``names``, a bar is labelled with batch size, precision and layout. Lines of code at which the host reads a
     value from the device more than once in two steps are listed below the bar.
