@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import shutil
+import sys
+import time
 
 import pytest
 from test_runs import START, path, trained  # noqa: F401  # path is a fixture
@@ -231,3 +233,32 @@ def test_terminal_shows_each_event_once(path, monkeypatch, capsys):  # noqa: F81
     monkeypatch.setattr(lines, "terminal", shown.append)
     lines.update()
     assert [event["step"] for event in shown] == [4, 5, 6, 7, 8]
+
+
+def test_valid_report_is_read_once_and_again_after_each_change(path):  # noqa: F811
+    """A table of 200 runs asks six times for each; all files were read each time."""
+    write(path, *HISTORIES["completed"])
+    assert call("report", [str(path)]) == 0
+    run, file, opened = vgglab.Run(path), path / "events.jsonl", []
+    content = file.read_bytes()
+    sys.addaudithook(lambda name, args: opened.append(1) if name == "open" and str(args[0]) == str(file) else None)
+
+    def reads_and_is_valid():
+        opened.clear()
+        is_valid = run.valid_report() is not None
+        return bool(opened), is_valid
+
+    def write_events(content, seconds_ago):
+        file.write_bytes(content)
+        for changed in path.glob("*.json*"):
+            os.utime(changed, (time.time() - seconds_ago,) * 2)
+
+    assert [reads_and_is_valid(), reads_and_is_valid()] == [
+        (True, True)
+    ] * 2  # written so recently that another change might go unnoticed
+    write_events(content, seconds_ago=10)
+    assert [reads_and_is_valid(), reads_and_is_valid()] == [(True, True), (False, True)]
+    write_events(content.replace(b"50.0", b"90.0"), seconds_ago=5)  # the size stays the same
+    assert [reads_and_is_valid(), reads_and_is_valid()] == [(True, False), (False, False)]
+    write_events(content, seconds_ago=10)
+    assert reads_and_is_valid() == (True, True)

@@ -1,16 +1,16 @@
 """The interface between vgglab and the hardware.
 
-The command opens a device once and passes it to the trainer; no module outside this package depends on a kind of
+A command opens its device once and passes it to the trainer; no module outside this package depends on a kind of
 hardware. This module imports torch only when a device is opened, so that the parser and the views can list the devices
 without it.
 
     base.py       the interface
-    stock.py      the plain PyTorch step, for devices that PyTorch supports natively
+    stock.py      the plain PyTorch step, for all devices except T20 cards
     native.py     cpu, cuda, mps
     gcu_eager.py  the current torch_gcu: device "gcu", backend "eccl"
     gcu_lazy.py   the torch_gcu of T20 cards: device "xla", torch 1.10, one graph per step
     gcu_sim.py    gcu-sim: gcu_eager.py on the simulated card of sim/
-    gcu.py        finds torch_gcu and determines which of the two it is
+    gcu.py        finds torch_gcu and determines its generation
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class DeviceOptions:
     """The options of a device, as given by the flags."""
 
     amp_dtype: str | None = None  # None: full float32; "auto": the device's own choice; or one of AMP_DTYPES
-    tf32: bool | None = None  # None: as set in the environment, by default float32
+    tf32: bool | None = None  # None: float32, unless the environment enables TF32 (T20 cards only)
     fast: bool = False  # the fastest supported mode; amp_dtype, channels_last and fused override it
     channels_last: bool | None = None
     fused: bool | None = None  # one kernel for the whole optimizer step
@@ -58,7 +58,7 @@ class DeviceOptions:
 
 
 def import_torch(name: str) -> None:
-    """Import torch for the first time in this process, for the device that the flags name.
+    """Import torch for the device that the flags name, unless this process has imported it already.
 
     ``import torch`` also loads the card's library if one is installed, and fails if that library is broken. Other
     devices do not need the library, and a simulated card conflicts with it, so it is not loaded for them.
@@ -70,7 +70,7 @@ def import_torch(name: str) -> None:
         os.environ[AUTOLOAD] = "0"
     if "torch" in sys.modules:
         return
-    gc.disable()  # the import leaves no garbage; collecting it would take a fifth of the time
+    gc.disable()  # the import leaves no garbage, but searching for it would take a fifth of the time
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError as error:
@@ -113,15 +113,17 @@ def open_device(name: str, **options: Any) -> Device:
 
 
 def available_kinds() -> list[str]:
-    """The kinds of real devices that this machine has, best first. Raises UserError if a card's library is broken."""
+    """Return the kinds of real devices on this machine, best first. Raises UserError if a card's library is broken."""
     modules = {kind: _adapter_module(kind) for kind in KINDS}
     real = [kind for kind, module in modules.items() if hasattr(module, "why_unavailable")]
     return [kind for kind in real if modules[kind].why_unavailable(kind, DeviceOptions()) is None]
 
 
 def _adapter_module(kind: str) -> Any:
-    """Return the module of a kind. It defines ``open_adapter(kind, options)``, which raises UserError if the device or
-    an option is not available, and ``why_unavailable(kind, options)``, which returns None if this machine has such a
-    device, otherwise the reason in one line ("" if it is obvious), and raises UserError if the library is broken.
+    """Return the adapter module for a kind of device.
+
+    It defines ``open_adapter(kind, options)``, which raises UserError if the device or an option is not available. All
+    but gcu_sim also define ``why_unavailable(kind, options)``: it returns None if this machine has such a device,
+    otherwise the reason in one line ("" if it is obvious), and raises UserError if the library is broken.
     """
     return importlib.import_module(f"vgglab.devices.{KINDS[kind]}")

@@ -13,7 +13,7 @@ MAX_RANDOM_SEED = 2**20  # exact in float32, the type in which it is sent
 
 
 def draw_seed(device: Device) -> int:
-    """Draw a random seed on rank 0 and send it to all ranks, as a sum to which the others contribute 0."""
+    """Return a random seed that rank 0 draws and sends to all ranks, as a sum to which the others contribute 0."""
     import torch
 
     seed = random.SystemRandom().randrange(MAX_RANDOM_SEED) if device.rank == 0 else 0

@@ -17,7 +17,7 @@ class Device(ABC):
     """One card (or the CPU) as used by one process, and the rank of that process.
 
     Attributes:
-        kind: the name in ``config.json`` and the report.
+        kind: the name of the device in ``config.json`` and in the report.
         rank, local_rank, world_size: index of this process among all, its index among those on its machine, and
             the number of processes.
         worker_start: how loader workers are started (``fork`` or ``spawn``).
@@ -31,7 +31,7 @@ class Device(ABC):
         compiles: whether the network is compiled.
         can_average: whether weights may be read outside the step, for a moving average.
         is_host: whether the device is the CPU, so that reading a value needs no synchronisation.
-        is_simulated: whether the card is simulated, so that its speed means nothing.
+        is_simulated: whether the card is simulated; if it is, its speed means nothing.
         num_cards: number of cards visible to this process; None on the CPU, which any number of ranks can share.
         supports: which of ``channels_last``, ``fused`` and ``compile`` the device supports; the others are refused.
         warnings: messages for the user, one line each.
@@ -99,7 +99,7 @@ class Device(ABC):
 
     @abstractmethod
     def seconds_between(self, earlier: Any, later: Any) -> float:
-        """Seconds between two marks; synchronise the device before calling this."""
+        """Return the seconds between two marks; synchronise the device before calling this method."""
 
     @abstractmethod
     def autocast(self) -> ContextManager[Any]:
@@ -121,7 +121,7 @@ class Device(ABC):
         """Perform one optimizer step; ``outputs`` are the tensors that will be read after it."""
 
     def loss_scale(self) -> Tensor | float:
-        """The factor by which gradients are multiplied between ``backward`` and ``step``, on the device; 1 if none."""
+        """Return the scale of the loss, and of its gradients until ``step``: on the device, or 1 without a scaler."""
         return 1.0 if self._scaler is None else self._scaler._scale
 
     def scaler_state(self) -> dict[str, Any]:
@@ -144,7 +144,10 @@ class Device(ABC):
 
     @abstractmethod
     def fetch(self, tensor: Tensor) -> list[float]:
-        """Return a one-dimensional tensor as a list; waits for the device. The training loop reads only in this way."""
+        """Return a one-dimensional tensor as a list; waits for the device.
+
+        The training loop reads values from the device in no other way.
+        """
 
     @abstractmethod
     def sum(self, tensor: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def probe(*programs: str, **environment: str) -> list[dict[str, Any]]:
 
 
 def installed(package: str) -> str | None:
-    """The installed version according to the package metadata; nothing is imported."""
+    """Return the installed version of a package, or None, from its metadata; nothing is imported."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -186,7 +186,7 @@ class Checkup:
             fix = f"check the driver, LD_LIBRARY_PATH=/opt/tops/lib and {VISIBLE_CARDS_VARIABLE}"
             self.problem(cards["no_cards_reason"].replace("; python -m vgglab.doctor shows what to fix", ""), fix)
         if cards["num_cards"] > 1 and not cards["eccl"]:
-            self.problem("several cards, but eccl is not installed", "install tops-eccl from the same release")
+            self.problem("several cards, but eccl is not installed", "install tops-eccl from torch_gcu's release")
         if cards.get("sees_cuda"):
             self.problem(
                 "torch_gcu.distributed is empty because torch sees a CUDA device", "set CUDA_VISIBLE_DEVICES=''"
@@ -219,7 +219,7 @@ class Checkup:
             if entry.partition(":")[0].strip() not in ALLOC_KEYS:
                 self.problem(f"PYTORCH_GCU_ALLOC_CONF: {entry} is not supported", f"remove {entry}")
         if ("RANK" in variables) != ("WORLD_SIZE" in variables):
-            self.problem("only one of RANK and WORLD_SIZE is set", "unset it, or start with torchrun")
+            self.problem("only one of RANK and WORLD_SIZE is set", "unset both, or start with torchrun")
         self._add_notes(variables, cards)
 
     def _add_notes(self, variables: dict[str, str], cards: dict[str, Any]) -> None:
@@ -236,13 +236,13 @@ class Checkup:
 
 
 def _backend_entry_points() -> list[Any]:
-    """The entry points of libraries that ``import torch`` loads; empty if there are none."""
+    """Return the entry points of libraries that ``import torch`` loads; an empty list if there are none."""
     found: Any = entry_points()
     group = "torch.backends"
     return list(found.select(group=group) if hasattr(found, "select") else found.get(group, []))  # before Python 3.10
 
 
 def _release(text: str | None) -> tuple[int, ...]:
-    """Major and minor version: ``(2, 10)`` for ``2.10.0+cpu``; ``()`` for no version."""
+    """Return the major and minor version: ``(2, 10)`` for ``2.10.0+cpu``, ``()`` if there is no version."""
     match = re.match(r"(\d+)\.(\d+)", text or "")
     return tuple(int(part) for part in match.groups()) if match else ()

@@ -1,4 +1,4 @@
-"""Differences between torch 1.10 (the vendor's old stack) and current versions, and workarounds for slow imports."""
+"""Bridge the differences between torch 1.10 (the vendor's old stack) and current versions; avoid slow imports."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _is_not_torch_wrapper(wrapper: Any) -> bool:
 
 
 def parallel_without_compiler(network: nn.Module, **options: Any) -> DistributedDataParallel:
-    """``DistributedDataParallel`` for a network that is not compiled, without importing the compiler.
+    """Wrap a network that is not compiled in ``DistributedDataParallel``, without importing the compiler.
 
     torch (2.15) imports the compiler in two places: in the constructor, to read one compiler setting (this function
     supplies the default), and in a wrapper around ``_inside_ddp_forward``, the context manager for each forward pass
@@ -92,7 +92,7 @@ class NotACheckpoint(ValueError):
 
 
 def load_tensors(path: str | Path) -> Any:
-    """Load a file written by ``torch.save`` to the CPU, without executing code from it.
+    """Load a file that ``torch.save`` wrote, onto the CPU and without executing code from it.
 
     Raises:
         OSError: the file cannot be read.

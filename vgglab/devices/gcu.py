@@ -1,7 +1,7 @@
 """Find out whether torch_gcu is installed, can be imported and finds cards, and which generation it is.
 
 Two libraries of that name exist. The older (T20 cards, torch 1.10) is lazy and has no ``torch.gcu``; the newer
-(S60, torch 2.10) is eager. The interfaces are those of Enflame's ``torch_gcu`` packages.
+(S60, torch 2.10) is eager. The functions called here are those of Enflame's packages.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def is_installed() -> bool:
 
 
 def load(options: DeviceOptions) -> Any:
-    """Import torch_gcu and torch in the required order. Raises UserError if that fails."""
+    """Import and return torch_gcu; if it is lazy, set its TF32 variable first. Raises UserError if that fails."""
     if not is_installed():
         raise UserError(
             f"--device gcu: torch_gcu is not installed for {sys.executable}; "
@@ -76,7 +76,7 @@ def load(options: DeviceOptions) -> Any:
 
 
 def _is_lazy_on_disk() -> bool:
-    """Whether the installed torch_gcu is the lazy generation, without importing it: only this one has ``core/``."""
+    """Whether the installed torch_gcu is lazy, without importing it: only the lazy generation has ``core/``."""
     spec = find_spec("torch_gcu") if "torch_gcu" not in sys.modules else sys.modules["torch_gcu"].__spec__
     return any(Path(folder, "core").is_dir() for folder in (spec and spec.submodule_search_locations) or ())
 
@@ -92,12 +92,12 @@ def _set_tf32_variable(tf32: bool | None) -> None:
 
 
 def resolve_tf32(tf32: bool | None) -> bool:
-    """Whether to use TF32: set by the flag, otherwise by the environment; off by default, as in the original README."""
+    """Whether the flag, or without it the environment, enables TF32; off by default, as in the original example."""
     return os.environ.get(TF32_VARIABLE, "false").lower() in ("true", "1") if tf32 is None else tf32
 
 
 def is_lazy(torch_gcu: Any) -> bool:
-    """Whether the imported library is the lazy generation. Raises UserError if it is neither."""
+    """Whether the imported library is the lazy generation. Raises UserError if it is neither lazy nor eager."""
     import torch
 
     if hasattr(torch_gcu, "JitRunMode"):
@@ -108,7 +108,7 @@ def is_lazy(torch_gcu: Any) -> bool:
 
 
 def count_cards(torch_gcu: Any) -> int:
-    """The number of cards; 0 without a driver. Only the older generation has these calls in torch_gcu itself."""
+    """Return the number of cards, 0 without a driver. Only the lazy generation counts them in torch_gcu itself."""
     import torch
 
     api = torch_gcu if is_lazy(torch_gcu) else torch.gcu  # type: ignore[attr-defined]
@@ -116,7 +116,7 @@ def count_cards(torch_gcu: Any) -> int:
 
 
 def why_no_cards() -> str:
-    """The error message if torch_gcu is installed but finds no card."""
+    """Return the error message for a torch_gcu that is installed but finds no card."""
     visible = os.environ.get(VISIBLE_CARDS_VARIABLE)
     cards = [card.strip() for card in (visible or "").split(",")]
     if visible is not None and len(set(cards)) < len(cards):

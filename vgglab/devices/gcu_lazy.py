@@ -32,7 +32,7 @@ class LazyGcu(Device):
     worker_start = "spawn"  # as in the vendor's script
     pins_memory = False  # torch 1.10 pins memory for CUDA only
     _parallel: nn.Module | None = None  # the network in DistributedDataParallel
-    can_average = False  # the average would be in the step's graph, with a new constant in each step
+    can_average = False  # the average's decay, a constant of the graph, changes: each step would compile a new graph
 
     def __init__(self, options: DeviceOptions, torch_gcu: Any, tf32: bool) -> None:
         super().__init__(options)

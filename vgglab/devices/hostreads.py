@@ -61,7 +61,7 @@ class HostReads:
 
 
 def _location(frame: FrameType | None) -> str:
-    """``file.py:line`` of the code that reads the value; empty for the loader."""
+    """Return ``file.py:line`` of the code that reads the value, or an empty string if that is the loader."""
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(LOADER_PATHS):

@@ -43,8 +43,8 @@ def keep_freed_memory() -> bool:
 def limit_to_free_memory(share: float = 0.95) -> int | None:
     """Limit the memory of this process, so that it gets an error before the kernel's OOM killer acts.
 
-    Returns how many more bytes it can allocate: ``share`` times the free memory of the machine and its container; None
-    if the system does not report the free memory (Linux does).
+    Returns how many more bytes it can allocate: ``share`` times the free memory of the machine or of its container,
+    whichever is less; None if the system does not report the free memory (Linux does).
     """
     with contextlib.suppress(OSError, ValueError, AttributeError):
         free = int(share * _free_bytes())

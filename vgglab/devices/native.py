@@ -159,7 +159,7 @@ class NativeDevice(StockDevice):
 
 
 def prefetch(items: Iterable[Item]) -> Iterator[Item]:
-    """Yield the same items, requesting the next one before yielding the current one."""
+    """Yield the items unchanged, requesting each one before its predecessor is yielded."""
     queue: deque[Item] = deque()
     for item in items:
         queue.append(item)
@@ -179,7 +179,7 @@ def _set_tf32(enabled: bool) -> None:
 
 
 def _fast_dtype(kind: str) -> str | None:
-    """The fastest data type for mixed precision; None if the device would only emulate it."""
+    """Return the fastest data type for mixed precision; None on mps, and on a CPU without fast bfloat16."""
     if kind == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     return (

@@ -1,4 +1,4 @@
-"""The plain PyTorch step, DDP and collectives, for devices that PyTorch supports natively."""
+"""The plain PyTorch step, DDP and collectives, for all devices except T20 cards."""
 
 from __future__ import annotations
 

@@ -33,10 +33,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with the training statistics of all ranks; all batches must have the same size."""
+    """``nn.BatchNorm2d`` that computes training statistics over all ranks; their batches must have the same size."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``(N, C, H, W)``; computed in float32, or in float64 for float64 input."""
+        """Normalise a tensor ``(N, C, H, W)``, computing in float32, or in float64 if the input is float64."""
         if not self.training:
             return super().forward(input)
         assert self.momentum is not None

@@ -33,7 +33,7 @@ class Tracer:
         self._profiler.__enter__()
 
     def close(self) -> None:
-        """Stop and write the trace, even if the run ends early: an open profiler would crash the process."""
+        """Stop profiling and write the trace, even if the run ends early: an open profiler would crash the process."""
         if self._profiler is not None:
             self._profiler.__exit__(None, None, None)
             self._profiler.export_chrome_trace(str(self._file))

@@ -25,7 +25,7 @@ class Signal(NamedTuple):
     layer: str
     activation: float  # of its output
     gradient: float  # of the loss with respect to its output
-    weight_gradient: float  # of the loss with respect to its weights, divided by the deviation of the weights
+    weight_gradient: float  # of the loss with respect to its weights, divided by the weights' standard deviation
 
 
 def signals(model: nn.Module, images: Tensor, labels: Tensor) -> list[Signal]:

@@ -5,7 +5,8 @@
 
 A notebook spends part of its time in training steps and part in Python code that starts processes and imports torch. A
 processor may be slow at only one of these, so both are measured: a training step of VGG11, and the compilation of a
-standard-library module. Both use one core, because on a busy machine several threads would mostly wait for each other.
+standard-library source file to bytecode. Both use one core, because on a busy machine several threads would mostly
+wait for each other.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ def _ratio(step_seconds: float, compile_seconds: float) -> float:
 
 
 def measure() -> tuple[float, float]:
-    """Return the median seconds of a training step and of compiling a Python file, without the first run of each."""
+    """Return the median times of a training step and of compiling a Python source file to bytecode, in seconds.
+
+    The first run of each is not counted.
+    """
     source = Path(argparse.__file__).read_text(encoding="utf-8")
     compile_seconds = _median_seconds(partial(compile, source, "argparse", "exec"), COMPILE_BENCHMARK_SECONDS)
     try:

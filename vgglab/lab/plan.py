@@ -32,8 +32,9 @@ FORWARD_SHARE = 1 / 3  # an evaluated image needs a third of the operations of a
 MAX_RATE_RATIO, MAX_CARDS = (
     4.0,
     8,
-)  # largest ratio to the recipe's rate, which the original example scales for up to this many cards
-# Rules of thumb: slightly above the original example's 0.06 on eight cards; the depth is from the paper, section 3.1.
+)  # largest ratio to the recipe's rate; the original example scales the rate for up to this many cards
+# Rules of thumb: the rate is slightly above the original example's 0.06 on eight cards; the depth is from the paper,
+# section 3.1.
 MAX_RATE_WITHOUT_NORM, MAX_DEPTH_WITH_NORMAL_INIT = 0.1, 11
 
 
@@ -159,7 +160,7 @@ def _warnings(config: Request, ranks: int) -> list[str]:
         if not 1 / MAX_RATE_RATIO < factor < MAX_RATE_RATIO:
             lines.append(
                 f"the learning rate is {rate:.3g} after scaling by batch size and ranks, {factor:.2g} x that of "
-                f"--recipe {config.recipe}, scaled for at most {MAX_CARDS} cards: adjust --lr, or increase --warmup"
+                f"--recipe {config.recipe} (scaled for at most {MAX_CARDS} cards): adjust --lr, or increase --warmup"
             )
     depth, has_norm = int(config.model[3:].partition("_")[0]), config.model.endswith("_bn")
     if not has_norm and rate > MAX_RATE_WITHOUT_NORM:
@@ -172,7 +173,7 @@ def _warnings(config: Request, ranks: int) -> list[str]:
             "use kaiming or xavier"
         )
     if config.lr_schedule == "plateau":
-        lines.append("--lr-schedule plateau: drops depend on validation accuracy, so they cannot be planned")
+        lines.append("--lr-schedule plateau: drops of the rate depend on held-out accuracy, so they cannot be planned")
     return lines
 
 

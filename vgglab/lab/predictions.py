@@ -24,7 +24,7 @@ MAX_CLASSES = 10**6  # largest number accepted from a run's settings; ImageNet-2
 
 
 class Prediction(NamedTuple):
-    """The prediction for one image: the actual class, the predicted class, and the latter's probability (0 to 1)."""
+    """The prediction for one image; ``probability`` (0 to 1) is that of the predicted class."""
 
     file: str  # or the index of the image, if the data set has no files
     actual: str

@@ -55,7 +55,7 @@ def _output_side(module: Any, axis: int, side: int) -> int:
     if not getattr(module, "ceil_mode", False):
         return span // stride + 1
     rounded_up = -(-span // stride) + 1
-    return rounded_up - ((rounded_up - 1) * stride >= side + padding)  # a last window in the right padding is dropped
+    return rounded_up - ((rounded_up - 1) * stride >= side + padding)  # no window starts in the right padding
 
 
 def window(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int, int]:

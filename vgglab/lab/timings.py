@@ -1,7 +1,7 @@
-"""The running time of each notebook with the profile ``quick``, with nothing else running on the reference machine.
+"""The running time of each notebook with the profile ``quick``, on the reference machine with nothing else running.
 
-``python tests/time_notebooks.py "name of the machine"`` writes ``timings.json``. This file also contains the two
-measurements with which ``vgglab/lab/machine_speed.py`` compares the current machine.
+``python tests/time_notebooks.py "name of the machine"`` writes ``timings.json``. That file also contains the two
+measurements of the reference machine with which ``vgglab/lab/machine_speed.py`` compares the current machine.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from vgglab.runs.report import read_report
 from vgglab.settings.config import Request
 from vgglab.storage import schema
 from vgglab.storage.events import Event, EventFile
-from vgglab.storage.files import exists, inode_of, make_folder, read_tail, write_errors
+from vgglab.storage.files import Stamp, exists, inode_of, make_folder, read_tail, stamp, write_errors
 from vgglab.storage.lock import holder
 from vgglab.storage.schema import RANK, SKIPPED, Document, Validator, parse_line, read_document, try_read_document
 
@@ -104,6 +104,8 @@ class Run:
         """Raises UserError if the folder does not exist or contains no run."""
         self.path = Path(path).absolute()  # valid even after os.chdir
         self._events = EventFile(self.path / "events.jsonl")
+        self._stamps: list[Stamp | None] = []  # of the files when ``valid_report`` last read them
+        self._valid_report: Document | None = None
         if not is_run_dir(self.path):
             raise UserError(f"{self.path} is not a run directory")
 
@@ -241,7 +243,16 @@ class Run:
         return read_report(self)
 
     def valid_report(self) -> Document | None:
-        """``report.json`` if it is final and matches the events, which then need not be parsed; else None."""
+        """``report.json`` if it is final and matches the events, which then need not be parsed; else None.
+
+        The files are read again only if they have changed, because a table asks several times for each of many runs.
+        """
+        stamps = [stamp(self.path / name) for name in ("config.json", "env.json", "report.json", "events.jsonl")]
+        if None in stamps or stamps != self._stamps:
+            self._valid_report, self._stamps = self._read_valid_report(), stamps
+        return self._valid_report
+
+    def _read_valid_report(self) -> Document | None:
         documents = self._documents()
         saved = documents["report.json"]
         is_complete = saved.has_checksum and saved.keys() >= schema.DOCUMENTS["report.json"].keys() and not saved.damage

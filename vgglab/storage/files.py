@@ -6,12 +6,15 @@ import contextlib
 import errno
 import os
 import stat
+import time
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Tuple
 
 from vgglab.errors import UserError
 
 MAX_BYTES = 2**24  # the largest document or line that is read
+RECENT_SECONDS = 3.0  # the modification times of some file systems are rounded to two seconds
+Stamp = Tuple[int, int, int]  # inode, size in bytes and modification time of a file in nanoseconds
 
 
 def exists(path: Path) -> bool:
@@ -88,3 +91,17 @@ def inode_of(path: Path) -> str:
     As text, because it may exceed 2**53; empty if there is no such folder.
     """
     return str(path.stat().st_ino) if path.exists() else ""
+
+
+def stamp(file: Path) -> Stamp | None:
+    """A value that changes when the file changes.
+
+    None if there is no such file, or if it was changed so recently that another change might leave its size and its
+    modification time as they are.
+    """
+    try:
+        status = os.stat(file, follow_symlinks=False)
+    except OSError:
+        return None
+    is_recent = abs(time.time() - status.st_mtime) < RECENT_SECONDS
+    return None if is_recent else (status.st_ino, status.st_size, status.st_mtime_ns)

@@ -26,7 +26,7 @@ import sys
 import torch
 
 __version__ = "simulated"
-IS_CONTRACT_DOUBLE = True  # for code that expects a real torch_gcu instead of this module
+IS_CONTRACT_DOUBLE = True  # for code that is given this module in place of a real torch_gcu
 
 _REQUIREMENT = "needs torch 2.10 or newer"
 
@@ -39,7 +39,7 @@ def install() -> None:
     """Register the simulated device; a second call does nothing.
 
     Raises:
-        CannotSimulate: torch is too old, or another torch_gcu (or the lazy double) uses the name.
+        CannotSimulate: torch is too old, or another torch_gcu (or the lazy double) is loaded.
     """
     if is_installed():
         return
@@ -72,7 +72,7 @@ def is_installed() -> bool:
 
 
 def num_host_reads() -> int:
-    """The number of times that this process has read a value from a card, and so waited for the card."""
+    """Return how many times this process has read a value from a card; on a real card, each read would wait."""
     from vgglab.devices.sim.card import state
 
     return state.num_host_reads

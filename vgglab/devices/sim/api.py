@@ -20,7 +20,7 @@ IS_SIMULATED = True
 
 
 class Properties(NamedTuple):
-    """The properties of a card. Major version 3 is an S60; the processor counts were read from one."""
+    """The properties of a card. Major version 3 means S60; the processor counts are those that an S60 reports."""
 
     name: str
     major: int
@@ -175,7 +175,7 @@ def set_rng_state_all(new_states: list[torch.Tensor]) -> None:
 
 
 class Event:
-    """A timestamp; ``elapsed_time`` returns milliseconds of CPU wall-clock time."""
+    """A timestamp; ``elapsed_time`` returns milliseconds of the host's wall-clock time."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         self._enable_timing = enable_timing

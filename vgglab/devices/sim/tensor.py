@@ -183,7 +183,7 @@ def _check_generator(kwargs: dict) -> None:
 
 
 def _result_device(op: Any, card_tensors: list[SimTensor], args: tuple, device: Any) -> tuple[int, bool]:
-    """The card of the result, and whether the result goes to the host instead."""
+    """Return the card of the result, and whether the result goes to the host instead."""
     if device is not None:
         device = torch.device(device)
         if device.type != "gcu":
@@ -215,7 +215,7 @@ def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
 
 
 def _dropout(images: torch.Tensor, p: float, train: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dropout as one kernel, as on cards, with the CPU's order of operations, so that results match the CPU."""
+    """Apply dropout in one kernel, like a card, but in the CPU's order of operations; results match the CPU's."""
     if not train or p == 0:
         return images.clone(), torch.ones_like(images, dtype=torch.bool)
     if p == 1:

@@ -4,8 +4,9 @@
     python -m vgglab.bench data --data-path imagenet --json   # the last line of stdout is one JSON object
 
 First, on one core, vgglab and the reference load the same chunks of images, interleaved, from the files to a normalised
-float32 batch. The files of a chunk are read once beforehand, so disk reads are not timed. The ratio is the median over
-the pairs of chunks. Then the loader is measured as training uses it, with one process and with one per core.
+float32 batch. The files of a chunk are read once beforehand, so disk reads are not timed. Each chunk gives one pair of
+times; the ratio is the median over the pairs. Then the loader is measured as training uses it, with one process and
+with one per core.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class LoadingResult(NamedTuple):
 
     images_per_second: float  # vgglab on one core, from the file to the normalised batch
     reference_images_per_second: float  # torchvision's reference on one core
-    ratio: float  # median over the pairs of chunks
+    ratio: float  # median over the pairs of times
     ratio_range: tuple[float, float]
     decode_images_per_second: float  # reading and decoding whole images: the limit of loaders that do so
     num_pairs: int

@@ -10,11 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class ContractViolation(AssertionError):
-    """The vendor's contract forbids this; the message says what it requires."""
+    """Raised by a call that breaks the vendor's contract; the message says how."""
 
 
 class Log:
-    """The log: ``calls`` contains the calls so far, in order, as ``(name, details)``."""
+    """The log of a process: ``calls`` lists the calls so far in order, as ``(name, details)``."""
 
     def __init__(self):
         self.calls = []
@@ -33,7 +33,7 @@ class Log:
         raise ContractViolation(text)
 
     def count(self, name):
-        """The number of calls with this name."""
+        """Return the number of calls with this name."""
         return sum(called == name for called, _ in self.calls)
 
 

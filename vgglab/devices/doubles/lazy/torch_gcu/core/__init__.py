@@ -1,1 +1,1 @@
-"""The double of the part that is native code in the real library."""
+"""The double of ``torch_gcu.core``, including what is native code in the real library."""

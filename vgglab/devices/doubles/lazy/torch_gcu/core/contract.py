@@ -8,7 +8,7 @@ AMP_STEP = ["zero_grad", "scale", "backward", "scaler.step", "scaler.update", "u
 
 
 class ContractViolation(AssertionError):
-    """The vendor's training loop does not do this; the message says what the loop does instead."""
+    """Raised where a program departs from the vendor's training loop; the message says how."""
 
 
 class Log:
@@ -72,7 +72,7 @@ class Log:
         self.step_number += 1
 
     def count(self, name):
-        """The number of calls with this name."""
+        """Return the number of calls with this name."""
         return sum(called == name for called, _ in self.calls)
 
 

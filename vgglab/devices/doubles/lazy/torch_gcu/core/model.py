@@ -22,9 +22,9 @@ def optimizer_step(
 ):
     """Call ``optimizer.step()`` once, then run one graph with weights, optimizer state, outputs and buffers."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}")
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer")
     if model is not None and not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}")
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if model is None:
         log.violation("optimizer_step without model makes every live tensor an output; pass model=")
     _check_mode(mode)

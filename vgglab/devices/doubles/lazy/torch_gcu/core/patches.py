@@ -1,4 +1,4 @@
-"""Patches to torch: those that importing torch_gcu makes, and those that let the double check calls."""
+"""Patches to torch: those that torch_gcu makes on import, and those that let the double check calls."""
 
 import functools
 import os
@@ -62,7 +62,7 @@ def _checked_step(step):
                 "a bare optimizer.step(): nothing runs on a lazy card until optimizer_step or unlazy is called"
             )
         if _has_card_parameters(optimizer):
-            # What the step must keep, by name; an optimizer has only its parameters.
+            # What the step must keep, by name. An optimizer does not know its parameters' names, so they are numbered.
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             log.required_outputs = {f"parameter {number}": p for number, p in enumerate(parameters)}
         return step(optimizer, *args, **kwargs)

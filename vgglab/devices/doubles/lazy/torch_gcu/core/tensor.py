@@ -40,7 +40,7 @@ def is_on_card(value):
 
 
 def to_card(tensor, card):
-    """The result of ``.to("xla:0")``: an input, which already has its value."""
+    """Return a copy of the tensor on the card: an input of the graph, which already has its value."""
     with Plain():
         moved = tensor.clone() if tensor.requires_grad else tensor.detach().clone()
         moved = moved.as_subclass(LazyTensor)
@@ -109,7 +109,7 @@ def _pending(value, operands):
 
 
 def read(tensor, how):
-    """Read a value on the host: free if it was an output of its step, otherwise a graph break."""
+    """Record a host read: free if the value is computed, otherwise one more graph, which splits a running step."""
     log.call("read", how=how)
     if getattr(tensor, "_is_computed", True):
         return
@@ -142,7 +142,7 @@ original_to = torch.Tensor.to
 
 
 def target_device(args, kwargs):
-    """The device in the arguments of ``.to(...)``, if there is one."""
+    """Return the device in the arguments of ``.to(...)``, or None."""
     target = kwargs.get("device", next((value for value in args if _is_device(value)), None))
     if isinstance(target, (str, torch.device)):
         return torch.device(target)
