@@ -194,7 +194,7 @@ def _next_segment(data: bytearray, offset: int, markers: set[int]) -> tuple[int,
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB like Pillow, but keep the upper 8 bits of 16-bit greys instead of clipping to white."""
+    """Convert an image to RGB as Pillow does, except that 16-bit greyscale is scaled to 8 bits instead of clipped."""
     if image.mode in SIXTEEN_BIT_MODES:
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     elif image.mode == "F":

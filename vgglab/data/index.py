@@ -28,8 +28,8 @@ Index = Dict[str, Listing]  # class folder -> its images, in sorted order; "" fo
 class Paths(Sequence[str]):
     """A sequence of paths, stored in two flat buffers.
 
-    A list of a million strings has a million reference counts. A forked worker that changes one copies the whole memory
-    page, so with a list its memory use would grow throughout the epoch.
+    A list of a million strings has a million reference counts. Reading a string in a forked worker changes its count,
+    which copies the whole memory page; with a list, memory use would therefore grow throughout the epoch.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:

@@ -39,7 +39,7 @@ MAX_RATE_WITHOUT_NORM, MAX_DEPTH_WITH_NORMAL_INIT = 0.1, 11
 
 
 class Plan(NamedTuple):
-    """A plan, with the fields of the JSON object. Times are in seconds, sizes in bytes."""
+    """A training plan, with the fields of ``vgglab plan --json``. Times are in seconds, sizes in bytes."""
 
     data: str
     num_train_images: int

@@ -125,7 +125,7 @@ class Request:
         None,
         AT_LEAST_1,
     )
-    lr_gamma: float = flag(f"factor of each drop ({schedules_with('lr_gamma')})", 0.1, POSITIVE)
+    lr_gamma: float = flag(f"multiply the rate by this at each drop ({schedules_with('lr_gamma')})", 0.1, POSITIVE)
     lr_patience: int = flag(
         f"evaluations without a new best top-1 before the rate drops ({schedules_with('lr_patience')})", 5, AT_LEAST_1
     )

@@ -24,7 +24,8 @@ def cache_folder() -> Path:
 def use_private_temporary_folder() -> None:
     """Put the temporary files of this process and its children into the cache folder, where only its owner can write.
 
-    Some libraries load code from a file in the temporary folder whose name another user could have taken first.
+    Some libraries load code from a file with a predictable name in the temporary folder; in a shared folder, another
+    user could create that file first.
 
     Raises:
         UserError: the folder cannot be created, or belongs to another user.

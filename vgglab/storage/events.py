@@ -52,7 +52,7 @@ class LongEvents(Sequence[Event]):
         return next(iter(LongEvents(self._file, self._identity, [chosen])))
 
     def boundary_events(self) -> LongEvents:
-        """Return the events, but only the last of each series of consecutive training events not yet read."""
+        """Return the events, with each series of consecutive unread training events reduced to its last one."""
         next_entries = [*self._entries[1:], None]
         pairs = zip(self._entries, next_entries)
         kept = [e for e, next_entry in pairs if not (isinstance(e, int) and isinstance(next_entry, int))]

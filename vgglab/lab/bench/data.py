@@ -41,7 +41,7 @@ CARDS = {"T20 at its published speed": 590.3, "a fast card": 2400.0}
 
 
 class LoadingResult(NamedTuple):
-    """The results, in images per second, with the fields of the JSON object."""
+    """The results, in images per second, with the fields of ``vgglab bench data --json``."""
 
     images_per_second: float  # vgglab on one core, from the file to the normalised batch
     reference_images_per_second: float  # torchvision's reference on one core
