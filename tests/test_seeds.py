@@ -47,7 +47,8 @@ def test_command_runs_seeds_one_by_one_and_prints_a_table(tiny, tmp_path):
         ["--seeds=1,2", "--seed=1"],
         ["--seeds=2", "--fix-seed"],
         ["--seeds=3", "--seed=4294967294"],
-        ["--seeds=2", "--resume=auto"],
+        ["--seeds=2", "--resume=auto"],  # which series?
+        ["--seeds=2", "--resume=runs/x", "--run-dir=x"],
     ],
 )
 def test_invalid_seeds_are_rejected(refused, flags):
@@ -90,7 +91,7 @@ def test_signal_to_the_series_ends_its_run(tiny, tmp_path, number, code):
     if number == signal.SIGTERM:  # the same command resumes it and repeats nothing
         step = run.events("train")[-1]["step"]
         epochs = f"--epochs={step // 4 + 2}"
-        result = shell("python", *words[1:], epochs, env=environment)
+        result = shell("python", *words[1:], epochs, "--resume=auto", env=environment)
         assert result.returncode == 0, result.stderr
         assert seeds_in(tmp_path / "long") == [1, 2]
         assert vgglab.Seeds(tmp_path / "long").runs[0].events("start")[-1]["first_step"] >= step

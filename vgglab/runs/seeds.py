@@ -4,8 +4,8 @@
     python -m vgglab.train --recipe quick --seeds 3,17,23
     vgglab.launch("--recipe quick", seeds=5)                 # in a notebook; nproc= for several cards
 
-If the series was stopped, the same command with ``--run-dir`` continues it. All runs are in one folder,
-``<output-dir>/runs/<time>-...-seeds/seed-<n>/``; ``vgglab.Seeds(folder)`` reads it.
+If the series was stopped, the same command with ``--run-dir`` continues it, also without ``--resume auto``. All runs
+are in one folder, ``<output-dir>/runs/<time>-...-seeds/seed-<n>/``; ``vgglab.Seeds(folder)`` reads it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from vgglab.settings.config import Request
 
 def parse_seeds(config: Request) -> list[int]:
     """The seeds given by ``--seeds``. Raises UserError if they are invalid."""
-    if config.resume or config.test_only or config.fix_seed:
+    if config.resume not in (None, "auto") or config.test_only or config.fix_seed:
         raise UserError("--seeds: each run starts from scratch; leave out --resume, --test-only and --fix-seed")
+    if config.resume and not config.run_dir:
+        raise UserError("--seeds: to continue a series, give its folder: --run-dir runs/<name>-seeds")
     words = (config.seeds or "").split(",")
     if not all(word.strip().isascii() and word.strip().isdigit() for word in words):
         raise UserError(f"--seeds: {config.seeds!r} is invalid; give a number of seeds (5) or a list (3,17,23)")
