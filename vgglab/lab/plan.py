@@ -173,7 +173,7 @@ def _warnings(config: Request, ranks: int) -> list[str]:
             "use kaiming or xavier"
         )
     if config.lr_schedule == "plateau":
-        lines.append("--lr-schedule plateau: drops of the rate depend on held-out accuracy, so they cannot be planned")
+        lines.append("--lr-schedule plateau: drops in the rate depend on held-out accuracy, so they cannot be planned")
     return lines
 
 

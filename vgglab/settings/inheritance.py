@@ -13,7 +13,7 @@ from vgglab.settings.schedule import SCHEDULES
 
 
 def inherit(request: Request, given: Sequence[str], saved: dict[str, Any]) -> Request:
-    """Return the request with inheritable settings that are not in ``given`` taken from the resumed run.
+    """Return a copy of the request whose inheritable settings, except those in ``given``, come from the resumed run.
 
     Raises:
         UserError: a setting in the checkpoint is invalid, or cannot be combined with one that was given.

@@ -115,7 +115,7 @@ class EventFile:
                 size = os.fstat(lines.fileno()).st_size
                 if size > MAX_EVENTS_BYTES:
                     raise UserError(
-                        f"{self.file}: is larger than {MAX_EVENTS_BYTES >> 30} GiB, so vgglab did not write it"
+                        f"{self.file}: is larger than {MAX_EVENTS_BYTES >> 30} GiB, so vgglab cannot have written it"
                     )
                 identity = _identity_of(lines)
                 if size < self._num_bytes_read or identity != self._identity:  # the first access, or a different file
@@ -153,7 +153,9 @@ class EventFile:
         if event["event"] == "start":
             self._num_starts += 1
             if self._num_starts > MAX_STARTS:
-                raise UserError(f"{self.file}: has more than {MAX_STARTS} start events, so vgglab did not write it")
+                raise UserError(
+                    f"{self.file}: has more than {MAX_STARTS} start events, so vgglab cannot have written it"
+                )
             self._drop_repeated_events(event)
             self._last_step = event["first_step"]
         self._last_step = max(self._last_step, event.get("step", 0))
