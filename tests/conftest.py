@@ -30,8 +30,8 @@ TINY = (
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Two workers more than cores: tests often wait for processes and signals, and would leave a core idle."""
-    return (os.cpu_count() or 1) + 2
+    """One worker more than cores: tests wait for processes and signals, and a worker that waits would idle a core."""
+    return (os.cpu_count() or 1) + 1
 
 
 # The files with the longest tests come first, so that no core is idle at the end while another runs a long test.

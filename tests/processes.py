@@ -33,8 +33,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 # A timeout that only a hang exceeds; no test requires a fast machine.
 MAX_WAIT_SECONDS = 600
 GRACE_SECONDS = 30  # for the other ranks to notice that one has failed; the same as torchrun's
-# Imported by every training run; torchvision is not preloaded, because only some tests need it.
-PRELOADED = "numpy torch torch.distributed torch.nn.parallel torch.utils.data.distributed PIL.Image tqdm".split()
+# Imported by every training run; torchvision is not preloaded, because only some tests need it. torch (2.15) imports
+# torch.distributed.tensor, and with it sympy, for each run with a simulated card or torchvision.
+PRELOADED = [
+    *"numpy torch torch.distributed torch.distributed.tensor torch.nn.parallel torch.utils.data.distributed".split(),
+    *"PIL.Image tqdm".split(),
+]
 _context = multiprocessing.get_context("forkserver")
 # With this environment variable, VGG11 has few channels, except in the last convolution, which feeds the classifier.
 NARROW, NARROW_VGG11 = "VGGLAB_TESTS_NARROW", [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 512, "M"]
