@@ -99,6 +99,18 @@ def test_a_library_that_exits_is_reported_in_one_line(tmp_path):
     assert "torch_gcu cannot be loaded (SystemExit: 3)" in result.stderr
 
 
+def test_a_device_check_that_aborts_is_not_mistaken_for_a_broken_torch(tmp_path, stubs):
+    """A driver may crash when a device is opened; torch and torchvision are checked in the same process."""
+    code = (LONG_TIMEOUT / "sitecustomize.py").read_text()
+    code += "import os, vgglab.devices\nvgglab.devices.available_kinds = os.abort\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    paths = os.pathsep.join(map(str, (tmp_path, PROJECT, stubs)))
+    code, findings = diagnose(PYTHONPATH=paths)
+    assert (code, findings["problems"]) == (0, [])
+    assert "cuda cards" in findings["facts"]
+    assert "exited abnormally" in findings["facts"]["--device auto"]
+
+
 @needs_sim
 def test_a_library_that_fails_to_autoload_is_reported(tmp_path, stubs):
     body = "raise OSError('libtopsrt.so: cannot open shared object file')"

@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="vgglab plan",
         usage="vgglab plan [--flag value ...]",
-        description="Estimate the time, steps and disk space of a training run. Accepts all flags of vgglab train.",
+        description="Estimate how long a run takes and how much disk space it needs. Takes all flags of vgglab train.",
         allow_abbrev=False,
     )
     parser.add_argument("--images-per-second", type=SPEED, help="training speed of one card")

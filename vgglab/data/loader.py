@@ -184,7 +184,7 @@ class Batches:
             on_skipped: called with the name of each skipped image and the reason.
 
         Raises:
-            UserError: an image cannot be read; with ``--on-bad-image skip``, none of a training batch can be read.
+            UserError: an image cannot be read, or, with ``--on-bad-image skip``, a whole training batch cannot.
         """
         self._sampler.epoch, self._sampler.first = epoch, first
         with block_signals_during_start(), _without_warnings():

@@ -136,16 +136,18 @@ class Checkup:
     def _check_torch(self) -> dict[str, Any]:
         """Check torch and torchvision; return what ``AUTO_PROBE`` finds."""
         has_card_library = _backend_entry_points() or find_spec("torch_gcu") is not None  # AUTO_PROBE loads it
-        programs = [TORCH_PROBE] if has_card_library else [TORCH_PROBE, AUTO_PROBE]
-        torchvision, torch_facts, *auto = probe(TORCHVISION_PROBE, *programs, **{AUTOLOAD: "0"})
-        if "error" in torchvision:
-            torch_facts, *auto = probe(*programs, **{AUTOLOAD: "0"})
-        auto = auto or probe(AUTO_PROBE)
+        programs = (
+            [TORCHVISION_PROBE, TORCH_PROBE] if has_card_library else [TORCHVISION_PROBE, TORCH_PROBE, AUTO_PROBE]
+        )
+        answers = probe(*programs, **{AUTOLOAD: "0"})
+        if any("error" in answer for answer in answers):  # a program that ends the process fails the others, too
+            answers = [probe(program, **{AUTOLOAD: "0"})[0] for program in programs]
+        torchvision, torch_facts, auto = answers if len(answers) == 3 else [*answers, *probe(AUTO_PROBE)]
         if "error" in torch_facts:
             self.problem(
                 f"torch cannot be imported: {torch_facts['error']}", "pip install --force-reinstall torch torchvision"
             )
-            return auto[0]
+            return auto
         self.facts.update(torch_facts)
         self.facts["gcu-sim can run"] = _release(self.facts["torch"]) >= (2, 10)
         if "error" in torchvision:
@@ -157,7 +159,7 @@ class Checkup:
                 f"`import torch` fails to load the card's library: {plain_import['error']}",
                 f"set LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to run without the card",
             )
-        return auto[0]
+        return auto
 
     def _check_torch_gcu(self, is_installed: bool) -> dict[str, Any]:
         cards = probe(CARD_PROBE, **{AUTOLOAD: "0"})[0] if is_installed else {}

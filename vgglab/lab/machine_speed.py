@@ -46,10 +46,7 @@ def _ratio(step_seconds: float, compile_seconds: float) -> float:
 
 
 def measure() -> tuple[float, float]:
-    """Return the median times of a training step and of compiling a Python source file to bytecode, in seconds.
-
-    The first run of each is not counted.
-    """
+    """Time a training step and the compilation of a Python file; return both medians in seconds, without first runs."""
     source = Path(argparse.__file__).read_text(encoding="utf-8")
     compile_seconds = _median_seconds(partial(compile, source, "argparse", "exec"), COMPILE_BENCHMARK_SECONDS)
     try:

@@ -28,7 +28,7 @@ from vgglab.settings.schedule import learning_rate
 from vgglab.view.tables import html_facts
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
-FORWARD_SHARE = 1 / 3  # an evaluated image needs a third of the operations of a training image: no backward pass
+FORWARD_SHARE = 1 / 3  # of the operations of a training step: evaluation has no backward pass
 MAX_RATE_RATIO, MAX_CARDS = (
     4.0,
     8,
@@ -39,7 +39,7 @@ MAX_RATE_WITHOUT_NORM, MAX_DEPTH_WITH_NORMAL_INIT = 0.1, 11
 
 
 class Plan(NamedTuple):
-    """A training plan, with the fields of ``vgglab plan --json``. Times are in seconds, sizes in bytes."""
+    """The result of ``plan_training``; ``vgglab plan --json`` prints its fields. Times in seconds, sizes in bytes."""
 
     data: str
     num_train_images: int
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
     steps: int
     images_per_second: float  # of all ranks together
     training_seconds: float  # without evaluation
-    evaluation_seconds: float  # assuming a third of the time of a training image for each evaluated one
+    evaluation_seconds: float  # assuming that evaluating an image takes a third as long as training on it
     total_seconds: float
     num_checkpoints: int  # number written; at most three are kept
     checkpoint_bytes: int  # size of one checkpoint
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 def plan_training(
     config: Request, images_per_second: float, ranks: int = 1, scaling: float = 1.0, given: Sequence[str] = ()
 ) -> Plan:
-    """Plan a training run: its time, steps, disk space and learning rates.
+    """Compute the time, number of steps, disk space and learning rates of a training run.
 
     Args:
         config: the settings of the run.

@@ -274,19 +274,21 @@ def steadiness_warning(report: dict[str, Any]) -> str:
     )
 
 
-def _percentiles(ordered: Iterable[tuple[float, int]], number: int, percents: Sequence[int]) -> dict[int, float | None]:
+def _percentiles(
+    ordered: Iterable[tuple[float, int]], num_values: int, percents: Sequence[int]
+) -> dict[int, float | None]:
     """Nearest-rank percentiles, in one pass because there can be ten million values.
 
     Args:
-        ordered: pairs of a value and how often it occurs, smallest value first.
-        number: of all values.
+        ordered: pairs of a value and its count, smallest value first.
+        num_values: the sum of these counts.
         percents: in ascending order.
     """
     found: dict[int, float | None] = dict.fromkeys(percents)
     remaining, position = list(percents), 0
     for value, times in ordered:
         position += times
-        while remaining and 100 * position >= number * remaining[0]:
+        while remaining and 100 * position >= num_values * remaining[0]:
             found[remaining.pop(0)] = value
     return found
 

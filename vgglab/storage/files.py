@@ -14,7 +14,7 @@ from vgglab.errors import UserError
 
 MAX_BYTES = 2**24  # the largest document or line that is read
 RECENT_SECONDS = 3.0  # the modification times of some file systems are rounded to two seconds
-Stamp = Tuple[int, int, int]  # inode, size in bytes and modification time of a file in nanoseconds
+Stamp = Tuple[int, int, int, int]  # inode, size in bytes, times of modification and of status change in nanoseconds
 
 
 def exists(path: Path) -> bool:
@@ -104,4 +104,4 @@ def stamp(file: Path) -> Stamp | None:
     except OSError:
         return None
     is_recent = abs(time.time() - status.st_mtime) < RECENT_SECONDS
-    return None if is_recent else (status.st_ino, status.st_size, status.st_mtime_ns)
+    return None if is_recent else (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
