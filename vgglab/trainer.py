@@ -118,7 +118,7 @@ class Trainer:
         return network
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
-        """Perform one optimizer step on a batch on the device: ``images (N, S, S, 3)`` bytes, ``labels (N,)``."""
+        """Perform one optimizer step; ``images``, uint8 ``(N, S, S, 3)``, and ``labels (N,)`` are on the device."""
         device = self.device
         device.seed(self.step_seed())  # so that random numbers are the same with and without a resume
         images = normalised(images, device.channels_last)  # (N, 3, S, S) floats

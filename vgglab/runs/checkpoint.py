@@ -304,8 +304,11 @@ class Checkpoint(Dict[str, Any]):
 def _explain_damage() -> Iterator[None]:
     try:
         yield
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"is damaged ({str(error).splitlines()[0]})") from None
+    except KeyError as error:
+        raise UserError(f"is damaged (entry {error} is missing)") from None
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise UserError(f"is damaged ({first_line or type(error).__name__})") from None
 
 
 def _check_optimizer_state(state: dict[str, Any], shape: torch.Size, required: Sequence[str]) -> None:

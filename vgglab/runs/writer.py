@@ -35,7 +35,7 @@ DISK_SPACE_ADVICE = "free some disk space (or remount the disk as writable)"
 
 
 class RankWriter:
-    """Writes the files of each rank: its log and its own metrics. Ignores events, which only rank 0 writes."""
+    """Writes the files of one rank: its log and metrics. Ignores events; ``RunWriter`` writes those, on rank 0."""
 
     def __init__(self, path: Path, rank: int, is_simulated: bool = False) -> None:
         self.path = path

@@ -197,7 +197,7 @@ def has_changed(content: Content) -> bool:
 
 
 def parse_event(line: bytes, needs_checksum: bool = False) -> Content | None:
-    """Parse a line of ``events.jsonl``; None if it is damaged or not an event. The field ``line`` is its number."""
+    """Parse a line of ``events.jsonl``; None if it is damaged or not an event. Its ``line`` is the line number."""
     content = parse(line)
     # Line numbers and checksums were introduced together: a line with only a number has been edited.
     lacks_checksum = content is not None and CHECK not in content and (needs_checksum or "line" in content)
