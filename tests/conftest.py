@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -57,6 +58,13 @@ def _isolated_environment(tmp_path_factory):
             signal.signal(number, handler)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "VGGLAB_UI", "JPY_SESSION_NAME"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen_imports():
+    """Exclude what has been imported so far from garbage collection: each training run collects garbage at its end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -34,10 +34,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 MAX_WAIT_SECONDS = 600
 GRACE_SECONDS = 30  # for the other ranks to notice that one has failed; the same as torchrun's
 # Imported by every training run; torchvision is not preloaded, because only some tests need it. torch (2.15) imports
-# torch.distributed.tensor, and with it sympy, for each run with a simulated card or torchvision.
+# torch.distributed.tensor, and with it sympy, for each run with a simulated card or torchvision, and torch._dynamo for
+# each run with a double of the vendor's library. What does not exist in an older torch is left out.
 PRELOADED = [
     *"numpy torch torch.distributed torch.distributed.tensor torch.nn.parallel torch.utils.data.distributed".split(),
-    *"PIL.Image tqdm".split(),
+    *"torch._dynamo PIL.Image tqdm".split(),
+    "frozen",  # tests/frozen.py, after the other imports
 ]
 _context = multiprocessing.get_context("forkserver")
 # With this environment variable, VGG11 has few channels, except in the last convolution, which feeds the classifier.
@@ -143,8 +145,9 @@ def _start_server() -> None:
     """Start it with one thread, as everywhere here, and without any ``PYTHONPATH`` that the first test has set."""
     _context.set_forkserver_preload(PRELOADED)
     saved = dict(os.environ)
-    os.environ.pop("PYTHONPATH", None)
-    os.environ.update(OMP_NUM_THREADS="1", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    os.environ.update(
+        OMP_NUM_THREADS="1", TORCH_DEVICE_BACKEND_AUTOLOAD="0", PYTHONPATH=str(Path(__file__).resolve().parent)
+    )
     try:
         with _without_main():
             forkserver.ensure_running()
