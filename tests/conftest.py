@@ -16,6 +16,7 @@ from typing import Callable, NamedTuple
 import pytest
 from processes import MAX_WAIT_SECONDS, NARROW, NARROW_VGG11, PROJECT
 
+gc.disable()  # until the first test: the imports leave no garbage, but searching for it takes seconds
 # Tests run in parallel on all cores, as do the processes that they start: with one thread each, they do not compete.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # On a busy machine, a run that was asked to stop may need long to save a checkpoint; it is not killed meanwhile.
@@ -63,8 +64,8 @@ def _isolated_environment(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def _frozen_imports():
     """Exclude what has been imported so far from garbage collection: each training run collects garbage at its end."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

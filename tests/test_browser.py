@@ -12,7 +12,7 @@ pytestmark = pytest.mark.xdist_group("browser")
 LAUNCH_CELL = """import os, vgglab
 os.environ["{mark}"] = "{name}"
 os.environ["PYTHONPATH"] = "{slow_steps}:" + os.environ["PYTHONPATH"]
-run = vgglab.launch("--data-path digits --model vgg11_bn --epochs 500 --batch-size 16 --workers 0 --device cpu",
+run = vgglab.launch("--data-path digits --model vgg11_bn --epochs 500 --batch-size 2 --workers 0 --device cpu",
                     print_freq=1, output_dir="{name}")"""
 
 # Makes the launched training sleep after each step, which leaves the processor to the page and the kernel.
