@@ -66,6 +66,8 @@ def _frozen_imports():
     """Exclude what has been imported so far from garbage collection: each training run collects garbage at its end."""
     gc.freeze()
     gc.enable()
+    yield
+    gc.unfreeze()  # otherwise triton would report the frozen objects as leaks at the exit
 
 
 @pytest.fixture(scope="session")

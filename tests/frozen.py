@@ -6,20 +6,10 @@ their memory pages, and at its exit each child would remove torch's operators on
 
 import atexit
 import gc
-import os
 import weakref
-
-SERVER = os.getpid()
-
-
-@atexit.register
-def exit_without_cleanup():
-    """End the server, but not its children, before triton reports the objects that exist at its exit as leaks."""
-    if os.getpid() == SERVER:
-        os._exit(0)
-
 
 gc.collect()
 gc.freeze()
+atexit.register(gc.unfreeze)  # otherwise triton would report the frozen objects as leaks
 for finalizer in list(weakref.finalize._registry):
     finalizer.atexit = False
