@@ -13,7 +13,7 @@ MAX_RANDOM_SEED = 2**20  # exact in float32, the type in which it is sent
 
 
 def draw_seed(device: Device) -> int:
-    """Return a random seed that rank 0 draws and sends to all ranks, as a sum to which the others contribute 0."""
+    """Return a random seed, drawn by rank 0 and broadcast by an all-reduce in which the other ranks contribute 0."""
     import torch
 
     seed = random.SystemRandom().randrange(MAX_RANDOM_SEED) if device.rank == 0 else 0

@@ -250,7 +250,7 @@ class Request:
         "only evaluate the weights of --resume or --pretrained", affects="metrics", inherited=False, section=SAVING
     )
     cache_dataset: bool = switch(
-        "accepted and ignored; image folders are searched anew at each start",
+        "accepted and ignored; image folders are rescanned at every start",
         affects="others",
         inherited=False,
     )

@@ -162,7 +162,7 @@ def settings_warnings(config: Request) -> list[str]:
         warnings.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
     warnings += unused_settings(config, "lr_schedule", {name: kind.settings for name, kind in SCHEDULES.items()})
     if config.cache_dataset:
-        warnings.append("--cache-dataset has no effect: image folders are searched anew at each start")
+        warnings.append("--cache-dataset has no effect: image folders are rescanned at every start")
     return warnings
 
 

@@ -32,8 +32,8 @@ TITLE = "<title>vgglab: results</title>"
 SERIES = "Several seeds, completed runs only"
 SCALING = (
     "Scaling: images/s of n ranks, divided by n times the images/s of one rank with the same settings. If several runs "
-    "with one rank match, the nearest in order of name is used (default names begin with the date); the load on the "
-    "machine may have been different."
+    "with one rank match, the one closest in alphabetical order is used (default names begin with the date); the load "
+    "on the machine may have differed between the two runs."
 )
 OVER_PEAK = (
     "A share of peak can exceed 100 %: operations are counted from the shapes of the layers, but a convolution can be "
