@@ -135,3 +135,10 @@ def test_failure_is_raised_by_launch(tiny, tmp_path):
         vgglab.Seeds(tmp_path / "nowhere")
     with pytest.raises(vgglab.UserError, match="cannot be combined with nnodes or detach"):
         vgglab.launch(tiny, seeds=2, detach=True)
+
+
+def test_ranks_of_torchrun_refuse_several_seeds_and_name_the_flag_that_works(refused, monkeypatch):
+    """The message named only ``vgglab.launch``, although ``--nproc`` works with ``--seeds``."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert "--nproc" in refused("--seeds=2")

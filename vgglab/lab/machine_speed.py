@@ -46,7 +46,7 @@ def _ratio(step_seconds: float, compile_seconds: float) -> float:
 
 
 def measure() -> tuple[float, float]:
-    """Time a training step and the compilation of a Python file; return both medians in seconds, without first runs."""
+    """Return the median seconds of a training step and of compiling a Python file, each after a warm-up run."""
     source = Path(argparse.__file__).read_text(encoding="utf-8")
     compile_seconds = _median_seconds(partial(compile, source, "argparse", "exec"), COMPILE_BENCHMARK_SECONDS)
     try:

@@ -28,7 +28,7 @@ from vgglab.settings.schedule import learning_rate
 from vgglab.view.tables import html_facts
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
-FORWARD_SHARE = 1 / 3  # of the operations of a training step: evaluation has no backward pass
+FORWARD_SHARE = 1 / 3  # of a training step's operations; the backward pass takes the other two thirds
 MAX_RATE_RATIO, MAX_CARDS = (
     4.0,
     8,
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 def plan_training(
     config: Request, images_per_second: float, ranks: int = 1, scaling: float = 1.0, given: Sequence[str] = ()
 ) -> Plan:
-    """Compute the time, number of steps, disk space and learning rates of a training run.
+    """Estimate the duration, steps, disk space and learning rates of a training run.
 
     Args:
         config: the settings of the run.

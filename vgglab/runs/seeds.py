@@ -85,7 +85,7 @@ def train_seeds(argv: Sequence[str], config: Request, table: Callable[[Mapping[s
     """
     seed_values = parse_seeds(config)
     if "RANK" in os.environ or config.world_size > 1:
-        raise UserError("--seeds: on several cards use vgglab.launch(..., nproc=N, seeds=...), or one --seed at a time")
+        raise UserError("--seeds does not work with torchrun or Slurm; use --nproc N instead, or one --seed at a time")
     path = seeds_folder(config)
     for seed in seed_values:
         print(f"vgglab.train: seed {seed} ({seed_values.index(seed) + 1} of {len(seed_values)})", flush=True)
