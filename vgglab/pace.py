@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from itertools import count
 from typing import TYPE_CHECKING, Any, Iterable, Iterator
 
 import torch
@@ -45,22 +46,18 @@ class Clock:
 
     def batches(self, batches: Iterable[Any], num_done: int = 0) -> Iterator[tuple[int, Any]]:
         """Yield each batch with its number, counted from ``num_done`` + 1, and add up the time spent waiting."""
+        iterator = iter(batches)
         with self._reads if self.has_phases else nullcontext():
-            yield from self._number_batches(iter(batches), num_done)
-
-    def _number_batches(self, iterator: Iterator[Any], number: int) -> Iterator[tuple[int, Any]]:
-        while True:
-            wait_started = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self._wait_started = wait_started
-            self.data_seconds += time.perf_counter() - wait_started
-            self.steps += 1
-            number += 1
-            self.end_phase("data")
-            yield number, batch
+            for number in count(num_done + 1):
+                wait_started = time.perf_counter()
+                batch = next(iterator, None)
+                if batch is None:
+                    return
+                self._wait_started = wait_started
+                self.data_seconds += time.perf_counter() - wait_started
+                self.steps += 1
+                self.end_phase("data")
+                yield number, batch
 
     def end_phase(self, phase: str) -> None:
         """Record the end of ``phase``."""
