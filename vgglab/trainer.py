@@ -124,7 +124,8 @@ class Trainer:
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Perform one optimizer step; ``images``, uint8 ``(N, S, S, 3)``, and ``labels (N,)`` are on the device."""
         device, clock = self.device, self.clock
-        device.seed(self.step_seed())  # so that random numbers are the same with and without a resume
+        # Dropout, mixup and cutmix: a seed of 32 bits, which every card accepts; the same with and without a resume.
+        device.seed(mix_seeds(self.config.seed, self.state.step, device.rank) % 2**32)
         images = normalised(images, device.channels_last)  # (N, 3, S, S) floats
         images, targets = self.objective.blend(images, labels)
         clock.end_phase("copy")
@@ -143,10 +144,6 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.network, self.state.step)
         return result
-
-    def step_seed(self) -> int:
-        """The seed for dropout, mixup and cutmix in the next step on this rank; 32 bits, which every card accepts."""
-        return mix_seeds(self.config.seed, self.state.step, self.device.rank) % 2**32
 
     def fit(self, run: RankWriter) -> None:
         """Train; evaluate and save every ``eval_freq`` epochs and after the last.
@@ -213,6 +210,9 @@ class Trainer:
     def record_start(self, run: RankWriter) -> None:
         """Write the first event, which describes what the run will do, so that its progress can be shown."""
         config, sets, state = self.config, self.sets, self.state
+        steps_per_epoch = len(self.batches) if self.batches else 0
+        done_in_epoch = min(state.images // self.images_per_step, steps_per_epoch)
+        num_remaining = max(0, (config.epochs - state.epoch) * steps_per_epoch - done_in_epoch)
         run.event(
             "start",
             data=sets.name,
@@ -224,19 +224,10 @@ class Trainer:
             epochs=config.epochs,
             first_epoch=state.epoch,
             first_step=state.step,
-            num_steps=self._num_steps(),
-            steps_per_epoch=len(self.batches) if self.batches else 0,
+            num_steps=state.step + num_remaining,  # of the whole run, including those before a resume
+            steps_per_epoch=steps_per_epoch,
             best=state.best,
         )
-
-    def _num_steps(self) -> int:
-        """The number of optimizer steps of the whole run, including those before a resume."""
-        if not self.batches:
-            return 0
-        config, state = self.config, self.state
-        done_in_epoch = min(state.images // (config.batch_size * config.world_size), len(self.batches))
-        remaining = (config.epochs - state.epoch) * len(self.batches) - done_in_epoch
-        return state.step + max(remaining, 0)
 
     @torch.no_grad()
     def evaluate(self, run: RankWriter, last_epoch: int | None = None) -> bool:
