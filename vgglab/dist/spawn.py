@@ -48,89 +48,78 @@ def train_on_ranks(argv: Sequence[str], num_ranks: int, max_restarts: int) -> in
         raise UserError(f"TMPDIR: cannot create a folder in {tempfile.gettempdir()} ({error.strerror})") from None
     with folder as path:
         for attempt in range(max_restarts + 1):
-            code = _Attempt(argv, num_ranks, Path(path), attempt).run()
+            code = _train_once(argv, num_ranks, Path(path), attempt)
             if code in FINAL_CODES or attempt == max_restarts:
                 break
             print(f"vgglab.train: restart {attempt + 1} of {max_restarts}", file=sys.stderr)
     return code
 
 
-class _Attempt:
-    """One attempt: all ranks from their start until the last one has ended."""
-
-    def __init__(self, argv: Sequence[str], num_ranks: int, folder: Path, number: int) -> None:
-        self.command = ranks.training_command(argv)
-        self.environment = {
-            **_default_environment(num_ranks),
-            **ranks.with_package_path(os.environ),
-            **{name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-            "TORCHELASTIC_RESTART_COUNT": str(number),  # torchrun's name for it
-            ranks.RENDEZVOUS: str(folder / f"attempt{number}"),
-            ranks.TIED_TO_LAUNCHER: "1",
-        }
-        self.num_ranks, self.folder = num_ranks, folder
-        self.signals: list[int] = []  # received by this process
-        self.failure: int | None = None  # the exit code of the rank that failed first
-
-    def run(self) -> int:
-        """Start the ranks, wait until all have ended, and return the exit code of the launcher."""
-        with handle_signals([*STOP_SIGNALS, signal.SIGINT], lambda signum, _: self.signals.append(signum)):
-            # Each rank has its own session, so that its workers can be killed too, and a pipe, so it exits with us.
-            running = {
-                rank: subprocess.Popen(
-                    self.command,
-                    env={**self.environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdin=subprocess.PIPE,
-                    start_new_session=True,
-                )
-                for rank in range(self.num_ranks)
-            }
-            processes, deadline, num_sent = list(running.values()), float("inf"), 0
-            while running:
-                time.sleep(POLL_SECONDS)
-                while num_sent < len(self.signals):
-                    signum = self.signals[num_sent]
-                    num_ctrl_c = self.signals[: num_sent + 1].count(signal.SIGINT)
-                    _send(signal.SIGKILL if signum == signal.SIGINT and num_ctrl_c > 2 else signum, running.values())
-                    if num_ctrl_c == 2:
-                        deadline = min(deadline, time.monotonic() + ranks.grace_period_seconds())
-                    num_sent += 1
-                for rank in [rank for rank, process in running.items() if process.poll() is not None]:
-                    code = running.pop(rank).returncode
-                    if code not in (0, ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED) and self.failure is None:
-                        self._record_exit(rank, code)
-                        _send(signal.SIGTERM, running.values())
-                        deadline = time.monotonic() + ranks.grace_period_seconds()
-                if time.monotonic() > deadline:
-                    _send(signal.SIGKILL, running.values())
-        for process in processes:
-            process.stdin.close()  # type: ignore[union-attr]
-        if signal.SIGINT in self.signals:
-            return ranks.EXIT_INTERRUPTED
-        if self.failure is not None:
-            return self.failure
-        return ranks.EXIT_STOPPED if any(process.returncode for process in processes) else 0
-
-    def _record_exit(self, rank: int, code: int) -> None:
-        """Set ``failure``, and record it on behalf of a rank that was killed and could not do so itself."""
-        if code >= 0:
-            self.failure = code
-        elif self.signals:  # it was stopped before it had anything to save, or killed after the second Ctrl-C
-            self.failure = ranks.EXIT_STOPPED
-        else:
-            self.failure = 1
-            error = ranks.report_killed(rank, -code, self.folder)
-            print(f"vgglab.train: rank {rank} of {self.num_ranks}: {error}", file=sys.stderr)
+def _train_once(argv: Sequence[str], num_ranks: int, folder: Path, attempt: int) -> int:
+    """Start all ranks, wait until the last one has ended, and return the exit code of the launcher."""
+    environment = _environment(num_ranks, folder, attempt)
+    signals: list[int] = []  # received by this process
+    failure: int | None = None  # the exit code for the rank that failed first
+    with handle_signals([*STOP_SIGNALS, signal.SIGINT], lambda signum, _: signals.append(signum)):
+        # Each rank has its own session, so that its workers can be killed too, and a pipe, so it exits with us.
+        processes = [
+            subprocess.Popen(
+                ranks.training_command(argv),
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+            for rank in range(num_ranks)
+        ]
+        running, deadline, num_sent = dict(enumerate(processes)), float("inf"), 0
+        while running:
+            time.sleep(POLL_SECONDS)
+            while num_sent < len(signals):
+                signum = signals[num_sent]
+                num_sent += 1
+                num_ctrl_c = signals[:num_sent].count(signal.SIGINT)
+                _send(signal.SIGKILL if signum == signal.SIGINT and num_ctrl_c > 2 else signum, running.values())
+                if num_ctrl_c == 2:
+                    deadline = min(deadline, time.monotonic() + ranks.grace_period_seconds())
+            for rank in [rank for rank, process in running.items() if process.poll() is not None]:
+                code = running.pop(rank).returncode
+                if failure is None and code not in (0, ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED):
+                    failure = code
+                    if code < 0 and signals:  # stopped before it had anything to save, or killed after Ctrl-C
+                        failure = ranks.EXIT_STOPPED
+                    elif code < 0:  # it was killed, and could not record that itself
+                        failure = 1
+                        error = ranks.report_killed(rank, -code, folder)
+                        print(f"vgglab.train: rank {rank} of {num_ranks}: {error}", file=sys.stderr)
+                    _send(signal.SIGTERM, running.values())
+                    deadline = time.monotonic() + ranks.grace_period_seconds()
+            if time.monotonic() > deadline:
+                _send(signal.SIGKILL, running.values())
+    for process in processes:
+        process.stdin.close()  # type: ignore[union-attr]
+    if signal.SIGINT in signals:
+        return ranks.EXIT_INTERRUPTED
+    if failure is not None:
+        return failure
+    return ranks.EXIT_STOPPED if any(process.returncode for process in processes) else 0
 
 
-def _default_environment(num_ranks: int) -> dict[str, str]:
-    """Environment variables that the user can override: cores shared among the ranks, connections on loopback only."""
+def _environment(num_ranks: int, folder: Path, attempt: int) -> dict[str, str]:
+    """The environment of all ranks. The user can set what comes before ``os.environ``.
+
+    These variables share the cores among the ranks, and restrict connections to the loopback interface.
+    """
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
     return {
         "OMP_NUM_THREADS": str(max(1, ranks.num_cores() // num_ranks)),
         **{f"{library}_SOCKET_IFNAME": name for name in loopback for library in ("GLOO", "NCCL")},
+        **ranks.with_package_path(os.environ),
+        **{name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "TORCHELASTIC_RESTART_COUNT": str(attempt),  # torchrun's name for it
+        ranks.RENDEZVOUS: str(folder / f"attempt{attempt}"),
+        ranks.TIED_TO_LAUNCHER: "1",
     }
 
 
