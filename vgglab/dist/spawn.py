@@ -107,11 +107,13 @@ def _train_once(argv: Sequence[str], num_ranks: int, folder: Path, attempt: int)
 def _environment(num_ranks: int, folder: Path, attempt: int) -> dict[str, str]:
     """The environment of all ranks. The user can set what comes before ``os.environ``.
 
-    These variables share the cores among the ranks, and restrict connections to the loopback interface.
+    These variables share the cores among several ranks (a single one has as many threads as without a launcher), and
+    restrict connections to the loopback interface.
     """
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
+    threads = {"OMP_NUM_THREADS": str(max(1, ranks.num_cores() // num_ranks))}
     return {
-        "OMP_NUM_THREADS": str(max(1, ranks.num_cores() // num_ranks)),
+        **(threads if num_ranks > 1 else {}),
         **{f"{library}_SOCKET_IFNAME": name for name in loopback for library in ("GLOO", "NCCL")},
         **ranks.with_package_path(os.environ),
         **{name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
