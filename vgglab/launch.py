@@ -190,8 +190,41 @@ def _environment(path: Path, detach: bool) -> dict[str, str]:
     return environment
 
 
-class LaunchedRun(NotebookRun):
-    """A run started by this process. ``await run`` in a cell waits for it while the Stop button keeps working."""
+class Launched:
+    """What ``launch`` has started. ``await`` it in a cell to wait for it while the Stop button keeps working."""
+
+    def wait(self: Any, timeout_seconds: float | None = None) -> Any:
+        """Wait until it is over, and return it; interrupting the wait stops it.
+
+        Raises:
+            UserError: the flags or the data of a run are invalid.
+            RunFailed: a run failed.
+            TimeoutError: it is still active.
+        """
+        started = time.monotonic()
+        try:
+            while not self.is_over:
+                if timeout_seconds is not None and time.monotonic() - started > timeout_seconds:
+                    raise TimeoutError(f"{self.path} is still running after {timeout_seconds} s")
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            self.stop()
+            raise
+        self._raise_if_failed()
+        return self
+
+    def __await__(self: Any) -> Generator[Any, None, Any]:
+        try:
+            while not self.is_over:
+                yield from asyncio.sleep(0.2).__await__()
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            self.stop()
+            raise
+        return self.wait()
+
+
+class LaunchedRun(Launched, NotebookRun):
+    """A run started by this process."""
 
     def __init__(self, path: Path, process: subprocess.Popen, has_launcher: bool = False) -> None:
         super().__init__(path)
@@ -200,7 +233,9 @@ class LaunchedRun(NotebookRun):
         self._was_stopped = False
         self._earlier_ends = self.events("end")  # end events of earlier launches in the same folder
 
-    def _has_ended(self) -> bool:
+    @property
+    def is_over(self) -> bool:
+        """Whether the process has ended."""
         if self.process.poll() is None:
             return False
         if self.process.stdin is not None:
@@ -210,45 +245,17 @@ class LaunchedRun(NotebookRun):
 
     @property
     def status(self) -> str:
-        has_ended = self._has_ended()  # checked first: the run may end while its events are read
-        if has_ended and self.events("end") in ([], self._earlier_ends):  # it could not record how it ended
+        is_over = self.is_over  # checked first: the run may end while its events are read
+        if is_over and self.events("end") in ([], self._earlier_ends):  # it could not record how it ended
             return "interrupted" if self._was_stopped else "failed"
         status = super().status
-        if not has_ended and status in ("failed", "interrupted", "done"):
+        if not is_over and status in ("failed", "interrupted", "done"):
             return "running"  # the launcher is about to restart its ranks, or to end
         return status
 
-    def wait(self, timeout_seconds: float | None = None) -> LaunchedRun:
-        """Wait until the run has ended; interrupting the wait stops the run.
-
-        Raises:
-            UserError: the flags or the data of the run are invalid.
-            RunFailed: the run failed.
-            TimeoutError: the run is still active.
-        """
-        try:
-            self.process.wait(timeout_seconds)
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"{self.path} is still running after {timeout_seconds} s") from None
-        except KeyboardInterrupt:
-            self.stop()
-            raise
-        self._raise_if_failed()
-        return self
-
-    def __await__(self) -> Generator[Any, None, LaunchedRun]:
-        try:
-            while not self._has_ended():
-                yield from asyncio.sleep(0.2).__await__()
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            self.stop()
-            raise
-        self._raise_if_failed()
-        return self
-
     def stop(self, grace_seconds: float | None = None) -> str:
         """Ask the run to save and stop; kill it if it outlasts the grace period. Returns a one-line summary."""
-        if self._has_ended():
+        if self.is_over:
             return f"{self.name}: already ended; status: {self.status}"
         grace_seconds = ranks.grace_period_seconds(grace_seconds)
         self._was_stopped = True
@@ -262,7 +269,6 @@ class LaunchedRun(NotebookRun):
         return f"{self.name}: process {self.process.pid} was asked to save and stop; status: {self.status}"
 
     def _raise_if_failed(self) -> None:
-        self._has_ended()
         code = self.process.returncode
         if code == 0 or self.status == "interrupted":
             return
@@ -283,7 +289,7 @@ class LaunchedRun(NotebookRun):
         raise RunFailed(f"the run in {self.path} ended with exit code {code}\n{tail}")
 
 
-class LaunchedSeeds(NotebookSeeds):
+class LaunchedSeeds(Launched, NotebookSeeds):
     """Runs that differ only in their seed, started by ``launch`` one after the other."""
 
     def __init__(self, path: Path, seed_values: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
@@ -318,33 +324,9 @@ class LaunchedSeeds(NotebookSeeds):
         """Whether all seeds are done, one has failed, or the series was stopped."""
         return not self._thread.is_alive()
 
-    def wait(self) -> LaunchedSeeds:
-        """Wait for all runs; interrupting the wait stops them.
-
-        Raises:
-            UserError, RunFailed: as in ``LaunchedRun.wait``, for the run that failed.
-        """
-        try:
-            while not self.is_over:
-                time.sleep(0.1)
-        except KeyboardInterrupt:
-            self.stop()
-            raise
-        return self._result()
-
-    def __await__(self) -> Generator[Any, None, LaunchedSeeds]:
-        try:
-            while not self.is_over:
-                yield from asyncio.sleep(0.2).__await__()
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            self.stop()
-            raise
-        return self._result()
-
-    def _result(self) -> LaunchedSeeds:
+    def _raise_if_failed(self) -> None:
         if self.failure is not None:
             raise self.failure
-        return self
 
     def stop(self) -> None:
         """Stop the active run and do not start another."""
