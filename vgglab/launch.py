@@ -17,7 +17,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Callable, Generator, Sequence
+from typing import IO, Any, Generator, Sequence
 
 from vgglab.dist import processes, ranks
 from vgglab.errors import RunFailed, UserError
@@ -88,7 +88,10 @@ def launch(
             raise UserError(
                 "seeds: cannot be combined with nnodes or detach, because this process starts one run after the other"
             )
-        return _launch_seeds(argv, config, watch, python)
+        seeds = LaunchedSeeds(seeds_folder(config), parse_seeds(config), remove_seeds_flag(argv), python)
+        if watch:
+            seeds.watch()
+        return seeds
     if nnodes > 1 and (not rendezvous or config.run_dir is None):
         raise UserError("nnodes: with several machines, set rendezvous='<first machine>:<port>' and a shared run_dir")
     path = run_path(config)
@@ -104,20 +107,6 @@ def launch(
     if watch:
         run.watch()
     return run
-
-
-def _launch_seeds(argv: Sequence[str], config: Request, watch: bool, python: str | None) -> LaunchedSeeds:
-    run_argv = remove_seeds_flag(argv)
-
-    def start(seed: int, path: Path) -> LaunchedRun:
-        run = launch([*run_argv, *flags_for_seed(seed, path)], watch=False, python=python)
-        assert isinstance(run, LaunchedRun)
-        return run
-
-    seeds = LaunchedSeeds(seeds_folder(config), parse_seeds(config), start)
-    if watch:
-        seeds.watch()
-    return seeds
 
 
 def _check_count(name: str, value: Any) -> int:
@@ -292,32 +281,29 @@ class LaunchedRun(Launched, NotebookRun):
 class LaunchedSeeds(Launched, NotebookSeeds):
     """Runs that differ only in their seed, started by ``launch`` one after the other."""
 
-    def __init__(self, path: Path, seed_values: Sequence[int], start: Callable[[int, Path], LaunchedRun]) -> None:
+    def __init__(self, path: Path, seed_values: Sequence[int], argv: Sequence[str], python: str | None) -> None:
         self.path = path.absolute()
         self._runs = {}
         self.seed_values = seed_values
-        self.current: LaunchedRun | None = None
+        self.current: Any = None  # the LaunchedRun that was started last
         self.failure: Exception | None = None
-        self._start, self._is_stopped, self._lock = start, threading.Event(), threading.Lock()
+        self._argv, self._python, self._is_stopped = argv, python, False
         self._thread = threading.Thread(target=self._train_seeds, daemon=True, name="vgglab seeds")
         self._thread.start()
 
     def _train_seeds(self) -> None:
-        for seed in self.seed_values:
-            if self._is_stopped.is_set():
-                return
-            try:
-                if is_done(self.path / f"seed-{seed}"):
-                    continue
-                run = self._start(seed, self.path)
-                with self._lock:  # stop() either finds this run, or has already set _is_stopped
-                    self.current = run
-                if self._is_stopped.is_set():
-                    run.stop()
-                run.wait()
-            except Exception as error:  # it ends the series, and wait() raises it
-                self.failure = error
-                return
+        try:
+            for seed in self.seed_values:
+                if self._is_stopped:
+                    return
+                if not is_done(self.path / f"seed-{seed}"):
+                    flags = [*self._argv, *flags_for_seed(seed, self.path)]
+                    self.current = launch(flags, watch=False, python=self._python)
+                    if self._is_stopped:  # if it is set from here on, stop() finds this run
+                        self.current.stop()
+                    self.current.wait()
+        except Exception as error:  # it ends the series, and wait() raises it
+            self.failure = error
 
     @property
     def is_over(self) -> bool:
@@ -330,11 +316,9 @@ class LaunchedSeeds(Launched, NotebookSeeds):
 
     def stop(self) -> None:
         """Stop the active run and do not start another."""
-        self._is_stopped.set()
-        with self._lock:
-            current = self.current
-        if current is not None:
-            current.stop()
+        self._is_stopped = True
+        if self.current is not None:
+            self.current.stop()
         self._thread.join()
 
     def watch(self) -> None:
