@@ -78,7 +78,7 @@ def launch(
         RunFailed: the run failed (if this waits for it).
     """
     argv = shlex.split(flags) if isinstance(flags, str) else [str(flag) for flag in flags]
-    settings.update({name: n for name, n in (("nproc", nproc), ("max_restarts", max_restarts)) if n is not None})
+    settings.update(nproc=nproc, max_restarts=max_restarts)
     argv += [_as_flag(name, value) for name, value in settings.items() if value is not None]
     config = parse_flags(argv)
     ranks.grace_period_seconds()  # raises for an invalid value, before the run directory is created
@@ -96,14 +96,20 @@ def launch(
         raise UserError("nnodes: with several machines, set rendezvous='<first machine>:<port>' and a shared run_dir")
     path = run_path(config)
     has_launcher = config.world_size > 1 or config.max_restarts > 0
-    run_argv = [*argv, f"--run-dir={path}"]
-    command = ranks.training_command(run_argv, python or sys.executable)
+    command = ranks.training_command([*argv, f"--run-dir={path}"], python or sys.executable)
     if nnodes > 1:
         command = [*_torchrun(command[0], config, nnodes, node_rank, rendezvous), *command]
     is_continued = config.resume == "auto" and config.run_dir is not None and is_run_dir(path)
+    if node_rank == 0 and not is_continued:
+        make_run_dir(path)
     log = path / "log" / ("launcher.txt" if has_launcher else "rank0.txt")
-    is_new = not is_continued and node_rank == 0
-    run = LaunchedRun(path, _start(command, argv, path, log, detach, node_rank, is_new), has_launcher)
+    with write_errors(path):
+        make_folder(log.parent)
+    with exclusive_access(log.parent):
+        if node_rank == 0 and is_run_dir(path) and Run(path).status in ACTIVE:
+            raise UserError(f"run_dir {path}: {Run(path).writer()}")
+        process = _start(command, argv, path, log, detach)
+    run = LaunchedRun(path, process, has_launcher)
     if watch:
         run.watch()
     return run
@@ -130,20 +136,11 @@ def _as_flag(name: str, value: Any) -> str:
     return f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def _start(
-    command: list[str], argv: list[str], path: Path, log: Path, detach: bool, node_rank: int, is_new: bool
-) -> subprocess.Popen:
-    if is_new:
-        make_run_dir(path)
-    with write_errors(path):
-        make_folder(log.parent)
-    with exclusive_access(log.parent):
-        if node_rank == 0 and is_run_dir(path) and Run(path).status in ACTIVE:
-            raise UserError(f"run_dir {path}: {Run(path).writer()}")
-        return _start_process(command, argv, path, log, detach)
-
-
-def _start_process(command: list[str], argv: list[str], path: Path, log: Path, detach: bool) -> subprocess.Popen:
+def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: bool) -> subprocess.Popen:
+    """Start the process of a run and record it in ``launch.json``."""
+    environment = {**ranks.with_package_path(os.environ), ranks.MARK: str(path.resolve())}
+    if not detach:
+        environment[ranks.TIED_TO_LAUNCHER] = "1"
     with write_errors(path):
         log_file = open(log, "ab", opener=nofollow_opener)  # noqa: SIM115
     try:
@@ -153,7 +150,7 @@ def _start_process(command: list[str], argv: list[str], path: Path, log: Path, d
                 stdin=subprocess.DEVNULL if detach else subprocess.PIPE,
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
-                env=_environment(path, detach),
+                env=environment,
                 start_new_session=True,  # shields the run from Ctrl-C in the kernel; stop() sends SIGTERM
             )
     except OSError as error:
@@ -169,14 +166,6 @@ def _start_process(command: list[str], argv: list[str], path: Path, log: Path, d
         process.communicate()
         raise
     return process
-
-
-def _environment(path: Path, detach: bool) -> dict[str, str]:
-    """Return the environment of a run: a copy of this process's, plus the run directory and this package's path."""
-    environment = {**ranks.with_package_path(os.environ), ranks.MARK: str(path.resolve())}
-    if not detach:
-        environment[ranks.TIED_TO_LAUNCHER] = "1"
-    return environment
 
 
 class Launched:
