@@ -62,12 +62,10 @@ def is_done(path: Path) -> bool:
 
 def remove_seeds_flag(argv: Sequence[str]) -> list[str]:
     """The command line without ``--seeds``, to which the flags of one seed can be added."""
-    remaining, skip_value = [], False
-    for word in argv:
-        if skip_value:
-            skip_value = False
-        elif word == "--seeds":
-            skip_value = True
+    remaining, words = [], iter(argv)
+    for word in words:
+        if word == "--seeds":
+            next(words, None)  # its value
         elif not word.startswith("--seeds="):
             remaining.append(word)
     return remaining
