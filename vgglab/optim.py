@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from typing import TYPE_CHECKING, Any, Iterable, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,16 +67,11 @@ def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> 
     spec = OPTIMIZERS[config.optimizer]
     options = {name: getattr(config, setting) for name, setting in spec.options.items()}
     options.update({"fused": True} if fused else {})  # only if needed: old versions of torch do not accept it
-    groups = _parameter_groups(model.parameters(), no_decay)
-    return without_compiler(spec.optimizer)(groups, lr=config.lr, weight_decay=config.weight_decay, **options)
-
-
-def _parameter_groups(parameters: Iterable[nn.Parameter], no_decay: list[nn.Parameter]) -> list[dict[str, Any]]:
     no_decay_ids = {id(p) for p in no_decay}
-    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in no_decay_ids]}]
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in no_decay_ids]}]
     if no_decay:
         groups.append({"params": no_decay, "weight_decay": 0.0})
-    return groups
+    return without_compiler(spec.optimizer)(groups, lr=config.lr, weight_decay=config.weight_decay, **options)
 
 
 class Targets(NamedTuple):
