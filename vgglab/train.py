@@ -322,7 +322,6 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
         agreement.true_on_all_ranks(False, device)
         raise
     ranks.delete_failures(path)
-    ranks.record_run_dir(path)
     ranks.set_run_dir(path)
     agreement.true_on_all_ranks(True, device)
     status, failure = "failed", None

@@ -171,14 +171,6 @@ def _launch_folder() -> Path | None:
     return Path(error_file).parents[2] if error_file else None
 
 
-def record_run_dir(path: Path) -> None:
-    """Record the run directory, so that a restart can find it."""
-    folder = _launch_folder()
-    if folder is not None and folder.is_dir():
-        with contextlib.suppress(OSError):
-            (folder / RUN_PATH_FILE).write_text(str(path.absolute()), encoding="utf-8")
-
-
 def recorded_run_dir(folder: Path) -> Path | None:
     """The run directory recorded in ``folder``, the private folder of a launch; None if there is none yet."""
     file = folder / RUN_PATH_FILE
@@ -200,9 +192,16 @@ def previous_run_dir() -> Path | None:
 
 
 def set_run_dir(path: Path) -> None:
-    """Set the run directory in which a failure of this rank is recorded."""
+    """Set the run directory, in which a failure of this rank is recorded.
+
+    Rank 0 also records it in the folder of the launch, so that a restart can find it.
+    """
     global _run_dir
     _run_dir = path
+    folder = _launch_folder()
+    if folder is not None and folder.is_dir() and os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            (folder / RUN_PATH_FILE).write_text(str(path.absolute()), encoding="utf-8")
 
 
 def run_dir() -> Path | None:
