@@ -53,11 +53,15 @@ from vgglab.dist import interrupts, ranks, slurm, spawn
 from vgglab.dist.interrupts import StopRequested, defer_ctrl_c, defer_signals
 from vgglab.errors import UserError, error_context
 from vgglab.runs import seeds
+from vgglab.runs.report import build_report, steadiness_warning
+from vgglab.runs.run import Run, has_run_files, run_path
 from vgglab.settings import inheritance
 from vgglab.settings.config import Request, Settings, complete
 from vgglab.settings.parser import flags_given, parse_flags, settings_warnings, unused_settings
 from vgglab.storage.schema import try_read_document
+from vgglab.view.scalars import Scalars
 from vgglab.view.seeds_table import seeds_table
+from vgglab.view.terminal import Terminal
 
 if TYPE_CHECKING:
     from vgglab.data.sets import DataSets
@@ -204,7 +208,6 @@ def _find_checkpoint(request: Request) -> tuple[str | None, list[str]]:
         UserError: no checkpoint in ``run_dir`` can be used; training from the beginning would overwrite them.
     """
     from vgglab.runs import checkpoint
-    from vgglab.runs.run import has_run_files
 
     runs = Path(request.output_dir, "runs")
     folders = [Path(request.run_dir)] if request.run_dir else sorted(runs.glob("*"))
@@ -222,7 +225,6 @@ def _find_checkpoint(request: Request) -> tuple[str | None, list[str]]:
 def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
     """Fill in the settings that the flags left open, so that config.json records what was used."""
     from vgglab.model import head_for
-    from vgglab.runs.run import run_path
 
     is_folder = Path(request.data_path).is_dir()  # stored as an absolute path, to be found from other folders too
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
@@ -304,11 +306,7 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
     """Train or evaluate on rank 0; write the run directory, including the report, however the run ends."""
     from vgglab.optim import OPTIMIZERS
     from vgglab.runs import checkpoint
-    from vgglab.runs.report import build_report, steadiness_warning
-    from vgglab.runs.run import Run, has_run_files
     from vgglab.runs.writer import RunWriter
-    from vgglab.view.scalars import Scalars
-    from vgglab.view.terminal import Terminal
 
     config, device = trainer.config, trainer.device
     terminal = Terminal()
