@@ -189,7 +189,18 @@ def load_pretrained(model: nn.Module, name: str) -> list[str]:
     Raises:
         UserError: the weights are not in torch's cache and cannot be downloaded.
     """
-    published = _published_weights(name)
+    url, file = published_file(name)
+    try:
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            checksum = file.stem.rsplit("-", 1)[1]  # the end of the file name, e.g. vgg16-397923af.pth
+            torch.hub.download_url_to_file(url, str(file), hash_prefix=checksum)
+        published = load_tensors(file)
+    except (OSError, ValueError, RuntimeError) as error:  # urllib's errors are OSErrors
+        raise UserError(
+            f"--pretrained: cannot download the weights of {name} ({str(error).splitlines()[0]}); "
+            f"put the file {file.name} into {file.parent} and try again"
+        ) from None
     current = model.state_dict()
     matching = {key: value for key, value in published.items() if current[key].shape == value.shape}
     model.load_state_dict(matching, strict=False)
@@ -212,18 +223,3 @@ def published_file(name: str) -> tuple[str, Path]:
     else:
         url = torchvision.models.vgg.model_urls[name]
     return url, Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-
-
-def _published_weights(name: str) -> dict[str, Tensor]:
-    url, file = published_file(name)
-    try:
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            checksum = file.stem.rsplit("-", 1)[1]  # the end of the file name, e.g. vgg16-397923af.pth
-            torch.hub.download_url_to_file(url, str(file), hash_prefix=checksum)
-        return load_tensors(file)
-    except (OSError, ValueError, RuntimeError) as error:  # urllib's errors are OSErrors
-        raise UserError(
-            f"--pretrained: cannot download the weights of {name} ({str(error).splitlines()[0]}); "
-            f"put the file {file.name} into {file.parent} and try again"
-        ) from None
