@@ -44,12 +44,6 @@ class TrainingState:
     num_poor: int = 0  # evaluations in a row without a new best top-1, since the last drop of the learning rate
     num_drops: int = 0  # drops of the learning rate so far (plateau schedule)
 
-    def record_evaluation(self, is_best: bool, patience: int) -> None:
-        """Count evaluations without a new best top-1; after ``patience`` of them, count a drop of the learning rate."""
-        self.num_poor = 0 if is_best else self.num_poor + 1
-        if self.num_poor >= patience:
-            self.num_poor, self.num_drops = 0, self.num_drops + 1
-
 
 class StepResult(NamedTuple):
     """The results of a training step, on the device; reading them waits for it. Scalars are averaged and logged."""
@@ -181,7 +175,9 @@ class Trainer:
         state = self.state
         state.epoch, state.images = epoch + 1, 0
         if self.config.lr_schedule == "plateau" and epoch >= self.config.warmup:
-            state.record_evaluation(is_best, self.config.lr_patience)
+            state.num_poor = 0 if is_best else state.num_poor + 1
+            if state.num_poor >= self.config.lr_patience:
+                state.num_poor, state.num_drops = 0, state.num_drops + 1
         self.save(run, is_best)
 
     def save(self, run: RankWriter, is_best: bool = False) -> None:
