@@ -178,26 +178,11 @@ class Trainer:
             state.num_poor = 0 if is_best else state.num_poor + 1
             if state.num_poor >= self.config.lr_patience:
                 state.num_poor, state.num_drops = 0, state.num_drops + 1
-        self.save(run, is_best)
-
-    def save(self, run: RankWriter, is_best: bool = False) -> None:
-        """Write a checkpoint on rank 0; a write error does not stop training.
-
-        If the last checkpoint cannot be written, the run ends with status "failed".
-
-        Raises:
-            UserError: a weight is not finite.
-        """
-        if self.device.rank != 0:
-            return
-        settings = {**self.config.as_dict(), "simulated": self.device.is_simulated}
-        average = None if self.average is None else self.average.network
-        scaler = self.device.scaler_state()
-        run.save_checkpoint(self.network, self.optimizer, scaler, self.state, settings, is_best, average)
+        run.save_checkpoint(self, is_best)
 
     def save_and_stop(self, run: RankWriter) -> NoReturn:
         """Save, then raise StopRequested; on rank 0 its message says whether saving succeeded and how to continue."""
-        self.save(run)
+        run.save_checkpoint(self)
         if self.device.rank != 0:
             raise StopRequested
         saved = "but the checkpoint could not be written" if run.has_lost_checkpoints else "checkpoint saved"
@@ -300,7 +285,7 @@ class Loop:
             if self.coordinator.should_stop:
                 trainer.save_and_stop(self.run)
             if should_save:
-                trainer.save(self.run)
+                self.run.save_checkpoint(trainer)
 
     def _log_and_sync(self, epoch: int, result: StepResult, labels: Tensor, should_log: bool) -> None:
         """Average the scalars of ``result`` over the ranks and see whether to stop; write a log line if requested."""

@@ -24,7 +24,7 @@ from vgglab.optim import OPTIMIZERS
 from vgglab.storage.files import make_folder, nofollow_opener
 
 if TYPE_CHECKING:
-    from vgglab.trainer import TrainingState
+    from vgglab.trainer import Trainer
 
 FORMAT = "vgglab-1"
 MAX_COUNT = 10**14  # of steps or images; readers of events accept ten times as many
@@ -34,20 +34,11 @@ class SaveError(Exception):
     """Raised when a checkpoint cannot be written; existing checkpoints are intact."""
 
 
-def save(
-    folder: Path,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scaler: dict[str, Any],
-    state: TrainingState,
-    config: dict[str, Any],
-    is_best: bool,
-    average: nn.Module | None = None,
-) -> None:
+def save(folder: Path, trainer: Trainer, is_best: bool) -> None:
     """Write ``last.pt``, keeping the old one as ``previous.pt``; if ``is_best``, also save the new one as ``best.pt``.
 
-    The key ``model`` holds the weights that were evaluated; if they are an ``average``, the key ``trained`` holds those
-    to continue training with.
+    The key ``model`` holds the weights that were evaluated; if they are an average, the key ``trained`` holds those to
+    continue training with.
 
     Raises:
         SaveError: the file cannot be written, for example because the disk is full.
@@ -55,23 +46,18 @@ def save(
     """
     content = {
         "format": FORMAT,
-        "config": config,
-        "epoch": state.epoch,
-        "images": state.images,
-        "step": state.step,
-        "best": state.best,
-        "num_poor": state.num_poor,
-        "num_drops": state.num_drops,
-        "model": (average or model).state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler,
+        "config": {**trainer.config.as_dict(), "simulated": trainer.device.is_simulated},
+        **vars(trainer.state),
+        "model": trainer.network.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.device.scaler_state(),
     }
-    if average is not None:
-        content["trained"] = model.state_dict()
+    if trainer.average is not None:
+        content["trained"], content["model"] = content["model"], trainer.average.network.state_dict()
     content = _to_cpu(content)
     for name, value in content["model"].items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{name} is not finite after step {state.step}; {NOT_FINITE_ADVICE}")
+            raise UserError(f"{name} is not finite after step {trainer.state.step}; {NOT_FINITE_ADVICE}")
     with defer_ctrl_c():
         try:
             make_folder(folder)

@@ -25,10 +25,7 @@ from vgglab.storage.schema import append_line, finite_or_none, write_document
 from vgglab.version import __version__
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
-
-    from vgglab.trainer import TrainingState
+    from vgglab.trainer import Trainer
 
 Listener = Callable[[Event], None]
 DISK_SPACE_ADVICE = "free some disk space (or remount the disk as writable)"
@@ -74,7 +71,7 @@ class RankWriter:
             return f"{self.path}: training finished, but could not write: {unwritten}; {advice}"
         return ""
 
-    def save_checkpoint(self, *_: Any) -> None:
+    def save_checkpoint(self, trainer: Trainer, is_best: bool = False) -> None:
         pass
 
     @property
@@ -229,30 +226,21 @@ class RunWriter(RankWriter):
                 name = type(listener).__name__.lower()
                 self.write_failed(name, f"{name} cannot be written ({error.strerror}); training continues")
 
-    def save_checkpoint(
-        self,
-        network: nn.Module,
-        optimizer: Optimizer,
-        scaler: dict[str, Any],
-        state: TrainingState,
-        settings: dict[str, Any],
-        is_best: bool,
-        average: nn.Module | None,
-    ) -> None:
-        """Write a checkpoint; the arguments are those of ``checkpoint.save``.
+    def save_checkpoint(self, trainer: Trainer, is_best: bool = False) -> None:
+        """Write a checkpoint.
 
         If that fails, training continues with a warning; if it was the last checkpoint of the run, the run fails.
 
         Raises:
             UserError: a weight is not finite.
         """
-        folder = self.path / "checkpoints"
+        folder, state = self.path / "checkpoints", trainer.state
         try:
-            checkpoint.save(folder, network, optimizer, scaler, state, settings, is_best, average)
+            checkpoint.save(folder, trainer, is_best)
         except checkpoint.SaveError as error:
             backup = "the previous checkpoint is intact" if (folder / "last.pt").exists() else "there is no earlier one"
             text = f"the checkpoint of step {state.step} was not written ({error}); {backup}"
-            if state.epoch == settings["epochs"]:
+            if state.epoch == trainer.config.epochs:
                 self.write_recovered("checkpoints")  # reported in the final message instead
                 self.lost_last_checkpoint = f"{folder}: {text}"
             else:
