@@ -111,6 +111,8 @@ def _environment(num_ranks: int, folder: Path, attempt: int) -> dict[str, str]:
     restrict connections to the loopback interface.
     """
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
+    with socket.create_server(("127.0.0.1", 0)) as server:  # on a free port
+        port = server.getsockname()[1]
     threads = {"OMP_NUM_THREADS": str(max(1, ranks.num_cores() // num_ranks))}
     return {
         **(threads if num_ranks > 1 else {}),
@@ -118,17 +120,11 @@ def _environment(num_ranks: int, folder: Path, attempt: int) -> dict[str, str]:
         **ranks.with_package_path(os.environ),
         **{name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(port),
         "TORCHELASTIC_RESTART_COUNT": str(attempt),  # torchrun's name for it
         ranks.RENDEZVOUS: str(folder / f"attempt{attempt}"),
         ranks.TIED_TO_LAUNCHER: "1",
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _send(signum: int, processes) -> None:
