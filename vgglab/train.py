@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks.print_line(f"error: {ranks.prefix()}{line}")
         return ranks.EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        path = ranks.run_dir()
-        advice = f"; {ranks.resume_advice(path)}" if path else ""
+        advice = f"; {ranks.resume_advice(ranks.run_dir)}" if ranks.run_dir else ""
         ranks.print_line(f"{ranks.prefix()}interrupted{advice}")
         return ranks.EXIT_INTERRUPTED
     except StopRequested as stopped:

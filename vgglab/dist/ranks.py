@@ -45,7 +45,7 @@ LOST_PEER_PHRASES = {"closed by peer", "reset by peer", "connection refused", "b
 
 PROCESS_STARTED = time.monotonic()  # when this process began; this module is among the first to be imported
 _kept_alive: tuple[Any, ...] = ()  # objects that must never be destroyed
-_run_dir: Path | None = None  # where a failure of this process is recorded
+run_dir: Path | None = None  # the run directory of this process, set by set_run_dir
 
 
 def grace_period_seconds(chosen: float | None = None) -> float:
@@ -196,17 +196,12 @@ def set_run_dir(path: Path) -> None:
 
     Rank 0 also records it in the folder of the launch, so that a restart can find it.
     """
-    global _run_dir
-    _run_dir = path
+    global run_dir
+    run_dir = path
     folder = _launch_folder()
     if folder is not None and folder.is_dir() and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             (folder / RUN_PATH_FILE).write_text(str(path.absolute()), encoding="utf-8")
-
-
-def run_dir() -> Path | None:
-    """The run directory of this process; None if it has not been set."""
-    return _run_dir
 
 
 def resume_advice(path: Path) -> str:
@@ -228,8 +223,8 @@ def report_failure(error: BaseException, exit_code: int) -> None:
     """
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     launch_dir = os.environ.get(MARK)  # its log folder is created before any rank starts
-    path = _run_dir or (Path(launch_dir) if launch_dir else None)
-    if path and not _run_dir and exit_code == EXIT_BAD_INPUT and exists(path / "events.jsonl"):
+    path = run_dir or (Path(launch_dir) if launch_dir else None)
+    if path and not run_dir and exit_code == EXIT_BAD_INPUT and exists(path / "events.jsonl"):
         path = None  # bad input is not a failure of the run that already exists
     line, rank = f"{type(error).__name__}: {error}", int(os.environ.get("RANK", 0))
     _write_failure(path, rank, line, exit_code, text, has_lost_peers(error))
