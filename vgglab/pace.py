@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import TYPE_CHECKING, Any, Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgglab.devices.hostreads import HostReads
 from vgglab.dist import interrupts
@@ -26,11 +26,12 @@ class Clock:
     """Measures the interval from one log line to the next. Read it only after synchronising the device.
 
     Each step is timestamped on the device, without waiting for it. With ``has_phases``, the phases of a step are
-    timestamped too (``Trainer.step`` reports most of them), and reads from the device are counted.
+    timestamped too (``TimedDevice`` reports most of them), and reads from the device are counted.
     """
 
-    def __init__(self, images_per_step: int, device: Device, has_phases: bool) -> None:
+    def __init__(self, images_per_step: int, device: Device, process_started: float, has_phases: bool = False) -> None:
         self.images_per_step, self.has_phases = images_per_step, has_phases
+        self._process_started = process_started  # a value of time.monotonic()
         self._device = device
         self._has_timed_first_step = False
         self._reads = HostReads(device_is_host=device.is_host)
@@ -65,8 +66,7 @@ class Clock:
             self._phases.append((phase, self._device.mark()))
 
     def end_own_work(self) -> None:
-        """Record the end of the forward pass; from here on the ranks wait for one another."""
-        self.end_phase("forward")
+        """Record that this rank has done its own work (loading, copying, forward pass) and now waits for the others."""
         self.own_seconds += time.perf_counter() - self._wait_started
 
     def end_step(self) -> None:
@@ -82,12 +82,8 @@ class Clock:
             "interval_seconds": time.perf_counter() - self.started,
         }
 
-    def read_interval(self, process_started: float) -> dict[str, Any]:
-        """Return the metrics of the interval that ends now, and start the next one.
-
-        Args:
-            process_started: a value of ``time.monotonic()``; the first interval contains the time from then on.
-        """
+    def read_interval(self) -> dict[str, Any]:
+        """Return the metrics of the interval that ends now, and start the next one."""
         seconds = time.perf_counter() - self.started
         num_images = self.steps * self.images_per_step
         seconds_between = self._device.seconds_between
@@ -102,7 +98,7 @@ class Clock:
         if not self._has_timed_first_step:
             self._has_timed_first_step = True
             later_steps = sum(interval["step_seconds"][1:])
-            interval["first_step_seconds"] = time.monotonic() - process_started - later_steps
+            interval["first_step_seconds"] = time.monotonic() - self._process_started - later_steps
         if self.has_phases:
             phase_seconds = dict.fromkeys(PHASES, 0.0)
             for (_, before), (phase, after) in zip(self._phases, self._phases[1:]):
@@ -111,6 +107,33 @@ class Clock:
             interval.update(phase_seconds=phase_seconds, host_reads=self._reads.pop_counts())
         self.restart()
         return interval
+
+
+class TimedDevice:
+    """Wraps a device, forwards all calls to it, and reports phases of each training step to a clock."""
+
+    def __init__(self, device: Device, clock: Clock) -> None:
+        self._device, self._clock = device, clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Context manager for the forward pass and the loss; reports the end of the phases ``copy`` and ``forward``."""
+        self._clock.end_phase("copy")
+        with self._device.autocast():
+            yield
+        self._clock.end_phase("forward")
+        self._clock.end_own_work()  # from here on the ranks wait for one another
+
+    def backward(self, loss: Tensor) -> None:
+        self._device.backward(loss)
+        self._clock.end_phase("backward")
+
+    def average_gradients(self, model: nn.Module) -> None:
+        self._device.average_gradients(model)
+        self._clock.end_phase("all_reduce")
 
 
 class StopCoordinator:

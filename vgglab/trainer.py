@@ -7,9 +7,9 @@ directory, as events.
 from __future__ import annotations
 
 import math
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Iterator, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from vgglab.dist.interrupts import StopRequested
 from vgglab.errors import NOT_FINITE_ADVICE, UserError, error_context
 from vgglab.model import build, load_pretrained
 from vgglab.optim import Objective, WeightAverage, build_optimizer, set_learning_rate
-from vgglab.pace import Clock, StopCoordinator
+from vgglab.pace import Clock, StopCoordinator, TimedDevice
 from vgglab.settings.schedule import learning_rate
 
 if TYPE_CHECKING:  # types of the trainer's arguments
@@ -60,8 +60,6 @@ class Trainer:
         network: the same without the wrapper.
         average: a moving average of the weights, which is evaluated in their place; or None.
         batches: the training batches; None with ``test_only``.
-        images_per_step: images in a training step, on all ranks together.
-        clock: times the training steps.
         state: the progress.
         warnings: warnings before the first step, one line each.
     """
@@ -86,8 +84,6 @@ class Trainer:
             self.average.network.load_state_dict(saved["model"])
         self.optimizer = build_optimizer(config, self.network, device.fuses)
         self.objective = Objective(config, device)
-        self.images_per_step = config.batch_size * device.world_size
-        self.clock = Clock(self.images_per_step, device, has_phases=config.timers)
         self.state = TrainingState(epoch=config.start_epoch)
         if saved is not None and not config.test_only:
             with error_context(f"--resume {config.resume}"):
@@ -117,21 +113,17 @@ class Trainer:
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Perform one optimizer step; ``images``, uint8 ``(N, S, S, 3)``, and ``labels (N,)`` are on the device."""
-        device, clock = self.device, self.clock
+        device = self.device
         # Dropout, mixup and cutmix: a seed of 32 bits, which every card accepts; the same with and without a resume.
         device.seed(mix_seeds(self.config.seed, self.state.step, device.rank) % 2**32)
         images = normalised(images, device.channels_last)  # (N, 3, S, S) floats
         images, targets = self.objective.blend(images, labels)
-        clock.end_phase("copy")
         with device.autocast():
             logits = self.model(images)
             loss = self.objective(logits, targets)
-        clock.end_own_work()
         self.optimizer.zero_grad(set_to_none=True)
         device.backward(loss)
-        clock.end_phase("backward")
         device.average_gradients(self.model)
-        clock.end_phase("all_reduce")
         result = StepResult(loss, logits)  # gradients are still multiplied by device.loss_scale()
         device.step(self.optimizer, self.model, list(result))
         self.state.step += 1
@@ -192,7 +184,7 @@ class Trainer:
         """Write the first event, which describes what the run will do, so that its progress can be shown."""
         config, sets, state = self.config, self.sets, self.state
         steps_per_epoch = len(self.batches) if self.batches else 0
-        done_in_epoch = min(state.images // self.images_per_step, steps_per_epoch)
+        done_in_epoch = min(state.images // (config.batch_size * config.world_size), steps_per_epoch)
         num_remaining = max(0, (config.epochs - state.epoch) * steps_per_epoch - done_in_epoch)
         run.event(
             "start",
@@ -258,34 +250,48 @@ class Loop:
 
     def __init__(self, trainer: Trainer, run: RankWriter, tracer: Tracer) -> None:
         self.trainer, self.run, self.tracer = trainer, run, tracer
-        self.coordinator = StopCoordinator(trainer.device)
+        config, device = trainer.config, trainer.device
+        self.images_per_step = config.batch_size * device.world_size
+        self.clock = Clock(self.images_per_step, device, run.process_started, config.timers)
+        self.coordinator = StopCoordinator(device)
         # The first steps of a run are slow, even after a resume.
-        self.last_skipped_step = trainer.state.step + trainer.config.skip_steps
+        self.last_skipped_step = trainer.state.step + config.skip_steps
 
     def train_epoch(self, epoch: int) -> None:
         """Train on the remaining batches of this epoch."""
-        trainer, clock, batches = self.trainer, self.trainer.clock, self.trainer.batches
+        trainer, clock, batches = self.trainer, self.clock, self.trainer.batches
         assert batches is not None
         config, state = trainer.config, trainer.state
         trainer.model.train()
         clock.restart()
-        first_batch = min(state.images // trainer.images_per_step, len(batches))
+        first_batch = min(state.images // self.images_per_step, len(batches))
         device_batches = trainer.device.feed(batches.epoch(epoch, first_batch, self.run.skipped))
-        for batch, (images, labels) in clock.batches(device_batches, first_batch):
-            result = trainer.step(images, labels)
-            clock.end_step()
-            self.tracer.end_step()
-            state.images = batch * trainer.images_per_step
+        with self._timing_phases():
+            for batch, (images, labels) in clock.batches(device_batches, first_batch):
+                result = trainer.step(images, labels)
+                clock.end_step()
+                self.tracer.end_step()
+                state.images = batch * self.images_per_step
 
-            should_save = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
-            should_log = should_save or batch % config.print_freq == 0 or batch == len(batches)
-            should_log = should_log or state.step == self.last_skipped_step  # logging restarts the clock
-            if should_log or self.coordinator.is_due():
-                self._log_and_sync(epoch, result, labels, should_log)
-            if self.coordinator.should_stop:
-                trainer.save_and_stop(self.run)
-            if should_save:
-                self.run.save_checkpoint(trainer)
+                should_save = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
+                should_log = should_save or batch % config.print_freq == 0 or batch == len(batches)
+                should_log = should_log or state.step == self.last_skipped_step  # logging restarts the clock
+                if should_log or self.coordinator.is_due():
+                    self._log_and_sync(epoch, result, labels, should_log)
+                if self.coordinator.should_stop:
+                    trainer.save_and_stop(self.run)
+                if should_save:
+                    self.run.save_checkpoint(trainer)
+
+    @contextmanager
+    def _timing_phases(self) -> Iterator[None]:
+        """Context manager in which the device reports phases of each step to the clock (see ``TimedDevice``)."""
+        device = self.trainer.device
+        self.trainer.device = TimedDevice(device, self.clock)  # type: ignore[assignment]  # forwards everything else
+        try:
+            yield
+        finally:
+            self.trainer.device = device
 
     def _log_and_sync(self, epoch: int, result: StepResult, labels: Tensor, should_log: bool) -> None:
         """Average the scalars of ``result`` over the ranks and see whether to stop; write a log line if requested."""
@@ -298,7 +304,7 @@ class Loop:
         if not math.isfinite(means["loss"]):
             raise UserError(f"the loss is not finite ({means['loss']}) at step {step}; {NOT_FINITE_ADVICE}")
         if should_log:
-            self.run.rank_event(step=step, loss=own[0], **trainer.clock.own_metrics(), **trainer.device.usage())
+            self.run.rank_event(step=step, loss=own[0], **self.clock.own_metrics(), **trainer.device.usage())
             self.run.event(
                 "train",
                 epoch=epoch,
@@ -306,7 +312,7 @@ class Loop:
                 **{**means, "acc1": 100 * means["acc1"]},
                 lr=trainer.optimizer.param_groups[0]["lr"],
                 is_measured=step > self.last_skipped_step,
-                **trainer.clock.read_interval(self.run.process_started),
+                **self.clock.read_interval(),
             )
 
 
