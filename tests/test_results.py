@@ -10,7 +10,7 @@ from processes import python
 from test_devices import needs_sim, run_ranks
 
 from vgglab.view import results
-from vgglab.view.seeds_table import rows_of
+from vgglab.view.seeds_table import seeds_table
 
 
 def test_page_has_a_row_per_run_and_marks_published_results(images, tmp_path):
@@ -141,6 +141,5 @@ def test_unreadable_run_is_named_and_the_others_are_listed(train, capsys, damage
     stderr = capsys.readouterr().err
     assert f"left out: {bad.name}: " in stderr
     assert "UserError" not in stderr
-    groups = {"both": [good, bad]}
-    [row, *_] = rows_of(groups)
-    assert row.n == (1 if damage == "missing setting" else 2)
+    row = seeds_table({"both": [good, bad]}).rows[0]
+    assert row[2] == ("1" if damage == "missing setting" else "2")
