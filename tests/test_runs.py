@@ -18,7 +18,7 @@ from vgglab.storage.lock import Lock
 from vgglab.storage.schema import with_checksum
 from vgglab.view.figures import bands
 from vgglab.view.live import _TerminalLines
-from vgglab.view.rank_table import rank_rows
+from vgglab.view.rank_table import rank_table
 from vgglab.view.run_tables import warnings_table
 
 START = {
@@ -220,8 +220,8 @@ def test_rank_table_omits_earlier_ranks_and_processes(path):
         (path / "log" / f"rank{rank}.jsonl").write_text(text)
     env = json.loads((path / "env.json").read_text())
     (path / "env.json").write_text(json.dumps({**env, "world_size": 2}))
-    rows = rank_rows(vgglab.Run(path))
-    assert [(row.rank, row.own_seconds, row.is_straggler) for row in rows] == [(0, 0.1, False), (1, 0.1, False)]
+    rows = rank_table(vgglab.Run(path)).rows
+    assert [(row[0], *row[-2:]) for row in rows] == [("0", "100 ms", ""), ("1", "100 ms", "")]
 
 
 def test_seeds_are_drawn_and_printed_while_one_has_just_started(path, tmp_path):

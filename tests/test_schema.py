@@ -18,8 +18,9 @@ import vgglab
 from vgglab import Run, Seeds, UserError
 from vgglab.runs.compare import compare_runs
 from vgglab.storage.schema import EVENTS, OPTIONAL, append_line, with_checksum, write_document
-from vgglab.view import rank_table, results, run_tables, summaries
+from vgglab.view import results, run_tables, summaries
 from vgglab.view.live import _TerminalLines, last_lines, progress_of, summary
+from vgglab.view.rank_table import rank_table
 
 HOSTILE = (
     None, True, False, -1, 0, 10**30, 1e308, 1e-320, "x", "", [], {}, [1], {"a": 1}, "<img src=x onerror=alert(1)>",
@@ -63,7 +64,7 @@ def outputs(path, other):
         "report page.html": lambda run: "".join(table([other, run])._repr_html_() for table in report_tables()),
         "settings": lambda run: run_tables.common_settings([run]),
         "runs": lambda run: repr(summaries.runs_table([run, other])),
-        "ranks.html": lambda run: rank_table.as_html(rank_table.rank_rows(run)),
+        "ranks.html": lambda run: rank_table(run)._repr_html_(),
         "dashboard": lambda run: summary(run, progress_of(run)) + "".join(last_lines(run)) + repr(run.skipped()),
         "terminal": lambda run: _TerminalLines(run).update(),
         "stop": lambda run: run.stop(0.1),

@@ -12,7 +12,7 @@ from vgglab.errors import UserError
 from vgglab.lab.machine_speed import slowdown
 from vgglab.lab.timings import MACHINE, SECONDS
 from vgglab.view.progress import duration
-from vgglab.view.tables import html_table, html_text, show, text_table
+from vgglab.view.tables import Table, show
 
 NAMES = ("quick", "small", "full")
 ALL = -1  # as a number of steps: no limit
@@ -56,7 +56,7 @@ class Profiles:
         index = NAMES.index(profile)
         overrides = {name: self._checked(name, value) for name, value in given.items() if value is not None}
         chosen = {name: overrides.get(name, self.settings[name][index]) for name in given}
-        show(ProfileTable(self, index, chosen, set(overrides)))
+        show(_table(self, index, chosen, set(overrides)))
         return list(chosen.values())
 
     def _checked(self, name: str, value: Any) -> Any:
@@ -84,35 +84,27 @@ def _check_number(name: str, value: Any) -> float:
     raise UserError(f"{name}: {value!r} is not a number above 0")
 
 
-class ProfileTable:
-    """A table of the profiles: marks the selected one and the values set by hand, and gives the expected time."""
-
-    def __init__(self, profiles: Profiles, index: int, chosen: Mapping[str, Any], overrides: set[str]) -> None:
-        self.headings = ["", *(f"{name} (selected)" if number == index else name for number, name in enumerate(NAMES))]
-        self.rows = []
-        for name, values in profiles.settings.items():
-            cells = [str(value) for value in values]
-            if name in overrides:
-                cells[index] = f"{chosen[name]} (set by hand)"
-            self.rows.append([name, *cells])
-        self.remark = ""
-        expected = "not timed"
-        if profiles.seconds is not None:
-            slowdown_factor = slowdown()
-            expected = f"about {duration(_rounded(profiles.seconds * slowdown_factor))}"
-            self.remark = (
-                f"The expected time is an estimate: the notebook took {duration(profiles.seconds)} on {MACHINE}, and a "
-                f"short benchmark took {slowdown_factor:.1f} times as long here."
-            )
-        self.rows.append(["expected time", expected, *["not timed"] * (len(NAMES) - 1)])
-        if overrides:
-            self.remark += " The expected time does not account for values set by hand."
-
-    def __repr__(self) -> str:
-        return f"{text_table(self.headings, self.rows)}\n{self.remark}".rstrip()
-
-    def _repr_html_(self) -> str:
-        return f"{html_table(self.headings, self.rows)}{html_text(self.remark.strip())}"
+def _table(profiles: Profiles, index: int, chosen: Mapping[str, Any], overrides: set[str]) -> Table:
+    """Return a table that marks the selected profile and the values set by hand, and gives the expected time."""
+    rows = []
+    for name, values in profiles.settings.items():
+        cells = [str(value) for value in values]
+        if name in overrides:
+            cells[index] = f"{chosen[name]} (set by hand)"
+        rows.append([name, *cells])
+    expected, remarks = "not timed", []
+    if profiles.seconds is not None:
+        slowdown_factor = slowdown()
+        expected = f"about {duration(_rounded(profiles.seconds * slowdown_factor))}"
+        remarks.append(
+            f"The expected time is an estimate: the notebook took {duration(profiles.seconds)} on {MACHINE}, and a "
+            f"short benchmark took {slowdown_factor:.1f} times as long here."
+        )
+    rows.append(["expected time", expected, *["not timed"] * (len(NAMES) - 1)])
+    if overrides:
+        remarks.append("The expected time does not account for values set by hand.")
+    headings = ["", *(f"{name} (selected)" if number == index else name for number, name in enumerate(NAMES))]
+    return Table(headings, rows, note=" ".join(remarks))
 
 
 def _rounded(seconds: float) -> float:

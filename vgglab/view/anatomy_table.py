@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Sequence
 
-from vgglab.view.tables import html_text
+from vgglab.view.tables import Table, html_text
 
 # Units are in the headings. The first columns are text and left-aligned.
 NUM_TEXT_COLUMNS = 3
@@ -156,10 +156,28 @@ class Anatomy(Sequence[Layer]):
         )
 
     def __repr__(self) -> str:
-        return as_text(self, self.ceilings, self.title)
+        table = self._table()
+        first, second = zip(*(f"{heading}\n".split("\n")[:2] for heading in table.headings))
+        return f"{self.title}\n\n{table._replace(headings=first, rows=[second, *table.rows])}"
 
     def _repr_html_(self) -> str:
-        return as_html(self, self.ceilings, self.title)
+        return html_text(self.title) + self._table()._repr_html_()
+
+    def _table(self) -> Table:
+        """One row per layer, totals in the last row; times and shares of the roofline if they were measured."""
+        num_bytes = sum(layer.bytes_moved for layer in self)
+        total = ["total", "", "", f"{self.num_parameters:,}", _scaled(self.multiply_adds, 1e6)]
+        total += [_scaled(self.training_flop, 1e9, 2), _scaled(num_bytes, 1e6), "", "", ""]
+        headings, note = HEADINGS, ""
+        if self.ceilings:
+            headings = HEADINGS + MEASURED_HEADINGS
+            total += [_scaled(sum(layer.forward_seconds or 0 for layer in self), 1e-3)]
+            total += [_scaled(sum(layer.backward_seconds or 0 for layer in self), 1e-3), "", "", ""]
+            peak, bandwidth = self.ceilings.flop_per_second / 1e9, self.ceilings.bytes_per_second / 1e9
+            ridge = f"ridge point at {self.ceilings.ridge:.1f} FLOP per byte"
+            note = f"measured ceilings of this machine: {peak:.1f} GFLOP/s and {bandwidth:.1f} GB/s, {ridge}"
+        rows = [*(_cells(layer, self.ceilings) for layer in self), total]
+        return Table(headings, rows, note=note, num_text_columns=NUM_TEXT_COLUMNS, bold_rows=[len(self)])
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values: totals, layers and, if measured, the limits of the machine."""
@@ -169,80 +187,27 @@ class Anatomy(Sequence[Layer]):
         return {**{name: getattr(self, name) for name in names}, "layers": layers, "ceilings": ceilings}
 
 
-def as_text(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str = "") -> str:
-    """Return the table as text: one row per layer, totals in the last row, and times if they were measured."""
-    headings, lines = _table(rows, ceilings)
-    table = [*zip(*(f"{head}\n".split("\n")[:2] for head in headings)), *lines]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    aligned = ["  ".join(map(_align, cells, widths, range(len(cells)))).rstrip() for cells in table]
-    return "\n".join([*([title, ""] if title else []), *aligned, *_ceilings_note(ceilings)])
-
-
-def _align(cell: str, width: int, index: int) -> str:
-    return cell.ljust(width) if index < NUM_TEXT_COLUMNS else cell.rjust(width)
-
-
-def as_html(rows: Sequence[Layer], ceilings: Ceilings | None = None, title: str = "") -> str:
-    """Return the table as HTML, for a notebook."""
-    headings, lines = _table(rows, ceilings)
-    body = [_html_row(headings, "th"), *(_html_row(line, "td") for line in lines[:-1]), _html_row(lines[-1], "th")]
-    table = f"<table style='font-variant-numeric: tabular-nums'>{''.join(body)}</table>"
-    title_html = html_text(title) if title else ""
-    return title_html + table + "".join(map(html_text, _ceilings_note(ceilings)))
-
-
-def _html_row(cells: Sequence[str], tag: str) -> str:
-    html_cells = ""
-    for index, cell in enumerate(cells):
-        side = "left" if index < NUM_TEXT_COLUMNS else "right"
-        html_cells += html_text(cell, tag, f"text-align: {side}; padding: 0 0.7em").replace("\n", "<br>")
-    return f"<tr>{html_cells}</tr>"
-
-
-def _ceilings_note(ceilings: Ceilings | None) -> list[str]:
-    if ceilings is None:
-        return []
-    peak, bandwidth = ceilings.flop_per_second / 1e9, ceilings.bytes_per_second / 1e9
-    ridge = f"ridge point at {ceilings.ridge:.1f} FLOP per byte"
-    return [f"measured ceilings of this machine: {peak:.1f} GFLOP/s and {bandwidth:.1f} GB/s, {ridge}"]
-
-
-def _table(rows: Sequence[Layer], ceilings: Ceilings | None) -> tuple[list[str], list[list[str]]]:
-    is_measured = any(row.forward_seconds is not None for row in rows)
-    headings = HEADINGS + (MEASURED_HEADINGS if is_measured else [])
-    lines = [_cells(row) + (_measured_cells(row, ceilings) if is_measured else []) for row in rows]
-    num_parameters, bytes_moved = sum(row.num_parameters for row in rows), sum(row.bytes_moved for row in rows)
-    flop, training_flop = sum(row.flop for row in rows), sum(row.training_flop for row in rows)
-    total = ["total", "", "", f"{num_parameters:,}", _scaled(flop / 2, 1e6), _scaled(training_flop, 1e9, 2)]
-    total += [_scaled(bytes_moved, 1e6), "", "", ""]
-    if is_measured:
-        forward, backward = (sum(times) for times in zip(*((r.forward_seconds, r.backward_seconds) for r in rows)))
-        total += [_scaled(forward, 1e-3), _scaled(backward, 1e-3), "", "", ""]
-    return headings, [*lines, total]
-
-
-def _cells(row: Layer) -> list[str]:
-    return [
-        row.name,
-        row.kind,
-        "x".join(map(str, row.output_shape[1:])),
-        f"{row.num_parameters:,}" if row.num_parameters else "",
-        _scaled(row.multiply_adds, 1e6),
-        _scaled(row.training_flop, 1e9, 2),
-        _scaled(row.bytes_moved, 1e6),
-        _scaled(row.intensity, 1),
-        str(row.receptive_field),
-        str(row.jump),
+def _cells(layer: Layer, ceilings: Ceilings | None) -> list[str]:
+    cells = [
+        layer.name,
+        layer.kind,
+        "x".join(map(str, layer.output_shape[1:])),
+        f"{layer.num_parameters:,}" if layer.num_parameters else "",
+        _scaled(layer.multiply_adds, 1e6),
+        _scaled(layer.training_flop, 1e9, 2),
+        _scaled(layer.bytes_moved, 1e6),
+        _scaled(layer.intensity, 1),
+        str(layer.receptive_field),
+        str(layer.jump),
     ]
-
-
-def _measured_cells(row: Layer, ceilings: Ceilings | None) -> list[str]:
-    times = [_scaled(row.forward_seconds or 0, 1e-3), _scaled(row.backward_seconds or 0, 1e-3)]
-    if row.flop_per_second is None or ceilings is None:
-        return [*times, "", "", ""]
-    attainable = ceilings.attainable(row.intensity)
-    share = f"{row.flop_per_second / attainable:.0%}"
-    return [*times, _scaled(row.flop_per_second, 1e9), _scaled(attainable, 1e9), share]
+    if ceilings is None:
+        return cells
+    cells += [_scaled(layer.forward_seconds or 0, 1e-3), _scaled(layer.backward_seconds or 0, 1e-3)]
+    if layer.flop_per_second is None:
+        return [*cells, "", "", ""]
+    attainable = ceilings.attainable(layer.intensity)
+    share = f"{layer.flop_per_second / attainable:.0%}"
+    return [*cells, _scaled(layer.flop_per_second, 1e9), _scaled(attainable, 1e9), share]
 
 
 def _scaled(value: float, unit: float, digits: int = 1) -> str:

@@ -17,7 +17,7 @@ from vgglab.view.anatomy_table import Anatomy, Layer, Window
 from vgglab.view.figures.base import INK, ORANGE, NotebookFigure
 from vgglab.view.figures.network import WIDTH, draw
 from vgglab.view.live import front_end
-from vgglab.view.tables import html_table, html_text, text_table
+from vgglab.view.tables import Table, html_text
 
 DEPTHS = tuple(name for name in MODELS if not name.endswith("_bn"))
 SMALLEST, LARGEST, STEP = 32, 448, 32  # image sizes on the slider, in pixels; five pooling layers halve them
@@ -116,10 +116,10 @@ class Explorer:
         ]
 
     def text(self) -> str:
-        return f"{self.anatomy.model}, {self.anatomy.image_size} pixels\n{text_table(['', ''], self.rows()).lstrip()}"
+        return repr(Table(["", ""], self.rows(), f"{self.anatomy.model}, {self.anatomy.image_size} pixels"))
 
     def table(self) -> str:
-        return html_table([self.anatomy.model, f"{self.anatomy.image_size} pixels"], self.rows())
+        return Table([self.anatomy.model, f"{self.anatomy.image_size} pixels"], self.rows())._repr_html_()
 
     def picture(self) -> NotebookFigure:
         """Draw the photograph with the receptive field of the central output and, below it, the network."""

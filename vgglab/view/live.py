@@ -17,8 +17,8 @@ from vgglab.errors import UserError
 from vgglab.runs.run import ACTIVE, Event, Run
 from vgglab.storage.events import LongEvents
 from vgglab.view.progress import Progress, duration
-from vgglab.view.rank_table import RankRow, as_html, as_text, rank_rows, stall_warning
-from vgglab.view.tables import html_text
+from vgglab.view.rank_table import rank_table, stall_warning
+from vgglab.view.tables import Table, html_text
 from vgglab.view.terminal import Terminal
 
 REFRESH_SECONDS = 0.5
@@ -123,9 +123,9 @@ class _StaticBlock:
         progress = progress_of(self.run)
         text = summary(self.run, progress)
         markup = html_text(text)
-        rows = ranks_of(self.run)
-        if rows:
-            text, markup = f"{text}\n{as_text(rows)}", markup + as_html(rows)
+        ranks = ranks_of(self.run)
+        if ranks:
+            text, markup = f"{text}\n{ranks}", markup + ranks._repr_html_()
         self.line.update({"text/plain": text, "text/html": markup}, raw=True)
         if not progress.train:
             return
@@ -174,8 +174,8 @@ class Dashboard:
         progress = self._progress_reader.progress()
         self.status.value = html_text(summary(self.run, progress), "b")
         self.bar.max, self.bar.value = max(progress.num_steps, 1), progress.step
-        rows = ranks_of(self.run)
-        self.ranks.value = as_html(rows) if rows else ""
+        ranks = ranks_of(self.run)
+        self.ranks.value = ranks._repr_html_() if ranks else ""
         lines = last_lines(self.run)
         self.log.value = html_text("\n".join(lines), "pre", "font-size: 85%")
         num_events = self._progress_reader.num_events
@@ -211,10 +211,10 @@ def refresh_until_over(refresh: Callable[[], None], is_over: Callable[[], bool],
             time.sleep(REFRESH_SECONDS)
 
 
-def ranks_of(run: Run) -> list[RankRow]:
-    """Return the rows of the rank table; empty for a run with one rank."""
-    rows = rank_rows(run)
-    return rows if len(rows) > 1 else []
+def ranks_of(run: Run) -> Table | None:
+    """Return the rank table; None for a run with one rank."""
+    table = rank_table(run)
+    return table if len(table.rows) > 1 else None
 
 
 def last_lines(run: Run) -> list[str]:

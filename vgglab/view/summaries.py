@@ -6,7 +6,7 @@ from typing import Any, Mapping, Sequence
 
 from vgglab.errors import UserError, printable
 from vgglab.runs.run import Run
-from vgglab.view.tables import Table, html_facts, text_table
+from vgglab.view.tables import Table, html_facts
 
 SETTINGS = ("data_path", "model", "epochs", "batch_size", "lr", "image_size", "device", "world_size", "seed")
 NO_SPEED = "simulated card, no speed"
@@ -17,10 +17,13 @@ class Report(dict):
     """The metrics of ``report.json``, as a dict that is displayed as a table."""
 
     def __repr__(self) -> str:
-        return report_as_text(self)
+        return repr(Table(("", ""), self._metrics()))
 
     def _repr_html_(self) -> str:
-        return report_as_html(self)
+        return html_facts(self._metrics())
+
+    def _metrics(self) -> list[tuple[str, str]]:
+        return [(name, _text(value)) for name, value in self.items()]
 
 
 def run_as_html(run: Run) -> str:
@@ -65,16 +68,6 @@ def report_of(run: Run) -> Mapping[str, Any] | None:
         return None
 
 
-def report_as_text(report: Mapping[str, Any]) -> str:
-    """Return the metrics of a report as text, one per line."""
-    return text_table(("", ""), _metrics(report)).lstrip("\n")
-
-
-def report_as_html(report: Mapping[str, Any]) -> str:
-    """Return the metrics of a report as HTML, for a notebook."""
-    return html_facts(_metrics(report))
-
-
 def runs_table(runs: Sequence[Run]) -> Table:
     """Return a table with one row per run, in the given order; simulated cards are marked and have no speed."""
     rows = []
@@ -110,10 +103,6 @@ def _speed(report: Mapping[str, Any]) -> str:
         return NO_SPEED
     speed = report["images_per_second"]
     return "not measured: all steps fell within --skip-steps" if speed is None else f"{speed:,.1f} images/s"
-
-
-def _metrics(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name, _text(value)) for name, value in report.items()]
 
 
 def _text(value: Any) -> str:
