@@ -17,6 +17,7 @@ from vgglab.runs.folder import find_series, run_dirs
 from vgglab.runs.run import ACTIVE, Run
 from vgglab.storage.schema import read_document
 from vgglab.view.seeds_table import seeds_table
+from vgglab.view.summaries import precision
 from vgglab.view.tables import POLICY, Table
 
 # From Enflame's README, for one T20 and for eight; it does not say whether 431.6 is per card or in total.
@@ -26,8 +27,6 @@ PUBLISHED = (
     ("90 epochs, Enflame's first README", None, 192, None, 71.6),
     ("90 epochs, Enflame's later README", None, 192, None, 71.3),
 )
-
-
 TITLE = "<title>vgglab: results</title>"
 SERIES = "Several seeds, completed runs only"
 SCALING = (
@@ -49,29 +48,28 @@ class Result(NamedTuple):
     hardware: str
     precision: str  # float32, tf32, or the type of mixed precision
     layout: str  # memory layout and other options in use, such as fused
-    ranks: int | None
     batch_size: int
     image_size: int
-    images_per_second: float | None  # of all ranks, at the median step
-    num_steps: int | None  # that were measured
-    slow_ratio: float | None  # 90th percentile of the step time, divided by the median
-    plain_ratio: float | None  # images/s divided by those of a plain PyTorch loop in the same run
-    acc1: float | None
     torch: str
     source: str  # the run directory, or where it was published
+    ranks: int | None = None
+    images_per_second: float | None = None  # of all ranks, at the median step
+    num_steps: int | None = None  # that were measured
+    slow_ratio: float | None = None  # 90th percentile of the step time, divided by the median
+    plain_ratio: float | None = None  # images/s divided by those of a plain PyTorch loop in the same run
+    acc1: float | None = None
     is_simulated: bool = False
     is_fake: bool = False
     efficiency: float | None = None  # images/s divided by ranks x images/s of one rank with the same settings
-    flop_per_image: int | None = None  # forward and backward
-    peak_flop_per_second: float | None = None  # of one card: a matrix product in this precision
+    peak_images_per_second: float | None = None  # of one card, at the FLOP/s of a matrix product in this precision
     report: Mapping[str, Any] = {}  # of the run; empty for benchmarks and published results
 
     @property
     def share_of_peak(self) -> float | None:
-        """Achieved FLOP/s divided by the peak; None if one of the two was not measured."""
-        if not (self.images_per_second and self.flop_per_image and self.peak_flop_per_second):
+        """Images/s divided by those at the peak FLOP/s; None if one of the two was not measured."""
+        if not (self.images_per_second and self.peak_images_per_second):
             return None
-        return self.images_per_second * self.flop_per_image / (self.peak_flop_per_second * (self.ranks or 1))
+        return self.images_per_second / (self.peak_images_per_second * (self.ranks or 1))
 
     def cells(self) -> tuple[str, ...]:
         """Return the cells as text, one for each heading."""
@@ -105,11 +103,11 @@ COLUMNS: dict[str, Callable[[Result], str]] = {
 
 def published() -> list[Result]:
     """Return Enflame's published results for the original example."""
+    settings = ("vgg16", "ImageNet", "Enflame T20", "float32", "")
     return [
-        Result("vgg16", "ImageNet", "Enflame T20", "float32", "", ranks, batch, 224, speed, None, None, None, acc1,
-               "1.10", f"published: {where}")
+        Result(*settings, batch, 224, "1.10", f"published: {where}", ranks=ranks, images_per_second=speed, acc1=acc1)
         for where, ranks, batch, speed, acc1 in PUBLISHED
-    ]  # fmt: skip
+    ]
 
 
 def collect(folders: Iterable[Path]) -> list[Result]:
@@ -123,12 +121,11 @@ def collect(folders: Iterable[Path]) -> list[Result]:
         bench = path / "bench.json"
         try:
             if bench.exists():
-                rows = read_document(bench)["results"]
-                benchmarks += [_of_benchmark(row, Run(path)) for row in rows]
+                benchmarks += [_of_benchmark(row, Run(path)) for row in read_document(bench)["results"]]
             elif Run(path).has_begun:
-                runs += _results_of(path)
+                runs.append(_of_run(Run(path)))
             elif Run(path).status not in ACTIVE:  # active runs may have only just begun
-                print(f"left out: {printable(path.name)}: no readable events", file=sys.stderr)
+                raise UserError("no readable events")
         except UserError as error:  # one unreadable run must not hide the others
             print(f"left out: {printable(path.name)}: {error}", file=sys.stderr)
         except (ValueError, KeyError, TypeError):
@@ -136,69 +133,60 @@ def collect(folders: Iterable[Path]) -> list[Result]:
     return _with_peak(_with_efficiency(runs), benchmarks) + benchmarks
 
 
-def _results_of(path: Path) -> list[Result]:
-    report = Run(path).report()
+def _of_run(run: Run) -> Result:
+    report = run.report()
     median_step, p90_step = report["step_seconds_p50"], report["step_seconds_p90"]
-    return [
-        Result(
-            model=report["model"],
-            data=Path(report["data_path"] or "").name,
-            hardware=report["hardware"],
-            precision=_precision(report),
-            layout=_layout(report),
-            ranks=report["world_size"],
-            batch_size=report["batch_size"],
-            image_size=report["image_size"],
-            images_per_second=report["global_batch_size"] / median_step if median_step else None,
-            num_steps=report["num_measured_steps"] or None,
-            slow_ratio=p90_step / median_step if median_step else None,
-            plain_ratio=None,
-            acc1=report["acc1"],
-            torch=report["versions"].get("torch") or "",
-            source="; ".join([Run(path).name, *report["damage"]]),
-            is_simulated=report["simulated"],
-            is_fake=report["data_is_fake"],
-            report=report,
-        )
-    ]
+    return Result(
+        **_of_device(report),
+        model=report["model"],
+        data=Path(report["data_path"] or "").name,
+        batch_size=report["batch_size"],
+        image_size=report["image_size"],
+        torch=report["versions"].get("torch") or "",
+        source="; ".join([run.name, *report["damage"]]),
+        ranks=report["world_size"],
+        images_per_second=report["global_batch_size"] / median_step if median_step else None,
+        num_steps=report["num_measured_steps"] or None,
+        slow_ratio=p90_step / median_step if median_step else None,
+        acc1=report["acc1"],
+        is_fake=report["data_is_fake"],
+        report=report,
+    )
 
 
 def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
-    device = row["device"]
+    device, flop, peak = row["device"], row.get("flop_per_image"), row.get("peak_flop_per_second")
+    speed, ratio = (None, None) if device["simulated"] else (row["images_per_second"], row["ratio"])
     return Result(
+        **_of_device(device),
         model=run.config["model"],
         data="fake",
-        hardware=device["hardware"],
-        precision=_precision(device),
-        layout=_layout(device),
-        ranks=1,
         batch_size=row["batch_size"],
         image_size=run.config["image_size"],
-        images_per_second=None if device["simulated"] else row["images_per_second"],
-        num_steps=row["num_turns"],
-        slow_ratio=None,
-        plain_ratio=None if device["simulated"] else row["ratio"],
-        acc1=None,
         torch=run.env["versions"].get("torch") or "",
         source="; ".join([f"{run.name}, mode {row['way']}", *run.damage()]),
-        is_simulated=device["simulated"],
-        flop_per_image=row.get("flop_per_image"),
-        peak_flop_per_second=row.get("peak_flop_per_second"),
+        ranks=1,
+        images_per_second=speed,
+        num_steps=row["num_turns"],
+        plain_ratio=ratio,
+        peak_images_per_second=peak / flop if peak and flop else None,
     )
+
+
+def _of_device(description: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a report and the device of a benchmark have in common."""
+    options = {"channels_last": "channels last", "fused": "fused", "compiled": "compiled", "timers": "with timers"}
+    return {
+        "hardware": description["hardware"],
+        "precision": precision(description),
+        "layout": ", ".join(text for name, text in options.items() if description.get(name)),
+        "is_simulated": description["simulated"],
+    }
 
 
 def series_of(folders: Iterable[Path]) -> dict[str, list[Run]]:
     """Return the series of runs in these folders that differ only in their seed, by folder name."""
     return {printable(folder.name): runs for folder, runs in find_series(folders).items()}
-
-
-def _precision(description: dict[str, Any]) -> str:
-    return description["amp_dtype"] or ("tf32" if description.get("tf32") else "float32")
-
-
-def _layout(description: dict[str, Any]) -> str:
-    parts = {"channels_last": "channels last", "fused": "fused", "compiled": "compiled", "timers": "with timers"}
-    return ", ".join(text for name, text in parts.items() if description.get(name))
 
 
 def _with_efficiency(results: list[Result]) -> list[Result]:
@@ -223,18 +211,13 @@ def _with_efficiency(results: list[Result]) -> list[Result]:
 
 
 def _with_peak(runs: list[Result], benchmarks: list[Result]) -> list[Result]:
-    """Add FLOP per image and peak FLOP/s from a benchmark of the same model, image size, hardware and precision."""
+    """Add the peak speed that a benchmark of the same model, image size, hardware and precision has measured."""
 
     def key(row: Result) -> tuple:
         return (row.model, row.hardware, row.precision, row.image_size)
 
-    measured = {key(row): (row.flop_per_image, row.peak_flop_per_second) for row in benchmarks}
-    return [
-        row._replace(flop_per_image=measured[key(row)][0], peak_flop_per_second=measured[key(row)][1])
-        if key(row) in measured
-        else row
-        for row in runs
-    ]
+    peaks = {key(row): row.peak_images_per_second for row in benchmarks}
+    return [row._replace(peak_images_per_second=peaks.get(key(row))) for row in runs]
 
 
 def tables(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> list[Table]:

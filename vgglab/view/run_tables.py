@@ -9,6 +9,7 @@ from vgglab.runs.run import Run
 from vgglab.settings.config import settings_that_affect
 from vgglab.view import results
 from vgglab.view.seeds_table import seeds_table
+from vgglab.view.summaries import precision
 from vgglab.view.tables import Table
 
 __all__ = [
@@ -76,9 +77,8 @@ def machine_table(runs: Sequence[Run]) -> Table:
     for run in runs:
         env = run.env
         versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items() if version)
-        precision = env.get("amp_dtype") or ("tf32" if env.get("tf32") else "float32")
         hardware = f"{env['hardware']} (simulated card)" if env["simulated"] else env["hardware"]
-        rows.append([run.name, hardware, str(env["world_size"]), precision, versions, _text(env.get("commit"))])
+        rows.append([run.name, hardware, str(env["world_size"]), precision(env), versions, _text(env.get("commit"))])
     return Table(["run", "hardware", "ranks", "precision", "versions", "commit"], rows)
 
 

@@ -88,6 +88,11 @@ def runs_table(runs: Sequence[Run]) -> Table:
     return Table(RUN_HEADINGS, rows)
 
 
+def precision(description: Mapping[str, Any]) -> str:
+    """Return the precision from a report, or from the description of a device: a type of number, or tf32."""
+    return description.get("amp_dtype") or ("tf32" if description.get("tf32") else "float32")
+
+
 def _settings(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), str(report[name])) for name in SETTINGS if report.get(name) is not None]
 
