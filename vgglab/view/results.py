@@ -9,8 +9,9 @@ Speeds are those of the measured steps. A simulated card has no speed, so its ru
 from __future__ import annotations
 
 import sys
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+from typing import Any, Dict, Iterable, Mapping, Sequence
 
 from vgglab.errors import UserError, printable
 from vgglab.runs.folder import find_series, run_dirs
@@ -21,11 +22,12 @@ from vgglab.view.summaries import precision
 from vgglab.view.tables import POLICY, Table
 
 # From Enflame's README, for one T20 and for eight; it does not say whether 431.6 is per card or in total.
+FIRST = "Enflame's first README"
 PUBLISHED = (
-    ("one card, batch 256, Enflame's first README", 1, 256, 590.3, None),
-    ("eight cards, Enflame's first README (unclear whether the speed is per card or in total)", 8, 192, 431.6, None),
-    ("90 epochs, Enflame's first README", None, 192, None, 71.6),
-    ("90 epochs, Enflame's later README", None, 192, None, 71.3),
+    (f"published: one card, batch 256, {FIRST}", 1, 256, 590.3, None),
+    (f"published: eight cards, {FIRST} (unclear whether the speed is per card or in total)", 8, 192, 431.6, None),
+    (f"published: 90 epochs, {FIRST}", None, 192, None, 71.6),
+    ("published: 90 epochs, Enflame's later README", None, 192, None, 71.3),
 )
 TITLE = "<title>vgglab: results</title>"
 SERIES = "Several seeds, completed runs only"
@@ -39,78 +41,38 @@ OVER_PEAK = (
     "computed with fewer operations (Winograd's algorithm). The matrix product that measures the peak cannot."
 )
 
+Row = Dict[str, Any]  # the values of a run, by heading; None or missing if not measured
 
-class Result(NamedTuple):
-    """One row: a run and its results; fields that were not measured are None."""
-
-    model: str
-    data: str  # name of the data set or of its folder
-    hardware: str
-    precision: str  # float32, tf32, or the type of mixed precision
-    layout: str  # memory layout and other options in use, such as fused
-    batch_size: int
-    image_size: int
-    torch: str
-    source: str  # the run directory, or where it was published
-    ranks: int | None = None
-    images_per_second: float | None = None  # of all ranks, at the median step
-    num_steps: int | None = None  # that were measured
-    slow_ratio: float | None = None  # 90th percentile of the step time, divided by the median
-    plain_ratio: float | None = None  # images/s divided by those of a plain PyTorch loop in the same run
-    acc1: float | None = None
-    is_simulated: bool = False
-    is_fake: bool = False
-    efficiency: float | None = None  # images/s divided by ranks x images/s of one rank with the same settings
-    peak_images_per_second: float | None = None  # of one card, at the FLOP/s of a matrix product in this precision
-    report: Mapping[str, Any] = {}  # of the run; empty for benchmarks and published results
-
-    @property
-    def share_of_peak(self) -> float | None:
-        """Images/s divided by those at the peak FLOP/s; None if one of the two was not measured."""
-        if not (self.images_per_second and self.peak_images_per_second):
-            return None
-        return self.images_per_second / (self.peak_images_per_second * (self.ranks or 1))
-
-    def cells(self) -> tuple[str, ...]:
-        """Return the cells as text, one for each heading."""
-        return tuple(column(self) for column in COLUMNS.values())
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-COLUMNS: dict[str, Callable[[Result], str]] = {
-    "model": lambda row: row.model,
-    "data": lambda row: row.data,
-    "hardware": lambda row: row.hardware,
-    "precision": lambda row: row.precision,
-    "layout": lambda row: row.layout,
-    "ranks": lambda row: _number(row.ranks, "{}"),
-    "batch per card": lambda row: str(row.batch_size),
-    "image size": lambda row: str(row.image_size),
-    "images/s": lambda row: _number(row.images_per_second, "{:.1f}"),
-    "steps": lambda row: _number(row.num_steps, "{}"),
-    "p90 step time": lambda row: _number(row.slow_ratio, "{:.2f} x median"),
-    "x plain loop": lambda row: _number(row.plain_ratio, "{:.2f}"),
-    "share of peak": lambda row: _number(row.share_of_peak, "{:.0%}"),
-    "scaling": lambda row: _number(row.efficiency, "{:.0%}"),
-    "top-1 %": lambda row: "fake images" if row.is_fake and row.acc1 is not None else _number(row.acc1, "{:.2f}"),
-    "torch": lambda row: row.torch,
-    "source": lambda row: row.source,
+# The headings, each with the format of its values.
+COLUMNS = {
+    "model": "{}",
+    "data": "{}",  # name of the data set or of its folder
+    "hardware": "{}",
+    "precision": "{}",  # float32, tf32, or the type of mixed precision
+    "layout": "{}",  # memory layout and other options in use, such as fused
+    "ranks": "{}",
+    "batch per card": "{}",
+    "image size": "{}",
+    "images/s": "{:.1f}",  # of all ranks, at the median step
+    "steps": "{}",  # that were measured
+    "p90 step time": "{:.2f} x median",
+    "x plain loop": "{:.2f}",  # images/s divided by those of a plain PyTorch loop in the same run
+    "share of peak": "{:.0%}",  # images/s divided by those at the FLOP/s of a matrix product in this precision
+    "scaling": "{:.0%}",  # images/s divided by ranks x images/s of one rank with the same settings
+    "top-1 %": "{:.2f}",
+    "torch": "{}",
+    "source": "{}",  # the run directory, or where it was published
 }
 
 
-def published() -> list[Result]:
+def published() -> list[Row]:
     """Return Enflame's published results for the original example."""
-    settings = ("vgg16", "ImageNet", "Enflame T20", "float32", "")
-    return [
-        Result(*settings, batch, 224, "1.10", f"published: {where}", ranks=ranks, images_per_second=speed, acc1=acc1)
-        for where, ranks, batch, speed, acc1 in PUBLISHED
-    ]
+    settings = {"model": "vgg16", "data": "ImageNet", "hardware": "Enflame T20", "precision": "float32"}
+    headings = ("source", "ranks", "batch per card", "images/s", "top-1 %")
+    return [{**settings, "image size": 224, "torch": "1.10", **dict(zip(headings, row))} for row in PUBLISHED]
 
 
-def collect(folders: Iterable[Path]) -> list[Result]:
+def collect(folders: Iterable[Path]) -> list[Row]:
     """Return one row for each run in or under the folders, and for each mode measured by a benchmark.
 
     Raises:
@@ -130,57 +92,58 @@ def collect(folders: Iterable[Path]) -> list[Result]:
             print(f"left out: {printable(path.name)}: {error}", file=sys.stderr)
         except (ValueError, KeyError, TypeError):
             print(f"left out: {printable(path.name)}: damaged, or from another version of vgglab", file=sys.stderr)
-    return _with_peak(_with_efficiency(runs), benchmarks) + benchmarks
+    _add_scaling(runs)
+    _add_share_of_peak(runs, benchmarks)
+    return runs + benchmarks
 
 
-def _of_run(run: Run) -> Result:
+def _of_run(run: Run) -> Row:
     report = run.report()
-    median_step, p90_step = report["step_seconds_p50"], report["step_seconds_p90"]
-    return Result(
+    median_step, p90_step, acc1 = report["step_seconds_p50"], report["step_seconds_p90"], report["acc1"]
+    return {
         **_of_device(report),
-        model=report["model"],
-        data=Path(report["data_path"] or "").name,
-        batch_size=report["batch_size"],
-        image_size=report["image_size"],
-        torch=report["versions"].get("torch") or "",
-        source="; ".join([run.name, *report["damage"]]),
-        ranks=report["world_size"],
-        images_per_second=report["global_batch_size"] / median_step if median_step else None,
-        num_steps=report["num_measured_steps"] or None,
-        slow_ratio=p90_step / median_step if median_step else None,
-        acc1=report["acc1"],
-        is_fake=report["data_is_fake"],
-        report=report,
-    )
+        "model": report["model"],
+        "data": Path(report["data_path"] or "").name,
+        "ranks": report["world_size"],
+        "batch per card": report["batch_size"],
+        "image size": report["image_size"],
+        "images/s": report["global_batch_size"] / median_step if median_step else None,
+        "steps": report["num_measured_steps"] or None,
+        "p90 step time": p90_step / median_step if median_step else None,
+        "top-1 %": "fake images" if report["data_is_fake"] and acc1 is not None else acc1,
+        "torch": report["versions"].get("torch"),
+        "source": "; ".join([run.name, *report["damage"]]),
+    }
 
 
-def _of_benchmark(row: dict[str, Any], run: Run) -> Result:
-    device, flop, peak = row["device"], row.get("flop_per_image"), row.get("peak_flop_per_second")
-    speed, ratio = (None, None) if device["simulated"] else (row["images_per_second"], row["ratio"])
-    return Result(
+def _of_benchmark(result: dict[str, Any], run: Run) -> Row:
+    device, flop, peak = result["device"], result.get("flop_per_image"), result.get("peak_flop_per_second")
+    speed, ratio = (None, None) if device["simulated"] else (result["images_per_second"], result["ratio"])
+    return {
         **_of_device(device),
-        model=run.config["model"],
-        data="fake",
-        batch_size=row["batch_size"],
-        image_size=run.config["image_size"],
-        torch=run.env["versions"].get("torch") or "",
-        source="; ".join([f"{run.name}, mode {row['way']}", *run.damage()]),
-        ranks=1,
-        images_per_second=speed,
-        num_steps=row["num_turns"],
-        plain_ratio=ratio,
-        peak_images_per_second=peak / flop if peak and flop else None,
-    )
+        "model": run.config["model"],
+        "data": "fake",
+        "ranks": 1,
+        "batch per card": result["batch_size"],
+        "image size": run.config["image_size"],
+        "images/s": speed,
+        "steps": result["num_turns"],
+        "x plain loop": ratio,
+        "share of peak": speed * flop / peak if speed and flop and peak else None,
+        "torch": run.env["versions"].get("torch"),
+        "source": "; ".join([f"{run.name}, mode {result['way']}", *run.damage()]),
+        "peak images/s": peak / flop if flop and peak else None,
+    }
 
 
-def _of_device(description: dict[str, Any]) -> dict[str, Any]:
-    """The fields that a report and the device of a benchmark have in common."""
+def _of_device(description: dict[str, Any]) -> Row:
+    """The values that a report and the device of a benchmark have in common."""
     options = {"channels_last": "channels last", "fused": "fused", "compiled": "compiled", "timers": "with timers"}
     return {
         "hardware": description["hardware"],
         "precision": precision(description),
         "layout": ", ".join(text for name, text in options.items() if description.get(name)),
-        "is_simulated": description["simulated"],
+        "is simulated": description["simulated"],
     }
 
 
@@ -189,57 +152,64 @@ def series_of(folders: Iterable[Path]) -> dict[str, list[Run]]:
     return {printable(folder.name): runs for folder, runs in find_series(folders).items()}
 
 
-def _with_efficiency(results: list[Result]) -> list[Result]:
-    """Add the parallel efficiency of runs with several ranks, relative to a run with one rank and the same settings."""
-
-    def key(row: Result) -> tuple:
-        network = (row.model, row.data, row.batch_size, row.image_size)
-        return (*network, row.hardware, row.precision, row.layout, row.torch)
-
-    single_rank: dict[tuple, list[tuple[int, float]]] = {}  # by key: index in the list, images/s
-    for index, row in enumerate(results):
-        if row.ranks == 1 and row.images_per_second:
-            single_rank.setdefault(key(row), []).append((index, row.images_per_second))
-
-    def efficiency(index: int, row: Result) -> float | None:
-        if not (row.images_per_second and row.ranks and row.ranks > 1 and key(row) in single_rank):
-            return row.efficiency
-        _, speed = min(single_rank[key(row)], key=lambda other: abs(other[0] - index))
-        return row.images_per_second / (row.ranks * speed)
-
-    return [row._replace(efficiency=efficiency(index, row)) for index, row in enumerate(results)]
+# The settings that runs must have in common: for scaling, and for a peak that a benchmark has measured.
+_settings = itemgetter("model", "data", "batch per card", "image size", "hardware", "precision", "layout", "torch")
+_peak_settings = itemgetter("model", "image size", "hardware", "precision")
 
 
-def _with_peak(runs: list[Result], benchmarks: list[Result]) -> list[Result]:
-    """Add the peak speed that a benchmark of the same model, image size, hardware and precision has measured."""
+def _add_scaling(rows: Sequence[Row]) -> None:
+    """Compare each run that has several ranks with the nearest run that has one rank and the same settings."""
+    single_rank: dict[tuple, list[int]] = {}  # indices by settings
+    for index, row in enumerate(rows):
+        if row["ranks"] == 1 and row["images/s"]:
+            single_rank.setdefault(_settings(row), []).append(index)
+    for index, row in enumerate(rows):
+        others = single_rank.get(_settings(row))
+        if others and row["ranks"] > 1 and row["images/s"]:
+            _, nearest = min((abs(other - index), other) for other in others)
+            row["scaling"] = row["images/s"] / (row["ranks"] * rows[nearest]["images/s"])
 
-    def key(row: Result) -> tuple:
-        return (row.model, row.hardware, row.precision, row.image_size)
 
-    peaks = {key(row): row.peak_images_per_second for row in benchmarks}
-    return [row._replace(peak_images_per_second=peaks.get(key(row))) for row in runs]
+def _add_share_of_peak(rows: Sequence[Row], benchmarks: Sequence[Row]) -> None:
+    """Compare each run with the peak that a benchmark with the same settings has measured."""
+    peaks = {_peak_settings(row): row["peak images/s"] for row in benchmarks}
+    for row in rows:
+        peak = peaks.get(_peak_settings(row))
+        if peak and row["images/s"]:
+            row["share of peak"] = row["images/s"] / (row["ranks"] * peak)
 
 
-def tables(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> list[Table]:
+def tables(results: Sequence[Row], series: Mapping[str, Sequence[Run]] | None = None) -> list[Table]:
     """Return the tables: measured runs, simulated runs, and ``series``, the runs that differ only in their seed."""
-    real = [row for row in results if not row.is_simulated]
-    simulated = [row for row in results if row.is_simulated]
-    notes = [SCALING] if any(row.efficiency for row in real) else []
-    notes += [OVER_PEAK] if any((row.share_of_peak or 0) > 1 for row in real) else []
+    real = [row for row in results if not row["is simulated"]]
+    simulated = [row for row in results if row["is simulated"]]
+    notes = [SCALING] if any(row.get("scaling") for row in real) else []
+    notes += [OVER_PEAK] if any((row.get("share of peak") or 0) > 1 for row in real) else []
     title = "Measured runs; rows marked 'published' are results from Enflame, which were not measured here"
-    all_tables = [Table([*COLUMNS], [row.cells() for row in real + published()], title, " ".join(notes))]
+    all_tables = [_table(real + published(), title, " ".join(notes))]
     if simulated:
         title = "On a simulated card: the losses are real; the speed is meaningless and not shown"
-        all_tables.append(Table([*COLUMNS], [row.cells() for row in simulated], title))
+        all_tables.append(_table(simulated, title))
     return [*all_tables, seeds_table(series)._replace(title=SERIES)] if series else all_tables
 
 
-def as_text(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
+def _table(rows: Sequence[Row], title: str, note: str = "") -> Table:
+    cells = [[_cell(row.get(heading), form) for heading, form in COLUMNS.items()] for row in rows]
+    return Table([*COLUMNS], cells, title, note)
+
+
+def _cell(value: Any, form: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return form.format(value)
+
+
+def as_text(results: Sequence[Row], series: Mapping[str, Sequence[Run]] | None = None) -> str:
     """Return the tables as text."""
     return "\n\n".join(map(repr, tables(results, series)))
 
 
-def as_html(results: Sequence[Result], series: Mapping[str, Sequence[Run]] | None = None) -> str:
+def as_html(results: Sequence[Row], series: Mapping[str, Sequence[Run]] | None = None) -> str:
     """Return a complete HTML page that loads nothing from elsewhere."""
     tables_html = "".join(table._repr_html_() for table in tables(results, series))
     style = (
