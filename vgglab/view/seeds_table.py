@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from typing import Mapping, Sequence
 
 from vgglab.runs.run import Run
-from vgglab.view.summaries import damage_of, report_of, status_or_error
+from vgglab.view.summaries import damage_of, report_of
 from vgglab.view.tables import Table
 
 MIN_SEEDS = 5  # minimum number of seeds for calling one group better than another
@@ -27,7 +27,7 @@ def seeds_table(groups: Mapping[str, Sequence[Run]]) -> Table:
     rows: list[list[str]] = []
     notes: list[str] = []
     for group, runs in groups.items():
-        done = [run for run in runs if status_or_error(run) == "done" and report_of(run) is not None]
+        done = [run for run in runs if (report_of(run) or {}).get("status") == "done"]
         for metric, value_of in METRICS.items():
             values = [value for value in map(value_of, done) if value is not None]
             if not values:

@@ -28,36 +28,28 @@ class Report(dict):
 
 def run_as_html(run: Run) -> str:
     """Return a summary of a run as HTML: status, main settings, accuracy, speed and location."""
-    facts = [("status", status_line(run))]
+    facts = [("run", run.name), ("status", status_line(run))]
     report = report_of(run)
     if report is not None:
-        facts += [
-            *_settings(report),
-            ("best top-1, %", _best(report) or "not evaluated yet"),
-            ("speed", _speed(report)),
-        ]
-    return html_facts([("run", run.name), *facts, ("path", printable(str(run.path)))])
+        facts += [(name.replace("_", " "), str(report[name])) for name in SETTINGS if report.get(name) is not None]
+        facts += [("best top-1, %", _best(report) or "not evaluated yet"), ("speed", _speed(report))]
+    return html_facts([*facts, ("path", printable(str(run.path)))])
 
 
-def status_or_error(run: Run) -> str:
-    """Return ``run.status``, or a note that the files of the run are damaged."""
+def status_line(run: Run) -> str:
+    """Return the status of a run, and notes on damaged parts of its files, which were ignored."""
     try:
-        return run.status
+        return "; ".join([run.status, *run.damage()])
     except UserError as error:  # a damaged run must not prevent the table of all runs
         return f"unreadable: {error}"
 
 
 def damage_of(run: Run) -> list[str]:
-    """Return ``run.damage()``; empty if the run cannot be read, because ``status_or_error`` already reports that."""
+    """Return ``run.damage()``; the reason if the run cannot be read."""
     try:
         return run.damage()
-    except UserError:
-        return []
-
-
-def status_line(run: Run) -> str:
-    """Return the status of a run, and notes on damaged parts of its files, which were ignored."""
-    return "; ".join([status_or_error(run), *damage_of(run)])
+    except UserError as error:
+        return [str(error)]
 
 
 def report_of(run: Run) -> Mapping[str, Any] | None:
@@ -72,18 +64,12 @@ def runs_table(runs: Sequence[Run]) -> Table:
     """Return a table with one row per run, in the given order; simulated cards are marked and have no speed."""
     rows = []
     for run in runs:
-        report = report_of(run)
-        cells = [""] * 5
+        report, cells = report_of(run), [""] * 5
         if report is not None:
             speed = report["images_per_second"]
             device = f"{report['device']} (simulated)" if report["simulated"] else report["device"]
-            cells = [
-                report["model"],
-                device,
-                str(report["epochs"]),
-                _best(report),
-                "" if speed is None else f"{speed:,.1f}",
-            ]
+            speed_text = "" if speed is None else f"{speed:,.1f}"
+            cells = [report["model"], device, str(report["epochs"]), _best(report), speed_text]
         rows.append([run.name, status_line(run), *cells])
     return Table(RUN_HEADINGS, rows)
 
@@ -91,10 +77,6 @@ def runs_table(runs: Sequence[Run]) -> Table:
 def precision(description: Mapping[str, Any]) -> str:
     """Return the precision from a report, or from the description of a device: a type of number, or tf32."""
     return description.get("amp_dtype") or ("tf32" if description.get("tf32") else "float32")
-
-
-def _settings(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name.replace("_", " "), str(report[name])) for name in SETTINGS if report.get(name) is not None]
 
 
 def _best(report: Mapping[str, Any]) -> str:
