@@ -9,7 +9,7 @@ import pytest
 import vgglab
 from vgglab.lab import machine_speed, timings
 from vgglab.lab.profiles import Profiles
-from vgglab.view.metric import metric
+from vgglab.view.summaries import metric
 
 SETTINGS = {"model": ("vgg11_bn", "vgg16_bn", "vgg<16>"), "epochs": (2, 6, 90), "steps": (-1, 20, -1)}
 PROFILES = Profiles(

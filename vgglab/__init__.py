@@ -41,7 +41,7 @@ _ELSEWHERE = {
     "load_network": "vgglab.lab.predictions:load_network",
     "measure_loading": "vgglab.lab.bench.data:measure_loading",
     "measure_steps": "vgglab.lab.bench.step:measure_steps",
-    "metric": "vgglab.view.metric:metric",
+    "metric": "vgglab.view.summaries:metric",
     "model": "vgglab.model",
     "open_device": "vgglab.devices:open_device",
     "parse_flags": "vgglab.settings.parser:parse_flags",

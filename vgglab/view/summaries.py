@@ -74,6 +74,18 @@ def runs_table(runs: Sequence[Run]) -> Table:
     return Table(RUN_HEADINGS, rows)
 
 
+def metric(report: Mapping[str, Any], name: str, form: str = ".2f", factor: float = 1.0) -> str:
+    """Return ``report[name]`` times ``factor`` in the format ``form``, or "not measured (<reason>)"."""
+    if report[name] is not None:
+        return f"{factor * report[name]:{form}}"
+    reason = f"not available on {report['device']}"  # the most likely one
+    if report["simulated"]:
+        reason = "a simulated card has no speed"
+    elif not report["num_measured_steps"]:
+        reason = f"all steps fell within --skip-steps {report['skip_steps']}"
+    return f"not measured ({reason})"
+
+
 def precision(description: Mapping[str, Any]) -> str:
     """Return the precision from a report, or from the description of a device: a type of number, or tf32."""
     return description.get("amp_dtype") or ("tf32" if description.get("tf32") else "float32")
