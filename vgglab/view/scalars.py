@@ -5,12 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vgglab.errors import UserError
 
 MIN_FREE_BYTES = 2**20  # TensorBoard buffers data in memory for up to two minutes
+# The names of the scalars, and the fields of the events that they are read from.
+SCALARS = {
+    "train": dict(learning_rate="lr", loss="loss", train_accuracy_step="acc1", train_fps_step="images_per_second"),
+    "eval": dict(eval_accuracy_epoch="acc1"),
+}
 
 
 class Scalars:
@@ -27,32 +33,23 @@ class Scalars:
         except ImportError:
             raise UserError("--tensorboard: the package tensorboard is missing; run pip install tensorboard") from None
         self._folder = folder
-        self._open_writer = lambda: SummaryWriter(str(folder), purge_step=self._purge_step)
+        self._open_writer = partial(SummaryWriter, str(folder))
         self._writer: Any = None
-        self._purge_step: int | None = None  # of a run resumed in place: scalars from this step on are discarded
 
     def __call__(self, event: dict[str, Any]) -> None:
-        if event["event"] == "start" and event["first_step"]:
-            self._purge_step = event["first_step"] + 1
-        if event["event"] == "train":
-            values = {
-                "learning_rate": event["lr"],
-                "loss": event["loss"],
-                "train_accuracy_step": event["acc1"],
-                "train_fps_step": None if event.get("simulated") else event["images_per_second"],
-            }
-        elif event["event"] == "eval":
-            values = {"eval_accuracy_epoch": event["acc1"]}
-        else:
+        if event["event"] == "start" and event["first_step"]:  # resumed in place: discard scalars from this step on
+            self._open_writer = partial(self._open_writer, purge_step=event["first_step"] + 1)
+        if event["event"] not in SCALARS:
             return
         # TensorBoard's thread writes later, and would fail with a separate traceback.
         if shutil.disk_usage(self._folder.parent).free < MIN_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._writer is None:
             self._writer = self._open_writer()
-        for name, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, event["step"])
+        for name, field in SCALARS[event["event"]].items():
+            has_no_meaning = field == "images_per_second" and event.get("simulated")
+            if event[field] is not None and not has_no_meaning:
+                self._writer.add_scalar(name, event[field], event["step"])
 
     def close(self) -> None:
         if self._writer is not None:
