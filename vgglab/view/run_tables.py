@@ -9,7 +9,7 @@ from vgglab.runs.run import Run
 from vgglab.settings.config import settings_that_affect
 from vgglab.view import results
 from vgglab.view.seeds_table import seeds_table
-from vgglab.view.summaries import precision
+from vgglab.view.summaries import precision, status_line
 from vgglab.view.tables import Table
 
 __all__ = [
@@ -45,8 +45,7 @@ def report_table(runs: Sequence[Run]) -> Table:
     for run in runs:
         report = run.report()
         cells = [_text(report[name]) for name in ORIGINAL_FIELDS]
-        status = "; ".join([report["status"], *report["damage"]])
-        rows.append([run.name, *cells, "yes" if report["simulated"] else "", status])
+        rows.append([run.name, *cells, "yes" if report["simulated"] else "", status_line(run)])
     return Table(["run", *ORIGINAL_FIELDS, "simulated", "status"], rows)
 
 

@@ -6,25 +6,18 @@ import threading
 from typing import Any
 
 from vgglab.view.live import front_end, progress_of, refresh_until_over, summary
-from vgglab.view.seeds_table import seeds_table
-from vgglab.view.tables import html_text
+from vgglab.view.tables import html_text, show
 
 
 def watch(seeds: Any) -> None:
     """Show ``LaunchedSeeds`` in a live table and return at once; without widgets, wait and show the final table."""
-    kind = front_end()
-    if kind == "live":
+    if front_end() == "live":
         SeedsDashboard(seeds).show()
         return
     try:
         seeds.wait()
     finally:
-        if kind == "static":
-            from IPython.display import display
-
-            display(seeds)
-        else:
-            print(seeds_table({seeds.path.name: seeds.runs}))
+        show(seeds)
 
 
 class SeedsDashboard:
@@ -50,13 +43,12 @@ class SeedsDashboard:
         threading.Thread(target=self._refresh_until_over, daemon=True, name="vgglab seeds board").start()
 
     def refresh(self) -> None:
-        runs, current = self.seeds.runs, self.seeds.current
-        num_done = sum(run.status == "done" for run in runs)
+        current, num_done = self.seeds.current, sum(run.status == "done" for run in self.seeds.runs)
         text = f"{num_done} of {len(self.seeds.seed_values)} seeds done"
         if current is not None:
             text = f"{text} · {summary(current, progress_of(current))}"
         self.status.value, self.bar.value = html_text(text, "b"), num_done
-        self.table.value = seeds_table({self.seeds.path.name: runs})._repr_html_()
+        self.table.value = self.seeds.table()._repr_html_()
 
     def _refresh_until_over(self) -> None:
         refresh_until_over(self.refresh, lambda: self.seeds.is_over, self.status)

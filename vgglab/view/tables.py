@@ -77,7 +77,7 @@ def html_text(text: str, tag: str = "p", style: str = "") -> str:
 
 
 def show(table: Any) -> None:
-    """Show a table as HTML in a notebook, otherwise as text."""
+    """Show a table, or an object that is displayed as one, as HTML in a notebook, otherwise as text."""
     try:
         from IPython.display import display
     except ImportError:
