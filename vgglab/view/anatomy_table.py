@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, Sequence
 
 from vgglab.view.tables import Table, html_text
 
-# Units are in the headings. The first columns are text and left-aligned.
-NUM_TEXT_COLUMNS = 3
+# Units are in the headings.
 HEADINGS = (
     "layer|kind|output|parameters|multiply-\nadds, M|training\nGFLOP|moved\nMB|FLOP\nper byte|receptive\nfield|jump"
 ).split("|")
@@ -149,11 +148,8 @@ class Anatomy(Sequence[Layer]):
 
     @property
     def title(self) -> str:
-        units = "multiply-adds and FLOP for one image"
-        return (
-            f"{self.model}, {self.image_size} x {self.image_size} pixels: {units}, "
-            f"bytes for a batch of {self.batch_size}"
-        )
+        size, units = self.image_size, "multiply-adds and FLOP for one image"
+        return f"{self.model}, {size} x {size} pixels: {units}, bytes for a batch of {self.batch_size}"
 
     def __repr__(self) -> str:
         table = self._table()
@@ -177,7 +173,8 @@ class Anatomy(Sequence[Layer]):
             ridge = f"ridge point at {self.ceilings.ridge:.1f} FLOP per byte"
             note = f"measured ceilings of this machine: {peak:.1f} GFLOP/s and {bandwidth:.1f} GB/s, {ridge}"
         rows = [*(_cells(layer, self.ceilings) for layer in self), total]
-        return Table(headings, rows, note=note, num_text_columns=NUM_TEXT_COLUMNS, bold_rows=[len(self)])
+        sides = "<<<" + ">" * (len(headings) - 3)
+        return Table(headings, rows, note=note, sides=sides, bold_rows=[len(self)])
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values: totals, layers and, if measured, the limits of the machine."""

@@ -49,7 +49,7 @@ def rank_table(run: Run) -> Table:
                 "◀ the others wait for this rank" if is_straggler else "",
             ]
         )
-    return Table(HEADINGS, rows, num_text_columns=0, bold_rows=stragglers)
+    return Table(HEADINGS, rows, sides=">" * len(HEADINGS), bold_rows=stragglers)
 
 
 def _own_seconds(events: list[dict[str, Any]]) -> float:

@@ -13,6 +13,12 @@ POLICY = (
     "<meta http-equiv='Content-Security-Policy' "
     "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:\">"
 )
+# Of a cell, by its side; without a preference, the page or Jupyter decides.
+STYLES = {
+    "": "",
+    "<": "text-align: left; padding: 0 0.7em",
+    ">": "text-align: right; padding: 0 0.7em; font-variant-numeric: tabular-nums",
+}
 
 
 class Table(NamedTuple):
@@ -22,7 +28,7 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str | None]]
     title: str = ""
     note: str = ""
-    num_text_columns: int | None = None  # the others are aligned to the right; None: no column is
+    sides: Sequence[str] = ""  # of each column, "<" if aligned to the left and ">" to the right; empty: no preference
     bold_rows: Container[int] = ()
 
     def __repr__(self) -> str:
@@ -31,15 +37,12 @@ class Table(NamedTuple):
     def _text(self) -> str:
         table = [[" ".join((cell or "").split("\n")) for cell in cells] for cells in (self.headings, *self.rows)]
         columns = []
-        for number, column in enumerate(zip(*table)):
-            width = max(map(len, column))
+        for side, column in zip(self.sides or "<" * len(self.headings), zip(*table)):
             if any(column[1:]):
-                columns.append([cell.rjust(width) if self._is_right(number) else cell.ljust(width) for cell in column])
+                width = max(map(len, column))
+                columns.append([f"{cell:{side}{width}}" for cell in column])
         lines = ["  ".join(cells).rstrip() for cells in zip(*columns)]
         return "\n".join(lines if any(self.headings) else lines[1:])
-
-    def _is_right(self, number: int) -> bool:
-        return self.num_text_columns is not None and number >= self.num_text_columns
 
     def _repr_html_(self) -> str:
         title = html_text(self.title, "h2") if self.title else ""
@@ -48,19 +51,15 @@ class Table(NamedTuple):
 
     def _html(self) -> str:
         """The table as HTML that scrolls sideways if the window is narrow."""
-        lines = [self._html_row(self.headings, "th").replace("\n", "<br>")]
+        lines = self._html_row(self.headings, "th").replace("\n", "<br>")
         for number, cells in enumerate(self.rows):
-            lines.append(self._html_row(cells, "th" if number in self.bold_rows else "td"))
-        return f"<div style='overflow-x:auto'><table>{''.join(lines)}</table></div>"
+            lines += self._html_row(cells, "th" if number in self.bold_rows else "td")
+        return f"<div style='overflow-x:auto'><table>{lines}</table></div>"
 
     def _html_row(self, cells: Sequence[str | None], tag: str) -> str:
-        html_cells, style = "", ""  # the page or Jupyter decides on the alignment
-        for number, cell in enumerate(cells):
-            if self.num_text_columns is not None:
-                side = "right" if self._is_right(number) else "left"
-                style = f"text-align: {side}; padding: 0 0.7em; font-variant-numeric: tabular-nums"
-            html_cells += html_text(cell or "", tag, style)
-        return f"<tr>{html_cells}</tr>"
+        sides = self.sides or [""] * len(cells)
+        html_cells = [html_text(cell or "", tag, STYLES[side]) for side, cell in zip(sides, cells)]
+        return f"<tr>{''.join(html_cells)}</tr>"
 
 
 def html_facts(rows: Sequence[Sequence[str]]) -> str:
