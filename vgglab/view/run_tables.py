@@ -8,20 +8,9 @@ from typing import Any, Sequence
 from vgglab.runs.run import Run
 from vgglab.settings.config import settings_that_affect
 from vgglab.view import results
-from vgglab.view.seeds_table import seeds_table
+from vgglab.view.seeds_table import seeds_table as seeds_table  # exported to notebooks, like Table
 from vgglab.view.summaries import precision, status_line
-from vgglab.view.tables import Table
-
-__all__ = [
-    "Table",
-    "common_settings",
-    "machine_table",
-    "report_table",
-    "results_tables",
-    "seeds_table",
-    "settings_table",
-    "warnings_table",
-]
+from vgglab.view.tables import Table as Table
 
 # The fields of the original example's report, with its names and in its order.
 ORIGINAL_FIELDS = (
