@@ -51,7 +51,7 @@ def test_a_run_is_displayed_with_its_metrics(run):
 def test_a_run_on_a_simulated_card_is_displayed_without_speed(run):
     replace_in(run.path / "env.json", '"simulated": false', '"simulated": true')
     page = run._repr_html_()
-    assert "simulated card, no speed" in page
+    assert "not measured (a simulated card has no speed)" in page
     assert "images/s" not in page
 
 

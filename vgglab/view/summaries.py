@@ -9,7 +9,6 @@ from vgglab.runs.run import Run
 from vgglab.view.tables import Table, html_facts
 
 SETTINGS = ("data_path", "model", "epochs", "batch_size", "lr", "image_size", "device", "world_size", "seed")
-NO_SPEED = "simulated card, no speed"
 RUN_HEADINGS = ("name", "status", "model", "device", "epochs planned", "best top-1 %", "images/s")
 
 
@@ -32,7 +31,9 @@ def run_as_html(run: Run) -> str:
     report = report_of(run)
     if report is not None:
         facts += [(name.replace("_", " "), str(report[name])) for name in SETTINGS if report.get(name) is not None]
-        facts += [("best top-1, %", _best(report) or "not evaluated yet"), ("speed", _speed(report))]
+        unit = "" if report["images_per_second"] is None else " images/s"
+        speed = metric(report, "images_per_second", ",.1f") + unit
+        facts += [("best top-1, %", _best(report) or "not evaluated yet"), ("speed", speed)]
     return html_facts([*facts, ("path", printable(str(run.path)))])
 
 
@@ -95,13 +96,6 @@ def _best(report: Mapping[str, Any]) -> str:
     if report["acc1"] is None:
         return ""
     return f"{report['acc1']:.2f}" + " (generated images)" * bool(report["data_is_fake"])
-
-
-def _speed(report: Mapping[str, Any]) -> str:
-    if report["simulated"]:
-        return NO_SPEED
-    speed = report["images_per_second"]
-    return "not measured: all steps fell within --skip-steps" if speed is None else f"{speed:,.1f} images/s"
 
 
 def _text(value: Any) -> str:
