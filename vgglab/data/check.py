@@ -117,8 +117,8 @@ def check_images(data_path: str, workers: int | None = None) -> Findings:
         raise UserError(f"{data_path}: no files to check; its images are held in memory")
     files: list[str] = []
     for split in (sets.train, sets.val):
-        if split is not None and isinstance(split.images, FileImages):
-            files += split.images.paths
+        if split is not None:
+            files += [split.images.name(index) for index in range(len(split))]
     unreadable: dict[str, str] = {}
     kinds: dict[str, list[str]] = {}
     context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else "spawn")

@@ -5,42 +5,42 @@ Each source has a length, a name for each image (used in messages), and a method
 
 from __future__ import annotations
 
+import os
 from array import array
 from dataclasses import dataclass
-from typing import Protocol, Sequence, Union
+from typing import Iterable, Sequence, Union
 
 import torch
 from torch import Tensor
 
 from vgglab.data.decode import DECODERS, JpegPicture, Picture, open_picture
-from vgglab.data.index import Paths
 from vgglab.data.transform import Pixels
 
 
-class Images(Protocol):
-    def __len__(self) -> int: ...
+class FileImages:
+    """Image files on disk; their paths are stored in two flat buffers.
+
+    A list of a million strings has a million reference counts. Reading a string in a forked worker
+    changes its count, which copies the whole memory page; with a list, memory use would therefore
+    grow throughout the epoch.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._bytes, self._ends = bytearray(), array("q", [0])
+        for path in paths:
+            self._bytes += os.fsencode(path)
+            self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
 
     def name(self, index: int) -> str:
         """The name of an image in messages: its file, or its position in a named set."""
+        return os.fsdecode(bytes(self._bytes[self._ends[index] : self._ends[index + 1]]))
 
     def open(self, index: int, decoder: str) -> AnyPicture:
         """Open an image; its pixels are decoded later. Raises BadImage if it cannot be read."""
-
-
-class FileImages:
-    """Image files on disk."""
-
-    def __init__(self, paths: Paths) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        return self.paths[index]
-
-    def open(self, index: int, decoder: str) -> AnyPicture:
-        return open_picture(self.paths[index], decoder)
+        return open_picture(self.name(index), decoder)
 
 
 class ArrayPicture:
@@ -72,7 +72,7 @@ class ArrayImages:
         return ArrayPicture(self.pixels[index], decoder)
 
 
-class FakeImages:
+class FakeImages(ArrayImages):
     """Random images, generated once and reused, so that loading takes almost no time and does not limit a benchmark."""
 
     NUM_DISTINCT = 64
@@ -80,17 +80,15 @@ class FakeImages:
     def __init__(self, num_images: int, size: int) -> None:
         generator = torch.Generator().manual_seed(0)
         shape = (self.NUM_DISTINCT, size, size, 3)
+        pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        super().__init__(pixels, "fake")
         self.num_images = num_images
-        self.pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
     def __len__(self) -> int:
         return self.num_images
 
-    def name(self, index: int) -> str:
-        return f"fake {index}"
-
     def open(self, index: int, decoder: str) -> AnyPicture:
-        return ArrayPicture(self.pixels[index % self.NUM_DISTINCT], "fast")
+        return super().open(index % self.NUM_DISTINCT, "fast")
 
 
 AnyPicture = Union[Picture, JpegPicture, ArrayPicture]
@@ -100,7 +98,7 @@ AnyPicture = Union[Picture, JpegPicture, ArrayPicture]
 class Split:
     """Images with their labels (indices into ``classes``)."""
 
-    images: Images
+    images: FileImages | ArrayImages
     labels: Sequence[int] | array
     classes: list[str]
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from array import array
 from pathlib import Path
-from typing import Dict, Iterable, NamedTuple, Sequence, overload
+from typing import Dict, NamedTuple
 
 from vgglab.errors import UserError
 
@@ -23,34 +22,6 @@ class Listing(NamedTuple):
 
 
 Index = Dict[str, Listing]  # class folder -> its images, in sorted order; "" for images outside class folders
-
-
-class Paths(Sequence[str]):
-    """A sequence of paths, stored in two flat buffers.
-
-    A list of a million strings has a million reference counts. Reading a string in a forked worker changes its count,
-    which copies the whole memory page; with a list, memory use would therefore grow throughout the epoch.
-    """
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        self._bytes, self._ends = bytearray(), array("q", [0])
-        for path in paths:
-            self._bytes += os.fsencode(path)
-            self._ends.append(len(self._bytes))
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]  # raises IndexError, resolves negative indices
-        return os.fsdecode(bytes(self._bytes[self._ends[number] : self._ends[number + 1]]))
 
 
 def read_index(folder: Path) -> Index:

@@ -10,7 +10,7 @@ from typing import Any, Callable
 from vgglab.data import lists
 from vgglab.data.decode import DECODERS, best_decoder
 from vgglab.data.images import FakeImages, FileImages, Split
-from vgglab.data.index import Index, Paths, read_index
+from vgglab.data.index import Index, read_index
 from vgglab.data.lists import ListFile
 from vgglab.data.named import NAMED_SETS, explain_failed_download
 from vgglab.data.transform import CentreCrop, JitteredCrop, NoCrop, Preprocessing, RandomCrop, TrivialAugmentCrop
@@ -179,7 +179,7 @@ def _listed_split(
             raise UserError(f"{text}; fix the list, or skip them with --on-bad-image skip")
         warnings.append(f"{text}; they are skipped")
     warnings += lists.describe_differences(listed, index)
-    return Split(FileImages(Paths(f"{folder}/{path}" for path in listed.paths)), listed.labels, classes)
+    return Split(FileImages(f"{folder}/{path}" for path in listed.paths), listed.labels, classes)
 
 
 def _folder_warnings(split: str, index: Index, classes: list[str] | None) -> list[str]:
@@ -217,8 +217,8 @@ def _folder_split(root: Path, split: str, index: Index, classes: list[str] | Non
                 f"--data-path {root}: class folder {split}/{name} contains no images; add some or remove it"
             )
         labels.extend([class_to_label[name]] * num_images)
-    paths = Paths(f"{folder}/{name}/{image}" for name in class_folders for image in index[name].split())
-    return Split(FileImages(paths), labels, classes)
+    images = FileImages(f"{folder}/{name}/{image}" for name in class_folders for image in index[name].split())
+    return Split(images, labels, classes)
 
 
 def _num_classes(config: Request, classes: list[str]) -> tuple[int, list[str]]:
