@@ -76,39 +76,30 @@ def class_names(listed: ListFile) -> list[str]:
         UserError: the labels are not consecutive from 0, for example because they start at 1.
     """
     used_labels = sorted(set(listed.labels))
-    if used_labels[-1] + 1 != len(used_labels):
-        missing = next(expected for expected, label in enumerate([*used_labels, -1]) if expected != label)
+    unused_labels = set(range(used_labels[-1])) - set(used_labels)
+    if unused_labels:
         raise UserError(
-            f"{listed.name}: the labels range from {used_labels[0]} to {used_labels[-1]} and do not include {missing}; "
-            "labels must start at 0 and have no gaps"
+            f"{listed.name}: the labels range from {used_labels[0]} to {used_labels[-1]} and do not "
+            f"include {min(unused_labels)}; labels must start at 0 and have no gaps"
         )
-    names: dict[int, set[str]] = {label: set() for label in used_labels}
-    labels: dict[str, set[int]] = {}
-    for folder, label in zip(listed.folders(), listed.labels):
-        names[label].add(folder)
-        labels.setdefault(folder, set()).add(label)
-    result = []
-    for label in used_labels:
-        [*folders] = names[label]
-        is_one_to_one = len(folders) == 1 and folders[0] != "" and len(labels[folders[0]]) == 1
-        result.append(folders[0] if is_one_to_one else f"label {label}")
-    return result
+    pairs = set(zip(listed.folders(), listed.labels))
+    labels_of_folder = Counter(folder for folder, _ in pairs)
+    folders_of_label = Counter(label for _, label in pairs)
+    names = {}
+    for folder, label in pairs:
+        if folder and labels_of_folder[folder] == folders_of_label[label] == 1:
+            names[label] = folder
+    return [names.get(label, f"label {label}") for label in used_labels]
 
 
-def missing_files(listed: ListFile, folder: Path, index: Index) -> set[int]:
-    """Indices of listed files that do not exist (a broken link counts as existing)."""
-    names: dict[str, set[str]] = {}
-    missing = set()
-    for number, path in enumerate(listed.paths):
+def missing_files(listed: ListFile, folder: Path, index: Index) -> list[str]:
+    """The listed paths that do not exist (a broken link counts as existing)."""
+    names = {parent: set(listing.split()) for parent, listing in index.items()}
+    missing = []
+    for path in listed.paths:
         parent, _, name = path.rpartition("/")
-        if parent in index:
-            if parent not in names:
-                names[parent] = set(index[parent].split())
-            exists = name in names[parent] or _exists_as_file(folder / path)
-        else:
-            exists = _exists_as_file(folder / path)
-        if not exists:
-            missing.add(number)
+        if name not in names.get(parent, ()) and not _exists_as_file(folder / path):
+            missing.append(path)
     return missing
 
 
@@ -119,15 +110,16 @@ def _exists_as_file(path: Path) -> bool:
 def describe_differences(listed: ListFile, index: Index) -> list[str]:
     """Describe the differences between a list file and the folders, one line for each kind, with counts."""
     lines = []
-    num_duplicates = len(listed.paths) - len(set(listed.paths))
+    counts = Counter(listed.paths)
+    num_duplicates = len(listed.paths) - len(counts)
     if num_duplicates:
-        first = next(path for path, count in Counter(listed.paths).items() if count > 1)
+        first = next(path for path, count in counts.items() if count > 1)
         lines.append(f"{listed.name}: duplicate lines: {num_duplicates}, e.g. {first}")
-    listed_by_folder = Counter(path.rpartition("/")[0] for path in set(listed.paths))
-    unlisted = {name: len(found.split()) - listed_by_folder[name] for name, found in index.items()}
-    num_unlisted = sum(count for count in unlisted.values() if count > 0)
-    if num_unlisted:
-        first = next(name for name, count in unlisted.items() if count > 0)
+    found = Counter({parent: len(listing.split()) for parent, listing in index.items()})
+    # A difference of counters contains only the counts above 0.
+    unlisted = found - Counter(path.rpartition("/")[0] for path in counts)
+    if unlisted:
+        num_unlisted, first = sum(unlisted.values()), next(iter(unlisted))
         lines.append(f"{listed.name}: {num_unlisted} image files are not listed, e.g. in {first or '.'}/")
     label_counts: dict[str, Counter] = {}
     for folder, label in zip(listed.folders(), listed.labels):
@@ -140,9 +132,11 @@ def describe_differences(listed: ListFile, index: Index) -> list[str]:
             f"{listed.name}: {num_differing} of {len(listed.paths)} images have a different label from most images in "
             f"their folder, e.g. in {first}/; the list is used"
         )
-    alphabetical = {folder: number for number, folder in enumerate(sorted(folder for folder in index if folder))}
+    alphabetical = {folder: number for number, folder in enumerate(index)}
     renumbered = [
-        f for f, counts in label_counts.items() if f in alphabetical and counts.most_common(1)[0][0] != alphabetical[f]
+        folder
+        for folder, labels in label_counts.items()
+        if folder in alphabetical and alphabetical[folder] not in labels
     ]
     if renumbered and not num_differing:
         lines.append(
@@ -152,12 +146,11 @@ def describe_differences(listed: ListFile, index: Index) -> list[str]:
     return lines
 
 
-def check_labels_agree(listed: ListFile, classes: list[str], source: str) -> None:
+def check_labels_agree(listed: ListFile, classes: list[str]) -> None:
     """Raise an error if a split's labels differ from those of training: its accuracy would be meaningless.
 
     Args:
         classes: folders of the training images; the index of a folder is its label.
-        source: where the labels come from, for the message.
 
     Raises:
         UserError: a folder has a different label in training, or a label does not occur in training.
@@ -171,12 +164,12 @@ def check_labels_agree(listed: ListFile, classes: list[str], source: str) -> Non
     if mismatches:
         path, label, expected = mismatches[0]
         raise UserError(
-            f"{listed.name}: {len(mismatches)} of {len(listed.paths)} labels disagree with {source}, "
+            f"{listed.name}: {len(mismatches)} of {len(listed.paths)} labels disagree with the training images, "
             f"e.g. {path} has label {label} instead of {expected}; use the same labels in both splits"
         )
     too_large = [label for label in listed.labels if label >= len(classes)]
     if too_large:
         raise UserError(
             f"{listed.name}: {len(too_large)} of {len(listed.paths)} labels are too large for the "
-            f"{len(classes)} classes of {source}, e.g. {too_large[0]}"
+            f"{len(classes)} classes of the training images, e.g. {too_large[0]}"
         )

@@ -170,11 +170,10 @@ def _listed_split(
     if classes is None:
         classes = lists.class_names(listed)
     else:
-        lists.check_labels_agree(listed, classes, "the training images")
+        lists.check_labels_agree(listed, classes)
     missing = lists.missing_files(listed, folder, index)
     if missing:
-        first = listed.paths[min(missing)]
-        text = f"{listed.name}: {len(missing)} of {len(listed.paths)} files are missing, e.g. {folder / first}"
+        text = f"{listed.name}: {len(missing)} of {len(listed.paths)} files are missing, e.g. {folder / missing[0]}"
         if is_strict or len(missing) == len(listed.paths):
             raise UserError(f"{text}; fix the list, or skip them with --on-bad-image skip")
         warnings.append(f"{text}; they are skipped")
