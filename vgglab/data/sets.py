@@ -12,10 +12,12 @@ from vgglab.data.decode import DECODERS, best_decoder
 from vgglab.data.images import FakeImages, FileImages, Split
 from vgglab.data.index import Index, read_index
 from vgglab.data.lists import ListFile
-from vgglab.data.named import NAMED_SETS, explain_failed_download
+from vgglab.data.named import NAMED_SETS, NamedSet, explain_failed_download
 from vgglab.data.transform import CentreCrop, JitteredCrop, NoCrop, Preprocessing, RandomCrop, TrivialAugmentCrop
 from vgglab.errors import UserError
 from vgglab.settings.config import ORIGINAL_NUM_CLASSES, Request
+
+FOLDER = NamedSet(Preprocessing(), archives="")  # a folder of the user's, which needs no function
 
 
 def _standard_crop(size: int, preprocessing: Preprocessing) -> RandomCrop:
@@ -75,20 +77,28 @@ def open_sets(config: Request) -> DataSets:
 
 
 def _open_sets(config: Request) -> DataSets:
-    name, preprocessing = config.data_path, Preprocessing()
-    decoder = _decoder(config)
+    name, decoder = config.data_path, _decoder(config)
     warnings: list[str] = []
-    if name in NAMED_SETS:
-        preprocessing = NAMED_SETS[name].preprocessing
+    source = NAMED_SETS.get(name, FOLDER)
+    preprocessing = source.preprocessing
     image_size = config.image_size or preprocessing.image_size
-    if name in NAMED_SETS and NAMED_SETS[name].split is not None:
-        train, val = _named_splits(name, image_size, config)
+    if source.split is not None:
+        with explain_failed_download(name):
+            train = None if config.test_only else source.split("train", image_size)
+            val = source.split("val", image_size)
     else:
-        root = _named_folder(name) if name in NAMED_SETS else _existing_folder(name)
-        name = name if name in NAMED_SETS else root.resolve().name
-        train, val = _read_splits(root, config, warnings)
-    num_classes, extra = _num_classes(config, val.classes)
-    return DataSets(name, train, val, num_classes, image_size, preprocessing, decoder, config.crops, warnings + extra)
+        if source.folder is None:
+            root = _existing_folder(name)
+            name = root.resolve().name
+        else:
+            with explain_failed_download(name):
+                root = source.folder()
+        is_strict = config.on_bad_image == "fail"
+        train = None if config.test_only else read_split(root, "train", None, is_strict, warnings)
+        classes = _training_classes(root) if train is None else train.classes
+        val = read_split(root, "val", classes, is_strict, warnings)
+    num_classes = _num_classes(config, len(val.classes), warnings)
+    return DataSets(name, train, val, num_classes, image_size, preprocessing, decoder, config.crops, warnings)
 
 
 def _decoder(config: Request) -> str:
@@ -100,20 +110,6 @@ def _decoder(config: Request) -> str:
     return config.decoder
 
 
-def _named_splits(name: str, image_size: int, config: Request) -> tuple[Split | None, Split]:
-    load_split = NAMED_SETS[name].split
-    assert load_split is not None
-    with explain_failed_download(name):
-        return None if config.test_only else load_split("train", image_size), load_split("val", image_size)
-
-
-def _named_folder(name: str) -> Path:
-    get_folder = NAMED_SETS[name].folder
-    assert get_folder is not None
-    with explain_failed_download(name):
-        return get_folder()
-
-
 def _existing_folder(data_path: str) -> Path:
     root = Path(data_path)
     if not root.is_dir():
@@ -123,14 +119,6 @@ def _existing_folder(data_path: str) -> Path:
             f"the name of a data set: {names}"
         )
     return root
-
-
-def _read_splits(root: Path, config: Request, warnings: list[str]) -> tuple[Split | None, Split]:
-    is_strict = config.on_bad_image == "fail"
-    if config.test_only:
-        return None, read_split(root, "val", _training_classes(root), is_strict, warnings)
-    train = read_split(root, "train", None, is_strict, warnings)
-    return train, read_split(root, "val", train.classes, is_strict, warnings)
 
 
 def _training_classes(root: Path) -> list[str] | None:
@@ -159,13 +147,13 @@ def read_split(root: Path, split: str, classes: list[str] | None, is_strict: boo
     index = read_index(folder)
     listed = lists.read_list(root, split)
     if listed is not None:
-        return _listed_split(root, folder, listed, index, classes, is_strict, warnings)
+        return _listed_split(folder, listed, index, classes, is_strict, warnings)
     warnings += _folder_warnings(split, index, classes)
     return _folder_split(root, split, index, classes)
 
 
 def _listed_split(
-    root: Path, folder: Path, listed: ListFile, index: Index, classes: list[str] | None, is_strict: bool, warnings: list
+    folder: Path, listed: ListFile, index: Index, classes: list[str] | None, is_strict: bool, warnings: list[str]
 ) -> Split:
     if classes is None:
         classes = lists.class_names(listed)
@@ -220,16 +208,17 @@ def _folder_split(root: Path, split: str, index: Index, classes: list[str] | Non
     return Split(images, labels, classes)
 
 
-def _num_classes(config: Request, classes: list[str]) -> tuple[int, list[str]]:
-    found, requested = len(classes), config.num_classes
+def _num_classes(config: Request, found: int, warnings: list[str]) -> int:
+    requested = config.num_classes
     if requested is None or requested == found:
-        return found, []
+        return found
     if requested == ORIGINAL_NUM_CLASSES and requested > found:
         # The original example's commands all set 1000. Training works with it, but wastes outputs, and the
         # classes are numbered differently from those of ImageNet weights.
-        return requested, [
+        warnings.append(
             f"--num-classes {requested}: the data set has {found} classes; the remaining outputs stay unused"
-        ]
+        )
+        return requested
     raise UserError(
         f"--num-classes {requested}: {config.data_path} has {found} classes; leave the flag out or set it to {found}"
     )
