@@ -14,7 +14,7 @@ from processes import python
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from vgglab.data.decode import DECODERS, JpegPicture, best_decoder, open_picture
+from vgglab.data.decode import DECODERS, JpegPicture, choose_decoder, open_picture
 from vgglab.data.transform import (
     CHANNEL_MEAN,
     CHANNEL_STD,
@@ -30,7 +30,7 @@ from vgglab.data.transform import (
 from vgglab.errors import BadImage
 
 needs_fast = pytest.mark.skipif(
-    find_spec("simplejpeg") is None or best_decoder() == "pil",
+    find_spec("simplejpeg") is None or choose_decoder("auto") == "pil",
     reason="needs simplejpeg, and a torch that can resize uint8",
 )
 

@@ -9,19 +9,19 @@ Resizing them with torch instead of Pillow changes values by 1 (of 255), occasio
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import os
 import stat
 import struct
 import warnings
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from vgglab.data.transform import Pixels
-from vgglab.errors import BadImage
+from vgglab.errors import BadImage, UserError
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for a grey image of more than 8 bits
 BASELINE = (0xC0, 0xC1)  # start-of-frame markers of sequential JPEGs with Huffman codes
@@ -31,36 +31,48 @@ END_OF_IMAGE = b"\xff\xd9"
 TAIL_BYTES = 4096  # where to look for the end marker: some cameras and editors append data to the image
 
 
-def best_decoder() -> str:
-    """Return the name of the first decoder in ``DECODERS`` that can be used."""
-    return next(name for name, decoder in DECODERS.items() if not decoder.why_missing())
+def choose_decoder(requested: str) -> str:
+    """Return the requested decoder; for ``auto``, the first one in ``DECODERS`` that can be used.
+
+    Raises:
+        UserError: the requested decoder is not installed.
+    """
+    if requested == "auto":
+        return next(name for name, decoder in DECODERS.items() if not decoder.why_missing())
+    missing = DECODERS[requested].why_missing()
+    if missing:
+        raise UserError(f"--decoder {requested}: {missing}")
+    return requested
 
 
 def _why_no_simplejpeg() -> str:
     try:
         import simplejpeg  # noqa: F401  # it may be installed and not fit this numpy
 
-        if can_resize_uint8():
-            return ""
-    except ImportError:
-        pass
-    return (
-        "needs the simplejpeg package and torch 2.1 or newer; run pip install simplejpeg, or leave the flag out to "
-        "decode with Pillow"
-    )
-
-
-def can_resize_uint8() -> bool:
-    """Whether this torch can resize uint8 tensors as Pillow resizes images."""
-    if "antialias" not in inspect.signature(nn.functional.interpolate).parameters:
-        return False
-    try:
-        nn.functional.interpolate(
-            torch.zeros(1, 3, 8, 8, dtype=torch.uint8), size=(4, 4), mode="bilinear", antialias=True
+        # An older torch cannot resize uint8 tensors as Pillow resizes images.
+        image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+        nn.functional.interpolate(image, size=(4, 4), mode="bilinear", antialias=True)
+    except (ImportError, TypeError, RuntimeError):
+        return (
+            "needs the simplejpeg package and torch 2.1 or newer; run pip install simplejpeg, "
+            "or leave the flag out to decode with Pillow"
         )
-    except RuntimeError:
-        return False
-    return True
+    return ""
+
+
+@contextlib.contextmanager
+def _reading_with_pillow(file: str) -> Iterator[None]:
+    """Turn each error in the block into BadImage, and ignore warnings, e.g. about bad EXIF data.
+
+    Decompression bombs: Pillow warns above 89 million pixels and raises at twice that; here both raise.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", module="PIL", category=UserWarning)
+            yield
+    except Exception as error:  # decoders can raise almost any exception for a damaged file
+        raise bad_image(file, reason_of(error)) from None
 
 
 class Picture:
@@ -69,70 +81,59 @@ class Picture:
     def __init__(self, file: str) -> None:
         """Read the header. Raises BadImage if the file is missing, empty, not an image, or has too many pixels."""
         self.file = file
-        try:
-            with warnings.catch_warnings():
-                # Decompression bombs: Pillow warns above 89 million pixels and raises at twice that; here both raise.
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                warnings.filterwarnings("ignore", module="PIL", category=UserWarning)  # e.g. about bad EXIF data
-                self._image = Image.open(file)  # for an animation, the first frame
-        except Exception as error:  # decoders can raise almost any exception for a damaged file
-            raise bad_image(file, reason_of(error)) from None
+        with _reading_with_pillow(file):
+            self._image = Image.open(file)  # for an animation, the first frame
         self.width, self.height = self._image.size
 
     def pixels(self, rows: int | None = None) -> Pixels:
         """Decode at least the first ``rows`` rows (default: all) to RGB. Call this only once. Raises BadImage."""
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", module="PIL", category=UserWarning)
-                with self._image as image:
-                    return to_rgb(image)
-        except Exception as error:
-            raise bad_image(self.file, reason_of(error)) from None
+        with _reading_with_pillow(self.file), self._image as image:
+            return to_rgb(image)
 
 
-class JpegPicture:
+class JpegPicture(NamedTuple):
     """An ordinary JPEG in memory: sequential, 8 bits, grey or colour, not truncated."""
 
-    def __init__(self, file: str, data: bytearray, frame: _Frame) -> None:
-        self.file, self._data, self._frame = file, data, frame
-        self.height, self.width = frame.height, frame.width
+    file: str
+    data: bytearray
+    height: int
+    width: int
+    height_offset: int  # position of the height in the file, 2 bytes
+    block_height: int  # rows that are coded together: 8, or 16 and more with chroma subsampling
 
     def pixels(self, rows: int | None = None) -> Pixels:
         import simplejpeg
 
         # A row's colours are interpolated with those of the row below, so at least one more row is decoded.
-        block_height = self._frame.block_height
-        num_rows = self.height if rows is None else (rows // block_height + 1) * block_height
+        block = self.block_height
+        num_rows = self.height if rows is None else (rows // block + 1) * block
         if num_rows < self.height:
-            struct.pack_into(">H", self._data, self._frame.height_offset, num_rows)
+            struct.pack_into(">H", self.data, self.height_offset, num_rows)
         try:
             # strict=True would report the undecoded rest of the data as an error; Pillow ignores it, too.
-            return torch.from_numpy(simplejpeg.decode_jpeg(self._data, strict=False))
+            return torch.from_numpy(simplejpeg.decode_jpeg(self.data, strict=False))
         except ValueError:  # an unusual colour space; Pillow supports more
             return Picture(self.file).pixels()
 
 
 def open_picture(file: str, decoder: str) -> Picture | JpegPicture:
     """Open an image file and read its width and height. Raises BadImage, or KeyError for an unknown decoder."""
+    open_file = DECODERS[decoder].open_file
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would block
             raise bad_image(file, "not a regular file")
+        return open_file(file)
     except OSError as error:
         raise bad_image(file, reason_of(error)) from None
-    return DECODERS[decoder].open_file(file)
 
 
 def _open_jpeg(file: str) -> Picture | JpegPicture:
     """Open a file for the decoder ``fast``; anything that is not an ordinary JPEG is left to Pillow."""
     if not file.lower().endswith((".jpeg", ".jpg")):
         return Picture(file)
-    try:
-        with open(file, "rb") as stream:
-            data = bytearray(stream.read())
-    except OSError as error:
-        raise bad_image(file, reason_of(error)) from None
-    frame = _parse_frame(data)
-    return Picture(file) if frame is None else JpegPicture(file, data, frame)
+    with open(file, "rb") as stream:
+        data = bytearray(stream.read())
+    return _parse_jpeg(file, data) or Picture(file)
 
 
 class Decoder(NamedTuple):
@@ -150,17 +151,11 @@ DECODERS = {
 }
 
 
-class _Frame(NamedTuple):
-    """The fields of a JPEG's start-of-frame segment."""
+def _parse_jpeg(file: str, data: bytearray) -> JpegPicture | None:
+    """Read the header of a complete sequential JPEG; None for other data.
 
-    height: int
-    width: int
-    height_offset: int  # position of the height in the file, 2 bytes
-    block_height: int  # rows that are coded together: 8, or 16 and more with chroma subsampling
-
-
-def _parse_frame(data: bytearray) -> _Frame | None:
-    """Return the frame of a complete sequential JPEG, or None for other data. Source: ITU-T T.81, B.1.1 and B.2.2."""
+    Source: ITU-T T.81, B.1.1 and B.2.2.
+    """
     if data[:2] != b"\xff\xd8":
         return None
     try:
@@ -176,7 +171,7 @@ def _parse_frame(data: bytearray) -> _Frame | None:
     is_supported = marker in BASELINE and precision == 8 and num_components in (1, 3) and height and width
     if not is_supported or height * width > (Image.MAX_IMAGE_PIXELS or height * width):
         return None
-    return _Frame(height, width, frame_offset + 5, 8 * max(factors))
+    return JpegPicture(file, data, height, width, frame_offset + 5, 8 * max(factors))
 
 
 def _next_segment(data: bytearray, offset: int, markers: set[int]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from vgglab.data import lists
-from vgglab.data.decode import DECODERS, best_decoder
+from vgglab.data.decode import choose_decoder
 from vgglab.data.images import FakeImages, FileImages, Split
 from vgglab.data.index import Index, read_index
 from vgglab.data.lists import ListFile
@@ -77,7 +77,7 @@ def open_sets(config: Request) -> DataSets:
 
 
 def _open_sets(config: Request) -> DataSets:
-    name, decoder = config.data_path, _decoder(config)
+    name, decoder = config.data_path, choose_decoder(config.decoder)
     warnings: list[str] = []
     source = NAMED_SETS.get(name, FOLDER)
     preprocessing = source.preprocessing
@@ -99,15 +99,6 @@ def _open_sets(config: Request) -> DataSets:
         val = read_split(root, "val", classes, is_strict, warnings)
     num_classes = _num_classes(config, len(val.classes), warnings)
     return DataSets(name, train, val, num_classes, image_size, preprocessing, decoder, config.crops, warnings)
-
-
-def _decoder(config: Request) -> str:
-    if config.decoder == "auto":
-        return best_decoder()
-    missing = DECODERS[config.decoder].why_missing()
-    if missing:
-        raise UserError(f"--decoder {config.decoder}: {missing}")
-    return config.decoder
 
 
 def _existing_folder(data_path: str) -> Path:
