@@ -13,7 +13,7 @@ from vgglab.data.images import FakeImages, FileImages, Split
 from vgglab.data.index import Index, read_index
 from vgglab.data.lists import ListFile
 from vgglab.data.named import NAMED_SETS, NamedSet, explain_failed_download
-from vgglab.data.transform import CentreCrop, JitteredCrop, NoCrop, Preprocessing, RandomCrop, TrivialAugmentCrop
+from vgglab.data.transform import CentreCrop, JitteredCrop, Preprocessing, RandomCrop, TrivialAugmentCrop, no_crop
 from vgglab.errors import UserError
 from vgglab.settings.config import ORIGINAL_NUM_CLASSES, Request
 
@@ -53,12 +53,12 @@ class DataSets:
     def train_transform(self) -> Any:
         """The transform for training images, from ``(picture, seed)`` to ``(image_size, image_size, 3)`` uint8."""
         if self.is_fake:
-            return NoCrop()
+            return no_crop
         return CROPS[self.crops](self.image_size, self.preprocessing)
 
     def eval_transform(self) -> Any:
         """The transform for held-out images: the same signature, but deterministic."""
-        return NoCrop() if self.is_fake else CentreCrop(self.image_size, self.preprocessing.resize_ratio)
+        return no_crop if self.is_fake else CentreCrop(self.image_size, self.preprocessing.resize_ratio)
 
 
 def open_sets(config: Request) -> DataSets:

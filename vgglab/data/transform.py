@@ -60,9 +60,7 @@ class RandomCrop(NamedTuple):
         """Return ``(size, size, 3)`` uint8. Raises BadImage."""
         draw = random.Random(seed)
         box = random_box(picture.height, picture.width, self.scale, draw)
-        is_mirrored = self.flip and draw.random() < 0.5
-        pixels = as_tensor(resize(crop_to_box(picture.pixels(box.top + box.height), box), self.size, self.size))
-        return pixels.flip(1) if is_mirrored else pixels
+        return _cut_out(picture, box, self.size, is_mirrored=self.flip and draw.random() < 0.5)
 
 
 class JitteredCrop(NamedTuple):
@@ -82,9 +80,13 @@ class JitteredCrop(NamedTuple):
         # The side of a 224 crop at a shorter side of 256 to 512, in pixels of the original image.
         side = max(1, round(min(height, width) * 224 / draw.uniform(256, 512)))
         box = Box(draw.randint(0, height - side), draw.randint(0, width - side), side, side)
-        is_mirrored = self.flip and draw.random() < 0.5
-        pixels = as_tensor(resize(crop_to_box(picture.pixels(box.top + box.height), box), self.size, self.size))
-        return pixels.flip(1) if is_mirrored else pixels
+        return _cut_out(picture, box, self.size, is_mirrored=self.flip and draw.random() < 0.5)
+
+
+def _cut_out(picture: AnyPicture, box: Box, size: int, is_mirrored: bool) -> Tensor:
+    pixels = crop_to_box(picture.pixels(box.top + box.height), box)
+    square = as_tensor(resize(pixels, size, size))
+    return square.flip(1) if is_mirrored else square
 
 
 class TrivialAugmentCrop(NamedTuple):
@@ -123,20 +125,14 @@ class CentreCrop(NamedTuple):
             height, width = short, int(short * width / height)
         else:
             height, width = int(short * height / width), short
-        centre = Box(_half(height - self.size), _half(width - self.size), self.size, self.size)
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        centre = Box(top, left, self.size, self.size)
         return as_tensor(crop_to_box(resize(picture.pixels(), height, width), centre))
 
 
-class NoCrop(NamedTuple):
-    """No crop, for images that already have the right size."""
-
-    def __call__(self, picture: AnyPicture, seed: int = 0) -> Tensor:
-        """Return ``(H, W, 3)`` uint8."""
-        return as_tensor(picture.pixels())
-
-
-def _half(pixels: int) -> int:
-    return round(pixels / 2)
+def no_crop(picture: AnyPicture, seed: int = 0) -> Tensor:
+    """Return the whole image, ``(H, W, 3)`` uint8; for images that already have the right size."""
+    return as_tensor(picture.pixels())
 
 
 def random_box(height: int, width: int, scale: tuple[float, float], draw: random.Random) -> Box:
