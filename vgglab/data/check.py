@@ -43,14 +43,6 @@ KINDS = {
 CHUNK_SIZE = 64
 
 
-class FileResult(NamedTuple):
-    """The result for one file: why it cannot be read (empty if it can), and which of ``KINDS`` apply."""
-
-    file: str
-    error: str
-    kinds: tuple[str, ...]
-
-
 class Findings(NamedTuple):
     """The result for a data set; its fields are those of the ``--json`` output."""
 
@@ -70,20 +62,23 @@ class Findings(NamedTuple):
         return "\n".join(lines)
 
 
-def check_file(file: str) -> FileResult:
-    """Decode one file in full and return the result."""
+def check_file(file: str) -> tuple[str, list[str]]:
+    """Decode one file in full.
+
+    Returns why it cannot be read (empty if it can), and which of ``KINDS`` apply.
+    """
     try:
         open_picture(file, "pil").pixels()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return FileResult(file, "", _unusual_kinds(file))
+            return "", _unusual_kinds(file)
     except BadImage as error:
-        return FileResult(file, error.reason, ())
+        return error.reason, []
     except Exception:  # the pixels can be read, the metadata cannot
-        return FileResult(file, "", ("odd",))
+        return "", ["odd"]
 
 
-def _unusual_kinds(file: str) -> tuple[str, ...]:
+def _unusual_kinds(file: str) -> list[str]:
     with Image.open(file) as image:
         orientation = image.getexif().get(ORIENTATION_TAG, UPRIGHT_VALUE)
         is_jpeg_by_name = file.lower().endswith((".jpg", ".jpeg"))
@@ -96,9 +91,8 @@ def _unusual_kinds(file: str) -> tuple[str, ...]:
             "animated": getattr(image, "n_frames", 1) > 1,
             "turned": orientation not in (0, UPRIGHT_VALUE),
             "misnamed": is_jpeg_by_name != (image.format in ("JPEG", "MPO")),
-            "odd": False,
         }
-    return tuple(kind for kind in KINDS if applies[kind])
+    return [kind for kind in applies if applies[kind]]
 
 
 def check_images(data_path: str, workers: int | None = None) -> Findings:
@@ -115,20 +109,19 @@ def check_images(data_path: str, workers: int | None = None) -> Findings:
     sets = open_sets(parse_flags([f"--data-path={data_path}", "--on-bad-image=skip"]))
     if not isinstance(sets.val.images, FileImages):
         raise UserError(f"{data_path}: no files to check; its images are held in memory")
-    files: list[str] = []
-    for split in (sets.train, sets.val):
-        if split is not None:
-            files += [split.images.name(index) for index in range(len(split))]
+    splits = [split for split in (sets.train, sets.val) if split is not None]
+    files = [split.images.name(index) for split in splits for index in range(len(split))]
     unreadable: dict[str, str] = {}
     kinds: dict[str, list[str]] = {}
     context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else "spawn")
     pool = ProcessPoolExecutor(workers or num_cores(), mp_context=context, initializer=ignore_signals_in_worker)
     try:
-        for result in _with_progress_bar(pool.map(check_file, files, chunksize=CHUNK_SIZE), len(files)):
-            if result.error:
-                unreadable[result.file] = result.error
-            for kind in result.kinds:
-                kinds.setdefault(kind, []).append(result.file)
+        results = _with_progress_bar(pool.map(check_file, files, chunksize=CHUNK_SIZE), len(files))
+        for (error, kinds_of_file), file in zip(results, files):
+            if error:
+                unreadable[file] = error
+            for kind in kinds_of_file:
+                kinds.setdefault(kind, []).append(file)
     except BrokenProcessPool:
         raise UserError(
             "a reader process was killed, probably because memory ran out; use fewer processes with -j"
