@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,17 +80,6 @@ class BatchReader(Dataset):
         return Batch(images[: len(indices)], labels, tuple(indices), tuple(skipped))
 
 
-class BatchSampler(Protocol):
-    """Yields the batches of one pass over the data, as lists of samples; after a resume, starts at batch ``first``."""
-
-    epoch: int
-    first: int
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[list[Sample]]: ...
-
-
 class TrainBatchSampler(Sampler):
     """Shuffled batches for one rank; the last batch is dropped unless it is full on every rank.
 
@@ -124,28 +113,17 @@ class TrainBatchSampler(Sampler):
             yield [Sample(image, mix_seeds(epoch_seed, image)) for image in batch]
 
 
-class EvalBatchSampler(Sampler):
+def eval_samples(num_images: int, batch_size: int, device: Device, max_batches: int = -1) -> list[list[Sample]]:
     """Batches with every image once, in order; rank r of n takes images r, r + n, r + 2n, ... without padding.
 
     With ``max_batches``, each rank takes at most that many batches. Their images are spread evenly over the data set,
     because its first images all belong to one class.
     """
-
-    epoch = first = 0  # not used: all passes are the same
-
-    def __init__(self, num_images: int, batch_size: int, device: Device, max_batches: int = -1) -> None:
-        num_requested = num_images if max_batches == -1 else max_batches * batch_size * device.world_size
-        num_selected = min(num_images, num_requested)
-        indices = range(device.rank, num_selected, device.world_size)
-        self.indices = [index * num_images // num_selected for index in indices]
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            yield [Sample(i, 0) for i in self.indices[start : start + self.batch_size]]
+    num_requested = num_images if max_batches == -1 else max_batches * batch_size * device.world_size
+    num_selected = min(num_images, num_requested)
+    indices = range(device.rank, num_selected, device.world_size)
+    samples = [Sample(index * num_images // num_selected, seed=0) for index in indices]
+    return [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
 
 
 @contextlib.contextmanager
@@ -159,23 +137,26 @@ def _without_warnings() -> Iterator[None]:
 class Batches:
     """The batches of one rank; ``len()`` is their number in one pass."""
 
-    def __init__(self, reader: BatchReader, sampler: BatchSampler, workers: int, device: Device) -> None:
-        self._sampler = sampler
+    def __init__(
+        self, reader: BatchReader, samples: TrainBatchSampler | list[list[Sample]], workers: int, device: Device
+    ) -> None:
+        """``samples``: the batches of one pass; in training a sampler, because each epoch's are different."""
+        self._samples = samples
         # A separate generator: drawing the workers' seeds must not change the random numbers of dropout.
         options: dict[str, Any] = {"generator": torch.Generator(), "pin_memory": device.pins_memory}
         if workers:
             # Workers for held-out images exit after each pass: kept idle, they would double the number of processes.
-            is_training = isinstance(sampler, TrainBatchSampler)
+            is_training = isinstance(samples, TrainBatchSampler)
             options.update(persistent_workers=is_training, multiprocessing_context=device.worker_start)
             options.update(worker_init_fn=ignore_signals_in_worker)
         with _without_warnings():
-            # The sampler already yields whole batches; batch_size=None passes them on unchanged.
+            # The samples are already in batches; batch_size=None passes them on unchanged.
             self._loader = DataLoader(
-                reader, sampler=sampler, batch_size=None, collate_fn=_identity, num_workers=workers, **options
+                reader, sampler=samples, batch_size=None, collate_fn=_identity, num_workers=workers, **options
             )
 
     def __len__(self) -> int:
-        return len(self._sampler)
+        return len(self._samples)
 
     def epoch(self, epoch: int, first: int = 0, on_skipped: OnSkipped | None = None) -> Iterator[Batch]:
         """Yield the batches of one pass, starting with batch ``first``.
@@ -186,7 +167,8 @@ class Batches:
         Raises:
             UserError: an image cannot be read, or, with ``--on-bad-image skip``, a whole training batch cannot.
         """
-        self._sampler.epoch, self._sampler.first = epoch, first
+        if isinstance(self._samples, TrainBatchSampler):
+            self._samples.epoch, self._samples.first = epoch, first
         with block_signals_during_start(), _without_warnings():
             batches = iter(self._loader)
         try:
@@ -196,7 +178,7 @@ class Batches:
                         on_skipped(image, reason)
                 if batch.indices:
                     yield batch
-                elif isinstance(self._sampler, TrainBatchSampler):  # the other ranks would wait for this rank's step
+                elif isinstance(self._samples, TrainBatchSampler):  # the other ranks would wait for this rank's step
                     raise UserError(
                         f"--on-bad-image skip: all images in a batch are unreadable, e.g. {batch.skipped[0][0]!r}; "
                         "increase --batch-size, or find the unreadable images with vgglab data check"
@@ -229,8 +211,8 @@ def train_batches(sets: DataSets, config: Settings, device: Device) -> Batches:
 
 def eval_batches(sets: DataSets, config: Settings, device: Device) -> Batches:
     """The held-out batches of this rank."""
-    sampler = EvalBatchSampler(len(sets.val), config.batch_size, device, config.eval_step_per_epoch)
-    return Batches(_reader(sets.val, sets.eval_transform(), sets, config), sampler, config.workers, device)
+    samples = eval_samples(len(sets.val), config.batch_size, device, config.eval_step_per_epoch)
+    return Batches(_reader(sets.val, sets.eval_transform(), sets, config), samples, config.workers, device)
 
 
 def _reader(split: Split, transform: Any, sets: DataSets, config: Settings) -> BatchReader:

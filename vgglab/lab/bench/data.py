@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from typing import Any, Callable, Iterator, List, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import torch
 from PIL import Image
@@ -178,9 +178,7 @@ def _rates_with_workers(
     num_prefetched = 2 * count  # batches loaded ahead, two per process; once they are used up, only loading counts
     num_batches = num_prefetched + max(4, math.ceil(core_rate * min(count, ranks.num_cores()) * seconds / 4 / size))
     indices = [[(n * size + k) % len(sets.train) for k in range(size)] for n in range(num_batches)]
-    samples = FixedBatchSampler(
-        [[Sample(index, mix_seeds(n, index)) for index in batch] for n, batch in enumerate(indices)]
-    )
+    samples = [[Sample(index, mix_seeds(n, index)) for index in batch] for n, batch in enumerate(indices)]
     reference = DataLoader(
         ReferenceImages(sets.train, sets.image_size),
         batch_sampler=indices, num_workers=count, multiprocessing_context="fork",
@@ -193,12 +191,6 @@ def _rates_with_workers(
         )
         rates["reference_images_per_second"].append(_rate(iter(reference), num_prefetched, size))
     return {name: max(measured) for name, measured in rates.items()}
-
-
-class FixedBatchSampler(List[List[Sample]]):
-    """A sampler that returns predefined batches."""
-
-    epoch = first = 0
 
 
 def _rate(batches: Iterator[Any], num_prefetched: int, size: int) -> float:
