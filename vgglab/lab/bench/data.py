@@ -16,19 +16,18 @@ import math
 import os
 import time
 from dataclasses import replace
-from functools import partial
 from statistics import median
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate  # torch 1.10 has it only there
 from torchvision import transforms
+from torchvision.datasets.folder import pil_loader
 
 from vgglab.data.images import FileImages, Split
 from vgglab.data.loader import Batches, BatchReader, Sample, mix_seeds
-from vgglab.data.sets import DataSets, open_sets
+from vgglab.data.sets import open_sets
 from vgglab.data.transform import CHANNEL_MEAN, CHANNEL_STD, normalised
 from vgglab.devices import open_device
 from vgglab.devices.base import Device
@@ -76,10 +75,10 @@ class ReferenceImages(Dataset):
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        if isinstance(self.split.images, FileImages):
-            with open(self.split.images.name(index), "rb") as file:
-                return self.transform(Image.open(file).convert("RGB")), self.split.labels[index]
-        return self.transform(self.split.images.open(index, "pil").pixels()), self.split.labels[index]
+        images = self.split.images
+        is_file = isinstance(images, FileImages)
+        picture = pil_loader(images.name(index)) if is_file else images.open(index, "pil").pixels()
+        return self.transform(picture), self.split.labels[index]
 
 
 def measure_loading(
@@ -103,12 +102,19 @@ def measure_loading(
         raise UserError("--data-path fake: generated images have no files to read; use a folder or another data set")
     device = open_device("cpu")
     device.open()
+    reader = BatchReader(split, sets.train_transform(), sets.image_size, sets.decoder, skips_bad_images=False)
+    reference = ReferenceImages(split, sets.image_size)
+    size = min(config.batch_size, len(split))
     with _on_one_core():
-        chunks = list(_chunks(split, sets, config, seconds))
+        chunks = list(_chunks(reader, reference, size, seconds))
     vgglab_seconds, reference_seconds, decode_seconds, num_images = (sum(column) for column in zip(*chunks))
     core_rate = num_images / vgglab_seconds
     counts = sorted({1, ranks.num_cores()}) if workers is None else workers
-    by_workers = {count: _rates_with_workers(count, sets, config, device, core_rate, seconds) for count in counts}
+    by_workers = {}
+    for count in counts:
+        num_images_needed = core_rate * min(count, ranks.num_cores()) * seconds / 4
+        num_batches = max(4, math.ceil(num_images_needed / size))
+        by_workers[count] = _rates_with_workers(count, reader, reference, size, num_batches, device)
     ratios = sorted(chunk[1] / chunk[0] for chunk in chunks)
     best = max([rates["images_per_second"] / count for count, rates in by_workers.items()] or [core_rate])
     cards = {f"{card:g} images/s": card} if card else CARDS
@@ -128,69 +134,55 @@ def measure_loading(
     )
 
 
-def _chunks(split: Split, sets: DataSets, config: Request, seconds: float) -> Iterator[tuple[float, float, float, int]]:
+def _chunks(
+    reader: BatchReader, reference: ReferenceImages, size: int, seconds: float
+) -> Iterator[tuple[float, float, float, int]]:
     """Yield for each chunk the seconds of vgglab, of the reference and of decoding alone, and the number of images."""
-    reader = BatchReader(split, sets.train_transform(), sets.image_size, sets.decoder, skips_bad_images=False)
-    reference = ReferenceImages(split, sets.image_size)
-    size = min(config.batch_size, len(split))
+
+    def load_with_vgglab(samples: list[Sample]) -> None:
+        normalised(reader[samples].images)
+
+    def load_with_reference(samples: list[Sample]) -> None:
+        default_collate([reference[sample.image] for sample in samples])
+
+    def decode(samples: list[Sample]) -> None:
+        for sample in samples:
+            reader.split.images.open(sample.image, reader.decoder).pixels()
+
     deadline, number = time.perf_counter() + seconds, 0
     while number < 4 or time.perf_counter() < deadline:
-        indices = [(number * size + offset) % len(split) for offset in range(size)]
-        _decode(split, indices, sets.decoder)  # reads the files into the page cache, for both
-        samples = [Sample(index, mix_seeds(number, index)) for index in indices]
-        pipelines: list[Callable[[], Any]] = [
-            partial(_load_with_vgglab, reader, samples),
-            partial(_load_with_reference, reference, indices),
-            partial(_decode, split, indices, sets.decoder),
-        ]
-        order = [0, 1, 2] if number % 2 else [1, 0, 2]
-        timed = {index: _time(pipelines[index]) for index in order}
+        samples = _samples(number, size, len(reader))
+        decode(samples)  # reads the files into the page cache, for both
+        order = [load_with_vgglab, load_with_reference]
+        timed = {}
+        for load in [*order[:: 1 if number % 2 else -1], decode]:
+            started = time.perf_counter()
+            load(samples)
+            timed[load] = time.perf_counter() - started
         if number:  # the first is warm-up
-            yield timed[0], timed[1], timed[2], size
+            yield timed[load_with_vgglab], timed[load_with_reference], timed[decode], size
         number += 1
 
 
-def _load_with_vgglab(reader: BatchReader, samples: list[Sample]) -> torch.Tensor:
-    return normalised(reader[samples].images)
-
-
-def _load_with_reference(reference: ReferenceImages, indices: list[int]) -> Any:
-    return default_collate([reference[index] for index in indices])
-
-
-def _decode(split: Split, indices: list[int], decoder: str) -> None:
-    for index in indices:
-        split.images.open(index, decoder).pixels()
-
-
-def _time(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def _samples(number: int, size: int, num_images: int) -> list[Sample]:
+    """The images of chunk ``number``, in order; after the last image, they start again."""
+    indices = [(number * size + offset) % num_images for offset in range(size)]
+    return [Sample(index, mix_seeds(number, index)) for index in indices]
 
 
 def _rates_with_workers(
-    count: int, sets: DataSets, config: Request, device: Device, core_rate: float, seconds: float
+    count: int, reader: BatchReader, reference: ReferenceImages, size: int, num_batches: int, device: Device
 ) -> dict[str, float]:
     """Return the images per second of vgglab and of the reference, each with ``count`` loader processes."""
-    assert sets.train is not None
-    size = min(config.batch_size, len(sets.train))
     num_prefetched = 2 * count  # batches loaded ahead, two per process; once they are used up, only loading counts
-    num_batches = num_prefetched + max(4, math.ceil(core_rate * min(count, ranks.num_cores()) * seconds / 4 / size))
-    indices = [[(n * size + k) % len(sets.train) for k in range(size)] for n in range(num_batches)]
-    samples = [[Sample(index, mix_seeds(n, index)) for index in batch] for n, batch in enumerate(indices)]
-    reference = DataLoader(
-        ReferenceImages(sets.train, sets.image_size),
-        batch_sampler=indices, num_workers=count, multiprocessing_context="fork",
-    )  # fmt: skip
-    reader = BatchReader(sets.train, sets.train_transform(), sets.image_size, sets.decoder, skips_bad_images=False)
-    rates: dict[str, list[float]] = {"images_per_second": [], "reference_images_per_second": []}
-    for repetition in range(2):
-        rates["images_per_second"].append(
-            _rate(Batches(reader, samples, count, device).epoch(repetition), num_prefetched, size)
-        )
-        rates["reference_images_per_second"].append(_rate(iter(reference), num_prefetched, size))
-    return {name: max(measured) for name, measured in rates.items()}
+    samples = [_samples(number, size, len(reader)) for number in range(num_prefetched + num_batches)]
+    indices = [[sample.image for sample in batch] for batch in samples]
+    loader = DataLoader(reference, batch_sampler=indices, num_workers=count, multiprocessing_context="fork")
+    rates, reference_rates = [], []
+    for _ in range(2):
+        rates.append(_rate(Batches(reader, samples, count, device).epoch(0), num_prefetched, size))
+        reference_rates.append(_rate(iter(loader), num_prefetched, size))
+    return {"images_per_second": max(rates), "reference_images_per_second": max(reference_rates)}
 
 
 def _rate(batches: Iterator[Any], num_prefetched: int, size: int) -> float:
