@@ -11,7 +11,6 @@ from vgglab.data import lists
 from vgglab.data.decode import choose_decoder
 from vgglab.data.images import FakeImages, FileImages, Split
 from vgglab.data.index import Index, read_index
-from vgglab.data.lists import ListFile
 from vgglab.data.named import NAMED_SETS, NamedSet, explain_failed_download
 from vgglab.data.transform import CentreCrop, JitteredCrop, Preprocessing, RandomCrop, TrivialAugmentCrop, no_crop
 from vgglab.errors import UserError
@@ -20,14 +19,10 @@ from vgglab.settings.config import ORIGINAL_NUM_CLASSES, Request
 FOLDER = NamedSet(Preprocessing(), archives="")  # a folder of the user's, which needs no function
 
 
-def _standard_crop(size: int, preprocessing: Preprocessing) -> RandomCrop:
-    return RandomCrop(size, preprocessing.crop_scale, preprocessing.flip)
-
-
 CROPS: dict[str, Callable[[int, Preprocessing], Any]] = {
-    "standard": _standard_crop,
-    "scale-jitter": lambda size, preprocessing: JitteredCrop(size, preprocessing.flip),
-    "trivial": lambda size, preprocessing: TrivialAugmentCrop(_standard_crop(size, preprocessing)),
+    "standard": lambda size, how: RandomCrop(size, how.crop_scale, how.flip),
+    "scale-jitter": lambda size, how: JitteredCrop(size, how.flip),
+    "trivial": lambda size, how: TrivialAugmentCrop(RandomCrop(size, how.crop_scale, how.flip)),
 }
 
 
@@ -137,15 +132,9 @@ def read_split(root: Path, split: str, classes: list[str] | None, is_strict: boo
         )
     index = read_index(folder)
     listed = lists.read_list(root, split)
-    if listed is not None:
-        return _listed_split(folder, listed, index, classes, is_strict, warnings)
-    warnings += _folder_warnings(split, index, classes)
-    return _folder_split(root, split, index, classes)
-
-
-def _listed_split(
-    folder: Path, listed: ListFile, index: Index, classes: list[str] | None, is_strict: bool, warnings: list[str]
-) -> Split:
+    if listed is None:
+        warnings += _folder_warnings(split, index, classes)
+        return _folder_split(root, split, index, classes)
     if classes is None:
         classes = lists.class_names(listed)
     else:
