@@ -2,7 +2,6 @@
 
 import os
 from importlib.metadata import version
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,14 +84,15 @@ def test_all_files_of_a_simulated_run_say_so_and_show_no_speed(images, tmp_path)
 @pytest.mark.parametrize("backend", ["gloo", "nccl", "eccl", "a new one"])
 def test_lost_peers_are_recognised_for_each_backend(backend, monkeypatch, tmp_path):
     """With eccl, a rank that had only lost its peers used to be reported as the cause."""
-    from vgglab.devices.stock import StockDevice
     from vgglab.dist import ranks
 
     monkeypatch.setattr(ranks, "LOST_PEER_PHRASES", {*ranks.LOST_PEER_PHRASES})
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
     monkeypatch.setenv(ranks.RENDEZVOUS, str(tmp_path / "store"))
-    device = SimpleNamespace(_scaler=None, amp_dtype=None, world_size=2, rank=0, _backend=backend)
-    StockDevice.open(device)
+    monkeypatch.setenv("RANK", "0")
+    device = open_device("cpu", world_size=2)
+    device._backend = backend
+    device.open()
     assert ranks.has_lost_peers(RuntimeError(f"{backend} error: remote process exited"))
 
 

@@ -268,7 +268,7 @@ MUTATIONS = {
     ),
     "int32 labels on eager": (
         EAGER,
-        "devices/stock.py",
+        "devices/base.py",
         "labels.to(self._torch_device",
         "labels.int().to(self._torch_device",
         "Int",

@@ -4,8 +4,7 @@ A command opens its device once and passes it to the trainer; no module outside 
 hardware. This module imports torch only when a device is opened, so that the parser and the views can list the devices
 without it.
 
-    base.py       the interface
-    stock.py      the plain PyTorch step, for all devices except T20 cards
+    base.py       the interface, with the plain PyTorch step
     native.py     cpu, cuda, mps
     gcu_eager.py  the current torch_gcu: device "gcu", backend "eccl"
     gcu_lazy.py   the torch_gcu of T20 cards: device "xla", torch 1.10, one graph per step

@@ -1,16 +1,32 @@
-"""The interface between the trainer and the hardware."""
+"""The interface between the trainer and the hardware, with the plain PyTorch step; T20 cards override most of it."""
 
 from __future__ import annotations
 
+import inspect
 import os
+import random
 from abc import ABC, abstractmethod
+from datetime import timedelta
 from typing import Any, ContextManager, Iterable, Iterator, Sequence
 
+import torch
+import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.data.distributed import DistributedSampler
 
 from vgglab.devices import DeviceOptions
+from vgglab.devices.collectives import sum_over_ranks
+from vgglab.devices.compat import parallel_without_compiler
+from vgglab.devices.sync_bn import convert_sync_batchnorm
+from vgglab.dist import ranks
 from vgglab.errors import UserError
+from vgglab.storage.cache import use_private_temporary_folder
+
+# The original example's static scale: float16 gradients are multiplied by it and it never grows.
+LOSS_SCALE, SCALE_GROWTH_INTERVAL = 128.0, 1_000_000_000
 
 
 class Device(ABC):
@@ -40,7 +56,7 @@ class Device(ABC):
     kind: str
     worker_start: str
     pins_memory: bool
-    sampler: type[Any]
+    sampler: type[Any] = DistributedSampler
     amp_dtype: str | None
     tf32: bool = False
     channels_last: bool = False
@@ -51,7 +67,12 @@ class Device(ABC):
     is_simulated: bool = False
     num_cards: int | None = None
     supports: frozenset[str] = frozenset()
+    _torch_device: torch.device
+    _backend: str  # of the process group
+    _distributed: Any = torch.distributed  # the module with the process group
     _scaler: Any = None  # the loss scaler, if float16 needs one
+    _averages_separately = False
+    _parallel: nn.Module | None = None  # the network in DistributedDataParallel
 
     def __init__(self, options: DeviceOptions) -> None:
         self.rank = int(os.environ.get("RANK", 0))
@@ -76,17 +97,46 @@ class Device(ABC):
                 f"cards on this machine: {num_cards}"
             )
 
-    @abstractmethod
     def open(self) -> None:
         """Select the card and join the other ranks."""
+        assert self._scaler is not None or self.amp_dtype != "float16", "float16 needs a loss scaler"
+        if self.world_size > 1:
+            ranks.LOST_PEER_PHRASES.add(self._backend)
+            self._join_ranks()
 
-    @abstractmethod
+    def _join_ranks(self) -> None:
+        store: torch.distributed.Store
+        if ranks.RENDEZVOUS in os.environ:
+            store = torch.distributed.FileStore(os.environ[ranks.RENDEZVOUS], self.world_size)
+        else:
+            store, _, _ = next(rendezvous(self._options.init_method, self.rank, self.world_size))
+        # After a restart, torchrun passes on the store that still contains the addresses of the previous ranks.
+        store = torch.distributed.PrefixStore(f"attempt_{ranks.num_restarts()}", store)
+        torch.distributed.init_process_group(
+            self._backend,
+            store=store,
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(minutes=30),  # the default for gloo; nccl's 10 may be too short for the first epoch
+        )
+
     def close(self) -> None:
         """Leave the process group."""
+        if self.world_size > 1 and self._distributed.is_initialized():
+            self._distributed.destroy_process_group()
+            if self._backend == "gloo" or self.is_simulated:
+                # DistributedDataParallel never releases the group and its gloo threads (seen on torch 2.15). If such
+                # a thread releases a tensor while Python shuts down, the process aborts. On torch 1.10, destroying
+                # the wrapped network waits for such a thread, which waits for the GIL: a deadlock.
+                ranks.skip_cleanup_at_exit(keep=self._parallel)
 
-    @abstractmethod
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Move the batch to the device and convert its types; ``images`` are uint8, ``(N, S, S, 3)``."""
+        # Labels stay int64: the loss has no int32 kernels on the CPU and on eager cards.
+        return (
+            images.to(self._torch_device, non_blocking=True),
+            labels.to(self._torch_device, non_blocking=True),
+        )
 
     def feed(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each batch's images and labels on the device; if possible, copy the next batch during a step."""
@@ -105,20 +155,54 @@ class Device(ABC):
     def autocast(self) -> ContextManager[Any]:
         """Context manager for the forward pass: mixed precision, if requested."""
 
-    @abstractmethod
     def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
         """Move the model to the device; return it wrapped to average gradients over the ranks, and the bare model."""
+        network = model.to(self._torch_device)
+        if self.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        self._averages_separately = self.world_size > 1 and self._options.timers and not self._options.sync_bn
+        if self.world_size == 1 or self._averages_separately:
+            return self._compiled(network), network
+        if self._options.sync_bn:
+            is_cuda = self._torch_device.type == "cuda"  # PyTorch's own supports no other device
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if is_cuda else convert_sync_batchnorm(network)
+        device_ids = None if self._torch_device.index is None else [self._torch_device.index]
+        # torch 2.15 renames the option and warns about the old name.
+        has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+        name = "forward_sync_buffers" if has_new_name else "broadcast_buffers"
+        # Gradients are views of the all-reduce buckets; otherwise VGG16's 553 MB of gradients are stored twice.
+        options: dict[str, Any] = {name: self._options.broadcast_buffers, "gradient_as_bucket_view": True}
+        wrap = DistributedDataParallel if self.compiles else parallel_without_compiler
+        self._parallel = wrap(network, device_ids=device_ids, **options)
+        return self._compiled(self._parallel), network
 
-    @abstractmethod
+    def _compiled(self, model: nn.Module) -> nn.Module:
+        if not self.compiles:
+            return model
+        use_private_temporary_folder()  # the compiler stores code there and loads what it finds
+        return torch.compile(model)  # type: ignore[return-value]
+
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of ``loss``, scaled if the precision requires it."""
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
-    def average_gradients(self, model: nn.Module) -> None:  # noqa: B027  # most have nothing to do here
+    @torch.no_grad()
+    def average_gradients(self, model: nn.Module) -> None:
         """With --timers: average the gradients over the ranks after the backward pass, not during it."""
+        if not self._averages_separately:
+            return
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        sum_over_ranks(*gradients)
+        for gradient in gradients:
+            gradient /= self.world_size
 
-    @abstractmethod
     def step(self, optimizer: Optimizer, model: nn.Module, outputs: Sequence[Tensor]) -> None:
         """Perform one optimizer step; ``outputs`` are the tensors that will be read after it."""
+        if self._scaler is None:
+            optimizer.step()
+        else:
+            self._scaler.step(optimizer)
+            self._scaler.update()
 
     def loss_scale(self) -> Tensor | float:
         """Return the scale of the loss, and of its gradients until ``step``: on the device, or 1 without a scaler."""
@@ -138,24 +222,31 @@ class Device(ABC):
             raise UserError("is damaged (loss scale)")
         self._scaler.load_state_dict(state)
 
-    @abstractmethod
-    def flush(self, tensors: Sequence[Tensor]) -> None:
+    def flush(self, tensors: Sequence[Tensor]) -> None:  # noqa: B027  # most have nothing to do here
         """On a lazy device, which only records operations, compute these tensors now; on others, do nothing."""
 
-    @abstractmethod
     def fetch(self, tensor: Tensor) -> list[float]:
         """Return a one-dimensional tensor as a list; waits for the device.
 
         The training loop reads values from the device in no other way.
         """
+        return tensor.cpu().tolist()
 
-    @abstractmethod
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks, on the device; it is moved there if necessary."""
+        tensor = tensor.to(self._torch_device)
+        if self.world_size > 1:
+            tensor = tensor.clone()
+            self._sum_over_ranks(tensor)
+        return tensor
 
-    @abstractmethod
+    def _sum_over_ranks(self, tensor: Tensor) -> None:
+        sum_over_ranks(tensor)
+
     def seed(self, seed: int) -> None:
         """Seed every random number generator that training uses."""
+        random.seed(seed)
+        torch.manual_seed(seed)  # also seeds the generator of every card
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

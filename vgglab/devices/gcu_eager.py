@@ -14,11 +14,11 @@ import torch
 import torch.distributed
 
 from vgglab.devices import DeviceOptions
-from vgglab.devices.stock import LOSS_SCALE, SCALE_GROWTH_INTERVAL, StockDevice
+from vgglab.devices.base import LOSS_SCALE, SCALE_GROWTH_INTERVAL, Device
 from vgglab.errors import UserError
 
 
-class EagerGcu(StockDevice):
+class EagerGcu(Device):
     """A card of the eager generation."""
 
     kind = "gcu"

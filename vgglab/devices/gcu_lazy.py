@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import random
 import time
 from typing import Any, ContextManager, Sequence
 
@@ -19,9 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vgglab.devices import DeviceOptions
-from vgglab.devices.base import Device
-from vgglab.devices.stock import LOSS_SCALE, SCALE_GROWTH_INTERVAL
-from vgglab.dist import ranks
+from vgglab.devices.base import LOSS_SCALE, SCALE_GROWTH_INTERVAL, Device
 from vgglab.errors import UserError
 
 
@@ -31,14 +28,14 @@ class LazyGcu(Device):
     kind = "gcu"
     worker_start = "spawn"  # as in the vendor's script
     pins_memory = False  # torch 1.10 pins memory for CUDA only
-    _parallel: nn.Module | None = None  # the network in DistributedDataParallel
     can_average = False  # the average's decay, a constant of the graph, changes: each step would compile a new graph
+    _backend = "eccl"
 
     def __init__(self, options: DeviceOptions, torch_gcu: Any, tf32: bool) -> None:
         super().__init__(options)
         for module in ("amp", "distributed", "nn.parallel", "utils.data.distributed"):
             importlib.import_module(f"torch_gcu.{module}")
-        self._gcu = torch_gcu
+        self._gcu, self._distributed = torch_gcu, torch_gcu.distributed  # torch.distributed has no eccl
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._set_num_cards(torch_gcu.device_count())
         self.amp_dtype = "float16" if options.amp == "auto" else options.amp
@@ -53,7 +50,7 @@ class LazyGcu(Device):
     def _check(self) -> None:
         if self._options.sync_bn and self.world_size > 1:
             raise UserError("--sync-bn: not supported by this torch_gcu; leave it out")
-        if self.world_size > 1 and not hasattr(self._gcu.distributed, "init_process_group"):
+        if self.world_size > 1 and not hasattr(self._distributed, "init_process_group"):
             # The module is empty if torch sees a CUDA device.
             raise UserError(
                 "--device gcu: torch_gcu.distributed is empty if torch sees a CUDA device; set CUDA_VISIBLE_DEVICES=''"
@@ -66,19 +63,10 @@ class LazyGcu(Device):
             init_scale=LOSS_SCALE, growth_interval=SCALE_GROWTH_INTERVAL, use_zero_grad=True
         )
 
-    def open(self) -> None:
-        if self.world_size > 1:
-            ranks.LOST_PEER_PHRASES.add("eccl")
-            # torch_gcu's own module: torch.distributed has no eccl.
-            self._gcu.distributed.init_process_group(
-                backend="eccl", init_method=self._options.init_method, world_size=self.world_size, rank=self.rank
-            )
-
-    def close(self) -> None:
-        if self.world_size > 1 and self._gcu.distributed.is_initialized():
-            self._gcu.distributed.destroy_process_group()
-            if self.is_simulated:  # the test double uses gloo: see StockDevice.close
-                ranks.skip_cleanup_at_exit(keep=self._parallel)
+    def _join_ranks(self) -> None:
+        self._distributed.init_process_group(
+            backend=self._backend, init_method=self._options.init_method, world_size=self.world_size, rank=self.rank
+        )
 
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         # Labels are int32, as in the vendor's script. Each new batch shape requires compiling another graph, so
@@ -102,14 +90,10 @@ class LazyGcu(Device):
         if self.world_size == 1:
             return network, network
         # torch_gcu's own class. Without device_ids it uses all cards; it does not support gradient_as_bucket_view.
-        parallel = self._gcu.nn.parallel.DistributedDataParallel(
+        self._parallel = self._gcu.nn.parallel.DistributedDataParallel(
             network, device_ids=[self.local_rank], broadcast_buffers=self._options.broadcast_buffers
         )
-        self._parallel = parallel
-        return parallel, network
-
-    def backward(self, loss: Tensor) -> None:
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+        return self._parallel, network
 
     def step(self, optimizer: Optimizer, model: nn.Module, outputs: Sequence[Tensor]) -> None:
         if self._scaler is None:
@@ -125,19 +109,11 @@ class LazyGcu(Device):
         if tensors:  # a graph without outputs is not allowed
             self._gcu.unlazy(list(tensors), mode=self._mode)
 
-    def fetch(self, tensor: Tensor) -> list[float]:
-        return tensor.cpu().tolist()
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.to(self._torch_device)
-        if self.world_size > 1:
-            tensor = tensor.clone()
-            self._gcu.distributed.all_reduce(tensor, op=self._gcu.distributed.ReduceOp.SUM)
-        return tensor
+    def _sum_over_ranks(self, tensor: Tensor) -> None:
+        self._distributed.all_reduce(tensor, op=self._distributed.ReduceOp.SUM)
 
     def seed(self, seed: int) -> None:
-        random.seed(seed)
-        torch.manual_seed(seed)  # does not seed the cards on torch 1.10
+        super().seed(seed)  # does not seed the cards on torch 1.10
         self._gcu.manual_seed_all(seed)
 
     def describe(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vgglab.devices import DeviceOptions
+from vgglab.devices.base import LOSS_SCALE, SCALE_GROWTH_INTERVAL, Device
 from vgglab.devices.compat import without_compiler
 from vgglab.devices.memory import keep_freed_memory
-from vgglab.devices.stock import LOSS_SCALE, SCALE_GROWTH_INTERVAL, StockDevice
 from vgglab.errors import UserError
 
 Item = TypeVar("Item")
@@ -43,7 +43,7 @@ def _has_mps() -> bool:
     return backend is not None and backend.is_available()
 
 
-class NativeDevice(StockDevice):
+class NativeDevice(Device):
     """A device that PyTorch supports natively: cpu, cuda or mps."""
 
     supports = frozenset({"channels_last", "fused", "compile"})

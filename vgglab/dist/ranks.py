@@ -130,7 +130,7 @@ def _stop_and_exit() -> None:
 
 
 def skip_cleanup_at_exit(keep: Any) -> None:
-    """Make ``exit_process`` skip Python's shutdown and the destructor of ``keep``; ``devices/stock.py`` says why."""
+    """Make ``exit_process`` skip Python's shutdown and the destructor of ``keep``; ``devices/base.py`` says why."""
     global _kept_alive
     _kept_alive = (keep,)
 
