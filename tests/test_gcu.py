@@ -282,8 +282,8 @@ MUTATIONS = {
     ),
     "device not set before init": (
         EAGER,
-        "devices/gcu_eager.py",
-        "self._gcu.set_device(self.local_rank)",
+        "devices/base.py",
+        "self._card_api.set_device(self.local_rank)",
         "self",
         "must come before init_process_group",
     ),

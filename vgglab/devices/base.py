@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import random
+import time
 from abc import ABC, abstractmethod
 from datetime import timedelta
 from typing import Any, ContextManager, Iterable, Iterator, Sequence
@@ -68,6 +69,7 @@ class Device(ABC):
     num_cards: int | None = None
     supports: frozenset[str] = frozenset()
     _torch_device: torch.device
+    _card_api: Any = None  # torch.cuda, or a module with the same functions; None for other devices
     _backend: str  # of the process group
     _distributed: Any = torch.distributed  # the module with the process group
     _scaler: Any = None  # the loss scaler, if float16 needs one
@@ -100,6 +102,8 @@ class Device(ABC):
     def open(self) -> None:
         """Select the card and join the other ranks."""
         assert self._scaler is not None or self.amp_dtype != "float16", "float16 needs a loss scaler"
+        if self._card_api is not None:
+            self._card_api.set_device(self.local_rank)  # before joining the ranks: eccl uses the current card
         if self.world_size > 1:
             ranks.LOST_PEER_PHRASES.add(self._backend)
             self._join_ranks()
@@ -143,13 +147,17 @@ class Device(ABC):
         for batch in batches:
             yield self.move(batch.images, batch.labels)
 
-    @abstractmethod
     def mark(self) -> Any:
         """Record a timestamp on the device's clock without synchronising; on the host's if the device has none."""
+        if self._card_api is None:
+            return time.perf_counter()
+        event = self._card_api.Event(enable_timing=True)
+        event.record()
+        return event
 
-    @abstractmethod
     def seconds_between(self, earlier: Any, later: Any) -> float:
         """Return the seconds between two marks; synchronise the device before calling this method."""
+        return later - earlier if self._card_api is None else earlier.elapsed_time(later) / 1000
 
     @abstractmethod
     def autocast(self) -> ContextManager[Any]:
@@ -252,6 +260,6 @@ class Device(ABC):
     def describe(self) -> dict[str, Any]:
         """Describe what is used, for ``env.json``: hardware, precision, and whether the card is simulated."""
 
-    @abstractmethod
     def usage(self) -> dict[str, Any]:
         """Resources used so far, for the last event of the run: ``peak_bytes`` of device memory, if known."""
+        return {} if self._card_api is None else {"peak_bytes": self._card_api.max_memory_allocated()}

@@ -28,49 +28,37 @@ class EagerGcu(Device):
 
     def __init__(self, options: DeviceOptions, torch_gcu: Any) -> None:
         super().__init__(options)
-        self._gcu: Any = torch.gcu  # type: ignore[attr-defined]  # added by torch_gcu
+        self._card_api = torch.gcu  # type: ignore[attr-defined]  # added by torch_gcu
         self._version = str(getattr(torch_gcu, "__version__", "unknown"))
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
-        self._set_num_cards(self._gcu.device_count())
+        self._set_num_cards(self._card_api.device_count())
         self.amp_dtype = "float16" if options.amp == "auto" else options.amp
         self._check()
         self._torch_device = torch.device("gcu", self.local_rank)
         if self.amp_dtype == "float16":
             # By keyword: unlike in torch.amp.GradScaler, the first argument is not a device name.
             # Fused optimizers do not support this scaler.
-            self._scaler = self._gcu.amp.GradScaler(init_scale=LOSS_SCALE, growth_interval=SCALE_GROWTH_INTERVAL)
+            self._scaler = self._card_api.amp.GradScaler(init_scale=LOSS_SCALE, growth_interval=SCALE_GROWTH_INTERVAL)
 
     def _check(self) -> None:
         if self._options.tf32:
             raise UserError(f"--tf32: torch_gcu {self._version} has no TF32 switch; leave it out")
-        if self.amp_dtype == "bfloat16" and not self._gcu.is_bf16_supported():
+        if self.amp_dtype == "bfloat16" and not self._card_api.is_bf16_supported():
             raise UserError("--amp-dtype bfloat16: not supported on this card; use float16")
         is_eccl_available = getattr(torch.distributed, "is_eccl_available", lambda: False)
         if self.world_size > 1 and not is_eccl_available():
             raise UserError("--device gcu: several ranks need eccl, which is not installed; install tops-eccl")
 
-    def open(self) -> None:
-        self._gcu.set_device(self.local_rank)  # before joining the ranks: eccl uses the current card
-        super().open()
-
-    def mark(self) -> Any:
-        event = self._gcu.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds_between(self, earlier: Any, later: Any) -> float:
-        return earlier.elapsed_time(later) / 1000
-
     def autocast(self) -> ContextManager[Any]:
         if self.amp_dtype is None:
             return contextlib.nullcontext()
-        return self._gcu.amp.autocast(dtype=getattr(torch, self.amp_dtype))
+        return self._card_api.amp.autocast(dtype=getattr(torch, self.amp_dtype))
 
     def describe(self) -> dict[str, Any]:
-        card = self._gcu.get_device_properties(self.local_rank)
+        card = self._card_api.get_device_properties(self.local_rank)
         return {
             "device": self.kind,
-            "hardware": f"{self._gcu.get_device_name(self.local_rank)} {card.major}.{card.minor}",
+            "hardware": f"{self._card_api.get_device_name(self.local_rank)} {card.major}.{card.minor}",
             "num_cpus": os.cpu_count(),
             "num_threads": torch.get_num_threads(),
             "amp_dtype": self.amp_dtype,
@@ -78,6 +66,3 @@ class EagerGcu(Device):
             "simulated": self.is_simulated,
             "versions": {"torch_gcu": self._version},
         }
-
-    def usage(self) -> dict[str, Any]:
-        return {"peak_bytes": self._gcu.max_memory_allocated()}

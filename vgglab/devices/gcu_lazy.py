@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import time
 from typing import Any, ContextManager, Sequence
 
 import torch
@@ -23,7 +22,11 @@ from vgglab.errors import UserError
 
 
 class LazyGcu(Device):
-    """A card of the lazy generation."""
+    """A card of the lazy generation.
+
+    It has no events, so steps are timed on the host; that is correct, because each interval ends with a host read. It
+    reports the current memory use, but not the peak.
+    """
 
     kind = "gcu"
     worker_start = "spawn"  # as in the vendor's script
@@ -74,12 +77,6 @@ class LazyGcu(Device):
         # are sent as float32, as in the vendor's scripts: whether a T20 accepts uint8 is not documented.
         return images.float().to(self._torch_device), labels.int().to(self._torch_device)
 
-    def mark(self) -> float:
-        return time.perf_counter()  # no events here; each interval ends with a host read, so host time is correct
-
-    def seconds_between(self, earlier: float, later: float) -> float:
-        return later - earlier
-
     def autocast(self) -> ContextManager[Any]:
         if self.amp_dtype is None:
             return contextlib.nullcontext()
@@ -127,6 +124,3 @@ class LazyGcu(Device):
             "simulated": self.is_simulated,
             "versions": {"torch_gcu": str(self._gcu.get_version())},
         }
-
-    def usage(self) -> dict[str, Any]:
-        return {}  # this generation reports current memory use, but not the peak

@@ -8,7 +8,6 @@ import os
 import platform
 import resource
 import sys
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any, ContextManager, Iterable, Iterator, TypeVar
@@ -65,8 +64,9 @@ class NativeDevice(Device):
         self._scaler = _loss_scaler() if self.amp_dtype == "float16" else None
         self._backend = BACKENDS.get(kind, "")
         self._torch_device = torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
-        if kind == "cuda":  # not in open(), so that the benchmark's plain loop uses the same precision
-            _set_tf32(self.tf32)
+        if kind == "cuda":
+            self._card_api = torch.cuda
+            _set_tf32(self.tf32)  # not in open(), so that the benchmark's plain loop uses the same precision
 
     def _check(self) -> None:
         amp_dtype = self._options.amp_dtype
@@ -98,8 +98,6 @@ class NativeDevice(Device):
             raise UserError(f"--device {self.kind}: supports one process only")
 
     def open(self) -> None:
-        if self.kind == "cuda":
-            torch.cuda.set_device(self._torch_device)
         if self.kind == "cpu":
             keep_freed_memory()
         super().open()
@@ -119,18 +117,6 @@ class NativeDevice(Device):
             for tensor in (images, labels):
                 tensor.record_stream(torch.cuda.current_stream())  # its memory stays reserved until this stream is done
             yield images, labels
-
-    def mark(self) -> Any:
-        if self.kind != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds_between(self, earlier: Any, later: Any) -> float:
-        if self.kind != "cuda":
-            return later - earlier
-        return earlier.elapsed_time(later) / 1000
 
     def autocast(self) -> ContextManager[Any]:
         if self.amp_dtype is None:
@@ -152,10 +138,10 @@ class NativeDevice(Device):
         }
 
     def usage(self) -> dict[str, Any]:
-        if self.kind == "cuda":
-            return {"peak_bytes": torch.cuda.max_memory_allocated()}
+        if self.kind != "cpu":
+            return super().usage()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process; in KiB, but in bytes on macOS
-        return {"peak_bytes": peak if sys.platform == "darwin" else peak * 1024} if self.kind == "cpu" else {}
+        return {"peak_bytes": peak if sys.platform == "darwin" else peak * 1024}
 
 
 def prefetch(items: Iterable[Item]) -> Iterator[Item]:
