@@ -227,7 +227,7 @@ MUTATIONS = {
         LAZY,
         "devices/gcu_lazy.py",
         "self.sampler = torch_gcu.utils",
-        "self.sampler = torch.utils",
+        "import torch; self.sampler = torch.utils",
         "torch's own DistributedSampler",
     ),
     "SAFEASYNC with DDP": (
@@ -256,7 +256,7 @@ MUTATIONS = {
         LAZY,
         "devices/gcu_lazy.py",
         "self._check()\n",
-        "self._check()\n        os.environ['ENFLAME_ENABLE_TF32'] = 'x'\n",
+        "self._check()\n        import os; os.environ['ENFLAME_ENABLE_TF32'] = 'x'\n",
         "ENFLAME_ENABLE_TF32 was changed",
     ),
     "transfer_to_gcu imported": (

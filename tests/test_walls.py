@@ -1,6 +1,7 @@
 """Architecture rules: which modules may import or name what, and how large they may get."""
 
 import ast
+import inspect
 import re
 import sys
 import tokenize
@@ -128,10 +129,11 @@ def test_imports_in_functions_are_for_entry_points_and_optional_modules():
     }
 
 
-def test_device_has_few_abstract_methods():
+def test_device_has_few_methods():
     from vgglab.devices.base import Device
 
-    assert len(Device.__abstractmethods__) <= 15
+    methods = [name for name, value in vars(Device).items() if inspect.isfunction(value)]
+    assert len([name for name in methods if not name.startswith("_")]) <= 20
 
 
 def test_files_stay_small():

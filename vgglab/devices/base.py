@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import random
 import time
-from abc import ABC, abstractmethod
 from datetime import timedelta
-from typing import Any, ContextManager, Iterable, Iterator, Sequence
+from typing import Any, Callable, ContextManager, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed
@@ -30,7 +30,7 @@ from vgglab.storage.cache import use_private_temporary_folder
 LOSS_SCALE, SCALE_GROWTH_INTERVAL = 128.0, 1_000_000_000
 
 
-class Device(ABC):
+class Device:
     """One card (or the CPU) as used by one process, and the rank of that process.
 
     Attributes:
@@ -72,6 +72,7 @@ class Device(ABC):
     _card_api: Any = None  # torch.cuda, or a module with the same functions; None for other devices
     _backend: str  # of the process group
     _distributed: Any = torch.distributed  # the module with the process group
+    _autocast: Callable[..., ContextManager[Any]]  # called with dtype=
     _scaler: Any = None  # the loss scaler, if float16 needs one
     _averages_separately = False
     _parallel: nn.Module | None = None  # the network in DistributedDataParallel
@@ -159,9 +160,11 @@ class Device(ABC):
         """Return the seconds between two marks; synchronise the device before calling this method."""
         return later - earlier if self._card_api is None else earlier.elapsed_time(later) / 1000
 
-    @abstractmethod
     def autocast(self) -> ContextManager[Any]:
         """Context manager for the forward pass: mixed precision, if requested."""
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return self._autocast(dtype=getattr(torch, self.amp_dtype))
 
     def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
         """Move the model to the device; return it wrapped to average gradients over the ranks, and the bare model."""
@@ -230,7 +233,7 @@ class Device(ABC):
             raise UserError("is damaged (loss scale)")
         self._scaler.load_state_dict(state)
 
-    def flush(self, tensors: Sequence[Tensor]) -> None:  # noqa: B027  # most have nothing to do here
+    def flush(self, tensors: Sequence[Tensor]) -> None:
         """On a lazy device, which only records operations, compute these tensors now; on others, do nothing."""
 
     def fetch(self, tensor: Tensor) -> list[float]:
@@ -256,9 +259,21 @@ class Device(ABC):
         random.seed(seed)
         torch.manual_seed(seed)  # also seeds the generator of every card
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Describe what is used, for ``env.json``: hardware, precision, and whether the card is simulated."""
+        return {
+            "device": self.kind,
+            "hardware": self._hardware_name(),
+            "num_cpus": os.cpu_count(),
+            "num_threads": torch.get_num_threads(),
+            "amp_dtype": self.amp_dtype,
+            "tf32": self.tf32,
+            "simulated": self.is_simulated,
+        }
+
+    def _hardware_name(self) -> str:
+        """Return the name of the card or of the CPU."""
+        raise NotImplementedError
 
     def usage(self) -> dict[str, Any]:
         """Resources used so far, for the last event of the run: ``peak_bytes`` of device memory, if known."""

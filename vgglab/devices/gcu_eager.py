@@ -6,9 +6,7 @@ Eager execution: the loop is plain PyTorch, and comments mark the differences fr
 
 from __future__ import annotations
 
-import contextlib
-import os
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
 import torch.distributed
@@ -34,6 +32,7 @@ class EagerGcu(Device):
         self._set_num_cards(self._card_api.device_count())
         self.amp_dtype = "float16" if options.amp == "auto" else options.amp
         self._check()
+        self._autocast = self._card_api.amp.autocast
         self._torch_device = torch.device("gcu", self.local_rank)
         if self.amp_dtype == "float16":
             # By keyword: unlike in torch.amp.GradScaler, the first argument is not a device name.
@@ -49,20 +48,9 @@ class EagerGcu(Device):
         if self.world_size > 1 and not is_eccl_available():
             raise UserError("--device gcu: several ranks need eccl, which is not installed; install tops-eccl")
 
-    def autocast(self) -> ContextManager[Any]:
-        if self.amp_dtype is None:
-            return contextlib.nullcontext()
-        return self._card_api.amp.autocast(dtype=getattr(torch, self.amp_dtype))
-
     def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "versions": {"torch_gcu": self._version}}
+
+    def _hardware_name(self) -> str:
         card = self._card_api.get_device_properties(self.local_rank)
-        return {
-            "device": self.kind,
-            "hardware": f"{self._card_api.get_device_name(self.local_rank)} {card.major}.{card.minor}",
-            "num_cpus": os.cpu_count(),
-            "num_threads": torch.get_num_threads(),
-            "amp_dtype": self.amp_dtype,
-            "tf32": self.tf32,
-            "simulated": self.is_simulated,
-            "versions": {"torch_gcu": self._version},
-        }
+        return f"{self._card_api.get_device_name(self.local_rank)} {card.major}.{card.minor}"

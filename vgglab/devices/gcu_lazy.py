@@ -7,12 +7,9 @@ split the step into two graphs. The order of calls is that of Enflame's own VGG 
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
-from typing import Any, ContextManager, Sequence
+from typing import Any, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -48,6 +45,7 @@ class LazyGcu(Device):
         # Not torch_gcu.device, which is a context manager.
         self._torch_device = torch_gcu.gcu_device(self.local_rank)
         self._mode = torch_gcu.JitRunMode.ASYNC if self.world_size > 1 else torch_gcu.JitRunMode.SAFEASYNC
+        self._autocast = torch_gcu.amp.autocast
         self._scaler = self._loss_scaler() if self.amp_dtype else None
 
     def _check(self) -> None:
@@ -76,11 +74,6 @@ class LazyGcu(Device):
         # training drops the last batch if it is not full, and evaluation compiles a second graph for it. Images
         # are sent as float32, as in the vendor's scripts: whether a T20 accepts uint8 is not documented.
         return images.float().to(self._torch_device), labels.int().to(self._torch_device)
-
-    def autocast(self) -> ContextManager[Any]:
-        if self.amp_dtype is None:
-            return contextlib.nullcontext()
-        return self._gcu.amp.autocast(dtype=getattr(torch, self.amp_dtype))
 
     def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
         network = model.to(self._torch_device)
@@ -114,13 +107,7 @@ class LazyGcu(Device):
         self._gcu.manual_seed_all(seed)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "device": self.kind,
-            "hardware": str(self._gcu.get_device_name(self.local_rank)),
-            "num_cpus": os.cpu_count(),
-            "num_threads": torch.get_num_threads(),
-            "amp_dtype": self.amp_dtype,
-            "tf32": self.tf32,
-            "simulated": self.is_simulated,
-            "versions": {"torch_gcu": str(self._gcu.get_version())},
-        }
+        return {**super().describe(), "versions": {"torch_gcu": str(self._gcu.get_version())}}
+
+    def _hardware_name(self) -> str:
+        return str(self._gcu.get_device_name(self.local_rank))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import os
 import platform
 import resource
 import sys
 from collections import deque
+from functools import partial
 from pathlib import Path
-from typing import Any, ContextManager, Iterable, Iterator, TypeVar
+from typing import Any, Iterable, Iterator, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +61,7 @@ class NativeDevice(Device):
         self.compiles = options.compile
         self.tf32 = bool(options.tf32)
         self._scaler = _loss_scaler() if self.amp_dtype == "float16" else None
+        self._autocast = partial(torch.autocast, kind)
         self._backend = BACKENDS.get(kind, "")
         self._torch_device = torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
@@ -118,24 +118,12 @@ class NativeDevice(Device):
                 tensor.record_stream(torch.cuda.current_stream())  # its memory stays reserved until this stream is done
             yield images, labels
 
-    def autocast(self) -> ContextManager[Any]:
-        if self.amp_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.kind, dtype=getattr(torch, self.amp_dtype))
-
     def describe(self) -> dict[str, Any]:
-        return {
-            "device": self.kind,
-            "hardware": torch.cuda.get_device_name() if self.kind == "cuda" else _cpu_name(),
-            "num_cpus": os.cpu_count(),
-            "num_threads": torch.get_num_threads(),
-            "amp_dtype": self.amp_dtype,
-            "tf32": self.tf32,
-            "channels_last": self.channels_last,
-            "fused": self.fuses,
-            "compiled": self.compiles,
-            "simulated": False,
-        }
+        modes = {"channels_last": self.channels_last, "fused": self.fuses, "compiled": self.compiles}
+        return {**super().describe(), **modes}
+
+    def _hardware_name(self) -> str:
+        return torch.cuda.get_device_name() if self.kind == "cuda" else _cpu_name()
 
     def usage(self) -> dict[str, Any]:
         if self.kind != "cpu":
