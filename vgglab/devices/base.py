@@ -27,7 +27,7 @@ from vgglab.errors import UserError
 from vgglab.storage.cache import use_private_temporary_folder
 
 # The original example's static scale: float16 gradients are multiplied by it and it never grows.
-LOSS_SCALE, SCALE_GROWTH_INTERVAL = 128.0, 1_000_000_000
+LOSS_SCALER: dict[str, Any] = {"init_scale": 128.0, "growth_interval": 1_000_000_000}
 
 
 class Device:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 
 from vgglab.devices import DeviceOptions
-from vgglab.devices.base import LOSS_SCALE, SCALE_GROWTH_INTERVAL, Device
+from vgglab.devices.base import LOSS_SCALER, Device
 from vgglab.errors import UserError
 
 
@@ -37,7 +37,7 @@ class EagerGcu(Device):
         if self.amp_dtype == "float16":
             # By keyword: unlike in torch.amp.GradScaler, the first argument is not a device name.
             # Fused optimizers do not support this scaler.
-            self._scaler = self._card_api.amp.GradScaler(init_scale=LOSS_SCALE, growth_interval=SCALE_GROWTH_INTERVAL)
+            self._scaler = self._card_api.amp.GradScaler(**LOSS_SCALER)
 
     def _check(self) -> None:
         if self._options.tf32:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vgglab.devices import DeviceOptions
-from vgglab.devices.base import LOSS_SCALE, SCALE_GROWTH_INTERVAL, Device
+from vgglab.devices.base import LOSS_SCALER, Device
 from vgglab.errors import UserError
 
 
@@ -46,7 +46,10 @@ class LazyGcu(Device):
         self._torch_device = torch_gcu.gcu_device(self.local_rank)
         self._mode = torch_gcu.JitRunMode.ASYNC if self.world_size > 1 else torch_gcu.JitRunMode.SAFEASYNC
         self._autocast = torch_gcu.amp.autocast
-        self._scaler = self._loss_scaler() if self.amp_dtype else None
+        if self.amp_dtype is not None:
+            # use_zero_grad: on overflow the gradients are zeroed on the card. The alternative reads from the card
+            # in each step, and raises an error in this release.
+            self._scaler = torch_gcu.amp.GradScaler(use_zero_grad=True, **LOSS_SCALER)
 
     def _check(self) -> None:
         if self._options.sync_bn and self.world_size > 1:
@@ -56,13 +59,6 @@ class LazyGcu(Device):
             raise UserError(
                 "--device gcu: torch_gcu.distributed is empty if torch sees a CUDA device; set CUDA_VISIBLE_DEVICES=''"
             )
-
-    def _loss_scaler(self) -> Any:
-        # use_zero_grad: on overflow the gradients are zeroed on the card. The alternative reads from the card
-        # in each step, and raises an error in this release.
-        return self._gcu.amp.GradScaler(
-            init_scale=LOSS_SCALE, growth_interval=SCALE_GROWTH_INTERVAL, use_zero_grad=True
-        )
 
     def _join_ranks(self) -> None:
         self._distributed.init_process_group(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vgglab.devices import DeviceOptions
-from vgglab.devices.base import LOSS_SCALE, SCALE_GROWTH_INTERVAL, Device
+from vgglab.devices.base import LOSS_SCALER, Device
 from vgglab.devices.compat import without_compiler
 from vgglab.devices.memory import keep_freed_memory
 from vgglab.errors import UserError
@@ -191,10 +191,9 @@ def _cpu_supports_bfloat16_pooling() -> bool:
 
 
 def _loss_scaler() -> Any:
-    options: dict[str, Any] = {"init_scale": LOSS_SCALE, "growth_interval": SCALE_GROWTH_INTERVAL}
     if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):  # torch >= 2.3
-        return torch.amp.GradScaler("cuda", **options)
-    return torch.cuda.amp.GradScaler(**options)
+        return torch.amp.GradScaler("cuda", **LOSS_SCALER)
+    return torch.cuda.amp.GradScaler(**LOSS_SCALER)
 
 
 def _cpu_name() -> str:
