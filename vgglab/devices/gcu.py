@@ -42,7 +42,7 @@ def open_adapter(kind: str, options: DeviceOptions) -> Device:
     if is_lazy(torch_gcu):
         from vgglab.devices.gcu_lazy import LazyGcu
 
-        return LazyGcu(options, torch_gcu, resolve_tf32(options.tf32))
+        return LazyGcu(options, torch_gcu, tf32=os.environ.get(TF32_VARIABLE) == "true")
     from vgglab.devices.gcu_eager import EagerGcu
 
     return EagerGcu(options, torch_gcu)
@@ -82,18 +82,16 @@ def _is_lazy_on_disk() -> bool:
 
 
 def _set_tf32_variable(tf32: bool | None) -> None:
-    """Set the environment variable for TF32: it must be set before the import and must not change afterwards."""
-    value = resolve_tf32(tf32)
-    if "torch_gcu" in sys.modules and os.environ.get(TF32_VARIABLE) != str(value).lower():
-        raise UserError(
-            f"--tf32: torch_gcu is already loaded; set {TF32_VARIABLE}={str(value).lower()} before starting Python"
-        )
-    os.environ[TF32_VARIABLE] = str(value).lower()  # torch_gcu expects lower case
+    """Set the environment variable for TF32: it must be set before the import and must not change afterwards.
 
-
-def resolve_tf32(tf32: bool | None) -> bool:
-    """Whether the flag, or without it the environment, enables TF32; off by default, as in the original example."""
-    return os.environ.get(TF32_VARIABLE, "false").lower() in ("true", "1") if tf32 is None else tf32
+    The flag decides, without it the variable itself; TF32 is off by default, as in the original example.
+    """
+    if tf32 is None:
+        tf32 = os.environ.get(TF32_VARIABLE, "").lower() in ("true", "1")
+    value = str(tf32).lower()  # torch_gcu expects lower case
+    if "torch_gcu" in sys.modules and os.environ.get(TF32_VARIABLE) != value:
+        raise UserError(f"--tf32: torch_gcu is already loaded; set {TF32_VARIABLE}={value} before starting Python")
+    os.environ[TF32_VARIABLE] = value
 
 
 def is_lazy(torch_gcu: Any) -> bool:
