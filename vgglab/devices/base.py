@@ -19,9 +19,8 @@ from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
 from vgglab.devices import DeviceOptions
-from vgglab.devices.collectives import sum_over_ranks
+from vgglab.devices.collectives import convert_sync_batchnorm, sum_over_ranks
 from vgglab.devices.compat import parallel_without_compiler
-from vgglab.devices.sync_bn import convert_sync_batchnorm
 from vgglab.dist import ranks
 from vgglab.errors import UserError
 from vgglab.storage.cache import use_private_temporary_folder
