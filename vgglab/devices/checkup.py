@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from vgglab.devices import AUTOLOAD
-from vgglab.devices.gcu import TF32_VARIABLE, VISIBLE_CARDS_VARIABLE
+from vgglab.devices.gcu import DOCTOR_HINT, TF32_VARIABLE, VISIBLE_CARDS_VARIABLE
+from vgglab.dist.ranks import WITHOUT_CWD, with_package_path
 
 TIMEOUT_SECONDS = 120
 RELEVANT_VARIABLES = re.compile(
@@ -29,16 +30,13 @@ ALLOC_KEYS = {
     "backend", "max_split_size_mb", "garbage_collection_threshold", "roundup_power2_divisions",
     "pinned_use_gcu_host_register", "pinned_num_register_threads", "release_lock_on_topsmalloc",
 }  # fmt: skip
-NOT_PROBED = {"error": "PyTorch is not installed"}
 
-TORCHVISION_PROBE = "import torchvision; facts = {}"
 TORCH_PROBE = """
 import torch
 facts = {"cuda cards": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
 mps = getattr(torch.backends, "mps", None)
 facts["mps"] = mps is not None and mps.is_available()
 """
-PLAIN_IMPORT_PROBE = "import torch; facts = {}"
 CARD_PROBE = """
 from vgglab.devices import DeviceOptions, gcu
 torch_gcu = gcu.load(DeviceOptions())
@@ -72,20 +70,18 @@ def probe(*programs: str, **environment: str) -> list[dict[str, Any]]:
         For each program its ``facts``, or ``{"error": one line}`` if it failed. If the process exits abnormally or
         hangs, all of them have this error.
     """
-    parts = ["import sys\nsys.path[:] = filter(None, sys.path)\nimport gc, json\ngc.disable()\nanswers = []\n"]
+    parts = [WITHOUT_CWD + "import gc, json; gc.disable(); answers = []\n"]
     for program in programs:
         parts += ["try:\n", *(f"    {line}\n" for line in program.strip().splitlines()), "    answers.append(facts)\n"]
         parts += ["except BaseException as error:\n", "    reason = ' '.join(str(error.__cause__ or error).split())\n"]
         parts += ["    answers.append({'error': reason or type(error).__name__})\n"]
     parts += ["print()\nprint(json.dumps(answers))\ngc.freeze()\n"]  # no garbage collection at exit: a third faster
-    package_parent = str(Path(__file__).resolve().parent.parent.parent)
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package_parent]))
     # Without a launcher's variables: the child is a single process.
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     try:
         child = subprocess.run(
             [sys.executable, "-c", "".join(parts)],
-            env={**inherited, **environment, "PYTHONPATH": path},
+            env=with_package_path({**inherited, **environment}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=TIMEOUT_SECONDS,
@@ -117,14 +113,15 @@ class Checkup:
         self.notes: list[str] = []
 
     def problem(self, text: str, fix: str) -> None:
-        self.problems.append({"problem": text, "fix": fix})
+        # Messages of gcu.py end with the advice to run this check.
+        self.problems.append({"problem": text.replace(f"; {DOCTOR_HINT}", ""), "fix": fix})
 
     def run(self) -> None:
         self.facts["torch"], self.facts["torchvision"] = installed("torch"), installed("torchvision")
         has_torch = find_spec("torch") is not None
         if not has_torch:
             self.problem("PyTorch is not installed", "run pip install torch torchvision with this interpreter")
-        auto = self._check_torch() if has_torch else NOT_PROBED
+        auto = self._check_torch() if has_torch else {"error": "PyTorch is not installed"}
         has_gcu = find_spec("torch_gcu") is not None
         cards = self._check_torch_gcu(has_gcu and has_torch)
         self._check_environment(cards)
@@ -136,13 +133,11 @@ class Checkup:
     def _check_torch(self) -> dict[str, Any]:
         """Check torch and torchvision; return what ``AUTO_PROBE`` finds."""
         has_card_library = _backend_entry_points() or find_spec("torch_gcu") is not None  # AUTO_PROBE loads it
-        programs = (
-            [TORCHVISION_PROBE, TORCH_PROBE] if has_card_library else [TORCHVISION_PROBE, TORCH_PROBE, AUTO_PROBE]
-        )
+        programs = ["import torchvision; facts = {}", TORCH_PROBE, *([] if has_card_library else [AUTO_PROBE])]
         answers = probe(*programs, **{AUTOLOAD: "0"})
         if any("error" in answer for answer in answers):  # a program that ends the process fails the others, too
             answers = [probe(program, **{AUTOLOAD: "0"})[0] for program in programs]
-        torchvision, torch_facts, auto = answers if len(answers) == 3 else [*answers, *probe(AUTO_PROBE)]
+        torchvision, torch_facts, auto = [*answers, *(probe(AUTO_PROBE) if has_card_library else [])]
         if "error" in torch_facts:
             self.problem(
                 f"torch cannot be imported: {torch_facts['error']}", "pip install --force-reinstall torch torchvision"
@@ -153,7 +148,7 @@ class Checkup:
         if "error" in torchvision:
             fix = f"install the torchvision that matches torch {self.facts['torch']}"
             self.problem(f"torchvision cannot be imported: {torchvision['error']}", fix)
-        plain_import = probe(PLAIN_IMPORT_PROBE)[0] if _backend_entry_points() else {}
+        plain_import = probe("import torch; facts = {}")[0] if _backend_entry_points() else {}
         if "error" in plain_import:
             self.problem(
                 f"`import torch` fails to load the card's library: {plain_import['error']}",
@@ -172,10 +167,8 @@ class Checkup:
         )
         self.facts["/opt/tops/lib"] = Path("/opt/tops/lib").is_dir()
         if "error" in cards:
-            # The message of gcu.load ends with the advice to run this check.
-            reason = cards["error"].replace("; python -m vgglab.doctor shows what to fix", "")
             self.problem(
-                reason,
+                cards["error"],
                 "set LD_LIBRARY_PATH=/opt/tops/lib; if that does not help, install a driver and a torch_gcu from the "
                 "same release",
             )
@@ -186,7 +179,7 @@ class Checkup:
     def _check_generation(self, cards: dict[str, Any]) -> None:
         if cards["no_cards_reason"]:
             fix = f"check the driver, LD_LIBRARY_PATH=/opt/tops/lib and {VISIBLE_CARDS_VARIABLE}"
-            self.problem(cards["no_cards_reason"].replace("; python -m vgglab.doctor shows what to fix", ""), fix)
+            self.problem(cards["no_cards_reason"], fix)
         if cards["num_cards"] > 1 and not cards["eccl"]:
             self.problem("several cards, but eccl is not installed", "install tops-eccl from torch_gcu's release")
         if cards.get("sees_cuda"):
