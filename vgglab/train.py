@@ -48,7 +48,7 @@ if __name__ == "__main__" and not __package__:
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, NoReturn, Sequence
 
-from vgglab.devices import agreement, import_torch, open_device
+from vgglab.devices import import_torch, open_device
 from vgglab.dist import interrupts, ranks, slurm, spawn
 from vgglab.dist.interrupts import StopRequested, defer_ctrl_c, defer_signals
 from vgglab.errors import UserError, error_context
@@ -243,11 +243,11 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
         decoder=sets.decoder,
         head=head_for(sets.image_size) if request.head == "auto" else request.head,
         workers=default_workers if request.workers is None else request.workers,
-        seed=agreement.draw_seed(device) if request.seed is None else request.seed,
+        seed=device.draw_seed() if request.seed is None else request.seed,
     )
     path = str(run_path(settings))
     if request.run_dir is None or device.world_size > 1:
-        path = agreement.broadcast(path, device)  # the name contains the time of rank 0
+        path = device.broadcast(path)  # the name contains the time of rank 0
     return replace(settings, run_dir=path)
 
 
@@ -271,7 +271,7 @@ def _build_and_run(
     if device.rank == 0:
         _run_rank_0(trainer, path, is_in_place)
         return
-    if not agreement.true_on_all_ranks(True, device):  # rank 0 creates the run directory first
+    if not device.true_on_all_ranks(True):  # rank 0 creates the run directory first
         raise _AbortedByRank0
     ranks.set_run_dir(path)
     run = RankWriter(path, device.rank, device.is_simulated)
@@ -316,11 +316,11 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
         run.write_config(config.as_dict())
         run.write_env(device.describe(), device.world_size)
     except UserError:
-        agreement.true_on_all_ranks(False, device)
+        device.true_on_all_ranks(False)
         raise
     ranks.delete_failures(path)
     ranks.set_run_dir(path)
-    agreement.true_on_all_ranks(True, device)
+    device.true_on_all_ranks(True)
     status, failure = "failed", None
     with run.record_output(), defer_signals():
         try:

@@ -28,6 +28,9 @@ from vgglab.storage.cache import use_private_temporary_folder
 # The original example's static scale: float16 gradients are multiplied by it and it never grows.
 LOSS_SCALER: dict[str, Any] = {"init_scale": 128.0, "growth_interval": 1_000_000_000}
 
+MAX_PATH_BYTES = 4096
+MAX_RANDOM_SEED = 2**20  # exact in float32, the type in which it is sent
+
 
 class Device:
     """One card (or the CPU) as used by one process, and the rank of that process.
@@ -252,6 +255,21 @@ class Device:
 
     def _sum_over_ranks(self, tensor: Tensor) -> None:
         sum_over_ranks(tensor)
+
+    def draw_seed(self) -> int:
+        """Return a random seed, the same on all ranks: rank 0 draws it, the other ranks add 0 to the sum."""
+        seed = random.SystemRandom().randrange(MAX_RANDOM_SEED) if self.rank == 0 else 0
+        return int(self.fetch(self.sum(torch.tensor([float(seed)])))[0])
+
+    def broadcast(self, text: str) -> str:
+        """Return rank 0's text on every rank; it is sent as a sum of character codes."""
+        encoded = text.encode() if self.rank == 0 else b""
+        codes = torch.tensor([float(code) for code in encoded.ljust(MAX_PATH_BYTES, b"\0")])
+        return bytes(int(code) for code in self.fetch(self.sum(codes))).rstrip(b"\0").decode()
+
+    def true_on_all_ranks(self, condition: bool) -> bool:
+        """Return whether a condition is true on every rank."""
+        return self.fetch(self.sum(torch.tensor([float(not condition)])))[0] == 0
 
     def seed(self, seed: int) -> None:
         """Seed every random number generator that training uses."""
