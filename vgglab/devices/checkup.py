@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -132,28 +132,28 @@ class Checkup:
 
     def _check_torch(self) -> dict[str, Any]:
         """Check torch and torchvision; return what ``AUTO_PROBE`` finds."""
-        has_card_library = _backend_entry_points() or find_spec("torch_gcu") is not None  # AUTO_PROBE loads it
+        # Whether `import torch` loads a card's library.
+        points = [point for package in distributions() for point in package.entry_points]
+        has_autoload = any(point.group == "torch.backends" for point in points)
+        has_card_library = has_autoload or find_spec("torch_gcu") is not None  # AUTO_PROBE loads it
         programs = ["import torchvision; facts = {}", TORCH_PROBE, *([] if has_card_library else [AUTO_PROBE])]
         answers = probe(*programs, **{AUTOLOAD: "0"})
         if any("error" in answer for answer in answers):  # a program that ends the process fails the others, too
             answers = [probe(program, **{AUTOLOAD: "0"})[0] for program in programs]
         torchvision, torch_facts, auto = [*answers, *(probe(AUTO_PROBE) if has_card_library else [])]
         if "error" in torch_facts:
-            self.problem(
-                f"torch cannot be imported: {torch_facts['error']}", "pip install --force-reinstall torch torchvision"
-            )
+            fix = "pip install --force-reinstall torch torchvision"
+            self.problem(f"torch cannot be imported: {torch_facts['error']}", fix)
             return auto
         self.facts.update(torch_facts)
         self.facts["gcu-sim can run"] = _release(self.facts["torch"]) >= (2, 10)
         if "error" in torchvision:
             fix = f"install the torchvision that matches torch {self.facts['torch']}"
             self.problem(f"torchvision cannot be imported: {torchvision['error']}", fix)
-        plain_import = probe("import torch; facts = {}")[0] if _backend_entry_points() else {}
+        plain_import = probe("import torch; facts = {}")[0] if has_autoload else {}
         if "error" in plain_import:
-            self.problem(
-                f"`import torch` fails to load the card's library: {plain_import['error']}",
-                f"set LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to run without the card",
-            )
+            fix = f"set LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to run without the card"
+            self.problem(f"`import torch` fails to load the card's library: {plain_import['error']}", fix)
         return auto
 
     def _check_torch_gcu(self, is_installed: bool) -> dict[str, Any]:
@@ -167,11 +167,8 @@ class Checkup:
         )
         self.facts["/opt/tops/lib"] = Path("/opt/tops/lib").is_dir()
         if "error" in cards:
-            self.problem(
-                cards["error"],
-                "set LD_LIBRARY_PATH=/opt/tops/lib; if that does not help, install a driver and a torch_gcu from the "
-                "same release",
-            )
+            advice = "if that does not help, install a driver and a torch_gcu from the same release"
+            self.problem(cards["error"], f"set LD_LIBRARY_PATH=/opt/tops/lib; {advice}")
         elif cards:
             self._check_generation(cards)
         return cards
@@ -183,26 +180,19 @@ class Checkup:
         if cards["num_cards"] > 1 and not cards["eccl"]:
             self.problem("several cards, but eccl is not installed", "install tops-eccl from torch_gcu's release")
         if cards.get("sees_cuda"):
-            self.problem(
-                "torch_gcu.distributed is empty because torch sees a CUDA device", "set CUDA_VISIBLE_DEVICES=''"
-            )
+            text = "torch_gcu.distributed is empty because torch sees a CUDA device"
+            self.problem(text, "set CUDA_VISIBLE_DEVICES=''")
+        required = (1, 10) if cards["generation"] == "lazy" else _release(cards["version"])
         if cards["is_double"]:
             self.notes.append("this torch_gcu is a stand-in for tests: it computes on the CPU")
-        else:
-            self._check_versions(cards)
-        if cards["major"] == 3:
-            self.notes.append(
-                "S60 with torch_gcu 2.10: much of the backward pass runs on the host, so training is slow"
-            )
-        if cards["generation"] == "eager":
-            self.notes.append("one warning per 64-bit type is expected: the card stores these types in 32 bits")
-
-    def _check_versions(self, cards: dict[str, Any]) -> None:
-        torch_release = _release(self.facts["torch"])
-        required = (1, 10) if cards["generation"] == "lazy" else _release(cards["version"])
-        if torch_release != required:
+        elif _release(self.facts["torch"]) != required:
             text = f"torch {self.facts['torch']} does not match torch_gcu, which needs {required[0]}.{required[1]}"
             self.problem(text, f"pip install torch=={required[0]}.{required[1]}.0 and the matching torchvision")
+        if cards["major"] == 3:
+            text = "S60 with torch_gcu 2.10: much of the backward pass runs on the host, so training is slow"
+            self.notes.append(text)
+        if cards["generation"] == "eager":
+            self.notes.append("one warning per 64-bit type is expected: the card stores these types in 32 bits")
 
     def _check_environment(self, cards: dict[str, Any]) -> None:
         variables = {name: value for name, value in sorted(os.environ.items()) if RELEVANT_VARIABLES.search(name)}
@@ -215,9 +205,6 @@ class Checkup:
                 self.problem(f"PYTORCH_GCU_ALLOC_CONF: {entry} is not supported", f"remove {entry}")
         if ("RANK" in variables) != ("WORLD_SIZE" in variables):
             self.problem("only one of RANK and WORLD_SIZE is set", "unset both, or start with torchrun")
-        self._add_notes(variables, cards)
-
-    def _add_notes(self, variables: dict[str, str], cards: dict[str, Any]) -> None:
         if variables.get(AUTOLOAD, "1") != "1":
             text = "`import torch` alone does not load torch_gcu; vgglab imports it explicitly"
             self.notes.append(f"{AUTOLOAD}={variables[AUTOLOAD]}: {text}")
@@ -228,13 +215,6 @@ class Checkup:
         for name in ("ENFLAME_LOG_DEBUG_LEVEL", "ENFLAME_PT_OP_DEBUG_CONFIG"):
             if name in variables:
                 self.notes.append(f"{name} is set: debug output slows down every step")
-
-
-def _backend_entry_points() -> list[Any]:
-    """Return the entry points of libraries that ``import torch`` loads; an empty list if there are none."""
-    found: Any = entry_points()
-    group = "torch.backends"
-    return list(found.select(group=group) if hasattr(found, "select") else found.get(group, []))  # before Python 3.10
 
 
 def _release(text: str | None) -> tuple[int, ...]:
