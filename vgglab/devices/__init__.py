@@ -97,25 +97,24 @@ def open_device(name: str, **options: Any) -> Device:
     if name not in DEVICE_CHOICES:
         raise UserError(f"device: {name!r} is not one of {', '.join(DEVICE_CHOICES)}")
     device_options = DeviceOptions(**options)
-    if name != "auto":
-        kind = ALIASES.get(name, name)
-        return _adapter_module(kind).open_adapter(kind, device_options)
-    reasons: list[str] = []
-    for kind in KINDS:
-        reason = _adapter_module(kind).why_unavailable(kind, device_options)
-        if reason is None:
-            break
-        reasons += filter(None, [reason])
+    kind = ALIASES.get(name, name)
+    reasons: dict[str, str | None] = {}
+    if name == "auto":
+        reasons = availability(device_options)
+        kind = next(kind for kind, reason in reasons.items() if reason is None)
     device = _adapter_module(kind).open_adapter(kind, device_options)
-    device.warnings += [f"--device auto selected {device.kind}: {reason}" for reason in reasons]
+    device.warnings += [f"--device auto selected {kind}: {reason}" for reason in reasons.values() if reason]
     return device
 
 
-def available_kinds() -> list[str]:
-    """Return the kinds of real devices on this machine, best first. Raises UserError if a card's library is broken."""
+def availability(options: DeviceOptions) -> dict[str, str | None]:
+    """For each kind of real device, best first: None if this machine has one, otherwise why not ("" if obvious).
+
+    Raises UserError if a card's library is broken.
+    """
     modules = {kind: _adapter_module(kind) for kind in KINDS}
-    real = [kind for kind, module in modules.items() if hasattr(module, "why_unavailable")]
-    return [kind for kind in real if modules[kind].why_unavailable(kind, DeviceOptions()) is None]
+    real = {kind: module for kind, module in modules.items() if hasattr(module, "why_unavailable")}
+    return {kind: module.why_unavailable(kind, options) for kind, module in real.items()}
 
 
 def _adapter_module(kind: str) -> Any:

@@ -58,8 +58,9 @@ else:
     facts["eccl"] = bool(getattr(torch.distributed, "is_eccl_available", lambda: False)())
 """
 AUTO_PROBE = """
-from vgglab.devices import available_kinds, open_device
-facts = {"kind": open_device("auto").kind, "available": available_kinds()}
+from vgglab.devices import DeviceOptions, availability, open_device
+reasons = availability(DeviceOptions())
+facts = {"kind": open_device("auto").kind, "available": [kind for kind in reasons if reasons[kind] is None]}
 """
 
 
