@@ -255,8 +255,8 @@ MUTATIONS = {
     "TF32 changed after the import": (
         LAZY,
         "devices/gcu_lazy.py",
-        "self._check()\n",
-        "self._check()\n        import os; os.environ['ENFLAME_ENABLE_TF32'] = 'x'\n",
+        "self.tf32 = tf32 ",
+        "import os; os.environ['ENFLAME_ENABLE_TF32'] = 'x'  ",
         "ENFLAME_ENABLE_TF32 was changed",
     ),
     "transfer_to_gcu imported": (

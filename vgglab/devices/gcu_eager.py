@@ -31,22 +31,19 @@ class EagerGcu(Device):
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._set_num_cards(self._card_api.device_count())
         self.amp_dtype = "float16" if options.amp == "auto" else options.amp
-        self._check()
-        self._autocast = self._card_api.amp.autocast
-        self._torch_device = torch.device("gcu", self.local_rank)
-        if self.amp_dtype == "float16":
-            # By keyword: unlike in torch.amp.GradScaler, the first argument is not a device name.
-            # Fused optimizers do not support this scaler.
-            self._scaler = self._card_api.amp.GradScaler(**LOSS_SCALER)
-
-    def _check(self) -> None:
-        if self._options.tf32:
+        if options.tf32:
             raise UserError(f"--tf32: torch_gcu {self._version} has no TF32 switch; leave it out")
         if self.amp_dtype == "bfloat16" and not self._card_api.is_bf16_supported():
             raise UserError("--amp-dtype bfloat16: not supported on this card; use float16")
         is_eccl_available = getattr(torch.distributed, "is_eccl_available", lambda: False)
         if self.world_size > 1 and not is_eccl_available():
             raise UserError("--device gcu: several ranks need eccl, which is not installed; install tops-eccl")
+        self._autocast = self._card_api.amp.autocast
+        self._torch_device = torch.device("gcu", self.local_rank)
+        if self.amp_dtype == "float16":
+            # By keyword: unlike in torch.amp.GradScaler, the first argument is not a device name.
+            # Fused optimizers do not support this scaler.
+            self._scaler = self._card_api.amp.GradScaler(**LOSS_SCALER)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "versions": {"torch_gcu": self._version}}

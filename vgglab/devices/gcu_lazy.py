@@ -40,7 +40,11 @@ class LazyGcu(Device):
         self._set_num_cards(torch_gcu.device_count())
         self.amp_dtype = "float16" if options.amp == "auto" else options.amp
         self.tf32 = tf32  # set before torch_gcu was imported; cannot be changed now
-        self._check()
+        if options.sync_bn and self.world_size > 1:
+            raise UserError("--sync-bn: not supported by this torch_gcu; leave it out")
+        if self.world_size > 1 and not hasattr(self._distributed, "init_process_group"):
+            reason = "torch_gcu.distributed is empty if torch sees a CUDA device"
+            raise UserError(f"--device gcu: {reason}; set CUDA_VISIBLE_DEVICES=''")
         self.sampler = torch_gcu.utils.data.distributed.DistributedSampler
         # Not torch_gcu.device, which is a context manager.
         self._torch_device = torch_gcu.gcu_device(self.local_rank)
@@ -50,15 +54,6 @@ class LazyGcu(Device):
             # use_zero_grad: on overflow the gradients are zeroed on the card. The alternative reads from the card
             # in each step, and raises an error in this release.
             self._scaler = torch_gcu.amp.GradScaler(use_zero_grad=True, **LOSS_SCALER)
-
-    def _check(self) -> None:
-        if self._options.sync_bn and self.world_size > 1:
-            raise UserError("--sync-bn: not supported by this torch_gcu; leave it out")
-        if self.world_size > 1 and not hasattr(self._distributed, "init_process_group"):
-            # The module is empty if torch sees a CUDA device.
-            raise UserError(
-                "--device gcu: torch_gcu.distributed is empty if torch sees a CUDA device; set CUDA_VISIBLE_DEVICES=''"
-            )
 
     def _join_ranks(self) -> None:
         self._distributed.init_process_group(

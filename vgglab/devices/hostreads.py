@@ -43,8 +43,7 @@ class HostReads:
 
     def pop_counts(self) -> dict[str, int]:
         """Return the counts since the last call, and reset them."""
-        counts = dict(self.counts)
-        self.counts.clear()
+        counts, self.counts = dict(self.counts), Counter()
         return counts
 
     def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:

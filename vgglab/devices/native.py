@@ -156,9 +156,8 @@ def _fast_dtype(kind: str) -> str | None:
     """Return the fastest data type for mixed precision; None on mps, and on a CPU without fast bfloat16."""
     if kind == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    return (
-        "bfloat16" if kind == "cpu" and _cpu_has_bfloat16_instructions() and _cpu_supports_bfloat16_pooling() else None
-    )
+    is_fast = kind == "cpu" and _cpu_has_bfloat16_instructions() and _cpu_supports_bfloat16_pooling()
+    return "bfloat16" if is_fast else None
 
 
 def _cpu_has_bfloat16_instructions() -> bool:
