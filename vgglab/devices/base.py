@@ -280,17 +280,13 @@ class Device:
         """Describe what is used, for ``env.json``: hardware, precision, and whether the card is simulated."""
         return {
             "device": self.kind,
-            "hardware": self._hardware_name(),
+            "hardware": "",  # added by subclasses
             "num_cpus": os.cpu_count(),
             "num_threads": torch.get_num_threads(),
             "amp_dtype": self.amp_dtype,
             "tf32": self.tf32,
             "simulated": self.is_simulated,
         }
-
-    def _hardware_name(self) -> str:
-        """Return the name of the card or of the CPU."""
-        raise NotImplementedError
 
     def usage(self) -> dict[str, Any]:
         """Resources used so far, for the last event of the run: ``peak_bytes`` of device memory, if known."""

@@ -46,8 +46,6 @@ class EagerGcu(Device):
             self._scaler = self._card_api.amp.GradScaler(**LOSS_SCALER)
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "versions": {"torch_gcu": self._version}}
-
-    def _hardware_name(self) -> str:
         card = self._card_api.get_device_properties(self.local_rank)
-        return f"{self._card_api.get_device_name(self.local_rank)} {card.major}.{card.minor}"
+        hardware = f"{self._card_api.get_device_name(self.local_rank)} {card.major}.{card.minor}"
+        return {**super().describe(), "hardware": hardware, "versions": {"torch_gcu": self._version}}

@@ -98,7 +98,5 @@ class LazyGcu(Device):
         self._gcu.manual_seed_all(seed)
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "versions": {"torch_gcu": str(self._gcu.get_version())}}
-
-    def _hardware_name(self) -> str:
-        return str(self._gcu.get_device_name(self.local_rank))
+        name, version = self._gcu.get_device_name(self.local_rank), self._gcu.get_version()
+        return {**super().describe(), "hardware": str(name), "versions": {"torch_gcu": str(version)}}

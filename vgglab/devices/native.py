@@ -119,11 +119,9 @@ class NativeDevice(Device):
             yield images, labels
 
     def describe(self) -> dict[str, Any]:
+        hardware = torch.cuda.get_device_name() if self.kind == "cuda" else _cpu_name()
         modes = {"channels_last": self.channels_last, "fused": self.fuses, "compiled": self.compiles}
-        return {**super().describe(), **modes}
-
-    def _hardware_name(self) -> str:
-        return torch.cuda.get_device_name() if self.kind == "cuda" else _cpu_name()
+        return {**super().describe(), "hardware": hardware, **modes}
 
     def usage(self) -> dict[str, Any]:
         if self.kind != "cpu":
