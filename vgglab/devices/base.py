@@ -6,6 +6,8 @@ import contextlib
 import inspect
 import os
 import random
+import resource
+import sys
 import time
 from datetime import timedelta
 from typing import Any, Callable, ContextManager, Iterable, Iterator, Sequence
@@ -21,6 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 from vgglab.devices import DeviceOptions
 from vgglab.devices.collectives import convert_sync_batchnorm, sum_over_ranks
 from vgglab.devices.compat import parallel_without_compiler
+from vgglab.devices.memory import keep_freed_memory
 from vgglab.dist import ranks
 from vgglab.errors import UserError
 from vgglab.storage.cache import use_private_temporary_folder
@@ -105,6 +108,8 @@ class Device:
     def open(self) -> None:
         """Select the card and join the other ranks."""
         assert self._scaler is not None or self.amp_dtype != "float16", "float16 needs a loss scaler"
+        if self.is_host:
+            keep_freed_memory()
         if self._card_api is not None:
             self._card_api.set_device(self.local_rank)  # before joining the ranks: eccl uses the current card
         if self.world_size > 1:
@@ -290,4 +295,7 @@ class Device:
 
     def usage(self) -> dict[str, Any]:
         """Resources used so far, for the last event of the run: ``peak_bytes`` of device memory, if known."""
+        if self.is_host:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process; in KiB, but in bytes on macOS
+            return {"peak_bytes": peak if sys.platform == "darwin" else peak * 1024}
         return {} if self._card_api is None else {"peak_bytes": self._card_api.max_memory_allocated()}

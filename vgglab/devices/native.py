@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import platform
-import resource
-import sys
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from vgglab.devices import DeviceOptions
 from vgglab.devices.base import LOSS_SCALER, Device
 from vgglab.devices.compat import without_compiler
-from vgglab.devices.memory import keep_freed_memory
 from vgglab.errors import UserError
 
 Item = TypeVar("Item")
@@ -97,11 +94,6 @@ class NativeDevice(Device):
         if self.world_size > 1 and self.kind not in BACKENDS:
             raise UserError(f"--device {self.kind}: supports one process only")
 
-    def open(self) -> None:
-        if self.kind == "cpu":
-            keep_freed_memory()
-        super().open()
-
     def feed(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         if self.kind != "cuda":
             yield from super().feed(batches)
@@ -122,12 +114,6 @@ class NativeDevice(Device):
         hardware = torch.cuda.get_device_name() if self.kind == "cuda" else _cpu_name()
         modes = {"channels_last": self.channels_last, "fused": self.fuses, "compiled": self.compiles}
         return {**super().describe(), "hardware": hardware, **modes}
-
-    def usage(self) -> dict[str, Any]:
-        if self.kind != "cpu":
-            return super().usage()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process; in KiB, but in bytes on macOS
-        return {"peak_bytes": peak if sys.platform == "darwin" else peak * 1024}
 
 
 def prefetch(items: Iterable[Item]) -> Iterator[Item]:
