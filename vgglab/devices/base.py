@@ -60,8 +60,8 @@ class Device:
     """
 
     kind: str
-    worker_start: str
-    pins_memory: bool
+    worker_start: str = "spawn"  # using a card in a forked child is an error
+    pins_memory: bool = False
     sampler: type[Any] = DistributedSampler
     amp_dtype: str | None
     tf32: bool = False

@@ -41,9 +41,9 @@ CARD_PROBE = """
 from vgglab.devices import DeviceOptions, gcu
 torch_gcu = gcu.load(DeviceOptions())
 import torch
-is_lazy = gcu.is_lazy(torch_gcu)
+api = gcu.card_api(torch_gcu)
+is_lazy = api is torch_gcu
 count = gcu.count_cards(torch_gcu)
-api = torch_gcu if is_lazy else torch.gcu
 facts = {"generation": "lazy" if is_lazy else "eager", "num_cards": count,
          "is_double": getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)}
 facts["version"] = str(torch_gcu.get_version() if is_lazy else torch_gcu.__version__)

@@ -39,7 +39,7 @@ def open_adapter(kind: str, options: DeviceOptions) -> Device:
     torch_gcu = load(options)
     if count_cards(torch_gcu) == 0:
         raise UserError(f"--device gcu: {why_no_cards()}")
-    if is_lazy(torch_gcu):
+    if card_api(torch_gcu) is torch_gcu:  # lazy
         from vgglab.devices.gcu_lazy import LazyGcu
 
         return LazyGcu(options, torch_gcu, tf32=os.environ.get(TF32_VARIABLE) == "true")
@@ -94,22 +94,24 @@ def _set_tf32_variable(tf32: bool | None) -> None:
     os.environ[TF32_VARIABLE] = value
 
 
-def is_lazy(torch_gcu: Any) -> bool:
-    """Whether the imported library is the lazy generation. Raises UserError if it is neither lazy nor eager."""
+def card_api(torch_gcu: Any) -> Any:
+    """Return the module with the functions for cards: torch_gcu itself if it is lazy, torch.gcu if it is eager.
+
+    Raises:
+        UserError: the imported library is neither.
+    """
     import torch
 
     if hasattr(torch_gcu, "JitRunMode"):
-        return True
+        return torch_gcu
     if hasattr(torch, "gcu"):
-        return False
+        return torch.gcu
     raise UserError(f"--device gcu: unknown generation of torch_gcu; {DOCTOR_HINT}")
 
 
 def count_cards(torch_gcu: Any) -> int:
-    """Return the number of cards, 0 without a driver. Only the lazy generation counts them in torch_gcu itself."""
-    import torch
-
-    api = torch_gcu if is_lazy(torch_gcu) else torch.gcu  # type: ignore[attr-defined]
+    """Return the number of cards, 0 without a driver."""
+    api = card_api(torch_gcu)
     return api.device_count() if api.is_available() else 0
 
 

@@ -20,7 +20,6 @@ class EagerGcu(Device):
     """A card of the eager generation."""
 
     kind = "gcu"
-    worker_start = "spawn"  # using the card in a forked child is an error
     pins_memory = True  # without it, non_blocking copies block
     _backend = "eccl"
 

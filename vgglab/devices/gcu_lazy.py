@@ -22,12 +22,10 @@ class LazyGcu(Device):
     """A card of the lazy generation.
 
     It has no events, so steps are timed on the host; that is correct, because each interval ends with a host read. It
-    reports the current memory use, but not the peak.
+    reports the current memory use, but not the peak. Its torch, 1.10, pins memory for CUDA only.
     """
 
     kind = "gcu"
-    worker_start = "spawn"  # as in the vendor's script
-    pins_memory = False  # torch 1.10 pins memory for CUDA only
     can_average = False  # the average's decay, a constant of the graph, changes: each step would compile a new graph
     _backend = "eccl"
 
