@@ -53,9 +53,8 @@ def parallel_without_compiler(network: nn.Module, **options: Any) -> Distributed
     context = getattr(getattr(DistributedDataParallel, "_inside_ddp_forward", None), "__wrapped__", None)
     overrides: dict[str, Any] = {}
     if context is not None:
-        overrides["_inside_ddp_forward"] = contextlib.contextmanager(
-            inspect.unwrap(context, stop=_is_not_torch_wrapper)
-        )
+        unwrapped = inspect.unwrap(context, stop=_is_not_torch_wrapper)
+        overrides["_inside_ddp_forward"] = contextlib.contextmanager(unwrapped)
     unwrapped_class = type("DistributedDataParallel", (DistributedDataParallel,), overrides)
     if "torch._dynamo" in sys.modules or "_dynamo" not in getattr(torch, "_lazy_modules", ()):
         return unwrapped_class(network, **options)

@@ -19,6 +19,7 @@ from vgglab.errors import UserError
 
 Item = TypeVar("Item")
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+API_NAMES = {"cuda": "CUDA", "mps": "Metal"}
 AMP_DEFAULTS = {"cpu": "bfloat16", "cuda": "float16"}
 
 
@@ -67,10 +68,8 @@ class NativeDevice(Device):
 
     def _check(self) -> None:
         amp_dtype = self._options.amp_dtype
-        if self.kind == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch finds no CUDA device; use auto or cpu")
-        if self.kind == "mps" and not _has_mps():
-            raise UserError("--device mps: PyTorch finds no Metal device; use auto or cpu")
+        if why_unavailable(self.kind, self._options) is not None:
+            raise UserError(f"--device {self.kind}: PyTorch finds no {API_NAMES[self.kind]} device; use auto or cpu")
         if self.kind != "cpu":
             self._set_num_cards(torch.cuda.device_count() if self.kind == "cuda" else 1)
         if self._options.tf32 and self.kind != "cuda":
