@@ -269,8 +269,8 @@ MUTATIONS = {
     "int32 labels on eager": (
         EAGER,
         "devices/base.py",
-        "labels.to(self._torch_device",
-        "labels.int().to(self._torch_device",
+        "labels.to(device",
+        "labels.int().to(device",
         "Int",
     ),
     "batch not moved to the card": (

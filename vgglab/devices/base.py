@@ -145,10 +145,8 @@ class Device:
     def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Move the batch to the device and convert its types; ``images`` are uint8, ``(N, S, S, 3)``."""
         # Labels stay int64: the loss has no int32 kernels on the CPU and on eager cards.
-        return (
-            images.to(self._torch_device, non_blocking=True),
-            labels.to(self._torch_device, non_blocking=True),
-        )
+        device = self._torch_device
+        return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def feed(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each batch's images and labels on the device; if possible, copy the next batch during a step."""

@@ -163,9 +163,8 @@ class Checkup:
         self.facts["generation"] = cards.get("generation")
         self.facts["gcu cards"] = cards.get("cards", [])
         self.facts["eccl"] = cards.get("eccl", False)
-        self.facts["driver"] = (
-            "unknown without torch_gcu" if not is_installed else "responds" if cards.get("num_cards") else "no response"
-        )
+        driver = "responds" if cards.get("num_cards") else "no response"
+        self.facts["driver"] = driver if is_installed else "unknown without torch_gcu"
         self.facts["/opt/tops/lib"] = Path("/opt/tops/lib").is_dir()
         if "error" in cards:
             advice = "if that does not help, install a driver and a torch_gcu from the same release"
@@ -220,5 +219,4 @@ class Checkup:
 
 def _release(text: str | None) -> tuple[int, ...]:
     """Return the major and minor version: ``(2, 10)`` for ``2.10.0+cpu``, ``()`` if there is no version."""
-    match = re.match(r"(\d+)\.(\d+)", text or "")
-    return tuple(int(part) for part in match.groups()) if match else ()
+    return tuple(int(part) for part in re.findall(r"\d+", text or "")[:2])

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import re
 import resource
-import sys
 from pathlib import Path
 
 # Parts of the out-of-memory messages of torch and oneDNN; the last is for oneDNN's own buffers.
@@ -31,8 +30,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def keep_freed_memory() -> bool:
     """Make this process and its forked children keep freed memory. Returns False if the C library is not glibc."""
-    if not sys.platform.startswith("linux"):
-        return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False

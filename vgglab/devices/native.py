@@ -75,9 +75,8 @@ class NativeDevice(Device):
         if self._options.tf32 and self.kind != "cuda":
             raise UserError(f"--tf32: not supported on {self.kind}; leave it out to train in float32")
         if self._options.tf32 and torch.cuda.get_device_capability() < (8, 0):
-            raise UserError(
-                f"--tf32: not supported by {torch.cuda.get_device_name()}; leave it out to train in float32"
-            )
+            card = torch.cuda.get_device_name()
+            raise UserError(f"--tf32: not supported by {card}; leave it out to train in float32")
         if amp_dtype is not None and self.kind not in AMP_DEFAULTS:
             raise UserError(f"--amp: not supported on {self.kind}; leave it out to train in float32")
         if amp_dtype == "float16" and self.kind == "cpu":
