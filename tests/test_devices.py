@@ -297,11 +297,14 @@ def test_tf32_is_off_by_default_and_refused_on_the_cpu(train, refused):
     assert run.config["tf32"] is run.env["tf32"] is run.report()["tf32"] is False
 
 
-def test_tf32_sets_both_cuda_switches():
-    from vgglab.devices.native import _set_tf32
-
+def test_tf32_sets_both_cuda_switches(monkeypatch):
+    card = {"is_available": True, "device_count": 1, "get_device_capability": (8, 0)}
+    for name, answer in card.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    for switch in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(switch, "allow_tf32", switch.allow_tf32)  # restored after the test
     for enabled in (True, False):
-        _set_tf32(enabled)
+        open_device("cuda", tf32=enabled)
         assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is enabled
 
 

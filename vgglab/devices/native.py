@@ -64,7 +64,11 @@ class NativeDevice(Device):
         self._torch_device = torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
             self._card_api = torch.cuda
-            _set_tf32(self.tf32)  # not in open(), so that the benchmark's plain loop uses the same precision
+            # Here, not in open(), so that the benchmark's plain loop uses the same precision. The defaults for matrix
+            # products and convolutions differ. This is the older of torch's two interfaces: torch.compile reads it, and
+            # raises an error if the newer one (torch 2.9) was used to set TF32.
+            torch.backends.cuda.matmul.allow_tf32 = self.tf32
+            torch.backends.cudnn.allow_tf32 = self.tf32
 
     def _check(self) -> None:
         amp_dtype = self._options.amp_dtype
@@ -122,16 +126,6 @@ def prefetch(items: Iterable[Item]) -> Iterator[Item]:
         if len(queue) > 1:
             yield queue.popleft()
     yield from queue
-
-
-def _set_tf32(enabled: bool) -> None:
-    """Set TF32 for both matrix products and convolutions, whose defaults in torch differ.
-
-    Uses the older of torch's two interfaces: torch.compile reads it, and raises an error if the newer
-    one (torch 2.9) was used to set TF32.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = enabled
-    torch.backends.cudnn.allow_tf32 = enabled
 
 
 def _fast_dtype(kind: str) -> str | None:
