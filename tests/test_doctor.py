@@ -102,7 +102,7 @@ def test_a_library_that_exits_is_reported_in_one_line(tmp_path):
 def test_a_device_check_that_aborts_is_not_mistaken_for_a_broken_torch(tmp_path, stubs):
     """A driver may crash when a device is opened; torch and torchvision are checked in the same process."""
     code = (LONG_TIMEOUT / "sitecustomize.py").read_text()
-    code += "import os, vgglab.devices\nvgglab.devices.availability = os.abort\n"
+    code += "import os, vgglab.devices\nvgglab.devices.availability = lambda options: os.abort()\n"
     (tmp_path / "sitecustomize.py").write_text(code)
     paths = os.pathsep.join(map(str, (tmp_path, PROJECT, stubs)))
     code, findings = diagnose(PYTHONPATH=paths)
