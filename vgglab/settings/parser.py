@@ -100,13 +100,27 @@ def parse_flags(argv: Sequence[str]) -> Request:
         UserError: an unknown flag, a value out of range, or flags that contradict each other.
     """
     parser = build_parser()
-    arguments = [with_dashes(argument) for argument in argv]
-    parsed, unknown = parser.parse_known_args(arguments)
+    given, unknown = _parse(parser, argv)
     if unknown:
         raise UserError(_unknown_flag(unknown[0], parser))
-    request = Request(**{**_recipe_settings(vars(parsed)), **vars(parsed)})
+    request = Request(**given)
     check_conflicts(request)
     return replace(request, seed=FIXED_SEED) if request.fix_seed else request
+
+
+def flags_given(argv: Sequence[str]) -> list[str]:
+    """The names of the settings given on a command line, directly or by a recipe."""
+    return list(_parse(build_parser(), argv)[0])
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings given on a command line, directly or by a recipe, and the words that are no flags."""
+    arguments = [with_dashes(argument) for argument in argv]
+    parsed, unknown = parser.parse_known_args(arguments)
+    if "recipe" in parsed:  # its flags come first, so that the others override them
+        arguments = [*RECIPES[parsed.recipe].flags.split(), *arguments]
+        parsed, unknown = parser.parse_known_args(arguments)
+    return vars(parsed), unknown
 
 
 def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
@@ -116,17 +130,6 @@ def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
     matches = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
     hint = f"; did you mean {matches[0]}?" if matches else "; --help-all lists all flags"
     return f"{name}: no such flag{hint}"
-
-
-def flags_given(argv: Sequence[str]) -> list[str]:
-    """The names of the settings given on a command line, directly or by a recipe."""
-    parsed = vars(build_parser().parse_known_args([with_dashes(argument) for argument in argv])[0])
-    return [*_recipe_settings(parsed), *parsed]
-
-
-def _recipe_settings(parsed: Mapping[str, Any]) -> dict[str, Any]:
-    name = parsed.get("recipe")
-    return RECIPES[name].settings if name is not None else {}
 
 
 def check_conflicts(config: Request) -> None:
