@@ -15,6 +15,7 @@ from processes import python
 from vgglab.__main__ import NAMES
 from vgglab.commands import call
 from vgglab.settings.config import Request
+from vgglab.settings.parser import SECTIONS
 
 WIDE_TERMINAL = {**os.environ, "COLUMNS": "100"}
 MAX_HELP_LINES = 45
@@ -82,6 +83,7 @@ def test_help_all_lists_every_training_flag():
     missing = [item.name for item in fields(Request) if f"--{item.name.replace('_', '-')}" not in help_text]
     assert missing == []
     assert "--label-smoothing" not in vgglab("train", "--help").stdout
+    assert {name for names in SECTIONS.values() for name in names.split()} < {item.name for item in fields(Request)}
 
 
 def test_train_command_trains(images, tmp_path):

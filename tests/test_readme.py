@@ -166,7 +166,7 @@ def test_settings_that_a_resumed_run_does_not_keep_are_on_the_page():
         "pretrained", "dist_url", "world_size", "fix_seed", "seeds", "run_dir", "resume", "start_epoch", "test_only",
         "cache_dataset", "apex", "apex_opt_level", "enable_horovod", "amp",
     }  # fmt: skip
-    names = {field.name for field in fields(Request) if not field.metadata["policy"].is_inherited} - not_about_training
+    names = {field.name for field in fields(Request) if not field.metadata["is_inherited"]} - not_about_training
     page = (PROJECT / "docs" / "training.md").read_text()
     [listed] = re.findall(r"repeat the flag: (.*?)\. ", page, re.DOTALL)
     assert set(re.findall(r"`--([a-z0-9-]+)`", listed)) == {name.replace("_", "-") for name in names}

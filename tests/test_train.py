@@ -245,12 +245,12 @@ def test_checkpoint_setting_that_is_not_a_plain_value_is_refused(train, refused,
 
 
 def test_unclassified_setting_counts_as_affecting_weights():
-    from vgglab.settings.flags import AFFECTS, Policy, flag
+    from vgglab.settings.flags import AFFECTS, flag
 
-    assert Policy().affects == "weights"
+    assert flag("help").metadata["affects"] == "weights"
     with pytest.raises(KeyError):
         flag("help", affects="unknown")
-    assert {item.metadata["policy"].affects for item in fields(Request)} == {*AFFECTS}
+    assert {item.metadata["affects"] for item in fields(Request)} == {*AFFECTS}
 
 
 def test_resumed_run_keeps_the_seed_and_applies_new_flags(train, refused):

@@ -28,8 +28,6 @@ from vgglab.settings.flags import (
 from vgglab.settings.recipes import RECIPES
 from vgglab.settings.schedule import SCHEDULES, schedules_with
 
-# The headings of --help.
-TASK, TUNING, DEVICE, SAVING = "what to train", "schedule and hyperparameters", "hardware", "saving and resuming"
 FIXED_SEED = 1 << 20  # as in the original example
 ORIGINAL_NUM_CLASSES = 1000  # in all four commands of the original example, regardless of the data
 
@@ -42,66 +40,44 @@ class Request:
         "a named set of settings (vgglab/settings/recipes.py); other flags override it",
         choices=tuple(RECIPES),
         affects="others",
-        section=TASK,
     )
     data_path: str = flag(
         "a folder with train/CLASS/ and val/CLASS/, or the name of a data set, downloaded on first use: "
         + described(DATA_SETS),
         "digits",
-        implies=("num_classes",),
-        section=TASK,
     )
     num_classes: int | None = flag("number of classes; default: as in the data set", None, AT_LEAST_1)
-    model: str = flag("the network", "vgg16", choices=MODELS, section=TASK)
+    model: str = flag("the network", "vgg16", choices=MODELS)
     device: str = flag(
-        "device to train on; auto selects the first one available",
-        "auto",
-        choices=DEVICE_CHOICES,
-        affects="speed",
-        inherited=False,
-        section=DEVICE,
+        "device to train on; auto selects the first one available", "auto", choices=DEVICE_CHOICES, affects="speed"
     )
-    batch_size: int = flag("images per card and step", 32, AT_LEAST_1, names=["-b"], section=TUNING)
-    epochs: int = flag("passes over the training images", 90, AT_LEAST_1, section=TUNING)
+    batch_size: int = flag("images per card and step", 32, AT_LEAST_1, names=["-b"])
+    epochs: int = flag("passes over the training images", 90, AT_LEAST_1)
     workers: int | None = flag(
         "loader processes per card; default: 16, or the number of CPU cores per rank if that is smaller",
         None,
         WORKERS,
         names=["-j"],
         affects="speed",
-        inherited=False,
-        section=DEVICE,
     )
     image_size: int | None = flag(
         "side of the square images, in pixels; default: 224, or 32 for data sets of small images", None, SIZE
     )
-    decoder: str = flag(
-        f"image decoder: {described(DECODERS)}; auto: the first one that is installed",
-        "auto",
-        choices=("auto", *DECODERS),
-    )
+    decoder: str = flag("image decoder", "auto", choices={"auto": "the first one that is installed", **DECODERS})
     on_bad_image: str = flag(
         "what to do with an image that cannot be read: fail, or skip (skipped images are listed in the run's log/)",
         "fail",
         choices=("fail", "skip"),
     )
-    head: str = flag(f"classifier: {described(HEADS)}", "auto", choices=tuple(HEADS))
-    dropout_rate: float = flag("dropout rate of the two hidden layers of the classifier", 0.0, FRACTION, section=TUNING)
-    init: str = flag(
-        f"initial weights: {described(INITS)}",
-        "kaiming",
-        choices=tuple(INITS),
-        affects="start",
-    )
-    pretrained: bool = switch(
-        "start from torchvision's published ImageNet weights", affects="start", inherited=False, section=TASK
-    )
+    head: str = flag("classifier", "auto", choices=HEADS)
+    dropout_rate: float = flag("dropout rate of the two hidden layers of the classifier", 0.0, FRACTION)
+    init: str = flag("initial weights", "kaiming", choices=INITS, affects="start")
+    pretrained: bool = switch("start from torchvision's published ImageNet weights", affects="start", inherited=False)
 
     lr: float = flag(
         "learning rate for a global batch of 256 images; scaled in proportion to the global batch size",
         0.01,
         NON_NEGATIVE,
-        section=TUNING,
     )
     optimizer: str = flag("the optimizer", "sgd", choices=OPTIMIZERS)
     momentum: float = flag("momentum", 0.9, FRACTION)
@@ -130,11 +106,7 @@ class Request:
         f"evaluations without a new best top-1 before the rate drops ({schedules_with('lr_patience')})", 5, AT_LEAST_1
     )
 
-    crops: str = flag(
-        f"augmentation of training images: {described(CROPS)}",
-        "standard",
-        choices=tuple(CROPS),
-    )
+    crops: str = flag("augmentation of training images", "standard", choices=CROPS)
     label_smoothing: float = flag("label smoothing: share of the target spread over all classes", 0.0, FRACTION)
     mixup: float = flag("mixup strength alpha: lambda ~ Beta(alpha, alpha); 0 disables it", 0.0, NON_NEGATIVE)
     cutmix: float = flag(
@@ -154,7 +126,6 @@ class Request:
         names=["--torch-amp"],
         affects="others",
         inherited=False,
-        implies=("amp_dtype",),
     )
     amp_dtype: str | None = flag("data type of mixed precision (implies --amp)", None, choices=AMP_DTYPES)
     tf32: bool | None = switch(
@@ -167,8 +138,6 @@ class Request:
         "fastest supported mode of the device: mixed precision where the hardware supports it, --channels-last and "
         "--fused; results differ by rounding",
         affects="others",
-        implies=("amp_dtype",),
-        section=DEVICE,
     )
     channels_last: bool | None = switch(
         "channels-last (NHWC) memory layout; default: off, unless --fast turns it on",
@@ -183,26 +152,20 @@ class Request:
     compile: bool = switch("compile the network with torch.compile, which adds about a minute to the first steps")
     sync_bn: bool = switch("synchronise batch norm over all ranks")
     broadcast_buffers: bool = switch("broadcast rank 0's buffers to all ranks before each step")
-    nproc: int = flag(
-        "ranks to start on this machine, one per card", 1, AT_LEAST_1, affects="launch", inherited=False, section=DEVICE
-    )
+    nproc: int = flag("ranks to start on this machine, one per card", 1, AT_LEAST_1, affects="launch")
     max_restarts: int = flag(
         "how many times to restart all ranks from the last checkpoint if one exits abnormally",
         0,
         AT_LEAST_0,
         affects="launch",
-        inherited=False,
     )
     world_size: int = flag("number of ranks; a launcher's WORLD_SIZE takes precedence", 1, AT_LEAST_1, inherited=False)
-    dist_url: str = flag("init method for the process group", "env://", affects="location", inherited=False)
-    fix_seed: bool = switch(f"same as --seed {FIXED_SEED}", affects="others", inherited=False, implies=("seed",))
+    dist_url: str = flag("init method for the process group", "env://", affects="location")
+    fix_seed: bool = switch(f"same as --seed {FIXED_SEED}", affects="others", inherited=False)
     seeds: str | None = flag(
-        "train once for each seed: a number of seeds such as 5, or a list such as 3,17,23",
-        affects="location",
-        inherited=False,
-        section=TUNING,
+        "train once for each seed: a number of seeds such as 5, or a list such as 3,17,23", affects="location"
     )
-    seed: int | None = flag("random seed; default: drawn at random and recorded", None, SEED, section=TUNING)
+    seed: int | None = flag("random seed; default: drawn at random and recorded", None, SEED)
 
     training_step_per_epoch: int = flag("steps per epoch; -1: all", -1, steps)
     eval_step_per_epoch: int = flag("batches per evaluation; -1: all", -1, steps, affects="metrics", inherited=False)
@@ -211,43 +174,33 @@ class Request:
     eval_freq: int = flag(
         "epochs between evaluations and checkpoints (the last epoch always has both)", 1, AT_LEAST_1, affects="metrics"
     )
-    output_dir: str = flag("folder in which runs/<run> is created", ".", affects="location", inherited=False)
-    run_dir: str | None = flag("use exactly this run directory", affects="location", inherited=False, section=SAVING)
+    output_dir: str = flag("folder in which runs/<run> is created", ".", affects="location")
+    run_dir: str | None = flag("use exactly this run directory", affects="location")
     timers: bool = switch(
         "time the phases of each step; gradients are then averaged after the backward pass, not during it",
         affects="speed",
-        inherited=False,
     )
     trace: int = flag(
         "write a profiler trace of this many steps, after --skip-steps, into the run directory",
         0,
         AT_LEAST_0,
         affects="speed",
-        inherited=False,
     )
-    tensorboard: bool = switch(
-        "write TensorBoard scalars into the run directory", affects="record", inherited=False, section=SAVING
-    )
+    tensorboard: bool = switch("write TensorBoard scalars into the run directory", affects="record", inherited=False)
     resume: str | None = flag(
         "continue from a checkpoint file, a run directory, or auto: the newest valid checkpoint in --run-dir (the "
         "run continues there) or in <output-dir>/runs, or from the beginning if there is none; most settings that are "
         "not given are taken from the checkpoint",
         affects="location",
-        inherited=False,
-        section=SAVING,
     )
     checkpoint_every: int = flag(
-        "steps between additional checkpoints; 0: only after evaluations",
-        0,
-        AT_LEAST_0,
-        affects="record",
-        section=SAVING,
+        "steps between additional checkpoints; 0: only after evaluations", 0, AT_LEAST_0, affects="record"
     )
     start_epoch: int = flag(
         "first epoch (counted from 0) if no checkpoint is resumed", 0, AT_LEAST_0, affects="start", inherited=False
     )
     test_only: bool = switch(
-        "only evaluate the weights of --resume or --pretrained", affects="metrics", inherited=False, section=SAVING
+        "only evaluate the weights of --resume or --pretrained", affects="metrics", inherited=False
     )
     cache_dataset: bool = switch(
         "accepted and ignored; image folders are rescanned at every start",
@@ -284,4 +237,4 @@ def complete(request: Request, **values: Any) -> Settings:
 
 def settings_that_affect(*kinds: str) -> set[str]:
     """The names of the settings that affect one of ``kinds``, which are listed in ``flags.AFFECTS``."""
-    return {field.name for field in fields(Request) if field.metadata["policy"].affects in kinds}
+    return {field.name for field in fields(Request) if field.metadata["affects"] in kinds}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import field
-from typing import Any, Callable, Mapping, NamedTuple, NoReturn
+from typing import Any, Callable, Mapping, NoReturn
 
 from vgglab.errors import UserError
 
@@ -62,14 +62,7 @@ AFFECTS = {
     "launch": "how the ranks are started; not recorded",
     "others": "nothing directly; it determines other settings",
 }
-
-
-class Policy(NamedTuple):
-    """How a setting is treated when runs are resumed or compared; by default, changes are reported."""
-
-    affects: str = "weights"  # one of AFFECTS
-    is_inherited: bool = True  # a resumed run takes it from the checkpoint, unless it is given
-    implies: tuple[str, ...] = ()  # settings that it determines; if it is given, they are not inherited either
+NEVER_INHERITED = {"speed", "location", "launch"}
 
 
 def flag(
@@ -78,24 +71,26 @@ def flag(
     parse: Callable[[str], Any] = str,
     affects: str = "weights",
     inherited: bool = True,
-    implies: tuple[str, ...] = (),
-    section: str = "",
     **options: Any,
 ) -> Any:
-    """Declare a setting: its help, default, parser and policy; ``names`` are additional names of the flag.
+    """Declare a setting: its help, default and parser; ``names`` are additional names of the flag.
 
     Args:
-        section: its heading in ``--help``; without a section, only ``--help-all`` shows the flag.
-        options: further arguments of ``ArgumentParser.add_argument``.
+        affects: one of ``AFFECTS``.
+        inherited: a resumed run takes it from the checkpoint unless it is given; never if it only affects the speed,
+            the location or the launch.
+        options: further arguments of ``ArgumentParser.add_argument``; ``choices`` with descriptions are described in
+            the help.
 
     Raises:
         KeyError: ``affects`` is not one of ``AFFECTS``.
     """
     AFFECTS[affects]
-    policy = Policy(affects, inherited, implies)
-    return field(
-        default=default, metadata={"help": help, "parse": parse, "policy": policy, "section": section, **options}
-    )
+    if isinstance(options.get("choices"), dict):
+        help = f"{help}: {described(options['choices'])}"
+    is_inherited = inherited and affects not in NEVER_INHERITED
+    metadata = {"help": help, "parse": parse, "affects": affects, "is_inherited": is_inherited, "options": options}
+    return field(default=default, metadata=metadata)
 
 
 def switch(help: str, **options: Any) -> Any:

@@ -11,6 +11,8 @@ from vgglab.settings.config import Request, settings_that_affect
 from vgglab.settings.parser import check_conflicts
 from vgglab.settings.schedule import SCHEDULES
 
+IMPLIES = {"data_path": "num_classes", "amp": "amp_dtype", "fast": "amp_dtype", "fix_seed": "seed"}
+
 
 def inherit(request: Request, given: Sequence[str], saved: dict[str, Any]) -> Request:
     """Return a copy of the request whose inheritable settings, except those in ``given``, come from the resumed run.
@@ -18,12 +20,11 @@ def inherit(request: Request, given: Sequence[str], saved: dict[str, Any]) -> Re
     Raises:
         UserError: a setting in the checkpoint is invalid, or cannot be combined with one that was given.
     """
-    settings = {field.name: field for field in fields(Request)}
-    chosen = {*given, *(other for name in given for other in settings[name].metadata["policy"].implies)}
+    chosen = {*given, *(IMPLIES[name] for name in given if name in IMPLIES)}
     inherited = {
         field.name: check_setting(field, saved[field.name])
-        for field in settings.values()
-        if field.name in saved and field.name not in chosen and field.metadata["policy"].is_inherited
+        for field in fields(Request)
+        if field.name in saved and field.name not in chosen and field.metadata["is_inherited"]
     }
     request = replace(request, **inherited)
     check_conflicts(request)
@@ -38,7 +39,7 @@ def check_setting(field: Field, value: Any) -> Any:
         parsed = field.metadata["parse"](str(value))
     except (argparse.ArgumentTypeError, ValueError) as error:
         raise UserError(f"the saved setting {field.name} is invalid: {error}") from None
-    if parsed not in field.metadata.get("choices", (parsed,)):
+    if parsed not in field.metadata["options"].get("choices", (parsed,)):
         raise UserError(f"the saved setting {field.name} is invalid: {value!r}")
     return parsed
 

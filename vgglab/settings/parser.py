@@ -13,7 +13,7 @@ from dataclasses import Field, fields, replace
 from typing import Any, Collection, Mapping, Sequence
 
 from vgglab.errors import UserError
-from vgglab.settings.config import DEVICE, FIXED_SEED, SAVING, TASK, TUNING, Request
+from vgglab.settings.config import FIXED_SEED, Request
 from vgglab.settings.flags import OneLineParser, with_dashes
 from vgglab.settings.recipes import RECIPES
 from vgglab.settings.schedule import SCHEDULES
@@ -23,19 +23,18 @@ EPILOG = """examples:
   vgglab train --data-path imagenet --batch-size 192 --nproc 8    ImageNet on eight cards
   vgglab train --run-dir runs/my_run --resume auto                start, or continue after an interruption
   vgglab train --resume runs/my_run --test-only                   evaluate a trained network
-exit codes: 0 done; 1 a bug, with a traceback; 2 bad input, explained in one line; 75 stopped by SIGTERM, SIGUSR1 or \
-SIGHUP after saving a checkpoint; 130 interrupted"""
+exit codes: 0 done; 1 a bug, with a traceback; 2 bad input, explained in one line; 75 stopped by
+SIGTERM, SIGUSR1 or SIGHUP after saving a checkpoint; 130 interrupted"""
+
+SECTIONS = {  # the flags that --help shows; --help-all shows the others, too
+    "what to train": "recipe data_path model pretrained",
+    "schedule and hyperparameters": "batch_size epochs dropout_rate lr seeds seed",
+    "hardware": "device workers fast nproc",
+    "saving and resuming": "run_dir tensorboard resume checkpoint_every test_only",
+}
 
 
-class _FullFormatter(argparse.HelpFormatter):
-    """Formats help, keeping the line breaks of the epilog."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        fill = super()._fill_text
-        return "\n".join(line if line.startswith("  ") else fill(line, width, indent) for line in text.splitlines())
-
-
-class _BriefFormatter(_FullFormatter):
+class _BriefFormatter(argparse.RawDescriptionHelpFormatter):
     """Formats help with one line per flag, if the terminal is wide enough."""
 
     def __init__(self, prog: str) -> None:
@@ -55,7 +54,7 @@ class _HelpAll(argparse.Action):
 
 
 def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
-    """The parser of ``vgglab train``; its help shows the flags that have a section, or all with ``show_all``."""
+    """The parser of ``vgglab train``; its help shows the flags in ``SECTIONS``, or all with ``show_all``."""
     parser = OneLineParser(
         prog="vgglab train",
         usage="vgglab train [--flag value ...]",
@@ -63,18 +62,18 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
         epilog=EPILOG,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=_FullFormatter if show_all else _BriefFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter if show_all else _BriefFormatter,
     )
     parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all flags, each with its full description")
-    sections = {title: parser.add_argument_group(title) for title in (TASK, TUNING, DEVICE, SAVING)}
+    groups: dict[str, Any] = {}
+    for title, members in SECTIONS.items():
+        groups.update(dict.fromkeys(members.split(), parser.add_argument_group(title)))
     others = parser.add_argument_group("all other flags") if show_all else parser
     for field in fields(Request):
-        options = dict(field.metadata)
-        del options["policy"]
-        group = sections.get(options.pop("section"), others)
-        text = options.pop("help")
+        group, options = groups.get(field.name, others), dict(field.metadata["options"])
+        text, parse = field.metadata["help"], field.metadata["parse"]
         if show_all:
-            text = _help(field, text, getattr(options["parse"], "allowed", ""))
+            text = _help(field, text, getattr(parse, "allowed", ""))
         else:
             text = argparse.SUPPRESS if group is others else _help(field, re.split("[;:] ", text)[0])
         names = [with_dashes("--" + field.name), *options.pop("names", [])]
@@ -82,7 +81,7 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
         if negation:
             negation_help = f"turn {names[0]} off" if show_all else argparse.SUPPRESS
             group.add_argument(negation, dest=field.name, action="store_const", const=False, help=negation_help)
-        group.add_argument(*names, dest=field.name, type=options.pop("parse"), help=text, **options)
+        group.add_argument(*names, dest=field.name, type=parse, help=text, **options)
     return parser
 
 
