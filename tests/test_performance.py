@@ -315,7 +315,7 @@ def test_a_benchmark_process_killed_with_an_unread_request_is_out_of_memory(monk
 
 
 def test_bench_step_help_lists_the_default_modes():
-    [subcommand] = (action for action in bench_parser()._actions if action.dest == "subject")
+    [subcommand] = (action for action in bench_parser._actions if action.dest == "subject")
     [option] = (action for action in subcommand.choices["step"]._actions if action.dest == "ways")
     assert re.findall(r"[a-z0-9-]+", option.help.partition("default: ")[2].replace(" and ", ", ")) == list(
         step.DEFAULT_MODES

@@ -60,9 +60,9 @@ def test_commands_in_documentation_parse(file):
         if name == "train":
             parse_flags(words)
         elif name == "plan":
-            plan_command.parser().parse_known_args(words)
+            plan_command.parser.parse_known_args(words)
         else:
-            importlib.import_module(f"vgglab.commands.{name}").parser().parse_args(words)
+            importlib.import_module(f"vgglab.commands.{name}").parser.parse_args(words)
 
 
 SHORTENING_FLAGS = {  # appended to the page's flags, to override some

@@ -86,7 +86,7 @@ def _complete() -> None:
             commands.add_parser(name, parents=[build_parser(show_all=True)], add_help=False)
         else:
             module = importlib.import_module(f"vgglab.commands.{name}")
-            commands.add_parser(name, parents=[module.parser()], add_help=False)
+            commands.add_parser(name, parents=[module.parser], add_help=False)
     argcomplete.autocomplete(parser)
 
 

@@ -1,6 +1,6 @@
 """The subcommands, such as ``vgglab plan`` and ``vgglab compare``. Each module parses options and prints a result.
 
-Each has ``parser()`` and ``main(argv)``; ``main`` returns the exit code, or raises UserError for bad input.
+Each has a ``parser`` and ``main(argv)``; ``main`` returns the exit code, or raises UserError for bad input.
 ``vgglab/__main__.py`` calls them. The older form ``python -m vgglab.plan`` still works.
 """
 

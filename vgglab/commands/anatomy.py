@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from typing import Sequence
 
 from vgglab.commands import call
-from vgglab.settings.flags import OneLineParser, with_dashes
-from vgglab.settings.parser import parse_flags
+from vgglab.devices import DEVICE_CHOICES
+from vgglab.settings.choices import MODELS
+from vgglab.settings.flags import AT_LEAST_1, SIZE, OneLineParser, with_dashes
 
-OPTIONS = {  # name: (default, help); the training parser validates the values
-    "model": ("vgg16", "the network"),
-    "image-size": (224, "height and width of the images, in pixels"),
-    "batch-size": (1, "images per batch"),
-    "num-classes": (1000, "number of classes"),
-    "device": ("cpu", "device for --measure"),
-}
-
-
-def parser() -> argparse.ArgumentParser:
-    about = "Show a network layer by layer: shapes, parameters, operations, memory."
-    parser = OneLineParser(prog="vgglab anatomy", description=about, allow_abbrev=False)
-    for name, (default, text) in OPTIONS.items():
-        parser.add_argument(f"--{name}", default=default, help=f"{text} (default {default})")
-    parser.add_argument(
-        "--measure", action="store_true", help="time each layer, and measure the peak speeds of the machine"
-    )
-    parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
-    return parser
+parser = OneLineParser(
+    prog="vgglab anatomy",
+    description="Show a network layer by layer: shapes, parameters, operations, memory.",
+    allow_abbrev=False,
+)
+parser.add_argument("--model", choices=MODELS, default="vgg16", help="the network (default vgg16)")
+parser.add_argument("--image-size", type=SIZE, default=224, help="height and width of the images (default 224)")
+parser.add_argument("--batch-size", type=AT_LEAST_1, default=1, help="images per batch (default 1)")
+parser.add_argument("--num-classes", type=AT_LEAST_1, default=1000, help="number of classes (default 1000)")
+parser.add_argument("--device", choices=DEVICE_CHOICES, default="cpu", help="device for --measure (default cpu)")
+parser.add_argument(
+    "--measure", action="store_true", help="time each layer, and measure the peak speeds of the machine"
+)
+parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
 
 
 def main(argv: Sequence[str]) -> int:
-    options = parser().parse_args([with_dashes(argument) for argument in argv])
-    flags = parse_flags([f"--{name}={getattr(options, name.replace('-', '_'))}" for name in OPTIONS])
-    assert flags.image_size
-    assert flags.num_classes
+    options = parser.parse_args([with_dashes(argument) for argument in argv])
     from vgglab.lab.anatomy import measure, of
 
-    anatomy = of(flags.model, flags.image_size, flags.batch_size, flags.num_classes)
+    anatomy = of(options.model, options.image_size, options.batch_size, options.num_classes)
     if options.measure:
-        anatomy = measure(anatomy, flags.device)
+        anatomy = measure(anatomy, options.device)
     print(anatomy)
     if options.json:
         print(json.dumps(anatomy.as_dict()))
@@ -49,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(call("anatomy"))
+    raise SystemExit(call("anatomy"))
 elif __name__ == "vgglab.anatomy":  # make ``import vgglab.anatomy`` and ``vgglab.anatomy`` the same module
     from vgglab.lab import anatomy
 

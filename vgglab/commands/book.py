@@ -192,24 +192,22 @@ def describe_failure(executed: Path) -> str:
     return ""
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="vgglab book", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="notebook files (default: notebooks/*.ipynb)")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
-    parser.add_argument("--out", type=Path, default=Path("build/notebooks"), help="output folder (default %(default)s)")
-    parser.add_argument(
-        "--at-once",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="notebooks to run at the same time (default %(default)s)",
-    )
-    parser.add_argument("--no-code", action="store_true", help="leave the code cells out of the pages")
-    return parser
+parser = OneLineParser(prog="vgglab book", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("notebooks", nargs="*", type=Path, help="notebook files (default: notebooks/*.ipynb)")
+parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+parser.add_argument("--out", type=Path, default=Path("build/notebooks"), help="output folder (default %(default)s)")
+parser.add_argument(
+    "--at-once",
+    type=int,
+    default=os.cpu_count() or 1,
+    help="notebooks to run at the same time (default %(default)s)",
+)
+parser.add_argument("--no-code", action="store_true", help="leave the code cells out of the pages")
 
 
 def main(argv: Sequence[str]) -> int:
     try:
-        return _run_and_build(parser().parse_args(argv))
+        return _run_and_build(parser.parse_args(argv))
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; run pip install 'vgglab[lab]'") from None
 
@@ -252,4 +250,4 @@ def _repeat_command(sources: Sequence[Path], arguments: argparse.Namespace) -> s
 
 
 if __name__ == "__main__":
-    sys.exit(call("book"))
+    raise SystemExit(call("book"))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -15,23 +13,20 @@ from vgglab.runs.run import Run
 from vgglab.settings.flags import NON_NEGATIVE, OneLineParser, with_dashes
 from vgglab.storage.schema import finite_or_none
 
-
-def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="vgglab compare",
-        description="Find the first difference between the first run and each of the others.",
-        epilog="Exit codes: 0 the runs are the same; 1 they differ; 2 bad input.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, at least two")
-    parser.add_argument("--tolerance", type=NON_NEGATIVE, default=0.0, help="relative difference to ignore (default 0)")
-    parser.add_argument("--png", type=Path, help="plot the curves of all runs, and save them as this PNG file")
-    parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
-    return parser
+parser = OneLineParser(
+    prog="vgglab compare",
+    description="Find the first difference between the first run and each of the others.",
+    epilog="Exit codes: 0 the runs are the same; 1 they differ; 2 bad input.",
+    allow_abbrev=False,
+)
+parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, at least two")
+parser.add_argument("--tolerance", type=NON_NEGATIVE, default=0.0, help="relative difference to ignore (default 0)")
+parser.add_argument("--png", type=Path, help="plot the curves of all runs, and save them as this PNG file")
+parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
 
 
 def main(argv: Sequence[str]) -> int:
-    options = parser().parse_args([with_dashes(argument) for argument in argv])
+    options = parser.parse_args([with_dashes(argument) for argument in argv])
     one, *others = map(Run, options.runs)
     if not others:
         raise UserError("RUN: give at least two run directories")
@@ -73,4 +68,4 @@ def _write_new(file: Path, content: bytes) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(call("compare"))
+    raise SystemExit(call("compare"))

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Sequence
 
 from vgglab.commands import call
 from vgglab.dist import ranks
 from vgglab.settings.flags import AT_LEAST_1, OneLineParser, with_dashes
 
-
-def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="vgglab data",
-        usage="vgglab data check PATH [--flag value ...]",
-        description="Read every image of a data set once and list those that cannot be read.",
-        epilog="Exit codes: 0 all images can be read; 1 some cannot; 2 bad input.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("what", choices=["check"], metavar="check", help=argparse.SUPPRESS)
-    parser.add_argument("path", metavar="PATH", help="a folder with train/ and val/, or the name of a data set")
-    parser.add_argument(
-        "-j", "--workers", type=AT_LEAST_1, default=ranks.num_cores(), help="processes (default: one per core)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    return parser
+parser = OneLineParser(
+    prog="vgglab data",
+    usage="vgglab data check PATH [--flag value ...]",
+    description="Read every image of a data set once and list those that cannot be read.",
+    epilog="Exit codes: 0 all images can be read; 1 some cannot; 2 bad input.",
+    allow_abbrev=False,
+)
+parser.add_argument("what", choices=["check"], metavar="check", help=argparse.SUPPRESS)
+parser.add_argument("path", metavar="PATH", help="a folder with train/ and val/, or the name of a data set")
+parser.add_argument(
+    "-j", "--workers", type=AT_LEAST_1, default=ranks.num_cores(), help="processes (default: one per core)"
+)
+parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def main(argv: Sequence[str]) -> int:
-    options = parser().parse_args([with_dashes(argument) for argument in argv])
+    options = parser.parse_args([with_dashes(argument) for argument in argv])
     from vgglab.data.check import check_images
 
     findings = check_images(options.path, options.workers)
@@ -39,4 +35,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(call("data"))
+    raise SystemExit(call("data"))

@@ -5,7 +5,6 @@ It works even if the installation is broken. Exit codes: 0 no problems, 1 proble
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -92,22 +91,20 @@ def check_machine() -> Diagnosis:
     return Diagnosis(checkup.facts, checkup.problems, checkup.notes)
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="vgglab doctor",
-        description="Check this machine, its devices and the installation of vgglab.",
-        epilog="Exit codes: 0 no problems; 1 problems found, each with a fix; 2 unknown flag.",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    return parser
+parser = OneLineParser(
+    prog="vgglab doctor",
+    description="Check this machine, its devices and the installation of vgglab.",
+    epilog="Exit codes: 0 no problems; 1 problems found, each with a fix; 2 unknown flag.",
+)
+parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def main(argv: Sequence[str]) -> int:
-    as_json = parser().parse_args(argv).json
+    as_json = parser.parse_args(argv).json
     diagnosis = check_machine()
     print(json.dumps(diagnosis.as_dict()) if as_json else diagnosis)
     return 1 if diagnosis.problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(call("doctor"))
+    raise SystemExit(call("doctor"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from importlib.util import find_spec
@@ -16,25 +15,22 @@ from vgglab.settings.flags import OneLineParser
 
 DEFAULT_FOLDER = Path("vgglab-notebooks")
 
-
-def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="vgglab lab",
-        description="Open the notebooks in JupyterLab. Other flags, such as --no-browser, are passed to JupyterLab.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "folder",
-        nargs="?",
-        type=Path,
-        default=DEFAULT_FOLDER,
-        help="notebook folder; if it does not exist, it is created with copies of the notebooks (default %(default)s)",
-    )
-    return parser
+parser = OneLineParser(
+    prog="vgglab lab",
+    description="Open the notebooks in JupyterLab. Other flags, such as --no-browser, are passed to JupyterLab.",
+    allow_abbrev=False,
+)
+parser.add_argument(
+    "folder",
+    nargs="?",
+    type=Path,
+    default=DEFAULT_FOLDER,
+    help="notebook folder; if it does not exist, it is created with copies of the notebooks (default %(default)s)",
+)
 
 
 def main(argv: Sequence[str]) -> int:
-    options, jupyter_argv = parser().parse_known_args(argv)
+    options, jupyter_argv = parser.parse_known_args(argv)
     if find_spec("jupyterlab") is None:
         raise UserError("JupyterLab is not installed; run pip install 'vgglab[lab]'")
     if not options.folder.exists():
@@ -45,4 +41,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(call("lab"))
+    raise SystemExit(call("lab"))

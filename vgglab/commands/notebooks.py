@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Sequence
 
@@ -44,20 +42,18 @@ def copy_notebooks(folder: Path) -> list[Path]:
     return list(copies)
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="vgglab notebooks", description="Copy the notebooks into a folder; existing files are never overwritten."
-    )
-    parser.add_argument("folder", type=Path, help="target folder; created if it does not exist")
-    return parser
+parser = OneLineParser(
+    prog="vgglab notebooks", description="Copy the notebooks into a folder; existing files are never overwritten."
+)
+parser.add_argument("folder", type=Path, help="target folder; created if it does not exist")
 
 
 def main(argv: Sequence[str]) -> int:
-    options = parser().parse_args(argv)
+    options = parser.parse_args(argv)
     copies = copy_notebooks(options.folder)
     print(f"copied {len(copies)} notebooks to {options.folder}; next: vgglab lab {options.folder}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(call("notebooks"))
+    raise SystemExit(call("notebooks"))

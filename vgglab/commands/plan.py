@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from typing import Any, Sequence
 
 from vgglab.commands import call
@@ -16,29 +14,26 @@ from vgglab.settings.parser import flags_given, parse_flags
 
 SPEED = number(float, 1e-6, 1e12, "a number above 0")
 
-
-def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="vgglab plan",
-        usage="vgglab plan [--flag value ...]",
-        description="Estimate how long a run takes and how much disk space it needs. Takes all flags of vgglab train.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--images-per-second", type=SPEED, help="training speed of one card")
-    parser.add_argument("--run", help="take the speed from this run directory")
-    parser.add_argument("--ranks", type=AT_LEAST_1, help="number of cards (default: --world-size, or 1)")
-    parser.add_argument(
-        "--scaling",
-        type=POSITIVE,
-        default=1.0,
-        help="scaling efficiency: total speed / (ranks x speed of one card) (default 1)",
-    )
-    parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
-    return parser
+parser = OneLineParser(
+    prog="vgglab plan",
+    usage="vgglab plan [--flag value ...]",
+    description="Estimate how long a run takes and how much disk space it needs. Takes all flags of vgglab train.",
+    allow_abbrev=False,
+)
+parser.add_argument("--images-per-second", type=SPEED, help="training speed of one card")
+parser.add_argument("--run", help="take the speed from this run directory")
+parser.add_argument("--ranks", type=AT_LEAST_1, help="number of cards (default: --world-size, or 1)")
+parser.add_argument(
+    "--scaling",
+    type=POSITIVE,
+    default=1.0,
+    help="scaling efficiency: total speed / (ranks x speed of one card) (default 1)",
+)
+parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
 
 
 def main(argv: Sequence[str]) -> int:
-    options, flags = parser().parse_known_args([with_dashes(argument) for argument in argv])
+    options, flags = parser.parse_known_args([with_dashes(argument) for argument in argv])
     config = parse_flags(flags)
     ranks = config.world_size if options.ranks is None else options.ranks
     speed = _speed(options)
@@ -78,4 +73,4 @@ def _mismatch_warnings(config: Request, run: Run) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(call("plan"))
+    raise SystemExit(call("plan"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from typing import Sequence
 
 from vgglab.commands import call, print_error
@@ -14,16 +12,13 @@ from vgglab.settings.flags import OneLineParser
 from vgglab.storage.files import write_errors
 from vgglab.storage.schema import write_document
 
-
-def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="vgglab report", description="Compute the report.json of each run from its events.")
-    parser.add_argument("run", nargs="+", help="a run directory")
-    return parser
+parser = OneLineParser(prog="vgglab report", description="Compute the report.json of each run from its events.")
+parser.add_argument("run", nargs="+", help="a run directory")
 
 
 def main(argv: Sequence[str]) -> int:
     code = 0
-    for path in parser().parse_args(argv).run:
+    for path in parser.parse_args(argv).run:
         try:
             run = Run(path)
             file = run.path / "report.json"
@@ -37,4 +32,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(call("report"))
+    raise SystemExit(call("report"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Sequence
 
@@ -12,16 +10,13 @@ from vgglab.errors import UserError
 from vgglab.settings.flags import OneLineParser
 from vgglab.view.results import TITLE, as_html, as_text, collect, series_of
 
-
-def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="vgglab results", description="Compare many runs in tables or on a web page.")
-    parser.add_argument("folder", nargs="*", type=Path, default=[Path("runs")], help="a run, or a folder of runs")
-    parser.add_argument("--html", type=Path, help="write a web page to this file instead of printing tables")
-    return parser
+parser = OneLineParser(prog="vgglab results", description="Compare many runs in tables or on a web page.")
+parser.add_argument("folder", nargs="*", type=Path, default=[Path("runs")], help="a run, or a folder of runs")
+parser.add_argument("--html", type=Path, help="write a web page to this file instead of printing tables")
 
 
 def main(argv: Sequence[str]) -> int:
-    options = parser().parse_args(argv)
+    options = parser.parse_args(argv)
     results, series = collect(options.folder), series_of(options.folder)
     try:
         if options.html:
@@ -42,4 +37,4 @@ def _check_overwritable(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(call("results"))
+    raise SystemExit(call("results"))
