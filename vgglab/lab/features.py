@@ -69,8 +69,9 @@ def feature_maps(network: nn.Module, images: Tensor, layers: Mapping[str, nn.Mod
     maps: dict[str, Tensor] = {}
 
     def make_hook(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            maps[name] = output.clone()  # an in-place ReLU after the layer would overwrite it
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            maps[name] = output
+            return output.clone()  # for the next layer, which may be an in-place ReLU
 
         return hook
 
