@@ -12,7 +12,7 @@ import pytest
 from conftest import PROJECT
 
 from vgglab.errors import UserError
-from vgglab.lab.timings import SECONDS
+from vgglab.lab.machine_speed import REFERENCE
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 FILES = {file.stem[:2]: file for file in NOTEBOOKS}
@@ -147,7 +147,7 @@ def test_notebook_shows_its_profile_and_time_first(file):
     first, second = ["".join(cell["source"]) for cell in cells_of(file, "code")[:2]]
     assert first.startswith('profile = "quick"')
     assert re.search(rf'Profiles\(\s*"{file.stem}",', second)
-    assert file.stem in SECONDS
+    assert file.stem in REFERENCE["seconds"]
 
 
 @each_notebook

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import vgglab
-from vgglab.lab import machine_speed, timings
+from vgglab.lab import machine_speed
 from vgglab.lab.profiles import Profiles
 from vgglab.view.summaries import metric
 
@@ -37,7 +37,7 @@ def test_table_shows_profile_values_and_time(capsys):
     assert "mine (set by hand)" in text
     assert "about 2 min 30 s" in text  # 75 s on a machine that is twice as fast
     assert "not timed" in text
-    assert "an estimate: the notebook took 1 min 15 s on " + timings.MACHINE in text
+    assert "an estimate: the notebook took 1 min 15 s on " + machine_speed.REFERENCE["machine"] in text
     assert "The expected time does not account for values set by hand." in text
 
 
@@ -123,7 +123,7 @@ def test_machine_is_measured_once_and_the_result_cached(monkeypatch, tmp_path, q
 
 def test_machine_three_times_slower_has_a_slowdown_of_three(monkeypatch, tmp_path, quick_measurement):
     monkeypatch.setenv("VGGLAB_CACHE", str(tmp_path))
-    seconds = (3 * timings.STEP_SECONDS, 3 * timings.COMPILE_SECONDS)
+    seconds = (3 * machine_speed.REFERENCE["step_seconds"], 3 * machine_speed.REFERENCE["compile_seconds"])
     monkeypatch.setattr(machine_speed, "measure", lambda: seconds)
     assert machine_speed.slowdown() == pytest.approx(3.0)
     (tmp_path / "machine_speed.json").write_text(json.dumps("odd"))

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from vgglab.commands.book import Book, jobs_for
-from vgglab.lab import machine_speed, timings
+from vgglab.lab import machine_speed
 
 
 def main(machine: str) -> int:
@@ -28,7 +28,7 @@ def main(machine: str) -> int:
     step_seconds, compile_seconds = map(min, speed_before, machine_speed.measure())  # the one with less interference
     seconds = {chapter.file.stem: round(chapter.seconds) for chapter in chapters}
     content = {"machine": machine, "step_seconds": round(step_seconds, 4), "compile_seconds": round(compile_seconds, 4)}
-    file = Path(timings.__file__).with_suffix(".json")
+    file = Path(machine_speed.__file__).with_name("timings.json")
     file.write_text(json.dumps({**content, "seconds": seconds}, indent=2) + "\n", encoding="utf-8")
     print(file.read_text(encoding="utf-8"))
     return 0

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Sequence
 from vgglab.commands import call
 from vgglab.dist.interrupts import STOP_SIGNALS, handle_signals
 from vgglab.errors import UserError
-from vgglab.lab.timings import SECONDS
+from vgglab.lab.machine_speed import REFERENCE
 from vgglab.settings.flags import OneLineParser
 from vgglab.view.progress import duration
 from vgglab.view.site import Chapter, check_overwritable, write_site
@@ -77,7 +77,7 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
             )
         string_names = {name for name in job_parameters if names[name]}
         jobs.append(Job(source, target, job_parameters, string_names, is_alone))
-    return sorted(jobs, key=lambda job: (not job.is_alone, -SECONDS.get(job.source.stem, 0)))
+    return sorted(jobs, key=lambda job: (not job.is_alone, -REFERENCE["seconds"].get(job.source.stem, 0)))
 
 
 def _parameters_of(source: Path) -> dict[str, bool]:

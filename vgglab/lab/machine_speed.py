@@ -20,9 +20,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Callable
 
-from vgglab.lab.timings import COMPILE_SECONDS, STEP_SECONDS
 from vgglab.storage.cache import cache_folder
 
+# The reference machine: its name, its two measurements, and the running time of each notebook with the profile `quick`
+# and nothing else running. Written by python tests/time_notebooks.py "name of the machine".
+REFERENCE: dict[str, Any] = json.loads(Path(__file__).with_name("timings.json").read_text(encoding="utf-8"))
 STEP_BENCHMARK_SECONDS, COMPILE_BENCHMARK_SECONDS = 1.2, 0.5
 CACHE_SECONDS = 600.0  # how long a measurement is reused by all kernels on this machine
 
@@ -42,7 +44,7 @@ def slowdown() -> float:
 
 
 def _ratio(step_seconds: float, compile_seconds: float) -> float:
-    return ((step_seconds / STEP_SECONDS) * (compile_seconds / COMPILE_SECONDS)) ** 0.5
+    return (step_seconds / REFERENCE["step_seconds"] * compile_seconds / REFERENCE["compile_seconds"]) ** 0.5
 
 
 def measure() -> tuple[float, float]:
@@ -52,7 +54,7 @@ def measure() -> tuple[float, float]:
     try:
         import torch
     except ImportError:  # 08_report can show copied runs on a machine without torch
-        return STEP_SECONDS * compile_seconds / COMPILE_SECONDS, compile_seconds
+        return REFERENCE["step_seconds"] * compile_seconds / REFERENCE["compile_seconds"], compile_seconds
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

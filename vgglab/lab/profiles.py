@@ -9,8 +9,7 @@ import math
 from typing import Any, Mapping, Sequence
 
 from vgglab.errors import UserError
-from vgglab.lab.machine_speed import slowdown
-from vgglab.lab.timings import MACHINE, SECONDS
+from vgglab.lab.machine_speed import REFERENCE, slowdown
 from vgglab.view.progress import duration
 from vgglab.view.tables import Table, show
 
@@ -40,7 +39,7 @@ class Profiles:
             settings: the values for the three profiles, by parameter name.
         """
         self.settings, self.at_least, self.one_of = settings, at_least or {}, one_of or {}
-        self.seconds: float | None = SECONDS.get(notebook)
+        self.seconds: float | None = REFERENCE["seconds"].get(notebook)
 
     def choose(self, profile: str, **given: Any) -> list[Any]:
         """Show the profile table and return the profile's values, overridden by those in ``given`` that are not None.
@@ -56,7 +55,7 @@ class Profiles:
         index = NAMES.index(profile)
         overrides = {name: self._checked(name, value) for name, value in given.items() if value is not None}
         chosen = {name: overrides.get(name, self.settings[name][index]) for name in given}
-        show(_table(self, index, chosen, set(overrides)))
+        show(self._table(index, overrides))
         return list(chosen.values())
 
     def _checked(self, name: str, value: Any) -> Any:
@@ -66,45 +65,39 @@ class Profiles:
             if value not in self.one_of.get(name, [value]):
                 raise UserError(f"{name}: {value!r} is not one of {', '.join(self.one_of[name])}")
             return value
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if any(isinstance(item, float) for item in values):
-            return _check_number(name, value)
-        return _check_integer(name, value, self.at_least.get(name, 1), allow_all=ALL in values)
+            if is_number and 0 < value < math.inf:
+                return value
+            raise UserError(f"{name}: {value!r} is not a number above 0")
+        minimum, allows_all = self.at_least.get(name, 1), ALL in values
+        if is_number and isinstance(value, int) and (value >= minimum or (allows_all and value == ALL)):
+            return value
+        or_all = ", or -1 for all" if allows_all else ""
+        raise UserError(f"{name}: {value!r} is not a whole number of at least {minimum}{or_all}")
 
-
-def _check_integer(name: str, value: Any, minimum: int, allow_all: bool) -> int:
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if is_integer and (value >= minimum or (allow_all and value == ALL)):
-        return value
-    raise UserError(f"{name}: {value!r} is not a whole number of at least {minimum}" + ", or -1 for all" * allow_all)
-
-
-def _check_number(name: str, value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf:
-        return value
-    raise UserError(f"{name}: {value!r} is not a number above 0")
-
-
-def _table(profiles: Profiles, index: int, chosen: Mapping[str, Any], overrides: set[str]) -> Table:
-    """Return a table that marks the selected profile and the values set by hand, and gives the expected time."""
-    rows = []
-    for name, values in profiles.settings.items():
-        cells = [str(value) for value in values]
-        if name in overrides:
-            cells[index] = f"{chosen[name]} (set by hand)"
-        rows.append([name, *cells])
-    expected, remarks = "not timed", []
-    if profiles.seconds is not None:
-        slowdown_factor = slowdown()
-        expected = f"about {duration(_rounded(profiles.seconds * slowdown_factor))}"
-        remarks.append(
-            f"The expected time is an estimate: the notebook took {duration(profiles.seconds)} on {MACHINE}, and a "
-            f"short benchmark took {slowdown_factor:.1f} times as long here."
-        )
-    rows.append(["expected time", expected, *["not timed"] * (len(NAMES) - 1)])
-    if overrides:
-        remarks.append("The expected time does not account for values set by hand.")
-    headings = ["", *(f"{name} (selected)" if number == index else name for number, name in enumerate(NAMES))]
-    return Table(headings, rows, note=" ".join(remarks))
+    def _table(self, selected: int, overrides: Mapping[str, Any]) -> Table:
+        """Return a table that marks the selected profile and the values set by hand, and gives the expected time."""
+        headings = ["", *NAMES]
+        headings[1 + selected] += " (selected)"
+        rows = []
+        for name, values in self.settings.items():
+            cells = [str(value) for value in values]
+            if name in overrides:
+                cells[selected] = f"{overrides[name]} (set by hand)"
+            rows.append([name, *cells])
+        expected, remark = "not timed", ""
+        if self.seconds is not None:
+            factor = slowdown()
+            expected = f"about {duration(_rounded(self.seconds * factor))}"
+            remark = (
+                f"The expected time is an estimate: the notebook took {duration(self.seconds)} on "
+                f"{REFERENCE['machine']}, and a short benchmark took {factor:.1f} times as long here."
+            )
+        if overrides:
+            remark += " The expected time does not account for values set by hand."
+        rows.append(["expected time", expected, *["not timed"] * (len(NAMES) - 1)])
+        return Table(headings, rows, note=remark.strip())
 
 
 def _rounded(seconds: float) -> float:
