@@ -37,12 +37,12 @@ def main(argv: Sequence[str]) -> int:
     config = parse_flags(flags)
     ranks = config.world_size if options.ranks is None else options.ranks
     speed = _speed(options)
-    from vgglab.lab.plan import as_text, plan_training
+    from vgglab.lab.plan import plan_training
 
     plan = plan_training(config, speed, ranks, options.scaling, flags_given(flags))
     if options.run is not None:
         plan.warnings.extend(_mismatch_warnings(config, Run(options.run)))
-    print(as_text(plan))
+    print(plan)
     if options.json:
         print(json.dumps(plan._asdict()))
     return 0

@@ -18,7 +18,7 @@ import torch
 
 from vgglab.data.sets import open_sets
 from vgglab.errors import UserError
-from vgglab.lab import anatomy
+from vgglab.lab.anatomy import HAS_META
 from vgglab.model import build, head_for
 from vgglab.optim import OPTIMIZERS
 from vgglab.settings.config import Request
@@ -29,10 +29,8 @@ from vgglab.view.tables import html_facts
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
 FORWARD_SHARE = 1 / 3  # of a training step's operations; the backward pass takes the other two thirds
-MAX_RATE_RATIO, MAX_CARDS = (
-    4.0,
-    8,
-)  # largest ratio to the recipe's rate; the original example scales the rate for up to this many cards
+MAX_RATE_RATIO = 4.0  # largest ratio to the recipe's rate
+MAX_CARDS = 8  # the original example scales the rate for up to this many cards
 # Rules of thumb: the rate is slightly above the original example's 0.06 on eight cards; the depth is from the paper,
 # section 3.1.
 MAX_RATE_WITHOUT_NORM, MAX_DEPTH_WITH_NORMAL_INIT = 0.1, 11
@@ -60,7 +58,7 @@ class Plan(NamedTuple):
     warnings: list[str]
 
     def __repr__(self) -> str:
-        return as_text(self)
+        return "\n".join(f"{name:<14}{text}" for name, text in _facts(self))
 
     def _repr_html_(self) -> str:
         return html_facts(_facts(self))
@@ -98,9 +96,9 @@ def plan_training(
     epochs = range(config.start_epoch, config.epochs)
     steps = steps_per_epoch * len(epochs)
     num_evaluations = sum((epoch + 1) % config.eval_freq == 0 or epoch + 1 == config.epochs for epoch in epochs)
-    evaluated = (
-        num_eval if config.eval_step_per_epoch == -1 else min(num_eval, config.eval_step_per_epoch * global_batch)
-    )
+    evaluated = num_eval
+    if config.eval_step_per_epoch != -1:
+        evaluated = min(num_eval, config.eval_step_per_epoch * global_batch)
     training_seconds = steps * global_batch / rate
     evaluation_seconds = num_evaluations * evaluated * FORWARD_SHARE / rate
     size = _checkpoint_bytes(config, num_classes, image_size)
@@ -137,13 +135,13 @@ def _data(config: Request, given: Sequence[str]) -> tuple[str, int, int, int, in
 def _checkpoint_bytes(config: Request, num_classes: int, image_size: int) -> int:
     """Return the bytes of a checkpoint: weights, batch-norm statistics, their averages (--ema), and optimizer state."""
     head = head_for(image_size) if config.head == "auto" else config.head
-    with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes are enough
+    with torch.device("meta") if HAS_META else nullcontext():  # shapes are enough
         model = build(config.model, num_classes=num_classes, head=head, init_weights=False)
-    network = anatomy.of(model, image_size)
-    statistics = sum(2 * layer.output_shape[1] for layer in network if layer.kind == "batch norm")
-    num_state_tensors = OPTIMIZERS[config.optimizer].num_state_tensors(config)
+    num_parameters = sum(weight.numel() for weight in model.parameters())
+    num_statistics = sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point())
     copies = 2 if config.ema else 1
-    return 4 * (network.num_parameters * (copies + num_state_tensors) + statistics * copies)
+    num_state_tensors = OPTIMIZERS[config.optimizer].num_state_tensors(config)
+    return 4 * (num_parameters * (copies + num_state_tensors) + num_statistics * copies)
 
 
 def _rates(config: Request, ranks: int) -> list[tuple[int, float]]:
@@ -177,19 +175,13 @@ def _warnings(config: Request, ranks: int) -> list[str]:
     return lines
 
 
-def as_text(plan: Plan) -> str:
-    """Return the plan as text."""
-    return "\n".join(f"{name:<14}{text}" for name, text in _facts(plan))
-
-
 def _facts(plan: Plan) -> list[tuple[str, str]]:
     cards = "1 card" if plan.ranks == 1 else f"{plan.ranks} cards"
-    evaluation, rates = _duration(plan.evaluation_seconds), _subsampled(plan.rates)
+    evaluation, rates = _duration(plan.evaluation_seconds), plan.rates
+    if len(rates) > 12:
+        rates = rates[:: len(rates) // 10]  # 10 to 19 of them, evenly spaced
     return [
-        (
-            "data",
-            f"{plan.data}: {plan.num_train_images:,} training and {plan.num_eval_images:,} held-out images",
-        ),
+        ("data", f"{plan.data}: {plan.num_train_images:,} training and {plan.num_eval_images:,} held-out images"),
         (
             "steps",
             f"{plan.steps:,} with {plan.global_batch_size} images each: {plan.epochs} epochs of "
@@ -208,12 +200,6 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("learning rate", ", ".join(f"{rate:.3g} from epoch {epoch + 1}" for epoch, rate in rates)),
         *(("warning", text) for text in plan.warnings),
     ]
-
-
-def _subsampled(rates: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return all learning rates if there are at most 12, otherwise 10 to 19, evenly spaced."""
-    step = max(1, len(rates) // 10)
-    return rates if len(rates) <= 12 else rates[::step]
 
 
 def _duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from vgglab.model import VGG, build
 from vgglab.runs import checkpoint
 from vgglab.runs.run import Run
 from vgglab.settings.config import Request, Settings, complete
-from vgglab.settings.inheritance import check_setting
+from vgglab.settings.inheritance import inherit
 
 MAX_CLASSES = 10**6  # largest number accepted from a run's settings; ImageNet-21k has 21,841
 
@@ -81,9 +80,8 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
 
 def _evaluation_settings(run: Run) -> Settings:
     """Return the settings of the run, changed to evaluate all held-out images in this process."""
-    saved_fields = [item for item in fields(Request) if item.name in run.config]
     with error_context(f"{run.path}/config.json"):
-        config = Request(**{item.name: check_setting(item, run.config[item.name]) for item in saved_fields})
+        config = inherit(Request(), (), run.config)
         if config.num_classes is None or config.num_classes > MAX_CLASSES:
             raise UserError("has no valid num_classes")
     # "auto", because simplejpeg may be missing on this machine.
