@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 from vgglab.commands import call
+from vgglab.version import __version__
 
 COMMANDS = {
     "Learn": {
@@ -50,8 +51,6 @@ def main() -> NoReturn:
         print(usage())
         sys.exit(0)
     if name == "--version":
-        from vgglab.version import __version__
-
         print(f"vgglab {__version__}")
         sys.exit(0)
     if name not in NAMES:

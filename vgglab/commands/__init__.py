@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import os
 import sys
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Sequence
 
 EXIT_BROKEN_PIPE = 141  # shell convention: 128 + SIGPIPE
 
@@ -29,10 +29,11 @@ def call(name: str, argv: Sequence[str] | None = None) -> int:
         print_error(name, error)
         return 2
     except OutputError as error:
+        [cause] = error.args
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at exit
-        if isinstance(error.cause, BrokenPipeError):  # the other end of the pipe was closed
+        if isinstance(cause, BrokenPipeError):  # the other end of the pipe was closed
             return EXIT_BROKEN_PIPE
-        print_error(name, UserError(f"the output cannot be written ({error.cause.strerror})"))
+        print_error(name, UserError(f"the output cannot be written ({cause.strerror})"))
         return 2
     except KeyboardInterrupt:
         print(f"vgglab.{name}: interrupted", file=sys.stderr)
@@ -41,11 +42,7 @@ def call(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 class OutputError(Exception):
-    """Raised when stdout cannot be written to. Any other OSError is a bug and keeps its traceback."""
-
-    def __init__(self, cause: OSError) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
+    """Raised with the OSError when stdout cannot be written to. Any other OSError is a bug and keeps its traceback."""
 
 
 class _Output:
@@ -55,23 +52,19 @@ class _Output:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with _raise_output_errors():
-            return self._stream.write(text)
+        return self._call(self._stream.write, text)
 
     def flush(self) -> None:
-        with _raise_output_errors():
-            self._stream.flush()
+        self._call(self._stream.flush)
+
+    def _call(self, method: Callable[..., Any], *arguments: str) -> Any:
+        try:
+            return method(*arguments)
+        except OSError as error:
+            raise OutputError(error) from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-@contextlib.contextmanager
-def _raise_output_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(error) from None
 
 
 def print_error(name: str, error: Exception) -> None:

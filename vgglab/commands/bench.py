@@ -62,8 +62,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _numbers(flag: str, text: str, alternative: str = "") -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isascii() and word.strip().isdigit() and int(word) > 0 for word in words):
+        raise UserError(f"{flag}: {text!r} is not a list of positive numbers such as 8,16{alternative}")
+    return [int(word) for word in words]
+
+
 def bench_data(options: Any) -> None:
-    counts = _counts(options.workers)
+    counts = None if options.workers is None else _numbers("--workers", options.workers)
     flags = [f"--data-path={options.data_path}", f"--batch-size={options.batch_size}", f"--decoder={options.decoder}"]
     flags += [] if options.image_size is None else [f"--image-size={options.image_size}"]
     config = parse_flags(flags)
@@ -75,19 +82,8 @@ def bench_data(options: Any) -> None:
         print(json.dumps(metrics._asdict()))
 
 
-def _counts(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    words = text.split(",")
-    if not all(word.strip().isascii() and word.strip().isdigit() and int(word) > 0 for word in words):
-        raise UserError(f"--workers: {text!r} is not a list of positive numbers such as 1,2,4")
-    return [int(word) for word in words]
-
-
 def bench_step(options: Any) -> None:
-    sizes = options.batch_size.split(",")
-    if sizes != ["max"] and not all(size.strip().isascii() and size.strip().isdigit() and int(size) for size in sizes):
-        raise UserError(f"--batch-size: {options.batch_size!r} is invalid; give a number, a list such as 8,16, or max")
+    sizes = None if options.batch_size == "max" else _numbers("--batch-size", options.batch_size, ", or max")
     flags = [f"--model={options.model}", f"--device={options.device}", f"--image-size={options.image_size}"]
     parse_flags(flags)
     from vgglab.lab.bench.step import DEFAULT_MODES, as_text, find_largest_batch, get_mode, measure_steps, save_steps
@@ -96,12 +92,10 @@ def bench_step(options: Any) -> None:
     modes += [options.against] if options.against else []
     for name in modes:
         get_mode(name)
-    results = []
-    for size in sizes:
-        if size == "max":
-            results += [find_largest_batch(flags, mode, options.turns, options.steps) for mode in dict.fromkeys(modes)]
-        else:
-            results += measure_steps(flags, modes, int(size), options.turns, options.steps)
+    if sizes is None:
+        results = [find_largest_batch(flags, mode, options.turns, options.steps) for mode in dict.fromkeys(modes)]
+    else:
+        results = [row for size in sizes for row in measure_steps(flags, modes, size, options.turns, options.steps)]
     path = save_steps(results, flags, options.output_dir)
     print(as_text(results))
     print(f"run directory: {path}", flush=True)

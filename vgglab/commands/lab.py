@@ -13,8 +13,6 @@ from vgglab.commands.notebooks import copy_notebooks
 from vgglab.errors import UserError
 from vgglab.settings.flags import OneLineParser
 
-DEFAULT_FOLDER = Path("vgglab-notebooks")
-
 parser = OneLineParser(
     prog="vgglab lab",
     description="Open the notebooks in JupyterLab. Other flags, such as --no-browser, are passed to JupyterLab.",
@@ -24,7 +22,7 @@ parser.add_argument(
     "folder",
     nargs="?",
     type=Path,
-    default=DEFAULT_FOLDER,
+    default=Path("vgglab-notebooks"),
     help="notebook folder; if it does not exist, it is created with copies of the notebooks (default %(default)s)",
 )
 
