@@ -29,7 +29,7 @@ from vgglab.commands import call
 from vgglab.dist.interrupts import STOP_SIGNALS, handle_signals
 from vgglab.errors import UserError
 from vgglab.lab.machine_speed import REFERENCE
-from vgglab.settings.flags import OneLineParser
+from vgglab.settings.flags import AT_LEAST_1, OneLineParser
 from vgglab.view.progress import duration
 from vgglab.view.site import Chapter, check_overwritable, write_site
 
@@ -43,8 +43,7 @@ class Job(NamedTuple):
 
     source: Path
     target: Path
-    parameters: dict[str, str]
-    string_names: set[str]  # names of parameters to pass as strings, even if they look like numbers
+    parameters: list[str]  # words for papermill's command line
     is_alone: bool
 
 
@@ -66,7 +65,10 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
     jobs: list[Job] = []
     source_files = {source.resolve() for source in known}
     for source, names in known.items():
-        job_parameters = {name: value for name, value in parameters.items() if name in names}
+        words: list[str] = []
+        for name, value in parameters.items():
+            if name in names:
+                words += ["-r" if names[name] else "-p", name, value]  # -r: a string even if it looks like a number
         is_alone = _metadata_of(source).get("vgglab") == {"alone": True}
         target = out / source.name
         if source.stem == "index" or source.name in [job.target.name for job in jobs]:
@@ -75,8 +77,7 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
             raise UserError(
                 f"--out {out}: {source.name} already exists and was not written by this command; choose another folder"
             )
-        string_names = {name for name in job_parameters if names[name]}
-        jobs.append(Job(source, target, job_parameters, string_names, is_alone))
+        jobs.append(Job(source, target, words, is_alone))
     return sorted(jobs, key=lambda job: (not job.is_alone, -REFERENCE["seconds"].get(job.source.stem, 0)))
 
 
@@ -139,9 +140,7 @@ class Book:
     def _execute_one(self, job: Job, num_parallel: int) -> Chapter:
         words = [sys.executable, "-m", "papermill", "--log-level=ERROR", "--no-progress-bar", "-k", "python3"]
         words += ["--start-timeout", str(KERNEL_START_SECONDS)]  # generous, because the machine may be busy
-        words += ["--cwd", str(Path.cwd()), str(job.source), str(job.target)]
-        for name, value in job.parameters.items():
-            words += ["-r" if name in job.string_names else "-p", name, value]
+        words += ["--cwd", str(Path.cwd()), str(job.source), str(job.target), *job.parameters]
         cores = max(1, (os.cpu_count() or 1) // num_parallel)
         environment = {"VGGLAB_UI": "static", "OMP_NUM_THREADS": str(cores), **os.environ}
         start = time.monotonic()
@@ -198,7 +197,7 @@ parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME",
 parser.add_argument("--out", type=Path, default=Path("build/notebooks"), help="output folder (default %(default)s)")
 parser.add_argument(
     "--at-once",
-    type=int,
+    type=AT_LEAST_1,
     default=os.cpu_count() or 1,
     help="notebooks to run at the same time (default %(default)s)",
 )
@@ -216,8 +215,6 @@ def _run_and_build(arguments: argparse.Namespace) -> int:
     sources = arguments.notebooks or sorted(Path("notebooks").glob("*.ipynb"))
     if not sources:
         raise UserError("no notebooks found; pass their paths, or run this in the folder that contains notebooks/")
-    if arguments.at_once < 1:
-        raise UserError("--at-once: must be at least 1")
     import nbconvert  # noqa: F401  # fail now if it is missing, not after an hour of execution
 
     jobs = jobs_for(sources, arguments.out, dict(arguments.p))
