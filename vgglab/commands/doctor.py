@@ -29,14 +29,6 @@ class Diagnosis:
     problems: list[dict[str, str]]
     notes: list[str]
 
-    @property
-    def auto(self) -> str:
-        """The device that ``--device auto`` selects."""
-        return self.facts["--device auto"]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"facts": self.facts, "problems": self.problems, "notes": self.notes, "auto": self.auto}
-
     def rows(self) -> list[tuple[str, str]]:
         """Return the name and value of every fact, as text."""
         return [(name, _format(value)) for name, value in self.facts.items()]
@@ -56,7 +48,7 @@ class Diagnosis:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = list(self.rows())
+        rows = self.rows()
         for item in self.problems:
             rows += [("PROBLEM", item["problem"]), ("fix", item["fix"])]
         rows += [("note", note) for note in self.notes]
@@ -102,7 +94,10 @@ parser.add_argument("--json", action="store_true", help="print one JSON object i
 def main(argv: Sequence[str]) -> int:
     as_json = parser.parse_args(argv).json
     diagnosis = check_machine()
-    print(json.dumps(diagnosis.as_dict()) if as_json else diagnosis)
+    if as_json:
+        print(json.dumps({**vars(diagnosis), "auto": diagnosis.facts["--device auto"]}))
+    else:
+        print(diagnosis)
     return 1 if diagnosis.problems else 0
 
 
