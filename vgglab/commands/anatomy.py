@@ -14,7 +14,6 @@ from vgglab.settings.flags import AT_LEAST_1, SIZE, OneLineParser, with_dashes
 parser = OneLineParser(
     prog="vgglab anatomy",
     description="Show a network layer by layer: shapes, parameters, operations, memory.",
-    allow_abbrev=False,
 )
 parser.add_argument("--model", choices=MODELS, default="vgg16", help="the network (default vgg16)")
 parser.add_argument("--image-size", type=SIZE, default=224, help="height and width of the images (default 224)")

@@ -20,7 +20,6 @@ data = subjects.add_parser(
     "data",
     usage="vgglab bench data [--flag value ...]",
     description="Measure the speed of data loading against torchvision's reference pipeline.",
-    allow_abbrev=False,
 )
 data.add_argument("--data-path", default="digits", help="a folder or the name of a data set, as in vgglab train")
 data.add_argument("--image-size", type=int, help="crop size in pixels (default: that of the data set)")
@@ -37,7 +36,6 @@ step = subjects.add_parser(
     "step",
     usage="vgglab bench step [--flag value ...]",
     description="Measure the speed of training steps in each mode against a plain PyTorch loop.",
-    allow_abbrev=False,
 )
 step.add_argument("--model", choices=MODELS, default="vgg16")
 step.add_argument("--device", choices=DEVICE_CHOICES, default="auto")

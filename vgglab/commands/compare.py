@@ -17,7 +17,6 @@ parser = OneLineParser(
     prog="vgglab compare",
     description="Find the first difference between the first run and each of the others.",
     epilog="Exit codes: 0 the runs are the same; 1 they differ; 2 bad input.",
-    allow_abbrev=False,
 )
 parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, at least two")
 parser.add_argument("--tolerance", type=NON_NEGATIVE, default=0.0, help="relative difference to ignore (default 0)")

@@ -15,7 +15,6 @@ parser = OneLineParser(
     usage="vgglab data check PATH [--flag value ...]",
     description="Read every image of a data set once and list those that cannot be read.",
     epilog="Exit codes: 0 all images can be read; 1 some cannot; 2 bad input.",
-    allow_abbrev=False,
 )
 parser.add_argument("what", choices=["check"], metavar="check", help=argparse.SUPPRESS)
 parser.add_argument("path", metavar="PATH", help="a folder with train/ and val/, or the name of a data set")

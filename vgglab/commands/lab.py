@@ -16,7 +16,6 @@ from vgglab.settings.flags import OneLineParser
 parser = OneLineParser(
     prog="vgglab lab",
     description="Open the notebooks in JupyterLab. Other flags, such as --no-browser, are passed to JupyterLab.",
-    allow_abbrev=False,
 )
 parser.add_argument(
     "folder",

@@ -18,7 +18,6 @@ parser = OneLineParser(
     prog="vgglab plan",
     usage="vgglab plan [--flag value ...]",
     description="Estimate how long a run takes and how much disk space it needs. Takes all flags of vgglab train.",
-    allow_abbrev=False,
 )
 parser.add_argument("--images-per-second", type=SPEED, help="training speed of one card")
 parser.add_argument("--run", help="take the speed from this run directory")

@@ -105,7 +105,10 @@ def described(choices: Mapping[str, str]) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that raises a UserError with a one-line message."""
+    """A parser that accepts no abbreviations of flags, and raises a UserError with a one-line message."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.replace("argument ", "", 1) if message.startswith("argument ") else message)

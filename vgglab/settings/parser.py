@@ -60,7 +60,6 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
         usage="vgglab train [--flag value ...]",
         description="Train VGG and write the results to a run directory.",
         epilog=EPILOG,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter if show_all else _BriefFormatter,
     )
