@@ -25,6 +25,7 @@ from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags, settings_warnings
 from vgglab.settings.recipes import RECIPES
 from vgglab.settings.schedule import learning_rate
+from vgglab.view.progress import duration
 from vgglab.view.tables import html_facts
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
@@ -177,7 +178,7 @@ def _warnings(config: Request, ranks: int) -> list[str]:
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:
     cards = "1 card" if plan.ranks == 1 else f"{plan.ranks} cards"
-    evaluation, rates = _duration(plan.evaluation_seconds), plan.rates
+    evaluation, rates = duration(plan.evaluation_seconds), plan.rates
     if len(rates) > 12:
         rates = rates[:: len(rates) // 10]  # 10 to 19 of them, evenly spaced
     return [
@@ -189,7 +190,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "time",
-            f"{_duration(plan.total_seconds)} on {cards} at {plan.images_per_second:,.0f} images/s in total, "
+            f"{duration(plan.total_seconds)} on {cards} at {plan.images_per_second:,.0f} images/s in total, "
             f"including {evaluation} of evaluation",
         ),
         (
@@ -200,11 +201,3 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("learning rate", ", ".join(f"{rate:.3g} from epoch {epoch + 1}" for epoch, rate in rates)),
         *(("warning", text) for text in plan.warnings),
     ]
-
-
-def _duration(seconds: float) -> str:
-    days, rest = divmod(round(seconds), 86400)
-    hours, minutes = rest // 3600, rest % 3600 // 60
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest % 60} s"
