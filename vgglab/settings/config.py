@@ -45,6 +45,7 @@ class Request:
         "a folder with train/CLASS/ and val/CLASS/, or the name of a data set, downloaded on first use: "
         + described(DATA_SETS),
         "digits",
+        implies="num_classes",
     )
     num_classes: int | None = flag("number of classes; default: as in the data set", None, AT_LEAST_1)
     model: str = flag("the network", "vgg16", choices=MODELS)
@@ -126,6 +127,7 @@ class Request:
         names=["--torch-amp"],
         affects="others",
         inherited=False,
+        implies="amp_dtype",
     )
     amp_dtype: str | None = flag("data type of mixed precision (implies --amp)", None, choices=AMP_DTYPES)
     tf32: bool | None = switch(
@@ -138,6 +140,7 @@ class Request:
         "fastest supported mode of the device: mixed precision where the hardware supports it, --channels-last and "
         "--fused; results differ by rounding",
         affects="others",
+        implies="amp_dtype",
     )
     channels_last: bool | None = switch(
         "channels-last (NHWC) memory layout; default: off, unless --fast turns it on",
@@ -161,7 +164,7 @@ class Request:
     )
     world_size: int = flag("number of ranks; a launcher's WORLD_SIZE takes precedence", 1, AT_LEAST_1, inherited=False)
     dist_url: str = flag("init method for the process group", "env://", affects="location")
-    fix_seed: bool = switch(f"same as --seed {FIXED_SEED}", affects="others", inherited=False)
+    fix_seed: bool = switch(f"same as --seed {FIXED_SEED}", affects="others", inherited=False, implies="seed")
     seeds: str | None = flag(
         "train once for each seed: a number of seeds such as 5, or a list such as 3,17,23", affects="location"
     )

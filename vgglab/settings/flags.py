@@ -71,6 +71,7 @@ def flag(
     parse: Callable[[str], Any] = str,
     affects: str = "weights",
     inherited: bool = True,
+    implies: str = "",
     **options: Any,
 ) -> Any:
     """Declare a setting: its help, default and parser; ``names`` are additional names of the flag.
@@ -79,6 +80,7 @@ def flag(
         affects: one of ``AFFECTS``.
         inherited: a resumed run takes it from the checkpoint unless it is given; never if it only affects the speed,
             the location or the launch.
+        implies: a setting that it determines; if this one is given, a resumed run does not inherit that one either.
         options: further arguments of ``ArgumentParser.add_argument``; ``choices`` with descriptions are described in
             the help.
 
@@ -88,8 +90,8 @@ def flag(
     AFFECTS[affects]
     if isinstance(options.get("choices"), dict):
         help = f"{help}: {described(options['choices'])}"
-    is_inherited = inherited and affects not in NEVER_INHERITED
-    metadata = {"help": help, "parse": parse, "affects": affects, "is_inherited": is_inherited, "options": options}
+    policy = {"affects": affects, "implies": implies, "is_inherited": inherited and affects not in NEVER_INHERITED}
+    metadata = {"help": help, "parse": parse, "options": options, **policy}
     return field(default=default, metadata=metadata)
 
 

@@ -11,8 +11,6 @@ from vgglab.settings.config import Request, settings_that_affect
 from vgglab.settings.parser import check_conflicts
 from vgglab.settings.schedule import SCHEDULES
 
-IMPLIES = {"data_path": "num_classes", "amp": "amp_dtype", "fast": "amp_dtype", "fix_seed": "seed"}
-
 
 def inherit(request: Request, given: Sequence[str], saved: dict[str, Any]) -> Request:
     """Return a copy of the request whose inheritable settings, except those in ``given``, come from the resumed run.
@@ -20,10 +18,11 @@ def inherit(request: Request, given: Sequence[str], saved: dict[str, Any]) -> Re
     Raises:
         UserError: a setting in the checkpoint is invalid, or cannot be combined with one that was given.
     """
-    chosen = {*given, *(IMPLIES[name] for name in given if name in IMPLIES)}
+    settings = {field.name: field for field in fields(Request)}
+    chosen = {*given, *(settings[name].metadata["implies"] for name in given)}
     inherited = {
         field.name: check_setting(field, saved[field.name])
-        for field in fields(Request)
+        for field in settings.values()
         if field.name in saved and field.name not in chosen and field.metadata["is_inherited"]
     }
     request = replace(request, **inherited)
