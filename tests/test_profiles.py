@@ -1,5 +1,6 @@
 """Notebook profiles: the values they set, values set by hand, and the table shown at the start."""
 
+import json
 import subprocess
 import sys
 
@@ -104,8 +105,8 @@ def test_missing_metric_shows_the_reason(change, shown):
 
 @pytest.fixture
 def quick_measurement(monkeypatch):
-    monkeypatch.setattr(machine_speed, "STEP_REPEATS", 2)
-    monkeypatch.setattr(machine_speed, "COMPILE_REPEATS", 2)
+    monkeypatch.setattr(machine_speed, "STEP_BENCHMARK_SECONDS", 0.0)
+    monkeypatch.setattr(machine_speed, "COMPILE_BENCHMARK_SECONDS", 0.0)
     machine_speed.slowdown.cache_clear()
     yield
     machine_speed.slowdown.cache_clear()
@@ -125,7 +126,7 @@ def test_machine_three_times_slower_has_a_slowdown_of_three(monkeypatch, tmp_pat
     seconds = (3 * machine_speed.REFERENCE["step_seconds"], 3 * machine_speed.REFERENCE["compile_seconds"])
     monkeypatch.setattr(machine_speed, "measure", lambda: seconds)
     assert machine_speed.slowdown() == pytest.approx(3.0)
-    (tmp_path / "slowdown.txt").write_text("odd")
+    (tmp_path / "machine_speed.json").write_text(json.dumps("odd"))
     machine_speed.slowdown.cache_clear()
     assert machine_speed.slowdown() == pytest.approx(3.0)
 
@@ -143,7 +144,7 @@ def test_measurement_needs_no_cache_and_restores_torch_state(monkeypatch, tmp_pa
 def test_measurement_works_without_torch(tmp_path):
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from vgglab.lab import machine_speed; machine_speed.COMPILE_REPEATS = 2\n"
+        "from vgglab.lab import machine_speed; machine_speed.COMPILE_BENCHMARK_SECONDS = 0\n"
         "print(machine_speed.slowdown())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

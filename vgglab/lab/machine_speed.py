@@ -1,4 +1,4 @@
-"""Measure how much slower this machine is than the reference machine of the notebooks; takes two seconds there.
+"""Measure how much slower this machine is than the reference machine of the notebooks; takes about two seconds.
 
     >>> slowdown()
     1.0
@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import time
-import timeit
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
@@ -26,29 +25,32 @@ from vgglab.storage.cache import cache_folder
 # The reference machine: its name, its two measurements, and the running time of each notebook with the profile `quick`
 # and nothing else running. Written by python tests/time_notebooks.py "name of the machine".
 REFERENCE: dict[str, Any] = json.loads(Path(__file__).with_name("timings.json").read_text(encoding="utf-8"))
-STEP_REPEATS, COMPILE_REPEATS = 10, 30  # about a second and half a second on the reference machine
+STEP_BENCHMARK_SECONDS, COMPILE_BENCHMARK_SECONDS = 1.2, 0.5
 CACHE_SECONDS = 600.0  # how long a measurement is reused by all kernels on this machine
 
 
 @lru_cache(maxsize=None)
 def slowdown() -> float:
     """Return how many times slower this machine is than the reference machine; 3.0 means a third of its speed."""
-    with contextlib.suppress(OSError, RuntimeError, ValueError):  # no HOME, no file, or an invalid file
-        file = cache_folder() / "slowdown.txt"
+    with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError):  # no HOME, no file, or an invalid file
+        file = cache_folder() / "machine_speed.json"
         if 0 <= time.time() - file.stat().st_mtime < CACHE_SECONDS:
-            return float(file.read_text(encoding="utf-8"))
-    step_seconds, compile_seconds = measure()
-    ratio = (step_seconds / REFERENCE["step_seconds"] * compile_seconds / REFERENCE["compile_seconds"]) ** 0.5
+            return _ratio(*json.loads(file.read_text(encoding="utf-8")))
+    seconds = measure()
     with contextlib.suppress(OSError, RuntimeError):
         cache_folder().mkdir(parents=True, exist_ok=True)
-        (cache_folder() / "slowdown.txt").write_text(str(ratio), encoding="utf-8")
-    return ratio
+        (cache_folder() / "machine_speed.json").write_text(json.dumps(seconds), encoding="utf-8")
+    return _ratio(*seconds)
+
+
+def _ratio(step_seconds: float, compile_seconds: float) -> float:
+    return (step_seconds / REFERENCE["step_seconds"] * compile_seconds / REFERENCE["compile_seconds"]) ** 0.5
 
 
 def measure() -> tuple[float, float]:
     """Return the median seconds of a training step and of compiling a Python file, each after a warm-up run."""
     source = Path(argparse.__file__).read_text(encoding="utf-8")
-    compile_seconds = _median_seconds(partial(compile, source, "argparse", "exec"), COMPILE_REPEATS)
+    compile_seconds = _median_seconds(partial(compile, source, "argparse", "exec"), COMPILE_BENCHMARK_SECONDS)
     try:
         import torch
     except ImportError:  # 08_report can show copied runs on a machine without torch
@@ -57,7 +59,7 @@ def measure() -> tuple[float, float]:
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):  # does not change the caller's random state
-            return _median_seconds(_training_step(), STEP_REPEATS), compile_seconds
+            return _median_seconds(_training_step(), STEP_BENCHMARK_SECONDS), compile_seconds
     finally:
         torch.set_num_threads(threads)
 
@@ -81,5 +83,11 @@ def _training_step() -> Callable[[], None]:
     return step
 
 
-def _median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    return median(timeit.repeat(run, number=1, repeat=1 + repeats)[1:])  # the first is warm-up
+def _median_seconds(run: Callable[[], Any], min_seconds: float) -> float:
+    run()
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < min_seconds:
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)
