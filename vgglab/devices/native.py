@@ -19,7 +19,7 @@ from vgglab.errors import UserError
 
 Item = TypeVar("Item")
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-API_NAMES = {"cuda": "CUDA", "mps": "Metal"}
+NOT_FOUND = {"cuda": "PyTorch finds no CUDA device", "mps": "PyTorch finds no Metal device"}
 AMP_DEFAULTS = {"cpu": "bfloat16", "cuda": "float16"}
 
 
@@ -73,7 +73,7 @@ class NativeDevice(Device):
     def _check(self) -> None:
         amp_dtype = self._options.amp_dtype
         if why_unavailable(self.kind, self._options) is not None:
-            raise UserError(f"--device {self.kind}: PyTorch finds no {API_NAMES[self.kind]} device; use auto or cpu")
+            raise UserError(f"--device {self.kind}: {NOT_FOUND[self.kind]}; use auto or cpu")
         if self.kind != "cpu":
             self._set_num_cards(torch.cuda.device_count() if self.kind == "cuda" else 1)
         if self._options.tf32 and self.kind != "cuda":
