@@ -84,7 +84,11 @@ def _write(folder: Path, content: Any, is_best: bool) -> None:
     if is_best:
         _link_or_copy(last, unfinished)
         unfinished.replace(folder / "best.pt")
-    _flush_folder(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # only then do new names in the folder survive a crash of the machine
+    finally:
+        os.close(descriptor)
 
 
 class _NonRaisingFile:
@@ -107,17 +111,6 @@ class _NonRaisingFile:
 
     def flush(self) -> None:
         pass
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder to disk; only then do new names in it survive a crash of the machine."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import multiprocessing.util
 import os
 import tempfile
@@ -34,7 +35,7 @@ def use_private_temporary_folder() -> None:
     folder = cache_folder() / "temporary"
     with write_errors(folder, "set VGGLAB_CACHE to a folder of your own"):
         make_folder(folder)
-        if hasattr(os, "geteuid") and folder.stat().st_uid != os.geteuid():  # chmod below would not fail for root
+        if folder.stat().st_uid != os.geteuid():  # chmod below would not fail for root
             raise OSError(errno.EPERM, "it belongs to another user")
         folder.chmod(0o700)
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder.resolve())
@@ -48,9 +49,7 @@ def best_effort_lock(file: Path) -> Iterator[None]:
     so the block must be safe without one.
     """
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, ImportError):
-            import fcntl
-
+        with contextlib.suppress(OSError):
             lock = stack.enter_context(open(file, "a"))
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also if the process is killed
         yield

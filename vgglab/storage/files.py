@@ -63,9 +63,8 @@ def write_errors(path: Path, advice: str = "choose another folder with --output-
 
 def nofollow_opener(file: str, flags: int) -> int:
     """An ``opener`` for ``open`` that refuses links, which may point elsewhere, and pipes, which would block."""
-    safe_flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        descriptor = os.open(file, flags | safe_flags, 0o666)
+        descriptor = os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, f"{file} is a link") from None
@@ -80,7 +79,7 @@ def nofollow_opener(file: str, flags: int) -> int:
 
 def make_folder(folder: Path) -> None:
     """Create a folder if necessary. Raises OSError, also if it is a symbolic link owned by another user."""
-    if folder.is_symlink() and hasattr(os, "geteuid") and folder.lstat().st_uid not in (0, os.geteuid()):
+    if folder.is_symlink() and folder.lstat().st_uid not in (0, os.geteuid()):
         raise OSError(errno.ELOOP, f"{folder} is a symbolic link owned by another user")
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -1,8 +1,9 @@
-"""A file lock that is released when its process ends, however it ends. POSIX only."""
+"""File locks that are released when their process ends, however it ends."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
 import struct
@@ -12,11 +13,6 @@ from typing import Iterator
 
 from vgglab.errors import UserError
 from vgglab.storage.files import nofollow_opener
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 MAX_WAIT_SECONDS = 30.0
 _held: set[tuple[int, int]] = set()  # files that we have locked; opening and closing one again would release its lock
@@ -39,10 +35,9 @@ class Lock:
 
     def __init__(self, file: Path) -> None:
         self.is_held = False
-        if fcntl is None:
-            return
         self._file = open(file, "ab", opener=nofollow_opener)  # noqa: SIM115
-        self._identity = _identity(file)
+        status = os.fstat(self._file.fileno())
+        self._identity = status.st_dev, status.st_ino
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -54,20 +49,19 @@ class Lock:
         _held.add(self._identity)
 
     def close(self) -> None:
-        if fcntl is not None:
-            self._file.close()
-            _held.discard(self._identity)
+        self._file.close()
+        _held.discard(self._identity)
 
 
 def holder(file: Path) -> int | None:
     """The ID of the process that holds the lock; 0 if none does, None if unknown. Does not acquire the lock."""
-    if fcntl is None or struct.calcsize("P") != 8 or os.uname().sysname != "Linux":  # other layouts of struct flock
+    if struct.calcsize("P") != 8 or os.uname().sysname != "Linux":  # other layouts of struct flock
         return None
     try:
         status = file.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:  # a link: perhaps to another run's lock
             return None
-        if _identity(file) in _held:
+        if (status.st_dev, status.st_ino) in _held:
             return os.getpid()
         with open(file, "rb", opener=nofollow_opener) as target:
             request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -87,7 +81,7 @@ def exclusive_access(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     deadline = time.monotonic() + MAX_WAIT_SECONDS
     try:
-        while fcntl is not None:
+        while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -101,8 +95,3 @@ def exclusive_access(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _identity(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_dev, status.st_ino
