@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Mapping, NoReturn, Sequence
 
 from vgglab.errors import UserError
-from vgglab.storage.files import exists, read_bytes
+from vgglab.storage.files import read_bytes
 from vgglab.storage.schema import FAILURE, parse_line, write_document
 
 TIED_TO_LAUNCHER = "VGGLAB_TIED_TO_LAUNCHER"  # set for a launched process, which ends when the pipe at its stdin closes
@@ -224,7 +224,7 @@ def report_failure(error: BaseException, exit_code: int) -> None:
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     launch_dir = os.environ.get(MARK)  # its log folder is created before any rank starts
     path = run_dir or (Path(launch_dir) if launch_dir else None)
-    if path and not run_dir and exit_code == EXIT_BAD_INPUT and exists(path / "events.jsonl"):
+    if path and not run_dir and exit_code == EXIT_BAD_INPUT and os.path.exists(path / "events.jsonl"):
         path = None  # bad input is not a failure of the run that already exists
     line, rank = f"{type(error).__name__}: {error}", int(os.environ.get("RANK", 0))
     _write_failure(path, rank, line, exit_code, text, has_lost_peers(error))

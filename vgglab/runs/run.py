@@ -35,7 +35,7 @@ from vgglab.runs.report import read_report
 from vgglab.settings.config import Request
 from vgglab.storage import schema
 from vgglab.storage.events import Event, EventFile
-from vgglab.storage.files import Stamp, exists, inode_of, make_folder, read_tail, stamp, write_errors
+from vgglab.storage.files import Stamp, inode_of, make_folder, read_tail, stamp, write_errors
 from vgglab.storage.lock import holder
 from vgglab.storage.schema import RANK, SKIPPED, Document, Validator, parse_line, read_document, try_read_document
 
@@ -85,7 +85,7 @@ def has_run_files(path: Path) -> bool:
 
 def is_run_dir(path: Path) -> bool:
     """Whether the folder contains a run, including one that is still starting."""
-    return has_run_files(path) or exists(path / LAUNCH_FILE)
+    return has_run_files(path) or os.path.exists(path / LAUNCH_FILE)
 
 
 def make_run_dir(path: Path) -> None:

@@ -17,22 +17,14 @@ RECENT_SECONDS = 3.0  # the modification times of some file systems are rounded 
 Stamp = Tuple[int, int, int, int]  # inode, size in bytes, times of modification and of status change in nanoseconds
 
 
-def exists(path: Path) -> bool:
-    """Like ``path.exists()``, but False if a parent folder is not accessible."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
-
-
-def read_bytes(file: Path, max_bytes: int = MAX_BYTES) -> bytes | None:
-    """The content of a file; None if it is larger than ``max_bytes``, a link, or not a regular file.
+def read_bytes(file: Path) -> bytes | None:
+    """The content of a file; None if it is larger than ``MAX_BYTES``, a link, or not a regular file.
 
     Raises:
         UserError: the file cannot be read.
     """
     try:
-        if file.is_symlink() or not file.is_file() or file.stat().st_size > max_bytes:
+        if file.is_symlink() or not file.is_file() or file.stat().st_size > MAX_BYTES:
             return None
         return file.read_bytes()
     except OSError as error:
@@ -42,11 +34,8 @@ def read_bytes(file: Path, max_bytes: int = MAX_BYTES) -> bytes | None:
 def read_tail(file: Path, num_bytes: int = 4096) -> bytes:
     """The last ``num_bytes`` of a file; empty if it is a link or cannot be read."""
     try:
-        if file.is_symlink() or not file.is_file():
-            return b""
-        with file.open("rb") as lines:
-            lines.seek(0, os.SEEK_END)
-            lines.seek(max(0, lines.tell() - num_bytes))
+        with open(file, "rb", opener=nofollow_opener) as lines:
+            lines.seek(max(0, os.fstat(lines.fileno()).st_size - num_bytes))
             return lines.read(num_bytes)
     except OSError:
         return b""
@@ -66,11 +55,10 @@ def nofollow_opener(file: str, flags: int) -> int:
     try:
         descriptor = os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, f"{file} is a link") from None
-        if error.errno == errno.ENXIO:
-            raise OSError(errno.ENXIO, f"{file} is a pipe") from None
-        raise
+        kinds = {errno.ELOOP: "a link", errno.ENXIO: "a pipe"}
+        if error.errno not in kinds:
+            raise
+        raise OSError(error.errno, f"{file} is {kinds[error.errno]}") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, f"{file} is not a regular file")

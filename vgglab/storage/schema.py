@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from vgglab.errors import UserError, printable
-from vgglab.storage.files import exists, nofollow_opener, read_bytes
+from vgglab.storage.files import nofollow_opener, read_bytes
 
 Content = dict  # of a line or a document
 Validator = Callable[[Any], bool]
@@ -248,7 +248,7 @@ def read_document(file: Path) -> Document:
 
     Raises UserError if the file cannot be read or is not a valid JSON object.
     """
-    if not exists(file):
+    if not os.path.exists(file):
         return Document(file, {}, [])
     data = read_bytes(file)
     content = None if data is None else parse(data)
