@@ -186,26 +186,27 @@ _decode = json.JSONDecoder(parse_constant=_reject).decode  # json.loads would cr
 
 
 def is_intact(line: bytes) -> bool:
-    """Whether a line is unchanged, byte for byte, according to its checksum; faster than ``has_changed``."""
+    """Whether a line is unchanged, byte for byte, according to its checksum; faster than ``checksum``."""
     body, separator, check = line.rpartition(b', "check": "')
     return separator != b"" and check == b'%08x"}\n' % zlib.crc32(b"}", zlib.crc32(body))
 
 
-def has_changed(content: Content) -> bool:
-    """Remove the checksum from ``content``; return True if it does not match the other fields."""
-    return CHECK in content and content.pop(CHECK) != checksum(content)
+def has_changed(data: bytes, content: Content) -> bool:
+    """Remove the checksum from ``content``, parsed from ``data``; return True if it does not match the other fields."""
+    if CHECK not in content:
+        return False
+    recorded = content.pop(CHECK)
+    return not is_intact(data) and recorded != checksum(content)
 
 
 def parse_event(line: bytes, needs_checksum: bool = False) -> Content | None:
     """Parse a line of ``events.jsonl``; None if it is damaged or not an event. Its ``line`` is the line number."""
     content = parse(line)
-    # Line numbers and checksums were introduced together: a line with only a number has been edited.
-    lacks_checksum = content is not None and CHECK not in content and (needs_checksum or "line" in content)
-    if content is None or lacks_checksum:
+    if content is None:
         return None
-    if is_intact(line):
-        del content[CHECK]
-    elif has_changed(content):
+    # Line numbers and checksums were introduced together: a line with only a number has been edited.
+    lacks_checksum = CHECK not in content and (needs_checksum or "line" in content)
+    if lacks_checksum or has_changed(line, content):
         return None
     kind = content.get("event")
     if not isinstance(kind, str) or not seconds(content.get("seconds")):
@@ -216,7 +217,7 @@ def parse_event(line: bytes, needs_checksum: bool = False) -> Content | None:
 def parse_line(line: bytes, required: dict[str, Validator]) -> Content | None:
     """Parse a line or document; None if it is damaged or one of the ``required`` fields is missing or invalid."""
     content = parse(line)
-    return None if content is None or has_changed(content) else _validated(line, content, required)
+    return None if content is None or has_changed(line, content) else _validated(line, content, required)
 
 
 def _validated(line: bytes, content: Content, required: dict[str, Validator]) -> Content | None:
@@ -233,11 +234,10 @@ def _validated(line: bytes, content: Content, required: dict[str, Validator]) ->
 class Document(Content):
     """The fields of a file such as ``config.json``. Raises UserError on access to a missing field."""
 
-    def __init__(self, file: Path, content: Content, damage: list[str]) -> None:
+    def __init__(self, file: Path, content: Content, damage: list[str], has_checksum: bool = False) -> None:
+        """``damage``: one phrase per problem."""
         super().__init__(content)
-        self.file = file
-        self.damage = damage  # one phrase per problem
-        self.has_checksum = False
+        self.file, self.damage, self.has_checksum = file, damage, has_checksum
 
     def __missing__(self, name: str) -> None:
         raise UserError(f"{self.file}: has no valid {name}; the run directory is damaged")
@@ -250,18 +250,17 @@ def read_document(file: Path) -> Document:
     """
     if not os.path.exists(file):
         return Document(file, {}, [])
-    data = read_bytes(file)
-    content = None if data is None else parse(data)
+    data = read_bytes(file) or b""  # which is not valid either
+    content = parse(data)
     if content is None:
         raise UserError(f"{file}: is damaged; the run cannot be read")
     has_checksum = CHECK in content
-    damage = [f"{file.name}: was changed after it was written"] if has_changed(content) else []
+    damage = [f"{file.name}: was changed after it was written"] if has_changed(data, content) else []
     validators = DOCUMENTS.get(file.name, {})
     invalid = [name for name, value in content.items() if name in validators and not validators[name](value)]
     damage += [f"{file.name}: {printable(name)} has the wrong type and is ignored" for name in invalid]
-    document = Document(file, printable({name: v for name, v in content.items() if name not in invalid}), damage)
-    document.has_checksum = has_checksum
-    return document
+    fields = {name: value for name, value in content.items() if name not in invalid}
+    return Document(file, printable(fields), damage, has_checksum)
 
 
 def try_read_document(file: Path) -> Document:
