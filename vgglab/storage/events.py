@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
 import zlib
 from pathlib import Path
-from typing import BinaryIO, Iterator, Sequence, Tuple, cast, overload
+from typing import Any, BinaryIO, Iterator, Sequence, cast
 
 from vgglab.errors import UserError
 from vgglab.storage.files import MAX_BYTES, nofollow_opener
@@ -25,7 +26,7 @@ MAX_STARTS = 1000  # of a continued run; each start goes through all events befo
 class LongEvents(Sequence[Event]):
     """The events of a long file; training events are read on access."""
 
-    def __init__(self, file: Path, identity: FileId, entries: list[Event | int]) -> None:
+    def __init__(self, file: Path, identity: tuple[int, int], entries: list[Event | int]) -> None:
         """``entries``: events, or their byte offsets in the file if they are still to be read."""
         self._file, self._identity, self._entries = file, identity, entries
 
@@ -39,17 +40,11 @@ class LongEvents(Sequence[Event]):
             for entry in self._entries:
                 yield _read_event_at(lines, entry) if isinstance(entry, int) else entry
 
-    @overload
-    def __getitem__(self, index: int) -> Event: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> LongEvents: ...
-
-    def __getitem__(self, index: int | slice) -> Event | LongEvents:
-        chosen = self._entries[index]
-        if isinstance(chosen, list):
-            return LongEvents(self._file, self._identity, chosen)
-        return next(iter(LongEvents(self._file, self._identity, [chosen])))
+    def __getitem__(self, index: Any) -> Any:
+        """The event at an index, or the ``LongEvents`` of a slice."""
+        if isinstance(index, slice):
+            return LongEvents(self._file, self._identity, self._entries[index])
+        return next(iter(LongEvents(self._file, self._identity, [self._entries[index]])))
 
     def boundary_events(self) -> LongEvents:
         """Return the events, with each series of consecutive unread training events reduced to its last one."""
@@ -59,10 +54,7 @@ class LongEvents(Sequence[Event]):
         return LongEvents(self._file, self._identity, kept)
 
 
-FileId = Tuple[int, int]
-
-
-def _identity_of(file: BinaryIO) -> FileId:
+def _identity_of(file: BinaryIO) -> tuple[int, int]:
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino
 
@@ -92,13 +84,13 @@ class EventFile:
         self._lock = threading.Lock()  # a dashboard's thread and a cell may read at the same time
         self._reset()
 
-    def _reset(self) -> None:
+    def _reset(self, identity: tuple[int, int] = (0, 0)) -> None:
         self._entries: list[Event | int] = []
         self._num_bytes_read = self._num_damaged = self._num_missing = 0
         self._next_line = 0
         self._num_starts = self._last_step = 0
-        self._identity: FileId = (0, 0)
-        self._has_checksums = False  # once a line has a checksum, all later lines must have one
+        self._identity = identity
+        self.has_checksums = False  # once a line has a checksum, all later lines must have one
 
     def read(self, kind: str | None = None) -> Sequence[Event]:
         """All valid events, or those of one kind; a list unless the file is long.
@@ -119,8 +111,7 @@ class EventFile:
                     )
                 identity = _identity_of(lines)
                 if size < self._num_bytes_read or identity != self._identity:  # the first access, or a different file
-                    self._reset()
-                    self._identity = identity
+                    self._reset(identity)
                 lines.seek(self._num_bytes_read)
                 for line in iter(lambda: lines.readline(MAX_BYTES), b""):
                     if not line.endswith(b"\n") and len(line) < MAX_BYTES:  # still being written
@@ -141,7 +132,7 @@ class EventFile:
             self._entries.append(self._num_bytes_read)
             self._next_line += 1
             return
-        event = parse_event(line, self._has_checksums)
+        event = parse_event(line, self.has_checksums)
         number = event.pop("line", None) if event else None  # also None in runs of earlier versions
         if event is None or (number is not None and number < self._next_line):  # damaged, or a duplicate
             self._num_damaged += 1
@@ -149,7 +140,7 @@ class EventFile:
         if number is not None:
             self._num_missing += number - self._next_line
             self._next_line = number + 1
-        self._has_checksums = self._has_checksums or f'"{CHECK}": '.encode() in line
+        self.has_checksums = self.has_checksums or f'"{CHECK}": '.encode() in line
         if event["event"] == "start":
             self._num_starts += 1
             if self._num_starts > MAX_STARTS:
@@ -184,11 +175,12 @@ class EventFile:
 
     def checksum(self) -> str:
         """Size in bytes and checksum of the whole file; empty if it cannot be read."""
-        value, size = 0, self._size()
-        if not 0 < size <= MAX_EVENTS_BYTES:
-            return ""
+        value = 0
         try:
             with _open(self.file) as content:
+                size = os.fstat(content.fileno()).st_size
+                if not 0 < size <= MAX_EVENTS_BYTES:
+                    return ""
                 for part in iter(lambda: content.read(CHUNK_BYTES), b""):
                     value = zlib.crc32(part, value)
         except (OSError, UserError):
@@ -197,18 +189,9 @@ class EventFile:
 
     def has_checksum(self, expected: str) -> bool:
         """Whether ``checksum()`` equals ``expected``; the file is not read if its size differs."""
-        return expected.startswith(f"{self._size()}-") and expected == self.checksum()
-
-    def _size(self) -> int:
-        try:
-            return os.stat(self.file, follow_symlinks=False).st_size if self.file.is_file() else 0
-        except OSError:
-            return 0
-
-    @property
-    def has_checksums(self) -> bool:
-        """Whether the lines have checksums, as in all runs of this version."""
-        return self._has_checksums
+        with contextlib.suppress(OSError):
+            return expected.startswith(f"{self.file.lstat().st_size}-") and expected == self.checksum()
+        return False
 
     def next_line_number(self) -> int:
         """The number of the next line to be written."""
