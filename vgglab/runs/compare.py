@@ -18,11 +18,8 @@ from vgglab.settings.config import settings_that_affect
 from vgglab.storage.events import Event
 
 STARTING_POINT = ("num_train_images", "num_eval_images", "num_classes", "num_parameters", "steps_per_epoch", "data")
-METRICS = {
-    "train": ("lr", "loss", "acc1"),
-    "eval": ("loss", "acc1", "acc5", "num_images"),
-}  # causes before their effects
-EVENT_ORDER = tuple(METRICS)
+# Causes before their effects.
+METRICS = {"train": ("lr", "loss", "acc1"), "eval": ("loss", "acc1", "acc5", "num_images")}
 
 
 class Difference(NamedTuple):
@@ -77,9 +74,11 @@ def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
                 largest = max(largest, relative)
             if relative > tolerance and first is None:
                 first = Difference(event["step"], event["event"], metric, values, relative)
-    start, other_start = (run.events("start")[0] for run in (one, other))
+    start, other_start = one.events("start")[0], other.events("start")[0]
+    ignored = settings_that_affect("record", "location", "launch", "others")
+    settings = [name for name in {**one.config, **other.config} if name not in ignored]  # also unknown ones
     return Comparison(
-        settings=_differing(one.config, other.config, _compared({**one.config, **other.config})),
+        settings=_differing(one.config, other.config, settings),
         starting_point=_differing(start, other_start, STARTING_POINT),
         first=first,
         largest_relative=largest,
@@ -92,29 +91,28 @@ def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
 
 def _matching_events(one: Run, other: Run) -> Iterator[tuple[Event, Event]]:
     """Yield pairs of events of the same kind at the same step; both files are streamed, not held in memory."""
-    events, other_events = _metric_events(one), _metric_events(other)
-    event, other_event = next(events, None), next(other_events, None)
-    while event is not None and other_event is not None:
-        position, other_position = _position(event), _position(other_event)
-        if position == other_position:
-            yield event, other_event
-        if position <= other_position:
-            event = next(events, None)
-        if other_position <= position:
+    other_events = _metric_events(other)
+    other_event = next(other_events, None)
+    for event in _metric_events(one):
+        while other_event is not None and _position(other_event) < _position(event):
             other_event = next(other_events, None)
+        if other_event is None:
+            return
+        if _position(other_event) == _position(event):
+            yield event, other_event
 
 
 def _metric_events(run: Run) -> Iterator[Event]:
     """Yield training and evaluation events in order; an evaluation follows the training event of its step."""
-    latest = (-1, -1)
+    latest = (-1, False)
     for event in run.events():
         if event["event"] in METRICS and _position(event) > latest:
             latest = _position(event)
             yield event
 
 
-def _position(event: Event) -> tuple[int, int]:
-    return event["step"], EVENT_ORDER.index(event["event"])
+def _position(event: Event) -> tuple[int, bool]:
+    return event["step"], event["event"] == "eval"
 
 
 def _last_step(run: Run) -> int:
@@ -123,7 +121,7 @@ def _last_step(run: Run) -> int:
 
 def _relative(one: Any, other: Any) -> float:
     """The relative difference: 0 if the values are equal or both missing; infinite if only one is missing."""
-    if one == other or (one is None and other is None):
+    if one == other:
         return 0.0
     if one is None or other is None:
         return float("inf")
@@ -132,12 +130,6 @@ def _relative(one: Any, other: Any) -> float:
 
 def _differing(one: dict[str, Any], other: dict[str, Any], names: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
-
-
-def _compared(settings: dict[str, Any]) -> list[str]:
-    """The settings to compare: all, even unknown ones, except those for folders, logging and launching."""
-    ignored = settings_that_affect("record", "location", "launch", "others")
-    return [name for name in settings if name not in ignored]
 
 
 def _last_acc1(run: Run) -> float | None:
