@@ -142,7 +142,7 @@ def test_unsteady_step_times_are_reported():
             counts = {"interval_steps": len(step_seconds), "interval_images": 1, "interval_seconds": sum(step_seconds)}
             timing = {"is_measured": True, "images_per_second": 1.0, "data_seconds": 0.0, "step_seconds": step_seconds}
             speed.add({**counts, **timing})
-        return steadiness_warning(speed.step_statistics())
+        return steadiness_warning(speed.statistics())
 
     assert remark([0.1] * 10, [0.11] * 10) == ""
     assert remark([0.1] * 17, [0.3] * 3).startswith(

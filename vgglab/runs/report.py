@@ -6,30 +6,20 @@ It can be deleted: ``python -m vgglab.report RUN`` writes it again.
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from heapq import merge
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Mapping
 
 from vgglab.errors import UserError
-from vgglab.storage.schema import (
-    DOCUMENTS,
-    Validator,
-    boolean,
-    count,
-    dict_of,
-    list_of,
-    nullable,
-    number,
-    positive,
-    seconds,
-    text,
-)
+from vgglab.storage.schema import DOCUMENTS
 
 if TYPE_CHECKING:
     from vgglab.runs.run import Event, Run
 
 STEADY_RATIO = 1.2  # warn if the slowest tenth of the steps takes more than this multiple of the median
 MIN_MEASURED_STEPS = 20
+PERCENTS = (50, 90, 99)  # of the times of single steps
 TIMER_FIELDS = ("phase_seconds", "host_reads")  # event fields with --timers: sums over an interval, by name
 
 
@@ -108,88 +98,44 @@ def build_report(run: Run, metrics: Mapping[str, Any] | None = None) -> dict[str
         "hardware": env.get("hardware"),
         "simulated": env["simulated"],
         "versions": env.get("versions", {}),
-        **{name: metrics[name] for name in METRICS},
+        **{name: metrics[name] for name in DOCUMENTS["report.json"]},
     }
 
 
-class Collected(NamedTuple):
-    """What one pass over the events collects; the metrics are computed from it."""
-
-    checksum: str  # of the events
-    num_lines: int
-    others: list[Event]  # all but the training events
-    total_seconds: float  # from the first event to the last
-    speed: SpeedStatistics
-    steps: dict[str, Any]  # statistics of single steps
-    first_step_seconds: float | None
-
-    def of_kind(self, kind: str) -> list[Event]:
-        return [event for event in self.others if event["event"] == kind]
-
-    def peak_bytes(self) -> int | None:
-        return next((event.get("peak_bytes") for event in self.of_kind("end")), None)
-
-    def last_accuracy(self, name: str) -> float | None:
-        evaluations = self.of_kind("eval")
-        return evaluations[-1][name] if evaluations else None
-
-
-def _collect(run: Run, images_per_step: int) -> Collected:
+def _compute_metrics(run: Run, images_per_step: int) -> dict[str, Any]:
     # First, so that the checksum does not match if the run writes more events meanwhile.
     checksum = run.events_checksum()
     events, is_simulated = run.events(), run.env["simulated"]
     if not events:
         raise UserError(f"{run.path}: nothing to report yet")
-    speed, others, first_step = SpeedStatistics(), [], None
+    speed, others, first_step_seconds = SpeedStatistics(), [], None
     for event in events:
         if event["event"] != "train":
             others.append(event)
         elif not is_simulated:
-            first_step = event.get("first_step_seconds") if first_step is None else first_step
+            first_step_seconds = event.get("first_step_seconds") if first_step_seconds is None else first_step_seconds
             # A resumed run may have used other hardware: skip a simulated card, or another number of ranks.
             if not event.get("simulated") and event["interval_images"] == event["interval_steps"] * images_per_step:
                 speed.add(event)
-    total_seconds = events[-1]["seconds"]
-    return Collected(checksum, run.num_lines(), others, total_seconds, speed, speed.step_statistics(), first_step)
 
+    def of_kind(kind: str) -> list[Event]:
+        return [event for event in others if event["event"] == kind]
 
-class Metric(NamedTuple):
-    """A field of ``report.json`` that is computed from the events."""
-
-    validator: Validator
-    compute: Callable[[Collected], Any]
-
-
-METRICS = {
-    "acc1": Metric(nullable(number), lambda found: _best(found.others, "acc1")),
-    "acc5": Metric(nullable(number), lambda found: _best(found.others, "acc5")),
-    "acc1_last": Metric(nullable(number), lambda found: found.last_accuracy("acc1")),
-    "acc5_last": Metric(nullable(number), lambda found: found.last_accuracy("acc5")),
-    "images_per_second": Metric(nullable(positive), lambda found: found.speed.mean),
-    "train_fps_min": Metric(nullable(positive), lambda found: found.speed.lowest),
-    "train_fps_max": Metric(nullable(positive), lambda found: found.speed.highest),
-    "training_time": Metric(text, lambda found: _hours_minutes_seconds(found.total_seconds)),
-    "step_seconds_p50": Metric(nullable(seconds), lambda found: found.steps["step_seconds_p50"]),
-    "step_seconds_p90": Metric(nullable(seconds), lambda found: found.steps["step_seconds_p90"]),
-    "step_seconds_p99": Metric(nullable(seconds), lambda found: found.steps["step_seconds_p99"]),
-    "num_measured_steps": Metric(count, lambda found: found.steps["num_measured_steps"]),
-    "num_intervals": Metric(count, lambda found: found.steps["num_intervals"]),
-    "data_wait_share": Metric(nullable(number), lambda found: found.steps["data_wait_share"]),
-    "phase_seconds": Metric(nullable(dict_of(number)), lambda found: found.steps["phase_seconds"]),
-    "host_reads": Metric(nullable(dict_of(number)), lambda found: found.steps["host_reads"]),
-    "first_step_seconds": Metric(nullable(seconds), lambda found: found.first_step_seconds),
-    "peak_bytes": Metric(nullable(count), lambda found: found.peak_bytes()),
-    "data_is_fake": Metric(boolean, lambda found: any(event["is_fake"] for event in found.of_kind("start"))),
-    "warnings": Metric(list_of(text), lambda found: [*dict.fromkeys(e["text"] for e in found.of_kind("warning"))]),
-    "num_lines": Metric(count, lambda found: found.num_lines),
-    "events_checksum": Metric(text, lambda found: found.checksum),
-}
-DOCUMENTS["report.json"] = {name: metric.validator for name, metric in METRICS.items()}
-
-
-def _compute_metrics(run: Run, images_per_step: int) -> dict[str, Any]:
-    found = _collect(run, images_per_step)
-    return {name: metric.compute(found) for name, metric in METRICS.items()}
+    last_evaluation: Event = next(reversed(of_kind("eval")), {})
+    return {
+        "acc1": _best(others, "acc1"),
+        "acc5": _best(others, "acc5"),
+        "acc1_last": last_evaluation.get("acc1"),
+        "acc5_last": last_evaluation.get("acc5"),
+        "training_time": _hours_minutes_seconds(events[-1]["seconds"]),
+        **speed.statistics(),
+        "first_step_seconds": first_step_seconds,
+        "peak_bytes": next(iter(of_kind("end")), {}).get("peak_bytes"),
+        "data_is_fake": any(event["is_fake"] for event in of_kind("start")),
+        "warnings": [*dict.fromkeys(event["text"] for event in of_kind("warning"))],
+        "num_lines": run.num_lines(),
+        "events_checksum": checksum,
+    }
 
 
 def _best(events: list[Event], metric: str) -> float | None:
@@ -207,59 +153,52 @@ class SpeedStatistics:
     """Statistics of the measured intervals between log lines, added one at a time because there can be a million."""
 
     def __init__(self) -> None:
-        self.num_intervals = self._num_images = 0
+        self._rates = array("d")  # images per second
+        self._num_images = 0
         self._seconds = self._data_seconds = 0.0
-        self.lowest: float | None = None  # images per second of an interval
-        self.highest: float | None = None
         self._step_seconds = array("d")
         self._mean_step_seconds: list[tuple[float, int]] = []  # (seconds, steps), if not timed individually
-        self._num_timed_steps: dict[str, int] = {}
-        self._timed: dict[str, dict[str, float]] = {}  # sums of the --timers values, by field and name
+        # Sums of the --timers values, by field and name.
+        self._timed: dict[str, dict[str, float]] = {field: defaultdict(int) for field in TIMER_FIELDS}
+        self._num_timed_steps = dict.fromkeys(TIMER_FIELDS, 0)
 
     def add(self, event: Event) -> None:
         """Add a training event, unless its steps fall within ``skip_steps``."""
         if not event["is_measured"] or not event.keys() >= {"images_per_second", "data_seconds"}:
             return
-        rate, seconds, num_steps = event["images_per_second"], event["interval_seconds"], event["interval_steps"]
-        self.num_intervals += 1
+        seconds, num_steps = event["interval_seconds"], event["interval_steps"]
+        self._rates.append(event["images_per_second"])
         self._num_images += event["interval_images"]
         self._seconds += seconds
         self._data_seconds += event["data_seconds"]
-        self.lowest = rate if self.lowest is None else min(self.lowest, rate)
-        self.highest = rate if self.highest is None else max(self.highest, rate)
         if event.get("step_seconds"):
             self._step_seconds.extend(event["step_seconds"])
         else:
             self._mean_step_seconds.append((seconds / num_steps, num_steps))
-        for field in TIMER_FIELDS:
+        for field, sums in self._timed.items():
             values = event.get(field)
             if isinstance(values, dict):
-                self._num_timed_steps[field] = self._num_timed_steps.get(field, 0) + num_steps
-                sums = self._timed.setdefault(field, {})
+                self._num_timed_steps[field] += num_steps
                 for name, value in values.items():
-                    sums[name] = sums.get(name, 0) + value
+                    sums[name] += value
 
-    @property
-    def mean(self) -> float | None:
-        """Images per second of the whole job, averaged over time, not over intervals."""
-        return self._num_images / self._seconds if self.num_intervals else None
-
-    def _mean_per_step(self, field: str) -> dict[str, float] | None:
-        """The mean per step of each value of a ``--timers`` field; None without ``--timers``."""
-        sums = self._timed.get(field)
-        return {name: value / self._num_timed_steps[field] for name, value in sums.items()} if sums else None
-
-    def step_statistics(self) -> dict[str, Any]:
-        """Percentiles of step times, share of time spent waiting for data, and means of the ``--timers`` fields."""
+    def statistics(self) -> dict[str, Any]:
+        """Speed, percentiles of step times, share of time spent waiting for data, means of the ``--timers`` fields."""
         num_steps = len(self._step_seconds) + sum(times for _, times in self._mean_step_seconds)
         ordered = merge(zip(sorted(self._step_seconds), repeat(1)), sorted(self._mean_step_seconds))
-        percentiles = _percentiles(ordered, num_steps, (50, 90, 99))
+        means = {}
+        for field, sums in self._timed.items():
+            means[field] = {name: value / self._num_timed_steps[field] for name, value in sums.items()} or None
         return {
-            **{f"step_seconds_p{percent}": value for percent, value in percentiles.items()},
+            # Of the whole job, averaged over time, not over intervals.
+            "images_per_second": self._num_images / self._seconds if self._rates else None,
+            "train_fps_min": min(self._rates, default=None),
+            "train_fps_max": max(self._rates, default=None),
+            **_percentiles(ordered, num_steps),
             "num_measured_steps": num_steps,
-            "data_wait_share": self._data_seconds / self._seconds if self.num_intervals else None,
-            "num_intervals": self.num_intervals,
-            **{field: self._mean_per_step(field) for field in TIMER_FIELDS},
+            "num_intervals": len(self._rates),
+            "data_wait_share": self._data_seconds / self._seconds if self._rates else None,
+            **means,
         }
 
 
@@ -274,22 +213,19 @@ def steadiness_warning(report: dict[str, Any]) -> str:
     )
 
 
-def _percentiles(
-    ordered: Iterable[tuple[float, int]], num_values: int, percents: Sequence[int]
-) -> dict[int, float | None]:
+def _percentiles(ordered: Iterable[tuple[float, int]], num_values: int) -> dict[str, float | None]:
     """Nearest-rank percentiles, in one pass because there can be ten million values.
 
     Args:
         ordered: pairs of a value and its count, smallest value first.
         num_values: the sum of these counts.
-        percents: in ascending order.
     """
-    found: dict[int, float | None] = dict.fromkeys(percents)
-    remaining, position = list(percents), 0
+    found: dict[str, float | None] = {f"step_seconds_p{percent}": None for percent in PERCENTS}
+    remaining, position = list(PERCENTS), 0
     for value, times in ordered:
         position += times
         while remaining and 100 * position >= num_values * remaining[0]:
-            found[remaining.pop(0)] = value
+            found[f"step_seconds_p{remaining.pop(0)}"] = value
     return found
 
 

@@ -134,7 +134,7 @@ FAILURE: dict[str, Validator] = {"rank": count, "time": seconds, "host": text, "
 
 PROCESS: dict[str, Validator] = {"host": text, "pid": integer, "process": text}
 
-DOCUMENTS: dict[str, dict[str, Validator]] = {  # for config.json see runs/run.py, for report.json runs/report.py
+DOCUMENTS: dict[str, dict[str, Validator]] = {  # for config.json see runs/run.py
     "env.json": {
         **PROCESS, "simulated": boolean, "device": text, "world_size": count_from_1, "hardware": text,
         "versions": dict_of(nullable(text)), "commit": nullable(text), "argv": list_of(text), "executable": text,
@@ -148,6 +148,16 @@ DOCUMENTS: dict[str, dict[str, Validator]] = {  # for config.json see runs/run.p
          "device": record({"hardware": text, "simulated": boolean, "amp_dtype": nullable(text)})},
         flop_per_image=nullable(count), peak_flop_per_second=nullable(number),
     ))},
+    "report.json": {  # the metrics, without the settings
+        "acc1": nullable(number), "acc5": nullable(number), "acc1_last": nullable(number),
+        "acc5_last": nullable(number), "images_per_second": nullable(positive), "train_fps_min": nullable(positive),
+        "train_fps_max": nullable(positive), "training_time": text, "step_seconds_p50": nullable(seconds),
+        "step_seconds_p90": nullable(seconds), "step_seconds_p99": nullable(seconds), "num_measured_steps": count,
+        "num_intervals": count, "data_wait_share": nullable(number), "phase_seconds": nullable(dict_of(number)),
+        "host_reads": nullable(dict_of(number)), "first_step_seconds": nullable(seconds),
+        "peak_bytes": nullable(count), "data_is_fake": boolean, "warnings": list_of(text), "num_lines": count,
+        "events_checksum": text,
+    },
 }  # fmt: skip
 
 
