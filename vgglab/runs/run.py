@@ -45,6 +45,9 @@ LOCK_FILE = "lock"  # held by rank 0 as long as it writes
 LAUNCH_FILE = "launch.json"  # records the launched process, before the run has written anything itself
 MAX_LOG_BYTES = 2**26  # the most that ``logs`` returns
 MAX_SKIPPED_BYTES, MAX_SKIPPED_LISTS = 2**20, 128  # per list of skipped images (about 10,000 lines), number of lists
+TAIL_BYTES = 4096  # the end of a growing file
+# Lines in log/<kind>*.jsonl: their fields, how much of each file is read, and the largest number of files.
+LOG_LINES = {"skipped-rank": (SKIPPED, MAX_SKIPPED_BYTES, MAX_SKIPPED_LISTS), "rank": (RANK, TAIL_BYTES, None)}
 NUM_RECENT = 8  # log lines per rank: enough to tell a slow rank from a brief delay
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}[+-]\d{4}")
 END_STATUSES = ("done", "interrupted", "failed")
@@ -143,19 +146,19 @@ class Run:
                 phrases += self._events.damage(has_ended=self.status not in ACTIVE)
             except UserError as error:
                 return [str(error)]
+            documents = self._documents()
             if self._events.read():
-                phrases += _document_damage(self._documents(), self._events.has_checksums)
-            num_recorded = try_read_document(self.path / "report.json").get("num_lines", 0)
-            num_missing = num_recorded - self._events.next_line_number()
+                phrases += _document_damage(documents, self._events.has_checksums)
+            num_missing = documents["report.json"].get("num_lines", 0) - self._events.next_line_number()
             if num_missing > 0:
                 phrases.append(f"events.jsonl: {num_missing} line{'s' * (num_missing > 1)} missing at its end")
-        for number, file in enumerate(self._files("skipped-rank*.jsonl")):
+        for number, file in enumerate(self._files("skipped-rank")):
             if number >= MAX_SKIPPED_LISTS or file.stat().st_size > MAX_SKIPPED_BYTES:
                 phrases.append(f"log/{file.name}: too long to read in full, so skipped images are undercounted")
-        for pattern, lines in (("skipped-rank", self._skipped_lines()), ("rank", self._recent_lines())):
-            num_damaged = sum(line is None for line in lines)
+        for kind in LOG_LINES:
+            num_damaged = sum(line is None for lines in self._log_lines(kind) for line in lines)
             if num_damaged:
-                phrases.append(f"log/{pattern}*.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
+                phrases.append(f"log/{kind}*.jsonl: {num_damaged} damaged line{'s' * (num_damaged > 1)}, left out")
         return phrases
 
     def _documents(self) -> dict[str, Document]:
@@ -198,23 +201,23 @@ class Run:
     @property
     def is_here(self) -> bool:
         """Whether the run was started on this machine."""
-        return any(process.get("host") == socket.gethostname() for process in self._recorded_processes()[:1])
+        rank_0, launcher = self._recorded_processes()
+        return (rank_0 or launcher).get("host") == socket.gethostname()
 
-    def _recorded_processes(self) -> list[Document]:
-        """The processes recorded in ``env.json`` (rank 0) and ``launch.json`` (the launched process), in this order."""
-        return [process for process in (try_read_document(self.path / "env.json"), self._launcher()) if process]
+    def _recorded_processes(self) -> tuple[Document, Document]:
+        """Rank 0, and the process that ``vgglab.launch`` started; empty if they are not recorded.
 
-    def _launcher(self) -> Document:
-        """The process that ``vgglab.launch`` started; empty if there is none, or if the folder is a copy of its run."""
-        launcher = try_read_document(self.path / LAUNCH_FILE)
+        The launched process is also empty if the folder is a copy of its run.
+        """
+        rank_0, launcher = try_read_document(self.path / "env.json"), try_read_document(self.path / LAUNCH_FILE)
         if "inode" in launcher and launcher["inode"] != inode_of(self.path):  # earlier versions did not record it
             launcher.clear()
-        return launcher
+        return rank_0, launcher
 
     def writer(self) -> str:
         """A message that says which process is writing here, and what to do about it."""
-        processes = self._recorded_processes()
-        process: dict[str, Any] = next(filter(is_running, processes), processes[0] if processes else {})
+        rank_0, launcher = self._recorded_processes()
+        process = launcher if is_running(launcher) and not is_running(rank_0) else rank_0 or launcher
         if not is_running(process) and holder(self.path / LOCK_FILE) == 0:
             return "the process that was writing there has just ended; try again"
         who = f"process {process.get('pid')} on {process.get('host')}"
@@ -226,7 +229,7 @@ class Run:
         Either can outlive the other: a launcher restarts ranks, and when a run is launched again in the same folder,
         ``env.json`` names the previous rank 0 until the new one is ready. If neither is recorded, the lock decides.
         """
-        rank_0, launcher = try_read_document(self.path / "env.json"), self._launcher()
+        rank_0, launcher = self._recorded_processes()
         has_no_writer = holder(self.path / LOCK_FILE) == 0  # also true for a copy of an active run
         if not rank_0 and not launcher:
             return has_no_writer
@@ -236,7 +239,7 @@ class Run:
         """Whether the last end event belongs to an earlier launch in the same folder."""
         launched, events = self.path / LAUNCH_FILE, self.path / "events.jsonl"
         is_newer = launched.exists() and events.exists() and launched.stat().st_mtime > events.stat().st_mtime
-        return is_newer and is_running(self._launcher())
+        return is_newer and is_running(self._recorded_processes()[1])
 
     def report(self) -> dict[str, Any]:
         """The final metrics: from ``report.json`` if it matches the events, otherwise computed from them."""
@@ -265,19 +268,29 @@ class Run:
 
     def logs(self, rank: int | str = 0) -> str:
         """The output of a rank so far; ``"launcher"`` for the output of the launcher."""
-        file = self._log(rank)
-        return printable(read_tail(file, MAX_LOG_BYTES).decode("utf-8", errors="replace"))
+        return self._log_tail(rank, MAX_LOG_BYTES)
 
     def last_lines(self, rank: int | str, count: int) -> list[str]:
         """The last lines of ``logs(rank)``, from the last few kilobytes of the file."""
-        file = self._log(rank)
-        return printable(read_tail(file).decode("utf-8", errors="replace")).splitlines()[-count:]
+        return self._log_tail(rank, TAIL_BYTES).splitlines()[-count:]
 
-    def _log(self, rank: int | str) -> Path:
-        return self.path / "log" / (f"{rank}.txt" if rank == "launcher" else f"rank{rank}.txt")
+    def _log_tail(self, rank: int | str, num_bytes: int) -> str:
+        name = "launcher.txt" if rank == "launcher" else f"rank{rank}.txt"
+        return printable(read_tail(self.path / "log" / name, num_bytes).decode("utf-8", errors="replace"))
 
-    def _files(self, pattern: str) -> list[Path]:
-        return sorted(file for file in (self.path / "log").glob(pattern) if file.is_file())
+    def _files(self, kind: str) -> list[Path]:
+        return sorted(file for file in (self.path / "log").glob(f"{kind}*.jsonl") if file.is_file())
+
+    def _log_lines(self, kind: str) -> list[list[dict[str, Any] | None]]:
+        """The last lines of each ``log/<kind>*.jsonl``, without incomplete first and last lines; None if damaged."""
+        fields, num_bytes, max_files = LOG_LINES[kind]
+        parsed = []
+        for file in self._files(kind)[:max_files]:
+            tail = read_tail(file, num_bytes)
+            lines = tail.splitlines(True)[1 if file.stat().st_size > len(tail) else 0 :]
+            complete = [line for line in lines if line.endswith(b"\n") and not line.isspace()]
+            parsed.append([parse_line(line, fields) for line in complete])
+        return parsed
 
     def ranks(self) -> list[dict[str, Any]]:
         """The latest metrics of each rank, in order; empty before the first log line."""
@@ -286,30 +299,18 @@ class Run:
     def recent_metrics(self) -> list[list[dict[str, Any]]]:
         """The metrics of each rank at its last few log lines, newest last."""
         recent = []
-        for file in self._files("rank*.jsonl"):
-            events = [event for event in _last_rank_lines(file) if event]
+        for lines in self._log_lines("rank"):
+            events = [event for event in lines if event]
             # Ignore what an earlier process wrote, before the run was resumed in this directory.
             events = [event for event in events if event["pid"] == events[-1]["pid"]]
             if events and events[-1]["rank"] < self.env.get("world_size", math.inf):
                 recent.append(events[-NUM_RECENT:])
         return sorted(recent, key=lambda events: events[-1]["rank"])
 
-    def _recent_lines(self) -> list[dict[str, Any] | None]:
-        """The lines of all ranks that ``recent_metrics`` reads; None for a damaged line."""
-        return [line for file in self._files("rank*.jsonl") for line in _last_rank_lines(file)]
-
     def skipped(self) -> dict[str, str]:
         """The images that were skipped because they could not be read, with the reasons."""
-        return {entry["image"]: entry["reason"] for entry in self._skipped_lines() if entry}
-
-    def _skipped_lines(self) -> list[dict[str, Any] | None]:
-        """The lines of all lists of skipped images, without an incomplete last line; None for a damaged line."""
-        parsed = []
-        for file in self._files("skipped-rank*.jsonl")[:MAX_SKIPPED_LISTS]:
-            first = 1 if file.stat().st_size > MAX_SKIPPED_BYTES else 0  # the first line is incomplete
-            lines = read_tail(file, MAX_SKIPPED_BYTES).splitlines(True)[first:]
-            parsed += [parse_line(line, SKIPPED) for line in lines if line.endswith(b"\n")]
-        return parsed
+        entries = [entry for lines in self._log_lines("skipped-rank") for entry in lines if entry]
+        return {entry["image"]: entry["reason"] for entry in entries}
 
     def stacks(self) -> str:
         """The current Python stack of each rank on this machine, newest call first (Linux)."""
@@ -352,7 +353,7 @@ class Run:
 
         The files alone prove nothing, because anybody can write them.
         """
-        pids, env, launcher = find_processes(self.path), self.env, self._launcher()
+        pids, env, (_, launcher) = find_processes(self.path), self.env, self._recorded_processes()
         if is_running(launcher) and launcher["pid"] in pids:
             return [launcher["pid"]]
         is_writer = is_running(env) and holder(self.path / LOCK_FILE) == env["pid"] > 1
@@ -376,10 +377,3 @@ def _document_damage(documents: dict[str, Document], has_checksums: bool) -> lis
         elif document and has_checksums and not document.has_checksum:
             phrases.append(f"{name}: has no checksum; it was changed after it was written")
     return phrases
-
-
-def _last_rank_lines(file: Path) -> list[dict[str, Any] | None]:
-    """The last lines of a rank's file, without incomplete first and last lines; None for a damaged line."""
-    tail = read_tail(file)
-    lines = tail.splitlines(True)[1 if file.stat().st_size > len(tail) else 0 :]
-    return [parse_line(line, RANK) for line in lines if line.endswith(b"\n") and not line.isspace()]

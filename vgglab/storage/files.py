@@ -31,7 +31,7 @@ def read_bytes(file: Path) -> bytes | None:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def read_tail(file: Path, num_bytes: int = 4096) -> bytes:
+def read_tail(file: Path, num_bytes: int) -> bytes:
     """The last ``num_bytes`` of a file; empty if it is a link or cannot be read."""
     try:
         with open(file, "rb", opener=nofollow_opener) as lines:
