@@ -225,9 +225,7 @@ class Checkpoint(Dict[str, Any]):
         saved_name = self.get("config", {}).get("model", name)
         if saved_name != name:
             raise UserError(f"is a checkpoint of {saved_name}, but this run uses --model {name}")
-        own, saved = model.state_dict(), self["model"]
-        if for_training and "trained" in self:
-            saved = self["trained"]
+        own, saved = model.state_dict(), self["trained" if for_training and "trained" in self else "model"]
         if not _is_state_dict(saved):
             raise UserError("is damaged (its entry 'trained' contains no weights)")
         for key in sorted(set(own) ^ set(saved)):
@@ -252,7 +250,6 @@ class Checkpoint(Dict[str, Any]):
         saved_name = self["config"].get("optimizer")
         if saved_name != optimizer_name:
             raise UserError(f"was written with --optimizer {saved_name}; this run uses --optimizer {optimizer_name}")
-        options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         with _explain_damage():
             saved_sizes = [len(group["params"]) for group in self["optimizer"]["param_groups"]]
             if saved_sizes != [len(group["params"]) for group in optimizer.param_groups]:
@@ -260,22 +257,21 @@ class Checkpoint(Dict[str, Any]):
                     "was trained with weight decay on a different set of parameters; check --bias-weight-decay and "
                     "--bn-weight-decay"
                 )
-            optimizer.load_state_dict(self["optimizer"])
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": self["optimizer"]["state"]})
             state_keys = OPTIMIZERS[optimizer_name].state_keys
             required = ("step", *state_keys) if state_keys and self["step"] else ()
-            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-            for weight in weights:
-                _check_optimizer_state(optimizer.state.get(weight, {}), weight.shape, required)
+            for group in optimizer.param_groups:
+                needs_buffer = optimizer_name == "rmsprop" and group["momentum"]
+                for weight in group["params"]:
+                    state = optimizer.state.get(weight, {})
+                    _check_optimizer_state(state, weight.shape, required)
+                    if state and needs_buffer:  # without any state, the first step creates it
+                        state.setdefault("momentum_buffer", torch.zeros_like(weight))
             best = None if self["best"] is None else {name: float(self["best"][name]) for name in ("acc1", "acc5")}
             counts = {name: self.get(name, 0) for name in ("epoch", "images", "step", "num_poor", "num_drops")}
             are_counts = all(type(value) is int and 0 <= value < MAX_COUNT for value in counts.values())
             if not are_counts or (best and not all(0 <= value <= 100 for value in best.values())):
                 raise ValueError("epoch, step, image count or accuracy out of range")
-        for group, group_options in zip(optimizer.param_groups, options):
-            group.update(group_options)
-            for weight in group["params"] if group_options.get("momentum") and optimizer_name == "rmsprop" else ():
-                if weight in optimizer.state:  # if not, the first step creates it
-                    optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
         return {"best": best, **counts}
 
 
