@@ -313,8 +313,7 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
     is_continued = is_in_place and has_run_files(path)
     try:
         run = RunWriter(path, [terminal, *scalars], device.is_simulated, is_continued)
-        run.write_config(config.as_dict())
-        run.write_env(device.describe(), device.world_size)
+        run.write_settings(config.as_dict(), device.describe(), device.world_size)
     except UserError:
         device.true_on_all_ranks(False)
         raise

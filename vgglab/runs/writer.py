@@ -27,7 +27,6 @@ from vgglab.version import __version__
 if TYPE_CHECKING:
     from vgglab.trainer import Trainer
 
-Listener = Callable[[Event], None]
 DISK_SPACE_ADVICE = "free some disk space (or remount the disk as writable)"
 
 
@@ -35,8 +34,9 @@ class RankWriter:
     """Writes the files of one rank: its log and metrics. Ignores events; ``RunWriter`` writes those, on rank 0."""
 
     def __init__(self, path: Path, rank: int, is_simulated: bool = False) -> None:
-        self.path = path
-        self.rank = rank
+        self.path, self.rank = path, rank
+        self.process_started = ranks.PROCESS_STARTED  # on the clock of time.monotonic
+        self.resume_advice = ranks.resume_advice(path)
         self._skipped: set[str] = set()
         self._extra_fields = {"simulated": True} if is_simulated else {}  # added to all data from a simulated card
         self.lost: dict[str, int] = {}  # number of failed writes, by the name of what was lost
@@ -50,10 +50,6 @@ class RankWriter:
         self.lost[what] = self.lost.get(what, 0) + 1
         if self.lost[what] == 1:
             self.event("warning", text=warning)
-
-    def write_recovered(self, what: str) -> None:
-        """Forget the failed writes of ``what``, because a later write succeeded and replaces them."""
-        self.lost.pop(what, None)
 
     @property
     def has_lost_checkpoints(self) -> bool:
@@ -73,15 +69,6 @@ class RankWriter:
 
     def save_checkpoint(self, trainer: Trainer, is_best: bool = False) -> None:
         pass
-
-    @property
-    def process_started(self) -> float:
-        """When this process started, on the clock of ``time.monotonic``."""
-        return ranks.PROCESS_STARTED
-
-    @property
-    def resume_advice(self) -> str:
-        return ranks.resume_advice(self.path)
 
     def skipped(self, image: str, reason: str) -> None:
         """Record in ``log/skipped-rank<r>.jsonl`` that this rank has skipped an image; repetitions are ignored."""
@@ -112,33 +99,33 @@ class RankWriter:
     def record_output(self) -> Iterator[None]:
         """Copy the output of this process to ``log/rank<r>.txt``, unless a launcher already redirects it there."""
         file = self.path / "log" / f"rank{self.rank}.txt"
-        is_redirected = file.exists() and os.path.samestat(os.fstat(1), file.stat())
-        with write_errors(file):
-            opener = None if is_redirected else nofollow_opener
-            log = open(os.devnull if is_redirected else file, "ab", buffering=0, opener=opener)  # noqa: SIM115
-        with log:
+        log = None  # if the output is already redirected there
+        if not (file.exists() and os.path.samestat(os.fstat(1), file.stat())):
+            with write_errors(file):
+                log = open(file, "ab", buffering=0, opener=nofollow_opener)  # noqa: SIM115
+        with log or contextlib.nullcontext():
             # The handler is in C, so it works even in a hanging collective, where Python's handlers do not run.
-            faulthandler.register(STACK_SIGNAL, file=1 if is_redirected else log)
+            faulthandler.register(STACK_SIGNAL, file=log or 1)
             was_enabled = faulthandler.is_enabled()
-            if not is_redirected:
+            if log:
                 faulthandler.enable(file=log)
             streams = sys.stdout, sys.stderr
-            name = f"lines of log/{file.name}"
 
             def on_error(error: OSError) -> None:
-                self.write_failed(name, f"{file} cannot be written ({error.strerror}); some output is not saved")
+                text = f"{file} cannot be written ({error.strerror}); some output is not saved"
+                self.write_failed(f"lines of log/{file.name}", text)
 
-            copy = None if is_redirected else log
-            sys.stdout, sys.stderr = _Tee(sys.stdout, copy, on_error), _Tee(sys.stderr, copy, on_error)
+            sys.stdout, sys.stderr = _Tee(sys.stdout, log, on_error), _Tee(sys.stderr, log, on_error)
             try:
                 yield
             except Exception:
                 with contextlib.suppress(OSError):
-                    log.write(traceback.format_exc().encode(errors="backslashreplace"))
+                    if log:
+                        log.write(traceback.format_exc().encode(errors="backslashreplace"))
                 raise
             finally:
                 faulthandler.unregister(STACK_SIGNAL)
-                if not is_redirected:
+                if log:
                     faulthandler.disable()
                     if was_enabled and sys.__stderr__ is not None:
                         faulthandler.enable(sys.__stderr__)
@@ -147,16 +134,16 @@ class RankWriter:
 
 
 class RunWriter(RankWriter):
-    """Writes a run directory, on rank 0; ``listeners`` are called with each event after it is written.
+    """Writes a run directory, on rank 0; ``listeners`` are called with each event after it is written, and closed.
 
     With ``is_continued`` it appends to an existing run; if steps are repeated, the later events replace the earlier.
     """
 
     def __init__(
-        self, path: Path, listeners: Sequence[Listener] = (), is_simulated: bool = False, is_continued: bool = False
+        self, path: Path, listeners: Sequence[Any] = (), is_simulated: bool = False, is_continued: bool = False
     ) -> None:
         super().__init__(path, 0, is_simulated)
-        self.listeners = list(listeners)
+        self.listeners = listeners
         self._is_new = not is_continued
         self._started = time.monotonic()
         self._num_lines = 0  # including lines that could not be written, so that a reader sees the gap
@@ -178,17 +165,13 @@ class RunWriter(RankWriter):
         """Whether the lock is held, so that no second run can write here."""
         return self._lock.is_held
 
-    def write_config(self, config: dict[str, Any]) -> None:
-        self._write(self.path / "config.json", {**config, **self._extra_fields})
-
-    def write_env(self, device: dict[str, Any], world_size: int) -> None:
-        """Write ``env.json``; ``device`` is the result of ``Device.describe``."""
-        self._write(self.path / "env.json", _environment(device, world_size))
-
-    def _write(self, file: Path, content: Event) -> None:
+    def write_settings(self, config: dict[str, Any], device: dict[str, Any], world_size: int) -> None:
+        """Write ``config.json`` and ``env.json``; ``device`` is the result of ``Device.describe``."""
+        environment = _environment(device, world_size)
         try:
             with write_errors(self.path):
-                write_document(file, content)
+                write_document(self.path / "config.json", {**config, **self._extra_fields})
+                write_document(self.path / "env.json", environment)
         except UserError:
             if self._is_new:
                 self._remove()
@@ -197,10 +180,9 @@ class RunWriter(RankWriter):
     def _remove(self) -> None:
         """Delete the files of a run that could not start, so that the same command works once there is disk space."""
         for name in (*RUN_FILES, LOCK_FILE):
-            with contextlib.suppress(OSError):
-                (self.path / name).with_suffix(".tmp").unlink()
-            with contextlib.suppress(OSError):
-                (self.path / name).unlink()
+            for file in ((self.path / name).with_suffix(".tmp"), self.path / name):
+                with contextlib.suppress(OSError):
+                    file.unlink()
         for folder in (self.path / "log", self.path):  # a folder with other files in it is kept
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -241,21 +223,19 @@ class RunWriter(RankWriter):
             backup = "the previous checkpoint is intact" if (folder / "last.pt").exists() else "there is no earlier one"
             text = f"the checkpoint of step {state.step} was not written ({error}); {backup}"
             if state.epoch == trainer.config.epochs:
-                self.write_recovered("checkpoints")  # reported in the final message instead
+                self.lost.pop("checkpoints", None)  # reported in the final message instead
                 self.lost_last_checkpoint = f"{folder}: {text}"
             else:
                 self.write_failed("checkpoints", text)
         else:
-            self.write_recovered("checkpoints")  # this checkpoint replaces the lost ones
+            self.lost.pop("checkpoints", None)  # this checkpoint replaces the lost ones
             self.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)
 
     def close(self) -> None:
         """Close the listeners and release the lock, so that another process may write."""
         self._lock.close()
         for listener in self.listeners:
-            close = getattr(listener, "close", None)
-            if close is not None:
-                close()
+            listener.close()
 
 
 class _Tee:
@@ -297,13 +277,10 @@ def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "unknown"
-    versions.update(device.pop("versions", {}))
     return {
-        "simulated": device.pop("simulated"),
-        "device": device.pop("device"),
-        "world_size": world_size,
         **device,
-        "versions": versions,
+        "world_size": world_size,
+        "versions": {**versions, **device.get("versions", {})},
         "commit": _git_commit(),
         "argv": sys.argv,
         "executable": sys.executable,

@@ -236,13 +236,12 @@ def as_text(results: Sequence[StepResult]) -> str:
 
 def save_steps(results: Sequence[StepResult], flags: Sequence[str], output_dir: str = ".") -> Path:
     """Write the results to a new run directory under ``output_dir``, where ``vgglab results`` finds them."""
-    device = dict(results[-1].device)  # a copy, which write_env changes
+    device = results[-1].device
     request = parse_flags([*flags, *FLAGS, f"--output-dir={output_dir}"])
     request = replace(request, device=device["device"])  # what auto selected
     path = run_path(replace(request, data_path="bench-step"))
     run = RunWriter(path, is_simulated=device["simulated"])
-    run.write_config(request.as_dict())
-    run.write_env(device, world_size=1)
+    run.write_settings(request.as_dict(), device, world_size=1)
     run.event("end", status="done", error=None)
     run.close()
     write_document(path / "bench.json", {"subject": "step", "results": [row._asdict() for row in results]})
