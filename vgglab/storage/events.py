@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Iterator, Sequence, cast
 
 from vgglab.errors import UserError
 from vgglab.storage.files import MAX_BYTES, nofollow_opener
-from vgglab.storage.schema import CHECK, Content, is_intact, parse_event
+from vgglab.storage.schema import CHECK, Content, is_event, is_intact, parse_line
 
 Event = Content  # the fields of a line
 MAX_EVENTS_BYTES = 2**30  # bytes
@@ -69,7 +69,7 @@ def _open(file: Path) -> BinaryIO:
 
 def _read_event_at(lines: BinaryIO, offset: int) -> Event:
     lines.seek(offset)
-    event = parse_event(lines.readline(MAX_BYTES))
+    event = parse_line(lines.readline(MAX_BYTES), is_event)
     if event is None or event["event"] != "train":
         raise UserError(f"{lines.name}: was changed while it was being read, or contains an invalid training event")
     event.pop("line", None)
@@ -132,7 +132,7 @@ class EventFile:
             self._entries.append(self._num_bytes_read)
             self._next_line += 1
             return
-        event = parse_event(line, self.has_checksums)
+        event = parse_line(line, is_event, self.has_checksums)
         number = event.pop("line", None) if event else None  # also None in runs of earlier versions
         if event is None or (number is not None and number < self._next_line):  # damaged, or a duplicate
             self._num_damaged += 1

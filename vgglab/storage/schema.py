@@ -42,11 +42,11 @@ def number(value: Any) -> bool:
 
 
 def seconds(value: Any) -> bool:
-    return number(value) and 0 <= value < MAX_SECONDS
+    return type(value) in (float, int) and 0 <= value < MAX_SECONDS
 
 
 def positive(value: Any) -> bool:
-    return number(value) and MIN_DIVISOR < value < MAX_SECONDS
+    return type(value) in (float, int) and MIN_DIVISOR < value < MAX_SECONDS
 
 
 def integer(value: Any) -> bool:
@@ -123,14 +123,18 @@ OPTIONAL: dict[str, Validator] = {
     "first_step_seconds": seconds, "phase_seconds": dict_of(seconds), "host_reads": any_of(number, dict_of(number)),
     "peak_bytes": nullable(count), "line": count,
 }  # fmt: skip
+_OTHER_EVENT: dict[str, Validator] = {"event": text, "seconds": seconds}  # perhaps of another version
+_EVENT_RECORDS = {kind: record({**_OTHER_EVENT, **fields}, **OPTIONAL) for kind, fields in {**EVENTS, "": {}}.items()}
 # A line with the metrics of a rank, a line about an image that it skipped, and the record of its failure.
-RANK: dict[str, Validator] = {
+RANK = record({
     "rank": count, "pid": integer, "time": seconds, "step": count, "loss": nullable(number),
     "interval_steps": count_from_1, "own_seconds": seconds, "interval_seconds": positive,
-}  # fmt: skip
-SKIPPED: dict[str, Validator] = {"image": text, "reason": text}
-FAILURE: dict[str, Validator] = {"rank": count, "time": seconds, "host": text, "error": text, "traceback": text,
-                                 "exit_code": integer, "has_lost_peers": boolean}  # fmt: skip
+}, **OPTIONAL)  # fmt: skip
+SKIPPED = record({"image": text, "reason": text}, **OPTIONAL)
+FAILURE = record({
+    "rank": count, "time": seconds, "host": text, "error": text, "traceback": text, "exit_code": integer,
+    "has_lost_peers": boolean,
+}, **OPTIONAL)  # fmt: skip
 
 PROCESS: dict[str, Validator] = {"host": text, "pid": integer, "process": text}
 
@@ -209,34 +213,19 @@ def has_changed(data: bytes, content: Content) -> bool:
     return not is_intact(data) and recorded != checksum(content)
 
 
-def parse_event(line: bytes, needs_checksum: bool = False) -> Content | None:
-    """Parse a line of ``events.jsonl``; None if it is damaged or not an event. Its ``line`` is the line number."""
+def is_event(content: Content) -> bool:
+    return _EVENT_RECORDS.get(str(content.get("event")), _EVENT_RECORDS[""])(content)
+
+
+def parse_line(line: bytes, validator: Validator, needs_checksum: bool = False) -> Content | None:
+    """Parse a line or document; None if it is damaged or invalid."""
     content = parse(line)
     if content is None:
         return None
     # Line numbers and checksums were introduced together: a line with only a number has been edited.
     lacks_checksum = CHECK not in content and (needs_checksum or "line" in content)
-    if lacks_checksum or has_changed(line, content):
+    if lacks_checksum or has_changed(line, content) or not validator(content):
         return None
-    kind = content.get("event")
-    if not isinstance(kind, str) or not seconds(content.get("seconds")):
-        return None
-    return _validated(line, content, EVENTS.get(kind, {}))
-
-
-def parse_line(line: bytes, required: dict[str, Validator]) -> Content | None:
-    """Parse a line or document; None if it is damaged or one of the ``required`` fields is missing or invalid."""
-    content = parse(line)
-    return None if content is None or has_changed(line, content) else _validated(line, content, required)
-
-
-def _validated(line: bytes, content: Content, required: dict[str, Validator]) -> Content | None:
-    if not content.keys() >= required.keys():
-        return None
-    for name, value in content.items():
-        validator = required.get(name) or OPTIONAL.get(name)
-        if validator and not validator(value):
-            return None
     is_plain = line.isascii() and b"\\" not in line and b"\x7f" not in line  # as nearly all lines are
     return content if is_plain else printable(content)
 
