@@ -210,7 +210,7 @@ def _find_checkpoint(request: Request) -> tuple[str | None, list[str]]:
 
     runs = Path(request.output_dir, "runs")
     folders = [Path(request.run_dir)] if request.run_dir else sorted(runs.glob("*"))
-    file, _, unusable = checkpoint.find_newest(folders)
+    file, unusable = checkpoint.find_newest(folders)
     notes = [f"--resume auto: {text}, so it was not used" for text in unusable]
     if file is None and unusable and request.run_dir:
         advice = f"to start from the beginning, move {request.run_dir}/checkpoints elsewhere"

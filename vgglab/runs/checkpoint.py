@@ -164,22 +164,18 @@ def read(path: str | Path) -> Checkpoint:
     return Checkpoint(content if is_complete else {"model": weights})
 
 
-def find_newest(folders: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest intact checkpoint in the run directories ``folders``, its content, and why others were skipped.
-
-    If there is none, the first two are None and an empty dict.
-    """
+def find_newest(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint in the run directories ``folders``, or None, and why others were skipped."""
     files = [file for folder in folders for file in folder.glob("checkpoints/*.pt") if file.exists()]
     unusable: list[str] = []
     for file in sorted(files, key=_newest_first):
         try:
-            content = read(file)
-            if content.get("format") == FORMAT:
-                return file, content, unusable
+            if read(file).get("format") == FORMAT:
+                return file, unusable
             unusable.append(f"{file} contains weights only")
         except UserError as error:
             unusable.append(f"{file} {error}")
-    return None, {}, unusable
+    return None, unusable
 
 
 def _is_plain(value: Any) -> bool:

@@ -76,7 +76,7 @@ def run_path(config: Request) -> Path:
     if config.run_dir:
         return Path(config.run_dir)
     timestamp = time.strftime("%Y%m%d-%H%M%S")
-    data = (Path(config.data_path).name or Path(config.data_path).resolve().name)[:40]
+    data = Path(config.data_path).absolute().name[:40]
     name = f"{timestamp}-{data}-{config.model}-{config.device}x{config.world_size}-{uuid.uuid4().hex[:6]}"
     return Path(config.output_dir, "runs", name)
 
