@@ -6,7 +6,6 @@ in whatever cell is running. ``front_end`` detects the front end; ``VGGLAB_UI=li
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import threading
@@ -97,7 +96,11 @@ class _TerminalLines:
     def update(self) -> None:
         events = self.run.events()
         first = len(self.seen)
-        if not is_continued(self.seen, events):
+        try:
+            is_continued = [*events[:first][-1:]] == [*self.seen[-1:]]
+        except UserError:  # the file was replaced
+            is_continued = False
+        if not is_continued:  # a resume discards the events after its checkpoint
             self.terminal.close()
             first = max((index for index, event in enumerate(events) if event["event"] == "start"), default=0)
         for event in events[first:]:
@@ -154,8 +157,7 @@ class Dashboard:
         self.stop_button.on_click(self._on_stop)
         self.stop_button.disabled = not run.is_here
         self.widget = widgets.VBox([self.status, self.bar, self.picture, self.ranks, self.log, self.stop_button])
-        self._progress_reader = ProgressReader(run)
-        self._drawn = -1  # number of events in the picture
+        self._drawn: Any = None  # the latest events in the picture
         self._drawn_at = -PICTURE_SECONDS
 
     def show(self) -> None:
@@ -171,18 +173,18 @@ class Dashboard:
     def refresh(self) -> None:
         from vgglab.view.figures import curves
 
-        progress = self._progress_reader.progress()
+        progress = progress_of(self.run)
         self.status.value = html_text(summary(self.run, progress), "b")
         self.bar.max, self.bar.value = max(progress.num_steps, 1), progress.step
         ranks = ranks_of(self.run)
         self.ranks.value = ranks._repr_html_() if ranks else ""
         lines = last_lines(self.run)
         self.log.value = html_text("\n".join(lines), "pre", "font-size: 85%")
-        num_events = self._progress_reader.num_events
+        latest = progress.train, progress.eval
         is_due = _has_ended(self.run) or time.monotonic() - self._drawn_at >= PICTURE_SECONDS
-        if progress.train and num_events != self._drawn and is_due:
+        if progress.train and latest != self._drawn and is_due:
             self.picture.value = curves(self.run).png()
-            self._drawn, self._drawn_at = num_events, time.monotonic()
+            self._drawn, self._drawn_at = latest, time.monotonic()
 
     def _refresh_until_over(self) -> None:
         refresh_until_over(self.refresh, lambda: _has_ended(self.run), self.status)
@@ -222,44 +224,21 @@ def last_lines(run: Run) -> list[str]:
     return run.last_lines(0, NUM_LOG_LINES) or run.last_lines("launcher", NUM_LOG_LINES)
 
 
-def is_continued(seen: Sequence[Event], events: Sequence[Event]) -> bool:
-    """Return whether all events seen so far are still valid; a resume discards those after its checkpoint."""
-    try:
-        return [*events[: len(seen)][-1:]] == [*seen[-1:]]
-    except UserError:  # the file was replaced
-        return False
-
-
-class ProgressReader:
-    """The progress of a run. Only new events are read, because a run can have tens of thousands."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self._progress = run, Progress()
-        self._seen: Sequence[Event] = []
-
-    @property
-    def num_events(self) -> int:
-        return len(self._seen)
-
-    def progress(self) -> Progress:
-        """Return the current progress."""
-        events = self.run.events()
-        if not is_continued(self._seen, events):
-            self._progress, self._seen = Progress(), []
-        new = events[len(self._seen) :]
-        for event in new.boundary_events() if isinstance(new, LongEvents) else new:
-            self._progress.add(event)
-        self._seen = events
-        progress = copy.copy(self._progress)
-        if (progress.status in ACTIVE) != (self.run.status in ACTIVE):  # killed, or restarted in the same directory
-            progress.status = progress.activity = self.run.status
-            progress.eta_seconds = None
-        return progress
-
-
 def progress_of(run: Run) -> Progress:
-    """Return the current progress of a run."""
-    return ProgressReader(run).progress()
+    """Return the current progress of a run. Only the latest event of each kind matters; a run has tens of thousands."""
+    events = run.events()
+    if isinstance(events, LongEvents):
+        events = events.boundary_events()
+    latest: dict[str, Event] = {}
+    for event in reversed([*events]):
+        latest.setdefault(event["event"], event)
+    progress = Progress()
+    for event in reversed(latest.values()):
+        progress.add(event)
+    if (progress.status in ACTIVE) != (run.status in ACTIVE):  # killed, or restarted in the same directory
+        progress.status = progress.activity = run.status
+        progress.eta_seconds = None
+    return progress
 
 
 def summary(run: Run, progress: Progress) -> str:
