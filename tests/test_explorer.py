@@ -206,8 +206,10 @@ def test_live_front_end_shows_widgets_and_static_one_a_figure(kind, monkeypatch)
         assert isinstance(box, widgets.Box)
         return
     picture, table = displayed
-    assert picture["image/png"][:4] == b"\x89PNG"
-    assert "features.18, conv" in picture["text/plain"]
+    data, metadata = picture._repr_mimebundle_()
+    assert data["image/png"][:4] == b"\x89PNG"
+    assert "features.18, conv" in data["text/plain"]
+    assert metadata["image/png"]["alt"].startswith("orange: receptive field of a features.18 output")
     assert "features.18, conv" in table["text/html"]
 
 

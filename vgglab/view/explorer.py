@@ -49,8 +49,7 @@ def explore(
     if kind == "live":
         display(explorer.widget())
     else:
-        bundle = explorer.picture().bundle(explorer.text())
-        display(bundle.pop("data"), **bundle)
+        display(explorer.picture())
         display({"text/html": explorer.table(), "text/plain": explorer.text()}, raw=True)
 
 
@@ -124,6 +123,7 @@ class Explorer:
     def picture(self) -> NotebookFigure:
         """Draw the photograph with the receptive field of the central output and, below it, the network."""
         picture = NotebookFigure(WIDTH, HEIGHT)
+        picture.description = self.text()
         upper, lower = picture.subplots(2, 1, height_ratios=[1, 1.1])
         self._draw_field(upper)
         draw(lower, self.anatomy, self.layer.name)

@@ -132,11 +132,12 @@ class _StaticBlock:
         self.line.update({"text/plain": text, "text/html": markup}, raw=True)
         if not progress.train:
             return
-        bundle = curves(self.run).bundle(text)
+        picture = curves(self.run)
+        picture.description = text
         if self.picture is None:
-            self.picture = display(bundle.pop("data"), display_id=True, **bundle)
+            self.picture = display(picture, display_id=True)
         else:
-            self.picture.update(bundle.pop("data"), **bundle)
+            self.picture.update(picture)
 
 
 class Dashboard:

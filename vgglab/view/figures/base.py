@@ -23,6 +23,8 @@ MAX_DESCRIBED_PANELS = 10  # panels described in the alternative text
 class NotebookFigure(Figure):
     """A figure that notebooks show without pyplot."""
 
+    description = ""  # shown where pictures are not; by default the alternative text
+
     def __init__(self, width: float, height: float) -> None:
         """Create a figure; sizes in inches."""
         super().__init__(figsize=(width, height), layout="constrained")
@@ -39,9 +41,9 @@ class NotebookFigure(Figure):
             text.set_parse_math(text in powers)
         super().draw(renderer)
 
-    def png(self, dpi: int = 96) -> bytes:
+    def png(self) -> bytes:
         file = io.BytesIO()
-        self.savefig(file, format="png", dpi=dpi)
+        self.savefig(file, format="png", dpi=96)
         return file.getvalue()
 
     def alt_text(self) -> str:
@@ -60,13 +62,9 @@ class NotebookFigure(Figure):
     def __repr__(self) -> str:
         return f"NotebookFigure({self.alt_text()})"
 
-    def bundle(self, text: str = "") -> dict[str, Any]:
-        """Return the arguments of IPython's ``display``: the image, and ``text`` or else the figure's description."""
-        metadata = {"image/png": {"alt": self.alt_text()}}
-        return {"data": {"image/png": self.png(), "text/plain": text or repr(self)}, "metadata": metadata, "raw": True}
-
-    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
-        return self.png(), {"alt": self.alt_text()}
+    def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        data = {"image/png": self.png(), "text/plain": self.description or repr(self)}
+        return data, {"image/png": {"alt": self.alt_text()}}
 
 
 def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tuple[NotebookFigure, list[Any]]:
