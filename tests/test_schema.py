@@ -19,7 +19,7 @@ from vgglab import Run, Seeds, UserError
 from vgglab.runs.compare import compare_runs
 from vgglab.storage.schema import EVENTS, OPTIONAL, append_line, with_checksum, write_document
 from vgglab.view import results, run_tables, summaries
-from vgglab.view.live import _TerminalLines, last_lines, progress_of, summary
+from vgglab.view.live import _TerminalLines, progress_of, summary
 from vgglab.view.rank_table import rank_table
 
 HOSTILE = (
@@ -65,7 +65,7 @@ def outputs(path, other):
         "settings": lambda run: run_tables.common_settings([run]),
         "runs": lambda run: repr(summaries.runs_table([run, other])),
         "ranks.html": lambda run: rank_table(run)._repr_html_(),
-        "dashboard": lambda run: summary(run, progress_of(run)) + "".join(last_lines(run)) + repr(run.skipped()),
+        "dashboard": lambda run: summary(run, progress_of(run)) + "".join(run.last_lines(0, 6)) + repr(run.skipped()),
         "terminal": lambda run: _TerminalLines(run).update(),
         "stop": lambda run: run.stop(0.1),
     }

@@ -163,7 +163,6 @@ def test_front_end_outside_a_notebook_is_the_terminal(monkeypatch):
 MEASURE_MEMORY_GROWTH = """
 import gc, json, os, pathlib, sys
 from vgglab import Run
-from vgglab.view import live
 from vgglab.view.live import Dashboard
 
 run = Run(sys.argv[1])
@@ -171,7 +170,7 @@ event, dashboard = run.events("train")[-1], Dashboard(run)
 
 def refresh(num_times, num_drawn):
     for number in range(num_times):
-        live._has_ended = lambda _: number < num_drawn
+        dashboard.is_over = lambda: number < num_drawn
         event["step"] += 1
         if number < num_drawn or number % 100 == 0:
             with (run.path / "events.jsonl").open("a") as file:
@@ -198,12 +197,12 @@ def test_refreshes_do_not_leak_memory(train):
 
 def test_dashboard_error_is_shown_and_refresh_is_retried(monkeypatch):
     """If the refreshing thread died silently, the dashboard would show outdated values as current ones."""
-    widgets = pytest.importorskip("ipywidgets")
+    pytest.importorskip("ipywidgets")
     monkeypatch.setattr(live, "REFRESH_SECONDS", 0.01)
-    status, calls = widgets.HTML(), []
+    board, calls = live.Board(None, [], "", ""), []
 
     def refresh():
-        calls.append(status.value)
+        calls.append(board.status.value)
         if len(calls) == 2:
             raise OSError("the disk <is> away")
 
@@ -215,7 +214,9 @@ def test_dashboard_error_is_shown_and_refresh_is_retried(monkeypatch):
             raise answer
         return answer
 
-    live.refresh_until_over(refresh, is_over, status)
+    board.refresh, board.is_over = refresh, is_over
+    board.refresh_until_over()
+    assert board.stop_button.description == "Ended"
     assert len(calls) == 4  # the last one shows the end of the run
     assert "this dashboard cannot be updated: OSError(&#x27;the disk &lt;is&gt; away&#x27;)" in calls[2]
 

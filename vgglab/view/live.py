@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from typing import Any, Callable, Sequence
+from typing import Any, Sequence
 
 from vgglab.errors import UserError
 from vgglab.runs.run import ACTIVE, Event, Run
@@ -60,32 +60,23 @@ def watch(run: Run) -> None:
     if kind == "live":
         Dashboard(run).show()
     elif kind == "static":
-        _follow(run, _StaticBlock(run))
+        _follow(run, _StaticBlock(run), STATIC_REFRESH_SECONDS)
     else:
-        _follow(run, _TerminalLines(run))
+        _follow(run, _TerminalLines(run), REFRESH_SECONDS)
 
 
-def _follow(run: Run, block: Any) -> None:
+def _follow(run: Run, block: Any, interval_seconds: float) -> None:
     try:
-        while not _has_ended(run):
+        while run.status in ACTIVE:
             block.update()
-            time.sleep(STATIC_REFRESH_SECONDS if isinstance(block, _StaticBlock) else REFRESH_SECONDS)
+            time.sleep(interval_seconds)
     except KeyboardInterrupt:
-        _stop(run)
+        run.stop()
         raise
     finally:
         block.update()
     if hasattr(run, "wait"):
         run.wait()  # raises the error that ended the run
-
-
-def _has_ended(run: Run) -> bool:
-    return run.status not in ACTIVE
-
-
-def _stop(run: Run) -> None:
-    if hasattr(run, "stop"):
-        run.stop()
 
 
 class _TerminalLines:
@@ -140,36 +131,76 @@ class _StaticBlock:
             self.picture.update(picture)
 
 
-class Dashboard:
-    """Progress, curves, ranks, last log lines and a Stop button, updated by a thread until the run ends."""
+class Board:
+    """Widgets with a status line, a bar and a Stop button, updated by a thread until the run is over.
 
-    def __init__(self, run: Run) -> None:
+    ``run`` is a run or several seeds.
+    """
+
+    def __init__(self, run: Any, parts: Sequence[Any], stop_tooltip: str, description: str) -> None:
+        """``parts``: widgets below the bar; ``description`` is shown when the kernel no longer exists."""
         import ipywidgets as widgets
 
         self.run = run
         self.status = widgets.HTML()
         self.bar = widgets.IntProgress(layout=widgets.Layout(width="100%"))
-        self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
-        self.ranks = widgets.HTML()
-        self.log = widgets.HTML()
-        self.stop_button = widgets.Button(
-            description="Stop", icon="stop", tooltip="Stop this run after the current step and save a checkpoint"
-        )
+        self.stop_button = widgets.Button(description="Stop", icon="stop", tooltip=stop_tooltip)
         self.stop_button.on_click(self._on_stop)
-        self.stop_button.disabled = not run.is_here
-        self.widget = widgets.VBox([self.status, self.bar, self.picture, self.ranks, self.log, self.stop_button])
-        self._drawn: Any = None  # the latest events in the picture
-        self._drawn_at = -PICTURE_SECONDS
+        self.widget = widgets.VBox([self.status, self.bar, *parts, self.stop_button])
+        self.description = description
 
     def show(self) -> None:
         from IPython.display import display
 
         self.refresh()
-        data = dict(self.widget._repr_mimebundle_())
-        # Shown instead of the widget when the kernel no longer exists.
-        data["text/plain"] = f"vgglab.Run({str(self.run.path)!r}).watch() shows this run again"
-        display(data, raw=True)
-        threading.Thread(target=self._refresh_until_over, daemon=True, name="vgglab dashboard").start()
+        display({**self.widget._repr_mimebundle_(), "text/plain": self.description}, raw=True)
+        threading.Thread(target=self.refresh_until_over, daemon=True, name="vgglab dashboard").start()
+
+    def refresh_until_over(self) -> None:
+        """Call ``refresh`` repeatedly until the run is over, and once after that; show errors and continue.
+
+        If an error ended the thread silently, the last metrics shown would look current.
+        """
+        is_last = False
+        while not is_last:
+            try:
+                is_last = self.is_over()
+                self.refresh()
+            except Exception as error:
+                self.status.value = html_text(f"this dashboard cannot be updated: {error!r}", "b")
+            if not is_last:
+                time.sleep(REFRESH_SECONDS)
+        self.stop_button.disabled, self.stop_button.description = True, "Ended"
+
+    def _on_stop(self, _: Any) -> None:
+        self.stop_button.disabled, self.stop_button.description = True, "Stopping"
+        # Not on the kernel's thread: stopping can take the whole grace period.
+        threading.Thread(target=self.run.stop, daemon=True).start()
+
+    def refresh(self) -> None:
+        raise NotImplementedError
+
+    def is_over(self) -> bool:
+        return self.run.status not in ACTIVE
+
+
+class Dashboard(Board):
+    """Progress, curves, ranks, last log lines and a Stop button."""
+
+    def __init__(self, run: Run) -> None:
+        import ipywidgets as widgets
+
+        self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        self.ranks, self.log = widgets.HTML(), widgets.HTML()
+        super().__init__(
+            run,
+            [self.picture, self.ranks, self.log],
+            "Stop this run after the current step and save a checkpoint",
+            f"vgglab.Run({str(run.path)!r}).watch() shows this run again",
+        )
+        self.stop_button.disabled = not run.is_here
+        self._drawn: Any = None  # the latest events in the picture
+        self._drawn_at = -PICTURE_SECONDS
 
     def refresh(self) -> None:
         from vgglab.view.figures import curves
@@ -179,50 +210,20 @@ class Dashboard:
         self.bar.max, self.bar.value = max(progress.num_steps, 1), progress.step
         ranks = ranks_of(self.run)
         self.ranks.value = ranks._repr_html_() if ranks else ""
-        lines = last_lines(self.run)
+        # Rank 0 has no log of its own while its launcher is starting it.
+        lines = self.run.last_lines(0, NUM_LOG_LINES) or self.run.last_lines("launcher", NUM_LOG_LINES)
         self.log.value = html_text("\n".join(lines), "pre", "font-size: 85%")
         latest = progress.train, progress.eval
-        is_due = _has_ended(self.run) or time.monotonic() - self._drawn_at >= PICTURE_SECONDS
+        is_due = self.is_over() or time.monotonic() - self._drawn_at >= PICTURE_SECONDS
         if progress.train and latest != self._drawn and is_due:
             self.picture.value = curves(self.run).png()
             self._drawn, self._drawn_at = latest, time.monotonic()
-
-    def _refresh_until_over(self) -> None:
-        refresh_until_over(self.refresh, lambda: _has_ended(self.run), self.status)
-        self.stop_button.disabled, self.stop_button.description = True, "Ended"
-
-    def _on_stop(self, _: Any) -> None:
-        self.stop_button.disabled = True
-        self.stop_button.description = "Stopping"
-        # Not on the kernel's thread: stopping can take the whole grace period.
-        threading.Thread(target=_stop, args=(self.run,), daemon=True).start()
-
-
-def refresh_until_over(refresh: Callable[[], None], is_over: Callable[[], bool], status: Any) -> None:
-    """Call ``refresh`` repeatedly until the run is over, and once after that; show errors in ``status`` and continue.
-
-    If an error ended the thread silently, the last metrics shown would look current.
-    """
-    is_last = False
-    while not is_last:
-        try:
-            is_last = is_over()
-            refresh()
-        except Exception as error:
-            status.value = html_text(f"this dashboard cannot be updated: {error!r}", "b")
-        if not is_last:
-            time.sleep(REFRESH_SECONDS)
 
 
 def ranks_of(run: Run) -> Table | None:
     """Return the rank table; None for a run with one rank."""
     table = rank_table(run)
     return table if len(table.rows) > 1 else None
-
-
-def last_lines(run: Run) -> list[str]:
-    """Return the last lines of rank 0's log, or of the launcher's log until rank 0 has one."""
-    return run.last_lines(0, NUM_LOG_LINES) or run.last_lines("launcher", NUM_LOG_LINES)
 
 
 def progress_of(run: Run) -> Progress:
@@ -258,7 +259,7 @@ def summary(run: Run, progress: Progress) -> str:
         parts.append(f"held-out top-1 {progress.eval['acc1']:.2f} %{note}")
     if progress.eta_seconds is not None:
         parts.append(f"{duration(progress.eta_seconds)} left")
-    if not _has_ended(run):
+    if run.status in ACTIVE:
         parts += filter(None, [stall_warning(run)])
     parts += run.damage()
     return " · ".join(parts)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
-from vgglab.view.live import front_end, progress_of, refresh_until_over, summary
+from vgglab.view.live import Board, front_end, progress_of, summary
 from vgglab.view.tables import html_text, show
 
 
@@ -20,40 +19,24 @@ def watch(seeds: Any) -> None:
         show(seeds)
 
 
-class SeedsDashboard:
-    """Progress, table and a Stop button, updated by a thread until the last seed is done."""
+class SeedsDashboard(Board):
+    """Progress, table and a Stop button, until the last seed is done."""
 
     def __init__(self, seeds: Any) -> None:
         import ipywidgets as widgets
 
-        self.seeds = seeds
-        self.status, self.table = widgets.HTML(), widgets.HTML()
-        self.bar = widgets.IntProgress(max=len(seeds.seed_values), layout=widgets.Layout(width="100%"))
-        self.stop_button = widgets.Button(
-            description="Stop", icon="stop", tooltip="Stop this run and do not start the next one"
-        )
-        self.stop_button.on_click(self._on_stop)
-        self.widget = widgets.VBox([self.status, self.bar, self.table, self.stop_button])
-
-    def show(self) -> None:
-        from IPython.display import display
-
-        self.refresh()
-        display(self.widget)
-        threading.Thread(target=self._refresh_until_over, daemon=True, name="vgglab seeds board").start()
+        self.table = widgets.HTML()
+        stop_tooltip = "Stop this run and do not start the next one"
+        super().__init__(seeds, [self.table], stop_tooltip, f"vgglab.Seeds({str(seeds.path)!r}) shows these runs")
+        self.bar.max = len(seeds.seed_values)
 
     def refresh(self) -> None:
-        current, num_done = self.seeds.current, sum(run.status == "done" for run in self.seeds.runs)
-        text = f"{num_done} of {len(self.seeds.seed_values)} seeds done"
+        current, num_done = self.run.current, sum(run.status == "done" for run in self.run.runs)
+        text = f"{num_done} of {len(self.run.seed_values)} seeds done"
         if current is not None:
             text = f"{text} · {summary(current, progress_of(current))}"
         self.status.value, self.bar.value = html_text(text, "b"), num_done
-        self.table.value = self.seeds.table()._repr_html_()
+        self.table.value = self.run.table()._repr_html_()
 
-    def _refresh_until_over(self) -> None:
-        refresh_until_over(self.refresh, lambda: self.seeds.is_over, self.status)
-        self.stop_button.disabled, self.stop_button.description = True, "Ended"
-
-    def _on_stop(self, _: Any) -> None:
-        self.stop_button.disabled, self.stop_button.description = True, "Stopping"
-        threading.Thread(target=self.seeds.stop, daemon=True).start()  # stopping can take the whole grace period
+    def is_over(self) -> bool:
+        return self.run.is_over
