@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Sequence, overload
+from typing import Any, List
 
 from vgglab.errors import printable
 from vgglab.runs.folder import run_dirs
@@ -33,7 +33,7 @@ class NotebookRun(Run):
         live.watch(self)
 
 
-class Runs(Sequence[NotebookRun]):
+class Runs(List[NotebookRun]):
     """The runs in one or more folders, oldest first; displayed as a table.
 
     >>> vgglab.Runs()[-1].watch()
@@ -42,20 +42,8 @@ class Runs(Sequence[NotebookRun]):
 
     def __init__(self, *folders: str | Path) -> None:
         """Find the runs; the default folder is ``runs``. Raises UserError if a folder does not exist."""
-        self.folders = [Path(folder) for folder in folders or ("runs",)]
-        self._runs = sorted(map(NotebookRun, run_dirs(self.folders)), key=lambda run: run.created)
-
-    def __len__(self) -> int:
-        return len(self._runs)
-
-    @overload
-    def __getitem__(self, index: int) -> NotebookRun: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[NotebookRun]: ...
-
-    def __getitem__(self, index: int | slice) -> NotebookRun | list[NotebookRun]:
-        return self._runs[index]
+        runs = map(NotebookRun, run_dirs([Path(folder) for folder in folders or ("runs",)]))
+        super().__init__(sorted(runs, key=lambda run: run.created))
 
     def __repr__(self) -> str:
         return str(runs_table(self))
