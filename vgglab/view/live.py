@@ -15,7 +15,7 @@ from typing import Any, Sequence
 from vgglab.errors import UserError
 from vgglab.runs.run import ACTIVE, Event, Run
 from vgglab.storage.events import LongEvents
-from vgglab.view.progress import Progress, duration
+from vgglab.view.progress import Progress, number
 from vgglab.view.rank_table import rank_table, stall_warning
 from vgglab.view.tables import Table, html_text
 from vgglab.view.terminal import Terminal
@@ -249,17 +249,14 @@ def summary(run: Run, progress: Progress) -> str:
     if progress.num_steps:
         parts.append(f"step {progress.step} of {progress.num_steps}")
     if progress.train:
-        loss = progress.train["loss"]
-        parts.append("loss not finite" if loss is None else f"loss {loss:.4f}")
+        parts.append(f"loss {number(progress.train['loss'])}")
         is_simulated, rate = progress.train.get("simulated"), progress.train.get("images_per_second")
         speed = "speed not measured" if rate is None else f"{rate:.1f} images/s"
         parts.append("simulated card" if is_simulated else speed)
     if progress.eval:
         note = " of generated images" * (run.config.get("data_path") == "fake")
         parts.append(f"held-out top-1 {progress.eval['acc1']:.2f} %{note}")
-    if progress.eta_seconds is not None:
-        parts.append(f"{duration(progress.eta_seconds)} left")
+    parts.append(progress.time_left())
     if run.status in ACTIVE:
-        parts += filter(None, [stall_warning(run)])
-    parts += run.damage()
-    return " · ".join(parts)
+        parts.append(stall_warning(run))
+    return " · ".join(filter(None, [*parts, *run.damage()]))

@@ -26,36 +26,32 @@ class Progress:
         self._start: dict[str, Any] = {}
 
     def add(self, event: dict[str, Any]) -> None:
-        """Update from one event; unknown kinds are ignored."""
-        handler = getattr(self, f"_on_{event['event']}", None)
-        if handler is not None:
-            handler(event)
-
-    def _on_start(self, event: dict[str, Any]) -> None:
-        self._start, self.status = event, "running"
-        self.step, self.num_steps = event["first_step"], event["num_steps"]
-        self.activity = f"epoch {min(event['first_epoch'] + 1, event['epochs'])} of {event['epochs']}"
-
-    def _on_train(self, event: dict[str, Any]) -> None:
-        self.train, self.step = event, event["step"]
-        if not self._start:  # logged before the run was resumed; the start event that counts comes later
+        """Update from one event; other kinds are ignored."""
+        kind = event["event"]
+        if kind == "start":
+            self._start, self.status = event, "running"
+            self.step, self.num_steps = event["first_step"], event["num_steps"]
+            self.activity = f"epoch {min(event['first_epoch'] + 1, event['epochs'])} of {event['epochs']}"
+        elif kind == "train":
+            self.train, self.step = event, event["step"]
             self.activity = f"epoch {event['epoch'] + 1}"
-            return
-        self.activity = f"epoch {event['epoch'] + 1} of {self._start['epochs']}"
-        done = self.step - self._start["first_step"]
-        if done > 0:
-            per_step = (event["seconds"] - self._start["seconds"]) / done
-            self.eta_seconds = per_step * (self.num_steps - self.step)
+            if self._start:  # else logged before the run was resumed; the start event that counts comes later
+                self.activity += f" of {self._start['epochs']}"
+                num_done = self.step - self._start["first_step"]
+                if num_done > 0:
+                    seconds_per_step = (event["seconds"] - self._start["seconds"]) / num_done
+                    self.eta_seconds = seconds_per_step * (self.num_steps - self.step)
+        elif kind == "eval_start":
+            self.activity = "evaluating"
+        elif kind == "eval":
+            self.eval, self.activity = event, "saving"
+        elif kind == "end":
+            self.status = self.activity = event["status"]
+            self.eta_seconds = None
 
-    def _on_eval_start(self, event: dict[str, Any]) -> None:
-        self.activity = "evaluating"
-
-    def _on_eval(self, event: dict[str, Any]) -> None:
-        self.eval, self.activity = event, "saving"
-
-    def _on_end(self, event: dict[str, Any]) -> None:
-        self.status = self.activity = event["status"]
-        self.eta_seconds = None
+    def time_left(self) -> str:
+        """The remaining time as text, or "" if there is no estimate."""
+        return "" if self.eta_seconds is None else f"{duration(self.eta_seconds)} left"
 
 
 def duration(seconds: float) -> str:
@@ -68,3 +64,8 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def number(value: float | None) -> str:
+    """A loss as text; None is recorded for one that is not finite."""
+    return "not finite" if value is None else f"{value:.4f}"

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from vgglab.errors import printable
-from vgglab.view.progress import Progress, duration
+from vgglab.view.progress import Progress, number
 
 try:
     from tqdm import tqdm
@@ -59,7 +59,7 @@ class Terminal:
 
     def _on_train(self, event: dict[str, Any]) -> None:
         speed = "" if event.get("simulated") else f"{event['images_per_second']:.1f} images/s  "
-        metrics = f"loss {_number(event['loss'])}  {speed}{self._time_left()}"
+        metrics = f"loss {number(event['loss'])}  {speed}{self.progress.time_left()}"
         if self.bar is None:
             total = f" of {self.progress.num_steps}" if self.progress.num_steps else ""
             self.print_line(f"{self.progress.activity}, step {event['step']}{total}: {metrics}")
@@ -68,13 +68,13 @@ class Terminal:
 
     def _on_eval_start(self, event: dict[str, Any]) -> None:
         if self.bar is not None:
-            self._draw(self._time_left())
+            self._draw(self.progress.time_left())
 
     def _on_eval(self, event: dict[str, Any]) -> None:
         epoch = "" if event["epoch"] is None else f"epoch {event['epoch'] + 1}: "
         self.print_line(
             f"{epoch}top-1 {event['acc1']:.2f} %, top-{self.top} {event['acc5']:.2f} % "
-            f"of {event['num_images']} held-out images, loss {_number(event['loss'])}"
+            f"of {event['num_images']} held-out images, loss {number(event['loss'])}"
         )
 
     def _on_warning(self, event: dict[str, Any]) -> None:
@@ -88,10 +88,3 @@ class Terminal:
         self.bar.set_postfix_str(metrics, refresh=False)
         self.bar.n = self.progress.step
         self.bar.refresh()
-
-    def _time_left(self) -> str:
-        return "" if self.progress.eta_seconds is None else f"{duration(self.progress.eta_seconds)} left"
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
