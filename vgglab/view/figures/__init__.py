@@ -1,4 +1,6 @@
-"""Figures of runs (``runs.py``), of a network (``network.py``) and of its features (``features.py``)."""
+"""Figures of runs (``runs.py``), of a network (``network.py``) and of images (``features.py``)."""
+
+# ruff: noqa: F401  # these are the names of vgglab.figures
 
 from vgglab.view.figures.base import BLUE, COLOURS, DASHES, GREEN, GRID, INK, ORANGE, PURPLE, NotebookFigure, new_figure
 from vgglab.view.figures.features import (
@@ -7,13 +9,8 @@ from vgglab.view.figures.features import (
     kernel_grid,
     map_rows,
     neighbour_rows,
+    prediction_grid,
     receptive_fields,
 )
 from vgglab.view.figures.network import architecture, roofline
-from vgglab.view.figures.runs import bands, curves, curves_beside, prediction_grid, where_time_goes
-
-__all__ = [
-    "BLUE", "COLOURS", "DASHES", "GREEN", "GRID", "INK", "ORANGE", "PURPLE", "NotebookFigure", "architecture", "bands",
-    "bounding_box", "curves", "curves_beside", "heat_over", "kernel_grid", "map_rows", "neighbour_rows", "new_figure",
-    "prediction_grid", "receptive_fields", "roofline", "where_time_goes",
-]  # fmt: skip
+from vgglab.view.figures.runs import bands, curves, curves_beside, where_time_goes

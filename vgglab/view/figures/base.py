@@ -78,3 +78,18 @@ def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tupl
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(colors=INK, labelsize=9)
     return figure, panels
+
+
+def image_grid(num_rows: int, num_columns: int, width: float, height: float) -> tuple[NotebookFigure, Any]:
+    """Create a figure with rows of panels for images, without ticks; sizes in inches."""
+    figure = NotebookFigure(width, height)
+    panels = figure.subplots(num_rows, num_columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for panel in panels.flat:
+        panel.spines[:].set(color=GRID)
+    return figure, panels
+
+
+def mark(panel: Any, is_right: bool, text: str, frame: str) -> None:
+    """Write a tick and ``text`` above an image with a thin frame, or a cross with a thick orange one."""
+    panel.set_title(f"{'✓' if is_right else '✗'} {text}", fontsize=9, color=INK if is_right else ORANGE)
+    panel.spines[:].set(color=frame if is_right else ORANGE, linewidth=1 if is_right else 3)

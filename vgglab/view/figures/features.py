@@ -1,16 +1,19 @@
-"""Figures of features: kernels, feature maps, heat maps over photographs, nearest neighbours.
+"""Figures of images: kernels, feature maps, heat maps over photographs, nearest neighbours, predictions.
 
 Images are uint8 arrays ``(H, W, 3)``; maps are ``(channels, h, w)``; heat maps are ``(H, W)`` or smaller.
 """
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 import numpy as np
 from matplotlib.colors import to_rgb
 
-from vgglab.view.figures.base import BLUE, GREEN, GRID, INK, ORANGE, NotebookFigure
+from vgglab.view.figures.base import BLUE, GREEN, GRID, INK, ORANGE, NotebookFigure, image_grid, mark
+
+if TYPE_CHECKING:
+    from vgglab.lab.predictions import Prediction
 
 
 def kernel_grid(kernels: Any, num_columns: int = 16) -> NotebookFigure:
@@ -19,13 +22,12 @@ def kernel_grid(kernels: Any, num_columns: int = 16) -> NotebookFigure:
     lowest, highest = kernels.min(axis=(1, 2, 3), keepdims=True), kernels.max(axis=(1, 2, 3), keepdims=True)
     images = (kernels - lowest) / np.maximum(highest - lowest, 1e-12)
     num_rows = -(-len(images) // num_columns)
-    figure = NotebookFigure(0.55 * num_columns, 0.62 * num_rows)
-    for number, panel in enumerate(_panels_without_ticks(figure, num_rows, num_columns)):
-        if number < len(images):
-            panel.imshow(images[number])
-            panel.set_xlabel(number, fontsize=7, labelpad=1)
-        else:
-            panel.set_axis_off()
+    figure, panels = image_grid(num_rows, num_columns, 0.55 * num_columns, 0.62 * num_rows)
+    for number, (panel, image) in enumerate(zip(panels.flat, images)):
+        panel.imshow(image)
+        panel.set_xlabel(number, fontsize=7, labelpad=1)
+    for panel in panels.flat[len(images) :]:
+        panel.set_axis_off()
     return figure
 
 
@@ -60,30 +62,25 @@ def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles:
     Each heat map is resized to its image. The colours span the range of that map; a colour bar shows the scale.
     """
     num_columns = len(images)
-    figure = NotebookFigure(min(9.6, 2.1 * num_columns + 0.8), 1.62 * (1 + len(heats)))
-    rows = figure.subplots(1 + len(heats), num_columns, squeeze=False)
-    for column, (panel, image, title) in enumerate(zip(rows[0], images, titles)):
-        panel.imshow(np.asarray(image))
-        panel.set_title(title, fontsize=9, color=INK)
-        _without_ticks(panel)
-        for row, (name, heat) in zip(rows[1:], heats.items()):
-            heatmap = _overlay(row[column], image, heat[column])
+    width, height = min(9.6, 2.1 * num_columns + 0.8), 1.62 * (1 + len(heats))
+    figure, rows = image_grid(1 + len(heats), num_columns, width, height)
+    for column, (image, title) in enumerate(zip(map(np.asarray, images), titles)):
+        rows[0, column].imshow(image)
+        rows[0, column].set_title(title, fontsize=9, color=INK)
+        extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+        for panel, heat in zip(rows[1:, column], heats.values()):
+            panel.imshow(_grey(image), cmap="gray", vmin=0, vmax=255)
+            heatmap = panel.imshow(
+                np.asarray(heat[column]), cmap="viridis", alpha=0.6, extent=extent, interpolation="bilinear"
+            )
             lowest, highest = heatmap.get_clim()
             if lowest < highest:
-                figure.colorbar(heatmap, ax=row[column], shrink=0.9, pad=0.03).ax.tick_params(labelsize=7, colors=INK)
+                figure.colorbar(heatmap, ax=panel, shrink=0.9, pad=0.03).ax.tick_params(labelsize=7, colors=INK)
             else:  # a colour bar would show a range that does not exist
-                row[column].set_xlabel(f"{lowest:.2g} everywhere", fontsize=7, color=INK)
-            if column == 0:
-                row[column].set_ylabel(name, fontsize=8, color=INK)
+                panel.set_xlabel(f"{lowest:.2g} everywhere", fontsize=7, color=INK)
+    for panel, name in zip(rows[1:, 0], heats):
+        panel.set_ylabel(name, fontsize=8, color=INK)
     return figure
-
-
-def _overlay(panel: Any, image: Any, heat: Any) -> Any:
-    height, width = np.asarray(image).shape[:2]
-    panel.imshow(_grey(image), cmap="gray", vmin=0, vmax=255)
-    _without_ticks(panel)
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    return panel.imshow(np.asarray(heat), cmap="viridis", alpha=0.6, extent=extent, interpolation="bilinear")
 
 
 def receptive_fields(image: Any, fields: Mapping[str, Any]) -> NotebookFigure:
@@ -137,34 +134,30 @@ def neighbour_rows(
     A neighbour with a different caption has a cross and a thick orange frame.
     """
     num_columns = 1 + max(len(indices) for _, _, indices in rows)
-    figure = NotebookFigure(1.25 * num_columns, 1.5 * len(rows))
-    panels = iter(_panels_without_ticks(figure, len(rows), num_columns))
-    for criterion, query, indices in rows:
-        for number, index in enumerate([query, *indices]):
-            panel, is_same = next(panels), meanings[index] == meanings[query]
+    figure, panels = image_grid(len(rows), num_columns, 1.25 * num_columns, 1.5 * len(rows))
+    for (first, *others), (criterion, query, indices) in zip(panels, rows):
+        first.imshow(np.asarray(images[query]))
+        first.set_title(meanings[query], fontsize=9, color=INK, fontweight="bold")
+        first.set_ylabel(f"by {criterion}", fontsize=9, color=INK)
+        first.spines[:].set(color=INK, linewidth=2)
+        for panel, index in zip(others, indices):
             panel.imshow(np.asarray(images[index]))
-            if number == 0:
-                panel.set_title(meanings[query], fontsize=9, color=INK, fontweight="bold")
-                panel.set_ylabel(f"by {criterion}", fontsize=9, color=INK)
-                panel.spines[:].set(color=INK, linewidth=2)
-            else:
-                colour = GREEN if is_same else ORANGE
-                mark = "✓" if is_same else "✗"
-                panel.set_title(f"{mark} {meanings[index]}", fontsize=9, color=INK if is_same else ORANGE)
-                panel.spines[:].set(color=colour, linewidth=1 if is_same else 3)
-        for _ in range(num_columns - 1 - len(indices)):
-            next(panels).set_axis_off()
+            mark(panel, meanings[index] == meanings[query], meanings[index], GREEN)
+        for panel in others[len(indices) :]:
+            panel.set_axis_off()
     return figure
 
 
-def _panels_without_ticks(figure: NotebookFigure, num_rows: int, num_columns: int) -> list[Any]:
-    panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
-    for panel in panels:
-        _without_ticks(panel)
-    return panels
-
-
-def _without_ticks(panel: Any) -> None:
-    panel.set_xticks([])
-    panel.set_yticks([])
-    panel.spines[:].set(color=GRID)
+def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> NotebookFigure:
+    """Show images with their predictions; wrong ones have an orange frame, a cross and the true class."""
+    num_rows = max(1, -(-len(predictions) // num_columns))
+    figure, panels = image_grid(num_rows, num_columns, 1.5 * num_columns, 1.85 * num_rows)
+    for panel, prediction in zip(panels.flat, predictions):
+        panel.imshow(prediction.pixels())
+        text = f"{prediction.predicted}, {prediction.probability:.0%}"
+        if not prediction.is_right:
+            text += f"\n(actually {prediction.actual})"
+        mark(panel, prediction.is_right, text, GRID)
+    for panel in panels.flat[len(predictions) :]:
+        panel.set_axis_off()
+    return figure

@@ -1,18 +1,15 @@
-"""Figures of runs: learning curves, time per step, and predictions of the trained network."""
+"""Figures of runs: learning curves, and time per step."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 from matplotlib.ticker import MaxNLocator
 
 from vgglab.errors import UserError
 from vgglab.runs.run import Event, Run
-from vgglab.view.figures.base import BLUE, COLOURS, DASHES, GREEN, GRID, INK, ORANGE, PURPLE, NotebookFigure, new_figure
-
-if TYPE_CHECKING:
-    from vgglab.lab.predictions import Prediction
+from vgglab.view.figures.base import BLUE, COLOURS, DASHES, GREEN, INK, ORANGE, PURPLE, NotebookFigure, new_figure
 
 
 def curves(run: Run) -> NotebookFigure:
@@ -132,25 +129,6 @@ def _finish(panel: Any, label: str, **legend: Any) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.lines:
         panel.legend(fontsize=8, frameon=False, **legend)
-
-
-def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> NotebookFigure:
-    """Show images with their predictions; wrong ones have an orange frame, a cross and the true class."""
-    num_rows = max(1, -(-len(predictions) // num_columns))
-    figure = NotebookFigure(1.5 * num_columns, 1.85 * num_rows)
-    for panel in figure.subplots(num_rows, num_columns, squeeze=False).flat:
-        panel.set_axis_off()
-    for panel, prediction in zip(figure.axes, predictions):
-        panel.imshow(prediction.pixels())
-        panel.set_axis_on()
-        panel.set_xticks([])
-        panel.set_yticks([])
-        label = f"{prediction.predicted}, {prediction.probability:.0%}"
-        title = f"✓ {label}" if prediction.is_right else f"✗ {label}\n(actually {prediction.actual})"
-        panel.set_title(title, fontsize=9, color=INK if prediction.is_right else ORANGE)
-        for spine in panel.spines.values():
-            spine.set(color=GRID if prediction.is_right else ORANGE, linewidth=1 if prediction.is_right else 3)
-    return figure
 
 
 PHASE_STYLES = {
