@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Sequence
 
+import numpy as np
 from matplotlib.patches import Rectangle
 
 from vgglab.errors import UserError
@@ -177,41 +177,37 @@ def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> NotebookFigure:
     if not shown:
         raise UserError("nothing to draw under the roofline: no layer with multiply-adds was measured")
     figure, (panel,) = new_figure(1, 9.0, 5.0)
+    shown.sort(key=lambda row: (row.intensity, row.flop_per_second))
+    intensities = np.array([row.intensity for row in shown])
     speeds = [(row.flop_per_second or 0) / 1e9 for row in shown]
     peak, ridge = ceilings.flop_per_second / 1e9, ceilings.ridge
-    left, right = min(ridge, *(r.intensity for r in shown)) / 2, max(ridge, *(r.intensity for r in shown)) * 2
-    bottom = min(*speeds, ceilings.attainable(left) / 1e9) / 30  # leaves space for the labels below the layers
+    left, right = min(ridge, *intensities) / 2, max(ridge, *intensities) * 2
+    lowest = ceilings.attainable(left) / 1e9
     bandwidth = f"memory bandwidth, {ceilings.bytes_per_second / 1e9:.1f} GB/s"
-    panel.plot([left, ridge], [ceilings.attainable(left) / 1e9, peak], "--", color=GREEN, linewidth=2, label=bandwidth)
+    panel.plot([left, ridge], [lowest, peak], "--", color=GREEN, linewidth=2, label=bandwidth)
     panel.plot([ridge, right], [peak, peak], "-", color=PURPLE, linewidth=2, label=f"peak compute, {peak:.1f} GFLOP/s")
     for kind, marker, color in (("conv", "o", BLUE), ("linear", "s", ORANGE)):
         points = [(row.intensity, speed) for row, speed in zip(shown, speeds) if row.kind == kind]
         if points:
             panel.plot(*zip(*points), marker, color=color, markersize=7, alpha=0.8, label=kind)
+    bottom = min(*speeds, lowest) / 30  # leaves space for the labels below the layers
     panel.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * max(peak, *speeds)))
     panel.set_xlabel("arithmetic intensity in FLOP per byte")
     panel.set_ylabel("forward pass in GFLOP/s")
-    for label, intensity, speed, position in _labels(shown, speeds, left, right):
+    positions = _label_positions(np.log(intensities / left) / np.log(right / left))
+    for row, speed, position in zip(shown, speeds, positions):
         panel.annotate(
-            label, (intensity, speed), (position, 0.03), textcoords="axes fraction", rotation=90, fontsize=8, color=INK,
-            ha="center", va="bottom", arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.5},
+            row.name, (row.intensity, speed), (position, 0.03), textcoords="axes fraction", rotation=90, fontsize=8,
+            color=INK, ha="center", va="bottom",
+            arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.5},
         )  # fmt: skip
     panel.legend(fontsize=9, frameon=False, loc="upper left")
     return figure
 
 
-def _labels(
-    rows: Sequence[Layer], speeds: Sequence[float], left: float, right: float
-) -> list[tuple[str, float, float, float]]:
-    """Return for each layer its name, the position of its marker, and a label position (0 to 1) without overlap."""
-    markers = sorted(zip((row.intensity for row in rows), speeds, (row.name for row in rows)))
-    preferred = [math.log(marker[0] / left) / math.log(right / left) for marker in markers]
-    gap = min(LABEL_GAP, 1 / (len(markers) + 1))
-    positions: list[float] = []
-    for position in preferred:  # pushed to the right if too close to the previous one,
-        positions.append(max([position, *(previous + gap for previous in positions[-1:])]))
-    limit = 1 - gap / 2
-    for number in reversed(range(len(positions))):  # and pushed back from the right edge
-        positions[number] = min(positions[number], limit)
-        limit = positions[number] - gap
-    return [(name, intensity, speed, position) for (intensity, speed, name), position in zip(markers, positions)]
+def _label_positions(preferred: Any) -> Any:
+    """Return positions in ascending order that do not overlap: pushed right by the label before, left by the edge."""
+    gap = min(LABEL_GAP, 1 / (len(preferred) + 1))
+    offsets = gap * np.arange(len(preferred))
+    limit = 1 - gap / 2 - offsets[-1]
+    return offsets + np.minimum(np.maximum.accumulate(preferred - offsets), limit)
