@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 from matplotlib.patches import Rectangle
@@ -43,6 +44,19 @@ def architecture(anatomy: Anatomy, marked: str = "") -> NotebookFigure:
     return picture
 
 
+class Box(NamedTuple):
+    """The box of a layer: its left end and width as fractions of the total width, its height in pixels."""
+
+    layer: Layer
+    left: float
+    width: float
+    height: float
+
+    @property
+    def size_label(self) -> str:
+        return "x".join(map(str, self.layer.output_shape[2:]))
+
+
 def draw(panel: Any, anatomy: Anatomy, marked: str = "") -> None:
     """Draw ``architecture`` on matplotlib axes. The ``gid`` of a box is the name of its layer."""
     if marked and marked not in [layer.name for layer in anatomy]:
@@ -52,21 +66,32 @@ def draw(panel: Any, anatomy: Anatomy, marked: str = "") -> None:
         raise UserError(f"nothing to draw: {anatomy.model} has no convolution, pool or linear layer")
     size = anatomy.image_size
     panel.plot([-2 * GAP, -2 * GAP], [0, size], color=INK, linewidth=2)
-    for layer, left, width, height in boxes:
-        _box(panel, layer.name, layer.kind, (left, 0), width, height)
-    by_name = {box[0].name: box for box in boxes}
-    current, box_of_layer = boxes[0], {}  # its own box or that of its input
+    for box in boxes:
+        _draw_box(panel, box.layer, (box.left, 0), box.width, box.height)
+    by_name = {box.layer.name: box for box in boxes}
+    current = marked_box = boxes[0]
     for layer in anatomy:
-        box_of_layer[layer.name] = current = by_name.get(layer.name, current)
+        current = by_name.get(layer.name, current)  # its own box or that of its input
         if layer.kind == "batch norm":
-            _box(panel, layer.name, layer.kind, (current[1], -0.045 * size), current[2], 0.03 * size)
+            _draw_box(panel, layer, (current.left, -0.045 * size), current.width, 0.03 * size)
+        if layer.name == marked:
+            marked_box = current
     _write_sizes(panel, boxes, size)
     if marked:
-        _draw_marker(panel, marked, box_of_layer[marked], size)
-    _finish(panel, anatomy, boxes)
+        _draw_marker(panel, marked, marked_box, size)
+    right = max(box.left + box.width for box in boxes)
+    heights = {box.height for box in boxes if box.layer.kind == "conv" and box.height >= size / 8}
+    panel.set(xticks=[], yticks=[0, *heights], xlim=(-0.03, right + 0.01), ylim=(-0.16 * size, 1.28 * size))
+    panel.set_ylabel("feature map size in pixels", fontsize=9)
+    panel.set_xlabel("numbers below the boxes: channels (box width)", fontsize=9)
+    panel.set_title(f"{anatomy.model}, {size} x {size} pixels", fontsize=10, loc="left", color=INK)
+    panel.spines[["top", "right", "bottom"]].set_visible(False)
+    panel.spines["left"].set_bounds(0, size)
+    panel.tick_params(colors=INK, labelsize=9)
+    panel.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
 
 
-def _boxes(anatomy: Anatomy) -> list[tuple[Layer, float, float, float]]:
+def _boxes(anatomy: Anatomy) -> list[Box]:
     maps = [layer for layer in anatomy if layer.kind in ("conv", "pool")]
     linear = [layer for layer in anatomy if layer.kind == "linear"]
     num_pools = sum(layer.kind == "pool" for layer in maps)
@@ -76,93 +101,62 @@ def _boxes(anatomy: Anatomy) -> list[tuple[Layer, float, float, float]]:
     boxes, left = [], 0.0
     for layer in maps:
         width = pool_width if layer.kind == "pool" else max(MIN_WIDTH, available * layer.output_shape[1] / channels)
-        boxes.append((layer, left, width, float(layer.output_shape[2])))
+        boxes.append(Box(layer, left, width, float(layer.output_shape[2])))
         left += width + gap
-    max_features = max((layer.output_shape[-1] for layer in linear), default=1)
     # The first linear box is to the right of the last number written above a map.
-    numbers_end = [box_left + 1.3 * LETTER_WIDTH * len(_size_label(layer)) for layer, box_left, *_ in boxes[-2:]]
-    left = max([left + 4 * GAP, *numbers_end])
+    left = max([left + 4 * GAP, *(box.left + 1.3 * LETTER_WIDTH * len(box.size_label) for box in boxes[-2:])])
+    max_features = max((layer.output_shape[-1] for layer in linear), default=1)
     for layer in linear:
-        boxes.append((layer, left, LINEAR_WIDTH, 0.6 * anatomy.image_size * layer.output_shape[-1] / max_features))
+        boxes.append(Box(layer, left, LINEAR_WIDTH, 0.6 * anatomy.image_size * layer.output_shape[-1] / max_features))
         left += LINEAR_WIDTH + 2 * GAP
     return boxes
 
 
-def _size_label(layer: Layer) -> str:
-    return "x".join(str(side) for side in layer.output_shape[2:])
+def _draw_box(panel: Any, layer: Layer, corner: tuple[float, float], width: float, height: float) -> None:
+    color, hatch, label = STYLES[layer.kind]
+    box = Rectangle(corner, width, height, gid=layer.name, facecolor=color, hatch=hatch, edgecolor="white")
+    box.set(linewidth=0.4, label=None if label in panel.get_legend_handles_labels()[1] else label)
+    panel.add_patch(box)
 
 
-def _box(panel: Any, name: str, kind: str, corner: tuple[float, float], width: float, height: float) -> None:
-    color, hatch, label = STYLES[kind]
-    is_first = label not in panel.get_legend_handles_labels()[1]
-    panel.add_patch(
-        Rectangle(
-            corner, width, height, gid=name, facecolor=color, hatch=hatch, edgecolor="white", linewidth=0.4,
-            label=label if is_first else None,
-        )
-    )  # fmt: skip
-
-
-def _write_sizes(panel: Any, boxes: Sequence[tuple[Layer, float, float, float]], size: int) -> None:
+def _write_sizes(panel: Any, boxes: Sequence[Box], size: int) -> None:
     """Write map sizes above the boxes, channels below the convolutions, and features above the linear layers."""
     background = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # an arrow may pass behind
     text_style: dict[str, Any] = {"fontsize": 9, "color": INK, "zorder": 5, "bbox": background}
-    maps = [box for box in boxes if box[0].kind in ("conv", "pool")]
-    previous_height, last_label = 0.0, (0.0, 0.0)  # height of the previous box; right end and height of the last number
-    for layer, left, _, height in maps:
-        if height != previous_height:
-            side = _size_label(layer)
-            baseline = height + 0.015 * size
-            if left < last_label[0] and abs(baseline - last_label[1]) < 0.08 * size:
-                baseline = last_label[1] + 0.08 * size
-            panel.text(left, baseline, side, ha="left", va="bottom", **text_style)
-            last_label = (left + LETTER_WIDTH * len(side), baseline)
-        previous_height = height
-    groups: list[list[tuple[Layer, float, float, float]]] = []
-    for box in maps:
-        if box[0].kind == "conv":
-            is_same = groups and groups[-1][-1][0].output_shape[1:3] == box[0].output_shape[1:3]
-            groups[-1].append(box) if is_same else groups.append([box])
+    end = level = 0.0  # right end and height of the last number
+    for height, maps in groupby((box for box in boxes if box.layer.kind != "linear"), lambda box: box.height):
+        box = next(maps)
+        baseline = height + 0.015 * size
+        if box.left < end and abs(baseline - level) < 0.08 * size:
+            baseline = level + 0.08 * size
+        panel.text(box.left, baseline, box.size_label, ha="left", va="bottom", **text_style)
+        end, level = box.left + LETTER_WIDTH * len(box.size_label), baseline
     next_free = 0.0
-    for group in groups:
-        channels = str(group[0][0].output_shape[1])
-        half_width = LETTER_WIDTH * len(channels) / 2
-        middle = max((group[0][1] + group[-1][1] + group[-1][2]) / 2, next_free + half_width)
-        panel.text(middle, -0.06 * size, channels, ha="center", va="top", **text_style)
+    convolutions = [box for box in boxes if box.layer.kind == "conv"]
+    for (channels, _), group in groupby(convolutions, lambda box: box.layer.output_shape[1:3]):
+        same_shape, half_width = list(group), LETTER_WIDTH * len(str(channels)) / 2
+        middle = (same_shape[0].left + same_shape[-1].left + same_shape[-1].width) / 2
+        middle = max(middle, next_free + half_width)
+        panel.text(middle, -0.06 * size, str(channels), ha="center", va="top", **text_style)
         next_free = middle + half_width + LETTER_WIDTH / 2
-    for layer, left, width, height in boxes:
-        if layer.kind == "linear":
-            position = (left + width / 2, height + 0.015 * size)
-            panel.text(*position, str(layer.output_shape[-1]), rotation=90, ha="center", va="bottom", **text_style)
+    for box in boxes:
+        if box.layer.kind == "linear":
+            position = (box.left + box.width / 2, box.height + 0.015 * size)
+            panel.text(*position, str(box.layer.output_shape[-1]), rotation=90, ha="center", va="bottom", **text_style)
 
 
-def _draw_marker(panel: Any, name: str, box: tuple[Layer, float, float, float], size: int) -> None:
-    layer, left, width, height = box
-    middle, tip = left + width / 2, height + (0.25 * size if layer.kind == "linear" else 0)  # above the number
-    panel.add_patch(Rectangle((left, 0), width, height, fill=False, edgecolor=INK, linewidth=2.5, gid="mark"))
-    is_left = middle < 0.5
-    arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.5, "relpos": (0 if is_left else 1, 0)}
+def _draw_marker(panel: Any, name: str, box: Box, size: int) -> None:
+    middle = box.left + box.width / 2
+    tip = box.height + (0.25 * size if box.layer.kind == "linear" else 0)  # above the number
+    panel.add_patch(
+        Rectangle((box.left, 0), box.width, box.height, fill=False, edgecolor=INK, linewidth=2.5, gid="mark")
+    )
+    side, relpos = ("left", (0, 0)) if middle < 0.5 else ("right", (1, 0))
+    arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.5, "relpos": relpos}
     panel.annotate(
-        name, (middle, tip), (middle, 1.15 * size), ha="left" if is_left else "right", va="bottom",
-        fontsize=10, fontweight="bold", color=INK, arrowprops=arrow,
+        name, (middle, tip), (middle, 1.15 * size), ha=side, va="bottom", fontsize=10, fontweight="bold", color=INK,
+        arrowprops=arrow,
     )  # fmt: skip
-
-
-def _finish(panel: Any, anatomy: Anatomy, boxes: Sequence[tuple[Layer, float, float, float]]) -> None:
-    size = anatomy.image_size
-    right = max(left + width for _, left, width, _ in boxes)
-    panel.set_xlim(-0.03, right + 0.01)
-    panel.set_ylim(-0.16 * size, 1.28 * size)
-    sides = sorted({int(layer.output_shape[2]) for layer, *_ in boxes if layer.kind == "conv"}, reverse=True)
-    panel.set_yticks([0, *(side for side in sides if side >= size / 8)])
-    panel.set_xticks([])
-    panel.set_ylabel("feature map size in pixels", fontsize=9)
-    panel.set_xlabel("numbers below the boxes: channels (box width)", fontsize=9)
-    panel.set_title(f"{anatomy.model}, {size} x {size} pixels", fontsize=10, loc="left", color=INK)
-    panel.spines[["top", "right", "bottom"]].set_visible(False)
-    panel.spines["left"].set_bounds(0, size)
-    panel.tick_params(colors=INK, labelsize=9)
-    panel.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
 
 
 def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> NotebookFigure:
