@@ -8,12 +8,17 @@ Shows widgets in a live notebook, and a figure with text in a headless one.
 from __future__ import annotations
 
 import threading
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy
+from matplotlib.patches import Rectangle
+from PIL import Image, ImageOps
+
 from vgglab.errors import UserError
 from vgglab.settings.choices import MODELS
-from vgglab.view.anatomy_table import Anatomy, Layer, Window
+from vgglab.view.anatomy_table import Anatomy, Layer
 from vgglab.view.figures.base import INK, ORANGE, NotebookFigure
 from vgglab.view.figures.network import WIDTH, draw
 from vgglab.view.live import front_end
@@ -59,8 +64,7 @@ class Explorer:
     def __init__(
         self, anatomy_of: Callable[..., Anatomy], photograph: Any, model: str, image_size: int, layer: str = ""
     ) -> None:
-        self._anatomy_of, self._photograph = anatomy_of, _square(photograph)
-        self._anatomies: dict[tuple[str, int], Anatomy] = {}
+        self._anatomy_of, self._photograph = lru_cache(maxsize=None)(anatomy_of), _read(photograph)
         self._lock = threading.RLock()  # a front end may run callbacks on two threads at once
         self._is_updating = False
         self.choose(model, image_size, layer)
@@ -75,21 +79,12 @@ class Explorer:
             raise UserError(
                 f"explore: expects the name of a network and a whole number of pixels, not {model!r} and {image_size!r}"
             )
-        key = (model, image_size)
-        if key not in self._anatomies:
-            self._anatomies[key] = self._anatomy_of(model, image_size)
-        self.anatomy = self._anatomies[key]
-        names = [row.name for row in self.anatomy]
-        if layer and layer not in names:
-            raise UserError(f"layer: {model} has no {layer!r}; its layers go from {names[0]} to {names[-1]}")
-        convolutions = [row.name for row in self.anatomy if row.kind == "conv"]
-        self.layer = self.anatomy[names.index(layer or convolutions[-1])]
-
-    @property
-    def frame(self) -> Window:
-        """The receptive field of the central output."""
-        sides = self.layer.output_shape[2:] or (1, 1)
-        return self.layer.window(sides[0] // 2, sides[1] // 2)
+        self.anatomy = self._anatomy_of(model, image_size)
+        found = [row for row in self.anatomy if (row.name == layer if layer else row.kind == "conv")]
+        if not found:
+            first, last = self.anatomy[0].name, self.anatomy[-1].name
+            raise UserError(f"layer: {model} has no {layer!r}; its layers go from {first} to {last}")
+        self.layer = found[-1]
 
     def rows(self) -> list[list[str]]:
         layer, anatomy = self.layer, self.anatomy
@@ -97,18 +92,16 @@ class Explorer:
         field = f"{layer.receptive_field} x {layer.receptive_field} pixels"
         if layer.receptive_field > anatomy.image_size:
             field += ", larger than the image; the rest is padding"
-        is_vector = len(layer.output_shape) == 2
-        stride = (
-            "none: each output sees the whole image" if is_vector else f"{layer.jump} pixel{'s' * (layer.jump > 1)}"
-        )
+        stride = f"{layer.jump} pixel{'s' * (layer.jump > 1)}"
+        if len(layer.output_shape) == 2:
+            stride = "none: each output sees the whole image"
+        shapes = ["x".join(map(str, shape[1:])) for shape in (layer.input_shape, layer.output_shape)]
+        share_of_operations = f"{operations / anatomy.multiply_adds:.1%} of the total"
         return [
             ["layer", f"{layer.name}, {layer.kind}"],
-            ["shape", " to ".join("x".join(map(str, shape[1:])) for shape in (layer.input_shape, layer.output_shape))],
+            ["shape", " to ".join(shapes)],
             ["parameters", f"{parameters:,}, {parameters / anatomy.num_parameters:.1%} of the total"],
-            [
-                "multiply-adds",
-                f"{operations / 1e6:,.1f} million, {operations / anatomy.multiply_adds:.1%} of the total",
-            ],
+            ["multiply-adds", f"{operations / 1e6:,.1f} million, {share_of_operations}"],
             ["activation memory", f"{layer.activation_bytes / 1e6:,.3f} MB per image, in float32"],
             ["receptive field", field],
             ["effective stride", stride],
@@ -130,22 +123,23 @@ class Explorer:
         return picture
 
     def _draw_field(self, panel: Any) -> None:
-        from matplotlib.patches import Rectangle
+        size, (height, width) = self.anatomy.image_size, self.layer.output_shape[2:] or (1, 1)
+        frame = self.layer.window(height // 2, width // 2)  # of the central output
+        photograph = ImageOps.fit(self._photograph, (size, size))
+        panel.imshow(photograph, extent=(0, size, size, 0), interpolation="nearest")
 
-        size, frame, jump = self.anatomy.image_size, self.frame, self.layer.jump
-        panel.imshow(self._photograph.resize((size, size)), extent=(0, size, size, 0), interpolation="nearest")
-        has_neighbour = len(self.layer.output_shape) == 4 and self.layer.output_shape[3] > 1
-        if has_neighbour:
-            corner = (frame.left - jump, frame.top)
-            panel.add_patch(Rectangle(corner, frame.side, frame.side, fill=False, color="white", linestyle="--"))
-        for width, color in ((4.5, "white"), (2.5, ORANGE)):  # visible on any photograph
-            corner = (frame.left, frame.top)
-            panel.add_patch(Rectangle(corner, frame.side, frame.side, fill=False, color=color, linewidth=width))
+        def draw_square(left: int, **style: Any) -> None:
+            panel.add_patch(Rectangle((left, frame.top), frame.side, frame.side, fill=False, **style))
+
+        if width > 1:
+            draw_square(frame.left - self.layer.jump, color="white", linestyle="--")
+        draw_square(frame.left, color="white", linewidth=4.5)  # visible on any photograph
+        draw_square(frame.left, color=ORANGE, linewidth=2.5)
         low, high = min(0, frame.left, frame.top), max(size, frame.left + frame.side, frame.top + frame.side)
         margin = 0.03 * (high - low)
         panel.set(xlim=(low - margin, high + margin), ylim=(high + margin, low - margin), facecolor="#EEEEEE")
         panel.set_xlabel("pixels" + ("; grey is padding" if low < 0 or high > size else ""), fontsize=9)
-        title = f"orange: receptive field of a {self.layer.name} output{'; dashed: of its neighbour' * has_neighbour}"
+        title = f"orange: receptive field of a {self.layer.name} output{'; dashed: of its neighbour' * (width > 1)}"
         panel.set_title(title, fontsize=9, color=INK)
         panel.tick_params(colors=INK, labelsize=9)
 
@@ -153,22 +147,16 @@ class Explorer:
         """Return controls, figure and table; usable with Tab and the arrow keys (the space bar opens a list)."""
         import ipywidgets as widgets
 
-        style = {"description_width": "initial"}
-        layout = widgets.Layout(width="auto", max_width="34em")
+        look = {"style": {"description_width": "initial"}, "layout": widgets.Layout(width="auto", max_width="34em")}
         depths = [(f"{name[3:]} layers with weights", name) for name in DEPTHS]
-        model = self.anatomy.model
-        self.depth = widgets.Dropdown(
-            options=depths, value=model.replace("_bn", ""), description="depth", style=style, layout=layout
-        )
-        self.batch_norm = widgets.Checkbox(model.endswith("_bn"), description="batch norm", indent=False, layout=layout)
-        size = self.anatomy.image_size
+        model, size = self.anatomy.model, self.anatomy.image_size
+        self.depth = widgets.Dropdown(options=depths, value=model.replace("_bn", ""), description="depth", **look)
+        self.batch_norm = widgets.Checkbox(model.endswith("_bn"), description="batch norm", indent=False, **look)
+        largest = max(LARGEST, size)
         self.image_size = widgets.IntSlider(
-            size, SMALLEST, max(LARGEST, size), STEP, description="image size in pixels", style=style, layout=layout,
-            continuous_update=False,
-        )  # fmt: skip
-        self.layers = widgets.Dropdown(
-            options=self._options(), value=self.layer.name, description="layer", style=style, layout=layout
+            size, SMALLEST, largest, STEP, description="image size in pixels", continuous_update=False, **look
         )
+        self.layers = widgets.Dropdown(options=self._options(), value=self.layer.name, description="layer", **look)
         self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         self.about = widgets.HTML()
         controls = [self.depth, self.batch_norm, self.image_size, self.layers]
@@ -217,18 +205,12 @@ def _counterpart(old: Anatomy, layer: Layer, new: Anatomy) -> Layer | None:
     return same_kind[min(index, len(same_kind) - 1)] if same_kind else None
 
 
-def _square(photograph: Any) -> Any:
-    """Return the central square of the photograph as a Pillow image."""
-    import numpy
-    from PIL import Image, ImageOps
-
+def _read(photograph: Any) -> Any:
+    """Return the photograph as a Pillow image."""
     try:
         is_file = isinstance(photograph, (str, Path))
         image = Image.open(photograph) if is_file else Image.fromarray(numpy.asarray(photograph))
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, TypeError, ValueError, AttributeError, Image.DecompressionBombError) as error:
         expected = "must be a path or a uint8 array (height, width, 3)"
         raise UserError(f"photograph: {expected}; reading it failed: {error}") from error
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
