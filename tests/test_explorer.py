@@ -210,7 +210,7 @@ def test_live_front_end_shows_widgets_and_static_one_a_figure(kind, monkeypatch)
     assert data["image/png"][:4] == b"\x89PNG"
     assert "features.18, conv" in data["text/plain"]
     assert metadata["image/png"]["alt"].startswith("orange: receptive field of a features.18 output")
-    assert "features.18, conv" in table["text/html"]
+    assert "features.18, conv" in table._repr_html_()
 
 
 def test_terminal_prints_text(capsys):

@@ -47,7 +47,7 @@ def explore(
     explorer = Explorer(anatomy_of, photograph, model, image_size, layer)
     kind = front_end()
     if kind == "terminal":
-        print(explorer.text())
+        print(explorer.table())
         return
     from IPython.display import display
 
@@ -55,7 +55,7 @@ def explore(
         display(explorer.widget())
     else:
         display(explorer.picture())
-        display({"text/html": explorer.table(), "text/plain": explorer.text()}, raw=True)
+        display(explorer.table())
 
 
 class Explorer:
@@ -86,7 +86,7 @@ class Explorer:
             raise UserError(f"layer: {model} has no {layer!r}; its layers go from {first} to {last}")
         self.layer = found[-1]
 
-    def rows(self) -> list[list[str]]:
+    def table(self) -> Table:
         layer, anatomy = self.layer, self.anatomy
         parameters, operations = layer.num_parameters, layer.multiply_adds
         field = f"{layer.receptive_field} x {layer.receptive_field} pixels"
@@ -97,7 +97,7 @@ class Explorer:
             stride = "none: each output sees the whole image"
         shapes = ["x".join(map(str, shape[1:])) for shape in (layer.input_shape, layer.output_shape)]
         share_of_operations = f"{operations / anatomy.multiply_adds:.1%} of the total"
-        return [
+        rows = [
             ["layer", f"{layer.name}, {layer.kind}"],
             ["shape", " to ".join(shapes)],
             ["parameters", f"{parameters:,}, {parameters / anatomy.num_parameters:.1%} of the total"],
@@ -106,17 +106,12 @@ class Explorer:
             ["receptive field", field],
             ["effective stride", stride],
         ]
-
-    def text(self) -> str:
-        return repr(Table(["", ""], self.rows(), f"{self.anatomy.model}, {self.anatomy.image_size} pixels"))
-
-    def table(self) -> str:
-        return Table([self.anatomy.model, f"{self.anatomy.image_size} pixels"], self.rows())._repr_html_()
+        return Table([anatomy.model, f"{anatomy.image_size} pixels"], rows)
 
     def picture(self) -> NotebookFigure:
         """Draw the photograph with the receptive field of the central output and, below it, the network."""
         picture = NotebookFigure(WIDTH, HEIGHT)
-        picture.description = self.text()
+        picture.description = repr(self.table())
         upper, lower = picture.subplots(2, 1, height_ratios=[1, 1.1])
         self._draw_field(upper)
         draw(lower, self.anatomy, self.layer.name)
@@ -195,7 +190,7 @@ class Explorer:
         self._refresh()
 
     def _refresh(self) -> None:
-        self.image.value, self.about.value = self.picture().png(), self.table()
+        self.image.value, self.about.value = self.picture().png(), self.table()._repr_html_()
 
 
 def _counterpart(old: Anatomy, layer: Layer, new: Anatomy) -> Layer | None:
