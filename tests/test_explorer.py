@@ -206,10 +206,10 @@ def test_live_front_end_shows_widgets_and_static_one_a_figure(kind, monkeypatch)
         assert isinstance(box, widgets.Box)
         return
     picture, table = displayed
-    data, metadata = picture._repr_mimebundle_()
-    assert data["image/png"][:4] == b"\x89PNG"
-    assert "features.18, conv" in data["text/plain"]
-    assert metadata["image/png"]["alt"].startswith("orange: receptive field of a features.18 output")
+    png, metadata = picture._repr_png_()
+    assert png[:4] == b"\x89PNG"
+    assert metadata["alt"].startswith("orange: receptive field of a features.18 output")
+    assert "features.18" in repr(picture)
     assert "features.18, conv" in table._repr_html_()
 
 

@@ -111,7 +111,6 @@ class Explorer:
     def picture(self) -> NotebookFigure:
         """Draw the photograph with the receptive field of the central output and, below it, the network."""
         picture = NotebookFigure(WIDTH, HEIGHT)
-        picture.description = repr(self.table())
         upper, lower = picture.subplots(2, 1, height_ratios=[1, 1.1])
         self._draw_field(upper)
         draw(lower, self.anatomy, self.layer.name)

@@ -124,7 +124,6 @@ class _StaticBlock:
         if not progress.train:
             return
         picture = curves(self.run)
-        picture.description = text
         if self.picture is None:
             self.picture = display(picture, display_id=True)
         else:

@@ -23,8 +23,6 @@ MAX_DESCRIBED_PANELS = 10  # panels described in the alternative text
 class NotebookFigure(Figure):
     """A figure that notebooks show without pyplot."""
 
-    description = ""  # shown where pictures are not; by default the alternative text
-
     def __init__(self, width: float, height: float) -> None:
         """Create a figure; sizes in inches."""
         super().__init__(figsize=(width, height), layout="constrained")
@@ -62,9 +60,8 @@ class NotebookFigure(Figure):
     def __repr__(self) -> str:
         return f"NotebookFigure({self.alt_text()})"
 
-    def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        data = {"image/png": self.png(), "text/plain": self.description or repr(self)}
-        return data, {"image/png": {"alt": self.alt_text()}}
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
+        return self.png(), {"alt": self.alt_text()}
 
 
 def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tuple[NotebookFigure, list[Any]]:
