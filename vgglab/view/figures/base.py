@@ -77,12 +77,15 @@ def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tupl
     return figure, panels
 
 
-def image_grid(num_rows: int, num_columns: int, width: float, height: float) -> tuple[NotebookFigure, Any]:
-    """Create a figure with rows of panels for images, without ticks; sizes in inches."""
-    figure = NotebookFigure(width, height)
+def image_grid(num_panels: int, num_columns: int, width: float, height: float) -> tuple[NotebookFigure, Any]:
+    """Create a figure with rows of panels for images, without ticks; ``width`` and ``height`` of a panel in inches."""
+    num_rows = max(1, -(-num_panels // num_columns))
+    figure = NotebookFigure(width * num_columns, height * num_rows)
     panels = figure.subplots(num_rows, num_columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for panel in panels.flat:
         panel.spines[:].set(color=GRID)
+    for panel in panels.flat[num_panels:]:
+        panel.set_axis_off()
     return figure, panels
 
 

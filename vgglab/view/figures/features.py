@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 import numpy as np
 from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 
 from vgglab.view.figures.base import BLUE, GREEN, GRID, INK, ORANGE, NotebookFigure, image_grid, mark
 
@@ -21,13 +22,10 @@ def kernel_grid(kernels: Any, num_columns: int = 16) -> NotebookFigure:
     kernels = np.asarray(kernels).transpose(0, 2, 3, 1)  # (K, h, w, 3)
     lowest, highest = kernels.min(axis=(1, 2, 3), keepdims=True), kernels.max(axis=(1, 2, 3), keepdims=True)
     images = (kernels - lowest) / np.maximum(highest - lowest, 1e-12)
-    num_rows = -(-len(images) // num_columns)
-    figure, panels = image_grid(num_rows, num_columns, 0.55 * num_columns, 0.62 * num_rows)
+    figure, panels = image_grid(len(images), num_columns, 0.55, 0.62)
     for number, (panel, image) in enumerate(zip(panels.flat, images)):
         panel.imshow(image)
         panel.set_xlabel(number, fontsize=7, labelpad=1)
-    for panel in panels.flat[len(images) :]:
-        panel.set_axis_off()
     return figure
 
 
@@ -39,18 +37,16 @@ def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> Notebook
     height, width = np.asarray(image).shape[:2]
     figure = NotebookFigure(9.6, len(maps) * (8.4 / (num_maps + 1) * height / width + 0.42))
     panels = figure.subplots(len(maps), num_maps + 1, squeeze=False)
-    for number, (row, (name, channels)) in enumerate(zip(panels, maps.items())):
+    panels[0][0].imshow(np.asarray(image))
+    for row, (name, channels) in zip(panels, maps.items()):
         channels = np.asarray(channels)
         rows, columns = channels.shape[1:]
         row[0].set_axis_off()
-        if number == 0:
-            row[0].imshow(np.asarray(image))
         row[1].set_ylabel(f"{name}\n{rows} × {columns}", fontsize=9, color=INK)
         for panel, channel in zip(row[1:], channels.std(axis=(1, 2)).argsort()[::-1]):
             panel.imshow(channels[channel], cmap="gray", vmin=0)
             panel.set_title(f"channel {channel}", fontsize=8, color=INK, pad=3)
-            panel.set_xticks([0, columns - 1])
-            panel.set_yticks([0, rows - 1])
+            panel.set(xticks=[0, columns - 1], yticks=[0, rows - 1])
             panel.tick_params(labelsize=7, colors=INK, pad=1)
     panels[-1][1].set_xlabel("pixels of the map", fontsize=7, color=INK)
     return figure
@@ -61,9 +57,9 @@ def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles:
 
     Each heat map is resized to its image. The colours span the range of that map; a colour bar shows the scale.
     """
-    num_columns = len(images)
-    width, height = min(9.6, 2.1 * num_columns + 0.8), 1.62 * (1 + len(heats))
-    figure, rows = image_grid(1 + len(heats), num_columns, width, height)
+    num_columns, num_rows = len(images), 1 + len(heats)
+    width = min(9.6, 2.1 * num_columns + 0.8)
+    figure, rows = image_grid(num_columns * num_rows, num_columns, width / num_columns, 1.62)
     for column, (image, title) in enumerate(zip(map(np.asarray, images), titles)):
         rows[0, column].imshow(image)
         rows[0, column].set_title(title, fontsize=9, color=INK)
@@ -90,8 +86,6 @@ def receptive_fields(image: Any, fields: Mapping[str, Any]) -> NotebookFigure:
     ``features.effective_receptive_fields``. Its square root is drawn, to make weak influence visible. Axes are in
     pixels of the image.
     """
-    from matplotlib.patches import Rectangle
-
     height, width = np.asarray(image).shape[:2]
     fields = {name: np.asarray(field) for name, field in fields.items()}
     boxes = {name: bounding_box(field) for name, field in fields.items()}
@@ -106,8 +100,7 @@ def receptive_fields(image: Any, fields: Mapping[str, Any]) -> NotebookFigure:
         top, left, bottom, right = boxes[name]
         size = (right - left, bottom - top)
         panel.add_patch(Rectangle((left - 0.5, top - 0.5), *size, fill=False, edgecolor=BLUE, linewidth=1.5))
-        panel.set_xlim(largest[1] - margin, largest[3] + margin)
-        panel.set_ylim(largest[2] + margin, largest[0] - margin)
+        panel.set(xlim=(largest[1] - margin, largest[3] + margin), ylim=(largest[2] + margin, largest[0] - margin))
         panel.set_title(f"{name}: {size[0]} × {size[1]}", fontsize=9, color=INK)
         panel.set_xlabel("pixels", fontsize=8, color=INK)
         panel.tick_params(labelsize=7, colors=INK)
@@ -120,10 +113,10 @@ def _grey(image: Any) -> Any:
 
 def bounding_box(field: Any) -> tuple[int, int, int, int]:
     """Return the smallest box around all non-zero values: top, left, and the first row and column after it."""
-    rows, columns = np.nonzero(np.asarray(field).sum(axis=1))[0], np.nonzero(np.asarray(field).sum(axis=0))[0]
+    rows, columns = np.nonzero(np.asarray(field))
     if not len(rows):
         return 0, 0, 0, 0
-    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+    return int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1
 
 
 def neighbour_rows(
@@ -134,7 +127,7 @@ def neighbour_rows(
     A neighbour with a different caption has a cross and a thick orange frame.
     """
     num_columns = 1 + max(len(indices) for _, _, indices in rows)
-    figure, panels = image_grid(len(rows), num_columns, 1.25 * num_columns, 1.5 * len(rows))
+    figure, panels = image_grid(num_columns * len(rows), num_columns, 1.25, 1.5)
     for (first, *others), (criterion, query, indices) in zip(panels, rows):
         first.imshow(np.asarray(images[query]))
         first.set_title(meanings[query], fontsize=9, color=INK, fontweight="bold")
@@ -150,14 +143,11 @@ def neighbour_rows(
 
 def prediction_grid(predictions: Sequence[Prediction], num_columns: int = 6) -> NotebookFigure:
     """Show images with their predictions; wrong ones have an orange frame, a cross and the true class."""
-    num_rows = max(1, -(-len(predictions) // num_columns))
-    figure, panels = image_grid(num_rows, num_columns, 1.5 * num_columns, 1.85 * num_rows)
+    figure, panels = image_grid(len(predictions), num_columns, 1.5, 1.85)
     for panel, prediction in zip(panels.flat, predictions):
         panel.imshow(prediction.pixels())
         text = f"{prediction.predicted}, {prediction.probability:.0%}"
         if not prediction.is_right:
             text += f"\n(actually {prediction.actual})"
         mark(panel, prediction.is_right, text, GRID)
-    for panel in panels.flat[len(predictions) :]:
-        panel.set_axis_off()
     return figure

@@ -186,8 +186,7 @@ def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> NotebookFigure:
             panel.plot(*zip(*points), marker, color=color, markersize=7, alpha=0.8, label=kind)
     bottom = min(*speeds, lowest) / 30  # leaves space for the labels below the layers
     panel.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * max(peak, *speeds)))
-    panel.set_xlabel("arithmetic intensity in FLOP per byte")
-    panel.set_ylabel("forward pass in GFLOP/s")
+    panel.set(xlabel="arithmetic intensity in FLOP per byte", ylabel="forward pass in GFLOP/s")
     positions = _label_positions(np.log(intensities / left) / np.log(right / left))
     for row, speed, position in zip(shown, speeds, positions):
         panel.annotate(

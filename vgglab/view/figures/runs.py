@@ -149,8 +149,7 @@ def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> NotebookF
             place: dict[str, Any] = {"xy": (0, row + 0.42), "xytext": (3, 0), "textcoords": "offset points"}
             panel.annotate(text, **place, va="center", fontsize=8, color=ORANGE)
     panel.set_yticks(rows, list(names) or [_bar_label(report) for report in reports], fontsize=9)
-    panel.set_ylim(len(runs) - 0.4, -0.5)
-    panel.set_xlabel("mean time per step (ms)")
+    panel.set(ylim=(len(runs) - 0.4, -0.5), xlabel="mean time per step (ms)")
     panel.margins(x=0.12)
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
