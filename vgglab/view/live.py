@@ -28,11 +28,8 @@ NUM_LOG_LINES = 6
 
 def front_end() -> str:
     """Return ``live`` (widgets), ``static`` (a headless notebook, or no widgets), or ``terminal`` (no notebook)."""
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return "terminal"
-    shell = get_ipython()
+    ipython = sys.modules.get("IPython")  # imported in every notebook
+    shell = ipython.get_ipython() if ipython else None
     if shell is None or not hasattr(shell, "kernel"):
         return "terminal"
     override = os.environ.get("VGGLAB_UI")
@@ -42,16 +39,15 @@ def front_end() -> str:
     is_interactive = (
         "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules or "__vsc_ipynb_file__" in shell.user_ns
     )
-    return "live" if is_interactive and _has_widgets() else "static"
-
-
-def _has_widgets() -> bool:
+    if not is_interactive:
+        return "static"
     try:
         import ipykernel
         import ipywidgets  # noqa: F401
     except ImportError:
-        return False
-    return not ipykernel.__version__.startswith("7.0.")  # loses widget updates from threads: a dashboard would freeze
+        return "static"
+    loses_updates = ipykernel.__version__.startswith("7.0.")  # from threads: a dashboard would freeze
+    return "static" if loses_updates else "live"
 
 
 def watch(run: Run) -> None:

@@ -42,20 +42,15 @@ class PhotographChooser:
         self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", display="none"))
         self.widget = widgets.VBox([self.button, self.line, self.picture])
 
-    def show(self, name: str, data: bytes) -> None:
-        """Show the result of ``look`` for this file, or its error message."""
-        self.line.value = html_text(f"Looking at {name} ...", "span")
-        try:
-            line, picture = self.look(name, data)
-        except UserError as error:
-            self.line.value, self.picture.layout.display = html_text(str(error), "span"), "none"
-            return
-        self.picture.value, self.picture.layout.display = picture.png(), None
-        self.line.value = html_text(line, "span")
-
     def _on_file(self, change: Any) -> None:
         for file in change["new"]:
-            self.show(file["name"], bytes(file["content"]))
+            self.line.value = html_text(f"Looking at {file['name']} ...", "span")
+            try:
+                line, picture = self.look(file["name"], bytes(file["content"]))
+                self.picture.value, self.picture.layout.display = picture.png(), None
+            except UserError as error:
+                line, self.picture.layout.display = str(error), "none"
+            self.line.value = html_text(line, "span")
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return self.widget._repr_mimebundle_(**options)
