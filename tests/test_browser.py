@@ -175,7 +175,7 @@ def test_explorer_controls_change_the_figure_by_keyboard(lab):
 
 CHOOSER_CELL = """from vgglab.lab import features
 from vgglab.view.figures import NotebookFigure
-from vgglab.view.photograph_chooser import PhotographChooser
+from vgglab.view.photograph_chooser import photograph_button
 
 def look(name, data):
     pixels = features.read_photograph(name, data)
@@ -183,7 +183,7 @@ def look(name, data):
     figure.subplots().imshow(pixels)
     return f"{name}: {pixels.shape[1]} x {pixels.shape[0]} pixels", figure
 
-PhotographChooser(look)"""
+photograph_button(look)"""
 
 
 def open_file_chooser(notebook, button):

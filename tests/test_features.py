@@ -3,6 +3,7 @@
 import io
 import math
 import random
+from datetime import datetime, timezone
 
 import pytest
 import torch
@@ -157,23 +158,25 @@ def test_a_truncated_photograph_is_refused():
 def test_the_chooser_shows_a_figure_or_a_one_line_error():
     pytest.importorskip("ipywidgets")
     from vgglab.view.figures import map_rows
-    from vgglab.view.photograph_chooser import PhotographChooser
+    from vgglab.view.photograph_chooser import photograph_button
 
     def look(name, data):
         pixels = features.read_photograph(name, data)
         return f"{name}, {pixels.shape[1]} pixels wide", map_rows({"colours": pixels.permute(2, 0, 1)}, pixels)
 
-    def file(name, data):
-        return {"name": name, "type": "", "size": len(data), "content": memoryview(data), "last_modified": None}
+    button, line, picture = photograph_button(look).children
 
-    chooser = PhotographChooser(look)
-    chooser._on_file({"new": (file("<b>.png", encode(Image.effect_noise((30, 20), 50), "PNG")),)})
-    assert chooser.line.value == "<span>&lt;b&gt;.png, 30 pixels wide</span>"
-    assert bytes(chooser.picture.value).startswith(b"\x89PNG")
-    assert chooser.picture.layout.display is None
-    chooser._on_file({"new": (file("evil.py", b"raise SystemExit"),)})
-    assert chooser.line.value.startswith("<span>photograph: &#x27;evil.py&#x27; cannot be read as an image")
-    assert chooser.picture.layout.display == "none"
+    def choose(name, data):
+        file = {"name": name, "type": "", "size": len(data), "content": memoryview(data)}
+        button.value = ({**file, "last_modified": datetime.now(timezone.utc)},)
+
+    choose("<b>.png", encode(Image.effect_noise((30, 20), 50), "PNG"))
+    assert line.value == "<span>&lt;b&gt;.png, 30 pixels wide</span>"
+    assert bytes(picture.value).startswith(b"\x89PNG")
+    assert picture.layout.display is None
+    choose("evil.py", b"raise SystemExit")
+    assert line.value.startswith("<span>photograph: &#x27;evil.py&#x27; cannot be read as an image")
+    assert picture.layout.display == "none"
 
 
 def test_a_constant_heat_map_has_no_colour_bar():
