@@ -117,13 +117,10 @@ class _StaticBlock:
         if ranks:
             text, markup = f"{text}\n{ranks}", markup + ranks._repr_html_()
         self.line.update({"text/plain": text, "text/html": markup}, raw=True)
-        if not progress.train:
-            return
-        picture = curves(self.run)
-        if self.picture is None:
-            self.picture = display(picture, display_id=True)
-        else:
-            self.picture.update(picture)
+        if progress.train and self.picture is None:
+            self.picture = display(curves(self.run), display_id=True)
+        elif progress.train:
+            self.picture.update(curves(self.run))
 
 
 class Board:
@@ -187,12 +184,9 @@ class Dashboard(Board):
 
         self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         self.ranks, self.log = widgets.HTML(), widgets.HTML()
-        super().__init__(
-            run,
-            [self.picture, self.ranks, self.log],
-            "Stop this run after the current step and save a checkpoint",
-            f"vgglab.Run({str(run.path)!r}).watch() shows this run again",
-        )
+        stop_tooltip = "Stop this run after the current step and save a checkpoint"
+        description = f"vgglab.Run({str(run.path)!r}).watch() shows this run again"
+        super().__init__(run, [self.picture, self.ranks, self.log], stop_tooltip, description)
         self.stop_button.disabled = not run.is_here
         self._drawn: Any = None  # the latest events in the picture
         self._drawn_at = -PICTURE_SECONDS

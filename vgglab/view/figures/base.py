@@ -46,22 +46,24 @@ class NotebookFigure(Figure):
 
     def alt_text(self) -> str:
         """Return the alternative text for screen readers: title, axes and legend of each panel."""
-        descriptions = []
-        for panel in self.axes:
-            axes = " over ".join(filter(None, [panel.get_ylabel(), panel.get_xlabel()]))
-            names = ", ".join(dict.fromkeys(panel.get_legend_handles_labels()[1]))
-            description = ": ".join(filter(None, [panel.get_title(), axes])) + f" ({names})" * bool(names)
-            descriptions.append(" ".join(description.split()))
-        distinct = [text for text in dict.fromkeys(descriptions) if not text.isdigit() and text]
-        more = f"and {len(distinct) - MAX_DESCRIBED_PANELS} more"
-        descriptions = [*distinct[:MAX_DESCRIBED_PANELS], *[more] * (len(distinct) > MAX_DESCRIBED_PANELS)]
-        return "; ".join(descriptions) or f"figure with {len(self.axes)} panels"
+        distinct = [text for text in dict.fromkeys(map(_describe, self.axes)) if text and not text.isdigit()]
+        described = distinct[:MAX_DESCRIBED_PANELS]
+        if len(distinct) > len(described):
+            described.append(f"and {len(distinct) - len(described)} more")
+        return "; ".join(described) or f"figure with {len(self.axes)} panels"
 
     def __repr__(self) -> str:
         return f"NotebookFigure({self.alt_text()})"
 
     def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
         return self.png(), {"alt": self.alt_text()}
+
+
+def _describe(panel: Any) -> str:
+    axes = " over ".join(filter(None, [panel.get_ylabel(), panel.get_xlabel()]))
+    names = ", ".join(dict.fromkeys(panel.get_legend_handles_labels()[1]))
+    description = ": ".join(filter(None, [panel.get_title(), axes])) + f" ({names})" * bool(names)
+    return " ".join(description.split())
 
 
 def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tuple[NotebookFigure, list[Any]]:
@@ -71,7 +73,7 @@ def new_figure(num_panels: int, width: float = 9.0, height: float = 3.2) -> tupl
     for panel in panels:
         panel.grid(True, color=GRID, linewidth=0.8)
         panel.set_axisbelow(True)
-        panel.set_prop_cycle(color=[BLUE, ORANGE, GREEN, PURPLE])
+        panel.set_prop_cycle(color=COLOURS)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(colors=INK, labelsize=9)
     return figure, panels
