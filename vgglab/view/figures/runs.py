@@ -122,11 +122,11 @@ PHASE_STYLES = {
 FREQUENT_READS = 0.5  # host reads per step; log lines cause fewer
 
 
-def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> NotebookFigure:
+def where_time_goes(runs: Sequence[Run], names: Sequence[str]) -> NotebookFigure:
     """Plot one stacked bar per run: mean time of each phase of a step; needs runs that were trained with --timers.
 
-    Without ``names``, a bar is labelled with batch size, precision and layout. Lines of code at which the host reads a
-    value from the device more than once in two steps are listed below the bar.
+    ``names`` are the labels of the bars. Lines of code at which the host reads a value from the device more than once
+    in two steps are listed below the bar.
     """
     if not runs:
         raise UserError("where_time_goes: needs runs that were trained with --timers")
@@ -148,15 +148,9 @@ def where_time_goes(runs: Sequence[Run], names: Sequence[str] = ()) -> NotebookF
             text = f"! the host waits for the device: {frequent}"
             place: dict[str, Any] = {"xy": (0, row + 0.42), "xytext": (3, 0), "textcoords": "offset points"}
             panel.annotate(text, **place, va="center", fontsize=8, color=ORANGE)
-    panel.set_yticks(rows, list(names) or [_bar_label(report) for report in reports], fontsize=9)
+    panel.set_yticks(rows, names, fontsize=9)
     panel.set(ylim=(len(runs) - 0.4, -0.5), xlabel="mean time per step (ms)")
     panel.margins(x=0.12)
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure
-
-
-def _bar_label(report: Mapping[str, Any]) -> str:
-    precision = report["amp_dtype"] or ("tf32" if report["tf32"] else "float32")
-    layout = "channels last" if report["channels_last"] else "channels first"
-    return f"batch {report['batch_size']}, {precision},\n{layout}{', compiled' * report['compiled']}"
