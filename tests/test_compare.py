@@ -129,9 +129,7 @@ def test_evaluations_of_the_same_weights_are_identical(runs, train):
 
 def test_names_with_matplotlib_markup_are_drawn_literally(train):
     run = train("--print-freq=1").run
-    figure = curves_beside([run, run], ["costs $5 and $_{", "_hidden"])
+    names = ("costs $5 and $_{", "_hidden")
+    figure = curves_beside([Run(shutil.copytree(run.path, run.path.with_name(name))) for name in names])
     figure.png()  # a name that is not a valid formula raised an error here
-    assert {text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()} == {
-        "costs $5 and $_{",
-        "_hidden",
-    }
+    assert {text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()} == {*names}

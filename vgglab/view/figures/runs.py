@@ -62,17 +62,15 @@ def _line(number: int, name: str) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "label": label}
 
 
-def curves_beside(
-    runs: Sequence[Run], names: Sequence[str] = (), first_difference: int | None = None
-) -> NotebookFigure:
+def curves_beside(runs: Sequence[Run], first_difference: int | None = None) -> NotebookFigure:
     """Plot training loss and held-out top-1 of several runs; a line marks the step at which two runs first differ."""
     figure, panels = new_figure(2, height=3 + 0.2 * (len(runs) + 1))  # one legend line per name
-    for number, (run, name) in enumerate(zip(runs, names or [run.name for run in runs])):
+    for number, run in enumerate(runs):
         for panel, (kind, metric) in zip(panels, COMPARED):
             steps, values = _points(_sampled_events(run, kind), metric)
             if steps:  # a name without a curve would only fill the legend
                 marker = "o" if kind == "eval" or len(steps) == 1 else None
-                panel.plot(steps, values, marker=marker, markersize=4, **_line(number, name))
+                panel.plot(steps, values, marker=marker, markersize=4, **_line(number, run.name))
     if first_difference is not None:
         for panel in panels:
             panel.axvline(first_difference, color=INK, linewidth=1, linestyle=":", label="first difference")
