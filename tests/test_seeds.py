@@ -106,6 +106,7 @@ def test_launch_from_a_script(tiny, tmp_path, capsys):
     assert seeds_in(tmp_path / "two") == [2, 4]
     assert all(run.env["world_size"] == 2 for run in seeds.runs)
     assert "last top-1 %" in capsys.readouterr().out
+    assert len(seeds.curves().png()) > 5000
     assert "<table>" in seeds._repr_html_()
     assert repr(vgglab.Seeds(tmp_path / "two")) == repr(seeds_table({"two": seeds.runs}))
 

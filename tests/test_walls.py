@@ -124,7 +124,8 @@ def test_imports_in_functions_are_for_entry_points_and_optional_modules():
         "vgglab.devices.gcu": {"vgglab.devices.gcu_eager", "vgglab.devices.gcu_lazy"},  # whichever is installed
         "vgglab.devices.sim": {"vgglab.devices.sim", "vgglab.devices.sim.card"},  # installs the simulated torch.gcu
         "vgglab.lab.machine_speed": {"vgglab.devices.compat", "vgglab.model"},  # torch may be missing
-        "vgglab.view.live": {"vgglab.view.figures"},  # matplotlib may be missing
+        "vgglab.view.display": {"vgglab.view.figures"},  # matplotlib may be missing
+        "vgglab.view.live": {"vgglab.view.figures"},
     }
 
 

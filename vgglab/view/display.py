@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List
+from typing import Any, List
 
 from vgglab.errors import printable
 from vgglab.runs.folder import run_dirs
@@ -56,6 +56,12 @@ class NotebookSeeds(Seeds):
     """A folder of runs that differ only in their seed; displayed as a table."""
 
     run_type = NotebookRun
+
+    def curves(self) -> Any:
+        """Plot the mean loss and accuracy over the seeds, with a band from minimum to maximum."""
+        from vgglab.view.figures import bands  # matplotlib is not needed for reading
+
+        return bands({printable(self.path.name): self.runs})
 
     def table(self) -> Table:
         """Return a table of the count, mean, standard deviation and range of each metric over the finished seeds."""
