@@ -13,6 +13,8 @@ try:
 except ImportError:  # may be missing from the vendor's image; lines are printed then
     tqdm = None
 
+BAR_FORMAT = "{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix}"
+
 
 class Terminal:
     """A listener for ``RunWriter`` that prints the events."""
@@ -48,14 +50,9 @@ class Terminal:
         if event.get("simulated"):
             self.print_line("simulated card: the losses are real, but the times say nothing about a real card")
         if tqdm is not None and sys.stderr.isatty() and self.progress.num_steps > self.progress.step:
-            bar_format = "{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix}"
-            self.bar = tqdm(
-                total=self.progress.num_steps,
-                initial=self.progress.step,
-                bar_format=bar_format,
-                dynamic_ncols=True,
-                desc=self.progress.activity,
-            )
+            total, initial = self.progress.num_steps, self.progress.step
+            self.bar = tqdm(total=total, initial=initial, bar_format=BAR_FORMAT, dynamic_ncols=True)
+            self._draw("")
 
     def _on_train(self, event: dict[str, Any]) -> None:
         speed = "" if event.get("simulated") else f"{event['images_per_second']:.1f} images/s  "
