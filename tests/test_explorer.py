@@ -199,7 +199,7 @@ def test_live_front_end_shows_widgets_and_static_one_a_figure(kind, monkeypatch)
     widgets = pytest.importorskip("ipywidgets")
     displayed = []
     monkeypatch.setattr(explorer, "front_end", lambda: kind)
-    monkeypatch.setattr(IPython.display, "display", lambda what, **_: displayed.append(what))
+    monkeypatch.setattr(IPython.display, "display", lambda *shown: displayed.extend(shown))
     explore(anatomy.of, PHOTOGRAPH, "vgg11", 32)
     if kind == "live":
         (box,) = displayed

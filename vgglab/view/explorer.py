@@ -54,8 +54,7 @@ def explore(
     if kind == "live":
         display(explorer.widget())
     else:
-        display(explorer.picture())
-        display(explorer.table())
+        display(explorer.picture(), explorer.table())
 
 
 class Explorer:

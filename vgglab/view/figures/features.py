@@ -66,9 +66,7 @@ def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles:
         extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
         for panel, heat in zip(rows[1:, column], heats.values()):
             panel.imshow(_grey(image), cmap="gray", vmin=0, vmax=255)
-            heatmap = panel.imshow(
-                np.asarray(heat[column]), cmap="viridis", alpha=0.6, extent=extent, interpolation="bilinear"
-            )
+            heatmap = panel.imshow(heat[column], cmap="viridis", alpha=0.6, extent=extent, interpolation="bilinear")
             lowest, highest = heatmap.get_clim()
             if lowest < highest:
                 figure.colorbar(heatmap, ax=panel, shrink=0.9, pad=0.03).ax.tick_params(labelsize=7, colors=INK)
