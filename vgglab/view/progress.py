@@ -17,8 +17,7 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self.activity = "starting"
-        self.status = "starting"
+        self.activity = self.status = "starting"
         self.step = self.num_steps = 0
         self.eta_seconds: float | None = None
         self.train: dict[str, Any] = {}

@@ -84,18 +84,16 @@ def receptive_fields(image: Any, fields: Mapping[str, Any]) -> NotebookFigure:
     ``features.effective_receptive_fields``. Its square root is drawn, to make weak influence visible. Axes are in
     pixels of the image.
     """
-    height, width = np.asarray(image).shape[:2]
-    fields = {name: np.asarray(field) for name, field in fields.items()}
-    boxes = {name: bounding_box(field) for name, field in fields.items()}
-    largest = max(boxes.values(), key=lambda box: box[2] - box[0])
+    boxes = [bounding_box(field) for field in fields.values()]
+    largest = max(boxes, key=lambda box: box[2] - box[0])
     margin = (largest[2] - largest[0]) // 4
     figure = NotebookFigure(9.6, 9.6 / len(fields) + 0.5)
-    for panel, (name, field) in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields.items()):
+    panels = figure.subplots(1, len(fields), squeeze=False)[0]
+    for panel, (name, field), (top, left, bottom, right) in zip(panels, fields.items(), boxes):
         panel.imshow(160 + _grey(image) * (95 / 255), cmap="gray", vmin=0, vmax=255)
-        overlay = np.zeros((height, width, 4))
-        overlay[..., :3], overlay[..., 3] = to_rgb(ORANGE), (field / max(field.max(), 1e-30)) ** 0.5
-        panel.imshow(overlay)
-        top, left, bottom, right = boxes[name]
+        field = np.asarray(field)
+        colour = np.broadcast_to(to_rgb(ORANGE), (*field.shape, 3))
+        panel.imshow(np.dstack([colour, np.sqrt(field / max(field.max(), 1e-30))]))
         size = (right - left, bottom - top)
         panel.add_patch(Rectangle((left - 0.5, top - 0.5), *size, fill=False, edgecolor=BLUE, linewidth=1.5))
         panel.set(xlim=(largest[1] - margin, largest[3] + margin), ylim=(largest[2] + margin, largest[0] - margin))
