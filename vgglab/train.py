@@ -53,7 +53,7 @@ from vgglab.dist import interrupts, ranks, slurm, spawn
 from vgglab.dist.interrupts import StopRequested, defer_ctrl_c, defer_signals
 from vgglab.errors import UserError, error_context
 from vgglab.runs import seeds
-from vgglab.runs.report import build_report, steadiness_warning
+from vgglab.runs.report import steadiness_warning
 from vgglab.runs.run import Run, has_run_files, run_path
 from vgglab.settings import inheritance
 from vgglab.settings.config import Request, Settings, complete
@@ -342,7 +342,7 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             _train_or_evaluate(trainer, run)
             failure = run.lost_last_checkpoint or None
             status = "failed" if failure else "done"
-            warning = "" if device.is_simulated else steadiness_warning(build_report(Run(path)))
+            warning = "" if device.is_simulated else steadiness_warning(Run(path).report())
             if warning:
                 run.event("warning", text=warning)
         except (KeyboardInterrupt, StopRequested):
@@ -358,7 +358,7 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
             with defer_ctrl_c():
                 run.event("end", status=status, error=failure, **device.usage())
                 with contextlib.suppress(UserError):  # if there is nothing to report yet
-                    run.write_report(build_report(Run(path)))
+                    run.write_report(Run(path).report())
                 run.close()
         if run.unwritten_message():
             raise UserError(run.unwritten_message())

@@ -6,7 +6,7 @@ from typing import Sequence
 
 from vgglab.commands import call, print_error
 from vgglab.errors import UserError, printable
-from vgglab.runs.report import read_report
+from vgglab.runs.report import build_report
 from vgglab.runs.run import Run
 from vgglab.settings.flags import OneLineParser
 from vgglab.storage.files import write_errors
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
             run = Run(path)
             file = run.path / "report.json"
             with write_errors(file):
-                write_document(file, read_report(run, recompute=True))
+                write_document(file, build_report(run, recompute=True))
             print(printable(str(file)))
         except UserError as error:  # the other runs may be intact
             print_error("report", error)

@@ -9,7 +9,7 @@ from array import array
 from collections import defaultdict
 from heapq import merge
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Iterable
 
 from vgglab.errors import UserError
 from vgglab.storage.schema import DOCUMENTS
@@ -23,22 +23,8 @@ PERCENTS = (50, 90, 99)  # of the times of single steps
 TIMER_FIELDS = ("phase_seconds", "host_reads")  # event fields with --timers: sums over an interval, by name
 
 
-def read_report(run: Run, recompute: bool = False) -> dict[str, Any]:
-    """Return the report of a run directory, which may be damaged or written by another version.
-
-    The metrics come from ``report.json`` if it is valid, unless ``recompute`` is set.
-
-    Raises:
-        UserError: as in ``build_report``; also if the files are incomplete.
-    """
-    try:
-        return build_report(run, None if recompute else run.valid_report())
-    except (KeyError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{run.path}: is damaged or was written by another version ({error!r})") from error
-
-
-def build_report(run: Run, metrics: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Compute the report: the fields of the original example's report, then others that help to interpret them.
+def build_report(run: Run, recompute: bool = False) -> dict[str, Any]:
+    """The report of a run: the fields of the original example's report, then others that help to interpret them.
 
     ``acc1`` and ``acc5`` are the best of all evaluations, in percent, independently of each other, as in the original
     example; ``acc1_last`` and ``acc5_last`` are those of the last evaluation.
@@ -47,11 +33,10 @@ def build_report(run: Run, metrics: Mapping[str, Any] | None = None) -> dict[str
     for a simulated card, whose speed means nothing. ``training_time`` (h:mm:ss) is the time from the first event to
     the last, including evaluation and checkpoints.
 
-    Args:
-        metrics: the metrics from the events; None to compute them.
+    The metrics come from ``report.json`` if it is valid, unless ``recompute`` is set; otherwise from the events.
 
     Raises:
-        UserError: there is nothing to report yet, or ``config.json`` or ``env.json`` is missing.
+        UserError: there is nothing to report yet, ``config.json`` or ``env.json`` is missing, or the run is damaged.
     """
     config, env = run.config, run.env
     if not run.has_begun:
@@ -60,8 +45,13 @@ def build_report(run: Run, metrics: Mapping[str, Any] | None = None) -> dict[str
         raise UserError(
             f"{run.path}: {'env.json' if config else 'config.json'} is missing; no report can be computed without it"
         )
+    images_per_step = config["batch_size"] * env["world_size"]
+    metrics: dict[str, Any] | None = None if recompute else run.valid_report()
     if metrics is None:
-        metrics = _compute_metrics(run, config["batch_size"] * env["world_size"])
+        try:
+            metrics = _compute_metrics(run, images_per_step)
+        except (KeyError, TypeError, ArithmeticError) as error:
+            raise UserError(f"{run.path}: is damaged or was written by another version ({error!r})") from error
     return {
         "model": config.get("model"),
         "local_rank": 0,
@@ -87,7 +77,7 @@ def build_report(run: Run, metrics: Mapping[str, Any] | None = None) -> dict[str
         "decoder": config.get("decoder"),
         "image_size": config.get("image_size"),
         "lr": config.get("lr"),
-        "global_batch_size": config["batch_size"] * env["world_size"],
+        "global_batch_size": images_per_step,
         "seed": config.get("seed"),
         "amp_dtype": env.get("amp_dtype"),
         "tf32": env.get("tf32"),

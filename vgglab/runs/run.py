@@ -31,7 +31,7 @@ from typing import Any, Sequence
 from vgglab.dist.processes import find_processes, is_alive, is_running, kill_all, request_stack
 from vgglab.dist.ranks import failures, grace_period_seconds
 from vgglab.errors import UserError, printable
-from vgglab.runs.report import read_report
+from vgglab.runs.report import build_report
 from vgglab.settings.config import Request
 from vgglab.storage import schema
 from vgglab.storage.events import Event, EventFile
@@ -243,7 +243,7 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         """The final metrics: from ``report.json`` if it matches the events, otherwise computed from them."""
-        return read_report(self)
+        return build_report(self)
 
     def valid_report(self) -> Document | None:
         """``report.json`` if it is final and matches the events, which then need not be parsed; else None.
