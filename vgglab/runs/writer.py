@@ -154,16 +154,12 @@ class RunWriter(RankWriter):
                 self._lock = lock.Lock(path / LOCK_FILE)
             except lock.LockHeld:
                 raise UserError(f"--run-dir {path}: {Run(path).writer()}") from None
+            self.has_lock = self._lock.is_held  # so that no second run can write here
             os.close(nofollow_opener(str(path / "events.jsonl"), os.O_CREAT | os.O_WRONLY))  # now it is a run
         if is_continued:  # after taking the lock, because an earlier writer may have added lines until then
             events = EventFile(path / "events.jsonl")
             self._started -= max((event["seconds"] for event in events.read()[-1:]), default=0.0)
             self._num_lines = events.next_line_number()
-
-    @property
-    def has_lock(self) -> bool:
-        """Whether the lock is held, so that no second run can write here."""
-        return self._lock.is_held
 
     def write_settings(self, config: dict[str, Any], device: dict[str, Any], world_size: int) -> None:
         """Write ``config.json`` and ``env.json``; ``device`` is the result of ``Device.describe``."""
