@@ -17,7 +17,8 @@ from conftest import shell
 import vgglab
 from vgglab import Run, Seeds, UserError
 from vgglab.runs.compare import compare_runs
-from vgglab.storage.schema import EVENTS, OPTIONAL, append_line, with_checksum, write_document
+from vgglab.runs.report import _compute_metrics
+from vgglab.storage.schema import DOCUMENTS, EVENTS, OPTIONAL, append_line, with_checksum, write_document
 from vgglab.view import results, run_tables, summaries
 from vgglab.view.live import _TerminalLines, progress_of, summary
 from vgglab.view.rank_table import rank_table
@@ -342,6 +343,11 @@ def test_predict_refuses_settings_that_no_flag_allows(run, invalid):
     write_document(run.path / "config.json", {**run.config, **invalid})
     with pytest.raises(UserError, match=r"config\.json"):
         vgglab.predict(run)
+
+
+def test_each_metric_of_the_report_is_declared(run):
+    """One that is not would be left out of report.json without a word."""
+    assert _compute_metrics(run, 1).keys() == DOCUMENTS["report.json"].keys()
 
 
 def test_runs_of_earlier_versions_without_checksums_are_not_damaged():
