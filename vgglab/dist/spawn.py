@@ -59,12 +59,13 @@ def _train_once(argv: Sequence[str], num_ranks: int, folder: Path, attempt: int)
     """Start all ranks, wait until the last one has ended, and return the exit code of the launcher."""
     environment = _environment(num_ranks, folder, attempt)
     signals: list[int] = []  # received by this process
-    failure: int | None = None  # the exit code for the rank that failed first
+    failure: int | None = None  # the exit code, once a rank has failed
     with handle_signals([*STOP_SIGNALS, signal.SIGINT], lambda signum, _: signals.append(signum)):
         # Each rank has its own session, so that its workers can be killed too, and a pipe, so it exits with us.
+        command = ranks.training_command(argv)
         processes = [
             subprocess.Popen(
-                ranks.training_command(argv),
+                command,
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.PIPE,
                 start_new_session=True,
@@ -84,13 +85,7 @@ def _train_once(argv: Sequence[str], num_ranks: int, folder: Path, attempt: int)
             for rank in [rank for rank, process in running.items() if process.poll() is not None]:
                 code = running.pop(rank).returncode
                 if failure is None and code not in (0, ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED):
-                    failure = code
-                    if code < 0 and signals:  # stopped before it had anything to save, or killed after Ctrl-C
-                        failure = ranks.EXIT_STOPPED
-                    elif code < 0:  # it was killed, and could not record that itself
-                        failure = 1
-                        error = ranks.report_killed(rank, -code, folder)
-                        print(f"vgglab.train: rank {rank} of {num_ranks}: {error}", file=sys.stderr)
+                    failure = _exit_code_for(rank, code, bool(signals), num_ranks, folder)
                     _send(signal.SIGTERM, running.values())
                     deadline = time.monotonic() + ranks.grace_period_seconds()
             if time.monotonic() > deadline:
@@ -104,18 +99,28 @@ def _train_once(argv: Sequence[str], num_ranks: int, folder: Path, attempt: int)
     return ranks.EXIT_STOPPED if any(process.returncode for process in processes) else 0
 
 
-def _environment(num_ranks: int, folder: Path, attempt: int) -> dict[str, str]:
-    """The environment of all ranks. The user can set what comes before ``os.environ``.
+def _exit_code_for(rank: int, code: int, was_signalled: bool, num_ranks: int, folder: Path) -> int:
+    """The launcher's exit code for the rank that failed first; records the failure of a rank that was killed."""
+    if code >= 0:
+        return code
+    if was_signalled:  # it was stopped before it had anything to save, or killed after the second Ctrl-C
+        return ranks.EXIT_STOPPED
+    error = ranks.report_killed(rank, -code, folder)
+    print(f"vgglab.train: rank {rank} of {num_ranks}: {error}", file=sys.stderr)
+    return 1
 
-    These variables share the cores among several ranks (a single one has as many threads as without a launcher), and
-    restrict connections to the loopback interface.
+
+def _environment(num_ranks: int, folder: Path, attempt: int) -> dict[str, str]:
+    """The environment of all ranks.
+
+    What comes before the user's environment is overridden by it: the number of threads, by which the ranks share the
+    cores, and the interfaces, which restrict connections to the loopback interface.
     """
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
     with socket.create_server(("127.0.0.1", 0)) as server:  # on a free port
         port = server.getsockname()[1]
-    threads = {"OMP_NUM_THREADS": str(max(1, ranks.num_cores() // num_ranks))}
     return {
-        **(threads if num_ranks > 1 else {}),
+        "OMP_NUM_THREADS": str(max(1, ranks.num_cores() // num_ranks)),
         **{f"{library}_SOCKET_IFNAME": name for name in loopback for library in ("GLOO", "NCCL")},
         **ranks.with_package_path(os.environ),
         **{name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},

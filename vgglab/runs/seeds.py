@@ -10,11 +10,15 @@ are in one folder, ``<output-dir>/runs/<time>-...-seeds/seed-<n>/``; ``vgglab.Se
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
-from vgglab.dist import ranks, spawn
+from vgglab.dist import ranks
+from vgglab.dist.interrupts import STOP_SIGNALS, handle_signals
 from vgglab.errors import UserError, printable
 from vgglab.runs.run import Run, is_run_dir, run_path
 from vgglab.settings.config import Request
@@ -72,10 +76,10 @@ def remove_seeds_flag(argv: Sequence[str]) -> list[str]:
 
 
 def train_seeds(argv: Sequence[str], config: Request, table: Callable[[Mapping[str, Sequence[Run]]], Any]) -> int:
-    """Train with each seed in separate processes; stop if one fails, else print a table. Return the exit code.
+    """Train with each seed in a separate process; stop if one fails, else print a table. Return the exit code.
 
     Raises:
-        UserError: invalid seeds, or this process is itself a rank.
+        UserError: invalid seeds, or more than one rank.
     """
     seed_values = parse_seeds(config)
     if "RANK" in os.environ or config.world_size > 1:
@@ -87,7 +91,7 @@ def train_seeds(argv: Sequence[str], config: Request, table: Callable[[Mapping[s
             print("vgglab.train: already done", flush=True)
             continue
         run_argv = [*remove_seeds_flag(argv), *flags_for_seed(seed, path)]
-        code = spawn.train_on_ranks(run_argv, config.nproc, config.max_restarts)
+        code = _run(ranks.training_command(run_argv))
         if code in (ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED):
             ranks.print_line(f"to continue the series, run the same command with --run-dir {path}")
         if code:
@@ -100,6 +104,22 @@ def train_seeds(argv: Sequence[str], config: Request, table: Callable[[Mapping[s
 def flags_for_seed(seed: int, folder: Path) -> list[str]:
     """The flags for the run of one seed, new or continued."""
     return [f"--seed={seed}", f"--run-dir={folder / f'seed-{seed}'}", "--resume=auto"]
+
+
+def _run(command: list[str]) -> int:
+    """Run a process that ends when this one does, pass stop signals on to it, and return its exit code.
+
+    It has its own session, so that Ctrl-C in a terminal reaches it only through this process.
+    """
+    environment = {**ranks.with_package_path(os.environ), ranks.TIED_TO_LAUNCHER: "1"}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+
+    def forward(signum: int, _: Any) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signum)
+
+    with handle_signals([*STOP_SIGNALS, signal.SIGINT], forward):
+        return process.wait()
 
 
 class Seeds:
