@@ -17,7 +17,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Generator, Sequence
+from typing import IO, Any, Generator, Sequence, TypeVar, cast
 
 from vgglab.dist import processes, ranks
 from vgglab.errors import RunFailed, UserError
@@ -32,6 +32,7 @@ from vgglab.view import seeds_board
 from vgglab.view.display import NotebookRun, NotebookSeeds
 
 NUM_LOG_LINES_SHOWN = 30
+AnyLaunched = TypeVar("AnyLaunched", bound="Launched")
 _pipes: set[IO[bytes]] = set()  # the write ends of the pipes to active runs
 
 
@@ -41,8 +42,7 @@ def _close_pipes() -> None:
         pipe.close()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_pipes)
+os.register_at_fork(after_in_child=_close_pipes)
 
 
 def launch(
@@ -171,7 +171,21 @@ def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: b
 class Launched:
     """What ``launch`` has started. ``await`` it in a cell to wait for it while the Stop button keeps working."""
 
-    def wait(self: Any, timeout_seconds: float | None = None) -> Any:
+    path: Path
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        raise NotImplementedError
+
+    def stop(self) -> Any:
+        """Stop it."""
+        raise NotImplementedError
+
+    def _raise_if_failed(self) -> None:
+        raise NotImplementedError
+
+    def wait(self: AnyLaunched, timeout_seconds: float | None = None) -> AnyLaunched:
         """Wait until it is over, and return it; interrupting the wait stops it.
 
         Raises:
@@ -191,7 +205,7 @@ class Launched:
         self._raise_if_failed()
         return self
 
-    def __await__(self: Any) -> Generator[Any, None, Any]:
+    def __await__(self: AnyLaunched) -> Generator[Any, None, AnyLaunched]:
         try:
             while not self.is_over:
                 yield from asyncio.sleep(0.2).__await__()
@@ -213,7 +227,7 @@ class LaunchedRun(Launched, NotebookRun):
 
     @property
     def is_over(self) -> bool:
-        """Whether the process has ended."""
+        """Whether the process has ended; the pipe to it is then closed."""
         if self.process.poll() is None:
             return False
         if self.process.stdin is not None:
@@ -247,7 +261,7 @@ class LaunchedRun(Launched, NotebookRun):
         return f"{self.name}: process {self.process.pid} was asked to save and stop; status: {self.status}"
 
     def _raise_if_failed(self) -> None:
-        code = self.process.returncode
+        code = self.process.poll()
         if code == 0 or self.status == "interrupted":
             return
         processes.kill_all(self.path)  # in case the launcher itself was killed
@@ -274,7 +288,7 @@ class LaunchedSeeds(Launched, NotebookSeeds):
         self.path = path.absolute()
         self._runs = {}
         self.seed_values = seed_values
-        self.current: Any = None  # the LaunchedRun that was started last
+        self.current: LaunchedRun | None = None  # the run that was started last
         self.failure: Exception | None = None
         self._argv, self._python, self._is_stopped = argv, python, False
         self._thread = threading.Thread(target=self._train_seeds, daemon=True, name="vgglab seeds")
@@ -287,10 +301,10 @@ class LaunchedSeeds(Launched, NotebookSeeds):
                     return
                 if not is_done(self.path / f"seed-{seed}"):
                     flags = [*self._argv, *flags_for_seed(seed, self.path)]
-                    self.current = launch(flags, watch=False, python=self._python)
+                    self.current = run = cast(LaunchedRun, launch(flags, watch=False, python=self._python))
                     if self._is_stopped:  # if it is set from here on, stop() finds this run
-                        self.current.stop()
-                    self.current.wait()
+                        run.stop()
+                    run.wait()
         except Exception as error:  # it ends the series, and wait() raises it
             self.failure = error
 

@@ -35,7 +35,10 @@ if TYPE_CHECKING:  # types of the trainer's arguments
 
 @dataclass
 class TrainingState:
-    """The progress of a run: ``epoch`` full epochs, ``images`` images of the current one, ``step`` steps in total."""
+    """The progress of a run: ``epoch`` full epochs, ``images`` images of the current one, ``step`` steps in total.
+
+    Checkpoints contain all fields.
+    """
 
     epoch: int = 0
     images: int = 0

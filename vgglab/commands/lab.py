@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     if not options.folder.exists():
         copy_notebooks(options.folder)
     first = min(options.folder.glob("*.ipynb"), default=options.folder)
-    root = ["--allow-root"] if hasattr(os, "getuid") and os.getuid() == 0 else []
+    root = ["--allow-root"] if os.getuid() == 0 else []
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(first), *root, *jupyter_argv])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
 PACKAGE = Path(__file__).parent.parent
 # Reads in these files are attributed to their caller. Reads in the loader are ignored: its tensors are on the host.
-TRANSPARENT_PATHS, LOADER_PATHS = (str(PACKAGE / "devices"), "/torch/", "\\torch\\"), str(PACKAGE / "data")
+TRANSPARENT_PATHS, LOADER_PATHS = (str(PACKAGE / "devices"), "/torch/"), str(PACKAGE / "data")
 
 
 class HostReads:

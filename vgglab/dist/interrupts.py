@@ -9,9 +9,8 @@ import sys
 import threading
 from typing import Any, Callable, Iterator, Sequence
 
-STOP_SIGNALS = [  # mean save and stop; sent by schedulers (the first two) or when a terminal closes
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
-]
+# Mean save and stop; sent by schedulers (the first two) or when a terminal closes.
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 _received: list[int] = []  # the signals that this process received
 _is_stopping = False  # the run is ending; further Ctrl-C presses are ignored
 exits_with_run = False  # True if the process exits with the run; an interrupted run then ignores Ctrl-C until exit
@@ -56,9 +55,6 @@ def block_signals_during_start() -> Iterator[None]:
     starts, because a signal before the initializer has run would kill the worker, and the run with it.
     """
     with defer_ctrl_c():
-        if not hasattr(signal, "pthread_sigmask"):
-            yield
-            return
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             yield

@@ -45,8 +45,8 @@ LOCK_FILE = "lock"  # held by rank 0 as long as it writes
 LAUNCH_FILE = "launch.json"  # records the launched process, before the run has written anything itself
 MAX_LOG_BYTES = 2**26  # the most that ``logs`` returns
 MAX_SKIPPED_BYTES, MAX_SKIPPED_LISTS = 2**20, 128  # per list of skipped images (about 10,000 lines), number of lists
-TAIL_BYTES = 4096  # the end of a growing file
-# Lines in log/<kind>*.jsonl: their fields, how much of each file is read, and the largest number of files.
+TAIL_BYTES = 4096  # how much of the end of a log is read
+# Lines in log/<kind>*.jsonl: their validator, how much of each file is read, and the largest number of files.
 LOG_LINES = {"skipped-rank": (SKIPPED, MAX_SKIPPED_BYTES, MAX_SKIPPED_LISTS), "rank": (RANK, TAIL_BYTES, None)}
 NUM_RECENT = 8  # log lines per rank: enough to tell a slow rank from a brief delay
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}[+-]\d{4}")
@@ -146,8 +146,9 @@ class Run:
                 phrases += self._events.damage(has_ended=self.status not in ACTIVE)
             except UserError as error:
                 return [str(error)]
+            has_events = bool(self._events.read())  # first: the documents are written before the first event
             documents = self._documents()
-            if self._events.read():
+            if has_events:
                 phrases += _document_damage(documents, self._events.has_checksums)
             num_missing = documents["report.json"].get("num_lines", 0) - self._events.next_line_number()
             if num_missing > 0:
@@ -205,14 +206,15 @@ class Run:
         return (rank_0 or launcher).get("host") == socket.gethostname()
 
     def _recorded_processes(self) -> tuple[Document, Document]:
-        """Rank 0, and the process that ``vgglab.launch`` started; empty if they are not recorded.
+        """Rank 0, and the process that ``vgglab.launch`` started; empty if they are not recorded."""
+        return try_read_document(self.path / "env.json"), self._launcher()
 
-        The launched process is also empty if the folder is a copy of its run.
-        """
-        rank_0, launcher = try_read_document(self.path / "env.json"), try_read_document(self.path / LAUNCH_FILE)
+    def _launcher(self) -> Document:
+        """The process that ``vgglab.launch`` started; empty if there is none, or if the folder is a copy of its run."""
+        launcher = try_read_document(self.path / LAUNCH_FILE)
         if "inode" in launcher and launcher["inode"] != inode_of(self.path):  # earlier versions did not record it
             launcher.clear()
-        return rank_0, launcher
+        return launcher
 
     def writer(self) -> str:
         """A message that says which process is writing here, and what to do about it."""
@@ -239,7 +241,7 @@ class Run:
         """Whether the last end event belongs to an earlier launch in the same folder."""
         launched, events = self.path / LAUNCH_FILE, self.path / "events.jsonl"
         is_newer = launched.exists() and events.exists() and launched.stat().st_mtime > events.stat().st_mtime
-        return is_newer and is_running(self._recorded_processes()[1])
+        return is_newer and is_running(self._launcher())
 
     def report(self) -> dict[str, Any]:
         """The final metrics: from ``report.json`` if it matches the events, otherwise computed from them."""
@@ -283,13 +285,13 @@ class Run:
 
     def _log_lines(self, kind: str) -> list[list[dict[str, Any] | None]]:
         """The last lines of each ``log/<kind>*.jsonl``, without incomplete first and last lines; None if damaged."""
-        fields, num_bytes, max_files = LOG_LINES[kind]
+        validator, num_bytes, max_files = LOG_LINES[kind]
         parsed = []
         for file in self._files(kind)[:max_files]:
             tail = read_tail(file, num_bytes)
-            lines = tail.splitlines(True)[1 if file.stat().st_size > len(tail) else 0 :]
+            lines = tail.splitlines(True)[1 if len(tail) == num_bytes else 0 :]
             complete = [line for line in lines if line.endswith(b"\n") and not line.isspace()]
-            parsed.append([parse_line(line, fields) for line in complete])
+            parsed.append([parse_line(line, validator) for line in complete])
         return parsed
 
     def ranks(self) -> list[dict[str, Any]]:
@@ -353,7 +355,7 @@ class Run:
 
         The files alone prove nothing, because anybody can write them.
         """
-        pids, env, (_, launcher) = find_processes(self.path), self.env, self._recorded_processes()
+        pids, env, launcher = find_processes(self.path), self.env, self._launcher()
         if is_running(launcher) and launcher["pid"] in pids:
             return [launcher["pid"]]
         is_writer = is_running(env) and holder(self.path / LOCK_FILE) == env["pid"] > 1

@@ -163,11 +163,10 @@ class RunWriter(RankWriter):
 
     def write_settings(self, config: dict[str, Any], device: dict[str, Any], world_size: int) -> None:
         """Write ``config.json`` and ``env.json``; ``device`` is the result of ``Device.describe``."""
-        environment = _environment(device, world_size)
         try:
             with write_errors(self.path):
                 write_document(self.path / "config.json", {**config, **self._extra_fields})
-                write_document(self.path / "env.json", environment)
+                write_document(self.path / "env.json", _environment(device, world_size))
         except UserError:
             if self._is_new:
                 self._remove()
@@ -274,8 +273,10 @@ def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "unknown"
     return {
-        **device,
+        "simulated": device["simulated"],
+        "device": device["device"],
         "world_size": world_size,
+        **device,
         "versions": {**versions, **device.get("versions", {})},
         "commit": _git_commit(),
         "argv": sys.argv,

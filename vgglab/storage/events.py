@@ -8,7 +8,7 @@ import re
 import threading
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator, Sequence, cast
+from typing import BinaryIO, Iterator, Sequence, cast, overload
 
 from vgglab.errors import UserError
 from vgglab.storage.files import MAX_BYTES, nofollow_opener
@@ -40,8 +40,13 @@ class LongEvents(Sequence[Event]):
             for entry in self._entries:
                 yield _read_event_at(lines, entry) if isinstance(entry, int) else entry
 
-    def __getitem__(self, index: Any) -> Any:
-        """The event at an index, or the ``LongEvents`` of a slice."""
+    @overload
+    def __getitem__(self, index: int) -> Event: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> LongEvents: ...
+
+    def __getitem__(self, index: int | slice) -> Event | LongEvents:
         if isinstance(index, slice):
             return LongEvents(self._file, self._identity, self._entries[index])
         return next(iter(LongEvents(self._file, self._identity, [self._entries[index]])))

@@ -123,8 +123,9 @@ OPTIONAL: dict[str, Validator] = {
     "first_step_seconds": seconds, "phase_seconds": dict_of(seconds), "host_reads": any_of(number, dict_of(number)),
     "peak_bytes": nullable(count), "line": count,
 }  # fmt: skip
-_OTHER_EVENT: dict[str, Validator] = {"event": text, "seconds": seconds}  # perhaps of another version
-_EVENT_RECORDS = {kind: record({**_OTHER_EVENT, **fields}, **OPTIONAL) for kind, fields in {**EVENTS, "": {}}.items()}
+_ANY_EVENT: dict[str, Validator] = {"event": text, "seconds": seconds}
+_EVENT_RECORDS = {kind: record({**_ANY_EVENT, **fields}, **OPTIONAL) for kind, fields in EVENTS.items()}
+_OTHER_EVENT_RECORD = record(_ANY_EVENT, **OPTIONAL)  # an event that another version writes
 # A line with the metrics of a rank, a line about an image that it skipped, and the record of its failure.
 RANK = record({
     "rank": count, "pid": integer, "time": seconds, "step": count, "loss": nullable(number),
@@ -205,16 +206,9 @@ def is_intact(line: bytes) -> bool:
     return separator != b"" and check == b'%08x"}\n' % zlib.crc32(b"}", zlib.crc32(body))
 
 
-def has_changed(data: bytes, content: Content) -> bool:
-    """Remove the checksum from ``content``, parsed from ``data``; return True if it does not match the other fields."""
-    if CHECK not in content:
-        return False
-    recorded = content.pop(CHECK)
-    return not is_intact(data) and recorded != checksum(content)
-
-
 def is_event(content: Content) -> bool:
-    return _EVENT_RECORDS.get(str(content.get("event")), _EVENT_RECORDS[""])(content)
+    kind = content.get("event")
+    return isinstance(kind, str) and _EVENT_RECORDS.get(kind, _OTHER_EVENT_RECORD)(content)
 
 
 def parse_line(line: bytes, validator: Validator, needs_checksum: bool = False) -> Content | None:
@@ -224,7 +218,9 @@ def parse_line(line: bytes, validator: Validator, needs_checksum: bool = False) 
         return None
     # Line numbers and checksums were introduced together: a line with only a number has been edited.
     lacks_checksum = CHECK not in content and (needs_checksum or "line" in content)
-    if lacks_checksum or has_changed(line, content) or not validator(content):
+    has_checksum, recorded = CHECK in content, content.pop(CHECK, None)
+    has_changed = has_checksum and not is_intact(line) and recorded != checksum(content)
+    if lacks_checksum or has_changed or not validator(content):
         return None
     is_plain = line.isascii() and b"\\" not in line and b"\x7f" not in line  # as nearly all lines are
     return content if is_plain else printable(content)
@@ -254,7 +250,8 @@ def read_document(file: Path) -> Document:
     if content is None:
         raise UserError(f"{file}: is damaged; the run cannot be read")
     has_checksum = CHECK in content
-    damage = [f"{file.name}: was changed after it was written"] if has_changed(data, content) else []
+    has_changed = has_checksum and content.pop(CHECK) != checksum(content)
+    damage = [f"{file.name}: was changed after it was written"] if has_changed else []
     validators = DOCUMENTS.get(file.name, {})
     invalid = [name for name, value in content.items() if name in validators and not validators[name](value)]
     damage += [f"{file.name}: {printable(name)} has the wrong type and is ignored" for name in invalid]
