@@ -301,11 +301,15 @@ def test_tf32_sets_both_cuda_switches(monkeypatch):
     card = {"is_available": True, "device_count": 1, "get_device_capability": (8, 0)}
     for name, answer in card.items():
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
-    for switch in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        monkeypatch.setattr(switch, "allow_tf32", switch.allow_tf32)  # restored after the test
-    for enabled in (True, False):
-        open_device("cuda", tf32=enabled)
-        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is enabled
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]  # torch 2.10's switches cannot be patched by monkeypatch
+    try:
+        for enabled in (True, False):
+            open_device("cuda", tf32=enabled)
+            assert [switch.allow_tf32 for switch in switches] == [enabled, enabled]
+    finally:
+        for switch, was_enabled in zip(switches, before):
+            switch.allow_tf32 = was_enabled
 
 
 def test_auto_selects_and_records_the_best_device(train):
