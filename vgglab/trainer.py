@@ -7,16 +7,16 @@ directory, as events.
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Iterator, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from vgglab.data.loader import eval_batches, mix_seeds, train_batches
 from vgglab.data.transform import normalised
-from vgglab.devices.tracing import tracing
+from vgglab.devices.tracing import Tracer
 from vgglab.dist import interrupts
 from vgglab.dist.interrupts import StopRequested
 from vgglab.errors import NOT_FINITE_ADVICE, UserError, error_context
@@ -148,8 +148,8 @@ class Trainer:
             self.evaluate(run, state.epoch - 1)
         first_step = state.step
         num_traced = config.trace if self.device.rank == 0 else 0
-        with tracing(run.path, config.skip_steps, num_traced) as end_traced_step:
-            loop = Loop(self, run, end_traced_step)
+        with closing(Tracer(run.path, config.skip_steps, num_traced)) as tracer:
+            loop = Loop(self, run, tracer)
             for epoch in range(state.epoch, config.epochs):
                 rate = learning_rate(config, epoch, self.device.world_size, state.num_drops)
                 set_learning_rate(self.optimizer, rate)
@@ -251,8 +251,8 @@ class Trainer:
 class Loop:
     """Runs the training epochs: the steps and, between them, logging, checkpoints and requests to stop."""
 
-    def __init__(self, trainer: Trainer, run: RankWriter, end_traced_step: Callable[[], None]) -> None:
-        self.trainer, self.run, self.end_traced_step = trainer, run, end_traced_step
+    def __init__(self, trainer: Trainer, run: RankWriter, tracer: Tracer) -> None:
+        self.trainer, self.run, self.tracer = trainer, run, tracer
         config, device = trainer.config, trainer.device
         self.images_per_step = config.batch_size * device.world_size
         self.clock = Clock(self.images_per_step, device, run.process_started, config.timers)
@@ -273,7 +273,7 @@ class Loop:
             for batch, (images, labels) in clock.batches(device_batches, first_batch):
                 result = trainer.step(images, labels)
                 clock.end_step()
-                self.end_traced_step()
+                self.tracer.end_step()
                 state.images = batch * self.images_per_step
 
                 should_save = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 
 TRACE = "trace.json"
 
 
-@contextmanager
-def tracing(folder: Path, skip_steps: int, num_steps: int) -> Iterator[Callable[[], None]]:
-    """Context manager that traces ``num_steps`` steps after the first ``skip_steps``; none if ``num_steps`` is 0.
+class Tracer:
+    """Traces ``num_steps`` steps after the first ``skip_steps`` of a run; does nothing if ``num_steps`` is 0."""
 
-    Its value is a function to call after each step. The trace is written even if the run ends early: an open profiler
-    would crash the process.
-    """
-    if num_steps == 0:
-        yield lambda: None
-        return
+    def __init__(self, folder: Path, skip_steps: int, num_steps: int) -> None:
+        self._file = folder / TRACE
+        self._skip_steps, self._num_steps = skip_steps, num_steps
+        self._profiler: Any = None
+        self._steps = 0
+        if num_steps and skip_steps == 0:
+            self._start()
 
-    action, last_step = torch.profiler.ProfilerAction, skip_steps + num_steps - 1
+    def end_step(self) -> None:
+        self._steps += 1
+        if self._profiler is not None and self._steps == self._skip_steps + self._num_steps:
+            self.close()
+        elif self._num_steps and self._steps == self._skip_steps:
+            self._start()
 
-    def schedule(step: int) -> Any:  # like torch.profiler.schedule, which warns if there is no step to warm up
-        if skip_steps <= step < last_step:
-            return action.RECORD
-        return action.RECORD_AND_SAVE if step == last_step else action.NONE
+    def _start(self) -> None:
+        self._profiler = torch.profiler.profile()  # by default it records all supported activities
+        self._profiler.__enter__()
 
-    def write(profiler: Any) -> None:
-        profiler.export_chrome_trace(str(folder / TRACE))
-
-    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:  # of all supported activities
-        yield profiler.step
+    def close(self) -> None:
+        """Stop profiling and write the trace, even if the run ends early: an open profiler would crash the process."""
+        if self._profiler is not None:
+            self._profiler.__exit__(None, None, None)
+            self._profiler.export_chrome_trace(str(self._file))
+            self._profiler = None
