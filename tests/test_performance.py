@@ -27,7 +27,6 @@ from vgglab.lab.bench import step
 from vgglab.pace import PHASES
 from vgglab.runs.report import SpeedStatistics, steadiness_warning
 from vgglab.runs.run import has_run_files
-from vgglab.settings.parser import parse_flags
 from vgglab.storage.cache import use_private_temporary_folder
 from vgglab.view import results
 
@@ -292,7 +291,7 @@ def test_bench_step_refuses_bad_values_in_one_line(tmp_path, capsys, flag):
 
 
 def _die_with_unread_request(connection, mode, flags):
-    connection.send(step.Ready({}, parse_flags([]), 1))
+    connection.send(step.Ready({}, step.Network("vgg11", 10, 32, "small", False), 1))
     connection.poll(MAX_WAIT_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -301,9 +300,9 @@ def test_a_benchmark_process_killed_with_an_unread_request_is_out_of_memory(monk
     """It used to end with the traceback of a ConnectionResetError."""
     monkeypatch.setattr(step, "CONTEXT", multiprocessing.get_context("fork"))
     monkeypatch.setattr(step, "serve", _die_with_unread_request)
-    child = step.Child(step.PLAIN, [], 1)
+    child = step.Child(step.PLAIN, [])
     with pytest.raises(step.DoesNotFit, match="its process was killed"):
-        child.ask(1)
+        child.steps(1)
 
 
 def test_bench_step_help_lists_the_default_modes():

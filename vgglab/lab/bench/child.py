@@ -23,7 +23,7 @@ from vgglab.errors import UserError
 from vgglab.lab.ceilings import product_flop_per_second
 from vgglab.model import build, head_for
 from vgglab.optim import set_learning_rate
-from vgglab.settings.config import Settings, complete
+from vgglab.settings.config import complete
 from vgglab.settings.parser import parse_flags
 from vgglab.settings.schedule import learning_rate
 from vgglab.trainer import Trainer
@@ -39,16 +39,38 @@ class Mode(NamedTuple):
     uses_torchvision: bool = False  # the network is torchvision's, too
 
 
+class Network(NamedTuple):
+    """The network to train: everything needed to build it in another process."""
+
+    model: str
+    num_classes: int
+    image_size: int
+    head: str
+    uses_torchvision: bool
+
+    def build(self, dropout_rate: float = 0.5) -> nn.Module:
+        if not self.uses_torchvision:
+            return build(self.model, num_classes=self.num_classes, dropout_rate=dropout_rate, head=self.head)
+        from torchvision import models
+
+        if not hasattr(models, self.model):
+            raise UserError(f"--against torchvision: torchvision has no {self.model}; choose another network")
+        return getattr(models, self.model)(num_classes=self.num_classes)
+
+
 class Ready(NamedTuple):
     """The first answer of the process, sent when it is ready for requests."""
 
     device: dict[str, Any]  # from device.describe()
-    config: Settings
+    network: Network
     num_warm_up_steps: int
 
 
-class DoesNotFit(UserError):
-    """The batch does not fit into the memory of the device."""
+class Failure(NamedTuple):
+    """The last answer of the process, if it cannot do what was requested."""
+
+    reason: str
+    out_of_memory: bool = False
 
 
 # The first step allocates memory and the optimizer's state; on a card, the next few still load kernels.
@@ -60,8 +82,8 @@ def serve(connection: Connection, mode: Mode, flags: list[str]) -> None:
     """Serve requests from the connection until one is None; the reply to that one is the device usage.
 
     ``Ready`` is sent before the first request. The reply to a number of steps is the list of their times in seconds;
-    the reply to ``"peak"`` is the FLOP/s of a matrix product in the mode's precision. If the process
-    cannot do what was requested, the reply is a UserError, and it is the last one.
+    the reply to ``"peak"`` is the FLOP/s of a matrix product in the mode's precision. A ``Failure`` can replace any
+    reply.
     """
     try:
         request = parse_flags([*flags, *mode.flags])
@@ -80,10 +102,11 @@ def serve(connection: Connection, mode: Mode, flags: list[str]) -> None:
             request, seed=0, workers=0, num_classes=sets.num_classes, image_size=sets.image_size, head=head
         )
         batch = next(iter(train_batches(sets, config, device).epoch(0)))
+        network = Network(config.model, config.num_classes, config.image_size, config.head, mode.uses_torchvision)
         num_warm_up_steps = WARM_UP_ON_HOST if runs_on_host else WARM_UP_ON_CARD
-        connection.send(Ready(device.describe(), config, num_warm_up_steps))
+        connection.send(Ready(device.describe(), network, num_warm_up_steps))
         if mode.is_plain:
-            _plain_loop(connection, build_network(mode, config), device, batch)
+            _plain_loop(connection, network.build(config.dropout_rate), device, batch)
         else:
             trainer = Trainer(config, device, sets)
             set_learning_rate(trainer.optimizer, learning_rate(config, 0, device.world_size))
@@ -92,24 +115,13 @@ def serve(connection: Connection, mode: Mode, flags: list[str]) -> None:
             for images, labels in device.feed(batches):  # copies each batch to the device, as the training loop does
                 trainer.step(images, labels)
     except UserError as error:
-        connection.send(error)
+        connection.send(Failure(str(error)))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        connection.send(DoesNotFit(f"--batch-size {request.batch_size}: out of memory on {request.device}"))
+        connection.send(Failure(f"--batch-size {request.batch_size}: out of memory on {request.device}", True))
     except (KeyboardInterrupt, EOFError):
         pass
-
-
-def build_network(mode: Mode, config: Settings) -> nn.Module:
-    """Build the network as the mode uses it."""
-    if not mode.uses_torchvision:
-        return build(config.model, num_classes=config.num_classes, dropout_rate=config.dropout_rate, head=config.head)
-    from torchvision import models
-
-    if not hasattr(models, config.model):
-        raise UserError(f"--against torchvision: torchvision has no {config.model}; choose another network")
-    return getattr(models, config.model)(num_classes=config.num_classes)
 
 
 def _steps(connection: Connection, device: Device) -> Iterator[None]:

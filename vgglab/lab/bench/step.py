@@ -16,6 +16,7 @@ from __future__ import annotations
 import multiprocessing
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Sequence
@@ -24,10 +25,9 @@ import torch
 
 from vgglab.errors import UserError
 from vgglab.lab import anatomy
-from vgglab.lab.bench.child import DoesNotFit, Mode, Ready, build_network, serve
+from vgglab.lab.bench.child import Failure, Mode, Network, Ready, serve
 from vgglab.runs.run import run_path
 from vgglab.runs.writer import RunWriter
-from vgglab.settings.config import Settings
 from vgglab.settings.parser import parse_flags
 from vgglab.storage.schema import write_document
 
@@ -44,9 +44,20 @@ MODES = {
     "torchvision": Mode("torchvision", is_plain=True, is_prepared=False, uses_torchvision=True),
 }
 DEFAULT_MODES = ("float32", "channels-last", "amp", "fast")
-FLAGS = "--data-path=fake --workers=0 --epochs=1 --print-freq=1000000 --dropout-rate=0.5 --skip-steps=0".split()
+FLAGS = (
+    "--data-path=fake",
+    "--workers=0",
+    "--epochs=1",
+    "--print-freq=1000000",
+    "--dropout-rate=0.5",
+    "--skip-steps=0",
+)
 CONTEXT = multiprocessing.get_context("spawn")  # each process is a fresh interpreter that inherits no state
 INITIAL_SIZE, LARGEST_SIZE, TOLERANCE = 16, 2**16, 1 / 16  # start, limit and tolerance of the largest-batch search
+
+
+class DoesNotFit(UserError):
+    """The batch does not fit into the memory of the device."""
 
 
 class StepResult(NamedTuple):
@@ -69,38 +80,42 @@ class StepResult(NamedTuple):
 class Child:
     """A process that performs steps on request. Raises UserError (mode unavailable) or DoesNotFit (out of memory)."""
 
-    def __init__(self, mode: Mode, flags: Sequence[str], batch_size: int) -> None:
+    def __init__(self, mode: Mode, flags: Sequence[str]) -> None:
         self.connection, child_connection = CONTEXT.Pipe()
-        flags = [*flags, *FLAGS, f"--batch-size={batch_size}"]
-        self.process = CONTEXT.Process(target=serve, args=(child_connection, mode, flags), daemon=True)
+        self.process = CONTEXT.Process(target=serve, args=(child_connection, mode, list(flags)), daemon=True)
         self.process.start()
         child_connection.close()
-        self.mode, self._peak = mode, 0.0
+        self.mode, self._peaks = mode, [0.0]
         self.ready: Ready = self._answer()
 
-    def ask(self, request: Any) -> Any:
-        """Send a request and return the answer: for a number of steps, the seconds of each; see ``serve``."""
-        self.connection.send(request)
+    def steps(self, number: int) -> list[float]:
+        """Perform this many steps and return the seconds of each."""
+        self.connection.send(number)
         return self._answer()
+
+    def warm_up(self) -> None:
+        """Perform the first steps, which are slower than the later ones."""
+        self.steps(self.ready.num_warm_up_steps)
 
     def measure_peak(self) -> None:
         """Measure the speed of a matrix product; the maximum counts, because other load can only make it slower."""
         if not self.ready.device["simulated"]:
-            self._peak = max(self._peak, self.ask("peak"))
+            self.connection.send("peak")
+            self._peaks.append(self._answer())
 
     def stop(self) -> dict[str, Any]:
         """End the process and return its device usage."""
-        usage = self.ask(None)
+        self.connection.send(None)
+        usage = self._answer()
         self.process.join()
         return usage
 
-    def finish(self, mode_seconds: Sequence[float], plain_seconds: Sequence[float] = ()) -> StepResult:
+    def finish(self, batch_size: int, mode_seconds: Sequence[float], plain_seconds: Sequence[float] = ()) -> StepResult:
         """End the process and return the result; ``plain_seconds``: step times of the plain loop."""
-        batch_size = self.ready.config.batch_size
         rate = batch_size / median(mode_seconds)
         ratios = sorted(plain / mode for mode, plain in zip(mode_seconds, plain_seconds))
-        peak = self._peak or None
-        flop = _training_flop(self.mode, self.ready.config)
+        peak = max(self._peaks) or None
+        flop = _training_flop(self.ready.network)
         return StepResult(
             way=self.mode.name,
             batch_size=batch_size,
@@ -121,20 +136,22 @@ class Child:
             answer = self.connection.recv()
         except (EOFError, ConnectionResetError):  # reset: it died before reading a request
             self.process.join()
-            if (self.process.exitcode or 0) < 0:  # killed by a signal, probably by the OOM killer
+            code = self.process.exitcode or 0
+            if code < 0:  # killed by a signal, probably by the OOM killer
                 raise DoesNotFit(f"{self.mode.name}: its process was killed, probably because memory ran out") from None
             raise RuntimeError(f"{self.mode.name}: its process failed; see the error above") from None
-        if isinstance(answer, UserError):
+        if isinstance(answer, Failure):
             self.process.join()
-            raise answer
+            raise (DoesNotFit if answer.out_of_memory else UserError)(answer.reason)
         return answer
 
 
-def _training_flop(mode: Mode, config: Settings) -> int:
-    """Return the FLOP of the forward and backward pass for one image."""
+@lru_cache(maxsize=None)
+def _training_flop(network: Network) -> int:
+    """Return the FLOP of the forward and backward pass for one image; cached, because the imports take seconds."""
     with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes without weights
-        network = build_network(mode, config)
-    return anatomy.of(network, config.image_size).training_flop
+        network_without_weights = network.build()
+    return anatomy.of(network_without_weights, network.image_size).training_flop
 
 
 def get_mode(name: str) -> Mode:
@@ -159,19 +176,20 @@ def measure_steps(
         DoesNotFit: the batch does not fit into memory.
     """
     modes = [get_mode(name) for name in dict.fromkeys(ways)]
-    plain = Child(PLAIN, flags, batch_size)
-    plain.ask(plain.ready.num_warm_up_steps)
+    flags = [*flags, *FLAGS, f"--batch-size={batch_size}"]
+    plain = Child(PLAIN, flags)
+    plain.warm_up()
     results = []
     for mode in modes:
-        child = Child(mode, flags, batch_size)
-        child.ask(child.ready.num_warm_up_steps)
+        child = Child(mode, flags)
+        child.warm_up()
         mode_seconds: list[float] = []
         plain_seconds: list[float] = []
         for turn in range(turns):
             for process, seconds in ((plain, plain_seconds), (child, mode_seconds))[:: 1 if turn % 2 else -1]:
-                seconds.append(median(process.ask(steps)))
+                seconds.append(median(process.steps(steps)))
             child.measure_peak()
-        results.append(child.finish(mode_seconds, plain_seconds))
+        results.append(child.finish(batch_size, mode_seconds, plain_seconds))
     plain.stop()
     return results
 
@@ -199,9 +217,9 @@ def find_largest_batch(flags: Sequence[str], mode: str, turns: int, steps: int) 
     while True:
         try:
             child = _start_alone(flags, mode, fits)
-            seconds = [median(child.ask(steps)) for _ in range(turns)]
+            seconds = [median(child.steps(steps)) for _ in range(turns)]
             child.measure_peak()
-            return child.finish(seconds)
+            return child.finish(fits, seconds)
         except DoesNotFit:  # so close to the limit that the same batch does not always fit
             if fits == 1:
                 raise
@@ -209,9 +227,9 @@ def find_largest_batch(flags: Sequence[str], mode: str, turns: int, steps: int) 
 
 
 def _start_alone(flags: Sequence[str], mode: str, batch_size: int) -> Child:
-    child = Child(get_mode(mode), flags, batch_size)
+    child = Child(get_mode(mode), [*flags, *FLAGS, f"--batch-size={batch_size}"])
     try:
-        child.ask(2)
+        child.steps(2)
     except UserError:
         child.process.kill()
         raise
