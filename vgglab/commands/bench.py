@@ -60,15 +60,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _numbers(flag: str, text: str, alternative: str = "") -> list[int]:
+def _numbers(flag: str, text: str, advice: str) -> list[int]:
     words = text.split(",")
     if not all(word.strip().isascii() and word.strip().isdigit() and int(word) > 0 for word in words):
-        raise UserError(f"{flag}: {text!r} is not a list of positive numbers such as 8,16{alternative}")
+        raise UserError(f"{flag}: {text!r} is invalid; give {advice}")
     return [int(word) for word in words]
 
 
 def bench_data(options: Any) -> None:
-    counts = None if options.workers is None else _numbers("--workers", options.workers)
+    counts = None if options.workers is None else _numbers("--workers", options.workers, "numbers such as 1,2,4")
     flags = [f"--data-path={options.data_path}", f"--batch-size={options.batch_size}", f"--decoder={options.decoder}"]
     flags += [] if options.image_size is None else [f"--image-size={options.image_size}"]
     config = parse_flags(flags)
@@ -81,7 +81,8 @@ def bench_data(options: Any) -> None:
 
 
 def bench_step(options: Any) -> None:
-    sizes = None if options.batch_size == "max" else _numbers("--batch-size", options.batch_size, ", or max")
+    advice = "a number, a list such as 8,16, or max"
+    sizes = None if options.batch_size == "max" else _numbers("--batch-size", options.batch_size, advice)
     flags = [f"--model={options.model}", f"--device={options.device}", f"--image-size={options.image_size}"]
     parse_flags(flags)
     from vgglab.lab.bench.step import DEFAULT_MODES, as_text, find_largest_batch, get_mode, measure_steps, save_steps

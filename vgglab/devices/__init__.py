@@ -19,7 +19,7 @@ import importlib
 import os
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Iterator
 
 from vgglab.errors import UserError
 
@@ -98,23 +98,26 @@ def open_device(name: str, **options: Any) -> Device:
         raise UserError(f"device: {name!r} is not one of {', '.join(DEVICE_CHOICES)}")
     device_options = DeviceOptions(**options)
     kind = ALIASES.get(name, name)
-    reasons: dict[str, str | None] = {}
+    reasons = []
     if name == "auto":
-        reasons = availability(device_options)
-        kind = next(kind for kind, reason in reasons.items() if reason is None)
+        for kind, reason in availability(device_options):  # noqa: B007
+            if reason is None:
+                break
+            reasons.append(reason)
     device = _adapter_module(kind).open_adapter(kind, device_options)
-    device.warnings += [f"--device auto selected {kind}: {reason}" for reason in reasons.values() if reason]
+    device.warnings += [f"--device auto selected {kind}: {reason}" for reason in reasons if reason]
     return device
 
 
-def availability(options: DeviceOptions) -> dict[str, str | None]:
-    """For each kind of real device, best first: None if this machine has one, otherwise why not ("" if obvious).
+def availability(options: DeviceOptions) -> Iterator[tuple[str, str | None]]:
+    """Yield the kinds of real devices, best first: None if this machine has one, otherwise why not ("" if obvious).
 
-    Raises UserError if a card's library is broken.
+    A kind is tried only when it is its turn. Raises UserError if a card's library is broken.
     """
-    modules = {kind: _adapter_module(kind) for kind in KINDS}
-    real = {kind: module for kind, module in modules.items() if hasattr(module, "why_unavailable")}
-    return {kind: module.why_unavailable(kind, options) for kind, module in real.items()}
+    for kind in KINDS:
+        module = _adapter_module(kind)
+        if hasattr(module, "why_unavailable"):
+            yield kind, module.why_unavailable(kind, options)
 
 
 def _adapter_module(kind: str) -> Any:

@@ -1,4 +1,4 @@
-"""The interface between the trainer and the hardware, with the plain PyTorch step; T20 cards override most of it."""
+"""The interface between trainer and hardware, with the plain PyTorch step; T20 cards override the step and sums."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ MAX_RANDOM_SEED = 2**20  # exact in float32, the type in which it is sent
 class Device:
     """One card (or the CPU) as used by one process, and the rank of that process.
 
+    Subclasses set ``kind``, ``amp_dtype``, ``_torch_device``, ``_backend`` and ``_autocast`` (and ``_scaler`` for
+    float16), and add the name of the hardware in ``describe``.
+
     Attributes:
         kind: the name of the device in ``config.json`` and in the report.
         rank, local_rank, world_size: index of this process among all, its index among those on its machine, and
@@ -74,7 +77,7 @@ class Device:
     num_cards: int | None = None
     supports: frozenset[str] = frozenset()
     _torch_device: torch.device
-    _card_api: Any = None  # torch.cuda, or a module with the same functions; None for other devices
+    _card_api: Any = None  # torch.cuda or torch.gcu; None without events and peak memory (CPU, mps, T20)
     _backend: str  # of the process group
     _distributed: Any = torch.distributed  # the module with the process group
     _autocast: Callable[..., ContextManager[Any]]  # called with dtype=
@@ -265,7 +268,7 @@ class Device:
         return int(self.fetch(self.sum(torch.tensor([float(seed)])))[0])
 
     def broadcast(self, text: str) -> str:
-        """Return rank 0's text on every rank; it is sent as a sum of character codes."""
+        """Return rank 0's text, of at most ``MAX_PATH_BYTES``, on every rank; it is sent as a sum of codes."""
         encoded = text.encode() if self.rank == 0 else b""
         codes = torch.tensor([float(code) for code in encoded.ljust(MAX_PATH_BYTES, b"\0")])
         return bytes(int(code) for code in self.fetch(self.sum(codes))).rstrip(b"\0").decode()

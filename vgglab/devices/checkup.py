@@ -59,7 +59,7 @@ else:
 """
 AUTO_PROBE = """
 from vgglab.devices import DeviceOptions, availability, open_device
-reasons = availability(DeviceOptions())
+reasons = dict(availability(DeviceOptions()))
 facts = {"kind": open_device("auto").kind, "available": [kind for kind in reasons if reasons[kind] is None]}
 """
 

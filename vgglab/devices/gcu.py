@@ -42,7 +42,10 @@ def open_adapter(kind: str, options: DeviceOptions) -> Device:
     if card_api(torch_gcu) is torch_gcu:  # lazy
         from vgglab.devices.gcu_lazy import LazyGcu
 
-        return LazyGcu(options, torch_gcu, tf32=os.environ.get(TF32_VARIABLE) == "true")
+        tf32 = os.environ.get(TF32_VARIABLE) == "true"
+        if options.tf32 and not tf32:
+            raise UserError(f"--tf32: torch_gcu is already loaded; set {TF32_VARIABLE}=true before starting Python")
+        return LazyGcu(options, torch_gcu, tf32)
     from vgglab.devices.gcu_eager import EagerGcu
 
     return EagerGcu(options, torch_gcu)
