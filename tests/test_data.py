@@ -100,7 +100,7 @@ def test_order_and_crops_differ_by_epoch_and_seed():
 def test_held_out_images_are_counted_once_on_any_number_of_ranks(num_ranks):
     indices = []
     for number in range(num_ranks):
-        batches = loader.eval_samples(10, 4, rank(number, num_ranks))
+        batches = loader.eval_sample_batches(10, 4, rank(number, num_ranks))
         indices += [sample.image for batch in batches for sample in batch]
     assert sorted(indices) == list(range(10))
 

@@ -16,7 +16,9 @@ parser = OneLineParser(
     description="Show a network layer by layer: shapes, parameters, operations, memory.",
 )
 parser.add_argument("--model", choices=MODELS, default="vgg16", help="the network (default vgg16)")
-parser.add_argument("--image-size", type=SIZE, default=224, help="height and width of the images (default 224)")
+parser.add_argument(
+    "--image-size", type=SIZE, default=224, help="height and width of the images, in pixels (default 224)"
+)
 parser.add_argument("--batch-size", type=AT_LEAST_1, default=1, help="images per batch (default 1)")
 parser.add_argument("--num-classes", type=AT_LEAST_1, default=1000, help="number of classes (default 1000)")
 parser.add_argument("--device", choices=DEVICE_CHOICES, default="cpu", help="device for --measure (default cpu)")

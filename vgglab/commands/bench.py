@@ -16,41 +16,49 @@ ABOVE_0 = number(float, 1e-12, 1e12, "a number above 0")
 
 parser = OneLineParser(prog="vgglab bench", description="Measure speed and compare it with a reference.")
 subjects = parser.add_subparsers(dest="subject", required=True, metavar="data|step", parser_class=OneLineParser)
-data = subjects.add_parser(
+data_parser = subjects.add_parser(
     "data",
     usage="vgglab bench data [--flag value ...]",
     description="Measure the speed of data loading against torchvision's reference pipeline.",
 )
-data.add_argument("--data-path", default="digits", help="a folder or the name of a data set, as in vgglab train")
-data.add_argument("--image-size", type=int, help="crop size in pixels (default: that of the data set)")
-data.add_argument("--batch-size", type=int, default=32, help="images per batch (default 32)")
-data.add_argument("--decoder", choices=("auto", *DECODERS), default="auto", help="image decoder, as in vgglab train")
-data.add_argument("--workers", help="numbers of workers to try, e.g. 1,2,4 (default: 1, and one per core)")
-data.add_argument("--seconds", type=ABOVE_0, default=20.0, help="approximate seconds for each measurement (default 20)")
-data.add_argument(
+data_parser.add_argument("--data-path", default="digits", help="a folder or the name of a data set, as in vgglab train")
+data_parser.add_argument("--image-size", type=int, help="crop size in pixels (default: that of the data set)")
+data_parser.add_argument("--batch-size", type=int, default=32, help="images per batch (default 32)")
+data_parser.add_argument(
+    "--decoder", choices=("auto", *DECODERS), default="auto", help="image decoder, as in vgglab train"
+)
+data_parser.add_argument("--workers", help="numbers of workers to try, e.g. 1,2,4 (default: 1, and one per core)")
+data_parser.add_argument(
+    "--seconds", type=ABOVE_0, default=20.0, help="approximate seconds for each measurement (default 20)"
+)
+data_parser.add_argument(
     "--card", type=ABOVE_0, help="training speed of your card in images/s, to compute how many workers it needs"
 )
-data.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
+data_parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
 
-step = subjects.add_parser(
+step_parser = subjects.add_parser(
     "step",
     usage="vgglab bench step [--flag value ...]",
     description="Measure the speed of training steps in each mode against a plain PyTorch loop.",
 )
-step.add_argument("--model", choices=MODELS, default="vgg16")
-step.add_argument("--device", choices=DEVICE_CHOICES, default="auto")
-step.add_argument("--image-size", default="224", help="height and width of the images (default 224)")
-step.add_argument(
+step_parser.add_argument("--model", choices=MODELS, default="vgg16")
+step_parser.add_argument("--device", choices=DEVICE_CHOICES, default="auto")
+step_parser.add_argument("--image-size", default="224", help="height and width of the images (default 224)")
+step_parser.add_argument(
     "--batch-size", default="16", help="images per batch, e.g. 16 or 8,16,32; max: the most that fit (default 16)"
 )
-step.add_argument("--ways", help="modes such as float32,fast; default: float32, channels-last, amp and fast")
-step.add_argument("--against", choices=("torchvision",), help="also measure torchvision's network in a plain loop")
-step.add_argument(
+step_parser.add_argument("--ways", help="modes such as float32,fast; default: float32, channels-last, amp and fast")
+step_parser.add_argument(
+    "--against", choices=("torchvision",), help="also measure torchvision's network in a plain loop"
+)
+step_parser.add_argument(
     "--turns", type=AT_LEAST_1, default=5, help="repetitions of each mode and of the plain loop (default 5)"
 )
-step.add_argument("--steps", type=AT_LEAST_1, default=1, help="steps per repetition (default 1)")
-step.add_argument("--output-dir", default=".", help="create the run directory in runs/ in this folder (default .)")
-step.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
+step_parser.add_argument("--steps", type=AT_LEAST_1, default=1, help="steps per repetition (default 1)")
+step_parser.add_argument(
+    "--output-dir", default=".", help="create the run directory in runs/ in this folder (default .)"
+)
+step_parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
 
 
 def main(argv: Sequence[str]) -> int:

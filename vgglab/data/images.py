@@ -36,6 +36,7 @@ class FileImages:
 
     def name(self, index: int) -> str:
         """The name of an image in messages: its file, or its position in a named set."""
+        index = range(len(self))[index]  # raises IndexError, resolves negative indices
         return os.fsdecode(bytes(self._bytes[self._ends[index] : self._ends[index + 1]]))
 
     def open(self, index: int, decoder: str) -> AnyPicture:

@@ -113,7 +113,7 @@ class TrainBatchSampler(Sampler):
             yield [Sample(image, mix_seeds(epoch_seed, image)) for image in batch]
 
 
-def eval_samples(num_images: int, batch_size: int, device: Device, max_batches: int = -1) -> list[list[Sample]]:
+def eval_sample_batches(num_images: int, batch_size: int, device: Device, max_batches: int = -1) -> list[list[Sample]]:
     """Batches with every image once, in order; rank r of n takes images r, r + n, r + 2n, ... without padding.
 
     With ``max_batches``, each rank takes at most that many batches. Their images are spread evenly over the data set,
@@ -138,25 +138,25 @@ class Batches:
     """The batches of one rank; ``len()`` is their number in one pass."""
 
     def __init__(
-        self, reader: BatchReader, samples: TrainBatchSampler | list[list[Sample]], workers: int, device: Device
+        self, reader: BatchReader, sampler: TrainBatchSampler | list[list[Sample]], workers: int, device: Device
     ) -> None:
-        """``samples``: the batches of one pass; in training a sampler, because each epoch's are different."""
-        self._samples = samples
+        """``sampler``: the batches of one pass; in training a sampler, because each epoch's are different."""
+        self._sampler = sampler
         # A separate generator: drawing the workers' seeds must not change the random numbers of dropout.
         options: dict[str, Any] = {"generator": torch.Generator(), "pin_memory": device.pins_memory}
         if workers:
             # Workers for held-out images exit after each pass: kept idle, they would double the number of processes.
-            is_training = isinstance(samples, TrainBatchSampler)
+            is_training = isinstance(sampler, TrainBatchSampler)
             options.update(persistent_workers=is_training, multiprocessing_context=device.worker_start)
             options.update(worker_init_fn=ignore_signals_in_worker)
         with _without_warnings():
-            # The samples are already in batches; batch_size=None passes them on unchanged.
+            # The sampler yields whole batches; batch_size=None passes them on unchanged.
             self._loader = DataLoader(
-                reader, sampler=samples, batch_size=None, collate_fn=_identity, num_workers=workers, **options
+                reader, sampler=sampler, batch_size=None, collate_fn=_identity, num_workers=workers, **options
             )
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._sampler)
 
     def epoch(self, epoch: int, first: int = 0, on_skipped: OnSkipped | None = None) -> Iterator[Batch]:
         """Yield the batches of one pass, starting with batch ``first``.
@@ -167,8 +167,8 @@ class Batches:
         Raises:
             UserError: an image cannot be read, or, with ``--on-bad-image skip``, a whole training batch cannot.
         """
-        if isinstance(self._samples, TrainBatchSampler):
-            self._samples.epoch, self._samples.first = epoch, first
+        if isinstance(self._sampler, TrainBatchSampler):
+            self._sampler.epoch, self._sampler.first = epoch, first
         with block_signals_during_start(), _without_warnings():
             batches = iter(self._loader)
         try:
@@ -178,7 +178,7 @@ class Batches:
                         on_skipped(image, reason)
                 if batch.indices:
                     yield batch
-                elif isinstance(self._samples, TrainBatchSampler):  # the other ranks would wait for this rank's step
+                elif isinstance(self._sampler, TrainBatchSampler):  # the other ranks would wait for this rank's step
                     raise UserError(
                         f"--on-bad-image skip: all images in a batch are unreadable, e.g. {batch.skipped[0][0]!r}; "
                         "increase --batch-size, or find the unreadable images with vgglab data check"
@@ -211,8 +211,8 @@ def train_batches(sets: DataSets, config: Settings, device: Device) -> Batches:
 
 def eval_batches(sets: DataSets, config: Settings, device: Device) -> Batches:
     """The held-out batches of this rank."""
-    samples = eval_samples(len(sets.val), config.batch_size, device, config.eval_step_per_epoch)
-    return Batches(_reader(sets.val, sets.eval_transform(), sets, config), samples, config.workers, device)
+    batches = eval_sample_batches(len(sets.val), config.batch_size, device, config.eval_step_per_epoch)
+    return Batches(_reader(sets.val, sets.eval_transform(), sets, config), batches, config.workers, device)
 
 
 def _reader(split: Split, transform: Any, sets: DataSets, config: Settings) -> BatchReader:

@@ -30,7 +30,10 @@ NUM_FAKE_CLASSES = 1000
 
 
 class NamedSet(NamedTuple):
-    """A named data set: either ``folder`` returns a root with train/ and val/, or ``split`` returns one split."""
+    """A named data set: either ``folder`` returns a root with train/ and val/, or ``split`` returns one split.
+
+    Neither is set for a folder of the user's.
+    """
 
     preprocessing: Preprocessing
     archives: str  # files to download by hand if the download fails; empty if there is nothing to download

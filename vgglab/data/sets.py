@@ -18,11 +18,10 @@ from vgglab.settings.config import ORIGINAL_NUM_CLASSES, Request
 
 FOLDER = NamedSet(Preprocessing(), archives="")  # a folder of the user's, which needs no function
 
-
 CROPS: dict[str, Callable[[int, Preprocessing], Any]] = {
-    "standard": lambda size, how: RandomCrop(size, how.crop_scale, how.flip),
-    "scale-jitter": lambda size, how: JitteredCrop(size, how.flip),
-    "trivial": lambda size, how: TrivialAugmentCrop(RandomCrop(size, how.crop_scale, how.flip)),
+    "standard": lambda size, preprocessing: RandomCrop(size, preprocessing.crop_scale, preprocessing.flip),
+    "scale-jitter": lambda size, preprocessing: JitteredCrop(size, preprocessing.flip),
+    "trivial": lambda size, preprocessing: TrivialAugmentCrop(CROPS["standard"](size, preprocessing)),
 }
 
 

@@ -43,14 +43,16 @@ def signals(model: nn.Module, images: Tensor, labels: Tensor) -> list[Signal]:
     loss = nn.functional.cross_entropy(maps[""], labels)
     for output in maps.values():
         output.retain_grad()
-    loss.backward()
     found = []
-    for name, layer in layers.items():
-        output, weight = maps[name], layer.weight
-        relative = weight.grad.std() / weight.std()  # type: ignore[union-attr]
-        gradient = output.grad.std()  # type: ignore[union-attr]
-        found.append(Signal(name, output.std().item(), gradient.item(), relative.item()))
-    model.zero_grad(set_to_none=True)
+    try:
+        loss.backward()
+        for name, layer in layers.items():
+            output, weight = maps[name], layer.weight
+            relative = weight.grad.std() / weight.std()  # type: ignore[union-attr]
+            gradient = output.grad.std()  # type: ignore[union-attr]
+            found.append(Signal(name, output.std().item(), gradient.item(), relative.item()))
+    finally:
+        model.zero_grad(set_to_none=True)
     return found
 
 

@@ -17,7 +17,7 @@ from vgglab.model import VGG, build
 from vgglab.runs import checkpoint
 from vgglab.runs.run import Run
 from vgglab.settings.config import Request, Settings, complete
-from vgglab.settings.inheritance import inherit
+from vgglab.settings.inheritance import inherited_settings
 
 MAX_CLASSES = 10**6  # largest number accepted from a run's settings; ImageNet-21k has 21,841
 
@@ -81,7 +81,7 @@ def predict(run: Run | str | Path, which: str = "best") -> list[Prediction]:
 def _evaluation_settings(run: Run) -> Settings:
     """Return the settings of the run, changed to evaluate all held-out images in this process."""
     with error_context(f"{run.path}/config.json"):
-        config = inherit(Request(), (), run.config)
+        config = Request(**inherited_settings((), run.config))
         if config.num_classes is None or config.num_classes > MAX_CLASSES:
             raise UserError("has no valid num_classes")
     # "auto", because simplejpeg may be missing on this machine.

@@ -18,16 +18,20 @@ def inherit(request: Request, given: Sequence[str], saved: dict[str, Any]) -> Re
     Raises:
         UserError: a setting in the checkpoint is invalid, or cannot be combined with one that was given.
     """
+    request = replace(request, **inherited_settings(given, saved))
+    check_conflicts(request)
+    return request
+
+
+def inherited_settings(given: Sequence[str], saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the inheritable settings of a run, except those in ``given``. Raises UserError if one is invalid."""
     settings = {field.name: field for field in fields(Request)}
     chosen = {*given, *(settings[name].metadata["implies"] for name in given)}
-    inherited = {
+    return {
         field.name: check_setting(field, saved[field.name])
         for field in settings.values()
         if field.name in saved and field.name not in chosen and field.metadata["is_inherited"]
     }
-    request = replace(request, **inherited)
-    check_conflicts(request)
-    return request
 
 
 def check_setting(field: Field, value: Any) -> Any:

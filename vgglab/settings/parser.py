@@ -23,8 +23,9 @@ EPILOG = """examples:
   vgglab train --data-path imagenet --batch-size 192 --nproc 8    ImageNet on eight cards
   vgglab train --run-dir runs/my_run --resume auto                start, or continue after an interruption
   vgglab train --resume runs/my_run --test-only                   evaluate a trained network
-exit codes: 0 done; 1 a bug, with a traceback; 2 bad input, explained in one line; 75 stopped by
-SIGTERM, SIGUSR1 or SIGHUP after saving a checkpoint; 130 interrupted"""
+exit codes: 0 done; 1 a bug, with a traceback; 2 bad input, explained in one
+line; 75 stopped by SIGTERM, SIGUSR1 or SIGHUP after saving a checkpoint; 130
+interrupted"""
 
 SECTIONS = {  # the flags that --help shows; --help-all shows the others, too
     "what to train": "recipe data_path model pretrained",
@@ -66,7 +67,8 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
     parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all flags, each with its full description")
     groups: dict[str, Any] = {}
     for title, members in SECTIONS.items():
-        groups.update(dict.fromkeys(members.split(), parser.add_argument_group(title)))
+        section = parser.add_argument_group(title)
+        groups.update((member, section) for member in members.split())
     others = parser.add_argument_group("all other flags") if show_all else parser
     for field in fields(Request):
         group, options = groups.get(field.name, others), dict(field.metadata["options"])
