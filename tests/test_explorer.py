@@ -206,9 +206,9 @@ def test_live_front_end_shows_widgets_and_static_one_a_figure(kind, monkeypatch)
         assert isinstance(box, widgets.Box)
         return
     picture, table = displayed
-    png, metadata = picture._repr_png_()
-    assert png[:4] == b"\x89PNG"
-    assert metadata["alt"].startswith("orange: receptive field of a features.18 output")
+    data, metadata = picture._repr_mimebundle_()
+    assert data["image/png"][:4] == b"\x89PNG"
+    assert metadata["image/png"]["alt"].startswith("orange: receptive field of a features.18 output")
     assert "features.18" in repr(picture)
     assert "features.18, conv" in table._repr_html_()
 

@@ -51,12 +51,12 @@ class LongEvents(Sequence[Event]):
             return LongEvents(self._file, self._identity, self._entries[index])
         return next(iter(LongEvents(self._file, self._identity, [self._entries[index]])))
 
-    def boundary_events(self) -> LongEvents:
-        """Return the events, with each series of consecutive unread training events reduced to its last one."""
-        next_entries = [*self._entries[1:], None]
-        pairs = zip(self._entries, next_entries)
-        kept = [e for e, next_entry in pairs if not (isinstance(e, int) and isinstance(next_entry, int))]
-        return LongEvents(self._file, self._identity, kept)
+    def latest_of_each_kind(self) -> LongEvents:
+        """Return the latest event of each kind, in order; the others are not read."""
+        latest: dict[str, Event | int] = {}
+        for entry in reversed(self._entries):
+            latest.setdefault("train" if isinstance(entry, int) else entry["event"], entry)
+        return LongEvents(self._file, self._identity, [*reversed(latest.values())])
 
 
 def _identity_of(file: BinaryIO) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import Any, Sequence
 from vgglab.errors import UserError
 from vgglab.runs.run import ACTIVE, Event, Run
 from vgglab.storage.events import LongEvents
-from vgglab.view.progress import Progress, number
+from vgglab.view.progress import Progress, loss_text
 from vgglab.view.rank_table import rank_table, stall_warning
 from vgglab.view.tables import Table, html_text
 from vgglab.view.terminal import Terminal
@@ -219,7 +219,7 @@ def progress_of(run: Run) -> Progress:
     """Return the current progress of a run. Only the latest event of each kind matters; a run has tens of thousands."""
     events = run.events()
     if isinstance(events, LongEvents):
-        events = events.boundary_events()
+        events = events.latest_of_each_kind()
     latest: dict[str, Event] = {}
     for event in reversed([*events]):
         latest.setdefault(event["event"], event)
@@ -238,7 +238,7 @@ def summary(run: Run, progress: Progress) -> str:
     if progress.num_steps:
         parts.append(f"step {progress.step} of {progress.num_steps}")
     if progress.train:
-        parts.append(f"loss {number(progress.train['loss'])}")
+        parts.append(f"loss {loss_text(progress.train['loss'])}")
         is_simulated, rate = progress.train.get("simulated"), progress.train.get("images_per_second")
         speed = "speed not measured" if rate is None else f"{rate:.1f} images/s"
         parts.append("simulated card" if is_simulated else speed)

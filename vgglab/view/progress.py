@@ -65,6 +65,6 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
-def number(value: float | None) -> str:
+def loss_text(value: float | None) -> str:
     """A loss as text; None is recorded for one that is not finite."""
     return "not finite" if value is None else f"{value:.4f}"

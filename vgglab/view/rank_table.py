@@ -36,7 +36,8 @@ def rank_table(run: Run) -> Table:
             and own_seconds > SLOWDOWN_FACTOR * median(others)
             and own_seconds - median(others) > MIN_STEP_SHARE * step_seconds
         )
-        stragglers += [number] * is_straggler
+        if is_straggler:
+            stragglers.append(number)
         loss, peak_bytes = metrics["loss"], metrics.get("peak_bytes")
         rows.append(
             [

@@ -5,8 +5,9 @@ from __future__ import annotations
 from statistics import mean, stdev
 from typing import Mapping, Sequence
 
+from vgglab.errors import UserError
 from vgglab.runs.run import Run
-from vgglab.view.summaries import damage_of, report_of
+from vgglab.view.summaries import damage_of
 from vgglab.view.tables import Table
 
 MIN_SEEDS = 5  # minimum number of seeds for calling one group better than another
@@ -27,7 +28,7 @@ def seeds_table(groups: Mapping[str, Sequence[Run]]) -> Table:
     rows: list[list[str]] = []
     notes: list[str] = []
     for group, runs in groups.items():
-        done = [run for run in runs if (report_of(run) or {}).get("status") == "done"]
+        done = [run for run in runs if _is_done(run)]
         for metric, value_of in METRICS.items():
             values = [value for value in map(value_of, done) if value is not None]
             if not values:
@@ -39,3 +40,11 @@ def seeds_table(groups: Mapping[str, Sequence[Run]]) -> Table:
                 notes.insert(0, FEW_SEEDS)
         notes += [f"{run.name}: {text}" for run in runs for text in damage_of(run)]
     return Table(HEADINGS, rows, note="; ".join(notes))
+
+
+def _is_done(run: Run) -> bool:
+    """Whether a run is done and has a report; computing that of an active run would read all its events each time."""
+    try:
+        return run.status == "done" and bool(run.report())
+    except UserError:
+        return False

@@ -97,7 +97,8 @@ def write_site(
             link = html_text(f"{number.group()} {title}" if number else title, "span")
             time_and_summary = f"<small>{duration(chapter.seconds)}</small><br>{html_text(summary, 'span')}"
             item = f"<a href='{chapter.link}'>{link}</a> {time_and_summary}"
-        error = html_text(f"failed: {chapter.error.strip()}", "div", FAILED) if chapter.error else ""
+        error = chapter.error.strip() or ("" if title else "it cannot be read")
+        error = html_text(f"failed: {error}", "div", FAILED) if error else ""
         items += f"<li>{item}{error}</li>"
     flags = " ".join(f"-p {name} {value}" for name, value in parameters.items())
     description = f"with {html_text(flags, 'code')}" if flags else "with their default settings"

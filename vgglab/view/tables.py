@@ -37,7 +37,8 @@ class Table(NamedTuple):
     def _text(self) -> str:
         table = [[" ".join((cell or "").split("\n")) for cell in cells] for cells in (self.headings, *self.rows)]
         columns = []
-        for side, column in zip(self.sides or "<" * len(self.headings), zip(*table)):
+        for number, side in enumerate(self.sides or "<" * len(self.headings)):
+            column = [cells[number] for cells in table]
             if any(column[1:]):
                 width = max(map(len, column))
                 columns.append([f"{cell:{side}{width}}" for cell in column])

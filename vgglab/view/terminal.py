@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from vgglab.errors import printable
-from vgglab.view.progress import Progress, number
+from vgglab.view.progress import Progress, loss_text
 
 try:
     from tqdm import tqdm
@@ -56,7 +56,7 @@ class Terminal:
 
     def _on_train(self, event: dict[str, Any]) -> None:
         speed = "" if event.get("simulated") else f"{event['images_per_second']:.1f} images/s  "
-        metrics = f"loss {number(event['loss'])}  {speed}{self.progress.time_left()}"
+        metrics = f"loss {loss_text(event['loss'])}  {speed}{self.progress.time_left()}"
         if self.bar is None:
             total = f" of {self.progress.num_steps}" if self.progress.num_steps else ""
             self.print_line(f"{self.progress.activity}, step {event['step']}{total}: {metrics}")
@@ -71,7 +71,7 @@ class Terminal:
         epoch = "" if event["epoch"] is None else f"epoch {event['epoch'] + 1}: "
         self.print_line(
             f"{epoch}top-1 {event['acc1']:.2f} %, top-{self.top} {event['acc5']:.2f} % "
-            f"of {event['num_images']} held-out images, loss {number(event['loss'])}"
+            f"of {event['num_images']} held-out images, loss {loss_text(event['loss'])}"
         )
 
     def _on_warning(self, event: dict[str, Any]) -> None:

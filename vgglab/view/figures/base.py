@@ -55,8 +55,9 @@ class NotebookFigure(Figure):
     def __repr__(self) -> str:
         return f"NotebookFigure({self.alt_text()})"
 
-    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
-        return self.png(), {"alt": self.alt_text()}
+    def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        # Not _repr_png_, which IPython ignores once pyplot has been imported.
+        return {"image/png": self.png(), "text/plain": repr(self)}, {"image/png": {"alt": self.alt_text()}}
 
 
 def _describe(panel: Any) -> str:
