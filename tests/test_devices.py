@@ -312,6 +312,15 @@ def test_tf32_sets_both_cuda_switches(monkeypatch):
             switch.allow_tf32 = was_enabled
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16")])
+def test_fast_does_not_use_emulated_bfloat16(monkeypatch, capability, dtype):
+    """It used to on Turing cards, for which torch answers that it supports bfloat16."""
+    card = {"is_available": True, "device_count": 1, "get_device_capability": capability, "is_bf16_supported": True}
+    for name, answer in card.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    assert open_device("cuda", fast=True, fused=False).amp_dtype == dtype
+
+
 def test_auto_selects_and_records_the_best_device(train):
     best = "cuda" if torch.cuda.is_available() else "cpu"
     assert train("--device=auto").run.config["device"] == best

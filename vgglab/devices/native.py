@@ -131,7 +131,9 @@ def prefetch(items: Iterable[Item]) -> Iterator[Item]:
 def _fast_dtype(kind: str) -> str | None:
     """Return the fastest data type for mixed precision; None on mps, and on a CPU without fast bfloat16."""
     if kind == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        # Not is_bf16_supported(), which newer versions also answer with True for cards that only emulate bfloat16.
+        has_bfloat16 = torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
+        return "bfloat16" if has_bfloat16 else "float16"
     is_fast = kind == "cpu" and _cpu_has_bfloat16_instructions() and _cpu_supports_bfloat16_pooling()
     return "bfloat16" if is_fast else None
 
