@@ -209,7 +209,7 @@ def test_own_photograph_can_be_chosen_by_keyboard(lab, tmp_path):
     notebook = lab.open("chooser", [CHOOSER_CELL])
     notebook.run(0)
     button = notebook.output(0).get_by_role("button", name="Your photograph")
-    for file, text in ("mine.png", "mine.png: 60 x 40 pixels"), ("notes.txt", "notes.txt"):
+    for file, text in ("mine.png", "mine.png: 60 x 40 pixels"), ("notes.txt", "'notes.txt' cannot be read"):
         open_file_chooser(notebook, button).set_files(tmp_path / file)
         wait_for_text(notebook, 0, text)
         has_picture = file == "mine.png"
