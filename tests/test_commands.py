@@ -43,6 +43,15 @@ def test_unwritable_output_is_an_error_without_traceback(train):
         assert result.stderr.count("\n") == (words == "> /dev/full")
 
 
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_usage_and_version_end_without_traceback_when_the_pipe_is_closed(flag):
+    """``vgglab --help | head -5`` ended with the traceback of a BrokenPipeError."""
+    command = shlex.join([sys.executable, "-m", "vgglab", flag])
+    for words, code in ("| true; exit ${PIPESTATUS[0]}", 141), ("> /dev/full", 2):
+        result = subprocess.run(["bash", "-c", f"{command} {words}"], capture_output=True, text=True, cwd=PROJECT)
+        assert (result.returncode, "Traceback" in result.stderr) == (code, False), (words, result.stderr)
+
+
 def test_os_error_unrelated_to_output_keeps_its_traceback(monkeypatch):
     """An error without a file name was treated as an output error, and its traceback was lost."""
     import vgglab.commands.plan

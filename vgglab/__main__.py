@@ -8,7 +8,7 @@ import os
 import sys
 from typing import NoReturn
 
-from vgglab.commands import call
+from vgglab.commands import call, guard
 from vgglab.version import __version__
 
 COMMANDS = {
@@ -48,11 +48,9 @@ def main() -> NoReturn:
         _complete()
     name, argv = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if name in ("-h", "--help", "help"):
-        print(usage())
-        sys.exit(0)
+        sys.exit(guard("help", lambda: print(usage())))
     if name == "--version":
-        print(f"vgglab {__version__}")
-        sys.exit(0)
+        sys.exit(guard("version", lambda: print(f"vgglab {__version__}")))
     if name not in NAMES:
         matches = difflib.get_close_matches(name, NAMES, n=1)
         hint = f"did you mean {matches[0]}?" if matches else f"choose from {', '.join(NAMES)}"

@@ -16,14 +16,22 @@ EXIT_BROKEN_PIPE = 141  # shell convention: 128 + SIGPIPE
 
 
 def call(name: str, argv: Sequence[str] | None = None) -> int:
-    """Run a command. Return the exit code of ``main``, or 2 for bad input, 130 after Ctrl-C, 141 for a closed pipe."""
+    """Run a command and return its exit code (see ``guard``)."""
+    return guard(
+        name,
+        lambda: importlib.import_module(f"vgglab.commands.{name}").main(sys.argv[1:] if argv is None else argv),
+    )
+
+
+def guard(name: str, run: Callable[[], int | None]) -> int:
+    """Return what ``run()`` returns, or 0 for None, 2 for bad input, 130 after Ctrl-C, 141 for a closed pipe."""
     from vgglab.dist.ranks import open_closed_streams
     from vgglab.errors import UserError
 
     open_closed_streams()
     try:
         with contextlib.redirect_stdout(_Output(sys.stdout)):
-            code = importlib.import_module(f"vgglab.commands.{name}").main(sys.argv[1:] if argv is None else argv)
+            code = run() or 0
             sys.stdout.flush()
     except UserError as error:
         print_error(name, error)
