@@ -15,8 +15,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 PAGE = PROJECT / "docs" / "api.md"
 HEADER = """# The API · 公开接口
 
-The names that notebooks and scripts import from `vgglab`; `import vgglab as vl` is enough. Anything else is
-internal and may change. This page is made from the docstrings by `python tests/api_page.py`.
+These names are the public API; `import vgglab as vl` gives access to all of them. Everything else is internal and may
+change. This page is generated from the docstrings by `python tests/api_page.py`.
 
 本页列出 notebook 和脚本可以从 `vgglab` 导入的名称，由 `python tests/api_page.py` 根据 docstring 生成。
 """

@@ -74,8 +74,8 @@ def launch(
             ``seeds=5`` trains five runs in sequence, one per seed.
 
     Raises:
-        UserError: an argument or a flag is unknown or out of range; if this waits, also any UserError of the run.
-        RunFailed: the run failed (if this waits for it).
+        UserError: an argument or flag is unknown or out of range; if the call waits, also any UserError of the run.
+        RunFailed: the call waited for the run, and the run failed.
     """
     argv = shlex.split(flags) if isinstance(flags, str) else [str(flag) for flag in flags]
     settings.update(nproc=nproc, max_restarts=max_restarts)

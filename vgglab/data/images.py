@@ -45,7 +45,7 @@ class FileImages:
 
 
 class ArrayPicture:
-    """One image from an array of images."""
+    """One image, given as an array of pixels."""
 
     def __init__(self, pixels: Tensor, decoder: str) -> None:
         """``pixels``: (H, W) grey or (H, W, 3), uint8."""

@@ -16,7 +16,7 @@ from vgglab.errors import UserError
 
 
 def read_photograph(file: str, data: bytes | None = None, longest: int = 384) -> Tensor:
-    """Read a photograph as upright ``(H, W, 3)`` uint8 pixels, with a longer side of at most ``longest``.
+    """Read a photograph as ``(H, W, 3)`` uint8, with EXIF orientation applied and the longer side at most ``longest``.
 
     Args:
         file: path of the photograph; if ``data`` is given, only its name.

@@ -32,7 +32,7 @@ HEIGHT = 6.4  # inches
 def explore(
     anatomy_of: Callable[..., Anatomy], photograph: Any, model: str = "vgg16", image_size: int = 224, layer: str = ""
 ) -> None:
-    """Show the explorer, or only its initial view if the front end has no widgets.
+    """Show an interactive explorer of the network's layers, or only its initial view if the front end has no widgets.
 
     Args:
         anatomy_of: ``vgglab.anatomy.of``, or a function with the same arguments.

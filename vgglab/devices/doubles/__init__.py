@@ -22,7 +22,7 @@ EAGER = Path(__file__).resolve().parent / "eager"
 
 
 def load_lazy() -> Any:
-    """Import the lazy double as ``torch_gcu``, for a notebook; ``torch.Tensor.to`` stays patched in this process."""
+    """Import the test double of the T20's library as ``torch_gcu``; ``torch.Tensor.to`` stays patched from then on."""
     if str(LAZY) not in sys.path:
         sys.path.insert(0, str(LAZY))
     import torch_gcu

@@ -12,7 +12,7 @@ speed, the card's rounding (results are those of the CPU), missing kernels, or t
 It uses PyTorch's experimental Python backend for the PrivateUse1 key (torch >= 2.10), which a process can register only
 once.
 
-    card.py      the state of the cards: their number, memory use and random numbers
+    card.py      the state of the cards (number, memory use, random numbers)
     tensor.py    the tensor and how operations on it are computed
     autocast.py  mixed precision
     api.py       torch.gcu
@@ -72,7 +72,7 @@ def is_installed() -> bool:
 
 
 def num_host_reads() -> int:
-    """Return how many times this process has read a value from a card; on a real card, each read would wait."""
+    """Return the number of reads from a card in this process; on a real card, each read makes the host wait."""
     from vgglab.devices.sim.card import state
 
     return state.num_host_reads

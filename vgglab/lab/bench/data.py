@@ -89,7 +89,7 @@ def measure_loading(
     Args:
         config: the settings; only data set, image size, batch size and decoder are used.
         seconds: approximate duration of each part: on one core, and with each number of loader processes.
-        workers: numbers of loader processes to measure; None for two: one process, and one per core.
+        workers: numbers of loader processes to measure; None measures two cases: one process, and one per core.
         card: the training speed to keep up with, in images/s; None for all cards in ``CARDS``.
 
     Raises:
