@@ -146,7 +146,7 @@ def test_resumed_run_without_improvement_keeps_the_best_checkpoint(train):
     assert resumed.checkpoint("best").read_bytes() == first.checkpoint("best").read_bytes()
 
 
-def test_readme_resume_commands_need_no_other_flags(images, tmp_path, capsys):
+def test_readme_resume_commands_need_no_other_flags(images, tmp_path, capsys, narrow):
     from vgglab.train import main
 
     recipe = ("--model=vgg11_bn", "--lr=0.3", "--lr-schedule=cosine", f"--data-path={images}", "--dropout-rate=0.5")
