@@ -32,8 +32,8 @@ TINY = (
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One worker more than cores: tests wait for processes and signals, and a worker that waits would idle a core."""
-    return (os.cpu_count() or 1) + 1
+    """Two workers more than cores: tests wait for processes and signals, and a worker that waits would idle a core."""
+    return (os.cpu_count() or 1) + 2
 
 
 # The files with the longest tests come first, so that no core is idle at the end while another runs a long test.
