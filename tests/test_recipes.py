@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vgglab.data.images import ArrayPicture
+from vgglab.data.decode import ArrayPicture
 from vgglab.data.sets import CROPS
 from vgglab.data.transform import JitteredCrop, Preprocessing, RandomCrop, TrivialAugmentCrop
 from vgglab.devices import open_device

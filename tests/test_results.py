@@ -94,6 +94,17 @@ def bench_result(bench, peak):
     }  # fmt: skip
 
 
+def test_each_heading_has_a_value_or_none_in_each_kind_of_row(images, tmp_path):
+    """A heading that was forgotten in one of them gave an empty column, and a value without a heading was not shown."""
+    run_ranks(tmp_path, images, "cpu", 1)
+    bench = run_ranks(tmp_path, images, "cpu", 1)
+    (bench.path / "bench.json").write_text(json.dumps({"results": [bench_result(bench, 1e6)]}))
+    run, benchmark = results.collect([tmp_path])
+    assert {*run} == {*results.COLUMNS, "is simulated"}
+    assert {*benchmark} == {*results.COLUMNS, "is simulated", "peak images/s"}
+    assert all({*row} == {*results.COLUMNS} for row in results.published())
+
+
 def test_run_shows_its_share_of_the_measured_peak(images, tmp_path):
     timed, measured = (run_ranks(tmp_path, images, "cpu", 1, "--skip-steps=1", *more) for more in (["--timers"], []))
     bench = run_ranks(tmp_path, images, "cpu", 1)

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,23 @@ def test_run_can_be_resumed_from_another_directory(images, tmp_path, monkeypatch
     monkeypatch.chdir("/")
     assert main([f"--resume={run.path}", "--test-only", f"--run-dir={tmp_path}/there"]) == 0
     assert Run(tmp_path / "there").report()["acc1"] == run.report()["acc1"]
+
+
+def test_named_set_is_used_again_although_a_folder_has_the_same_name(images, narrow, tmp_path, monkeypatch):
+    """config.json recorded the folder: a resumed run and vgglab.predict used its images instead of the named set's."""
+    from vgglab.train import main
+
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        for label in range(10):  # as many classes as in the named set, so that no message points to the folder
+            shutil.copytree(images / split / CLASSES[0], f"digits/{split}/{label}")
+    flags = ["--batch-size=16", "--training-step-per-epoch=1", "--eval-step-per-epoch=1"]
+    assert main([*TINY, *flags, "--data-path=digits", "--run-dir=first"]) == 0
+    assert main(["--resume=first", "--epochs=2", "--workers=0", "--run-dir=second"]) == 0
+    first, second = Run("first"), Run("second")
+    assert (first.config["data_path"], second.config["data_path"]) == ("digits", "digits")
+    assert [run.events("start")[0]["num_eval_images"] for run in (first, second)] == [360, 360]
+    assert len(vgglab.predict(first)) == 360
 
 
 def test_shortened_evaluation_samples_all_classes(images, train):

@@ -225,7 +225,6 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
     """Fill in the settings that the flags left open, so that config.json records what was used."""
     from vgglab.model import head_for
 
-    is_folder = Path(request.data_path).is_dir()  # stored as an absolute path, to be found from other folders too
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", device.world_size))
     default_workers = min(MAX_WORKERS, max(1, ranks.num_cores() // local_ranks))
     settings = complete(
@@ -236,7 +235,7 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
         tf32=device.tf32,
         channels_last=device.channels_last,
         fused=device.fuses,
-        data_path=str(Path(request.data_path).absolute()) if is_folder else request.data_path,
+        data_path=sets.data_path,
         world_size=device.world_size,
         num_classes=sets.num_classes,
         image_size=sets.image_size,

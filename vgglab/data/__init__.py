@@ -8,7 +8,7 @@ import importlib
 from typing import Any
 
 _ELSEWHERE = {
-    "ArrayPicture": "images",
+    "ArrayPicture": "decode",
     "BatchReader": "loader",
     "CHANNEL_MEAN": "transform",
     "CHANNEL_STD": "transform",

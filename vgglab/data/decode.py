@@ -14,7 +14,7 @@ import os
 import stat
 import struct
 import warnings
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple, Union
 
 import torch
 from PIL import Image
@@ -116,7 +116,23 @@ class JpegPicture(NamedTuple):
             return Picture(self.file).pixels()
 
 
-def open_picture(file: str, decoder: str) -> Picture | JpegPicture:
+class ArrayPicture:
+    """One image, given as an array of pixels."""
+
+    def __init__(self, pixels: Tensor, decoder: str) -> None:
+        """``pixels``: (H, W) grey or (H, W, 3), uint8."""
+        self.height, self.width = pixels.shape[:2]
+        self._pixels, self._decoder = pixels, decoder
+
+    def pixels(self, rows: int | None = None) -> Pixels:
+        rgb = self._pixels if self._pixels.dim() == 3 else self._pixels[:, :, None].expand(-1, -1, 3)
+        return DECODERS[self._decoder].from_array(rgb.contiguous())
+
+
+AnyPicture = Union[Picture, JpegPicture, ArrayPicture]  # what a transform takes
+
+
+def open_picture(file: str, decoder: str) -> AnyPicture:
     """Open an image file and read its width and height. Raises BadImage, or KeyError for an unknown decoder."""
     open_file = DECODERS[decoder].open_file
     try:
@@ -127,7 +143,7 @@ def open_picture(file: str, decoder: str) -> Picture | JpegPicture:
         raise bad_image(file, reason_of(error)) from None
 
 
-def _open_jpeg(file: str) -> Picture | JpegPicture:
+def _open_jpeg(file: str) -> AnyPicture:
     """Open a file for the decoder ``fast``; anything that is not an ordinary JPEG is left to Pillow."""
     if not file.lower().endswith((".jpeg", ".jpg")):
         return Picture(file)
@@ -140,7 +156,7 @@ class Decoder(NamedTuple):
     """The functions that define a decoder."""
 
     why_missing: Callable[[], str]  # what it needs that is not installed, and what to do; empty if it can be used
-    open_file: Callable[[str], Picture | JpegPicture]
+    open_file: Callable[[str], AnyPicture]
     from_array: Callable[[Tensor], Pixels]  # converts (H, W, 3) uint8 to what the decoder returns for a file
 
 

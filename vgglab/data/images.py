@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 from array import array
 from dataclasses import dataclass
-from typing import Iterable, Sequence, Union
+from typing import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from vgglab.data.decode import DECODERS, JpegPicture, Picture, open_picture
-from vgglab.data.transform import Pixels
+from vgglab.data.decode import AnyPicture, ArrayPicture, open_picture
 
 
 class FileImages:
@@ -42,19 +41,6 @@ class FileImages:
     def open(self, index: int, decoder: str) -> AnyPicture:
         """Open an image; its pixels are decoded later. Raises BadImage if it cannot be read."""
         return open_picture(self.name(index), decoder)
-
-
-class ArrayPicture:
-    """One image, given as an array of pixels."""
-
-    def __init__(self, pixels: Tensor, decoder: str) -> None:
-        """``pixels``: (H, W) grey or (H, W, 3), uint8."""
-        self.height, self.width = pixels.shape[:2]
-        self._pixels, self._decoder = pixels, decoder
-
-    def pixels(self, rows: int | None = None) -> Pixels:
-        rgb = self._pixels if self._pixels.dim() == 3 else self._pixels[:, :, None].expand(-1, -1, 3)
-        return DECODERS[self._decoder].from_array(rgb.contiguous())
 
 
 class ArrayImages:
@@ -90,9 +76,6 @@ class FakeImages(ArrayImages):
 
     def open(self, index: int, decoder: str) -> AnyPicture:
         return super().open(index % self.NUM_DISTINCT, "fast")
-
-
-AnyPicture = Union[Picture, JpegPicture, ArrayPicture]
 
 
 @dataclass

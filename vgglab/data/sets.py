@@ -30,6 +30,7 @@ class DataSets:
     """The training images (``train``; None with --test-only) and the held-out images (``val``) of a run."""
 
     name: str
+    data_path: str  # a named set, or the absolute path of a folder, so that a resumed run finds the same images
     train: Split | None
     val: Split
     num_classes: int
@@ -71,9 +72,10 @@ def open_sets(config: Request) -> DataSets:
 
 
 def _open_sets(config: Request) -> DataSets:
-    name, decoder = config.data_path, choose_decoder(config.decoder)
+    name = path = config.data_path
+    decoder = choose_decoder(config.decoder)
     warnings: list[str] = []
-    source = NAMED_SETS.get(name, FOLDER)
+    source = NAMED_SETS.get(name, FOLDER)  # a named set, even if there is also a folder of that name
     preprocessing = source.preprocessing
     image_size = config.image_size or preprocessing.image_size
     if source.split is not None:
@@ -83,7 +85,7 @@ def _open_sets(config: Request) -> DataSets:
     else:
         if source.folder is None:
             root = _existing_folder(name)
-            name = root.resolve().name
+            name, path = root.resolve().name, str(root.absolute())
         else:
             with explain_failed_download(name):
                 root = source.folder()
@@ -92,7 +94,7 @@ def _open_sets(config: Request) -> DataSets:
         classes = _training_classes(root) if train is None else train.classes
         val = read_split(root, "val", classes, is_strict, warnings)
     num_classes = _num_classes(config, len(val.classes), warnings)
-    return DataSets(name, train, val, num_classes, image_size, preprocessing, decoder, config.crops, warnings)
+    return DataSets(name, path, train, val, num_classes, image_size, preprocessing, decoder, config.crops, warnings)
 
 
 def _existing_folder(data_path: str) -> Path:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from vgglab.data.images import AnyPicture
+    from vgglab.data.decode import AnyPicture
 
 # Mean and standard deviation of ImageNet's training images per channel (red, green, blue), for values in [0, 1].
 CHANNEL_MEAN = (0.485, 0.456, 0.406)

@@ -41,7 +41,7 @@ OVER_PEAK = (
     "computed with fewer operations (Winograd's algorithm). The matrix product that measures the peak cannot."
 )
 
-Row = Dict[str, Any]  # the values of a run, by heading; None or missing if not measured
+Row = Dict[str, Any]  # the values of a run, by heading; None if not measured
 
 # The headings, each with the format of its values.
 COLUMNS = {
@@ -67,9 +67,10 @@ COLUMNS = {
 
 def published() -> list[Row]:
     """Return Enflame's published results for the original example."""
-    settings = {"model": "vgg16", "data": "ImageNet", "hardware": "Enflame T20", "precision": "float32"}
+    settings = {"model": "vgg16", "data": "ImageNet", "image size": 224}
+    stack = {"hardware": "Enflame T20", "precision": "float32", "torch": "1.10"}
     headings = ("source", "ranks", "batch per card", "images/s", "top-1 %")
-    return [{**settings, "image size": 224, "torch": "1.10", **dict(zip(headings, row))} for row in PUBLISHED]
+    return [{**dict.fromkeys(COLUMNS), **settings, **stack, **dict(zip(headings, row))} for row in PUBLISHED]
 
 
 def collect(folders: Iterable[Path]) -> list[Row]:
@@ -101,17 +102,14 @@ def _of_run(run: Run) -> Row:
     report = run.report()
     median_step, p90_step, acc1 = report["step_seconds_p50"], report["step_seconds_p90"], report["acc1"]
     return {
-        **_of_device(report),
-        "model": report["model"],
+        **_shared_values(report),
+        **dict.fromkeys(("x plain loop", "share of peak", "scaling")),  # the last two are computed from several rows
         "data": Path(report["data_path"] or "").name,
         "ranks": report["world_size"],
-        "batch per card": report["batch_size"],
-        "image size": report["image_size"],
         "images/s": report["global_batch_size"] / median_step if median_step else None,
         "steps": report["num_measured_steps"] or None,
         "p90 step time": p90_step / median_step if median_step else None,
         "top-1 %": "fake images" if report["data_is_fake"] and acc1 is not None else acc1,
-        "torch": report["versions"].get("torch"),
         "source": "; ".join([run.name, *report["damage"]]),
     }
 
@@ -119,31 +117,33 @@ def _of_run(run: Run) -> Row:
 def _of_benchmark(result: dict[str, Any], run: Run) -> Row:
     device, flop, peak = result["device"], result.get("flop_per_image"), result.get("peak_flop_per_second")
     speed, ratio = (None, None) if device["simulated"] else (result["images_per_second"], result["ratio"])
+    settings = {"model": run.config["model"], "image_size": run.config["image_size"]}
     return {
-        **_of_device(device),
-        "model": run.config["model"],
+        **_shared_values({**device, **result, **settings, "versions": run.env["versions"]}),
+        **dict.fromkeys(("p90 step time", "scaling", "top-1 %")),
         "data": "fake",
         "ranks": 1,
-        "batch per card": result["batch_size"],
-        "image size": run.config["image_size"],
         "images/s": speed,
         "steps": result["num_turns"],
         "x plain loop": ratio,
         "share of peak": speed * flop / peak if speed and flop and peak else None,
-        "torch": run.env["versions"].get("torch"),
         "source": "; ".join([f"{run.name}, mode {result['way']}", *run.damage()]),
         "peak images/s": peak / flop if flop and peak else None,
     }
 
 
-def _of_device(description: dict[str, Any]) -> Row:
-    """The values that a report and the device of a benchmark have in common."""
+def _shared_values(report: dict[str, Any]) -> Row:
+    """The values that are computed alike for a run and for a benchmark, whose fields have the same names."""
     options = {"channels_last": "channels last", "fused": "fused", "compiled": "compiled", "timers": "with timers"}
     return {
-        "hardware": description["hardware"],
-        "precision": precision(description),
-        "layout": ", ".join(text for name, text in options.items() if description.get(name)),
-        "is simulated": description["simulated"],
+        "model": report["model"],
+        "hardware": report["hardware"],
+        "precision": precision(report),
+        "layout": ", ".join(text for name, text in options.items() if report.get(name)),
+        "batch per card": report["batch_size"],
+        "image size": report["image_size"],
+        "torch": report["versions"].get("torch"),
+        "is simulated": report["simulated"],
     }
 
 
@@ -183,8 +183,8 @@ def tables(results: Sequence[Row], series: Mapping[str, Sequence[Run]] | None = 
     """Return the tables: measured runs, simulated runs, and ``series``, the runs that differ only in their seed."""
     real = [row for row in results if not row["is simulated"]]
     simulated = [row for row in results if row["is simulated"]]
-    notes = [SCALING] if any(row.get("scaling") for row in real) else []
-    notes += [OVER_PEAK] if any((row.get("share of peak") or 0) > 1 for row in real) else []
+    notes = [SCALING] if any(row["scaling"] for row in real) else []
+    notes += [OVER_PEAK] if any((row["share of peak"] or 0) > 1 for row in real) else []
     title = "Measured runs; rows marked 'published' are results from Enflame, which were not measured here"
     all_tables = [_table(real + published(), title, " ".join(notes))]
     if simulated:
@@ -194,7 +194,7 @@ def tables(results: Sequence[Row], series: Mapping[str, Sequence[Run]] | None = 
 
 
 def _table(rows: Sequence[Row], title: str, note: str = "") -> Table:
-    cells = [[_cell(row.get(heading), form) for heading, form in COLUMNS.items()] for row in rows]
+    cells = [[_cell(row[heading], form) for heading, form in COLUMNS.items()] for row in rows]
     return Table([*COLUMNS], cells, title, note)
 
 
