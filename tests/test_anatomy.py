@@ -59,7 +59,7 @@ def flop_by_torch(network, images):
 def test_multiply_adds_are_half_of_torchs_flop_count(name, image_size):
     pytest.importorskip("torch.utils.flop_counter")
     with torch.device("meta"):
-        network = models.build(name, head=models.head_for(image_size), init_weights=False)
+        network = models.build(name, image_size=image_size, init_weights=False)
         forward, training = flop_by_torch(network, torch.empty(2, 3, image_size, image_size))
     counted = anatomy.of(name, image_size, batch_size=2)
     assert (2 * 2 * counted.multiply_adds, 2 * counted.training_flop) == (forward, training)

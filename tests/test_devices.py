@@ -9,7 +9,8 @@ from conftest import PROJECT, TINY, shell
 from processes import python, ranks
 
 from vgglab import Run
-from vgglab.devices import KINDS, open_device
+from vgglab.devices import KINDS, native, open_device
+from vgglab.devices.base import MODES, Device
 from vgglab.errors import UserError
 from vgglab.runs.report import _compute_metrics, build_report
 from vgglab.storage.schema import DOCUMENTS
@@ -319,6 +320,69 @@ def test_fast_does_not_use_emulated_bfloat16(monkeypatch, capability, dtype):
     for name, answer in card.items():
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
     assert open_device("cuda", fast=True, fused=False).amp_dtype == dtype
+
+
+class NewDevice(Device):
+    """A device as a contributor would add it: it states which modes it supports, and uses the CPU."""
+
+    kind = "new"
+    amp_dtype = None
+    _torch_device = torch.device("cpu")
+    _backend = "gloo"
+
+    def _hardware(self):
+        return "an abacus"
+
+
+@pytest.fixture
+def new_device(monkeypatch):
+    """``new_device(modes)``: ``--device=cpu`` is now a new device that supports these modes."""
+
+    def add(*modes):
+        monkeypatch.setattr(NewDevice, "supports", frozenset(modes))
+        monkeypatch.setattr(native, "open_adapter", lambda kind, options: NewDevice(options))
+
+    return add
+
+
+@pytest.mark.parametrize("flag", ["--channels-last", "--fused", "--compile", "--tf32"])
+def test_a_new_device_refuses_each_mode_that_it_does_not_support(new_device, refused, flag):
+    """It used to ignore --tf32."""
+    new_device(*(mode for mode in MODES if mode != flag[2:].replace("-", "_")))
+    assert refused(flag) == f"{flag}: not supported on new; leave it out"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_new_device_uses_and_records_each_mode_that_it_supports(new_device, mode):
+    """Each device used to copy the options itself, and to add them to its description."""
+    new_device(mode)
+    for is_on in (True, False):
+        device = open_device("cpu", **{mode: is_on})
+        assert getattr(device, MODES[mode]) is device.describe()[MODES[mode]] is is_on
+
+
+def test_fast_includes_only_modes_that_are_supported_and_not_turned_off(new_device):
+    for supported in MODES:
+        new_device(supported)
+        device = open_device("cpu", fast=True)
+        is_on = {name: getattr(device, name) for name in MODES.values()}
+        assert is_on == {**dict.fromkeys(is_on, False), MODES[supported]: supported in ("channels_last", "fused")}
+        turned_off = open_device("cpu", fast=True, channels_last=False, fused=False)
+        assert (turned_off.channels_last, turned_off.fused) == (False, False)
+
+
+def test_env_json_and_the_report_record_the_modes_of_a_new_device(new_device, train):
+    new_device("channels_last", "tf32")
+    run = train("--fast", "--tf32").run
+    modes = {"channels_last": True, "tf32": True}
+    assert {name: run.env[name] for name in modes} == {name: run.report()[name] for name in modes} == modes
+    assert ("fused" in run.env, run.report()["fused"], run.env["hardware"]) == (False, False, "an abacus")
+
+
+def test_the_cpu_describes_itself_in_a_fixed_order():
+    """The fields of env.json are in this order."""
+    names = "device hardware num_cpus num_threads amp_dtype tf32 simulated channels_last fused compiled"
+    assert [*open_device("cpu").describe()] == names.split()
 
 
 def test_auto_selects_and_records_the_best_device(train):

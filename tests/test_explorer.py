@@ -113,7 +113,7 @@ def test_every_control_changes_figure_and_description():
     for control, value, words in (
         (view.layers, "features.5", ("73,856", "64x32x32 to 128x32x32", "10 x 10 pixels", "2 pixels", "0.524 MB")),
         (view.image_size, 96, ("64x48x48 to 128x48x48", "vgg16", "96 pixels")),
-        (view.depth, "vgg19", ("vgg19",)),
+        (view.network, "vgg19", ("vgg19",)),
         (view.batch_norm, True, ("vgg19_bn", "features.7, conv", "10 x 10 pixels")),
         (view.layers, "classifier.6", ("1000", "each output sees the whole image")),
     ):
@@ -128,11 +128,11 @@ def test_selected_convolution_keeps_its_index_or_becomes_the_last():
     view = Explorer(anatomy.of, PHOTOGRAPH, "vgg19", 32)
     view.widget()
     view.layers.value = "features.5"
-    view.depth.value = "vgg11"
+    view.network.value = "vgg11"
     assert view.layers.value == "features.6"
-    view.depth.value = "vgg19"
+    view.network.value = "vgg19"
     view.layers.value = "features.34"
-    view.depth.value = "vgg11"
+    view.network.value = "vgg11"
     assert view.layers.value == "features.18"
     assert len(view.layers.options) == len(anatomy.of("vgg11", 32))
     view.batch_norm.value = True
@@ -151,11 +151,12 @@ def test_controls_have_full_labels_and_each_network_is_computed_once():
 
     view = Explorer(record_call, PHOTOGRAPH, "vgg11", 32)
     view.widget()
-    for control in (view.depth, view.image_size, view.layers):
+    assert view.network.options == tuple(models.CONFIGURATIONS)
+    for control in (view.network, view.image_size, view.layers):
         assert control.description
         assert control.style.description_width == "initial"
     for name in ("vgg13", "vgg11", "vgg13"):
-        view.depth.value = name
+        view.network.value = name
     assert calls == [("vgg11", 32), ("vgg13", 32)]
 
 
@@ -180,7 +181,7 @@ def test_changes_from_two_threads_end_in_a_consistent_state():
     view = Explorer(anatomy.of, PHOTOGRAPH, "vgg11", 32)
     view.widget()
     threads = [
-        threading.Thread(target=setattr, args=(view.depth, "value", "vgg13")),
+        threading.Thread(target=setattr, args=(view.network, "value", "vgg13")),
         threading.Thread(target=setattr, args=(view.image_size, "value", 64)),
     ]
     for thread in threads:

@@ -1,15 +1,22 @@
 """vgglab.model compared with torchvision and the paper."""
 
+import json
 import os
+import re
 
 import pytest
 import torch
 import torchvision
 from conftest import PROJECT, shell
+from processes import NARROW_VGG11
 
 import vgglab.model as models
+from vgglab import anatomy, load_network
+from vgglab.commands import call
 from vgglab.errors import UserError
+from vgglab.settings import choices
 from vgglab.settings.choices import MODELS
+from vgglab.settings.config import Request
 
 # Table 2 of the paper: millions of parameters with 1000 classes.
 PAPER_MILLIONS = {"vgg11": 133, "vgg13": 133, "vgg16": 138, "vgg19": 144}
@@ -53,12 +60,48 @@ def test_each_configuration_has_the_stride_that_the_head_expects(name):
 
 
 def test_the_small_head_omits_the_large_linear_layer():
-    assert models.head_for(32) == "small"
-    assert models.head_for(224) == "imagenet"
+    assert models.head_for("vgg16", 32) == "small"
+    assert models.head_for("vgg16", 224) == "imagenet"
     small = models.vgg16(num_classes=10, head="small")
     assert small(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     in_classifier = sum(p.numel() for p in small.classifier.parameters())
     assert in_classifier < 0.01 * 25088 * 4096
+
+
+@pytest.fixture
+def _with_network_plain(monkeypatch):
+    """Add the network ``plain``, which has a head of its own and a name without a number."""
+    monkeypatch.setitem(models.CONFIGURATIONS, "plain", NARROW_VGG11)
+    monkeypatch.setitem(models.HEADS, "plain", (2, 24))
+    monkeypatch.setitem(choices.HEADS, "plain", "")
+    options = Request.__dataclass_fields__["model"].metadata["options"]
+    monkeypatch.setitem(options, "choices", (*MODELS, "plain", "plain_bn"))
+
+
+@pytest.mark.usefixtures("_with_network_plain")
+@pytest.mark.parametrize("name", ["plain", "plain_bn"])
+def test_a_networks_own_head_is_recorded_resumed_planned_and_analysed(name, train, images, capsys):
+    """The head was chosen by image size in four places, so config.json recorded ``small`` for such a network."""
+    run = train(f"--model={name}").run
+    resumed = train(f"--resume={run.path}", base=("--device=cpu", "--workers=0", "--epochs=2")).run
+    for each in (run, resumed):
+        assert (each.config["model"], each.config["head"]) == (name, "plain")
+        assert load_network(each, "last").classifier[0].weight.shape == (24, 512 * 2 * 2)
+    flags = [f"--model={name}", f"--data-path={images}", "--image-size=32", "--batch-size=4", "--images-per-second=9"]
+    assert call("plan", [*flags, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoint_bytes"]
+    assert planned == pytest.approx(run.checkpoint("last").stat().st_size, rel=0.05)
+    built = getattr(models, name)(num_classes=3)
+    built.load_state_dict(load_network(run, "last").state_dict())  # raises an error if a shape differs
+    num_parameters = sum(weight.numel() for weight in built.parameters())
+    assert anatomy.of(name, 32, num_classes=3).num_parameters == num_parameters
+
+
+@pytest.mark.usefixtures("_with_network_plain")
+def test_a_requested_head_replaces_the_networks_own(train):
+    run = train("--model=plain", "--head=small").run
+    assert run.config["head"] == "small"
+    assert load_network(run, "last").classifier[0].weight.shape == (512, 512)
 
 
 def test_each_model_name_has_a_function_with_that_architecture():
@@ -67,8 +110,9 @@ def test_each_model_name_has_a_function_with_that_architecture():
         network = getattr(models, name)(num_classes=3, head="small", dropout_rate=0.25, init_weights=False)
         num_norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
         num_convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in network.modules())
+        number = re.match(r"vgg(\d+)", name)  # counts the layers with weights
         assert num_norms == (num_convolutions if name.endswith("_bn") else 0)
-        assert num_convolutions + 3 == int(name[3:5])  # the number in the name counts layers with weights
+        assert number is None or num_convolutions + 3 == int(number[1])
         assert {m.p for m in network.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
 
 

@@ -72,6 +72,7 @@ def test_only_a_single_run_from_scratch_can_be_planned(flags):
         (["--recipe=modern", "--model=vgg16", "--batch-size=512"], {}, "unlikely to learn at a learning rate of 0.2"),
         (["--recipe=paper", "--init=normal"], {}, "does not learn from these weights"),
         (["--recipe=paper"], {}, "cannot be planned"),
+        (["--recipe=seed", "--rmsprop-eps=0.1"], {}, "--rmsprop-eps has no effect with --optimizer sgd"),
     ],
 )
 def test_plan_warns(flags, options, message):

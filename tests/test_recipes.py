@@ -1,10 +1,11 @@
 """Recipes, and what the modern one adds: mixup, label smoothing, averaged weights, plateaus, crops."""
 
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from conftest import TINY
 from torch import nn
 
 from vgglab.data.decode import ArrayPicture
@@ -12,10 +13,13 @@ from vgglab.data.sets import CROPS
 from vgglab.data.transform import JitteredCrop, Preprocessing, RandomCrop, TrivialAugmentCrop
 from vgglab.devices import open_device
 from vgglab.devices.compat import load_tensors
+from vgglab.lab.plan import plan_training
 from vgglab.model import build
 from vgglab.optim import Objective, build_optimizer
+from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags
 from vgglab.settings.recipes import RECIPES
+from vgglab.settings.schedule import SCHEDULES, Schedule
 
 ORIGINAL_COMMAND = (
     "--device=cpu --data-path=imagenet_raw --batch-size=192 --epochs=90 --model=vgg16 --workers=8 "
@@ -169,6 +173,20 @@ def test_plateau_lowers_the_rate_after_patience_also_when_resumed(train):
     first = train(*flags, "--epochs=2").run
     rest = train(f"--resume={first.path}", "--epochs=6", base=ON_CPU).run
     assert learning_rates(first) + learning_rates(rest) == pytest.approx(expected)
+
+
+def test_any_schedule_with_patience_lowers_the_rate_at_plateaus(train, images, monkeypatch):
+    """Only the name ``plateau`` did; the rate of another schedule never dropped, and its plan had no warning."""
+    halving = Schedule(lambda config, base, epoch, num_drops: base / 2**num_drops, ("lr_patience",))
+    monkeypatch.setitem(SCHEDULES, "halving", halving)
+    lr_schedule = next(field for field in fields(Request) if field.name == "lr_schedule")
+    monkeypatch.setitem(lr_schedule.metadata["options"], "choices", tuple(SCHEDULES))
+    flags = ("--lr-schedule=halving", "--lr-patience=1", "--lr=1e-9", "--seed=1", "--training-step-per-epoch=1")
+    base = 1e-9 * 4 / 256
+    run = train(*flags, "--epochs=4").run
+    assert learning_rates(run) == pytest.approx([base, base, base / 2, base / 4], abs=0)
+    plan = plan_training(parse_flags([*TINY, *flags, f"--data-path={images}"]), 1.0, given=("data_path",))
+    assert any(text.startswith("--lr-schedule halving: drops in the rate depend on") for text in plan.warnings)
 
 
 def test_other_schedules_and_warm_up_count_no_drops(train):

@@ -38,6 +38,7 @@ CONFIGURATIONS: dict[str, list[int | str]] = {
 # The classifier after the features: (side of the pooled feature map, width of the hidden layers).
 # "imagenet" is the paper's: 512 x 7 x 7 = 25088 inputs, 4096 wide, 103 million weights in the
 # first of its three layers. A 32x32 image is reduced to a 1x1 map, so "small" has three layers with only 512 inputs.
+# A head with the name of a network is that network's own: it is used unless another one is requested (``head_for``).
 HEADS = {"imagenet": (7, 4096), "small": (1, 512)}
 FEATURE_STRIDE = 32  # five poolings, each of which halves the image
 
@@ -149,13 +150,24 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def head_for(image_size: int) -> str:
-    """The head for square images of side ``image_size``: ``imagenet`` from 7 x 32 = 224 pixels up, else ``small``."""
-    return "imagenet" if image_size >= HEADS["imagenet"][0] * FEATURE_STRIDE else "small"
+def head_for(name: str, image_size: int, requested: str = "auto") -> str:
+    """The head of a network for square images of side ``image_size``.
+
+    If none is requested (``auto``), it is the network's own. A network without one gets ``imagenet`` from
+    7 x 32 = 224 pixels up, and ``small`` below.
+    """
+    own_head = name.partition("_bn")[0]
+    by_size = "imagenet" if image_size >= HEADS["imagenet"][0] * FEATURE_STRIDE else "small"
+    default = own_head if own_head in HEADS else by_size
+    return default if requested == "auto" else requested
 
 
-def build(name: str, **options: Any) -> VGG:
-    """Build a network by its name (``vgg16``, ``vgg16_bn``, ...); options as for :class:`VGG`.
+def build(name: str, *, head: str = "auto", image_size: int = 224, **options: Any) -> VGG:
+    """Build a network by its name (``vgg16``, ``vgg16_bn``, ...); other options as for :class:`VGG`.
+
+    Args:
+        head: a key of ``HEADS``, or ``auto`` for the one that suits the network and ``image_size`` (``head_for``).
+        image_size: side of the images in pixels; used only to choose the head.
 
     Raises:
         UserError: unknown name.
@@ -163,7 +175,7 @@ def build(name: str, **options: Any) -> VGG:
     base_name = name[: -len("_bn")] if name.endswith("_bn") else name
     if base_name not in CONFIGURATIONS:
         raise UserError(f"unknown network {name!r}; choose from {', '.join(model_names())}")
-    return VGG(CONFIGURATIONS[base_name], batch_norm=name.endswith("_bn"), **options)
+    return VGG(CONFIGURATIONS[base_name], name.endswith("_bn"), head=head_for(name, image_size, head), **options)
 
 
 def model_names() -> list[str]:
@@ -172,7 +184,7 @@ def model_names() -> list[str]:
 
 
 def __getattr__(name: str) -> Callable[..., VGG]:
-    """Return the function that builds the network ``name``, from ``vgg11`` to ``vgg19_bn``; options as for ``VGG``."""
+    """Return the function that builds the network ``name`` (``vgg11`` to ``vgg19_bn``); options as for ``build``."""
     if name not in model_names():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return partial(build, name)

@@ -29,19 +29,20 @@ class OptimizerSpec(NamedTuple):
     """An optimizer that ``--optimizer`` can select."""
 
     optimizer: type[Optimizer]
-    options: dict[str, str]  # arguments other than lr and weight_decay, and the settings they come from
+    settings: tuple[str, ...]  # its own settings; one that begins with its name, as rmsprop_alpha, sets argument alpha
+    changes_every_step: bool  # whether its factors change at every step, as Adam's do
     state_keys: tuple[str, ...] = ()  # state tensors that it keeps for each weight, besides momentum
     supports_fused: bool = False  # whether it can update all weights in one kernel
 
     def num_state_tensors(self, config: Request) -> int:
         """Return the number of state tensors per weight tensor, all of its size; a checkpoint contains them too."""
-        return len(self.state_keys) + int("momentum" in self.options and config.momentum > 0)
+        return len(self.state_keys) + int("momentum" in self.settings and config.momentum > 0)
 
 
 OPTIMIZERS = {
-    "sgd": OptimizerSpec(SGD, {"momentum": "momentum", "nesterov": "nesterov"}, supports_fused=True),
+    "sgd": OptimizerSpec(SGD, ("momentum", "nesterov"), changes_every_step=False, supports_fused=True),
     "rmsprop": OptimizerSpec(
-        RMSprop, {"momentum": "momentum", "alpha": "rmsprop_alpha", "eps": "rmsprop_eps"}, ("square_avg",)
+        RMSprop, ("momentum", "rmsprop_alpha", "rmsprop_eps"), changes_every_step=False, state_keys=("square_avg",)
     ),
 }
 
@@ -65,7 +66,7 @@ def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> 
         elif config.bias_weight_decay is False and isinstance(getattr(module, "bias", None), nn.Parameter):
             no_decay.append(module.bias)  # type: ignore[arg-type]
     spec = OPTIMIZERS[config.optimizer]
-    options = {name: getattr(config, setting) for name, setting in spec.options.items()}
+    options = {name.replace(f"{config.optimizer}_", ""): getattr(config, name) for name in spec.settings}
     options.update({"fused": True} if fused else {})  # only if needed: old versions of torch do not accept it
     no_decay_ids = {id(p) for p in no_decay}
     groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in no_decay_ids]}]

@@ -57,7 +57,7 @@ from vgglab.runs.report import steadiness_warning
 from vgglab.runs.run import Run, has_run_files, run_path
 from vgglab.settings import inheritance
 from vgglab.settings.config import Request, Settings, complete
-from vgglab.settings.parser import flags_given, parse_flags, settings_warnings, unused_settings
+from vgglab.settings.parser import flags_given, parse_flags, settings_warnings
 from vgglab.storage.schema import try_read_document
 from vgglab.view.scalars import Scalars
 from vgglab.view.seeds_table import seeds_table
@@ -234,13 +234,13 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
         amp_dtype=device.amp_dtype,
         tf32=device.tf32,
         channels_last=device.channels_last,
-        fused=device.fuses,
+        fused=device.fused,
         data_path=sets.data_path,
         world_size=device.world_size,
         num_classes=sets.num_classes,
         image_size=sets.image_size,
         decoder=sets.decoder,
-        head=head_for(sets.image_size) if request.head == "auto" else request.head,
+        head=head_for(request.model, sets.image_size, request.head),
         workers=default_workers if request.workers is None else request.workers,
         seed=device.draw_seed() if request.seed is None else request.seed,
     )
@@ -332,9 +332,7 @@ def _run_rank_0(trainer: Trainer, path: Path, is_in_place: bool) -> None:
                     "do not start a second run in this folder",
                 )
             trainer.record_start(run)
-            warnings = [*device.warnings, *trainer.sets.warnings, *trainer.warnings]
-            options = {name: kind.options.values() for name, kind in OPTIMIZERS.items()}
-            for text in [*warnings, *settings_warnings(config), *unused_settings(config, "optimizer", options)]:
+            for text in [*trainer.warnings, *settings_warnings(config, OPTIMIZERS)]:
                 run.event("warning", text=text)
             if config.resume and not config.test_only:
                 checkpoint.copy_best(config.resume, path / "checkpoints")

@@ -21,9 +21,9 @@ from vgglab.dist import interrupts
 from vgglab.dist.interrupts import StopRequested
 from vgglab.errors import NOT_FINITE_ADVICE, UserError, error_context
 from vgglab.model import build, load_pretrained
-from vgglab.optim import Objective, WeightAverage, build_optimizer, set_learning_rate
+from vgglab.optim import OPTIMIZERS, Objective, WeightAverage, build_optimizer, set_learning_rate
 from vgglab.pace import Clock, StopCoordinator, TimedDevice
-from vgglab.settings.schedule import learning_rate
+from vgglab.settings.schedule import SCHEDULES, learning_rate
 
 if TYPE_CHECKING:  # types of the trainer's arguments
     from vgglab.data.sets import DataSets
@@ -45,7 +45,7 @@ class TrainingState:
     step: int = 0
     best: dict[str, float] | None = None  # acc1 and acc5 in percent, each the highest so far
     num_poor: int = 0  # evaluations in a row without a new best top-1, since the last drop of the learning rate
-    num_drops: int = 0  # drops of the learning rate so far (plateau schedule)
+    num_drops: int = 0  # drops of the learning rate so far (schedules with lr_patience)
 
 
 class StepResult(NamedTuple):
@@ -75,17 +75,19 @@ class Trainer:
                 than the data set.
         """
         self.config, self.device, self.sets = config, device, sets
-        self.warnings: list[str] = []
+        self.warnings = [*device.warnings, *sets.warnings]
         device.seed(config.seed)  # the same initial weights on every rank
         self.batches = None if sets.train is None else train_batches(sets, config, device)
         self.held_out = eval_batches(sets, config, device)
         self.model, self.network = device.wrap(self._build_network(saved))
-        if config.ema and not device.can_average:
-            raise UserError(f"--ema: not supported on {device.kind}; leave it out")
+        changes_every_step = config.ema or OPTIMIZERS[config.optimizer].changes_every_step
+        if changes_every_step and not (device.allows_changing_factors or config.test_only):
+            flag = "--ema" if config.ema else f"--optimizer {config.optimizer}"
+            raise UserError(f"{flag}: not supported on {device.kind}; leave it out")
         self.average = WeightAverage(self.network, config.ema) if config.ema and not config.test_only else None
         if self.average is not None and saved is not None:
             self.average.network.load_state_dict(saved["model"])
-        self.optimizer = build_optimizer(config, self.network, device.fuses)
+        self.optimizer = build_optimizer(config, self.network, device.fused)
         self.objective = Objective(config, device)
         self.state = TrainingState(epoch=config.start_epoch)
         if saved is not None and not config.test_only:
@@ -169,7 +171,7 @@ class Trainer:
             self.save_and_stop(run)  # the epoch is trained, but not evaluated
         state = self.state
         state.epoch, state.images = epoch + 1, 0
-        if self.config.lr_schedule == "plateau" and epoch >= self.config.warmup:
+        if "lr_patience" in SCHEDULES[self.config.lr_schedule].settings and epoch >= self.config.warmup:
             state.num_poor = 0 if is_best else state.num_poor + 1
             if state.num_poor >= self.config.lr_patience:
                 state.num_poor, state.num_drops = 0, state.num_drops + 1

@@ -31,6 +31,9 @@ from vgglab.storage.cache import use_private_temporary_folder
 # The original example's static scale: float16 gradients are multiplied by it and it never grows.
 LOSS_SCALER: dict[str, Any] = {"init_scale": 128.0, "growth_interval": 1_000_000_000}
 
+# For each mode, the option that requests it, and the device's attribute (and field of env.json) that records it.
+MODES = {"channels_last": "channels_last", "fused": "fused", "compile": "compiled", "tf32": "tf32"}
+
 MAX_PATH_BYTES = 4096
 MAX_RANDOM_SEED = 2**20  # exact in float32, the type in which it is sent
 
@@ -38,8 +41,9 @@ MAX_RANDOM_SEED = 2**20  # exact in float32, the type in which it is sent
 class Device:
     """One card (or the CPU) as used by one process, and the rank of that process.
 
-    Subclasses set ``kind``, ``amp_dtype``, ``_torch_device``, ``_backend`` and ``_autocast`` (and ``_scaler`` for
-    float16), and add the name of the hardware in ``describe``.
+    Subclasses set ``kind``, ``supports``, ``amp_dtype``, ``_torch_device``, ``_backend`` and ``_autocast`` (and
+    ``_scaler`` for float16), and define ``_hardware``. ``__init__`` reads ``kind`` and ``supports``: it refuses modes
+    that the device does not support, and sets an attribute for each mode.
 
     Attributes:
         kind: the name of the device in ``config.json`` and in the report.
@@ -52,13 +56,13 @@ class Device:
         amp_dtype: the data type of mixed precision; ``None`` for full float32.
         tf32: whether float32 matrix products may be computed in TF32.
         channels_last: whether the channels-last (NHWC) memory layout is used.
-        fuses: whether the optimizer should use one kernel per step.
-        compiles: whether the network is compiled.
-        can_average: whether weights may be read outside the step, for a moving average.
+        fused: whether the optimizer should use one kernel per step.
+        compiled: whether the network is compiled.
+        allows_changing_factors: whether a factor may change at every step, such as the decay of averaged weights.
         is_host: whether the device is the CPU, so that reading a value needs no synchronisation.
         is_simulated: whether the card is simulated; if it is, its speed means nothing.
         num_cards: number of cards visible to this process; None on the CPU, which any number of ranks can share.
-        supports: which of ``channels_last``, ``fused`` and ``compile`` the device supports; the others are refused.
+        supports: which of ``MODES`` the device supports; the others are refused.
         warnings: messages for the user, one line each.
     """
 
@@ -67,11 +71,11 @@ class Device:
     pins_memory: bool = False
     sampler: type[Any] = DistributedSampler
     amp_dtype: str | None
-    tf32: bool = False
-    channels_last: bool = False
-    fuses: bool = False
-    compiles: bool = False
-    can_average: bool = True
+    tf32: bool
+    channels_last: bool
+    fused: bool
+    compiled: bool
+    allows_changing_factors: bool = True
     is_host: bool = False
     is_simulated: bool = False
     num_cards: int | None = None
@@ -91,9 +95,13 @@ class Device:
         self.world_size = int(os.environ.get("WORLD_SIZE", options.world_size))
         self.warnings: list[str] = []
         self._options = options
-        for name in ("channels_last", "fused", "compile"):
-            if getattr(options, name) and name not in self.supports:
+        for name, field in MODES.items():
+            is_on = getattr(options, name)
+            if is_on and name not in self.supports:
                 raise UserError(f"--{name.replace('_', '-')}: not supported on {self.kind}; leave it out")
+            if is_on is None:  # --fast includes these two, if they are supported
+                is_on = options.fast and name in self.supports & {"channels_last", "fused"}
+            setattr(self, field, is_on)
         if self.world_size > 1 and "RANK" not in os.environ:
             raise UserError(
                 f"--world-size {self.world_size}: no other ranks were started; use --nproc {self.world_size} instead"
@@ -191,12 +199,12 @@ class Device:
         name = "forward_sync_buffers" if has_new_name else "broadcast_buffers"
         # Gradients are views of the all-reduce buckets; otherwise VGG16's 553 MB of gradients are stored twice.
         options: dict[str, Any] = {name: self._options.broadcast_buffers, "gradient_as_bucket_view": True}
-        wrap = DistributedDataParallel if self.compiles else parallel_without_compiler
+        wrap = DistributedDataParallel if self.compiled else parallel_without_compiler
         self._parallel = wrap(network, device_ids=device_ids, **options)
         return self._compiled(self._parallel), network
 
     def _compiled(self, model: nn.Module) -> nn.Module:
-        if not self.compiles:
+        if not self.compiled:
             return model
         use_private_temporary_folder()  # the compiler stores code there and loads what it finds
         return torch.compile(model)  # type: ignore[return-value]
@@ -283,16 +291,21 @@ class Device:
         torch.manual_seed(seed)  # also seeds the generator of every card
 
     def describe(self) -> dict[str, Any]:
-        """Describe what is used, for ``env.json``: hardware, precision, and whether the card is simulated."""
+        """Describe what is used, for ``env.json``: hardware, precision and other modes, whether it is simulated."""
         return {
             "device": self.kind,
-            "hardware": "",  # added by subclasses
+            "hardware": self._hardware(),
             "num_cpus": os.cpu_count(),
             "num_threads": torch.get_num_threads(),
             "amp_dtype": self.amp_dtype,
             "tf32": self.tf32,
             "simulated": self.is_simulated,
+            **{field: getattr(self, field) for name, field in MODES.items() if name in self.supports},
         }
+
+    def _hardware(self) -> str:
+        """Return the name of the hardware."""
+        raise NotImplementedError
 
     def usage(self) -> dict[str, Any]:
         """Resources used so far, for the last event of the run: ``peak_bytes`` of device memory, if known."""

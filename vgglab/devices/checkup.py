@@ -64,18 +64,22 @@ facts = {"kind": open_device("auto").kind, "available": [kind for kind in reason
 """
 
 
-def probe(*programs: str, **environment: str) -> list[dict[str, Any]]:
+def probe(programs: dict[str, str], **environment: str) -> dict[str, dict[str, Any]]:
     """Run the programs one after another in one new process, because importing torch takes seconds.
 
+    Args:
+        programs: the name and the code of each; the code assigns ``facts``.
+        environment: variables to set in the new process.
+
     Returns:
-        For each program its ``facts``, or ``{"error": one line}`` if it failed. If the process exits abnormally or
+        By name, the program's ``facts``, or ``{"error": one line}`` if it failed. If the process exits abnormally or
         hangs, all of them have this error.
     """
-    parts = [WITHOUT_CWD + "import gc, json; gc.disable(); answers = []\n"]
-    for program in programs:
-        parts += ["try:\n", *(f"    {line}\n" for line in program.strip().splitlines()), "    answers.append(facts)\n"]
+    parts = [WITHOUT_CWD + "import gc, json; gc.disable(); answers = {}\n"]
+    for name, program in programs.items():
+        parts += ["try:\n", f"    exec({program!r})\n", f"    answers[{name!r}] = facts\n"]
         parts += ["except BaseException as error:\n", "    reason = ' '.join(str(error.__cause__ or error).split())\n"]
-        parts += ["    answers.append({'error': reason or type(error).__name__})\n"]
+        parts += [f"    answers[{name!r}] = {{'error': reason or type(error).__name__}}\n"]
     parts += ["print()\nprint(json.dumps(answers))\ngc.freeze()\n"]  # no garbage collection at exit: a third faster
     # Without a launcher's variables: the child is a single process.
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -94,7 +98,7 @@ def probe(*programs: str, **environment: str) -> list[dict[str, Any]]:
     except (OSError, IndexError, ValueError):
         status = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
         error = f"the process exited abnormally ({status})"
-    return [{"error": error}] * len(programs)
+    return {name: {"error": error} for name in programs}
 
 
 def installed(package: str) -> str | None:
@@ -136,29 +140,31 @@ class Checkup:
         # Whether `import torch` loads a card's library.
         points = [point for package in distributions() for point in package.entry_points]
         has_autoload = any(point.group == "torch.backends" for point in points)
-        has_card_library = has_autoload or find_spec("torch_gcu") is not None  # AUTO_PROBE loads it
-        programs = ["import torchvision; facts = {}", TORCH_PROBE, *([] if has_card_library else [AUTO_PROBE])]
-        answers = probe(*programs, **{AUTOLOAD: "0"})
-        if any("error" in answer for answer in answers):  # a program that ends the process fails the others, too
-            answers = [probe(program, **{AUTOLOAD: "0"})[0] for program in programs]
-        torchvision, torch_facts, auto = [*answers, *(probe(AUTO_PROBE) if has_card_library else [])]
-        if "error" in torch_facts:
+        # AUTO_PROBE loads the card's library if there is one, and then needs a process of its own.
+        has_card_library = has_autoload or find_spec("torch_gcu") is not None
+        auto_program = {} if has_card_library else {"auto": AUTO_PROBE}
+        programs = {"torchvision": "import torchvision; facts = {}", "torch": TORCH_PROBE, **auto_program}
+        answers = probe(programs, **{AUTOLOAD: "0"})
+        if any("error" in answer for answer in answers.values()):  # one that ends the process fails the others, too
+            answers = {name: probe({name: program}, **{AUTOLOAD: "0"})[name] for name, program in programs.items()}
+        auto = probe({"auto": AUTO_PROBE})["auto"] if has_card_library else answers["auto"]
+        if "error" in answers["torch"]:
             fix = "pip install --force-reinstall torch torchvision"
-            self.problem(f"torch cannot be imported: {torch_facts['error']}", fix)
+            self.problem(f"torch cannot be imported: {answers['torch']['error']}", fix)
             return auto
-        self.facts.update(torch_facts)
+        self.facts.update(answers["torch"])
         self.facts["gcu-sim can run"] = _release(self.facts["torch"]) >= (2, 10)
-        if "error" in torchvision:
+        if "error" in answers["torchvision"]:
             fix = f"install the torchvision that matches torch {self.facts['torch']}"
-            self.problem(f"torchvision cannot be imported: {torchvision['error']}", fix)
-        plain_import = probe("import torch; facts = {}")[0] if has_autoload else {}
+            self.problem(f"torchvision cannot be imported: {answers['torchvision']['error']}", fix)
+        plain_import = probe({"import": "import torch; facts = {}"})["import"] if has_autoload else {}
         if "error" in plain_import:
             fix = f"set LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to run without the card"
             self.problem(f"`import torch` fails to load the card's library: {plain_import['error']}", fix)
         return auto
 
     def _check_torch_gcu(self, is_installed: bool) -> dict[str, Any]:
-        cards = probe(CARD_PROBE, **{AUTOLOAD: "0"})[0] if is_installed else {}
+        cards = probe({"cards": CARD_PROBE}, **{AUTOLOAD: "0"})["cards"] if is_installed else {}
         self.facts["torch_gcu"] = cards.get("version") or (installed("torch_gcu") if is_installed else None)
         self.facts["generation"] = cards.get("generation")
         self.facts["gcu cards"] = cards.get("cards", [])

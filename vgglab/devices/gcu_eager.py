@@ -30,8 +30,6 @@ class EagerGcu(Device):
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._set_num_cards(self._card_api.device_count())
         self.amp_dtype = "float16" if options.amp == "auto" else options.amp
-        if options.tf32:
-            raise UserError(f"--tf32: torch_gcu {self._version} has no TF32 switch; leave it out")
         if self.amp_dtype == "bfloat16" and not self._card_api.is_bf16_supported():
             raise UserError("--amp-dtype bfloat16: not supported on this card; use float16")
         is_eccl_available = getattr(torch.distributed, "is_eccl_available", lambda: False)
@@ -45,6 +43,8 @@ class EagerGcu(Device):
             self._scaler = self._card_api.amp.GradScaler(**LOSS_SCALER)
 
     def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "versions": {"torch_gcu": self._version}}
+
+    def _hardware(self) -> str:
         card = self._card_api.get_device_properties(self.local_rank)
-        hardware = f"{self._card_api.get_device_name(self.local_rank)} {card.major}.{card.minor}"
-        return {**super().describe(), "hardware": hardware, "versions": {"torch_gcu": self._version}}
+        return f"{self._card_api.get_device_name(self.local_rank)} {card.major}.{card.minor}"

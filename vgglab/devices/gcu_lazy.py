@@ -26,7 +26,8 @@ class LazyGcu(Device):
     """
 
     kind = "gcu"
-    can_average = False  # the average's decay, a constant of the graph, changes: each step would compile a new graph
+    supports = frozenset({"tf32"})
+    allows_changing_factors = False  # factors are constants of the graph: each step would compile a new one
     _backend = "eccl"
 
     def __init__(self, options: DeviceOptions, torch_gcu: Any, tf32: bool) -> None:
@@ -96,5 +97,7 @@ class LazyGcu(Device):
         self._gcu.manual_seed_all(seed)
 
     def describe(self) -> dict[str, Any]:
-        name, version = self._gcu.get_device_name(self.local_rank), self._gcu.get_version()
-        return {**super().describe(), "hardware": str(name), "versions": {"torch_gcu": str(version)}}
+        return {**super().describe(), "versions": {"torch_gcu": str(self._gcu.get_version())}}
+
+    def _hardware(self) -> str:
+        return str(self._gcu.get_device_name(self.local_rank))

@@ -25,13 +25,10 @@ class SimulatedGcu(EagerGcu):
             sim.card.num_cards()
         except (sim.CannotSimulate, ValueError) as error:
             raise UserError(f"--device gcu-sim: {error}") from None
-        super().__init__(options, sim)
-        self.is_simulated = True
+        super().__init__(options, sim)  # which says that it is simulated
 
-    def describe(self) -> dict[str, Any]:
-        description = super().describe()
-        description["hardware"] += " (simulated)"
-        return description
+    def _hardware(self) -> str:
+        return f"{super()._hardware()} (simulated)"
 
     def usage(self) -> dict[str, Any]:
         return {**super().usage(), "host_reads": sim.num_host_reads()}

@@ -46,18 +46,17 @@ class NativeDevice(Device):
     worker_start = "fork"  # workers use CPU tensors only, and a forked worker does not have to import torch again
 
     def __init__(self, kind: str, options: DeviceOptions) -> None:
-        super().__init__(options)
         self.kind = kind
+        if kind == "cuda":
+            self.supports = self.supports | {"tf32"}
+        super().__init__(options)
         self.pins_memory = kind == "cuda"
         self.is_host = kind == "cpu"
         self._check()
         self.amp_dtype = AMP_DEFAULTS[kind] if options.amp_dtype == "auto" else options.amp_dtype
         if options.fast and options.amp_dtype is None:
             self.amp_dtype = _fast_dtype(kind)
-        self.channels_last = bool(options.fast if options.channels_last is None else options.channels_last)
-        self.fuses = _can_fuse(kind) if options.fast and options.fused is None else bool(options.fused)
-        self.compiles = options.compile
-        self.tf32 = bool(options.tf32)
+        self.fused = self.fused and _can_fuse(kind)  # --fast requests it without knowing whether this torch can
         self._scaler = _loss_scaler() if self.amp_dtype == "float16" else None
         self._autocast = partial(torch.autocast, kind)
         self._backend = BACKENDS.get(kind, "")
@@ -76,8 +75,6 @@ class NativeDevice(Device):
             raise UserError(f"--device {self.kind}: {NOT_FOUND[self.kind]}; use auto or cpu")
         if self.kind != "cpu":
             self._set_num_cards(torch.cuda.device_count() if self.kind == "cuda" else 1)
-        if self._options.tf32 and self.kind != "cuda":
-            raise UserError(f"--tf32: not supported on {self.kind}; leave it out to train in float32")
         if self._options.tf32 and torch.cuda.get_device_capability() < (8, 0):
             card = torch.cuda.get_device_name()
             raise UserError(f"--tf32: not supported by {card}; leave it out to train in float32")
@@ -112,10 +109,8 @@ class NativeDevice(Device):
                 tensor.record_stream(torch.cuda.current_stream())  # its memory stays reserved until this stream is done
             yield images, labels
 
-    def describe(self) -> dict[str, Any]:
-        hardware = torch.cuda.get_device_name() if self.kind == "cuda" else _cpu_name()
-        modes = {"channels_last": self.channels_last, "fused": self.fuses, "compiled": self.compiles}
-        return {**super().describe(), "hardware": hardware, **modes}
+    def _hardware(self) -> str:
+        return torch.cuda.get_device_name() if self.kind == "cuda" else _cpu_name()
 
 
 def prefetch(items: Iterable[Item]) -> Iterator[Item]:

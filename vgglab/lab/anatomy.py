@@ -14,7 +14,6 @@ Exit codes: 0 done, 1 a bug (with traceback), 2 bad input (explained in one line
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -28,8 +27,8 @@ from vgglab.devices import open_device
 from vgglab.devices.base import Device
 from vgglab.errors import UserError
 from vgglab.lab.ceilings import ceilings, time_call, to_device
-from vgglab.lab.shapes import output_of, window
-from vgglab.model import build, head_for
+from vgglab.lab.shapes import HAS_META, output_of, shapes_only, window
+from vgglab.model import build
 from vgglab.view.anatomy_table import Anatomy, Ceilings, Layer
 
 KINDS: dict[str, tuple[type, ...]] = {
@@ -42,7 +41,6 @@ KINDS: dict[str, tuple[type, ...]] = {
     "flatten": (nn.Flatten, nn.Identity),
 }
 FLOAT32_BYTES = 4
-HAS_META = int(torch.__version__.split(".")[0]) >= 2  # the meta device (shapes, no memory) supports all layers
 
 # One layer of the forward pass: name, module, input shape, output shape.
 Call = Tuple[str, nn.Module, Tuple[int, ...], Tuple[int, ...]]
@@ -54,8 +52,8 @@ def of(
     """Count the parameters, operations and bytes of each layer of a network, without running it.
 
     Args:
-        model: a name (``vgg16``, ``vgg16_bn``, ...), built with the small classifier for images below 224 pixels, as in
-            training; or a network made of the layers in ``KINDS``, which is not modified.
+        model: a name (``vgg16``, ``vgg16_bn``, ...), built with the classifier that training uses for this image size;
+            or a network made of the layers in ``KINDS``, which is not modified.
         image_size: side of the square images, in pixels; their number of channels is that of the first convolution.
         batch_size: images per batch; the weights are counted as read once per batch.
         num_classes: number of classes, if ``model`` is a name.
@@ -68,8 +66,8 @@ def of(
         raise UserError("image_size, batch_size and num_classes must be whole numbers, 1 or more")
     name = model if isinstance(model, str) else type(model).__name__
     if isinstance(model, str):
-        with torch.device("meta") if HAS_META else nullcontext():
-            network: nn.Module = build(model, num_classes=num_classes, head=head_for(image_size), init_weights=False)
+        with shapes_only():
+            network: nn.Module = build(model, num_classes=num_classes, image_size=image_size, init_weights=False)
     else:
         network = _without_weights(model)
     for path, module in _leaves(network):

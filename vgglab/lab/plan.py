@@ -11,20 +11,17 @@ or n x ``--scaling`` times with that flag.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import NamedTuple, Sequence
-
-import torch
 
 from vgglab.data.sets import open_sets
 from vgglab.errors import UserError
-from vgglab.lab.anatomy import HAS_META
-from vgglab.model import build, head_for
+from vgglab.lab.shapes import shapes_only
+from vgglab.model import CONFIGURATIONS, build
 from vgglab.optim import OPTIMIZERS
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags, settings_warnings
 from vgglab.settings.recipes import RECIPES
-from vgglab.settings.schedule import learning_rate
+from vgglab.settings.schedule import SCHEDULES, learning_rate
 from vgglab.view.progress import duration
 from vgglab.view.tables import html_facts
 
@@ -32,9 +29,9 @@ IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1000}
 FORWARD_SHARE = 1 / 3  # of a training step's operations; the backward pass takes the other two thirds
 MAX_RATE_RATIO = 4.0  # largest ratio to the recipe's rate
 MAX_CARDS = 8  # the original example scales the rate for up to this many cards
-# Rules of thumb: the rate is slightly above the original example's 0.06 on eight cards; the depth is from the paper,
-# section 3.1.
-MAX_RATE_WITHOUT_NORM, MAX_DEPTH_WITH_NORMAL_INIT = 0.1, 11
+# Rules of thumb: the rate is slightly above the original example's 0.06 on eight cards; the number of convolutions is
+# that of VGG11 (paper, section 3.1).
+MAX_RATE_WITHOUT_NORM, MAX_CONVOLUTIONS_WITH_NORMAL_INIT = 0.1, 8
 
 
 class Plan(NamedTuple):
@@ -135,9 +132,10 @@ def _data(config: Request, given: Sequence[str]) -> tuple[str, int, int, int, in
 
 def _checkpoint_bytes(config: Request, num_classes: int, image_size: int) -> int:
     """Return the bytes of a checkpoint: weights, batch-norm statistics, their averages (--ema), and optimizer state."""
-    head = head_for(image_size) if config.head == "auto" else config.head
-    with torch.device("meta") if HAS_META else nullcontext():  # shapes are enough
-        model = build(config.model, num_classes=num_classes, head=head, init_weights=False)
+    with shapes_only():
+        model = build(
+            config.model, num_classes=num_classes, head=config.head, image_size=image_size, init_weights=False
+        )
     num_parameters = sum(weight.numel() for weight in model.parameters())
     num_statistics = sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point())
     copies = 2 if config.ema else 1
@@ -151,7 +149,7 @@ def _rates(config: Request, ranks: int) -> list[tuple[int, float]]:
 
 
 def _warnings(config: Request, ranks: int) -> list[str]:
-    lines = settings_warnings(config)
+    lines = settings_warnings(config, OPTIMIZERS)
     rate = config.lr * config.batch_size * ranks / 256
     if config.recipe:
         recipe = parse_flags([f"--recipe={config.recipe}"])
@@ -161,18 +159,20 @@ def _warnings(config: Request, ranks: int) -> list[str]:
                 f"the learning rate is {rate:.3g} after scaling by batch size and ranks, {factor:.2g} x that of "
                 f"--recipe {config.recipe} (scaled for at most {MAX_CARDS} cards): adjust --lr, or increase --warmup"
             )
-    depth, has_norm = int(config.model[3:].partition("_")[0]), config.model.endswith("_bn")
-    if not has_norm and rate > MAX_RATE_WITHOUT_NORM:
+    base_name, norm, _ = config.model.partition("_bn")
+    num_convolutions = sum(layer != "M" for layer in CONFIGURATIONS[base_name])
+    if not norm and rate > MAX_RATE_WITHOUT_NORM:
         lines.append(
             f"--model {config.model} has no batch norm and is unlikely to learn at a learning rate of {rate:.3g}"
         )
-    if not has_norm and config.init == "normal" and depth > MAX_DEPTH_WITH_NORMAL_INIT:
+    if not norm and config.init == "normal" and num_convolutions > MAX_CONVOLUTIONS_WITH_NORMAL_INIT:
         lines.append(
             f"--init normal: without batch norm, {config.model} does not learn from these weights; "
             "use kaiming or xavier"
         )
-    if config.lr_schedule == "plateau":
-        lines.append("--lr-schedule plateau: drops in the rate depend on held-out accuracy, so they cannot be planned")
+    if "lr_patience" in SCHEDULES[config.lr_schedule].settings:
+        schedule = f"--lr-schedule {config.lr_schedule}"
+        lines.append(f"{schedule}: drops in the rate depend on held-out accuracy, so they cannot be planned")
     return lines
 
 

@@ -6,12 +6,20 @@ AMD EPYC).
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, ContextManager
 
+import torch
 from torch import Tensor, nn
 
+HAS_META = int(torch.__version__.split(".")[0]) >= 2  # the meta device (shapes, no memory) supports all layers
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 ADAPTIVE_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+
+def shapes_only() -> ContextManager[Any]:
+    """A context in which new tensors have a shape, but no memory, where torch can do that for all layers."""
+    return torch.device("meta") if HAS_META else nullcontext()
 
 
 def output_of(module: nn.Module, images: Tensor) -> Tensor:

@@ -81,9 +81,7 @@ def build_report(run: Run, recompute: bool = False) -> dict[str, Any]:
         "seed": config.get("seed"),
         "amp_dtype": env.get("amp_dtype"),
         "tf32": env.get("tf32"),
-        "channels_last": env.get("channels_last", False),
-        "fused": env.get("fused", False),
-        "compiled": env.get("compiled", False),
+        **{mode: env.get(mode, False) for mode in ("channels_last", "fused", "compiled")},  # absent if not supported
         "timers": config.get("timers", False),
         "hardware": env.get("hardware"),
         "simulated": env["simulated"],

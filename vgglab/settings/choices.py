@@ -6,7 +6,7 @@ checks that the names agree. Schedules and recipes are in their own modules, whi
 
 from __future__ import annotations
 
-MODELS = tuple(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn"))
+MODELS = tuple(name + suffix for name in ("vgg11", "vgg13", "vgg16", "vgg19") for suffix in ("", "_bn"))
 DATA_SETS = {
     "digits": "bundled",
     "fashion-mnist": "",

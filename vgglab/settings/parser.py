@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from dataclasses import Field, fields, replace
-from typing import Any, Collection, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 from vgglab.errors import UserError
 from vgglab.settings.config import FIXED_SEED, Request
@@ -118,8 +118,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[s
     arguments = [with_dashes(argument) for argument in argv]
     parsed, unknown = parser.parse_known_args(arguments)
     if "recipe" in parsed:  # its flags come first, so that the others override them
-        arguments = [*RECIPES[parsed.recipe].flags.split(), *arguments]
-        parsed, unknown = parser.parse_known_args(arguments)
+        parsed, unknown = parser.parse_known_args([*RECIPES[parsed.recipe].flags.split(), *arguments])
     return vars(parsed), unknown
 
 
@@ -152,32 +151,35 @@ def check_conflicts(config: Request) -> None:
         raise UserError("--pretrained: conflicts with --resume, which loads its own weights; leave out one of them")
 
 
-def settings_warnings(config: Request) -> list[str]:
-    """Warnings about settings that are allowed but probably not intended, one line each."""
+def settings_warnings(config: Request, optimizers: Mapping[str, Any]) -> list[str]:
+    """Warnings about settings that are allowed but probably not intended, one line each.
+
+    Args:
+        optimizers: the table ``OPTIMIZERS``, which this module does not import because it needs torch.
+    """
     warnings = []
     if config.epochs < config.warmup and not config.test_only:
-        share = config.epochs / config.warmup
         warnings.append(
             f"--epochs {config.epochs} ends during the warm-up (--warmup {config.warmup}): "
-            f"the learning rate only reaches {share:.0%} of its base value"
+            f"the learning rate only reaches {config.epochs / config.warmup:.0%} of its base value"
         )
     if (config.workers or 0) > (os.cpu_count() or 1):
         warnings.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
-    warnings += unused_settings(config, "lr_schedule", {name: kind.settings for name, kind in SCHEDULES.items()})
+    warnings += _unused_settings(config, "lr_schedule", SCHEDULES)
     if config.cache_dataset:
         warnings.append("--cache-dataset has no effect: image folders are rescanned at every start")
-    return warnings
+    return warnings + _unused_settings(config, "optimizer", optimizers)
 
 
-def unused_settings(config: Request, choice: str, used_settings: Mapping[str, Collection[str]]) -> list[str]:
+def _unused_settings(config: Request, choice: str, table: Mapping[str, Any]) -> list[str]:
     """Return a one-line warning for each setting that was changed but has no effect with the chosen option.
 
     Args:
         choice: the name of a setting with choices.
-        used_settings: for each choice, the settings that it uses.
+        table: an entry for each choice, whose ``settings`` are those that it uses.
     """
     chosen = getattr(config, choice)
-    unused = {name for names in used_settings.values() for name in names} - {*used_settings[chosen]}
+    unused = {name for entry in table.values() for name in entry.settings} - {*table[chosen].settings}
     changed = [field.name for field in fields(Request) if getattr(config, field.name) != field.default]
     flags = [with_dashes(f"--{name}") for name in changed if name in unused]
     return [f"{flag} has no effect with {with_dashes(f'--{choice}')} {chosen}" for flag in flags]

@@ -24,7 +24,7 @@ from vgglab.view.figures.network import WIDTH, draw
 from vgglab.view.live import front_end
 from vgglab.view.tables import Table, html_text
 
-DEPTHS = tuple(name for name in MODELS if not name.endswith("_bn"))
+NETWORKS = tuple(name for name in MODELS if not name.endswith("_bn"))
 SMALLEST, LARGEST, STEP = 32, 448, 32  # image sizes on the slider, in pixels; five pooling layers halve them
 HEIGHT = 6.4  # inches
 
@@ -141,9 +141,8 @@ class Explorer:
         import ipywidgets as widgets
 
         look = {"style": {"description_width": "initial"}, "layout": widgets.Layout(width="auto", max_width="34em")}
-        depths = [(f"{name[3:]} layers with weights", name) for name in DEPTHS]
         model, size = self.anatomy.model, self.anatomy.image_size
-        self.depth = widgets.Dropdown(options=depths, value=model.replace("_bn", ""), description="depth", **look)
+        self.network = widgets.Dropdown(options=NETWORKS, value=model.replace("_bn", ""), description="network", **look)
         self.batch_norm = widgets.Checkbox(model.endswith("_bn"), description="batch norm", indent=False, **look)
         largest = max(LARGEST, size)
         self.image_size = widgets.IntSlider(
@@ -152,7 +151,7 @@ class Explorer:
         self.layers = widgets.Dropdown(options=self._options(), value=self.layer.name, description="layer", **look)
         self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         self.about = widgets.HTML()
-        controls = [self.depth, self.batch_norm, self.image_size, self.layers]
+        controls = [self.network, self.batch_norm, self.image_size, self.layers]
         for control in controls:
             control.observe(self._on_change, "value")
         self._refresh()
@@ -176,7 +175,7 @@ class Explorer:
                 self._is_updating = False
 
     def _apply_controls(self) -> None:
-        model = self.depth.value + "_bn" * self.batch_norm.value
+        model = self.network.value + "_bn" * self.batch_norm.value
         if (model, self.image_size.value) == (self.anatomy.model, self.anatomy.image_size):
             self.choose(model, self.image_size.value, self.layers.value)
         else:

@@ -97,7 +97,7 @@ def serve(connection: Connection, mode: Mode, flags: list[str]) -> None:
         if runs_on_host:
             limit_to_free_memory()
         sets = open_sets(request)
-        head = head_for(sets.image_size) if request.head == "auto" else request.head
+        head = head_for(request.model, sets.image_size, request.head)
         config = complete(
             request, seed=0, workers=0, num_classes=sets.num_classes, image_size=sets.image_size, head=head
         )

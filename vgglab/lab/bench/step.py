@@ -14,18 +14,16 @@ in the same process. The result is also written to a run directory, as ``bench.j
 from __future__ import annotations
 
 import multiprocessing
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Sequence
 
-import torch
-
 from vgglab.errors import UserError
 from vgglab.lab import anatomy
 from vgglab.lab.bench.child import Failure, Mode, Network, Ready, serve
+from vgglab.lab.shapes import shapes_only
 from vgglab.runs.run import run_path
 from vgglab.runs.writer import RunWriter
 from vgglab.settings.parser import parse_flags
@@ -149,7 +147,7 @@ class Child:
 @lru_cache(maxsize=None)
 def _training_flop(network: Network) -> int:
     """Return the FLOP of the forward and backward pass for one image; cached, because the imports take seconds."""
-    with torch.device("meta") if anatomy.HAS_META else nullcontext():  # shapes without weights
+    with shapes_only():
         network_without_weights = network.build()
     return anatomy.of(network_without_weights, network.image_size).training_flop
 
