@@ -169,7 +169,10 @@ def _start(command: list[str], argv: list[str], path: Path, log: Path, detach: b
 
 
 class Launched:
-    """What ``launch`` has started. ``await`` it in a cell to wait for it while the Stop button keeps working."""
+    """A run or several seeds, started by ``launch``.
+
+    ``await`` it in a cell to wait for its end; unlike ``wait``, this keeps the Stop button working.
+    """
 
     path: Path
 
@@ -227,7 +230,7 @@ class LaunchedRun(Launched, NotebookRun):
 
     @property
     def is_over(self) -> bool:
-        """Whether the process has ended; the pipe to it is then closed."""
+        """Whether the process has ended; if it has, also close the pipe to it."""
         if self.process.poll() is None:
             return False
         if self.process.stdin is not None:

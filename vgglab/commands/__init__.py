@@ -50,7 +50,7 @@ def guard(name: str, run: Callable[[], int | None]) -> int:
 
 
 class OutputError(Exception):
-    """Raised with the OSError when stdout cannot be written to. Any other OSError is a bug and keeps its traceback."""
+    """Wraps the OSError of a failed write to stdout. Any other OSError is a bug and keeps its traceback."""
 
 
 class _Output:

@@ -147,7 +147,7 @@ def describe_differences(listed: ListFile, index: Index) -> list[str]:
 
 
 def check_labels_agree(listed: ListFile, classes: list[str]) -> None:
-    """Raise an error if a split's labels differ from those of training: its accuracy would be meaningless.
+    """Raise an error if a split's labels contradict the training labels; its accuracy would be meaningless.
 
     Args:
         classes: folders of the training images; the index of a folder is its label.

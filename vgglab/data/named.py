@@ -32,7 +32,7 @@ NUM_FAKE_CLASSES = 1000
 class NamedSet(NamedTuple):
     """A named data set: either ``folder`` returns a root with train/ and val/, or ``split`` returns one split.
 
-    Neither is set for a folder of the user's.
+    Both are None for the user's own folder.
     """
 
     preprocessing: Preprocessing

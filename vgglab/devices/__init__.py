@@ -1,6 +1,6 @@
 """The interface between vgglab and the hardware.
 
-A command opens its device once and passes it to the trainer; no module outside this package depends on a kind of
+A command opens its device once and passes it to the trainer; no module outside this package depends on the kind of
 hardware. This module imports torch only when a device is opened, so that the parser and the views can list the devices
 without it.
 
@@ -110,9 +110,10 @@ def open_device(name: str, **options: Any) -> Device:
 
 
 def availability(options: DeviceOptions) -> Iterator[tuple[str, str | None]]:
-    """Yield the kinds of real devices, best first: None if this machine has one, otherwise why not ("" if obvious).
+    """Yield ``(kind, reason)`` for each kind of real device, best first.
 
-    A kind is tried only when it is its turn. Raises UserError if a card's library is broken.
+    The reason is None if this machine has such a device, otherwise it says why not ("" if that is obvious). A kind is
+    checked only when its pair is requested. Raises UserError if a card's library is broken.
     """
     for kind in KINDS:
         module = _adapter_module(kind)

@@ -1,4 +1,4 @@
-"""The interface between trainer and hardware, with the plain PyTorch step; T20 cards override the step and sums."""
+"""The interface between trainer and hardware, with the plain PyTorch step; gcu_lazy.py overrides the step and sums."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ class Device:
             the number of processes.
         worker_start: how loader workers are started (``fork`` or ``spawn``).
         pins_memory: whether the loader pins memory, so that copies overlap with computation.
-        sampler: the class that distributes the indices of an epoch over the ranks; created with
+        sampler: the class that distributes the indices of an epoch over the ranks; instantiated with
             ``(indices, num_replicas=, rank=, shuffle=False)``, and ``set_epoch`` is called once per epoch.
         amp_dtype: the data type of mixed precision; ``None`` for full float32.
         tf32: whether float32 matrix products may be computed in TF32.
         channels_last: whether the channels-last (NHWC) memory layout is used.
         fused: whether the optimizer should use one kernel per step.
         compiled: whether the network is compiled.
-        allows_changing_factors: whether a factor may change at every step, such as the decay of averaged weights.
-        is_host: whether the device is the CPU, so that reading a value needs no synchronisation.
+        allows_changing_factors: whether scalar factors, such as the decay of averaged weights, may change every step.
+        is_host: whether the device is the CPU, in which case reading a value needs no synchronisation.
         is_simulated: whether the card is simulated; if it is, its speed means nothing.
         num_cards: number of cards visible to this process; None on the CPU, which any number of ranks can share.
         supports: which of ``MODES`` the device supports; the others are refused.
@@ -271,12 +271,18 @@ class Device:
         sum_over_ranks(tensor)
 
     def draw_seed(self) -> int:
-        """Return a random seed, the same on all ranks: rank 0 draws it, the other ranks add 0 to the sum."""
+        """Return a random seed, the same on all ranks.
+
+        Rank 0 draws it and shares it through a sum over the ranks, to which the other ranks contribute 0.
+        """
         seed = random.SystemRandom().randrange(MAX_RANDOM_SEED) if self.rank == 0 else 0
         return int(self.fetch(self.sum(torch.tensor([float(seed)])))[0])
 
     def broadcast(self, text: str) -> str:
-        """Return rank 0's text, of at most ``MAX_PATH_BYTES``, on every rank; it is sent as a sum of codes."""
+        """Return rank 0's text, of at most ``MAX_PATH_BYTES``, on every rank.
+
+        It is shared through a sum of its byte values over the ranks, to which the other ranks contribute 0.
+        """
         encoded = text.encode() if self.rank == 0 else b""
         codes = torch.tensor([float(code) for code in encoded.ljust(MAX_PATH_BYTES, b"\0")])
         return bytes(int(code) for code in self.fetch(self.sum(codes))).rstrip(b"\0").decode()

@@ -37,8 +37,8 @@ class SaveError(Exception):
 def save(folder: Path, trainer: Trainer, is_best: bool) -> None:
     """Write ``last.pt``, keeping the old one as ``previous.pt``; if ``is_best``, also save the new one as ``best.pt``.
 
-    The key ``model`` holds the weights that were evaluated; if they are an average, the key ``trained`` holds those to
-    continue training with.
+    The key ``model`` holds the weights used for evaluation; if they are a moving average, the key ``trained`` holds the
+    weights from which training continues.
 
     Raises:
         SaveError: the file cannot be written, for example because the disk is full.

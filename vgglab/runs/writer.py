@@ -134,9 +134,10 @@ class RankWriter:
 
 
 class RunWriter(RankWriter):
-    """Writes a run directory, on rank 0; ``listeners`` are called with each event after it is written, and closed.
+    """Writes a run directory; used on rank 0 only.
 
-    With ``is_continued`` it appends to an existing run; if steps are repeated, the later events replace the earlier.
+    ``listeners`` are called with each event after it is written; ``close`` closes them. With ``is_continued``, the
+    writer appends to an existing run; if steps are repeated, readers keep only the later events.
     """
 
     def __init__(

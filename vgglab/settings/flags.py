@@ -80,9 +80,9 @@ def flag(
         affects: one of ``AFFECTS``.
         inherited: a resumed run takes it from the checkpoint unless it is given; never if it only affects the speed,
             the location or the launch.
-        implies: a setting that it determines; if this one is given, a resumed run does not inherit that one either.
-        options: further arguments of ``ArgumentParser.add_argument``; ``choices`` with descriptions are described in
-            the help.
+        implies: a second setting, determined by this one; if this one is given, a resumed run inherits neither.
+        options: further arguments of ``ArgumentParser.add_argument``; if ``choices`` is a dict, its values are
+            descriptions and are added to the help.
 
     Raises:
         KeyError: ``affects`` is not one of ``AFFECTS``.

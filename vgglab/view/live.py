@@ -124,7 +124,7 @@ class _StaticBlock:
 
 
 class Board:
-    """Widgets with a status line, a bar and a Stop button, updated by a thread until the run is over.
+    """Widgets: a status line, a progress bar and a Stop button, updated by a thread until the run is over.
 
     ``run`` is a run or several seeds.
     """

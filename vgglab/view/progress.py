@@ -25,7 +25,7 @@ class Progress:
         self._start: dict[str, Any] = {}
 
     def add(self, event: dict[str, Any]) -> None:
-        """Update from one event; other kinds are ignored."""
+        """Update from one event; kinds that do not affect the progress are ignored."""
         kind = event["event"]
         if kind == "start":
             self._start, self.status = event, "running"

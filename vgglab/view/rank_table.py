@@ -16,11 +16,11 @@ STALL_SECONDS = 30.0  # and at least ten times the usual interval
 
 
 def rank_table(run: Run) -> Table:
-    """Return the latest metrics of each rank of a run, stragglers in bold; without rows before the first log line.
+    """Return a table of the latest metrics of each rank of a run, stragglers in bold; empty before the first log line.
 
-    The speed is that for the rank's part of the batch. The loss is of its last batch, before averaging. The time before
-    sync is per step, before the wait for the other ranks: loading, copying and forward pass, measured on the host over
-    the last few log lines; it also decides which rank is a straggler.
+    The speed counts only the rank's own images. The loss is that of its last batch, not averaged over the ranks. The
+    time before sync is the mean time per step for loading, copying and the forward pass, before the rank waits for the
+    others; it is measured on the host over the last few log lines, and also decides which rank is a straggler.
     """
     recent = run.recent_metrics()
     batch_size = run.config.get("batch_size", 0)

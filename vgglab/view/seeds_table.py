@@ -23,7 +23,8 @@ FEW_SEEDS = f"fewer than {MIN_SEEDS} seeds: enough to show the spread, too few t
 def seeds_table(groups: Mapping[str, Sequence[Run]]) -> Table:
     """Return a table with one row for each group and metric, over finished runs only.
 
-    Notes below it report damaged files and too few seeds. The deviation is that of a sample.
+    Notes below it report damaged files and too few seeds. The standard deviation is that of a sample: it
+    divides by n - 1.
     """
     rows: list[list[str]] = []
     notes: list[str] = []

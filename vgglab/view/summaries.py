@@ -88,7 +88,7 @@ def metric(report: Mapping[str, Any], name: str, form: str = ".2f", factor: floa
 
 
 def precision(description: Mapping[str, Any]) -> str:
-    """Return the precision from a report, or from the description of a device: a type of number, or tf32."""
+    """Return the precision from a report, or from the description of a device: a data type, or tf32."""
     return description.get("amp_dtype") or ("tf32" if description.get("tf32") else "float32")
 
 

@@ -93,6 +93,6 @@ def image_grid(num_panels: int, num_columns: int, width: float, height: float) -
 
 
 def mark(panel: Any, is_right: bool, text: str, frame: str) -> None:
-    """Write a tick and ``text`` above an image with a thin frame, or a cross with a thick orange one."""
+    """Put ``text`` above an image: with ✓ and a thin frame if ``is_right``, else with ✗ and a thick orange one."""
     panel.set_title(f"{'✓' if is_right else '✗'} {text}", fontsize=9, color=INK if is_right else ORANGE)
     panel.spines[:].set(color=frame if is_right else ORANGE, linewidth=1 if is_right else 3)

@@ -45,7 +45,7 @@ def architecture(anatomy: Anatomy, marked: str = "") -> NotebookFigure:
 
 
 class Box(NamedTuple):
-    """The box of a layer: its left end and width as fractions of the total width, its height in pixels."""
+    """The box of a layer: its left edge and width as fractions of the total width, its height in pixels."""
 
     layer: Layer
     left: float

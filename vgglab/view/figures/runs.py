@@ -124,7 +124,7 @@ def where_time_goes(runs: Sequence[Run], names: Sequence[str]) -> NotebookFigure
     """Plot one stacked bar per run: mean time of each phase of a step; needs runs that were trained with --timers.
 
     ``names`` are the labels of the bars. Lines of code at which the host reads a value from the device more than once
-    in two steps are listed below the bar.
+    every two steps are listed below the bar.
     """
     if not runs:
         raise UserError("where_time_goes: needs runs that were trained with --timers")
