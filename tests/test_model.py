@@ -70,7 +70,7 @@ def test_the_small_head_omits_the_large_linear_layer():
 
 @pytest.fixture
 def _with_network_plain(monkeypatch):
-    """Add the network ``plain``, which has a head of its own and a name without a number."""
+    """Add the network ``plain``, which has its own head and no number in its name."""
     monkeypatch.setitem(models.CONFIGURATIONS, "plain", NARROW_VGG11)
     monkeypatch.setitem(models.HEADS, "plain", (2, 24))
     monkeypatch.setitem(choices.HEADS, "plain", "")

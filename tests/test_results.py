@@ -29,7 +29,6 @@ def test_page_has_a_row_per_run_and_marks_published_results(images, tmp_path):
         assert row["source"] in results.as_html(rows)
 
 
-@needs_sim
 def test_scaling_refers_to_the_nearest_run_on_one_rank(images, tmp_path):
     one, two = (run_ranks(tmp_path, images, "cpu", num_ranks, "--skip-steps=1").path for num_ranks in (1, 2))
     folder = tmp_path / "in the order of their names"
@@ -45,6 +44,7 @@ def test_scaling_refers_to_the_nearest_run_on_one_rank(images, tmp_path):
     assert "Scaling: " not in results.as_text([first])
 
 
+@needs_sim
 def test_simulated_run_has_no_speed_and_a_separate_table(images, tmp_path):
     real = run_ranks(tmp_path, images, "cpu", 1, "--skip-steps=1")
     simulated = run_ranks(tmp_path, images, "gcu-sim", 1, "--skip-steps=1")

@@ -138,25 +138,6 @@ def test_dashboard_progress_is_that_of_all_events_also_after_resuming(tmp_path):
     assert progress.step == 60
 
 
-def test_progress_from_the_latest_events_is_that_from_all_events_also_after_resuming(tmp_path):
-    append_events(tmp_path, start_event(0), *map(trained, (10, 20, 30)))
-    run = vgglab.Run(tmp_path)
-    for events in (
-        [trained(40)],
-        [],
-        [start_event(20)],
-        [trained(30), trained(40), trained(50)],
-        [start_event(10), trained(60)],
-    ):
-        append_events(tmp_path, *events)
-        expected, found = Progress(), progress_of(run)
-        for event in vgglab.Run(tmp_path).events():
-            expected.add(event)
-        for name in ("step", "num_steps", "train", "eval"):
-            assert getattr(found, name) == getattr(expected, name)
-    assert found.step == 60
-
-
 def test_curve_of_a_long_run_has_few_points_and_keeps_nan(tmp_path):
     """30,000 log lines of 90 epochs, drawn every other second, blocked the notebook's kernel."""
     append_events(tmp_path, start_event(0), *(trained(step) for step in range(1, 2500)), trained(2500, loss=None))

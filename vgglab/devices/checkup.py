@@ -140,7 +140,7 @@ class Checkup:
         # Whether `import torch` loads a card's library.
         points = [point for package in distributions() for point in package.entry_points]
         has_autoload = any(point.group == "torch.backends" for point in points)
-        # AUTO_PROBE loads the card's library if there is one, and then needs a process of its own.
+        # AUTO_PROBE loads the card's library if there is one, and must then run in a separate process.
         has_card_library = has_autoload or find_spec("torch_gcu") is not None
         auto_program = {} if has_card_library else {"auto": AUTO_PROBE}
         programs = {"torchvision": "import torchvision; facts = {}", "torch": TORCH_PROBE, **auto_program}

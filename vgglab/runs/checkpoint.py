@@ -257,7 +257,7 @@ class Checkpoint(Dict[str, Any]):
             state_keys = OPTIMIZERS[optimizer_name].state_keys
             required = ("step", *state_keys) if state_keys and self["step"] else ()
             for group in optimizer.param_groups:
-                needs_buffer = optimizer_name == "rmsprop" and group["momentum"]
+                needs_buffer = bool(state_keys) and group.get("momentum")
                 for weight in group["params"]:
                     state = optimizer.state.get(weight, {})
                     _check_optimizer_state(state, weight.shape, required)
