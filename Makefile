@@ -8,7 +8,7 @@ NOX := build/lanes/bin/nox
 unexport PYTHONDONTWRITEBYTECODE
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
-# VGG16 with batch norm on the handwritten digits: about two minutes on two cores.
+# VGG16 with batch norm on the handwritten digits: two to four minutes on two cores.
 MAIN_JOB := --data-path digits --model vgg16_bn --epochs 6 --warmup 1 --lr 0.1 --lr-schedule cosine --fix-seed
 # The test files whose expected numbers could depend on the processor's kernels.
 NUMBERS := compare expected_losses experiments features model parity predictions schedule
