@@ -241,9 +241,9 @@ def test_row_10_lists_with_different_class_numbers_are_refused(images, refused):
     write_lists(
         images, lambda split, lines: [line[:-1] + str((int(line[-1]) + (split == "val")) % 3) for line in lines]
     )
-    assert "val_list.txt: 9 of 9 labels disagree with the training images" in refused()
+    assert "val_list.txt: 9 of 9 labels differ from those of the training images" in refused()
     (images / "train_list.txt").unlink()
-    assert "val_list.txt: 9 of 9 labels disagree with the training images" in refused()
+    assert "val_list.txt: 9 of 9 labels differ from those of the training images" in refused()
 
 
 def test_row_10_classes_of_both_splits_must_match(images, refused, train):

@@ -70,7 +70,7 @@ def test_only_a_single_run_from_scratch_can_be_planned(flags):
         (["--recipe=seed", "--epochs=3"], {}, "ends during the warm-up"),
         (["--recipe=seed"], {"ranks": 64}, "8 x that of --recipe seed"),
         (["--recipe=modern", "--model=vgg16", "--batch-size=512"], {}, "unlikely to learn at a learning rate of 0.2"),
-        (["--recipe=paper", "--init=normal"], {}, "does not learn from these weights"),
+        (["--recipe=paper", "--init=normal"], {}, "does not learn from initial weights this small"),
         (["--recipe=paper"], {}, "cannot be planned"),
         (["--recipe=seed", "--rmsprop-eps=0.1"], {}, "--rmsprop-eps has no effect with --optimizer sgd"),
     ],

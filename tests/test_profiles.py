@@ -81,7 +81,7 @@ def test_error_for_an_invalid_value_names_the_parameter(name, value):
 def test_valid_values_are_accepted():
     assert PROFILES.choose("quick", steps=-1, seconds=0.2, epochs=1) == [-1, 0.2, 1]
     assert PROFILES.choose("quick", steps=3, data="fake") == [3, "fake"]
-    with pytest.raises(vgglab.UserError, match="steps: 2 is not a whole number of at least 3, or -1 for all"):
+    with pytest.raises(vgglab.UserError, match=r"steps: 2 is neither -1 \(all\) nor a whole number of at least 3"):
         PROFILES.choose("quick", steps=2)
     with pytest.raises(vgglab.UserError, match="data: 'x' is not one of digits, fake"):
         PROFILES.choose("quick", data="x")

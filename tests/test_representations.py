@@ -90,7 +90,7 @@ def test_a_plan_is_displayed_as_a_table():
     planned = plan_training(parse_flags(["--recipe=seed"]), images_per_second=590.0, ranks=8)
     for shown in (repr(planned), planned._repr_html_()):
         assert f"{planned.steps:,} with {planned.global_batch_size} images" in shown
-        assert "on 8 cards at 4,720 images/s" in shown
+        assert "at 4,720 images/s on 8 cards" in shown
         assert "Plan(" not in shown
     assert "<th style='text-align:left'>steps</th>" in planned._repr_html_()
     page = planned._replace(data=ODD)._repr_html_()

@@ -251,7 +251,7 @@ class Trainer:
 
 
 class Loop:
-    """Runs the training epochs: the steps and, between them, logging, checkpoints and requests to stop."""
+    """Runs the training epochs: the steps and, between them, logging, checkpoints and checks for stop requests."""
 
     def __init__(self, trainer: Trainer, run: RankWriter, tracer: Tracer) -> None:
         self.trainer, self.run, self.tracer = trainer, run, tracer

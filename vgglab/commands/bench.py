@@ -55,9 +55,7 @@ step_parser.add_argument(
     "--turns", type=AT_LEAST_1, default=5, help="repetitions of each mode and of the plain loop (default 5)"
 )
 step_parser.add_argument("--steps", type=AT_LEAST_1, default=1, help="steps per repetition (default 1)")
-step_parser.add_argument(
-    "--output-dir", default=".", help="create the run directory in runs/ in this folder (default .)"
-)
+step_parser.add_argument("--output-dir", default=".", help="folder in which runs/<run> is created (default .)")
 step_parser.add_argument("--json", action="store_true", help="also print the result as one line of JSON")
 
 
@@ -89,7 +87,7 @@ def bench_data(options: Any) -> None:
 
 
 def bench_step(options: Any) -> None:
-    advice = "a number, a list such as 8,16, or max"
+    advice = "a number, several such as 8,16, or max"
     sizes = None if options.batch_size == "max" else _numbers("--batch-size", options.batch_size, advice)
     flags = [f"--model={options.model}", f"--device={options.device}", f"--image-size={options.image_size}"]
     parse_flags(flags)

@@ -164,7 +164,7 @@ def check_labels_agree(listed: ListFile, classes: list[str]) -> None:
     if mismatches:
         path, label, expected = mismatches[0]
         raise UserError(
-            f"{listed.name}: {len(mismatches)} of {len(listed.paths)} labels disagree with the training images, "
+            f"{listed.name}: {len(mismatches)} of {len(listed.paths)} labels differ from those of the training images, "
             f"e.g. {path} has label {label} instead of {expected}; use the same labels in both splits"
         )
     too_large = [label for label in listed.labels if label >= len(classes)]

@@ -16,7 +16,7 @@ from vgglab.data.transform import CentreCrop, JitteredCrop, Preprocessing, Rando
 from vgglab.errors import UserError
 from vgglab.settings.config import ORIGINAL_NUM_CLASSES, Request
 
-FOLDER = NamedSet(Preprocessing(), archives="")  # a folder of the user's, which needs no function
+FOLDER = NamedSet(Preprocessing(), archives="")  # the user's own folder, which needs no function
 
 CROPS: dict[str, Callable[[int, Preprocessing], Any]] = {
     "standard": lambda size, preprocessing: RandomCrop(size, preprocessing.crop_scale, preprocessing.flip),

@@ -173,7 +173,7 @@ class Checkup:
         self.facts["driver"] = driver if is_installed else "unknown without torch_gcu"
         self.facts["/opt/tops/lib"] = Path("/opt/tops/lib").is_dir()
         if "error" in cards:
-            advice = "if that does not help, install a driver and a torch_gcu from the same release"
+            advice = "if that does not help, install the driver and torch_gcu from the same release"
             self.problem(cards["error"], f"set LD_LIBRARY_PATH=/opt/tops/lib; {advice}")
         elif cards:
             self._check_generation(cards)

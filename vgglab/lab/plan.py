@@ -4,9 +4,9 @@
     python -m vgglab.plan --recipe modern --data-path imagenet --run runs/<a short measured run>
     python -m vgglab.plan --recipe quick --images-per-second 100 --json   # the last line of stdout is one JSON object
 
-Accepts every training flag. Without ``--data-path``, a recipe is planned for a data set of the size of ImageNet, and
-``quick`` for the digits. ``--images-per-second`` is the speed of one card; n cards are assumed to be n times as fast,
-or n x ``--scaling`` times with that flag.
+Accepts every training flag. Without ``--data-path``, recipes are planned for a data set the size of ImageNet, except
+``quick``, which is planned for the digits. ``--images-per-second`` is the speed of one card; n cards are assumed to be
+n times as fast, or n x ``--scaling`` times as fast if that flag is given.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _warnings(config: Request, ranks: int) -> list[str]:
         )
     if not norm and config.init == "normal" and num_convolutions > MAX_CONVOLUTIONS_WITH_NORMAL_INIT:
         lines.append(
-            f"--init normal: without batch norm, {config.model} does not learn from these weights; "
+            f"--init normal: without batch norm, {config.model} does not learn from initial weights this small; "
             "use kaiming or xavier"
         )
     if "lr_patience" in SCHEDULES[config.lr_schedule].settings:
@@ -190,8 +190,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "time",
-            f"{duration(plan.total_seconds)} on {cards} at {plan.images_per_second:,.0f} images/s in total, "
-            f"including {evaluation} of evaluation",
+            f"{duration(plan.total_seconds)} at {plan.images_per_second:,.0f} images/s on {cards}, "
+            f"including {evaluation} for evaluation",
         ),
         (
             "checkpoints",

@@ -73,8 +73,9 @@ class Profiles:
         minimum, allows_all = self.at_least.get(name, 1), ALL in values
         if is_number and isinstance(value, int) and (value >= minimum or (allows_all and value == ALL)):
             return value
-        or_all = ", or -1 for all" if allows_all else ""
-        raise UserError(f"{name}: {value!r} is not a whole number of at least {minimum}{or_all}")
+        allowed = f"a whole number of at least {minimum}"
+        problem = f"neither -1 (all) nor {allowed}" if allows_all else f"not {allowed}"
+        raise UserError(f"{name}: {value!r} is {problem}")
 
     def _table(self, selected: int, overrides: Mapping[str, Any]) -> Table:
         """Return a table that marks the selected profile and the values set by hand, and gives the expected time."""

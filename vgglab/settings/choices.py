@@ -1,4 +1,4 @@
-"""The names that flags accept, with a description for ``--help``, which is empty if the name needs none.
+"""The names that flags accept, with a description for ``--help`` unless the name is self-explanatory.
 
 The code behind them needs torch and is in ``data/`` (sets, crops, decoders), ``model.py`` and ``optim.py``; a test
 checks that the names agree. Schedules and recipes are in their own modules, which do not need torch.

@@ -191,9 +191,9 @@ class Request:
     )
     tensorboard: bool = switch("write TensorBoard scalars into the run directory", affects="record", inherited=False)
     resume: str | None = flag(
-        "continue from a checkpoint file, a run directory, or auto: the newest valid checkpoint in --run-dir (the "
-        "run continues there) or in <output-dir>/runs, or from the beginning if there is none; most settings that are "
-        "not given are taken from the checkpoint",
+        "checkpoint file or run directory to resume from, or auto: the newest valid checkpoint in --run-dir (the run "
+        "continues there) or in <output-dir>/runs; if there is none, the run starts from scratch; most settings that "
+        "are not given are taken from the checkpoint",
         affects="location",
     )
     checkpoint_every: int = flag(

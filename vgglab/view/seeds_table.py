@@ -44,7 +44,7 @@ def seeds_table(groups: Mapping[str, Sequence[Run]]) -> Table:
 
 
 def _is_done(run: Run) -> bool:
-    """Whether a run is done and has a report; computing that of an active run would read all its events each time."""
+    """Whether a run is done and has a report; for an active run, computing one would read all its events each time."""
     try:
         return run.status == "done" and bool(run.report())
     except UserError:

@@ -97,7 +97,7 @@ def write_site(
             link = html_text(f"{number.group()} {title}" if number else title, "span")
             time_and_summary = f"<small>{duration(chapter.seconds)}</small><br>{html_text(summary, 'span')}"
             item = f"<a href='{chapter.link}'>{link}</a> {time_and_summary}"
-        error = chapter.error.strip() or ("" if title else "it cannot be read")
+        error = chapter.error.strip() or ("" if title else "this notebook cannot be read")
         error = html_text(f"failed: {error}", "div", FAILED) if error else ""
         items += f"<li>{item}{error}</li>"
     flags = " ".join(f"-p {name} {value}" for name, value in parameters.items())
@@ -114,7 +114,7 @@ def write_site(
 def _title_and_summary(file: Path) -> tuple[str, str]:
     """Return the title of an executed notebook, and its first sentence without Markdown markup.
 
-    Both are empty if it does not exist or cannot be read; a failed cell does not prevent that.
+    Both are empty if the file does not exist or cannot be read; they are returned even if a cell failed.
     """
     try:
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]

@@ -46,7 +46,7 @@ def status_line(run: Run) -> str:
 
 
 def damage_of(run: Run) -> list[str]:
-    """Return ``run.damage()``; the reason if the run cannot be read."""
+    """Return ``run.damage()``, or the reason why the run cannot be read."""
     try:
         return run.damage()
     except UserError as error:
@@ -88,7 +88,7 @@ def metric(report: Mapping[str, Any], name: str, form: str = ".2f", factor: floa
 
 
 def precision(description: Mapping[str, Any]) -> str:
-    """Return the precision from a report, or from the description of a device: a data type, or tf32."""
+    """Return the precision, a data type or tf32, from a report or a device description."""
     return description.get("amp_dtype") or ("tf32" if description.get("tf32") else "float32")
 
 

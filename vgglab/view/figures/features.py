@@ -108,7 +108,7 @@ def _grey(image: Any) -> Any:
 
 
 def bounding_box(field: Any) -> tuple[int, int, int, int]:
-    """Return the smallest box around all non-zero values: top, left, and the first row and column after it."""
+    """Return the smallest box around all non-zero values: top, left, bottom, right; the last two are exclusive."""
     rows, columns = np.nonzero(np.asarray(field))
     if not len(rows):
         return 0, 0, 0, 0

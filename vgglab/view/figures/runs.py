@@ -57,7 +57,7 @@ def _points(events: Sequence[Event], metric: str) -> tuple[list[int], Any]:
 
 
 def _line(number: int, name: str) -> dict[str, Any]:
-    """Return colour, dashes and label of a line; matplotlib omits names with a leading underscore, hence the space."""
+    """Return the colour, dashes and label of a line. A space goes before "_", because legends omit such names."""
     label = f" {name}" if name.startswith("_") else name
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "label": label}
 
