@@ -168,5 +168,5 @@ def test_settings_that_a_resumed_run_does_not_keep_are_on_the_page():
     }  # fmt: skip
     names = {field.name for field in fields(Request) if not field.metadata["is_inherited"]} - not_about_training
     page = (PROJECT / "docs" / "training.md").read_text()
-    [listed] = re.findall(r"repeat the flag: (.*?)\. ", page, re.DOTALL)
+    [listed] = re.findall(r"repeat the\s+flag: (.*?)\. ", page, re.DOTALL)
     assert set(re.findall(r"`--([a-z0-9-]+)`", listed)) == {name.replace("_", "-") for name in names}

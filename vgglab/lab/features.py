@@ -15,12 +15,13 @@ from vgglab.data.transform import as_tensor
 from vgglab.errors import UserError
 
 
-def read_photograph(file: str, data: bytes | None = None, longest: int = 384) -> Tensor:
-    """Read a photograph as ``(H, W, 3)`` uint8, with EXIF orientation applied and the longer side at most ``longest``.
+def read_photograph(file: str, data: bytes | None = None, longest: int | None = 384) -> Tensor:
+    """Read a photograph as ``(H, W, 3)`` uint8, with EXIF orientation applied.
 
     Args:
         file: path of the photograph; if ``data`` is given, only its name.
         data: content of the file; its image format is detected from the content, not from the name.
+        longest: a larger photograph is reduced until its longer side has this many pixels; None keeps its size.
 
     Raises:
         UserError: not an image, damaged, or so large that it may be a decompression bomb.
@@ -30,7 +31,8 @@ def read_photograph(file: str, data: bytes | None = None, longest: int = 384) ->
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file if data is None else io.BytesIO(data)) as image:
                 upright = to_rgb(ImageOps.exif_transpose(image))  # orientation from the EXIF data
-        upright.thumbnail((longest, longest))
+        if longest is not None:
+            upright.thumbnail((longest, longest))
         return as_tensor(upright)
     except Exception as error:  # decoders raise all kinds of exceptions for a damaged file
         advice = "use a JPEG or PNG file that an image viewer can open"
