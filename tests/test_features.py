@@ -137,6 +137,7 @@ def test_a_photograph_from_a_path_or_bytes_is_upright_and_resized(tmp_path):
     assert tuple(pixels.shape) == (100, 50, 3)
     assert (pixels[10, 25, 2] > 200) & (pixels[90, 25, 0] > 200)  # blue, on the left in the file, is on top
     assert torch.equal(features.read_photograph("any name", data, longest=100), pixels)
+    assert tuple(features.read_photograph("any name", data, longest=None).shape) == (800, 400, 3)
     assert tuple(features.read_photograph("small", encode(Image.new("L", (30, 20)), "PNG")).shape) == (20, 30, 3)
 
 
