@@ -85,12 +85,31 @@ def test_one_and_two_ranks_agree_with_the_same_global_batch(images, tmp_path, mo
     assert held_out == pytest.approx(other, rel=1e-10)
 
 
+# As a setting would that adds noise after the gradients have been averaged: the seed of a step depends on the rank.
+ADD_NOISE = """
+import torch
+from vgglab.devices.base import Device
+original = Device.average_gradients
+def average_gradients(device, model):
+    original(device, model)
+    for weight in model.parameters():
+        weight.grad += 1e-6 * torch.randn_like(weight)
+Device.average_gradients = average_gradients
+"""
+
+
+def test_ranks_whose_weights_differ_are_reported(images, tmp_path):
+    run = run_ranks(tmp_path, images, "cpu", 2, before=ADD_NOISE)
+    assert any("the weights of the ranks differ" in event["text"] for event in run.events("warning"))
+
+
 @needs_sim
 def test_sync_batch_norm_on_the_simulated_card_matches_the_cpu(images, tmp_path):
     flags = ["--model=vgg11_bn", "--sync-bn"]
     on_cpu, on_sim = (run_ranks(tmp_path, images, device, 2, *flags) for device in ("cpu", "gcu-sim"))
     losses, other = ([event["loss"] for event in run.events("train")] for run in (on_cpu, on_sim))
     assert losses == other
+    assert not [event for run in (on_cpu, on_sim) for event in run.events("warning") if "differ" in event["text"]]
 
 
 def test_row_19_one_rank_writes_events_and_each_has_its_own_log(images, tmp_path):

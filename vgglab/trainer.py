@@ -218,6 +218,9 @@ class Trainer:
         """
         device, batches, state = self.device, self.held_out, self.state
         network = self.network if self.average is None else self.average.network
+        if not _weights_agree(self.network, device):
+            text = "the weights of the ranks differ: an update was not the same on all of them; rank 0's are saved"
+            run.event("warning", text=text)
         _broadcast_buffers(network, device)
         run.event("eval_start", epoch=last_epoch, num_batches=len(batches))
         network.eval()
@@ -319,6 +322,15 @@ class Loop:
                 is_measured=step > self.last_skipped_step,
                 **self.clock.read_interval(),
             )
+
+
+def _weights_agree(network: nn.Module, device: Device) -> bool:
+    """Return whether all ranks have the same weights, judged by the last layer's bias, which every step changes."""
+    if device.world_size == 1:
+        return True
+    *_, bias = network.parameters()
+    bias_of_rank_0 = device.sum(bias if device.rank == 0 else torch.zeros_like(bias))
+    return device.true_on_all_ranks(device.fetch(bias_of_rank_0) == device.fetch(bias))
 
 
 def _broadcast_buffers(network: nn.Module, device: Device) -> None:
