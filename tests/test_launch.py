@@ -1,6 +1,7 @@
 """vgglab.launch: runs can be followed and stopped, and leave no processes behind."""
 
 import fcntl
+import gc
 import json
 import os
 import resource
@@ -73,6 +74,7 @@ def test_settings_are_passed_to_the_run_unchanged(tiny, tmp_path):
 
 
 def test_input_error_in_the_run_reaches_the_caller_and_launch_leaks_no_file_descriptors(tiny):
+    gc.collect()  # those of earlier tests
     before = len(os.listdir("/proc/self/fd"))
     run = vgglab.launch(tiny, num_classes=7, watch=False)
     with pytest.raises(vgglab.UserError, match=r"--num-classes 7: .* has 3 classes"):
