@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import pytest
-from processes import MAX_WAIT_SECONDS, NARROW, NARROW_VGG11, PROJECT
+from processes import MAX_WAIT_SECONDS, NARROW, NARROW_VGG11, PROJECT, PYTHONPATH
 
 gc.disable()  # until the first test: the imports leave no garbage, but searching for it takes seconds
 # Tests run in parallel on all cores, as do the processes that they start: with one thread each, they do not compete.
@@ -111,15 +112,17 @@ class Result(NamedTuple):
 
 @pytest.fixture
 def narrow(request, monkeypatch) -> None:
-    """Use a VGG11 with a tenth of the weights, in this and in forked processes, for tests that work with any network.
+    """Use a VGG11 with a tenth of the weights, in this and in new processes, for tests that work with any network.
 
-    This has no effect on tests with the marker ``paper_widths``, nor in new interpreters.
+    This has no effect on tests with the marker ``paper_widths``, nor in new interpreters that get another
+    ``PYTHONPATH`` from their test.
     """
     from vgglab import model
 
     if not request.node.get_closest_marker("paper_widths"):
         monkeypatch.setitem(model.CONFIGURATIONS, "vgg11", NARROW_VGG11)
-        monkeypatch.setenv(NARROW, "1")
+        monkeypatch.setenv(NARROW, json.dumps(NARROW_VGG11))
+        monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
 
 
 @pytest.fixture

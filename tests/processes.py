@@ -42,8 +42,13 @@ PRELOADED = [
     "frozen",  # tests/frozen.py, after the other imports
 ]
 _context = multiprocessing.get_context("forkserver")
-# With this environment variable, VGG11 has few channels, except in the last convolution, which feeds the classifier.
+# With this environment variable, VGG11 has few channels, except in the last convolution, which feeds the classifier:
+# in forked processes, and in new interpreters with this PYTHONPATH.
 NARROW, NARROW_VGG11 = "VGGLAB_TESTS_NARROW", [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 512, "M"]
+NARROW_PATH = PROJECT / "tests/narrow"
+PYTHONPATH = f"{NARROW_PATH}{os.pathsep}{PROJECT}"
+# For tests whose own sitecustomize.py would hide that of NARROW_PATH.
+NARROW_CODE = (NARROW_PATH / "sitecustomize.py").read_text()
 
 
 def python(*args: str | Path, **options) -> subprocess.CompletedProcess:

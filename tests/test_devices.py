@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from conftest import PROJECT, TINY, shell
-from processes import python, ranks
+from processes import PYTHONPATH, python, ranks
 
 from vgglab import Run
 from vgglab.devices import KINDS, native, open_device
@@ -32,7 +32,7 @@ def run_ranks(tmp_path, images, device, num_ranks, *flags, in_process=True, befo
     if in_process and num_ranks == 1 and device == "cpu" and not environment and not before:
         assert main([*job, f"--run-dir={path}", *flags]) == 0
         return Run(path)
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", **environment}
     start = ["-m", "vgglab.train"]
     if before:
         before += "\nimport sys; from vgglab import train; from vgglab.dist import ranks"

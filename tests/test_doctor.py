@@ -3,12 +3,15 @@
 import html
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import MAX_WAIT_SECONDS, PROJECT, shell
-from test_devices import needs_sim
+from processes import python
+from test_devices import CAN_SIMULATE, needs_sim
 
+from vgglab.commands import doctor
 from vgglab.commands.doctor import Diagnosis
 from vgglab.devices.doubles import EAGER, LAZY
 
@@ -45,6 +48,40 @@ def diagnose(*folders, **variables):
     return result.returncode, json.loads(result.stdout.strip().splitlines()[-1])
 
 
+class ForkedProbes:
+    """Stands for ``subprocess`` in the doctor: its probes are forked, and need not import torch again."""
+
+    DEVNULL, TimeoutExpired = subprocess.DEVNULL, subprocess.TimeoutExpired
+
+    @staticmethod
+    def run(command, env, **_):
+        result = python(*command[1:], env=env, autoload=CAN_SIMULATE)
+        result.stdout = result.stdout.encode()
+        return result
+
+
+@pytest.fixture
+def diagnose_here(monkeypatch, capsys, stubs):
+    """``diagnose`` in this process, with an empty torchvision and forked probes.
+
+    It cannot test what happens while Python starts or while torch is imported; for that, use ``diagnose``.
+    """
+
+    def run_doctor(*folders, flags=("--json",), **variables):
+        path = os.pathsep.join(map(str, (*folders, stubs, PROJECT)))
+        for name, value in {**variables, "PYTHONPATH": path}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv(AUTOLOAD, raising=False)
+        monkeypatch.setattr("vgglab.devices.checkup.subprocess", ForkedProbes)
+        for folder in folders:
+            monkeypatch.syspath_prepend(folder)  # to find torch_gcu
+        code = doctor.main(flags)
+        out = capsys.readouterr().out
+        return code, json.loads(out) if flags else out
+
+    return run_doctor
+
+
 def fake_torch_gcu(folder: Path, body: str, is_loaded_with_torch: bool = False) -> Path:
     (folder / "torch_gcu").mkdir()
     (folder / "torch_gcu/__init__.py").write_text(body)
@@ -56,9 +93,9 @@ def fake_torch_gcu(folder: Path, body: str, is_loaded_with_torch: bool = False) 
     return folder
 
 
-def train_on_gcu(tmp_path, *folders, **variables):
-    args = ["python", "-m", "vgglab.train", "--device=gcu", "--data-path=digits", "--run-dir=run"]
-    return shell(*args, env=environment(*folders, **variables), cwd=tmp_path)
+def train_on_gcu(tmp_path, folder):
+    args = ["-m", "vgglab.train", "--device=gcu", "--data-path=digits", "--run-dir=run"]
+    return python(*args, env=environment(folder), cwd=tmp_path)
 
 
 def all_text(findings):
@@ -74,8 +111,8 @@ def test_a_machine_without_cards_is_healthy():
     assert any("gcu-sim" in note for note in findings["notes"])
 
 
-def test_the_text_output_and_the_error_for_a_bad_flag(stubs):
-    text = shell("python", "-m", "vgglab.doctor", env=environment(stubs, ENFLAME_LOG_DEBUG_LEVEL="DEBUG")).stdout
+def test_the_text_output_and_the_error_for_a_bad_flag(diagnose_here):
+    _, text = diagnose_here(flags=[], ENFLAME_LOG_DEBUG_LEVEL="DEBUG")
     assert "--device auto" in text
     assert text.strip().endswith("no problems found")
     assert "debug output slows down every step" in text
@@ -99,13 +136,11 @@ def test_a_library_that_exits_is_reported_in_one_line(tmp_path):
     assert "torch_gcu cannot be loaded (SystemExit: 3)" in result.stderr
 
 
-def test_a_device_check_that_aborts_is_not_mistaken_for_a_broken_torch(tmp_path, stubs):
+def test_a_device_check_that_aborts_is_not_mistaken_for_a_broken_torch(tmp_path, diagnose_here):
     """A driver may crash when a device is opened; torch and torchvision are checked in the same process."""
-    code = (LONG_TIMEOUT / "sitecustomize.py").read_text()
-    code += "import os, vgglab.devices\nvgglab.devices.availability = lambda options: os.abort()\n"
+    code = "import os, vgglab.devices\nvgglab.devices.availability = lambda options: os.abort()\n"
     (tmp_path / "sitecustomize.py").write_text(code)
-    paths = os.pathsep.join(map(str, (tmp_path, PROJECT, stubs)))
-    code, findings = diagnose(PYTHONPATH=paths)
+    code, findings = diagnose_here(tmp_path)
     assert (code, findings["problems"]) == (0, [])
     assert "cuda cards" in findings["facts"]
     assert "exited abnormally" in findings["facts"]["--device auto"]
@@ -131,23 +166,23 @@ def test_a_library_that_fails_to_autoload_is_reported(tmp_path, stubs):
     assert shell(*args, *short, env=environment(broken), cwd=tmp_path).returncode == 0
 
 
-def test_a_library_that_aborts_the_process_is_reported(tmp_path, stubs):
-    code, findings = diagnose(fake_torch_gcu(tmp_path, "import os; os.abort()"), stubs)
+def test_a_library_that_aborts_the_process_is_reported(tmp_path, diagnose_here):
+    code, findings = diagnose_here(fake_torch_gcu(tmp_path, "import os; os.abort()"))
     assert code == 1
     assert "the process exited abnormally (signal 6)" in all_text(findings)
 
 
-def test_a_library_of_unknown_generation_is_reported(tmp_path, stubs):
+def test_a_library_of_unknown_generation_is_reported(tmp_path, diagnose_here):
     folder = fake_torch_gcu(tmp_path, "__version__ = '9'")
-    code, findings = diagnose(folder, stubs)
+    code, findings = diagnose_here(folder)
     assert code == 1
     assert "unknown generation of torch_gcu" in all_text(findings)
     assert "unknown generation of torch_gcu" in train_on_gcu(tmp_path, folder).stderr
 
 
 @needs_sim
-def test_a_driver_that_does_not_respond_is_reported(stubs):
-    code, findings = diagnose(EAGER, stubs, VGGLAB_SIM_CARDS="0")
+def test_a_driver_that_does_not_respond_is_reported(diagnose_here):
+    code, findings = diagnose_here(EAGER, VGGLAB_SIM_CARDS="0")
     assert code == 1
     assert findings["facts"]["driver"] == "no response"
     assert "finds no card" in all_text(findings)

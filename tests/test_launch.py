@@ -1,6 +1,7 @@
 """vgglab.launch: runs can be followed and stopped, and leave no processes behind."""
 
 import fcntl
+import gc
 import json
 import os
 import resource
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import pytest
 from conftest import MAX_WAIT_SECONDS, TINY, shell, wait_until
-from processes import Child, python
+from processes import NARROW_CODE, Child, python
 
 import vgglab
 from vgglab.runs.run import is_run_dir
 
+pytestmark = pytest.mark.usefixtures("narrow")
 MARK = f"VGGLAB_TEST_MARK_{os.getpid()}"  # differs from that of other test runs on this machine
 
 
@@ -71,15 +73,19 @@ def test_settings_are_passed_to_the_run_unchanged(tiny, tmp_path):
         vgglab.launch(tiny, run_dir=tmp_path / "with space")
 
 
-def test_input_error_in_the_run_reaches_the_caller(tiny):
+def test_input_error_in_the_run_reaches_the_caller_and_launch_leaks_no_file_descriptors(tiny):
+    gc.collect()  # those of earlier tests
+    before = len(os.listdir("/proc/self/fd"))
+    run = vgglab.launch(tiny, num_classes=7, watch=False)
     with pytest.raises(vgglab.UserError, match=r"--num-classes 7: .* has 3 classes"):
-        vgglab.launch(tiny, num_classes=7, watch=False).wait(MAX_WAIT_SECONDS)
+        run.wait(MAX_WAIT_SECONDS)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_bug_reaches_the_caller_with_its_traceback(tiny, monkeypatch, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
-        "import vgglab.settings.schedule as s\n"
+        NARROW_CODE + "import vgglab.settings.schedule as s\n"
         "def learning_rate(*_): raise ZeroDivisionError('injected')\n"
         "s.learning_rate = learning_rate\n"
     )
@@ -116,6 +122,7 @@ def test_stop_ends_the_run_and_its_workers(tiny, monkeypatch):
     run.stop()  # stopping again has no effect
 
 
+@pytest.mark.paper_widths  # so that a checkpoint takes long to write
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)])
 def test_stop_while_saving_waits_for_the_checkpoint(tiny, times):
     """torch.save turns Ctrl-C into a RuntimeError, so the run had the status failed."""
@@ -131,6 +138,7 @@ def test_stop_while_saving_waits_for_the_checkpoint(tiny, times):
 DELAYS = [0.002 * number for number in range(10)]
 
 
+@pytest.mark.paper_widths  # the delays are for forks of such a process
 @pytest.mark.parametrize("delays", [[0, 0.008], pytest.param(DELAYS, marks=pytest.mark.long)], ids=["some", "many"])
 def test_stop_while_workers_are_forked_is_not_lost(tiny, delays):
     """The signal arrived in one of Python's fork hooks and was lost: the run continued until it was killed."""
@@ -245,7 +253,7 @@ def test_second_writer_is_refused_in_one_line_and_the_first_continues(tiny, tmp_
     wait_until(lambda: run.events("checkpoint"))
     with pytest.raises(vgglab.UserError, match="is writing there"):
         vgglab.launch(flags, epochs=100_000, watch=False)
-    second = shell("python", "-m", "vgglab.train", *flags, "--epochs=100000")
+    second = python("-m", "vgglab.train", *flags, "--epochs=100000")
     assert (second.returncode, second.stderr.count("\n")) == (2, 1), second.stderr
     assert f"run: process {run.process.pid} on " in second.stderr
     step = run.events("train")[-1]["step"]
@@ -281,15 +289,6 @@ def test_folder_locked_by_another_process_does_not_block_launch(tiny, tmp_path, 
             vgglab.launch(tiny, run_dir=tmp_path / "run", watch=False)
     finally:
         os.close(descriptor)
-
-
-def test_launch_leaks_no_file_descriptors(tiny):
-    before = len(os.listdir("/proc/self/fd"))
-    runs = [vgglab.launch(tiny, num_classes=7, watch=False) for _ in range(3)]
-    for run in runs:
-        with pytest.raises(vgglab.UserError):
-            run.wait(MAX_WAIT_SECONDS)
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_status_does_not_depend_on_the_clock(tiny, monkeypatch):

@@ -12,6 +12,7 @@ import processes
 import pytest
 from conftest import MAX_WAIT_SECONDS, PROJECT, TINY, shell, torchrun, wait_until
 from expected_losses import BEFORE
+from processes import NARROW_CODE, PYTHONPATH
 from test_devices import needs_sim, run_ranks
 from test_launch import MARK, processes_with
 
@@ -47,7 +48,7 @@ def inject_fault(tmp_path):
 
     def inject(action, rank=1):
         (tmp_path / "site").mkdir()
-        (tmp_path / "site" / "sitecustomize.py").write_text(FAULT.format(action=action, rank=rank))
+        (tmp_path / "site" / "sitecustomize.py").write_text(NARROW_CODE + FAULT.format(action=action, rank=rank))
         return {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{PROJECT}", "OMP_NUM_THREADS": "1"}
 
     return inject
@@ -189,10 +190,12 @@ def test_hanging_rank_is_detected_and_stopped(tiny, inject_fault, monkeypatch):
     assert run.status == "interrupted"
 
 
-def test_straggler_is_marked(tiny, inject_fault, monkeypatch):
-    for name, value in inject_fault(SLOW_DOWN).items():
-        monkeypatch.setenv(name, value)
-    run = vgglab.launch(tiny, nproc=2, epochs=2, watch=False).wait(MAX_WAIT_SECONDS)
+def test_straggler_is_marked(tiny, inject_fault, tmp_path):
+    environment = {**os.environ, **inject_fault(SLOW_DOWN)}
+    words = ["-m", "vgglab.train", *tiny, "--epochs=2", f"--run-dir={tmp_path / 'run'}"]
+    result = processes.ranks(2, *words, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = Run(tmp_path / "run")
     table = rank_table(run)
     rank0, rank1 = (dict(zip(table.headings, row)) for row in table.rows)
     assert (rank0[""], table.bold_rows) == ("", [1])
@@ -271,7 +274,7 @@ def start_launcher(tiny, mark, mode):
     from subprocess import PIPE, Popen
 
     command = [sys.executable, "-c", LAUNCHER, mode, *tiny]
-    return Popen(command, env={**os.environ, MARK: mark, "PYTHONPATH": str(PROJECT)}, stdout=PIPE, text=True)
+    return Popen(command, env={**os.environ, MARK: mark, "PYTHONPATH": PYTHONPATH}, stdout=PIPE, text=True)
 
 
 # The other signals are in the long suite only; tests/test_launch.py tests each with one rank.
@@ -304,7 +307,6 @@ def test_detached_run_outlives_its_launching_process_and_can_be_stopped(tiny):
     assert found.status == "interrupted"
 
 
-@pytest.mark.paper_widths  # torchrun starts new interpreters
 def test_two_nodes_train_one_model(tiny, images, tmp_path, monkeypatch):
     """Two launchers on one machine stand for two nodes; a torch.py in the current directory is ignored."""
     single_node = run_ranks(tmp_path, images, "cpu", 2)

@@ -13,6 +13,7 @@ import processes
 import pytest
 import torch
 from conftest import MAX_WAIT_SECONDS, PROJECT, TINY, torchrun, wait_until
+from processes import NARROW_CODE, PYTHONPATH
 from test_devices import needs_sim
 
 from vgglab import Run
@@ -40,7 +41,7 @@ def job(images, tmp_path):
         ]
 
     def environment(variables):
-        return {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **variables}
+        return {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", **variables}
 
     def start(name, *flags, ranks=1, restarts=0, **variables):
         launcher = torchrun(ranks, restarts) if ranks > 1 or restarts else []
@@ -70,7 +71,10 @@ def job(images, tmp_path):
         assert result.returncode == 2, result.stderr
         return result.stdout + result.stderr
 
-    run.start, run.refused = start, refused
+    def fork(name, *flags):
+        return processes.Child(train_args(name, flags), env=environment({}), cwd=tmp_path)
+
+    run.start, run.fork, run.refused = start, fork, refused
     return run
 
 
@@ -80,7 +84,7 @@ def inject_code(tmp_path):
 
     def inject(code):
         (tmp_path / "site").mkdir()
-        (tmp_path / "site" / "sitecustomize.py").write_text(code)
+        (tmp_path / "site" / "sitecustomize.py").write_text(NARROW_CODE + code)
         return {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{PROJECT}"}
 
     return inject
@@ -135,18 +139,28 @@ def test_row_5_run_resumed_within_an_epoch_equals_an_uninterrupted_run(job, tmp_
     ("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), (1, signal.SIGHUP), (2, signal.SIGTERM)]
 )
 def test_row_4_termination_signal_saves_a_checkpoint_and_sets_the_exit_code(job, tmp_path, ranks, number):
-    process = job.start("signalled", "--epochs=400", ranks=ranks)
-    wait_for_step(tmp_path / "signalled", 3)
-    if ranks == 1:
-        process.send_signal(number)
-    else:  # like some schedulers: a signal to one of the ranks is enough
-        os.kill(rank_pids(process.pid)[-1], number)
-    output, _ = process.communicate(timeout=MAX_WAIT_SECONDS)
+    if number == signal.SIGTERM:
+        process = job.start("signalled", "--epochs=100000", ranks=ranks)
+        wait_for_step(tmp_path / "signalled", 3)
+        # Like some schedulers: a signal to one of the ranks is enough.
+        os.kill(process.pid if ranks == 1 else rank_pids(process.pid)[-1], number)
+        output, _ = process.communicate(timeout=MAX_WAIT_SECONDS)
+        code = process.returncode
+    else:
+        process = job.fork("signalled", "--epochs=100000")
+        try:
+            wait_for_step(tmp_path / "signalled", 3)
+            os.kill(process.pid, number)
+            code = process.wait()
+        finally:
+            process.kill()
+        result = process.completed()
+        output = result.stdout + result.stderr
     name = signal.Signals(number).name
     assert f"stopped by {name}" in output
     assert f"checkpoint saved; continue with --run-dir {tmp_path / 'signalled'} --resume auto" in output
     if ranks == 1:
-        assert process.returncode == EXIT_STOPPED
+        assert code == EXIT_STOPPED
     run = Run(tmp_path / "signalled")
     assert run.status == "interrupted"
     content = torch.load(run.checkpoint("last"))
@@ -179,7 +193,6 @@ def pause_at(inject_code):
     return lambda *steps: inject_code(PAUSE.replace("{steps}", str(list(steps))))
 
 
-@pytest.mark.paper_widths  # other runs of this test use new interpreters
 def test_stopped_run_continues_in_place_with_the_same_command(job, pause_at, tmp_path):
     uninterrupted = job("uninterrupted", "--epochs=6")
     process = job.start("same", "--resume=auto", "--epochs=6", **pause_at(20))
@@ -195,7 +208,6 @@ def test_stopped_run_continues_in_place_with_the_same_command(job, pause_at, tmp
     assert_same(uninterrupted, resumed)
 
 
-@pytest.mark.paper_widths
 def test_run_restarted_by_torchrun_equals_an_uninterrupted_run(job, pause_at, tmp_path):
     flags = ["--epochs=6", "--checkpoint-every=3"]
     uninterrupted = job("uninterrupted", *flags, ranks=2)

@@ -7,12 +7,15 @@ import subprocess
 import sys
 
 import pytest
-from conftest import MAX_WAIT_SECONDS, PROJECT, TINY, shell, wait_until
+from conftest import MAX_WAIT_SECONDS, TINY, shell, wait_until
+from processes import PYTHONPATH
 from test_launch import MARK, processes_with
 
 import vgglab
 from vgglab.view import results
 from vgglab.view.seeds_table import seeds_table
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ def test_series_stops_at_the_first_failure(tiny, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_signal_to_the_series_ends_its_run(tiny, tmp_path, number, code):
     mark = f"series-{number}"
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), MARK: mark}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, MARK: mark}
     words = [
         sys.executable,
         "-m",

@@ -12,6 +12,7 @@ from pathlib import Path
 import processes
 import pytest
 from conftest import MAX_WAIT_SECONDS, PROJECT, TINY, shell, wait_until
+from processes import NARROW_CODE, PYTHONPATH
 from test_launch import MARK, processes_with
 from test_ranks import FAULT, HANG
 from torch.distributed import TCPStore
@@ -19,6 +20,7 @@ from torch.distributed import TCPStore
 import vgglab
 from vgglab import Run
 
+pytestmark = pytest.mark.usefixtures("narrow")
 LISTENING = "0A"  # in /proc/net/tcp
 LOOPBACK = (
     "0100007F",
@@ -41,7 +43,7 @@ def start(command, tmp_path):
     def start_process(*flags, mark, **environment):
         process = subprocess.Popen(
             [sys.executable, "-m", "vgglab.train", *command, *flags],
-            env={**os.environ, "PYTHONPATH": str(PROJECT), MARK: mark, **environment},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH, MARK: mark, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -168,7 +170,7 @@ def test_another_user_can_reach_neither_the_rendezvous_nor_a_store(command, monk
 
 def test_ranks_restart_after_one_is_killed_and_the_run_completes(start, tmp_path):
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(FAULT.format(action=KILL_FIRST_ATTEMPT, rank=1))
+    (tmp_path / "site" / "sitecustomize.py").write_text(NARROW_CODE + FAULT.format(action=KILL_FIRST_ATTEMPT, rank=1))
     path = f"{tmp_path / 'site'}{os.pathsep}{PROJECT}"
     process = start("--epochs=2", "--checkpoint-every=1", "--max-restarts=1", mark="restart", PYTHONPATH=path)
     _, err = process.communicate(timeout=MAX_WAIT_SECONDS)
@@ -201,7 +203,7 @@ def test_signal_ends_all_ranks_with_the_documented_exit_code(start, tmp_path, nu
 def test_second_ctrl_c_ends_ranks_at_once_with_status_interrupted(start, tmp_path):
     """The ranks were killed, the run had the status failed, and there was no last line."""
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(FAULT.format(action=HANG, rank=1))
+    (tmp_path / "site" / "sitecustomize.py").write_text(NARROW_CODE + FAULT.format(action=HANG, rank=1))
     path = f"{tmp_path / 'site'}{os.pathsep}{PROJECT}"
     process = start("--epochs=100000", "--print-freq=1", mark="second-ctrl-c", PYTHONPATH=path)
     wait_until(lambda: is_training(tmp_path) and len(the_only_run(tmp_path).ranks()) == 2)
