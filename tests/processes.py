@@ -44,6 +44,26 @@ PRELOADED = [
 _context = multiprocessing.get_context("forkserver")
 # With this environment variable, VGG11 has few channels, except in the last convolution, which feeds the classifier.
 NARROW, NARROW_VGG11 = "VGGLAB_TESTS_NARROW", [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 512, "M"]
+# The same for each network in new interpreters: the content of a sitecustomize.py on their PYTHONPATH. It changes
+# vgglab.model when that is imported, because an import here would make each interpreter import torch.
+NARROW_NETWORKS = """import importlib.abc, importlib.util, sys
+
+class Narrowing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "vgglab.model":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        original = spec.loader.exec_module
+        def exec_module(module):
+            original(module)
+            for layers in module.CONFIGURATIONS.values():
+                layers[:-2] = [layer if layer == "M" else layer // 8 for layer in layers[:-2]]
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Narrowing())
+"""
 
 
 def python(*args: str | Path, **options) -> subprocess.CompletedProcess:
