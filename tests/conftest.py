@@ -121,7 +121,7 @@ def narrow(request, monkeypatch) -> None:
 
     if not request.node.get_closest_marker("paper_widths"):
         monkeypatch.setitem(model.CONFIGURATIONS, "vgg11", NARROW_VGG11)
-        monkeypatch.setenv(NARROW, json.dumps(NARROW_VGG11))
+        monkeypatch.setenv(NARROW, json.dumps({"vgg11": NARROW_VGG11}))
         monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
 
 

@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import json
 import multiprocessing
 import os
 import runpy
@@ -42,13 +43,25 @@ PRELOADED = [
     "frozen",  # tests/frozen.py, after the other imports
 ]
 _context = multiprocessing.get_context("forkserver")
-# With this environment variable, VGG11 has few channels, except in the last convolution, which feeds the classifier:
-# in forked processes, and in new interpreters with this PYTHONPATH.
+# With this environment variable, networks have few channels, except in the last convolution, which feeds the classifier:
+# in forked processes, and in new interpreters with this PYTHONPATH. Its value: ``CONFIGURATIONS`` of vgglab.model as JSON.
 NARROW, NARROW_VGG11 = "VGGLAB_TESTS_NARROW", [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 512, "M"]
 NARROW_PATH = PROJECT / "tests/narrow"
 PYTHONPATH = f"{NARROW_PATH}{os.pathsep}{PROJECT}"
 # For tests whose own sitecustomize.py would hide that of NARROW_PATH.
 NARROW_CODE = (NARROW_PATH / "sitecustomize.py").read_text()
+
+
+def all_narrow() -> str:
+    """Return the value of the environment variable ``NARROW`` with which every network has an eighth of its channels."""
+    from vgglab.model import CONFIGURATIONS
+
+    return json.dumps(
+        {
+            name: [*(layer if layer == "M" else layer // 8 for layer in layers[:-2]), *layers[-2:]]
+            for name, layers in CONFIGURATIONS.items()
+        }
+    )
 
 
 def python(*args: str | Path, **options) -> subprocess.CompletedProcess:
@@ -211,7 +224,7 @@ def _run_child(args, environment, cwd, outputs, path, preexec_fn, autoload) -> N
         if autoload and environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1":
             torch._import_device_backends()
         if NARROW in environment:
-            importlib.import_module("vgglab.model").CONFIGURATIONS["vgg11"] = NARROW_VGG11
+            importlib.import_module("vgglab.model").CONFIGURATIONS.update(json.loads(environment[NARROW]))
         _run([arg for arg in args if arg != "-u"])
         code = 0
     except SystemExit as error:

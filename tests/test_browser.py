@@ -2,6 +2,7 @@
 
 import pytest
 from browser import CHROMIUM, NO_CHROMIUM, PAGE_TIMEOUT_SECONDS, jupyterlab
+from processes import NARROW, NARROW_CODE, all_narrow
 from test_launch import MARK, processes_with, wait_until
 
 import vgglab
@@ -15,7 +16,8 @@ os.environ["PYTHONPATH"] = "{slow_steps}:" + os.environ["PYTHONPATH"]
 run = vgglab.launch("--data-path digits --model vgg11_bn --epochs 500 --batch-size 2 --workers 0 --device cpu",
                     print_freq=1, output_dir="{name}")"""
 
-# Makes the launched training sleep after each step, which leaves the processor to the page and the kernel.
+# Makes the launched training sleep after each step, which leaves the processor to the page and the kernel; for the same
+# reason its network is narrow.
 SLOW_STEPS = """import time
 import vgglab.pace as pace
 original = pace.Clock.end_own_work
@@ -47,7 +49,8 @@ def test_browser_tests_share_one_process(request):
 @pytest.fixture(scope="module")
 def slow_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slow_steps")
-    (folder / "sitecustomize.py").write_text(SLOW_STEPS)
+    narrow = f"import os\nos.environ[{NARROW!r}] = {all_narrow()!r}\n"
+    (folder / "sitecustomize.py").write_text(narrow + NARROW_CODE + SLOW_STEPS)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Gives VGG11 few channels in new interpreters that have this folder on their ``PYTHONPATH``; see the fixture narrow.
+"""Gives networks few channels in new interpreters that have this folder on their ``PYTHONPATH``; see the fixture narrow.
 
 Nothing is imported early: the numbers are changed after vgglab.model has been imported as usual.
 """
@@ -22,7 +22,7 @@ class NarrowModel:
 
         def execute_and_narrow(module):
             execute(module)
-            module.CONFIGURATIONS["vgg11"] = json.loads(os.environ["VGGLAB_TESTS_NARROW"])
+            module.CONFIGURATIONS.update(json.loads(os.environ["VGGLAB_TESTS_NARROW"]))
 
         spec.loader.exec_module = execute_and_narrow
         return spec

@@ -18,6 +18,7 @@ from vgglab.data.sets import open_sets
 from vgglab.data.transform import normalised
 from vgglab.devices import open_device
 from vgglab.devices.base import Device
+from vgglab.devices.compat import without_compiler
 from vgglab.devices.memory import is_out_of_memory, limit_to_free_memory
 from vgglab.errors import UserError
 from vgglab.lab.ceilings import product_flop_per_second
@@ -48,14 +49,15 @@ class Network(NamedTuple):
     head: str
     uses_torchvision: bool
 
-    def build(self, dropout_rate: float = 0.5) -> nn.Module:
+    def build(self, dropout_rate: float = 0.5, init_weights: bool = True) -> nn.Module:
+        options = {"num_classes": self.num_classes, "init_weights": init_weights}
         if not self.uses_torchvision:
-            return build(self.model, num_classes=self.num_classes, dropout_rate=dropout_rate, head=self.head)
+            return build(self.model, dropout_rate=dropout_rate, head=self.head, **options)
         from torchvision import models
 
         if not hasattr(models, self.model):
             raise UserError(f"--against torchvision: torchvision has no {self.model}; choose another network")
-        return getattr(models, self.model)(num_classes=self.num_classes)
+        return getattr(models, self.model)(**options)
 
 
 class Ready(NamedTuple):
@@ -153,10 +155,9 @@ def _plain_loop(connection: Connection, network: nn.Module, device: Device, batc
     images = normalised(images)
     model, _ = device.wrap(network)
     model.train()
-    criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    optimizer = without_compiler(torch.optim.SGD)(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     for _ in _steps(connection, device):
-        loss = criterion(model(images), labels)
+        loss = nn.functional.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -146,9 +146,9 @@ class Child:
 
 @lru_cache(maxsize=None)
 def _training_flop(network: Network) -> int:
-    """Return the FLOP of the forward and backward pass for one image; cached, because the imports take seconds."""
+    """Return the FLOP of the forward and backward pass for one image; cached, because torchvision's import is slow."""
     with shapes_only():
-        network_without_weights = network.build()
+        network_without_weights = network.build(init_weights=False)  # drawing them would import torch's compiler
     return anatomy.of(network_without_weights, network.image_size).training_flop
 
 
