@@ -43,8 +43,9 @@ PRELOADED = [
     "frozen",  # tests/frozen.py, after the other imports
 ]
 _context = multiprocessing.get_context("forkserver")
-# With this environment variable, networks have few channels, except in the last convolution, which feeds the classifier:
-# in forked processes, and in new interpreters with this PYTHONPATH. Its value: ``CONFIGURATIONS`` of vgglab.model as JSON.
+# With this environment variable, networks have few channels, except in the last convolution, which feeds the
+# classifier: in forked processes, and in new interpreters with this PYTHONPATH. Its value is JSON: entries that replace
+# those of CONFIGURATIONS in vgglab.model.
 NARROW, NARROW_VGG11 = "VGGLAB_TESTS_NARROW", [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 512, "M"]
 NARROW_PATH = PROJECT / "tests/narrow"
 PYTHONPATH = f"{NARROW_PATH}{os.pathsep}{PROJECT}"
@@ -53,7 +54,7 @@ NARROW_CODE = (NARROW_PATH / "sitecustomize.py").read_text()
 
 
 def all_narrow() -> str:
-    """Return the value of the environment variable ``NARROW`` with which every network has an eighth of its channels."""
+    """Return a value of the environment variable ``NARROW`` that gives each network an eighth of its channels."""
     from vgglab.model import CONFIGURATIONS
 
     return json.dumps(

@@ -1,4 +1,4 @@
-"""Gives networks few channels in new interpreters that have this folder on their ``PYTHONPATH``; see the fixture narrow.
+"""Gives networks few channels in new interpreters with this folder on their ``PYTHONPATH``; see the fixture narrow.
 
 Nothing is imported early: the numbers are changed after vgglab.model has been imported as usual.
 """
