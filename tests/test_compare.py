@@ -7,6 +7,7 @@ import pytest
 from conftest import shell
 
 from vgglab import Run
+from vgglab.commands import call
 from vgglab.runs.compare import as_text, compare_runs
 from vgglab.view.figures import bands, curves_beside
 
@@ -74,28 +75,34 @@ def test_tolerance_accepts_rounding(runs, tmp_path):
     assert compare_runs(one, other, tolerance=1e-7).first.figure == "loss"
 
 
-def test_command_line(runs, tmp_path):
+def test_command_line(runs, tmp_path, capsys):
+    """The command is called here, without a new interpreter each time, except once."""
+
+    def compare(*words):
+        capsys.readouterr()
+        code = call("compare", [str(word) for word in words])
+        return code, *capsys.readouterr()
+
     one, other, longer = runs(), runs("--lr=0.02"), runs("--epochs=3")
-    words = ["python", "-m", "vgglab.compare"]
-    same = shell(*words, one.path, one.path)
+    same = shell("python", "-m", "vgglab.compare", one.path, one.path)
     assert (same.returncode, same.stderr) == (0, "")
-    differs = shell(*words, one.path, other.path, "--json", f"--png={tmp_path / 'both.png'}")
-    assert differs.returncode == 1
-    assert "first difference: training step 1, lr" in differs.stdout
-    assert json.loads(differs.stdout.splitlines()[-1])["first"]["figure"] == "lr"
+    code, out, _ = compare(one.path, other.path, "--json", f"--png={tmp_path / 'both.png'}")
+    assert code == 1
+    assert "first difference: training step 1, lr" in out
+    assert json.loads(out.splitlines()[-1])["first"]["figure"] == "lr"
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
-    pdf = shell(*words, one.path, other.path, f"--png={tmp_path / 'both.pdf'}")
-    assert (pdf.returncode, (tmp_path / "both.pdf").exists()) == (2, False)
-    again = shell(*words, one.path, other.path, f"--png={tmp_path / 'both.png'}")
-    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
-    assert shell(*words, one.path, longer.path).returncode == 1
+    code, _, _ = compare(one.path, other.path, f"--png={tmp_path / 'both.pdf'}")
+    assert (code, (tmp_path / "both.pdf").exists()) == (2, False)
+    code, _, err = compare(one.path, other.path, f"--png={tmp_path / 'both.png'}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert compare(one.path, longer.path)[0] == 1
     sparse = runs("--print-freq=4")  # logged less often, but the same training
-    assert shell(*words, one.path, sparse.path).returncode == 0
+    assert compare(one.path, sparse.path)[0] == 0
     (sparse.path / "events.jsonl").write_text("")
-    assert shell(*words, one.path, sparse.path).returncode == 2
+    assert compare(one.path, sparse.path)[0] == 2
     for invalid in ([one.path], [one.path, tmp_path / "nowhere"], [one.path, other.path, "--tolerance=-1"]):
-        result = shell(*words, *invalid)
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        code, _, err = compare(*invalid)
+        assert (code, err.count("\n")) == (2, 1), err
 
 
 def test_one_run_is_compared_with_several(runs, tmp_path):

@@ -108,12 +108,14 @@ def test_a_compiler_cache_owned_by_another_user_is_refused(tmp_path, monkeypatch
 
 
 @needs_sim
+@pytest.mark.usefixtures("narrow")
 def test_fast_on_a_gcu_enables_mixed_precision(images, tmp_path):
     run = run_ranks(tmp_path, images, "gcu-sim", 1, "--fast")
     assert run.report()["amp_dtype"] == "float16"
     assert run.report()["step_seconds_p50"] is None  # a simulated card has no speed
 
 
+@pytest.mark.usefixtures("narrow")
 def test_steps_are_timed_and_the_first_includes_process_startup(images, tmp_path):
     # As if importing torch took 1000 s.
     code = "import sys; from vgglab.dist import ranks; ranks.PROCESS_STARTED -= 1000\n"
@@ -172,6 +174,7 @@ def test_timers_reveal_a_slow_loader(train, monkeypatch):
     assert train().run.report()["phase_seconds"] is None
 
 
+@pytest.mark.usefixtures("narrow")
 def test_timers_do_not_change_the_losses_of_two_ranks(images, tmp_path):
     flags = ["--dropout-rate=0", "--lr=0.05", "--skip-steps=0"]
     plain, timed = (run_ranks(tmp_path, images, "cpu", 2, *flags, *more) for more in ([], ["--timers"]))
@@ -314,6 +317,7 @@ def test_bench_step_help_lists_the_default_modes():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+@pytest.mark.usefixtures("narrow")  # its steps need less computation for the same memory
 def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
     """In a process with little memory, the reported batch size works and four times that size does not.
 

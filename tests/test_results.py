@@ -12,6 +12,8 @@ from test_devices import needs_sim, run_ranks
 from vgglab.view import results
 from vgglab.view.seeds_table import seeds_table
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def test_page_has_a_row_per_run_and_marks_published_results(images, tmp_path):
     for num_ranks in (1, 2):
