@@ -82,8 +82,9 @@ class Trainer:
         self.model, self.network = device.wrap(self._build_network(saved))
         changes_every_step = config.ema or OPTIMIZERS[config.optimizer].changes_every_step
         if changes_every_step and not (device.allows_changing_factors or config.test_only):
-            flag = "--ema" if config.ema else f"--optimizer {config.optimizer}"
-            raise UserError(f"{flag}: not supported on {device.kind}; leave it out")
+            if config.ema:
+                raise UserError(f"--ema: not supported on {device.kind}; use --ema 0")
+            raise UserError(f"--optimizer {config.optimizer}: not supported on {device.kind}; use --optimizer sgd")
         self.average = WeightAverage(self.network, config.ema) if config.ema and not config.test_only else None
         if self.average is not None and saved is not None:
             self.average.network.load_state_dict(saved["model"])
