@@ -31,18 +31,19 @@ class OptimizerSpec(NamedTuple):
     optimizer: type[Optimizer]
     settings: tuple[str, ...]  # its own settings; one that begins with its name, as rmsprop_alpha, sets argument alpha
     changes_every_step: bool  # whether its factors change at every step, as Adam's do
-    state_keys: tuple[str, ...] = ()  # state tensors that it keeps for each weight, besides momentum
+    state_keys: tuple[str, ...] = ()  # all entries of its state for each weight, except the momentum buffer
     supports_fused: bool = False  # whether it can update all weights in one kernel
 
     def num_state_tensors(self, config: Request) -> int:
         """Return the number of state tensors per weight tensor, all of its size; a checkpoint contains them too."""
-        return len(self.state_keys) + int("momentum" in self.settings and config.momentum > 0)
+        return len({*self.state_keys} - {"step"}) + int("momentum" in self.settings and config.momentum > 0)
 
 
 OPTIMIZERS = {
     "sgd": OptimizerSpec(SGD, ("momentum", "nesterov"), changes_every_step=False, supports_fused=True),
     "rmsprop": OptimizerSpec(
-        RMSprop, ("momentum", "rmsprop_alpha", "rmsprop_eps"), changes_every_step=False, state_keys=("square_avg",)
+        RMSprop, ("momentum", "rmsprop_alpha", "rmsprop_eps"), changes_every_step=False,
+        state_keys=("step", "square_avg"),
     ),
 }
 
