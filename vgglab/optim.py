@@ -42,7 +42,9 @@ class OptimizerSpec(NamedTuple):
 OPTIMIZERS = {
     "sgd": OptimizerSpec(SGD, ("momentum", "nesterov"), changes_every_step=False, supports_fused=True),
     "rmsprop": OptimizerSpec(
-        RMSprop, ("momentum", "rmsprop_alpha", "rmsprop_eps"), changes_every_step=False,
+        RMSprop,
+        ("momentum", "rmsprop_alpha", "rmsprop_eps"),
+        changes_every_step=False,
         state_keys=("step", "square_avg"),
     ),
 }
