@@ -1,6 +1,7 @@
 """The doctor on a healthy machine and with broken installs, and the errors of ``--device gcu`` with the latter."""
 
 import html
+import inspect
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from conftest import MAX_WAIT_SECONDS, PROJECT, shell
 from test_devices import needs_sim
 
 from vgglab.commands.doctor import Diagnosis
+from vgglab.devices.checkup import Checkup
 from vgglab.devices.doubles import EAGER, LAZY
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -31,6 +33,19 @@ def stubs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchvision")
     (folder / "torchvision.py").write_text("")
     return folder
+
+
+def test_every_check_is_performed():
+    """A check that ``run`` does not call would never report anything."""
+    checks = [name for name in vars(Checkup) if name.startswith("_check")]
+    called = {
+        name
+        for function in vars(Checkup).values()
+        if inspect.isfunction(function)
+        for name in function.__code__.co_names
+    }
+    assert len(checks) >= 4
+    assert {*checks} <= called
 
 
 def environment(*folders, **variables):
