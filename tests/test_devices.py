@@ -326,7 +326,7 @@ class NewDevice(Device):
     """A device as a contributor would add it: it states which modes it supports, and uses the CPU."""
 
     kind = "new"
-    amp_dtype = None
+    _card_api = None
     _torch_device = torch.device("cpu")
     _backend = "gloo"
 
@@ -350,6 +350,48 @@ def test_a_new_device_refuses_each_mode_that_it_does_not_support(new_device, ref
     """It used to ignore --tf32."""
     new_device(*(mode for mode in MODES if mode != flag[2:].replace("-", "_")))
     assert refused(flag) == f"{flag}: not supported on new; leave it out"
+
+
+@pytest.mark.parametrize(
+    ("supported", "flag", "advice"),
+    [
+        ((), "--amp", "--amp: not supported on new; leave it out to train in float32"),
+        ((), "--amp-dtype=float16", "--amp: not supported on new; leave it out to train in float32"),
+        (("bfloat16",), "--amp-dtype=float16", "--amp-dtype float16: not supported on new; use bfloat16"),
+    ],
+)
+def test_a_new_device_refuses_mixed_precision_that_it_does_not_support(
+    new_device, monkeypatch, refused, supported, flag, advice
+):
+    """It used to ignore --amp."""
+    new_device()
+    monkeypatch.setattr(NewDevice, "amp_dtypes", supported, raising=False)
+    assert refused(flag) == advice
+
+
+def test_fast_and_amp_choose_the_first_type_that_a_new_device_supports(new_device, monkeypatch):
+    new_device()
+    assert open_device("cpu", fast=True).amp_dtype is None
+    monkeypatch.setattr(NewDevice, "amp_dtypes", ("bfloat16", "float16"), raising=False)
+    assert [
+        open_device("cpu", **{name: value}).amp_dtype
+        for name, value in [("fast", True), ("amp_dtype", "auto"), ("amp_dtype", None), ("amp_dtype", "float16")]
+    ] == ["bfloat16", "bfloat16", None, "float16"]
+
+
+def test_a_new_device_must_say_whether_it_has_events_and_peak_memory(new_device, monkeypatch):
+    """If it does not say so, the times of its steps would be those of submitting them."""
+    new_device()
+    monkeypatch.delattr(NewDevice, "_card_api")
+    with pytest.raises(AttributeError, match="_card_api"):
+        open_device("cpu").open()
+
+
+def test_a_new_device_must_say_whether_it_is_available(monkeypatch):
+    """Without ``why_unavailable``, auto never chose it and the doctor did not list it."""
+    monkeypatch.delattr(native, "why_unavailable")
+    with pytest.raises(AttributeError, match="why_unavailable"):
+        open_device("auto")
 
 
 @pytest.mark.parametrize("mode", MODES)

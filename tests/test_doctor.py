@@ -1,6 +1,7 @@
 """The doctor on a healthy machine and with broken installs, and the errors of ``--device gcu`` with the latter."""
 
 import html
+import inspect
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from test_devices import CAN_SIMULATE, needs_sim
 
 from vgglab.commands import doctor
 from vgglab.commands.doctor import Diagnosis
+from vgglab.devices.checkup import Checkup
 from vgglab.devices.doubles import EAGER, LAZY
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -34,6 +36,19 @@ def stubs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchvision")
     (folder / "torchvision.py").write_text("")
     return folder
+
+
+def test_every_check_is_performed():
+    """A check that ``run`` does not call would never report anything."""
+    checks = [name for name in vars(Checkup) if name.startswith("_check")]
+    called = {
+        name
+        for function in vars(Checkup).values()
+        if inspect.isfunction(function)
+        for name in function.__code__.co_names
+    }
+    assert len(checks) >= 4
+    assert {*checks} <= called
 
 
 def environment(*folders, **variables):

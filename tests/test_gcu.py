@@ -117,7 +117,8 @@ def test_lazy_refuses_averaged_weights_and_supports_mixup_and_cutmix(on_gcu):
     assert on_gcu(LAZY, resume, *flags).code == 0
 
 
-ADAMW = '"adamw": OptimizerSpec(torch.optim.AdamW, (), changes_every_step=True, state_keys=("exp_avg", "exp_avg_sq")),'
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+ADAMW = f'"adamw": OptimizerSpec(torch.optim.AdamW, (), changes_every_step=True, state_keys={STATE_KEYS}),'
 
 
 def test_lazy_refuses_an_optimizer_whose_factors_change_at_every_step(on_gcu, tmp_path):

@@ -23,7 +23,7 @@ from vgglab.commands.bench import parser as bench_parser
 from vgglab.devices.compat import load_tensors
 from vgglab.devices.memory import keep_freed_memory
 from vgglab.errors import UserError
-from vgglab.lab.bench import step
+from vgglab.lab.bench import child, step
 from vgglab.pace import PHASES
 from vgglab.runs.report import SpeedStatistics, steadiness_warning
 from vgglab.runs.run import has_run_files
@@ -361,3 +361,20 @@ def test_bench_step_finds_the_largest_batch_that_fits(tmp_path):
     [found] = results.collect([tmp_path / "runs"])
     assert (found["batch per card"], found["x plain loop"]) == (row["batch_size"], None)
     assert found["share of peak"] == row["share_of_peak"] > 0
+
+
+def test_a_benchmark_opens_the_device_with_every_option_of_its_flags(monkeypatch):
+    """It listed the options itself, and ignored --sync-bn, --timers and --broadcast-buffers."""
+    opened = []
+
+    def open_device(name, **options):
+        opened.append(options)
+        raise UserError("enough")
+
+    monkeypatch.setattr(child, "open_device", open_device)
+    names = ("timers", "sync_bn", "broadcast_buffers", "compile")
+    mode = step.Mode("all", tuple(f"--{name.replace('_', '-')}" for name in names))
+    ours, theirs = multiprocessing.Pipe()
+    child.serve(theirs, mode, [*TINY])
+    assert ours.recv().reason == "enough"
+    assert {name: opened[0].get(name) for name in names} == dict.fromkeys(names, True)

@@ -128,6 +128,10 @@ def test_accuracy_on_generated_images_is_labelled_as_such(train):
     assert "(generated images)" in run._repr_html_()
     assert "(generated images)" in repr(runs_table([run]))
     assert "% of generated images" in summary(run, progress_of(run))
+    write_document(run.path / "config.json", {**run.config, "data_path": "noise"})
+    run = Run(run.path)
+    assert run.config["data_path"] == "noise"
+    assert "% of generated images" in summary(run, progress_of(run))  # it used to know only the name "fake"
 
 
 @pytest.mark.parametrize("age_seconds", [3600, 0], ids=["old", "just copied"])

@@ -31,6 +31,13 @@ def test_page_has_a_row_per_run_and_marks_published_results(images, tmp_path):
         assert row["source"] in results.as_html(rows)
 
 
+def test_scaling_does_not_compare_runs_with_other_settings(images, tmp_path):
+    """It compared them if they differed only in the optimizer, --ema or --sync-bn, for example."""
+    run_ranks(tmp_path, images, "cpu", 1, "--skip-steps=1", "--ema=0.9")
+    run_ranks(tmp_path, images, "cpu", 2, "--skip-steps=1")
+    assert [row["scaling"] for row in results.collect([tmp_path])] == [None, None]
+
+
 def test_scaling_refers_to_the_nearest_run_on_one_rank(images, tmp_path):
     one, two = (run_ranks(tmp_path, images, "cpu", num_ranks, "--skip-steps=1").path for num_ranks in (1, 2))
     folder = tmp_path / "in the order of their names"
@@ -102,7 +109,7 @@ def test_each_heading_has_a_value_or_none_in_each_kind_of_row(images, tmp_path):
     bench = run_ranks(tmp_path, images, "cpu", 1)
     (bench.path / "bench.json").write_text(json.dumps({"results": [bench_result(bench, 1e6)]}))
     run, benchmark = results.collect([tmp_path])
-    assert {*run} == {*results.COLUMNS, "is simulated"}
+    assert {*run} == {*results.COLUMNS, "is simulated", "settings"}
     assert {*benchmark} == {*results.COLUMNS, "is simulated", "peak images/s"}
     assert all({*row} == {*results.COLUMNS} for row in results.published())
 

@@ -34,6 +34,14 @@ def trained(step, **more):
     return {"event": "train", "seconds": step, "step": step, "epoch": 0, **figures, **interval, **more}
 
 
+def test_an_event_of_a_new_kind_is_not_repeated_after_a_resume(path):
+    """Only the kinds that were listed by name were assigned to an epoch."""
+    restart = {**START, "first_epoch": 1, "first_step": 10}
+    kept, redone = ({"event": "calibration", "seconds": 1, "epoch": epoch} for epoch in (0, 1))
+    append_events(path, START, kept, redone, restart, redone)
+    assert [event["epoch"] for event in vgglab.Run(path).events("calibration")] == [0, 1]
+
+
 def append_events(path, *events):
     with (path / "events.jsonl").open("a") as file:
         file.writelines(f"{json.dumps(event)}\n" for event in events)

@@ -22,6 +22,7 @@ import vgglab
 from vgglab import Run
 from vgglab.devices.compat import load_tensors
 from vgglab.errors import UserError
+from vgglab.optim import OPTIMIZERS, OptimizerSpec
 from vgglab.runs import checkpoint
 from vgglab.settings.config import Request
 
@@ -498,6 +499,33 @@ def test_checkpoint_with_incomplete_optimizer_state_is_refused(refused, train, t
     torch.save(content, tmp_path / "damaged.pt")
     line = refused(f"--resume={tmp_path}/damaged.pt", "--epochs=2", "--optimizer=rmsprop")
     assert re.search(r"is damaged \(entry \S+ is missing\)", line)
+
+
+class StepFree(torch.optim.SGD):
+    """Keeps a mean of the gradients but, like Lion, does not count its steps."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                mean = self.state[weight].setdefault("exp_avg", torch.zeros_like(weight))
+                mean.lerp_(weight.grad, 0.1)
+                weight.sub_(mean.sign(), alpha=group["lr"])
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "without a step count"])
+def test_a_run_resumes_with_every_optimizer(train, monkeypatch, name):
+    """Every optimizer with state_keys had to have an entry "step", so a run with Lion could not be resumed."""
+    if name not in OPTIMIZERS:
+        name = "sgd"  # one of the parser's choices
+        spec = OptimizerSpec(StepFree, (), changes_every_step=False, state_keys=("exp_avg",))
+        monkeypatch.setitem(OPTIMIZERS, name, spec)
+    flags = (f"--optimizer={name}", "--lr=0.001", "--seed=1")
+    first = train(*flags, "--epochs=1").run
+    resumed = train(*flags, "--epochs=2", f"--resume={first.path}").run
+    straight = train(*flags, "--epochs=2").run
+    losses = [[(event["step"], event["loss"]) for event in run.events("train")] for run in (first, resumed, straight)]
+    assert losses[0] + losses[1] == losses[2]
 
 
 def test_two_ranks_report_the_accuracy_of_the_saved_weights(images, tmp_path):

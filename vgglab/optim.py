@@ -1,4 +1,4 @@
-"""The optimizer, the loss with mixup and cutmix, and a moving average of the weights."""
+"""The optimizer, the options of the device, the loss with mixup and cutmix, and a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer, RMSprop
 
 from vgglab.devices.compat import without_compiler
+from vgglab.errors import UserError
 
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
@@ -31,18 +32,21 @@ class OptimizerSpec(NamedTuple):
     optimizer: type[Optimizer]
     settings: tuple[str, ...]  # its own settings; one that begins with its name, as rmsprop_alpha, sets argument alpha
     changes_every_step: bool  # whether its factors change at every step, as Adam's do
-    state_keys: tuple[str, ...] = ()  # state tensors that it keeps for each weight, besides momentum
+    state_keys: tuple[str, ...] = ()  # all entries of its state for each weight, except the momentum buffer
     supports_fused: bool = False  # whether it can update all weights in one kernel
 
     def num_state_tensors(self, config: Request) -> int:
         """Return the number of state tensors per weight tensor, all of its size; a checkpoint contains them too."""
-        return len(self.state_keys) + int("momentum" in self.settings and config.momentum > 0)
+        return len({*self.state_keys} - {"step"}) + int("momentum" in self.settings and config.momentum > 0)
 
 
 OPTIMIZERS = {
     "sgd": OptimizerSpec(SGD, ("momentum", "nesterov"), changes_every_step=False, supports_fused=True),
     "rmsprop": OptimizerSpec(
-        RMSprop, ("momentum", "rmsprop_alpha", "rmsprop_eps"), changes_every_step=False, state_keys=("square_avg",)
+        RMSprop,
+        ("momentum", "rmsprop_alpha", "rmsprop_eps"),
+        changes_every_step=False,
+        state_keys=("step", "square_avg"),
     ),
 }
 
@@ -73,6 +77,30 @@ def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> 
     if no_decay:
         groups.append({"params": no_decay, "weight_decay": 0.0})
     return without_compiler(spec.optimizer)(groups, lr=config.lr, weight_decay=config.weight_decay, **options)
+
+
+def device_options(request: Request) -> dict[str, Any]:
+    """Return the options of ``open_device`` that a request contains.
+
+    Raises:
+        UserError: ``--fused`` was given and the optimizer has no fused step.
+    """
+    supports_fused = OPTIMIZERS[request.optimizer].supports_fused
+    if request.fused and not supports_fused:
+        raise UserError(f"--fused: --optimizer {request.optimizer} has no fused step; leave out --fused")
+    return {
+        "amp_dtype": request.amp_dtype or ("auto" if request.amp else None),
+        "tf32": request.tf32,
+        "fast": request.fast,
+        "channels_last": request.channels_last,
+        "fused": request.fused if supports_fused else False,  # None: it depends on --fast
+        "compile": request.compile,
+        "timers": request.timers,
+        "sync_bn": request.sync_bn,
+        "broadcast_buffers": request.broadcast_buffers,
+        "world_size": request.world_size,
+        "init_method": request.dist_url,
+    }
 
 
 class Targets(NamedTuple):

@@ -129,6 +129,7 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
     """
     import_torch(request.device)  # not earlier: invalid flags are reported without importing torch
     from vgglab.data.sets import open_sets
+    from vgglab.optim import device_options
 
     saved, is_in_place = None, False
     notes: list[str] = []
@@ -147,20 +148,7 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
         saved = _read_checkpoint(request.resume)
         with error_context(f"--resume {request.resume}"):
             request = inheritance.inherit(request, given, saved.get("config", {}))
-    device = open_device(
-        request.device,
-        amp_dtype=request.amp_dtype or ("auto" if request.amp else None),
-        tf32=request.tf32,
-        fast=request.fast,
-        channels_last=request.channels_last,
-        fused=_fused(request),
-        compile=request.compile,
-        timers=request.timers,
-        sync_bn=request.sync_bn,
-        broadcast_buffers=request.broadcast_buffers,
-        world_size=request.world_size,
-        init_method=request.dist_url,
-    )
+    device = open_device(request.device, **device_options(request))
     sets = open_sets(request)
     device.open()
     try:
@@ -169,21 +157,6 @@ def run_training(request: Request, given: Sequence[str] = ()) -> None:
         _build_and_run(settings, device, sets, saved, is_in_place)
     finally:
         device.close()
-
-
-def _fused(request: Request) -> bool | None:
-    """Whether to use a fused optimizer step: False if the optimizer has none; None if it depends on ``--fast``.
-
-    Raises:
-        UserError: ``--fused`` was given and the optimizer has none.
-    """
-    from vgglab.optim import OPTIMIZERS
-
-    if OPTIMIZERS[request.optimizer].supports_fused:
-        return request.fused
-    if request.fused:
-        raise UserError(f"--fused: --optimizer {request.optimizer} has no fused step; leave out --fused")
-    return False
 
 
 def _read_checkpoint(path: str) -> Checkpoint:

@@ -116,16 +116,16 @@ def availability(options: DeviceOptions) -> Iterator[tuple[str, str | None]]:
     checked only when its pair is requested. Raises UserError if a card's library is broken.
     """
     for kind in KINDS:
-        module = _adapter_module(kind)
-        if hasattr(module, "why_unavailable"):
-            yield kind, module.why_unavailable(kind, options)
+        yield kind, _adapter_module(kind).why_unavailable(kind, options)
+        if kind == "cpu":  # after it come the simulated devices
+            break
 
 
 def _adapter_module(kind: str) -> Any:
     """Return the adapter module for a kind of device.
 
-    It defines ``open_adapter(kind, options)``, which raises UserError if the device or an option is not available. All
-    but gcu_sim also define ``why_unavailable(kind, options)``: it returns None if this machine has such a device,
+    It defines ``open_adapter(kind, options)``, which raises UserError if the device or an option is not available. That
+    of a real device also defines ``why_unavailable(kind, options)``: it returns None if this machine has such a device,
     otherwise the reason in one line ("" if it is obvious), and raises UserError if the library is broken.
     """
     return importlib.import_module(f"vgglab.devices.{KINDS[kind]}")

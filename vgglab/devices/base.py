@@ -41,9 +41,10 @@ MAX_RANDOM_SEED = 2**20  # exact in float32, the type in which it is sent
 class Device:
     """One card (or the CPU) as used by one process, and the rank of that process.
 
-    Subclasses set ``kind``, ``supports``, ``amp_dtype``, ``_torch_device``, ``_backend`` and ``_autocast`` (and
-    ``_scaler`` for float16), and define ``_hardware``. ``__init__`` reads ``kind`` and ``supports``: it refuses modes
-    that the device does not support, and sets an attribute for each mode.
+    Subclasses set ``kind``, ``supports``, ``amp_dtypes``, ``_torch_device``, ``_card_api``, ``_backend`` and
+    ``_autocast`` (and ``_scaler`` for float16), and define ``_hardware``. ``__init__`` reads the first three: it
+    refuses modes and data types that the device does not support, and sets ``amp_dtype`` and an attribute for each
+    mode.
 
     Attributes:
         kind: the name of the device in ``config.json`` and in the report.
@@ -63,6 +64,7 @@ class Device:
         is_simulated: whether the card is simulated; if it is, its speed means nothing.
         num_cards: number of cards visible to this process; None on the CPU, which any number of ranks can share.
         supports: which of ``MODES`` the device supports; the others are refused.
+        amp_dtypes: the data types of mixed precision that it supports, the one for ``--amp`` first.
         warnings: messages for the user, one line each.
     """
 
@@ -80,8 +82,9 @@ class Device:
     is_simulated: bool = False
     num_cards: int | None = None
     supports: frozenset[str] = frozenset()
+    amp_dtypes: tuple[str, ...] = ()
     _torch_device: torch.device
-    _card_api: Any = None  # torch.cuda or torch.gcu; None without events and peak memory (CPU, mps, T20)
+    _card_api: Any  # torch.cuda or torch.gcu; None without events and peak memory (CPU, mps, T20)
     _backend: str  # of the process group
     _distributed: Any = torch.distributed  # the module with the process group
     _autocast: Callable[..., ContextManager[Any]]  # called with dtype=
@@ -102,6 +105,11 @@ class Device:
             if is_on is None:  # --fast includes these two, if they are supported
                 is_on = options.fast and name in self.supports & {"channels_last", "fused"}
             setattr(self, field, is_on)
+        if options.amp_dtype is not None and not self.amp_dtypes:
+            raise UserError(f"--amp: not supported on {self.kind}; leave it out to train in float32")
+        if options.amp_dtype not in (None, "auto", *self.amp_dtypes):
+            raise UserError(f"--amp-dtype {options.amp_dtype}: not supported on {self.kind}; use {self.amp_dtypes[0]}")
+        self.amp_dtype = next(iter(self.amp_dtypes), None) if options.amp == "auto" else options.amp
         if self.world_size > 1 and "RANK" not in os.environ:
             raise UserError(
                 f"--world-size {self.world_size}: no other ranks were started; use --nproc {self.world_size} instead"

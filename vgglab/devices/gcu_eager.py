@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from vgglab.devices import DeviceOptions
+from vgglab.devices import AMP_DTYPES, DeviceOptions
 from vgglab.devices.base import LOSS_SCALER, Device
 from vgglab.errors import UserError
 
@@ -21,6 +21,7 @@ class EagerGcu(Device):
 
     kind = "gcu"
     pins_memory = True  # without it, non_blocking copies block
+    amp_dtypes = AMP_DTYPES
     _backend = "eccl"
 
     def __init__(self, options: DeviceOptions, torch_gcu: Any) -> None:
@@ -29,7 +30,6 @@ class EagerGcu(Device):
         self._version = str(getattr(torch_gcu, "__version__", "unknown"))
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._set_num_cards(self._card_api.device_count())
-        self.amp_dtype = "float16" if options.amp == "auto" else options.amp
         if self.amp_dtype == "bfloat16" and not self._card_api.is_bf16_supported():
             raise UserError("--amp-dtype bfloat16: not supported on this card; use float16")
         is_eccl_available = getattr(torch.distributed, "is_eccl_available", lambda: False)

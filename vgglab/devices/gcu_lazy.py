@@ -13,7 +13,7 @@ from typing import Any, Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vgglab.devices import DeviceOptions
+from vgglab.devices import AMP_DTYPES, DeviceOptions
 from vgglab.devices.base import LOSS_SCALER, Device
 from vgglab.errors import UserError
 
@@ -28,7 +28,9 @@ class LazyGcu(Device):
     kind = "gcu"
     supports = frozenset({"tf32"})
     allows_changing_factors = False  # factors are constants of the graph: each step would compile a new one
+    amp_dtypes = AMP_DTYPES
     _backend = "eccl"
+    _card_api = None
 
     def __init__(self, options: DeviceOptions, torch_gcu: Any, tf32: bool) -> None:
         super().__init__(options)
@@ -37,7 +39,6 @@ class LazyGcu(Device):
         self._gcu, self._distributed = torch_gcu, torch_gcu.distributed  # torch.distributed has no eccl
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._set_num_cards(torch_gcu.device_count())
-        self.amp_dtype = "float16" if options.amp == "auto" else options.amp
         self.tf32 = tf32  # set before torch_gcu was imported; cannot be changed now
         if options.sync_bn and self.world_size > 1:
             raise UserError("--sync-bn: not supported by this torch_gcu; leave it out")

@@ -12,7 +12,7 @@ from typing import Any, Iterable, Iterator, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vgglab.devices import DeviceOptions
+from vgglab.devices import AMP_DTYPES, DeviceOptions
 from vgglab.devices.base import LOSS_SCALER, Device
 from vgglab.devices.compat import without_compiler
 from vgglab.errors import UserError
@@ -20,7 +20,7 @@ from vgglab.errors import UserError
 Item = TypeVar("Item")
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 NOT_FOUND = {"cuda": "PyTorch finds no CUDA device", "mps": "PyTorch finds no Metal device"}
-AMP_DEFAULTS = {"cpu": "bfloat16", "cuda": "float16"}
+SUPPORTED_AMP_DTYPES = {"cpu": ("bfloat16",), "cuda": AMP_DTYPES, "mps": ()}
 
 
 def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
@@ -47,13 +47,13 @@ class NativeDevice(Device):
 
     def __init__(self, kind: str, options: DeviceOptions) -> None:
         self.kind = kind
+        self.amp_dtypes = SUPPORTED_AMP_DTYPES[kind]
         if kind == "cuda":
             self.supports = self.supports | {"tf32"}
         super().__init__(options)
         self.pins_memory = kind == "cuda"
         self.is_host = kind == "cpu"
         self._check()
-        self.amp_dtype = AMP_DEFAULTS[kind] if options.amp_dtype == "auto" else options.amp_dtype
         if options.fast and options.amp_dtype is None:
             self.amp_dtype = _fast_dtype(kind)
         self.fused = self.fused and _can_fuse(kind)  # --fast requests it without knowing whether this torch can
@@ -61,8 +61,8 @@ class NativeDevice(Device):
         self._autocast = partial(torch.autocast, kind)
         self._backend = BACKENDS.get(kind, "")
         self._torch_device = torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
+        self._card_api = torch.cuda if kind == "cuda" else None
         if kind == "cuda":
-            self._card_api = torch.cuda
             # Here, not in open(), so that the benchmark's plain loop uses the same precision. The defaults for matrix
             # products and convolutions differ. This is the older of torch's two interfaces: torch.compile reads it, and
             # raises an error if the newer one (torch 2.9) was used to set TF32.
@@ -78,10 +78,6 @@ class NativeDevice(Device):
         if self._options.tf32 and torch.cuda.get_device_capability() < (8, 0):
             card = torch.cuda.get_device_name()
             raise UserError(f"--tf32: not supported by {card}; leave it out to train in float32")
-        if amp_dtype is not None and self.kind not in AMP_DEFAULTS:
-            raise UserError(f"--amp: not supported on {self.kind}; leave it out to train in float32")
-        if amp_dtype == "float16" and self.kind == "cpu":
-            raise UserError("--amp-dtype float16: a CPU supports bfloat16 only; use bfloat16")
         if amp_dtype == "bfloat16" and self.kind == "cuda" and not torch.cuda.is_bf16_supported():
             raise UserError(f"--amp-dtype bfloat16: not supported by {torch.cuda.get_device_name()}; use float16")
         if amp_dtype is not None and self.kind == "cpu" and not _cpu_supports_bfloat16_pooling():

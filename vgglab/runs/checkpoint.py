@@ -255,7 +255,7 @@ class Checkpoint(Dict[str, Any]):
                 )
             optimizer.load_state_dict({**optimizer.state_dict(), "state": self["optimizer"]["state"]})
             state_keys = OPTIMIZERS[optimizer_name].state_keys
-            required = ("step", *state_keys) if state_keys and self["step"] else ()
+            required = state_keys if self["step"] else ()
             for group in optimizer.param_groups:
                 needs_buffer = bool(state_keys) and group.get("momentum")
                 for weight in group["params"]:

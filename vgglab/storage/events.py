@@ -221,6 +221,6 @@ def _is_before(event: Event, start: Event) -> bool:
     """Whether this event comes before the point at which a run is (re)started."""
     if event["event"] in ("end", "start"):
         return False
-    if event["event"] in ("eval_start", "eval", "checkpoint"):
+    if event["event"] != "train" and "epoch" in event:
         return event["epoch"] is not None and event["epoch"] < start["first_epoch"]
     return event.get("step", 0) <= start["first_step"]

@@ -243,7 +243,7 @@ def summary(run: Run, progress: Progress) -> str:
         speed = "speed not measured" if rate is None else f"{rate:.1f} images/s"
         parts.append("simulated card" if is_simulated else speed)
     if progress.eval:
-        note = " of generated images" * (run.config.get("data_path") == "fake")
+        note = " of generated images" * progress.start.get("is_fake", False)
         parts.append(f"held-out top-1 {progress.eval['acc1']:.2f} %{note}")
     parts.append(progress.time_left())
     if run.status in ACTIVE:

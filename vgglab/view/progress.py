@@ -12,7 +12,7 @@ class Progress:
         activity: what the run is doing, e.g. ``epoch 2 of 6``.
         step, num_steps: optimizer steps done and in total, including those before a resume.
         eta_seconds: estimated time left, including evaluations once one has ended; None before the first step.
-        train, eval: the latest event of each kind, or empty.
+        start, train, eval: the latest event of each kind, or empty.
         status: ``starting``, ``running``, ``done``, ``interrupted`` or ``failed``.
     """
 
@@ -22,23 +22,23 @@ class Progress:
         self.eta_seconds: float | None = None
         self.train: dict[str, Any] = {}
         self.eval: dict[str, Any] = {}
-        self._start: dict[str, Any] = {}
+        self.start: dict[str, Any] = {}
 
     def add(self, event: dict[str, Any]) -> None:
         """Update from one event; kinds that do not affect the progress are ignored."""
         kind = event["event"]
         if kind == "start":
-            self._start, self.status = event, "running"
+            self.start, self.status = event, "running"
             self.step, self.num_steps = event["first_step"], event["num_steps"]
             self.activity = f"epoch {min(event['first_epoch'] + 1, event['epochs'])} of {event['epochs']}"
         elif kind == "train":
             self.train, self.step = event, event["step"]
             self.activity = f"epoch {event['epoch'] + 1}"
-            if self._start:  # else logged before the run was resumed; the start event that counts comes later
-                self.activity += f" of {self._start['epochs']}"
-                num_done = self.step - self._start["first_step"]
+            if self.start:  # else logged before the run was resumed; the start event that counts comes later
+                self.activity += f" of {self.start['epochs']}"
+                num_done = self.step - self.start["first_step"]
                 if num_done > 0:
-                    seconds_per_step = (event["seconds"] - self._start["seconds"]) / num_done
+                    seconds_per_step = (event["seconds"] - self.start["seconds"]) / num_done
                     self.eta_seconds = seconds_per_step * (self.num_steps - self.step)
         elif kind == "eval_start":
             self.activity = "evaluating"

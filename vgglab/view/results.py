@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterable, Mapping, Sequence
 from vgglab.errors import UserError, printable
 from vgglab.runs.folder import find_series, run_dirs
 from vgglab.runs.run import ACTIVE, Run
+from vgglab.settings.config import settings_that_affect
 from vgglab.storage.schema import read_document
 from vgglab.view.seeds_table import seeds_table
 from vgglab.view.summaries import precision
@@ -40,6 +41,12 @@ OVER_PEAK = (
     "A share of peak can exceed 100 %: operations are counted from the shapes of the layers, but a convolution can be "
     "computed with fewer operations (Winograd's algorithm). The matrix product that measures the peak cannot."
 )
+
+# The settings that runs must have in common to compare their speed. Not the number of ranks, on which the default
+# number of workers depends; nor the length of the run, its seed and the path of its data, whose name is compared.
+COMPARED = settings_that_affect("weights", "speed") - {
+    "world_size", "workers", "epochs", "training_step_per_epoch", "seed", "data_path",
+}  # fmt: skip
 
 Row = Dict[str, Any]  # the values of a run, by heading; None if not measured
 
@@ -104,6 +111,7 @@ def _of_run(run: Run) -> Row:
     return {
         **_shared_values(report),
         **dict.fromkeys(("x plain loop", "share of peak", "scaling")),  # the last two are computed from several rows
+        "settings": tuple(run.config.get(name) for name in sorted(COMPARED)),
         "data": Path(report["data_path"] or "").name,
         "ranks": report["world_size"],
         "images/s": report["global_batch_size"] / median_step if median_step else None,
@@ -153,7 +161,7 @@ def series_of(folders: Iterable[Path]) -> dict[str, list[Run]]:
 
 
 # The settings that runs must have in common: for scaling, and for a peak that a benchmark has measured.
-_settings = itemgetter("model", "data", "batch per card", "image size", "hardware", "precision", "layout", "torch")
+_settings = itemgetter("settings", "data", "hardware", "precision", "layout", "torch")
 _peak_settings = itemgetter("model", "image size", "hardware", "precision")
 
 

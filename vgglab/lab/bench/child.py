@@ -23,7 +23,7 @@ from vgglab.devices.memory import is_out_of_memory, limit_to_free_memory
 from vgglab.errors import UserError
 from vgglab.lab.ceilings import product_flop_per_second
 from vgglab.model import build, head_for
-from vgglab.optim import set_learning_rate
+from vgglab.optim import device_options, set_learning_rate
 from vgglab.settings.config import complete
 from vgglab.settings.parser import parse_flags
 from vgglab.settings.schedule import learning_rate
@@ -89,10 +89,7 @@ def serve(connection: Connection, mode: Mode, flags: list[str]) -> None:
     """
     try:
         request = parse_flags([*flags, *mode.flags])
-        device = open_device(
-            request.device, amp_dtype=request.amp_dtype or ("auto" if request.amp else None), tf32=request.tf32,
-            fast=request.fast, channels_last=request.channels_last, fused=request.fused, compile=request.compile,
-        )  # fmt: skip
+        device = open_device(request.device, **device_options(request))
         if mode.is_prepared:
             device.open()
         runs_on_host = device.is_host or device.is_simulated
