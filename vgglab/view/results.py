@@ -111,7 +111,7 @@ def _of_run(run: Run) -> Row:
     return {
         **_shared_values(report),
         **dict.fromkeys(("x plain loop", "share of peak", "scaling")),  # the last two are computed from several rows
-        "settings": tuple(run.config.get(name) for name in sorted(COMPARED)),
+        "settings": repr([run.config.get(name) for name in sorted(COMPARED)]),  # as text: a dictionary key below
         "data": Path(report["data_path"] or "").name,
         "ranks": report["world_size"],
         "images/s": report["global_batch_size"] / median_step if median_step else None,
