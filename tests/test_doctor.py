@@ -109,6 +109,7 @@ def fake_torch_gcu(folder: Path, body: str, is_loaded_with_torch: bool = False) 
 
 
 def train_on_gcu(tmp_path, folder):
+    """In a process that has already imported torch, without the card's library."""
     args = ["-m", "vgglab.train", "--device=gcu", "--data-path=digits", "--run-dir=run"]
     return python(*args, env=environment(folder), cwd=tmp_path)
 
@@ -171,8 +172,10 @@ def test_a_library_that_fails_to_autoload_is_reported(tmp_path, stubs):
     assert "LD_LIBRARY_PATH=/opt/tops/lib" in all_text(findings)
     assert findings["facts"]["torch"] is not None
     assert findings["auto"].startswith("error: ")
-    failed_run = train_on_gcu(tmp_path, broken)
+    args = ["python", "-m", "vgglab.train", "--device=gcu", "--data-path=digits", "--run-dir=run"]
+    failed_run = shell(*args, env=environment(broken), cwd=tmp_path)
     assert (failed_run.returncode, len(failed_run.stderr.strip().splitlines())) == (2, 1)
+    assert "torch cannot be imported" in failed_run.stderr
     assert "libtopsrt.so" in failed_run.stderr
     assert "vgglab.doctor" in failed_run.stderr
     # Training without the card still works.

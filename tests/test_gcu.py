@@ -96,6 +96,7 @@ def test_two_ranks_use_eccl_and_lazy_ranks_skip_interpreter_shutdown(on_gcu, tmp
     assert outcome.calls.count("init_process_group") == 1
     assert [d["device_ids"] for d in outcome.details if d["call"] == "DistributedDataParallel"] == [[0]]
     assert len(losses(outcome.run)) == STEPS + 1
+    assert not [event for event in outcome.run.events("warning") if "weights of the ranks" in event["text"]]
 
 
 def test_lazy_steps_follow_the_vendors_sequence(on_gcu):

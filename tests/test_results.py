@@ -46,6 +46,9 @@ def test_scaling_refers_to_the_nearest_run_on_one_rank(images, tmp_path):
         report = json.loads((path / "report.json").read_text())
         report["step_seconds_p50"] *= slower  # measured at another time
         (folder / name / "report.json").write_text(json.dumps(report))
+    config = json.loads((folder / "1" / "config.json").read_text())
+    del config["ema"]  # written by a version that did not have this setting
+    (folder / "1" / "config.json").write_text(json.dumps(config))
     first, second, third, last = results.collect([folder])
     assert second["scaling"] == pytest.approx(second["images/s"] / first["images/s"] / 2)
     assert third["scaling"] == pytest.approx(third["images/s"] / last["images/s"] / 2)

@@ -80,9 +80,9 @@ def test_signal_to_the_series_ends_its_run(tiny, tmp_path, number, code):
         f"--run-dir={tmp_path / 'long'}",
     ]
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_until(
-        lambda: (tmp_path / "long" / "seed-1").exists() and vgglab.Seeds(tmp_path / "long").runs[0].events("train")
-    )
+    first = tmp_path / "long" / "seed-1"
+    # The folder exists before the files that make it a run.
+    wait_until(lambda: (first / "events.jsonl").exists() and vgglab.Run(first).events("train"))
     process.send_signal(number)
     assert process.wait(MAX_WAIT_SECONDS) == code
     wait_until(lambda: not processes_with(mark))

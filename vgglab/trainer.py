@@ -84,13 +84,14 @@ class Trainer:
         if changes_every_step and not (device.allows_changing_factors or config.test_only):
             if config.ema:
                 raise UserError(f"--ema: not supported on {device.kind}; use --ema 0")
-            raise UserError(f"--optimizer {config.optimizer}: not supported on {device.kind}; use --optimizer sgd")
+            raise UserError(f"--optimizer {config.optimizer}: not supported on {device.kind}; use sgd, or --test-only")
         self.average = WeightAverage(self.network, config.ema) if config.ema and not config.test_only else None
         if self.average is not None and saved is not None:
             self.average.network.load_state_dict(saved["model"])
         self.optimizer = build_optimizer(config, self.network, device.fused)
         self.objective = Objective(config, device)
         self.state = TrainingState(epoch=config.start_epoch)
+        self.ranks_agree = True
         if saved is not None and not config.test_only:
             with error_context(f"--resume {config.resume}"):
                 self.state = TrainingState(**saved.restore_training(self.optimizer, config.optimizer))
@@ -219,7 +220,8 @@ class Trainer:
         """
         device, batches, state = self.device, self.held_out, self.state
         network = self.network if self.average is None else self.average.network
-        if not _weights_agree(self.network, device):
+        if self.ranks_agree and not _weights_agree(self.network, device):
+            self.ranks_agree = False  # one warning is enough
             text = "the weights of the ranks differ: an update was not the same on all of them; rank 0's are saved"
             run.event("warning", text=text)
         _broadcast_buffers(network, device)
@@ -326,12 +328,14 @@ class Loop:
 
 
 def _weights_agree(network: nn.Module, device: Device) -> bool:
-    """Return whether all ranks have the same weights, judged by the last layer's bias, which every step changes."""
+    """Return whether all ranks have the same weights, judged by the first convolution and all biases."""
     if device.world_size == 1:
         return True
-    *_, bias = network.parameters()
-    bias_of_rank_0 = device.sum(bias if device.rank == 0 else torch.zeros_like(bias))
-    return device.true_on_all_ranks(device.fetch(bias_of_rank_0) == device.fetch(bias))
+    small = [weight for weight in network.parameters() if weight.numel() < 10_000]
+    own = torch.cat([torch.tensor(device.fetch(weight)).flatten() for weight in small])
+    own = own.nan_to_num()  # NaN, an error of its own, does not equal itself
+    of_rank_0 = device.fetch(device.sum(own if device.rank == 0 else torch.zeros_like(own)))
+    return device.true_on_all_ranks(of_rank_0 == own.tolist())
 
 
 def _broadcast_buffers(network: nn.Module, device: Device) -> None:

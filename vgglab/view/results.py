@@ -9,6 +9,7 @@ Speeds are those of the measured steps. A simulated card has no speed, so its ru
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Dict, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Dict, Iterable, Mapping, Sequence
 from vgglab.errors import UserError, printable
 from vgglab.runs.folder import find_series, run_dirs
 from vgglab.runs.run import ACTIVE, Run
-from vgglab.settings.config import settings_that_affect
+from vgglab.settings.config import Request, settings_that_affect
 from vgglab.storage.schema import read_document
 from vgglab.view.seeds_table import seeds_table
 from vgglab.view.summaries import precision
@@ -33,9 +34,10 @@ PUBLISHED = (
 TITLE = "<title>vgglab: results</title>"
 SERIES = "Several seeds, completed runs only"
 SCALING = (
-    "Scaling: images/s of n ranks, divided by n times the images/s of one rank with the same settings. If several runs "
-    "with one rank match, the one closest in alphabetical order is used (default names begin with the date); the load "
-    "on the machine may have differed between the two runs."
+    "Scaling: images/s of n ranks, divided by n times the images/s of one rank with the same settings, except for "
+    "the length of the training, the workers and the seed. If several runs with one rank match, the one closest in "
+    "alphabetical order is used (default names begin with the date); the load on the machine may have differed between "
+    "the two runs."
 )
 OVER_PEAK = (
     "A share of peak can exceed 100 %: operations are counted from the shapes of the layers, but a convolution can be "
@@ -47,6 +49,7 @@ OVER_PEAK = (
 COMPARED = settings_that_affect("weights", "speed") - {
     "world_size", "workers", "epochs", "training_step_per_epoch", "seed", "data_path",
 }  # fmt: skip
+DEFAULTS = {field.name: field.default for field in fields(Request) if field.name in COMPARED}
 
 Row = Dict[str, Any]  # the values of a run, by heading; None if not measured
 
@@ -108,10 +111,11 @@ def collect(folders: Iterable[Path]) -> list[Row]:
 def _of_run(run: Run) -> Row:
     report = run.report()
     median_step, p90_step, acc1 = report["step_seconds_p50"], report["step_seconds_p90"], report["acc1"]
+    settings = {**DEFAULTS, **run.config}  # an older run lacks settings that were added after it
     return {
         **_shared_values(report),
         **dict.fromkeys(("x plain loop", "share of peak", "scaling")),  # the last two are computed from several rows
-        "settings": repr([run.config.get(name) for name in sorted(COMPARED)]),  # as text: a dictionary key below
+        "settings": repr([settings[name] for name in DEFAULTS]),  # as text: a dictionary key below
         "data": Path(report["data_path"] or "").name,
         "ranks": report["world_size"],
         "images/s": report["global_batch_size"] / median_step if median_step else None,
