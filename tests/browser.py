@@ -1,4 +1,4 @@
-"""JupyterLab in Chromium, driven by Playwright, for tests and for the README's pictures."""
+"""JupyterLab in Chromium, driven by Playwright, for tests and for the README's picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Regenerate the README's pictures with JupyterLab: ``python tests/pictures.py``."""
+"""Regenerate the README's picture with JupyterLab: ``python tests/pictures.py``."""
 
 import tempfile
 from pathlib import Path
@@ -24,26 +24,7 @@ def capture_dashboard(lab) -> None:
     notebook.close()
 
 
-EXPLORER_CELL = """from sklearn.datasets import load_sample_image
-from vgglab.lab import anatomy
-from vgglab.view.explorer import explore
-explore(anatomy.of, load_sample_image("flower.jpg"), "vgg16", 224, "features.14")"""
-
-
-def capture_explorer(lab) -> None:
-    """The explorer with a middle layer of VGG16, on the photograph of a flower."""
-    notebook = lab.open("explorer", [EXPLORER_CELL], viewport={"width": 1330, "height": 1200})
-    notebook.run(0)
-    output = notebook.output(0)
-    output.locator("img").first.wait_for(timeout=120_000)
-    notebook.page.mouse.move(0, 0)
-    notebook.page.wait_for_timeout(2500)
-    output.first.screenshot(path=PROJECT / "docs" / "explorer.png")
-    notebook.close()
-
-
 if __name__ == "__main__":
     (PROJECT / "docs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, jupyterlab(Path(folder)) as lab:
         capture_dashboard(lab)
-        capture_explorer(lab)

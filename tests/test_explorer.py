@@ -214,6 +214,16 @@ def test_live_front_end_shows_widgets_and_static_one_a_figure(kind, monkeypatch)
     assert "features.18, conv" in table._repr_html_()
 
 
+@pytest.mark.parametrize("layer", ["features.0", "features.28"])
+def test_titles_fit_into_the_figure(layer):
+    """A longer one was cut off at the right."""
+    figure = Explorer(anatomy.of, PHOTOGRAPH, "vgg16_bn", 224, layer).picture()
+    figure.canvas.draw()
+    for panel in figure.axes:
+        extent = panel.title.get_window_extent()
+        assert 0 <= extent.x0 <= extent.x1 <= figure.bbox.x1, panel.get_title()
+
+
 def test_terminal_prints_text(capsys):
     explore(anatomy.of, PHOTOGRAPH, "vgg16", 32, "features.28")
     assert "196 x 196 pixels, larger than the image; the rest is padding" in capsys.readouterr().out

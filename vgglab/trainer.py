@@ -333,7 +333,7 @@ def _weights_agree(network: nn.Module, device: Device) -> bool:
         return True
     small = [weight for weight in network.parameters() if weight.numel() < 10_000]
     own = torch.cat([torch.tensor(device.fetch(weight)).flatten() for weight in small])
-    own = own.nan_to_num()  # NaN, an error of its own, does not equal itself
+    own = own.nan_to_num()  # NaN does not equal itself; save_checkpoint reports it
     of_rank_0 = device.fetch(device.sum(own if device.rank == 0 else torch.zeros_like(own)))
     return device.true_on_all_ranks(of_rank_0 == own.tolist())
 

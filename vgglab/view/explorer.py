@@ -133,7 +133,7 @@ class Explorer:
         panel.set(xlim=(low - margin, high + margin), ylim=(high + margin, low - margin), facecolor="#EEEEEE")
         panel.set_xlabel("pixels" + ("; grey is padding" if low < 0 or high > size else ""), fontsize=9)
         title = f"orange: receptive field of a {self.layer.name} output"
-        title += "; dashed: that of the output to its left" if width > 1 else ""
+        title += ";\ndashed: that of the output to its left" if width > 1 else ""
         panel.set_title(title, fontsize=9, color=INK)
         panel.tick_params(colors=INK, labelsize=9)
 
