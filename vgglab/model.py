@@ -122,8 +122,8 @@ def _init_weights(model: VGG, init: str) -> None:
       so linear layers with fewer than 4096 inputs use Kaiming's sqrt(2 / inputs) instead.
     - ``xavier``: Glorot and Bengio 2010, uniform, for all layers; the authors of the VGG paper found that it makes
       pre-training unnecessary (section 3.1).
-    - ``normal``: a standard deviation of 0.01 for all layers. (For its shallowest network the paper states a variance
-      of 0.01, section 3.1.)
+    - ``normal``: a standard deviation of 0.01 for all layers. (For its shallowest network, the paper gives a variance
+      of 0.01, which is a standard deviation of 0.1: section 3.1.)
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -151,10 +151,10 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def head_for(name: str, image_size: int, requested: str = "auto") -> str:
-    """The head of a network for square images of side ``image_size``.
+    """The head of network ``name`` for square images of side ``image_size``: a key of ``HEADS``.
 
-    If none is requested (``auto``), it is the network's own. A network without one gets ``imagenet`` from
-    7 x 32 = 224 pixels up, and ``small`` below.
+    With ``auto``, a network that has a head of its own in ``HEADS`` gets that one; any other network gets
+    ``imagenet`` from 7 x 32 = 224 pixels up, and ``small`` below.
     """
     own_head = name.partition("_bn")[0]
     by_size = "imagenet" if image_size >= HEADS["imagenet"][0] * FEATURE_STRIDE else "small"
@@ -220,7 +220,7 @@ def load_pretrained(model: nn.Module, name: str) -> list[str]:
 
 
 def published_file(name: str) -> tuple[str, Path]:
-    """The URL of torchvision's published weights, and their path in torch's cache, where they may not exist yet.
+    """The URL of torchvision's published weights, and the path of their file in torch's cache (it may not exist yet).
 
     Raises:
         UserError: torchvision does not have this network.

@@ -36,7 +36,7 @@ class OptimizerSpec(NamedTuple):
     supports_fused: bool = False  # whether it can update all weights in one kernel
 
     def num_state_tensors(self, config: Request) -> int:
-        """Return the number of state tensors per weight tensor, all of its size; a checkpoint contains them too."""
+        """Return the number of state tensors per weight tensor, each as large as the weight; saved in checkpoints."""
         return len({*self.state_keys} - {"step"}) + int("momentum" in self.settings and config.momentum > 0)
 
 
@@ -80,7 +80,7 @@ def build_optimizer(config: Settings, model: nn.Module, fused: bool = False) -> 
 
 
 def device_options(request: Request) -> dict[str, Any]:
-    """Return the options of ``open_device`` that a request contains.
+    """Return the device settings of a request as keyword arguments for ``open_device``.
 
     Raises:
         UserError: ``--fused`` was given and the optimizer has no fused step.
@@ -163,7 +163,7 @@ def box_mask(ratio: float, size: int) -> Tensor:
 class WeightAverage:
     """A moving average of the weights, kept in ``network``; the decay per step is smaller during the first steps.
 
-    Source: Polyak and Juditsky 1992; here exponential, as in the reference scripts of torchvision and timm.
+    After Polyak and Juditsky 1992, but exponential, as in the reference scripts of torchvision and timm.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -172,7 +172,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Update after optimizer step ``step``, counted from 1; batch-norm statistics, already averages, are copied."""
+        """Update after optimizer step ``step`` (from 1); batch-norm statistics are averages already and are copied."""
         decay = min(self.decay, (1 + step) / (10 + step))  # so that the random initial weights are soon forgotten
         for average, value in zip(self.network.parameters(), network.parameters()):
             average.mul_(decay).add_(value, alpha=1 - decay)

@@ -46,7 +46,7 @@ class Clock:
         self._phases: list[tuple[str, Any]] = [("", self._marks[0])]
 
     def batches(self, batches: Iterable[Any], num_done: int = 0) -> Iterator[tuple[int, Any]]:
-        """Yield each batch with its number, counted from ``num_done`` + 1, and add up the time spent waiting."""
+        """Yield each batch with its number, counted from ``num_done`` + 1, and add up the time spent waiting for it."""
         iterator = iter(batches)
         with self._reads if self.has_phases else nullcontext():
             for number in count(num_done + 1):

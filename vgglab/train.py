@@ -21,7 +21,7 @@ To continue after a stop, or only to evaluate:
 
 All results are written to the run directory (see ``vgglab/runs/run.py``). Exit codes: 0 done, 1 a bug (with traceback),
 2 bad input (one line on stderr), 75 stopped by SIGTERM, SIGUSR1 or SIGHUP after saving a checkpoint, 130 stopped by
-Ctrl-C, after saving a checkpoint if it was pressed once.
+Ctrl-C (pressed once: after saving a checkpoint; twice: at once, without saving).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _AbortedByRank0(Exception):
-    """Rank 0 could not create the run directory and reports why; the other ranks just exit."""
+    """Raised on the other ranks if rank 0 could not create the run directory; only rank 0 reports why."""
 
 
 def run_training(request: Request, given: Sequence[str] = ()) -> None:
@@ -226,7 +226,7 @@ def _resolve(request: Request, device: Device, sets: DataSets) -> Settings:
 def _build_and_run(
     config: Settings, device: Device, sets: DataSets, saved: Checkpoint | None, is_in_place: bool
 ) -> None:
-    """Build the trainer and run it. It must not outlive this call, or DDP hangs at exit on torch 1.10."""
+    """Build the trainer and run it. The trainer must not outlive this call, or DDP hangs at exit on torch 1.10."""
     from vgglab.runs.writer import RankWriter
     from vgglab.trainer import Trainer
 

@@ -1,7 +1,7 @@
 """Training: ``Trainer.step`` is one optimizer step, ``Trainer.fit`` the loop around it.
 
-Devices differ only in the methods of ``Device``, experiments only in their settings. Results are written to the run
-directory, as events.
+Devices differ only in the methods of ``Device``, and experiments differ only in their settings. Results are written to
+the run directory, as events.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TrainingState:
 
 
 class StepResult(NamedTuple):
-    """The results of a training step, on the device; reading them waits for it. Scalars are averaged and logged."""
+    """Results of a training step, on the device: reading one waits for the device. Scalars are averaged and logged."""
 
     loss: Tensor  # (), of this rank's batch
     logits: Tensor  # (N, num_classes)
@@ -305,7 +305,7 @@ class Loop:
             self.trainer.device = device
 
     def _log_and_sync(self, epoch: int, result: StepResult, labels: Tensor, should_log: bool) -> None:
-        """Average the scalars of ``result`` over the ranks and see whether to stop; write a log line if requested."""
+        """Average the scalars of ``result`` over the ranks and check for stop requests; log if ``should_log``."""
         dtype = torch.get_default_dtype()  # not that of the loss, which may be 16-bit with mixed precision
         scalars = {name: value.detach().to(dtype) for name, value in result._asdict().items() if value.dim() == 0}
         scalars["acc1"] = (result.logits.detach().argmax(1) == labels).to(dtype).mean()

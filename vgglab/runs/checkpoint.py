@@ -114,7 +114,7 @@ class _NonRaisingFile:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link or copy ``source`` to ``target``, which stays when the next save replaces ``source``."""
+    """Make ``target`` a hard link to ``source``, or a copy; it survives when the next save replaces ``source``."""
     with contextlib.suppress(FileNotFoundError):
         target.unlink()
     try:
@@ -124,7 +124,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _to_cpu(value: Any) -> Any:
-    """The same structure with every tensor on the CPU, so that it can be read without the card."""
+    """The same structure with every tensor on the CPU, so that a machine without the card can load it."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):
@@ -187,7 +187,7 @@ FILE_NAMES = ("last.pt", "previous.pt", "best.pt")
 
 
 def _newest_first(file: Path) -> tuple[float, int]:
-    """Sort key: newest first; of two names for the same file, the first in ``FILE_NAMES``."""
+    """Sort key: newest first; equally new files, such as hard links to one file, in the order of ``FILE_NAMES``."""
     return -file.stat().st_mtime, FILE_NAMES.index(file.name) if file.name in FILE_NAMES else len(FILE_NAMES)
 
 
@@ -202,7 +202,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def copy_best(resumed: str | Path, folder: Path) -> None:
-    """Copy the ``best.pt`` beside the resumed checkpoint to ``folder``; it stays until the run has a better one."""
+    """Copy the ``best.pt`` next to the resumed checkpoint to ``folder``; it stays until the run has a better one."""
     best = locate(resumed).with_name("best.pt")
     if best.exists() and best.parent.absolute() != folder.absolute():
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ class Checkpoint(Dict[str, Any]):
     """The content of a checkpoint file. If the file contains only weights, ``model`` is the only key."""
 
     def restore_model(self, model: nn.Module, name: str, for_training: bool = False) -> None:
-        """Load the weights into ``model``: those that were evaluated, or with ``for_training`` those to continue with.
+        """Load the weights for evaluation into ``model`` or, with ``for_training``, those that training continues from.
 
         Raises:
             UserError: the weights belong to a different network.

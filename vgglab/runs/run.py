@@ -139,7 +139,7 @@ class Run:
         return read_document(self.path / "env.json")
 
     def damage(self) -> list[str]:
-        """A list of phrases: what was ignored in the files because it is damaged or was not written by vgglab."""
+        """Phrases about content that is missing, or ignored because it is damaged or not written by vgglab."""
         phrases: list[str] = []
         if self.valid_report() is None:
             try:
@@ -210,7 +210,7 @@ class Run:
         return try_read_document(self.path / "env.json"), self._launcher()
 
     def _launcher(self) -> Document:
-        """The process that ``vgglab.launch`` started; empty if there is none, or if the folder is a copy of its run."""
+        """The process that ``vgglab.launch`` started here; empty if there is none or if this folder is a copy."""
         launcher = try_read_document(self.path / LAUNCH_FILE)
         if "inode" in launcher and launcher["inode"] != inode_of(self.path):  # earlier versions did not record it
             launcher.clear()
@@ -250,7 +250,7 @@ class Run:
     def valid_report(self) -> Document | None:
         """``report.json`` if it is final and matches the events, which then need not be parsed; else None.
 
-        The files are read again only if they have changed, because a table asks several times for each of many runs.
+        The files are read again only if they have changed, because a table calls this several times for each run.
         """
         stamps = [stamp(self.path / name) for name in ("config.json", "env.json", "report.json", "events.jsonl")]
         if None in stamps or stamps != self._stamps:
@@ -284,7 +284,7 @@ class Run:
         return sorted(file for file in (self.path / "log").glob(f"{kind}*.jsonl") if file.is_file())
 
     def _log_lines(self, kind: str) -> list[list[dict[str, Any] | None]]:
-        """The last lines of each ``log/<kind>*.jsonl``, without incomplete first and last lines; None if damaged."""
+        """The last complete lines of each ``log/<kind>*.jsonl``, parsed; None in place of a damaged line."""
         validator, num_bytes, max_files = LOG_LINES[kind]
         parsed = []
         for file in self._files(kind)[:max_files]:
@@ -353,7 +353,7 @@ class Run:
     def _processes_to_signal(self) -> list[int]:
         """The processes to signal, never process 1: those launched for this run, or the one that holds its lock.
 
-        The files alone prove nothing, because anybody can write them.
+        A process ID in a file is not enough, because somebody else may have written the file.
         """
         pids, env, launcher = find_processes(self.path), self.env, self._launcher()
         if is_running(launcher) and launcher["pid"] in pids:

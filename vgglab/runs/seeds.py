@@ -4,7 +4,7 @@
     python -m vgglab.train --recipe quick --seeds 3,17,23
     vgglab.launch("--recipe quick", seeds=5)                 # in a notebook; nproc= for several cards
 
-If the series was stopped, the same command with ``--run-dir`` continues it, also without ``--resume auto``. All runs
+If the series was stopped, the same command with ``--run-dir`` continues it, even without ``--resume auto``. All runs
 are in one folder, ``<output-dir>/runs/<time>-...-seeds/seed-<n>/``; ``vgglab.Seeds(folder)`` reads it.
 """
 

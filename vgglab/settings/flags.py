@@ -78,9 +78,9 @@ def flag(
 
     Args:
         affects: one of ``AFFECTS``.
-        inherited: a resumed run takes it from the checkpoint unless it is given; never if it only affects the speed,
-            the location or the launch.
-        implies: a second setting, determined by this one; if this one is given, a resumed run inherits neither.
+        inherited: a resumed run takes the setting from the checkpoint unless the command line sets it; ignored for
+            settings that affect only the speed, the location or the launch, which are never inherited.
+        implies: a second setting that this one determines; if this one is given, a resumed run inherits neither.
         options: further arguments of ``ArgumentParser.add_argument``; if ``choices`` is a dict, its values are
             descriptions and are added to the help.
 

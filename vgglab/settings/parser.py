@@ -114,7 +114,7 @@ def flags_given(argv: Sequence[str]) -> list[str]:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings given on a command line, directly or by a recipe, and the words that are no flags."""
+    """Return the settings given on a command line, directly or by a recipe, and the unrecognised arguments."""
     arguments = [with_dashes(argument) for argument in argv]
     parsed, unknown = parser.parse_known_args(arguments)
     if "recipe" in parsed:  # its flags come first, so that the others override them
@@ -176,7 +176,7 @@ def _unused_settings(config: Request, choice: str, table: Mapping[str, Any]) -> 
 
     Args:
         choice: the name of a setting with choices.
-        table: an entry for each choice, whose ``settings`` are those that it uses.
+        table: for each choice, an entry whose ``settings`` are the settings that the choice uses.
     """
     chosen = getattr(config, choice)
     unused = {name for entry in table.values() for name in entry.settings} - {*table[chosen].settings}

@@ -1,6 +1,6 @@
 """Named sets of settings, such as ``--recipe seed``. Other flags override their values.
 
-The cost of a recipe is given in images: epochs x training images, each 92.65 GFLOP for VGG16 at 224 pixels
+The cost of a recipe is given in images: epochs x training images. An image costs 92.65 GFLOP for VGG16 at 224 pixels
 (``python -m vgglab.anatomy``). ``python -m vgglab.plan --recipe NAME`` converts it to hours.
 """
 

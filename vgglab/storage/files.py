@@ -66,14 +66,14 @@ def nofollow_opener(file: str, flags: int) -> int:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder if necessary. Raises OSError, also if it is a symbolic link owned by another user."""
+    """Create a folder if necessary. Raises OSError if that fails, or if it is a symbolic link owned by another user."""
     if folder.is_symlink() and folder.lstat().st_uid not in (0, os.geteuid()):
         raise OSError(errno.ELOOP, f"{folder} is a symbolic link owned by another user")
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def inode_of(path: Path) -> str:
-    """The inode number of a folder, which stays the same when it is renamed, but not when it is copied.
+    """The inode number of a folder: a renamed folder keeps it, a copy has a different one.
 
     As text, because it may exceed 2**53; empty if there is no such folder.
     """
@@ -83,8 +83,8 @@ def inode_of(path: Path) -> str:
 def stamp(file: Path) -> Stamp | None:
     """A value that changes when the file changes.
 
-    None if there is no such file, or if it was changed so recently that another change might leave its size and its
-    modification time as they are.
+    None if there is no such file, or if it was changed so recently that another change might alter neither its size
+    nor its modification time.
     """
     try:
         status = os.stat(file, follow_symlinks=False)

@@ -92,7 +92,7 @@ def record(required: dict[str, Validator], **optional: Validator) -> Validator:
 
 
 def dict_of(validator: Validator, *names: str) -> Validator:
-    """A validator for a JSON object whose values all pass ``validator``, and which has the keys ``names``."""
+    """A validator for a JSON object that has the keys ``names`` and whose values all pass ``validator``."""
     return lambda value: isinstance(value, dict) and value.keys() >= set(names) and all(map(validator, value.values()))
 
 
@@ -268,7 +268,7 @@ def try_read_document(file: Path) -> Document:
 
 
 def write_document(file: Path, content: Content) -> None:
-    """Write a document completely or not at all. Raises OSError."""
+    """Write a document atomically. Raises OSError."""
     temporary = file.with_suffix(".tmp")
     with open(temporary, "wb", opener=nofollow_opener) as target:
         target.write(json.dumps(with_checksum(content), indent=2).encode() + b"\n")
@@ -276,7 +276,7 @@ def write_document(file: Path, content: Content) -> None:
 
 
 def append_line(file: Path, content: Content) -> None:
-    """Append a line, after ending an incomplete last line. Raises OSError; later calls may still succeed."""
+    """Append a line; end the last line first if it is incomplete. Raises OSError; later calls may still succeed."""
     line = json.dumps(with_checksum(content)).encode() + b"\n"
     with open(file, "a+b", buffering=0, opener=nofollow_opener) as lines:
         if lines.seek(0, os.SEEK_END):

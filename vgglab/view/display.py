@@ -1,4 +1,4 @@
-"""What notebooks work with: a run, the runs in a folder, and the runs of several seeds, each displayed in a cell."""
+"""Objects for notebooks, each with its own display: a run, the runs in a folder, and the runs of several seeds."""
 
 from __future__ import annotations
 

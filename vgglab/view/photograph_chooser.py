@@ -12,7 +12,7 @@ from vgglab.view.tables import html_text
 
 
 def choose_photograph(look: Callable[[str, bytes], tuple[str, NotebookFigure]], example: str | Path) -> Any:
-    """Print the text of ``look(name, data)`` for ``example``; return its figure or, with widgets, an upload button."""
+    """Print the text that ``look`` returns for ``example``; return the figure or, with widgets, an upload button."""
     line, picture = look(Path(example).name, Path(example).read_bytes())
     print(line)
     return photograph_button(look) if front_end() == "live" else picture

@@ -66,5 +66,5 @@ def duration(seconds: float) -> str:
 
 
 def loss_text(value: float | None) -> str:
-    """A loss as text; None is recorded for one that is not finite."""
+    """A loss as text; None, as in the events, means that it was not finite."""
     return "not finite" if value is None else f"{value:.4f}"

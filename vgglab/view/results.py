@@ -3,7 +3,7 @@
     python -m vgglab.view.results                      # all runs under runs/, as text
     python -m vgglab.view.results runs --html page.html
 
-Speeds are those of the measured steps. A simulated card has no speed, so its runs are in a separate table.
+Speeds are those of the measured steps. Runs on a simulated card, whose speed means nothing, have their own table.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _of_benchmark(result: dict[str, Any], run: Run) -> Row:
 
 
 def _shared_values(report: dict[str, Any]) -> Row:
-    """The values that are computed alike for a run and for a benchmark, whose fields have the same names."""
+    """The values that are computed in the same way for runs and benchmarks; their fields have the same names."""
     options = {"channels_last": "channels last", "fused": "fused", "compiled": "compiled", "timers": "with timers"}
     return {
         "model": report["model"],
@@ -222,7 +222,7 @@ def as_text(results: Sequence[Row], series: Mapping[str, Sequence[Run]] | None =
 
 
 def as_html(results: Sequence[Row], series: Mapping[str, Sequence[Run]] | None = None) -> str:
-    """Return a complete HTML page that loads nothing from elsewhere."""
+    """Return a complete HTML page without external resources."""
     tables_html = "".join(table._repr_html_() for table in tables(results, series))
     style = (
         "body{font:16px/1.4 sans-serif;margin:2em;color:#333}table{border-collapse:collapse}"

@@ -20,7 +20,7 @@ SCALARS = {
 
 
 class Scalars:
-    """A listener for ``RunWriter`` that writes TensorBoard scalars over the optimizer step.
+    """A listener for ``RunWriter`` that writes TensorBoard scalars against the optimizer step.
 
     Raises:
         UserError: tensorboard is not installed.

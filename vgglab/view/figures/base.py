@@ -1,4 +1,4 @@
-"""What all figures share: their colours, their panels, and the way a notebook shows a figure.
+"""Shared by all figures: colours, panels, and display in a notebook.
 
 Figures use ``matplotlib.figure.Figure`` and never pyplot, which is not safe in the dashboard's thread.
 """

@@ -30,7 +30,7 @@ def kernel_grid(kernels: Any, num_columns: int = 16) -> NotebookFigure:
 
 
 def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> NotebookFigure:
-    """Show one row per layer: the ``num_maps`` channels that vary most over the image, which is in the first row.
+    """Show the image at the top left, and one row per layer: the ``num_maps`` channels that vary most over it.
 
     Axes are in pixels of the map; each map is scaled from 0 (black) to its maximum.
     """
@@ -80,9 +80,9 @@ def heat_over(images: Sequence[Any], heats: Mapping[str, Sequence[Any]], titles:
 def receptive_fields(image: Any, fields: Mapping[str, Any]) -> NotebookFigure:
     """Mark on the image the pixels that affect the centre unit of each layer; a frame shows their extent.
 
-    ``fields`` maps the name of each layer to an array ``(H, W)`` with sum 1: that of one image, from
-    ``features.effective_receptive_fields``. Its square root is drawn, to make weak influence visible. Axes are in
-    pixels of the image.
+    ``fields`` maps the name of each layer to an array ``(H, W)`` with sum 1, which
+    ``features.effective_receptive_fields`` computes for each image. Its square root is drawn, to make weak influence
+    visible. Axes are in pixels of the image.
     """
     boxes = [bounding_box(field) for field in fields.values()]
     largest = max(boxes, key=lambda box: box[2] - box[0])
@@ -120,7 +120,7 @@ def neighbour_rows(
 ) -> NotebookFigure:
     """Show one row per (criterion, index of an image, indices of its neighbours); ``meanings`` are the captions.
 
-    A neighbour with a different caption has a cross and a thick orange frame.
+    A neighbour whose caption differs from that of the query image gets a cross and a thick orange frame.
     """
     num_columns = 1 + max(len(indices) for _, _, indices in rows)
     figure, panels = image_grid(num_columns * len(rows), num_columns, 1.25, 1.5)

@@ -33,8 +33,8 @@ def architecture(anatomy: Anatomy, marked: str = "") -> NotebookFigure:
 
     Args:
         anatomy: a result of ``vgglab.anatomy.of``, of any depth and image size.
-        marked: the name of a layer to point at; a layer of another kind than convolution, pool or
-            linear is marked at the box before it.
+        marked: the name of a layer to point at; a layer other than a convolution, pool or linear
+            layer is marked at the box before it.
 
     Raises:
         UserError: the layer does not exist, or the network has no layer that is drawn as a box.
@@ -160,7 +160,7 @@ def _draw_marker(panel: Any, name: str, box: Box, size: int) -> None:
 
 
 def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> NotebookFigure:
-    """Plot measured layers under the roofline, on logarithmic axes: GFLOP/s of the forward pass over FLOP per byte.
+    """Plot measured layers under the roofline, on logarithmic axes: GFLOP/s of the forward pass against FLOP per byte.
 
     Only layers with multiply-adds are shown. A layer far below the roofline could be faster.
 
@@ -199,7 +199,7 @@ def roofline(rows: Sequence[Layer], ceilings: Ceilings) -> NotebookFigure:
 
 
 def _label_positions(preferred: Any) -> Any:
-    """Return positions in ascending order that do not overlap: pushed right by the label before, left by the edge."""
+    """Return ascending positions that do not overlap: each is moved right past the previous one, left at the edge."""
     gap = min(LABEL_GAP, 1 / (len(preferred) + 1))
     offsets = gap * np.arange(len(preferred))
     limit = 1 - gap / 2 - offsets[-1]

@@ -57,7 +57,7 @@ def _points(events: Sequence[Event], metric: str) -> tuple[list[int], Any]:
 
 
 def _line(number: int, name: str) -> dict[str, Any]:
-    """Return the colour, dashes and label of a line. A space goes before "_", because legends omit such names."""
+    """The colour, dashes and label of a line. A name with a leading "_" gets a space before it, or legends omit it."""
     label = f" {name}" if name.startswith("_") else name
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "label": label}
 
