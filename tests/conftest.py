@@ -12,10 +12,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import pytest
-from processes import MAX_WAIT_SECONDS, NARROW, NARROW_VGG11, PROJECT, PYTHONPATH
+from forking import FORKED
+from processes import MAX_WAIT_SECONDS, NARROW, NARROW_VGG11, PROJECT, PYTHONPATH, fork_children_of_pytest
 
 gc.disable()  # until the first test: the imports leave no garbage, but searching for it takes seconds
 # Tests run in parallel on all cores, as do the processes that they start: with one thread each, they do not compete.
@@ -123,6 +124,18 @@ def narrow(request, monkeypatch) -> None:
         monkeypatch.setitem(model.CONFIGURATIONS, "vgg11", NARROW_VGG11)
         monkeypatch.setenv(NARROW, json.dumps({"vgg11": NARROW_VGG11}))
         monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+
+
+@pytest.fixture
+def forked(request, monkeypatch) -> Iterator[None]:
+    """Fork new training processes from one that has imported torch, unless the test is marked ``new_interpreters``."""
+    if request.node.get_closest_marker("new_interpreters"):
+        yield
+        return
+    monkeypatch.setenv(FORKED, "1")
+    end = fork_children_of_pytest()
+    yield
+    end()
 
 
 @pytest.fixture

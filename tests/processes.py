@@ -6,13 +6,14 @@ started on first use) has imported torch and a few other packages, but no module
 package from its ``PYTHONPATH``.
 
 Forked processes cannot test the following, which needs ``shell``: interpreter startup, the order of imports, variables
-that torch or the C library reads at startup, the environment as ``/proc`` shows it, and Python's shutdown.
+that torch or the C library reads at startup, the command line as ``/proc`` shows it, and Python's shutdown.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -23,12 +24,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import lru_cache
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from types import ModuleType
 from typing import Mapping
+
+from forking import FORKED, PADDING, fork_children, serve, show_environment
 
 PROJECT = Path(__file__).resolve().parent.parent
 # A timeout that only a hang exceeds; no test requires a fast machine.
@@ -159,6 +163,17 @@ class Child:
         return subprocess.CompletedProcess(["python", *self.args], self.wait(), out, err)
 
 
+def fork_children_of_pytest():
+    """As ``fork_children``, for processes that pytest starts without ``Child``; call the result to end it."""
+
+    def start_helper(*args) -> None:
+        _start_server()
+        with _without_main():
+            _context.Process(target=serve, args=args).start()
+
+    return fork_children(functools.partial(_run_forked, _default_path()), start_helper)
+
+
 @lru_cache(maxsize=None)
 def _start_server() -> None:
     """Start it with one thread, as everywhere here, and without any ``PYTHONPATH`` that the first test has set."""
@@ -167,6 +182,7 @@ def _start_server() -> None:
     os.environ.update(
         OMP_NUM_THREADS="1", TORCH_DEVICE_BACKEND_AUTOLOAD="0", PYTHONPATH=str(Path(__file__).resolve().parent)
     )
+    os.environ[PADDING] = "-" * 30_000
     try:
         with _without_main():
             forkserver.ensure_running()
@@ -204,13 +220,34 @@ def _default_path() -> list[str]:
 def _run_child(args, environment, cwd, outputs, path, preexec_fn, autoload) -> None:
     """In the child: restore the state of a new interpreter, then run its arguments."""
     os.setpgid(0, 0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    for number, file in enumerate(outputs, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+    sys.exit(_run_as_interpreter(path, args, environment, cwd, preexec_fn, autoload))
+
+
+def _run_forked(path, args, env, cwd) -> int:
+    code = _run_as_interpreter(path, args[1:], env, cwd)
+    threading._shutdown()  # waits for threads, like multiprocessing in _run_child
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    return code
+
+
+def _run_as_interpreter(path, args, environment, cwd, preexec_fn=None, autoload=False) -> int:
+    """Run ``args`` in this process, which has just been forked, as a new interpreter would; return its exit code."""
     _reset_signals()
     os.environ.clear()
     os.environ.update(environment)
+    show_environment(environment)
     os.chdir(cwd)
-    _open_streams(outputs)
+    _open_streams()
     if preexec_fn is not None:
         preexec_fn()
+    if environment.get(FORKED) == "1":
+        fork_children(functools.partial(_run_forked, path))
     extra = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
     sys.path[:] = [*extra, *path]
     importlib.invalidate_caches()
@@ -239,7 +276,7 @@ def _run_child(args, environment, cwd, outputs, path, preexec_fn, autoload) -> N
     gc.collect()  # at the exit of an interpreter, the frames of its functions are gone too
     with contextlib.suppress(Exception):  # atexit has printed it, and it does not change the exit code
         atexit._run_exitfuncs()
-    sys.exit(code)  # multiprocessing waits for threads, flushes and calls os._exit
+    return code
 
 
 def _reset_signals() -> None:
@@ -255,12 +292,8 @@ def _reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
-def _open_streams(outputs: list[str]) -> None:
-    """Redirect the three streams to files, with the buffering that Python uses for a pipe."""
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    for number, file in enumerate(outputs, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+def _open_streams() -> None:
+    """Open the three streams with the buffering that Python uses for a pipe."""
     sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)

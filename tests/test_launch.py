@@ -18,7 +18,7 @@ from processes import NARROW_CODE, Child, python
 import vgglab
 from vgglab.runs.run import is_run_dir
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow", "forked")
 MARK = f"VGGLAB_TEST_MARK_{os.getpid()}"  # differs from that of other test runs on this machine
 
 
@@ -202,6 +202,7 @@ def group_exists(pgid):
     return True
 
 
+@pytest.mark.new_interpreters
 def test_ctrl_backslash_ends_run_and_workers_and_the_run_can_resume(images, tmp_path):
     """The terminal sends SIGQUIT to all processes of its foreground group, and none of them cleans up."""
     flags = [*TINY, f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--resume=auto", "--workers=2"]

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT
-from processes import NARROW, NARROW_PATH, all_narrow
+from forking import FORKED
+from processes import NARROW, NARROW_PATH, all_narrow, python
 
 from vgglab.errors import UserError
 from vgglab.lab.machine_speed import REFERENCE
@@ -46,13 +47,13 @@ def cells_of(file, kind):
 
 def run_papermill(file, out, parameters, **environment):
     # A long timeout for busy machines; pytest's own limit detects hangs.
-    words = [sys.executable, "-m", "papermill", "--log-level=WARNING", "--start-timeout=1000"]
+    words = ["-m", "papermill", "--log-level=WARNING", "--start-timeout=1000"]
     words += ["--cwd", str(file.parent), str(file), str(out)]
     for name, value in parameters.items():
         words += ["-p", name, str(value)]
     # Two tests at once on two cores: spinning OpenMP threads would slow each other down.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    return python(*words, env={FORKED: "1", **environment})
 
 
 @pytest.fixture(scope="session")

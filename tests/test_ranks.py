@@ -24,7 +24,7 @@ from vgglab.errors import UserError
 from vgglab.view.live import progress_of, summary
 from vgglab.view.rank_table import rank_table, stall_warning
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow", "forked")
 FAULT = """
 import os, sys
 import vgglab.pace as pace
@@ -308,6 +308,7 @@ def test_detached_run_outlives_its_launching_process_and_can_be_stopped(tiny):
     assert found.status == "interrupted"
 
 
+@pytest.mark.new_interpreters
 def test_two_nodes_train_one_model(tiny, images, tmp_path, monkeypatch):
     """Two launchers on one machine stand for two nodes; a torch.py in the current directory is ignored."""
     single_node = run_ranks(tmp_path, images, "cpu", 2)

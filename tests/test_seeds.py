@@ -15,7 +15,7 @@ import vgglab
 from vgglab.view import results
 from vgglab.view.seeds_table import seeds_table
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow", "forked")
 
 
 @pytest.fixture
@@ -124,6 +124,7 @@ def test_stop_ends_the_run_and_starts_no_other(tiny, tmp_path, monkeypatch):
     assert seeds.wait() is seeds
 
 
+@pytest.mark.new_interpreters
 def test_stop_ends_a_run_that_is_just_starting(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv(MARK, "stopped-early")
     seeds = vgglab.launch(tiny, seeds=2, epochs=100_000, run_dir=tmp_path / "early", watch=False)

@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 import vgglab
 from vgglab import Run
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow", "forked")
 LISTENING = "0A"  # in /proc/net/tcp
 LOOPBACK = (
     "0100007F",
@@ -99,6 +99,7 @@ def test_listening_finds_a_socket_open_to_all():
         assert (f"{0:08X}", f"{server.getsockname()[1]:04X}") in listening([os.getpid()])
 
 
+@pytest.mark.new_interpreters
 def test_launched_run_listens_only_on_loopback(command, monkeypatch):
     monkeypatch.setenv(MARK, "ports")
     run = vgglab.launch(command, epochs=100_000, watch=False)
@@ -141,6 +142,7 @@ for port, pid in attempts.items():
 """
 
 
+@pytest.mark.new_interpreters
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be another user")
 def test_another_user_can_reach_neither_the_rendezvous_nor_a_store(command, monkeypatch, tmp_path):
     """Anyone who could reach torchrun's store could make the run's owner unpickle data of their choosing."""

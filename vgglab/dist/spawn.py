@@ -82,7 +82,9 @@ def _train_once(argv: Sequence[str], num_ranks: int, folder: Path, attempt: int)
                 _send(signal.SIGKILL if signum == signal.SIGINT and num_ctrl_c > 2 else signum, running.values())
                 if num_ctrl_c == 2:
                     deadline = min(deadline, time.monotonic() + ranks.grace_period_seconds())
-            for rank in [rank for rank, process in running.items() if process.poll() is not None]:
+            ended = [rank for rank, process in running.items() if process.poll() is not None]
+            # A killed rank first: the others may have failed because they lost the connection to it.
+            for rank in sorted(ended, key=lambda rank: running[rank].returncode >= 0):
                 code = running.pop(rank).returncode
                 if failure is None and code not in (0, ranks.EXIT_STOPPED, ranks.EXIT_INTERRUPTED):
                     failure = _exit_code_for(rank, code, bool(signals), num_ranks, folder)
