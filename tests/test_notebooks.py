@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -53,7 +51,7 @@ def run_papermill(file, out, parameters, **environment):
         words += ["-p", name, str(value)]
     # Two tests at once on two cores: spinning OpenMP threads would slow each other down.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
-    return python(*words, env={FORKED: "1", **environment})
+    return python(*words, env=environment)
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +83,7 @@ def execute(few_digits, tmp_path, request):
         values = {name: value for name, value in values.items() if value is not None}
         # No network access: a proxy that does not exist makes any request fail at once.
         environment = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+        environment[FORKED] = "0" if is_long else "1"
         if (few_digits / "machine_speed.json").exists():  # only the first notebook measures the machine's speed
             os.utime(few_digits / "machine_speed.json")
         if number in NARROW_NOTEBOOKS and not is_long:

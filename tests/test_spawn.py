@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 
 import vgglab
 from vgglab import Run
+from vgglab.dist import ranks, spawn
 
 pytestmark = pytest.mark.usefixtures("narrow", "forked")
 LISTENING = "0A"  # in /proc/net/tcp
@@ -97,6 +98,15 @@ def test_listening_finds_a_socket_open_to_all():
         server.bind(("0.0.0.0", 0))
         server.listen()
         assert (f"{0:08X}", f"{server.getsockname()[1]:04X}") in listening([os.getpid()])
+
+
+def test_killed_rank_is_reported_if_another_one_has_failed_meanwhile(monkeypatch, capfd):
+    """The other rank may lose its connection and end before the launcher looks at both."""
+    code = "import os; os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else os._exit(1)"
+    monkeypatch.setattr(ranks, "training_command", lambda argv: [sys.executable, "-c", code])
+    monkeypatch.setattr(spawn, "POLL_SECONDS", 2)
+    assert spawn.train_on_ranks([], 2, 0) == 1
+    assert "rank 1 of 2: " in capfd.readouterr().err
 
 
 @pytest.mark.new_interpreters
