@@ -138,6 +138,15 @@ def forked(request, monkeypatch) -> Iterator[None]:
     end()
 
 
+def assert_fields_have_types(run) -> None:
+    """A field of an event that is missing from the schema is not checked when it is read."""
+    from vgglab.storage.schema import EVENTS, OPTIONAL
+
+    for event in run.events():
+        unknown = event.keys() - {"event", "seconds"} - EVENTS[event["event"]].keys() - OPTIONAL.keys()
+        assert unknown == set(), event
+
+
 @pytest.fixture
 def train(images, tmp_path, capsys, narrow) -> Callable[..., Result]:
     """``train("--epochs=2", ...)``: runs the tiny job with these additional flags in this process."""
@@ -150,6 +159,8 @@ def train(images, tmp_path, capsys, narrow) -> Callable[..., Result]:
         code = main([*base, f"--data-path={data}", f"--output-dir={out}", *flags])
         captured = capsys.readouterr()
         runs = sorted(out.glob("runs/*"))
+        for path in runs:
+            assert_fields_have_types(Run(path))
         return Result(code, captured.out, captured.err, Run(runs[0]) if runs else None)
 
     return run_training

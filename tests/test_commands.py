@@ -1,6 +1,8 @@
 """The ``vgglab`` command: its subcommands, help and shell completion, and the older ``python -m vgglab.<name>``."""
 
+import argparse
 import errno
+import importlib
 import os
 import re
 import shlex
@@ -136,6 +138,12 @@ def completions(line, tmp_path):
     code = "import sys; from vgglab.__main__ import main; sys.argv[:] = ['vgglab']; main()"
     python("-c", code, env=environment)
     return [word.strip() for word in output.read_text().split("\n")]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "train"])
+def test_each_command_has_a_parser_for_shell_completion(name):
+    parser = importlib.import_module(f"vgglab.commands.{name}").parser
+    assert isinstance(parser, argparse.ArgumentParser)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="bash")

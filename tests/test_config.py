@@ -10,7 +10,7 @@ from vgglab.errors import UserError
 from vgglab.optim import OPTIMIZERS
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags, settings_warnings
-from vgglab.settings.schedule import SCHEDULES, learning_rate
+from vgglab.settings.schedule import SCHEDULES
 
 # Flags and defaults of the original example, except those that vgglab changed: the number of classes (that of the
 # folder), the workers (16, at most one per core), the device (auto), the folder (the bundled digits) and the drops (30,
@@ -157,11 +157,22 @@ def test_setting_without_effect_gives_a_warning():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule_lists_the_settings_it_uses(name):
-    changes = {"lr_step_size": 2, "lr_gamma": 0.5, "end_lr": 0.001}
-    base = Request(lr_schedule=name)
-    configs = [base, *(replace(base, **{setting: value}) for setting, value in changes.items())]
-    rates = [[learning_rate(config, epoch, 1, epoch // 30) for epoch in range(90)] for config in configs]
-    used = {setting for setting, changed in zip(changes, rates[1:]) if changed != rates[0]}
-    if rates[0] != [learning_rate(base, epoch, 1) for epoch in range(90)]:
-        used.add("lr_patience")  # it determines when the number of drops increases
-    assert used == {*SCHEDULES[name].settings}
+    """A setting that is missing from the list gives no warning with the schedules that do not use it."""
+    read = set()
+
+    class Recorded(Request):
+        def __getattribute__(self, setting):
+            read.add(setting)
+            return super().__getattribute__(setting)
+
+    schedule, used = SCHEDULES[name], set()
+    for lr_step_size in (None, 2):
+        config = Recorded(lr_schedule=name, lr_step_size=lr_step_size)
+        read.clear()
+        rates = [schedule.rate(config, 0.01, epoch, num_drops) for epoch in range(5, 90) for num_drops in (0, 1)]
+        if rates[::2] != rates[1::2]:
+            read.add("lr_patience")  # it determines when the number of drops increases
+        used |= read - {"epochs", "warmup"}
+        depends_on_epochs = "epochs" in read
+    assert used == {*schedule.settings}
+    assert depends_on_epochs == schedule.depends_on_epochs

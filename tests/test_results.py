@@ -106,6 +106,21 @@ def bench_result(bench, peak):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("value", [{"a": []}, ["x"], "x", None, -1, 1e999, True], ids=repr)
+def test_any_value_in_the_files_of_a_benchmark_gives_a_row_or_a_reason(images, tmp_path, capsys, value):
+    """A field without a type in the schema would end the whole page with a traceback."""
+    bench = run_ranks(tmp_path, images, "cpu", 1)
+    device = {name: bench.env[name] for name in ("hardware", "amp_dtype", "tf32", "channels_last", "simulated")}
+    row = {**bench_result(bench, 1e6), "device": device}
+    for result in [{**row, name: value} for name in row] + [
+        {**row, "device": {**device, name: value}} for name in device
+    ]:
+        (bench.path / "bench.json").write_text(json.dumps({"results": [result]}))
+        rows = results.collect([tmp_path])
+        assert results.as_html(rows)
+        assert bool(rows) != ("left out: " in capsys.readouterr().err)
+
+
 def test_each_heading_has_a_value_or_none_in_each_kind_of_row(images, tmp_path):
     """A heading that was forgotten in one of them gave an empty column, and a value without a heading was not shown."""
     run_ranks(tmp_path, images, "cpu", 1)

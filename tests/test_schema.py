@@ -18,7 +18,7 @@ import vgglab
 from vgglab import Run, Seeds, UserError
 from vgglab.runs.compare import compare_runs
 from vgglab.runs.report import _compute_metrics
-from vgglab.storage.schema import DOCUMENTS, EVENTS, OPTIONAL, append_line, with_checksum, write_document
+from vgglab.storage.schema import DOCUMENTS, append_line, with_checksum, write_document
 from vgglab.view import results, run_tables, summaries
 from vgglab.view.live import _TerminalLines, progress_of, summary
 from vgglab.view.rank_table import rank_table
@@ -144,11 +144,8 @@ def test_a_damaged_file_causes_at_most_a_one_line_error(run, tmp_path, name, tim
 
 
 def test_each_field_of_an_event_has_a_type(train):
-    """A field without a type is not checked when it is read."""
-    run = train("--print-freq=1", "--timers", "--skip-steps=0", "--epochs=2", "--warmup=3").run
-    for event in run.events():
-        unknown = event.keys() - {"event", "seconds"} - EVENTS[event["event"]].keys() - OPTIONAL.keys()
-        assert unknown == set(), event
+    """The fixture checks this after each run; this one has the fields that few runs have."""
+    train("--print-freq=1", "--timers", "--skip-steps=0", "--epochs=2", "--warmup=3")
 
 
 @pytest.mark.parametrize("name", ["events.jsonl", "config.json", "env.json"])

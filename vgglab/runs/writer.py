@@ -268,11 +268,9 @@ def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"vgglab": __version__, "python": sys.version.split()[0]}
-    for package in ("torch", "torchvision", "numpy", "pillow"):
-        try:
+    for package in ("torch", "torchvision", "numpy", "pillow", "simplejpeg"):
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "unknown"
     return {
         "simulated": device["simulated"],
         "device": device["device"],
