@@ -178,23 +178,23 @@ class Launched:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended."""
+        """Whether the run, or the series of seeds, has ended."""
         raise NotImplementedError
 
     def stop(self) -> Any:
-        """Stop it."""
+        """Stop the run, or the series of seeds."""
         raise NotImplementedError
 
     def _raise_if_failed(self) -> None:
         raise NotImplementedError
 
     def wait(self: AnyLaunched, timeout_seconds: float | None = None) -> AnyLaunched:
-        """Wait until it is over, and return it; interrupting the wait stops it.
+        """Wait for the run or series to end, and return ``self``; interrupting the wait stops the run or series.
 
         Raises:
             UserError: the flags or the data of a run are invalid.
             RunFailed: a run failed.
-            TimeoutError: it is still active.
+            TimeoutError: still active after ``timeout_seconds``.
         """
         started = time.monotonic()
         try:

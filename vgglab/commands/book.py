@@ -53,8 +53,8 @@ def jobs_for(sources: Sequence[Path], out: Path, parameters: dict[str, str]) -> 
     Notebooks that measure speed come first, then the others; in each group, the longest first.
 
     Raises:
-        UserError: a notebook does not exist or would overwrite a page or file that is not its own output, or one of
-            ``parameters`` is not defined by any notebook.
+        UserError: a notebook does not exist, has the name of another page, or would overwrite a file that this command
+            did not write; or no notebook defines one of ``parameters``.
     """
     known = {source: _parameters_of(source) for source in dict.fromkeys(sources)}
     for name in parameters:
@@ -174,7 +174,7 @@ class Book:
 
 
 def _has_begun(executed: Path) -> bool:
-    """Whether any cell was executed. A kernel may die first: two kernels that start together can get the same port."""
+    """Whether any cell was executed. A kernel can die before that: two that start together may get the same port."""
     return any(cell.get("execution_count") for cell in _content_of(executed).get("cells", ()))
 
 

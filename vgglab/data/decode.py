@@ -64,7 +64,7 @@ def _why_no_simplejpeg() -> str:
 def _reading_with_pillow(file: str) -> Iterator[None]:
     """Turn each error in the block into BadImage, and ignore warnings, e.g. about bad EXIF data.
 
-    Decompression bombs: Pillow warns above 89 million pixels and raises at twice that; here both raise.
+    Pillow warns of a decompression bomb above 89 million pixels and raises above twice that; here both are errors.
     """
     try:
         with warnings.catch_warnings():

@@ -140,7 +140,7 @@ class Batches:
     def __init__(
         self, reader: BatchReader, sampler: TrainBatchSampler | list[list[Sample]], workers: int, device: Device
     ) -> None:
-        """``sampler``: the batches of one pass; in training a sampler, because each epoch's are different."""
+        """``sampler``: the batches of one pass as a list; in training, a sampler, because they differ in each epoch."""
         self._sampler = sampler
         # A separate generator: drawing the workers' seeds must not change the random numbers of dropout.
         options: dict[str, Any] = {"generator": torch.Generator(), "pin_memory": device.pins_memory}
@@ -165,7 +165,7 @@ class Batches:
             on_skipped: called with the name of each skipped image and the reason.
 
         Raises:
-            UserError: an image cannot be read, or, with ``--on-bad-image skip``, a whole training batch cannot.
+            UserError: an image cannot be read, or, with ``--on-bad-image skip``, no image of a training batch can.
         """
         if isinstance(self._sampler, TrainBatchSampler):
             self._sampler.epoch, self._sampler.first = epoch, first

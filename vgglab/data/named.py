@@ -107,7 +107,7 @@ NAMED_SETS = {
 
 @contextlib.contextmanager
 def explain_failed_download(name: str) -> Iterator[None]:
-    """Turn a failed download into a UserError that names the file to provide."""
+    """Turn a failed download into a UserError that says which files to put into the cache folder."""
     try:
         yield
     except UserError:

@@ -2,7 +2,7 @@
 
 The loader crops and resizes each image and mirrors some, with a seed for each image; the result is ``(S, S, 3)`` uint8.
 The card then converts the whole batch to float32 and normalises it. By default the crops are those of torchvision's
-reference script (``RandomResizedCrop``; ``Resize``, then ``CenterCrop``).
+reference script (``RandomResizedCrop`` in training; ``Resize``, then ``CenterCrop`` in evaluation).
 """
 
 from __future__ import annotations

@@ -124,8 +124,8 @@ def availability(options: DeviceOptions) -> Iterator[tuple[str, str | None]]:
 def _adapter_module(kind: str) -> Any:
     """Return the adapter module for a kind of device.
 
-    It defines ``open_adapter(kind, options)``, which raises UserError if the device or an option is not available. That
-    of a real device also defines ``why_unavailable(kind, options)``: it returns None if this machine has such a device,
+    It defines ``open_adapter(kind, options)``, which raises UserError if the device or an option is not available. For
+    a real device it also defines ``why_unavailable(kind, options)``, which returns None if this machine has the device,
     otherwise the reason in one line ("" if it is obvious), and raises UserError if the library is broken.
     """
     return importlib.import_module(f"vgglab.devices.{KINDS[kind]}")

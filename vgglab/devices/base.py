@@ -1,4 +1,4 @@
-"""The interface between trainer and hardware, with the plain PyTorch step; gcu_lazy.py overrides the step and sums."""
+"""The interface between trainer and hardware, with the plain PyTorch step; gcu_lazy.py has its own step and sums."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ class Device:
             self._scaler.update()
 
     def loss_scale(self) -> Tensor | float:
-        """Return the scale of the loss, and of its gradients until ``step``: on the device, or 1 without a scaler."""
+        """Return the loss scale, a tensor on the device, or 1 without a scaler; ``step`` unscales the gradients."""
         return 1.0 if self._scaler is None else self._scaler._scale
 
     def scaler_state(self) -> dict[str, Any]:
@@ -263,7 +263,7 @@ class Device:
     def fetch(self, tensor: Tensor) -> list[float]:
         """Return a one-dimensional tensor as a list; waits for the device.
 
-        The training loop reads values from the device in no other way.
+        The training loop reads values from the device only through this method.
         """
         return tensor.cpu().tolist()
 
@@ -305,7 +305,7 @@ class Device:
         torch.manual_seed(seed)  # also seeds the generator of every card
 
     def describe(self) -> dict[str, Any]:
-        """Describe what is used, for ``env.json``: hardware, precision and other modes, whether it is simulated."""
+        """Describe the device for ``env.json``: hardware, precision, other modes, and whether it is simulated."""
         return {
             "device": self.kind,
             "hardware": self._hardware(),

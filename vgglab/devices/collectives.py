@@ -16,10 +16,10 @@ MAX_WAIT_SECONDS = 1.0
 def sum_over_ranks(*tensors: Tensor) -> None:
     """All-reduce (sum) each tensor in place.
 
-    Returns only after gloo's threads have released the tensors. To do so, a thread registers with Python; if a loader
-    worker is forked at that moment, it hangs on Python 3.8 to 3.11 (python/cpython issue 112275), and so do all ranks.
-    So gloo gets separate tensor objects that share the memory, and this function waits until they are released (at most
-    one second, because another library may keep them).
+    Returns only after gloo's threads have released the tensors. To release one, a thread registers with Python; if a
+    loader worker is forked at that moment, the worker hangs on Python 3.8 to 3.11 (python/cpython issue 112275), and
+    then all ranks hang. So gloo gets separate tensor objects that share the memory, and this function waits until they
+    are released (at most one second, because another library may keep them).
     """
     references = []
     for tensor in tensors:

@@ -87,7 +87,7 @@ def _is_lazy_on_disk() -> bool:
 def _set_tf32_variable(tf32: bool | None) -> None:
     """Set the environment variable for TF32: it must be set before the import and must not change afterwards.
 
-    The flag decides, without it the variable itself; TF32 is off by default, as in the original example.
+    The flag overrides the variable; without either, TF32 is off, as in the original example.
     """
     if tf32 is None:
         tf32 = os.environ.get(TF32_VARIABLE, "").lower() in ("true", "1")

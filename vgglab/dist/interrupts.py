@@ -51,8 +51,8 @@ def defer_ctrl_c() -> Iterator[None]:
 def block_signals_during_start() -> Iterator[None]:
     """Defer Ctrl-C in a block that starts processes with the initializer ``ignore_signals_in_worker``.
 
-    Ctrl-C during the fork would be lost in one of Python's hooks. The other signals are blocked when a new process
-    starts, because a signal before the initializer has run would kill the worker, and the run with it.
+    Ctrl-C during the fork would be lost in one of Python's at-fork hooks. ``STOP_SIGNALS`` are blocked, because
+    one that arrives before the initializer has run would kill the worker, and the run with it.
     """
     with defer_ctrl_c():
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -83,7 +83,7 @@ def defer_signals() -> Iterator[None]:
 def _silence_unraisable_interrupts() -> Iterator[None]:
     """In the block, do not print a KeyboardInterrupt raised in a finalizer, which Python cannot propagate.
 
-    The next Ctrl-C then raises another one; without a further Ctrl-C, the run still stops after the current step.
+    The next Ctrl-C raises KeyboardInterrupt again; without one, the run still stops after the current step.
     """
     previous = sys.unraisablehook
 

@@ -85,7 +85,7 @@ def request_stack(pid: int, log: Path, seconds: float = 2.0) -> str:
 
 
 def _is_regular_file(file: Path) -> bool:
-    """Whether this is a regular file with a single name; a link could lead to the log of another process."""
+    """Whether this is a regular file with one hard link; a link could lead to the log of another process."""
     with contextlib.suppress(OSError):
         status = file.lstat()
         return stat.S_ISREG(status.st_mode) and status.st_nlink == 1

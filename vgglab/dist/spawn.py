@@ -115,8 +115,8 @@ def _exit_code_for(rank: int, code: int, was_signalled: bool, num_ranks: int, fo
 def _environment(num_ranks: int, folder: Path, attempt: int) -> dict[str, str]:
     """The environment of all ranks.
 
-    What comes before the user's environment is overridden by it: the number of threads, by which the ranks share the
-    cores, and the interfaces, which restrict connections to the loopback interface.
+    The user's environment can override two defaults: the number of threads, which divides the cores among the ranks,
+    and the network interface of gloo and NCCL, which is the loopback interface.
     """
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
     with socket.create_server(("127.0.0.1", 0)) as server:  # on a free port

@@ -45,7 +45,7 @@ class Profiles:
         """Show the profile table and return the profile's values, overridden by those in ``given`` that are not None.
 
         The values are returned in the order of ``given``. A value must have the same type as in the profiles: text, an
-        integer (-1 for all is allowed if a profile has it), or any number above 0 if a profile has a decimal.
+        integer (-1, meaning all, only if a profile has it), or, if a profile has a decimal, any number above 0.
 
         Raises:
             UserError: an unknown profile or an invalid value; the message names the parameter.

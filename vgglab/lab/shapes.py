@@ -18,7 +18,7 @@ ADAPTIVE_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 def shapes_only() -> ContextManager[Any]:
-    """A context in which new tensors have a shape, but no memory, where torch can do that for all layers."""
+    """A context in which new tensors have a shape but no memory, if this torch supports that for all layers."""
     return torch.device("meta") if HAS_META else nullcontext()
 
 

@@ -165,7 +165,7 @@ def _chunks(
 
 
 def _samples(number: int, size: int, num_images: int) -> list[Sample]:
-    """The images of chunk ``number``, in order; after the last image, they start again."""
+    """The images of chunk ``number``, in order; after the last image comes the first one again."""
     indices = [(number * size + offset) % num_images for offset in range(size)]
     return [Sample(index, mix_seeds(number, index)) for index in indices]
 

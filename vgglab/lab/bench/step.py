@@ -96,7 +96,7 @@ class Child:
         self.steps(self.ready.num_warm_up_steps)
 
     def measure_peak(self) -> None:
-        """Measure the speed of a matrix product; the maximum counts, because other load can only make it slower."""
+        """Measure the speed of a matrix product; the maximum is used, because other load can only slow it down."""
         if not self.ready.device["simulated"]:
             self.connection.send("peak")
             self._peaks.append(self._answer())
