@@ -79,7 +79,7 @@ def test_underscores_in_values_are_kept():
         (["--epoch=3"], "--epoch: no such flag; did you mean --epochs?"),
         (["--epochs"], "--epochs: expected one argument"),
         (["--test-only"], "--test-only: nothing to evaluate"),
-        (["--seed=5", "--fix-seed"], "--fix-seed: means --seed 1048576"),
+        (["--seed=5", "--fix-seed"], "--fix-seed: sets --seed 1048576"),
         (["--seed=-1"], "--seed: '-1' is not"),
         (["--pretrained", "--resume=x"], "--pretrained: conflicts with --resume"),
         (["--start-epoch=90"], "--start-epoch 90: must be below --epochs 90"),

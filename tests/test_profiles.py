@@ -97,6 +97,7 @@ REPORT = {"simulated": False, "num_measured_steps": 3, "skip_steps": 10, "device
         ({"speed": None, "simulated": True, "num_measured_steps": 0}, "not measured (a simulated card has no speed)"),
         ({"speed": None, "num_measured_steps": 0}, "not measured (all steps fell within --skip-steps 10)"),
         ({"speed": None}, "not measured (not available on cpu)"),
+        ({"speed": None, "test_only": True}, "not measured (a run with --test-only has no training steps)"),
     ],
 )
 def test_missing_metric_shows_the_reason(change, shown):

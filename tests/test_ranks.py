@@ -86,7 +86,7 @@ def test_one_and_two_ranks_agree_with_the_same_global_batch(images, tmp_path, mo
     assert held_out == pytest.approx(other, rel=1e-10)
 
 
-WEIGHTS_DIFFER = "the weights of the ranks differ: an update was not the same on all of them; rank 0's are saved"
+WEIGHTS_DIFFER = "the weights of the ranks differ: an update differed between ranks; rank 0's weights are saved"
 # As a setting would that adds noise after the gradients have been averaged: the seed of a step depends on the rank.
 ADD_NOISE = """
 import torch

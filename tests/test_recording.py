@@ -66,7 +66,7 @@ def test_full_disk_loses_log_lines_but_training_finishes(resume_flags, disk):
     result = run_training(*resume_flags, "--epochs=9", "--eval-freq=100", *scalars)
     assert result.returncode == 2
     [error] = [line for line in result.stderr.splitlines() if "error:" in line]
-    assert re.search("training finished, but could not write: .*[0-9]+ lines of events", error)
+    assert re.search("training finished; not written: .*[0-9]+ lines of events", error)
     assert f"python -m vgglab.report {disk / 'run'}" in error
     assert result.stdout.count("events.jsonl cannot be written (No space left on device)") == 1
     assert result.stdout.count("scalars cannot be written") == len(scalars)
@@ -85,7 +85,7 @@ def test_unwritable_log_is_named_in_the_last_line(images, tmp_path):
             f"--data-path={images}", f"--run-dir={tmp_path / 'run'}", "--epochs=40", "--eval-freq=100"
         )
     assert (result.returncode, Run(tmp_path / "run").status) == (2, "done")
-    assert re.search("could not write: .*[0-9]+ lines of log/rank0.txt", result.stderr)
+    assert re.search("not written: .*[0-9]+ lines of log/rank0.txt", result.stderr)
     assert "epoch 40 of 40" in result.stdout
 
 

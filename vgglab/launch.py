@@ -86,7 +86,7 @@ def launch(
     if config.seeds is not None:
         if nnodes > 1 or detach:
             raise UserError(
-                "seeds: cannot be combined with nnodes or detach, because this process starts one run after the other"
+                "seeds: cannot be combined with nnodes or detach, because this process starts the runs one by one"
             )
         seeds = LaunchedSeeds(seeds_folder(config), parse_seeds(config), remove_seeds_flag(argv), python)
         if watch:

@@ -222,7 +222,7 @@ class Trainer:
         network = self.network if self.average is None else self.average.network
         if self.ranks_agree and not _weights_agree(self.network, device):
             self.ranks_agree = False  # one warning is enough
-            text = "the weights of the ranks differ: an update was not the same on all of them; rank 0's are saved"
+            text = "the weights of the ranks differ: an update differed between ranks; rank 0's weights are saved"
             run.event("warning", text=text)
         _broadcast_buffers(network, device)
         run.event("eval_start", epoch=last_epoch, num_batches=len(batches))

@@ -19,7 +19,7 @@ parser = OneLineParser(
 parser.add_argument("what", choices=["check"], metavar="check", help=argparse.SUPPRESS)
 parser.add_argument("path", metavar="PATH", help="a folder with train/ and val/, or the name of a data set")
 parser.add_argument(
-    "-j", "--workers", type=AT_LEAST_1, default=ranks.num_cores(), help="processes (default: one per core)"
+    "-j", "--workers", type=AT_LEAST_1, default=ranks.num_cores(), help="reader processes (default: one per core)"
 )
 parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 

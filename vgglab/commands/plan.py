@@ -11,6 +11,7 @@ from vgglab.runs.run import Run
 from vgglab.settings.config import Request
 from vgglab.settings.flags import AT_LEAST_1, POSITIVE, OneLineParser, number, with_dashes
 from vgglab.settings.parser import flags_given, parse_flags
+from vgglab.view.summaries import metric
 
 SPEED = number(float, 1e-6, 1e12, "a number above 0")
 
@@ -57,8 +58,7 @@ def _speed(options: Any) -> float:
         raise UserError("--images-per-second: give the training speed of one card, or take it from a run with --run")
     report = Run(options.run).report()
     if report["images_per_second"] is None:
-        reason = "its card was simulated" if report["simulated"] else "all its steps fell within --skip-steps"
-        raise UserError(f"--run {options.run}: contains no measured speed; {reason}")
+        raise UserError(f"--run {options.run}: its speed was {metric(report, 'images_per_second')}")
     return report["images_per_second"] / report["world_size"]
 
 

@@ -192,7 +192,7 @@ class Checkup:
         if cards["is_double"]:
             self.notes.append("this torch_gcu is a stand-in for tests: it computes on the CPU")
         elif _release(self.facts["torch"]) != required:
-            text = f"torch {self.facts['torch']} does not match torch_gcu, which needs {required[0]}.{required[1]}"
+            text = f"torch {self.facts['torch']} does not match torch_gcu (needs torch {required[0]}.{required[1]})"
             self.problem(text, f"pip install torch=={required[0]}.{required[1]}.0 and the matching torchvision")
         if cards["major"] == 3:
             text = "S60 with torch_gcu 2.10: much of the backward pass runs on the host, so training is slow"

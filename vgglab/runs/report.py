@@ -197,7 +197,7 @@ def steadiness_warning(report: dict[str, Any]) -> str:
         return ""
     return (
         f"step times are not steady: 10 % of the {num_steps} measured steps took {slow / median:.2f} x the median or "
-        "longer; report the median, and check whether another program is running"
+        "longer; report the median, and check whether another program is using the machine"
     )
 
 

@@ -64,7 +64,7 @@ class RankWriter:
             return f"{self.lost_last_checkpoint}{suffix}; {DISK_SPACE_ADVICE}, then {self.resume_advice}"
         if unwritten:
             advice = f"{DISK_SPACE_ADVICE}, then run python -m vgglab.report {self.path}"
-            return f"{self.path}: training finished, but could not write: {unwritten}; {advice}"
+            return f"{self.path}: training finished; not written: {unwritten}; {advice}"
         return ""
 
     def save_checkpoint(self, trainer: Trainer, is_best: bool = False) -> None:

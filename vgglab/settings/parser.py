@@ -146,7 +146,7 @@ def check_conflicts(config: Request) -> None:
     if config.start_epoch >= config.epochs:
         raise UserError(f"--start-epoch {config.start_epoch}: must be below --epochs {config.epochs}")
     if config.fix_seed and config.seed not in (None, FIXED_SEED):
-        raise UserError(f"--fix-seed: means --seed {FIXED_SEED}, not the --seed given; leave out one of the two")
+        raise UserError(f"--fix-seed: sets --seed {FIXED_SEED}, but another --seed is given; leave out one of them")
     if config.pretrained and config.resume:
         raise UserError("--pretrained: conflicts with --resume, which loads its own weights; leave out one of them")
 

@@ -35,13 +35,14 @@ TITLE = "<title>vgglab: results</title>"
 SERIES = "Several seeds, completed runs only"
 SCALING = (
     "Scaling: images/s of n ranks, divided by n times the images/s of one rank with the same settings, except for "
-    "the length of the training, the workers and the seed. If several runs with one rank match, the one closest in "
-    "alphabetical order is used (default names begin with the date); the load on the machine may have differed between "
-    "the two runs."
+    "the length of the training, the number of workers and the seed. If several runs with one rank match, the one "
+    "nearest in alphabetical order is used (default names begin with the date); the load on the machine may have "
+    "differed between the two runs."
 )
 OVER_PEAK = (
     "A share of peak can exceed 100 %: operations are counted from the shapes of the layers, but a convolution can be "
-    "computed with fewer operations (Winograd's algorithm). The matrix product that measures the peak cannot."
+    "computed with fewer operations (Winograd's algorithm). The matrix product that"
+    " measures the peak is not computed in this way."
 )
 
 # The settings that runs must have in common to compare their speed. Not the number of ranks, on which the default

@@ -82,6 +82,8 @@ def metric(report: Mapping[str, Any], name: str, form: str = ".2f", factor: floa
     reason = f"not available on {report['device']}"  # the most likely one
     if report["simulated"]:
         reason = "a simulated card has no speed"
+    elif report.get("test_only"):
+        reason = "a run with --test-only has no training steps"
     elif not report["num_measured_steps"]:
         reason = f"all steps fell within --skip-steps {report['skip_steps']}"
     return f"not measured ({reason})"
