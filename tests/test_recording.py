@@ -15,6 +15,7 @@ from processes import Child, python
 import vgglab
 from vgglab import Run, UserError
 from vgglab.dist.processes import find_processes
+from vgglab.runs import checkpoint
 from vgglab.runs.run import ACTIVE, is_run_dir
 
 BLOCK = 4096
@@ -78,6 +79,23 @@ def test_full_disk_loses_log_lines_but_training_finishes(resume_flags, disk):
 
 
 @pytest.mark.usefixtures("narrow")
+def test_best_weights_that_could_not_be_saved_are_named_at_the_end(train, monkeypatch):
+    """Later checkpoints of worse evaluations do not replace them: ``best.pt`` does not reach the report's accuracy."""
+    save, failures = checkpoint.save, iter([checkpoint.SaveError("No space left on device")])
+
+    def save_later(*args):
+        for failure in failures:
+            raise failure
+        save(*args)
+
+    monkeypatch.setattr(checkpoint, "save", save_later)
+    result = train("--epochs=2", "--lr=1e-9")
+    assert result.code == 2
+    assert re.search("training finished; not written: the weights of the best evaluation; ", result.err)
+    assert result.run.checkpoint("last").exists()
+    assert train("--epochs=2").code == 0
+
+
 def test_unwritable_log_is_named_in_the_last_line(images, tmp_path):
     """The printed lines were silently lost."""
     with mounted(tmp_path / "run" / "log", f"{BLOCK}"):
