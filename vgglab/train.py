@@ -177,7 +177,7 @@ def _find_checkpoint(request: Request) -> tuple[str | None, list[str]]:
     """For ``--resume auto``: return the newest intact checkpoint, if any, and a note for each that cannot be used.
 
     Raises:
-        UserError: no checkpoint in ``run_dir`` can be used; training from the beginning would overwrite them.
+        UserError: ``run_dir`` has checkpoints, but none can be used; a new start would overwrite them.
     """
     from vgglab.runs import checkpoint
 

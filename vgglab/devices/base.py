@@ -240,7 +240,7 @@ class Device:
             self._scaler.update()
 
     def loss_scale(self) -> Tensor | float:
-        """Return the loss scale, a tensor on the device, or 1 without a scaler; ``step`` unscales the gradients."""
+        """Return the loss scale as a tensor on the device, or 1 without a scaler; ``step`` unscales the gradients."""
         return 1.0 if self._scaler is None else self._scaler._scale
 
     def scaler_state(self) -> dict[str, Any]:

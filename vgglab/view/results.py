@@ -146,7 +146,7 @@ def _of_benchmark(result: dict[str, Any], run: Run) -> Row:
 
 
 def _shared_values(report: dict[str, Any]) -> Row:
-    """The values that are computed in the same way for runs and benchmarks; their fields have the same names."""
+    """Values computed in the same way for runs and benchmarks, whose results have the same field names."""
     options = {"channels_last": "channels last", "fused": "fused", "compiled": "compiled", "timers": "with timers"}
     return {
         "model": report["model"],
