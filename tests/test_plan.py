@@ -100,8 +100,9 @@ def test_command_line(train, images, capsys):
     assert "checkpoints" in out
     assert "its speed was measured with model vgg11, batch size 4" in out
     with_ranks = make_plan("--recipe=seed", "--world-size=8", ranks=8)
-    assert call("plan", ["--recipe=seed", "--world-size=8", "--images-per-second=590.3", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == with_ranks.steps
+    for flag in "--world-size=8", "--nproc=8", "--ranks=8":  # --nproc was ignored: the plan was for one card
+        assert call("plan", ["--recipe=seed", flag, "--images-per-second=590.3", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == with_ranks.steps
     assert call("plan", [*tiny, f"--run={run.path}", "--images-per-second=5"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     result = python("-m", "vgglab.plan", "--recipe", "seed", "--images_per_second", "590", "--ranks", "8")

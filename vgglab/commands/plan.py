@@ -22,7 +22,7 @@ parser = OneLineParser(
 )
 parser.add_argument("--images-per-second", type=SPEED, help="training speed of one card")
 parser.add_argument("--run", help="take the speed from this run directory")
-parser.add_argument("--ranks", type=AT_LEAST_1, help="number of cards (default: --world-size, or 1)")
+parser.add_argument("--ranks", type=AT_LEAST_1, help="number of cards (default: --nproc or --world-size)")
 parser.add_argument(
     "--scaling",
     type=POSITIVE,
@@ -35,7 +35,7 @@ parser.add_argument("--json", action="store_true", help="also print the result a
 def main(argv: Sequence[str]) -> int:
     options, flags = parser.parse_known_args([with_dashes(argument) for argument in argv])
     config = parse_flags(flags)
-    ranks = config.world_size if options.ranks is None else options.ranks
+    ranks = options.ranks or max(config.world_size, config.nproc)
     speed = _speed(options)
     from vgglab.lab.plan import plan_training
 
