@@ -79,7 +79,7 @@ def test_full_disk_loses_log_lines_but_training_finishes(resume_flags, disk):
 
 
 @pytest.mark.usefixtures("narrow")
-def test_best_weights_that_could_not_be_saved_are_named_at_the_end(train, monkeypatch):
+def test_best_weights_that_could_not_be_saved_are_named(train, monkeypatch):
     """Later checkpoints of worse evaluations do not replace them: ``best.pt`` does not reach the report's accuracy."""
     save, failures = checkpoint.save, iter([checkpoint.SaveError("No space left on device")])
 
@@ -90,10 +90,10 @@ def test_best_weights_that_could_not_be_saved_are_named_at_the_end(train, monkey
 
     monkeypatch.setattr(checkpoint, "save", save_later)
     result = train("--epochs=2", "--lr=1e-9")
-    assert result.code == 2
-    assert re.search("training finished; not written: the weights of the best evaluation; ", result.err)
+    assert result.code == 0
+    (warning,) = [text for text in result.run.report()["warnings"] if "was not written" in text]
+    assert "best.pt does not contain the weights of this evaluation" in warning
     assert result.run.checkpoint("last").exists()
-    assert train("--epochs=2").code == 0
 
 
 def test_unwritable_log_is_named_in_the_last_line(images, tmp_path):

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from vgglab.trainer import Trainer
 
 DISK_SPACE_ADVICE = "free some disk space (or remount the disk as writable)"
-BEST_WEIGHTS = "the weights of the best evaluation"
 
 
 class RankWriter:
@@ -217,19 +216,17 @@ class RunWriter(RankWriter):
         try:
             checkpoint.save(folder, trainer, is_best)
         except checkpoint.SaveError as error:
-            if is_best:
-                self.lost[BEST_WEIGHTS] = 1
             backup = "the previous checkpoint is intact" if (folder / "last.pt").exists() else "there is no earlier one"
             text = f"the checkpoint of step {state.step} was not written ({error}); {backup}"
             if state.epoch == trainer.config.epochs:
                 self.lost.pop("checkpoints", None)  # reported in the final message instead
                 self.lost_last_checkpoint = f"{folder}: {text}"
             else:
+                if is_best:
+                    text += "; best.pt does not contain the weights of this evaluation, the best so far"
                 self.write_failed("checkpoints", text)
         else:
             self.lost.pop("checkpoints", None)  # this checkpoint replaces the lost ones
-            if is_best:
-                self.lost.pop(BEST_WEIGHTS, None)
             self.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)
 
     def close(self) -> None:
