@@ -130,7 +130,7 @@ def describe_differences(listed: ListFile, index: Index) -> list[str]:
         first = next(folder for folder, counts in label_counts.items() if len(counts) > 1)
         lines.append(
             f"{listed.name}: {num_differing} of {len(listed.paths)} images have a different label from most images in "
-            f"their folder, e.g. in {first}/; the list is used"
+            f"their folder, e.g. in {first}/; the labels in the list are used"
         )
     alphabetical = {folder: number for number, folder in enumerate(index)}
     renumbered = [
@@ -141,7 +141,7 @@ def describe_differences(listed: ListFile, index: Index) -> list[str]:
     if renumbered and not num_differing:
         lines.append(
             f"{listed.name}: the labels of {len(renumbered)} of {len(label_counts)} class folders do not follow "
-            f"alphabetical order, e.g. {renumbered[0]}/; the list is used"
+            f"alphabetical order, e.g. {renumbered[0]}/; the labels in the list are used"
         )
     return lines
 

@@ -95,7 +95,7 @@ class Request:
     lr_schedule: str = flag("how the learning rate decreases after warm-up", "step", choices=tuple(SCHEDULES))
     warmup: int = flag("epochs of linear warm-up of the learning rate", 5, AT_LEAST_0)
     end_lr: float = flag(
-        f"final learning rate ({schedules_with('end_lr')}), reached one epoch past the last", 0.0, NON_NEGATIVE
+        f"final learning rate ({schedules_with('end_lr')}); the epoch after the last would reach it", 0.0, NON_NEGATIVE
     )
     lr_step_size: int | None = flag(
         f"epochs between drops ({schedules_with('lr_step_size')}); default: drops at epochs 30, 60 and 80",

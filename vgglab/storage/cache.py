@@ -43,7 +43,7 @@ def use_private_temporary_folder() -> None:
 
 @contextlib.contextmanager
 def best_effort_lock(file: Path) -> Iterator[None]:
-    """Allow only one process on this machine at a time into the block.
+    """Allow only one process on this machine to be in the block at a time.
 
     Best effort: if the file cannot be written or the file system does not support locks, the block runs without a lock,
     so the block must be safe without one.

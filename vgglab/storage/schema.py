@@ -276,7 +276,10 @@ def write_document(file: Path, content: Content) -> None:
 
 
 def append_line(file: Path, content: Content) -> None:
-    """Append a line; end the last line first if it is incomplete. Raises OSError; later calls may still succeed."""
+    """Append a line. If the file ends in an incomplete line, that line is ended first.
+
+    Raises OSError; later calls may still succeed.
+    """
     line = json.dumps(with_checksum(content)).encode() + b"\n"
     with open(file, "a+b", buffering=0, opener=nofollow_opener) as lines:
         if lines.seek(0, os.SEEK_END):

@@ -30,7 +30,7 @@ def kernel_grid(kernels: Any, num_columns: int = 16) -> NotebookFigure:
 
 
 def map_rows(maps: Mapping[str, Any], image: Any, num_maps: int = 5) -> NotebookFigure:
-    """Show the image at the top left, and one row per layer: the ``num_maps`` channels that vary most over it.
+    """Show the image at the top left, and one row per layer: the ``num_maps`` channels that vary most across the image.
 
     Axes are in pixels of the map; each map is scaled from 0 (black) to its maximum.
     """
