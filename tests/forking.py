@@ -1,10 +1,10 @@
 """``subprocess.Popen`` that forks training processes and kernels from a process that has imported torch.
 
-``processes.python`` does without the start of an interpreter for the process that a test itself starts. With the
-environment variable ``FORKED=1`` this holds for the processes that it starts in turn: the kernel of a notebook, the run
-that a cell launches, its ranks. Each process that starts others keeps a helper process, forked from it before it
-imported anything. The helper forks twice, and the process in between exits, so that the new process is adopted by its
-nearest ancestor that asked for orphans: the one that called ``Popen``, which then waits for it like for any child.
+``processes.python`` saves the start of an interpreter for the process that a test itself starts. With the environment
+variable ``FORKED`` set to 1, this also applies to the processes that it starts in turn: the kernel of a notebook, the
+run that a cell launches, its ranks. Each of these processes forks a helper before it imports anything else. For each
+call of ``Popen`` the helper forks twice, and the process in between exits. The new process is then adopted by the
+caller of ``Popen``, which has declared itself a subreaper and can wait for it like for any child.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
@@ -49,7 +50,7 @@ def fork_children(run: Callable[..., int], start_helper: Callable[..., Any] | No
     Returns:
         A function that ends this.
     """
-    if not hasattr(socket, "send_fds"):  # Python 3.8: processes start as usual
+    if sys.platform != "linux" or not hasattr(socket, "send_fds"):  # or Python 3.8: processes start as usual
         return lambda: None
     adopt = functools.partial(ctypes.CDLL(None).prctl, PR_SET_CHILD_SUBREAPER)
     adopt(1)
@@ -132,5 +133,7 @@ def _become(request: dict[str, Any], streams: list[int], run: Callable[..., int]
         for stream in streams:
             os.close(stream)
         code = run(**request)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)

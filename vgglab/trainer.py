@@ -49,7 +49,7 @@ class TrainingState:
 
 
 class StepResult(NamedTuple):
-    """Results of a training step, on the device: reading one waits for the device. Scalars are averaged and logged."""
+    """Results of a training step, on the device: reading a value waits for it. Scalars are averaged and logged."""
 
     loss: Tensor  # (), of this rank's batch
     logits: Tensor  # (N, num_classes)

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _speed(options: Any) -> float:
-    """Return the images/s of one card. Raises UserError for both flags, neither, or a run without a measured speed."""
+    """Return the images/s of one card. Raises UserError if both flags or neither are given, or the run has no speed."""
     if options.images_per_second is not None:
         if options.run is not None:
             raise UserError("--run and --images-per-second both give the speed; leave out one of them")

@@ -222,9 +222,10 @@ class RunWriter(RankWriter):
                 self.lost.pop("checkpoints", None)  # reported in the final message instead
                 self.lost_last_checkpoint = f"{folder}: {text}"
             else:
-                if is_best:
-                    text += "; best.pt does not contain the weights of this evaluation, the best so far"
                 self.write_failed("checkpoints", text)
+                if is_best:  # later checkpoints replace last.pt, but not best.pt
+                    text = f"best.pt does not contain the weights of step {state.step}, the best evaluation so far"
+                    self.event("warning", text=text)
         else:
             self.lost.pop("checkpoints", None)  # this checkpoint replaces the lost ones
             self.event("checkpoint", epoch=state.epoch - (state.images == 0), step=state.step, is_best=is_best)

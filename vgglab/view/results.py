@@ -41,8 +41,8 @@ SCALING = (
 )
 OVER_PEAK = (
     "A share of peak can exceed 100 %: operations are counted from the shapes of the layers, but a convolution can be "
-    "computed with fewer operations (Winograd's algorithm). The matrix product that"
-    " measures the peak is not computed in this way."
+    "computed with fewer operations (Winograd's algorithm). The matrix product that measures the peak is not computed "
+    "in this way."
 )
 
 # The settings that runs must have in common to compare their speed. Not the number of ranks, on which the default
