@@ -271,6 +271,17 @@ def test_resume_auto_without_a_run_directory_uses_the_newest_run(job, tmp_path):
     assert path.exists()
 
 
+def test_resume_auto_takes_the_last_checkpoint_without_hard_links(job, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", fail)
+    job("copies")
+    (tmp_path / "copies" / "checkpoints" / "best.pt").unlink()  # it may equal last.pt
+    run = job("copies", "--resume=auto", f"--epochs={EPOCHS + 1}")
+    assert run.events("start")[-1]["first_epoch"] == EPOCHS
+
+
 def test_damaged_checkpoint_given_explicitly_is_refused_in_one_line(job, refused):
     last = job("run", "--epochs=1").checkpoint("last")
     content = bytearray(last.read_bytes())

@@ -114,13 +114,15 @@ class _NonRaisingFile:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Make ``target`` a hard link to ``source``, or a copy; it survives when the next save replaces ``source``."""
+    """Make ``target`` a hard link to ``source``, or a copy that is as old; the next save does not change it."""
     with contextlib.suppress(FileNotFoundError):
         target.unlink()
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(source, target)
+        times = source.stat()
+        os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))  # --resume auto looks for the newest checkpoint
 
 
 def _to_cpu(value: Any) -> Any:
