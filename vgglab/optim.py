@@ -1,4 +1,4 @@
-"""The optimizer, the options of the device, the loss with mixup and cutmix, and a moving average of the weights."""
+"""The optimizer, the device options that flags set, the loss with mixup and cutmix, and averaged weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class OptimizerSpec(NamedTuple):
 
     optimizer: type[Optimizer]
     settings: tuple[str, ...]  # its own settings; one that begins with its name, as rmsprop_alpha, sets argument alpha
-    changes_every_step: bool  # whether its factors change at every step, as Adam's do
+    changes_every_step: bool  # whether the scalar factors of an update change, as Adam's bias corrections do
     state_keys: tuple[str, ...] = ()  # all entries of its state for each weight, except the momentum buffer
     supports_fused: bool = False  # whether it can update all weights in one kernel
 

@@ -28,7 +28,7 @@ from vgglab.dist import ranks
 from vgglab.errors import UserError
 from vgglab.storage.cache import use_private_temporary_folder
 
-# The original example's static scale: float16 gradients are multiplied by it and it never grows.
+# The original example's scale: float16 gradients are multiplied by it; it is halved on overflow and never grows.
 LOSS_SCALER: dict[str, Any] = {"init_scale": 128.0, "growth_interval": 1_000_000_000}
 
 # For each mode, the option that requests it, and the device's attribute (and field of env.json) that records it.
@@ -55,7 +55,7 @@ class Device:
         sampler: the class that distributes the indices of an epoch over the ranks; instantiated with
             ``(indices, num_replicas=, rank=, shuffle=False)``, and ``set_epoch`` is called once per epoch.
         amp_dtype: the data type of mixed precision; ``None`` for full float32.
-        tf32: whether float32 matrix products may be computed in TF32.
+        tf32: whether float32 convolutions and matrix products may be computed in TF32.
         channels_last: whether the channels-last (NHWC) memory layout is used.
         fused: whether the optimizer should use one kernel per step.
         compiled: whether the network is compiled.

@@ -11,7 +11,7 @@ from vgglab.errors import UserError
 def adopt_slurm_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Under ``srun`` with one task per card, set the environment variables that torchrun would set.
 
-    Does nothing unless srun itself started several tasks: inside torchrun, or in a plain shell of an allocation,
+    Does nothing unless srun itself started several tasks: inside torchrun, or in a plain shell in an allocation,
     Slurm's variables describe something else.
 
     Raises:

@@ -115,8 +115,8 @@ def _exit_code_for(rank: int, code: int, was_signalled: bool, num_ranks: int, fo
 def _environment(num_ranks: int, folder: Path, attempt: int) -> dict[str, str]:
     """The environment of all ranks.
 
-    The user's environment can override two defaults: the number of threads, which divides the cores among the ranks,
-    and the network interface of gloo and NCCL, which is the loopback interface.
+    The user's environment can override two defaults: the number of threads (cores divided by ranks) and the network
+    interface of gloo and NCCL (loopback).
     """
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
     with socket.create_server(("127.0.0.1", 0)) as server:  # on a free port

@@ -156,8 +156,8 @@ def _warnings(config: Request, ranks: int) -> list[str]:
         factor = rate / (recipe.lr * recipe.batch_size * min(ranks, MAX_CARDS) / 256)
         if not 1 / MAX_RATE_RATIO < factor < MAX_RATE_RATIO:
             lines.append(
-                f"the learning rate is {rate:.3g} after scaling by batch size and ranks, {factor:.2g} x that of "
-                f"--recipe {config.recipe} (scaled for at most {MAX_CARDS} cards): adjust --lr, or increase --warmup"
+                f"the learning rate is {rate:.3g} (scaled by batch size and ranks), {factor:.2g} x that of --recipe "
+                f"{config.recipe} (scaled for at most {MAX_CARDS} cards): adjust --lr, or increase --warmup if too high"
             )
     base_name, norm, _ = config.model.partition("_bn")
     num_convolutions = sum(layer != "M" for layer in CONFIGURATIONS[base_name])

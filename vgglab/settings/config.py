@@ -123,7 +123,7 @@ class Request:
     )
 
     amp: bool = switch(
-        "mixed precision: bfloat16 on the CPU, float16 with a static loss scale of 128 on cards",
+        "mixed precision: bfloat16 on the CPU, float16 on cards (loss scale 128, halved on overflow)",
         names=["--torch-amp"],
         affects="others",
         inherited=False,
@@ -131,8 +131,8 @@ class Request:
     )
     amp_dtype: str | None = flag("data type of mixed precision (implies --amp)", None, choices=AMP_DTYPES)
     tf32: bool | None = switch(
-        "compute float32 matrix products in TF32, on cards that support it; default: off, or as set by "
-        "ENFLAME_ENABLE_TF32 (T20)",
+        "compute float32 convolutions and matrix products in TF32, on cards that support it; default: off, or as set "
+        "by ENFLAME_ENABLE_TF32 (T20)",
         negation="--no-tf32",
         inherited=False,
     )

@@ -216,7 +216,7 @@ def ranks_of(run: Run) -> Table | None:
 
 
 def progress_of(run: Run) -> Progress:
-    """Return the current progress of a run. Only the latest event of each kind matters; a run has tens of thousands."""
+    """Return the current progress of a run. Of its many events, only the latest of each kind matters."""
     events = run.events()
     if isinstance(events, LongEvents):
         events = events.latest_of_each_kind()

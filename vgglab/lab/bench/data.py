@@ -36,7 +36,7 @@ from vgglab.errors import UserError
 from vgglab.settings.config import Request
 
 # Training speed of VGG16 on a card, in images/s: the number published by Enflame, and a round number for a fast card.
-CARDS = {"T20 at its published speed": 590.3, "a fast card": 2400.0}
+CARDS = {"T20 at its published speed": 590.3, "a card of 2400 images/s": 2400.0}
 
 
 class LoadingResult(NamedTuple):
