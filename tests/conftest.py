@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
@@ -145,6 +146,17 @@ def assert_fields_have_types(run) -> None:
     for event in run.events():
         unknown = event.keys() - {"event", "seconds"} - EVENTS[event["event"]].keys() - OPTIONAL.keys()
         assert unknown == set(), event
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A folder that every user can write to, like /tmp.
+
+    Not in pytest's own folder: that is private, and becomes so again whenever somebody starts another pytest.
+    """
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o1777)
+        yield Path(folder)
 
 
 @pytest.fixture

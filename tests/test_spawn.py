@@ -154,20 +154,15 @@ for port, pid in attempts.items():
 
 @pytest.mark.new_interpreters
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be another user")
-def test_another_user_can_reach_neither_the_rendezvous_nor_a_store(command, monkeypatch, tmp_path):
+def test_another_user_can_reach_neither_the_rendezvous_nor_a_store(command, monkeypatch, shared_folder):
     """Anyone who could reach torchrun's store could make the run's owner unpickle data of their choosing."""
     monkeypatch.setenv(MARK, "attack")
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    shared.chmod(0o1777)
-    for folder in [tmp_path, *tmp_path.parents][:4]:
-        folder.chmod(folder.stat().st_mode | 0o011)
     with monkeypatch.context() as patch:
-        patch.setenv("TMPDIR", str(shared))
+        patch.setenv("TMPDIR", str(shared_folder))
         run = vgglab.launch(command, epochs=100_000, watch=False)
     try:
         wait_until(lambda: run.events("train"))
-        [rendezvous] = shared.glob("vgglab-*")
+        [rendezvous] = shared_folder.glob("vgglab-*")
         ports = [int(port, 16) for _, port in listening(processes_with("attack"))]
         # To show that the attack finds a store if there is one.
         store = TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
