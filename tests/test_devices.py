@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, shell
+from conftest import PROJECT, TINY, assert_events_can_be_read, shell
 from processes import PYTHONPATH, python, ranks
 
 from vgglab import Run
@@ -46,6 +46,7 @@ def run_ranks(tmp_path, images, device, num_ranks, *flags, in_process=True, befo
         result = ranks(num_ranks, *args, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Exception ignored" not in result.stderr  # printed at interpreter shutdown
+    assert_events_can_be_read(Run(path))
     return Run(path)
 
 

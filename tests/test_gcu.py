@@ -6,7 +6,7 @@ import shutil
 from typing import NamedTuple
 
 import pytest
-from conftest import PROJECT, TINY, shell, torchrun
+from conftest import PROJECT, TINY, assert_events_can_be_read, shell, torchrun
 from processes import NARROW_CODE, NARROW_PATH, python, ranks
 from test_devices import CAN_SIMULATE, losses
 
@@ -53,6 +53,8 @@ def on_gcu(images, tmp_path):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         of_rank_0 = [line for line in lines if line["rank"] == 0]
         run = Run(path) if path.exists() else None
+        if run is not None:
+            assert_events_can_be_read(run)
         return Outcome(result.returncode, result.stderr, run, [line["call"] for line in of_rank_0], of_rank_0)
 
     return run_on_double
@@ -229,14 +231,14 @@ MUTATIONS = {
     "loss.item() before the flush": (
         LAZY,
         "trainer.py",
-        "        device.step(self.optimizer, self.model, list(result))\n",
-        "        loss.item()\n        device.step(self.optimizer, self.model, list(result))\n",
+        "        device.step(self.optimizer, self.model, [*result",
+        "        loss.item()\n        device.step(self.optimizer, self.model, [*result",
         "between the forward pass and the flush",
     ),
     "loss missing from the outputs": (
         LAZY,
         "trainer.py",
-        "device.step(self.optimizer, self.model, list(result))",
+        "device.step(self.optimizer, self.model, [*result.scalars.values(), logits])",
         "device.step(self.optimizer, self.model, [logits])",
         "not among the outputs",
     ),

@@ -18,6 +18,7 @@ from vgglab.settings.choices import DATA_SETS, DECODERS
 from vgglab.settings.config import Request
 from vgglab.settings.parser import parse_flags
 from vgglab.settings.recipes import RECIPES
+from vgglab.storage.schema import DOCUMENTS
 
 README = (PROJECT / "README.md").read_text()
 PAGES = [PROJECT / "README.md", *sorted(file for file in (PROJECT / "docs").glob("*.md") if "zh-CN" not in file.name)]
@@ -152,7 +153,14 @@ def test_every_dependency_is_explained_and_pinned():
 
 
 @pytest.mark.parametrize(
-    ("page", "names"), [("data", DATA_SETS), ("data", DECODERS), ("training", RECIPES), ("devices", KINDS)]
+    ("page", "names"),
+    [
+        ("data", DATA_SETS),
+        ("data", DECODERS),
+        ("training", RECIPES),
+        ("devices", KINDS),
+        ("run-directory", DOCUMENTS["report.json"]),
+    ],
 )
 def test_every_choice_is_documented(page, names):
     """On the Chinese page, too: test_translation compares the two."""

@@ -132,6 +132,19 @@ def test_each_heading_has_a_value_or_none_in_each_kind_of_row(images, tmp_path):
     assert all({*row} == {*results.COLUMNS} for row in results.published())
 
 
+def test_column_whose_field_has_no_type_does_not_end_the_page(images, tmp_path, monkeypatch):
+    monkeypatch.setitem(results.COLUMNS, "other", results.Column("{:.1f}", False, "other"))
+    bench = run_ranks(tmp_path, images, "cpu", 1)
+    for value in ([1], {"a": 1}, 2.5):
+        (bench.path / "bench.json").write_text(json.dumps({"results": [{**bench_result(bench, 1e6), "other": value}]}))
+        assert ("2.5" if value == 2.5 else "?") in results.as_text(results.collect([tmp_path]))
+
+
+def test_only_runs_on_the_same_data_hardware_and_software_are_compared():
+    conditions = {heading for heading, column in results.COLUMNS.items() if column.is_condition}
+    assert conditions == {"data", "hardware", "precision", "layout", "torch"}
+
+
 def test_run_shows_its_share_of_the_measured_peak(images, tmp_path):
     timed, measured = (run_ranks(tmp_path, images, "cpu", 1, "--skip-steps=1", *more) for more in (["--timers"], []))
     bench = run_ranks(tmp_path, images, "cpu", 1)

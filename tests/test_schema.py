@@ -18,7 +18,7 @@ import vgglab
 from vgglab import Run, Seeds, UserError
 from vgglab.runs.compare import compare_runs
 from vgglab.runs.report import _compute_metrics
-from vgglab.storage.schema import DOCUMENTS, append_line, with_checksum, write_document
+from vgglab.storage.schema import DOCUMENTS, EVENTS, append_line, with_checksum, write_document
 from vgglab.view import results, run_tables, summaries
 from vgglab.view.live import _TerminalLines, progress_of, summary
 from vgglab.view.rank_table import rank_table
@@ -339,6 +339,12 @@ def test_predict_refuses_settings_that_no_flag_allows(run, invalid):
     write_document(run.path / "config.json", {**run.config, **invalid})
     with pytest.raises(UserError, match=r"config\.json"):
         vgglab.predict(run)
+
+
+def test_each_kind_of_event_has_a_step_or_an_epoch():
+    """After a resume, repeated events are dropped by their step or epoch; one that has neither would appear twice."""
+    without = {kind for kind, fields in EVENTS.items() if not fields.keys() & {"step", "epoch"}}
+    assert without == {"start", "end", "warning"}
 
 
 def test_each_metric_of_the_report_is_declared(run):

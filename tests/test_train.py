@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import pickle
 import re
@@ -25,7 +26,9 @@ from vgglab.devices.compat import load_tensors
 from vgglab.errors import UserError
 from vgglab.optim import OPTIMIZERS, OptimizerSpec
 from vgglab.runs import checkpoint
+from vgglab.runs.report import build_report
 from vgglab.settings.config import Request
+from vgglab.trainer import Trainer
 
 ORIGINAL_REPORT_FIELDS = (
     "model local_rank batch_size epochs training_step_per_epoch eval_step_per_epoch acc1 acc5 device skip_steps "
@@ -71,6 +74,22 @@ def test_tensorboard_has_the_original_scalars(train):
     for name in ("learning_rate", "loss", "train_accuracy_step", "train_fps_step", "eval_accuracy_epoch"):
         assert logged.Scalars(name), name
     assert [s.value for s in logged.Scalars("loss")] == pytest.approx(losses(run))
+
+
+def test_scalars_that_a_step_adds_are_logged_and_reported(train, monkeypatch):
+    step = Trainer.step
+
+    def step_with_scalars(*args):
+        result = step(*args)
+        added = {"norm": torch.tensor(2.0), "overflow": torch.tensor(math.inf)}
+        return result._replace(scalars={**result.scalars, **added})
+
+    monkeypatch.setattr(Trainer, "step", step_with_scalars)
+    run = train("--print-freq=1").run
+    expected = {"norm": 2.0, "overflow": None}
+    assert [event["scalars"] for event in run.events("train")] == 4 * [expected]
+    assert run.report()["scalars"] == build_report(run, recompute=True)["scalars"] == expected
+    assert run.damage() == []
 
 
 def test_tensorboard_flag_without_the_package_is_an_error(refused, monkeypatch):

@@ -49,10 +49,10 @@ class TrainingState:
 
 
 class StepResult(NamedTuple):
-    """Results of a training step, on the device: reading a value waits for it. Scalars are averaged and logged."""
+    """Results of a training step, on the device: reading a value waits for it."""
 
-    loss: Tensor  # (), of this rank's batch
     logits: Tensor  # (N, num_classes)
+    scalars: dict[str, Tensor]  # the loss of this rank's batch and other scalars (); averaged over the ranks and logged
 
 
 class Trainer:
@@ -131,8 +131,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         device.backward(loss)
         device.average_gradients(self.model)
-        result = StepResult(loss, logits)  # gradients are still multiplied by device.loss_scale()
-        device.step(self.optimizer, self.model, list(result))
+        result = StepResult(logits, {"loss": loss})  # gradients are still multiplied by device.loss_scale()
+        device.step(self.optimizer, self.model, [*result.scalars.values(), logits])
         self.state.step += 1
         if self.average is not None:
             self.average.update(self.network, self.state.step)
@@ -307,23 +307,26 @@ class Loop:
     def _log_and_sync(self, epoch: int, result: StepResult, labels: Tensor, should_log: bool) -> None:
         """Average the scalars of ``result`` over the ranks and check for stop requests; log if ``should_log``."""
         dtype = torch.get_default_dtype()  # not that of the loss, which may be 16-bit with mixed precision
-        scalars = {name: value.detach().to(dtype) for name, value in result._asdict().items() if value.dim() == 0}
-        scalars["acc1"] = (result.logits.detach().argmax(1) == labels).to(dtype).mean()
-        averaged, own = self.coordinator.sync(torch.stack([*scalars.values()]))  # the loop's only read from the device
-        means = dict(zip(scalars, averaged))
+        scalars = {**result.scalars, "acc1": (result.logits.detach().argmax(1) == labels).to(dtype).mean()}
+        values = torch.stack([value.detach().to(dtype) for value in scalars.values()])
+        # The loop's only read from the device.
+        averaged, own = (dict(zip(scalars, numbers)) for numbers in self.coordinator.sync(values))
+        loss, acc1 = averaged.pop("loss"), averaged.pop("acc1")
         trainer, step = self.trainer, self.trainer.state.step
-        if not math.isfinite(means["loss"]):
-            raise UserError(f"the loss is not finite ({means['loss']}) at step {step}; {NOT_FINITE_ADVICE}")
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is not finite ({loss}) at step {step}; {NOT_FINITE_ADVICE}")
         if should_log:
-            self.run.rank_event(step=step, loss=own[0], **self.clock.own_metrics(), **trainer.device.usage())
+            self.run.rank_event(step=step, loss=own["loss"], **self.clock.own_metrics(), **trainer.device.usage())
             self.run.event(
                 "train",
                 epoch=epoch,
                 step=step,
-                **{**means, "acc1": 100 * means["acc1"]},
+                loss=loss,
+                acc1=100 * acc1,
                 lr=trainer.optimizer.param_groups[0]["lr"],
                 is_measured=step > self.last_skipped_step,
                 **self.clock.read_interval(),
+                **({"scalars": averaged} if averaged else {}),
             )
 
 

@@ -45,14 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _as_json(comparison: Comparison) -> dict[str, Any]:
     first = comparison.first and comparison.first._asdict()
-    return {**_finite_values(comparison._asdict()), "first": _finite_values(first), "is_same": comparison.is_same}
-
-
-def _finite_values(value: Any) -> Any:
-    """Return ``value`` with None in place of numbers that JSON cannot represent."""
-    if isinstance(value, dict):
-        return {name: _finite_values(item) for name, item in value.items()}
-    return [_finite_values(item) for item in value] if isinstance(value, (list, tuple)) else finite_or_none(value)
+    return {**finite_or_none(comparison._asdict()), "first": finite_or_none(first), "is_same": comparison.is_same}
 
 
 def _write_new(file: Path, content: bytes) -> None:

@@ -86,7 +86,7 @@ def build_report(run: Run, recompute: bool = False) -> dict[str, Any]:
         "hardware": env.get("hardware"),
         "simulated": env["simulated"],
         "versions": env.get("versions", {}),
-        **{name: metrics[name] for name in DOCUMENTS["report.json"]},
+        **{name: metrics.get(name) for name in DOCUMENTS["report.json"]},
     }
 
 
@@ -96,11 +96,13 @@ def _compute_metrics(run: Run, images_per_step: int) -> dict[str, Any]:
     events, is_simulated = run.events(), run.env["simulated"]
     if not events:
         raise UserError(f"{run.path}: nothing to report yet")
-    speed, others, first_step_seconds = SpeedStatistics(), [], None
+    speed, others, first_step_seconds, scalars = SpeedStatistics(), [], None, None
     for event in events:
         if event["event"] != "train":
             others.append(event)
-        elif not is_simulated:
+            continue
+        scalars = event.get("scalars")
+        if not is_simulated:
             first_step_seconds = event.get("first_step_seconds") if first_step_seconds is None else first_step_seconds
             # A resumed run may have used other hardware: skip a simulated card, or another number of ranks.
             if not event.get("simulated") and event["interval_images"] == event["interval_steps"] * images_per_step:
@@ -123,6 +125,7 @@ def _compute_metrics(run: Run, images_per_step: int) -> dict[str, Any]:
         "warnings": [*dict.fromkeys(event["text"] for event in of_kind("warning"))],
         "num_lines": run.num_lines(),
         "events_checksum": checksum,
+        "scalars": scalars,
     }
 
 

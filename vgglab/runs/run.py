@@ -260,7 +260,8 @@ class Run:
     def _read_valid_report(self) -> Document | None:
         documents = self._documents()
         saved = documents["report.json"]
-        is_complete = saved.has_checksum and saved.keys() >= schema.DOCUMENTS["report.json"].keys() and not saved.damage
+        required = schema.DOCUMENTS["report.json"].keys() - schema.NEWER_METRICS
+        is_complete = saved.has_checksum and saved.keys() >= required and not saved.damage
         is_final = saved.get("damage") == [] and saved.get("status") in END_STATUSES
         if not is_complete or not is_final or _document_damage(documents, has_checksums=True):
             return None

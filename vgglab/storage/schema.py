@@ -121,7 +121,7 @@ OPTIONAL: dict[str, Validator] = {
     "schema": count, "step": count, "epoch": nullable(integer),
     "simulated": boolean, "images_per_second": positive, "data_seconds": seconds, "step_seconds": list_of(seconds),
     "first_step_seconds": seconds, "phase_seconds": dict_of(seconds), "host_reads": any_of(number, dict_of(number)),
-    "peak_bytes": nullable(count), "line": count,
+    "peak_bytes": nullable(count), "scalars": dict_of(nullable(number)), "line": count,
 }  # fmt: skip
 _ANY_EVENT: dict[str, Validator] = {"event": text, "seconds": seconds}
 _EVENT_RECORDS = {kind: record({**_ANY_EVENT, **fields}, **OPTIONAL) for kind, fields in EVENTS.items()}
@@ -161,9 +161,10 @@ DOCUMENTS: dict[str, dict[str, Validator]] = {  # for config.json see runs/run.p
         "num_intervals": count, "data_wait_share": nullable(number), "phase_seconds": nullable(dict_of(number)),
         "host_reads": nullable(dict_of(number)), "first_step_seconds": nullable(seconds),
         "peak_bytes": nullable(count), "data_is_fake": boolean, "warnings": list_of(text), "num_lines": count,
-        "events_checksum": text,
+        "events_checksum": text, "scalars": nullable(dict_of(nullable(number))),
     },
 }  # fmt: skip
+NEWER_METRICS = {"scalars"}  # missing in reports of earlier versions, which stay valid
 
 
 def checksum(content: Content) -> str:
@@ -290,5 +291,9 @@ def append_line(file: Path, content: Content) -> None:
 
 
 def finite_or_none(value: Any) -> Any:
-    """The value, or None for a number that JSON cannot represent."""
+    """The value, with None for each number that JSON cannot represent."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

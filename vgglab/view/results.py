@@ -12,7 +12,7 @@ import sys
 from dataclasses import fields
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Dict, Iterable, Mapping, Sequence
+from typing import Any, Dict, Iterable, Mapping, NamedTuple, Sequence
 
 from vgglab.errors import UserError, printable
 from vgglab.runs.folder import find_series, run_dirs
@@ -54,25 +54,33 @@ DEFAULTS = {field.name: field.default for field in fields(Request) if field.name
 
 Row = Dict[str, Any]  # the values of a run, by heading; None if not measured
 
-# The headings, each with the format of its values.
+
+class Column(NamedTuple):
+    """How the values of a column are displayed and compared."""
+
+    form: str
+    is_condition: bool  # whether only runs that agree in it can be compared; settings are compared in any case
+    field: str = ""  # the field with its value, if it has the same name in a report and in a benchmark's result
+
+
 COLUMNS = {
-    "model": "{}",
-    "data": "{}",  # name of the data set or of its folder
-    "hardware": "{}",
-    "precision": "{}",  # float32, tf32, or the type of mixed precision
-    "layout": "{}",  # memory layout and other options in use, such as fused
-    "ranks": "{}",
-    "batch per card": "{}",
-    "image size": "{}",
-    "images/s": "{:.1f}",  # of all ranks, at the median step
-    "steps": "{}",  # that were measured
-    "p90 step time": "{:.2f} x median",
-    "x plain loop": "{:.2f}",  # images/s divided by those of a plain PyTorch loop in the same run
-    "share of peak": "{:.0%}",  # images/s divided by those at the FLOP/s of a matrix product in this precision
-    "scaling": "{:.0%}",  # images/s divided by ranks x images/s of one rank with the same settings
-    "top-1 %": "{:.2f}",
-    "torch": "{}",
-    "source": "{}",  # the run directory, or where it was published
+    "model": Column("{}", False, "model"),
+    "data": Column("{}", True),  # name of the data set or of its folder
+    "hardware": Column("{}", True, "hardware"),
+    "precision": Column("{}", True),  # float32, tf32, or the type of mixed precision
+    "layout": Column("{}", True),  # memory layout and other options in use, such as fused
+    "ranks": Column("{}", False),
+    "batch per card": Column("{}", False, "batch_size"),
+    "image size": Column("{}", False, "image_size"),
+    "images/s": Column("{:.1f}", False),  # of all ranks, at the median step
+    "steps": Column("{}", False),  # that were measured
+    "p90 step time": Column("{:.2f} x median", False),
+    "x plain loop": Column("{:.2f}", False),  # images/s divided by those of a plain PyTorch loop in the same run
+    "share of peak": Column("{:.0%}", False),  # images/s divided by those at the FLOP/s of a matrix product
+    "scaling": Column("{:.0%}", False),  # images/s divided by ranks x images/s of one rank with the same settings
+    "top-1 %": Column("{:.2f}", False),
+    "torch": Column("{}", True),
+    "source": Column("{}", False),  # the run directory, or where it was published
 }
 
 
@@ -149,12 +157,9 @@ def _shared_values(report: dict[str, Any]) -> Row:
     """Values computed in the same way for runs and benchmarks, whose results have the same field names."""
     options = {"channels_last": "channels last", "fused": "fused", "compiled": "compiled", "timers": "with timers"}
     return {
-        "model": report["model"],
-        "hardware": report["hardware"],
+        **{heading: report.get(column.field) for heading, column in COLUMNS.items() if column.field},
         "precision": precision(report),
         "layout": ", ".join(text for name, text in options.items() if report.get(name)),
-        "batch per card": report["batch_size"],
-        "image size": report["image_size"],
         "torch": report["versions"].get("torch"),
         "is simulated": report["simulated"],
     }
@@ -166,7 +171,7 @@ def series_of(folders: Iterable[Path]) -> dict[str, list[Run]]:
 
 
 # The settings that runs must have in common: for scaling, and for a peak that a benchmark has measured.
-_settings = itemgetter("settings", "data", "hardware", "precision", "layout", "torch")
+_settings = itemgetter("settings", *(heading for heading, column in COLUMNS.items() if column.is_condition))
 _peak_settings = itemgetter("model", "image size", "hardware", "precision")
 
 
@@ -207,14 +212,14 @@ def tables(results: Sequence[Row], series: Mapping[str, Sequence[Run]] | None = 
 
 
 def _table(rows: Sequence[Row], title: str, note: str = "") -> Table:
-    cells = [[_cell(row[heading], form) for heading, form in COLUMNS.items()] for row in rows]
+    cells = [[_cell(row[heading], column.form) for heading, column in COLUMNS.items()] for row in rows]
     return Table([*COLUMNS], cells, title, note)
 
 
 def _cell(value: Any, form: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
-    return form.format(value)
+    return form.format(value) if isinstance(value, (int, float)) else "?"
 
 
 def as_text(results: Sequence[Row], series: Mapping[str, Sequence[Run]] | None = None) -> str:

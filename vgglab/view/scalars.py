@@ -46,10 +46,12 @@ class Scalars:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._writer is None:
             self._writer = self._open_writer()
-        for name, field in SCALARS[event["event"]].items():
-            has_no_meaning = field == "images_per_second" and event.get("simulated")
-            if event[field] is not None and not has_no_meaning:
-                self._writer.add_scalar(name, event[field], event["step"])
+        values = {name: event[field] for name, field in SCALARS[event["event"]].items()}
+        if event.get("simulated"):
+            values.pop("train_fps_step", None)  # it has no meaning
+        for name, value in {**event.get("scalars", {}), **values}.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, event["step"])
 
     def close(self) -> None:
         if self._writer is not None:
