@@ -133,7 +133,7 @@ def test_the_loop_reads_from_the_card_once_per_log_line():
     code = (
         "from vgglab.devices import open_device\n"
         "from vgglab.settings import parser; from vgglab.settings.config import complete\n"
-        "from vgglab.trainer import Trainer\n"
+        "from vgglab.trainer import Trainer; from vgglab.pace import Pace\n"
         "from vgglab.data.sets import open_sets\n"
         "class Run:\n"
         "    path = __import__('pathlib').Path('.')\n"
@@ -142,12 +142,13 @@ def test_the_loop_reads_from_the_card_once_per_log_line():
         "    def rank_event(self, **v): pass\n"
         "    def skipped(self, *a): pass\n"
         "    def save_checkpoint(self, *a): self.event('checkpoint')\n    schema = process_started = 0\n"
+        "    def stop_requested(self): return False\n"
         "s = parser.parse_flags('--data-path digits --model vgg11 --epochs 1 --training-step-per-epoch 6 "
         "--print-freq 3 --batch-size 4 --eval-step-per-epoch 3 --skip-steps 0 --workers 0 --seed 1'.split())\n"
         "d = open_device('gcu-sim'); sets = open_sets(s)\n"
         "s = complete(s, num_classes=10, image_size=32, head='small')\n"
         "d.open(); run = Run(); trainer = Trainer(s, d, sets); before = sim.num_host_reads()\n"
-        "trainer.fit(run)\n"
+        "trainer.fit(run, Pace(s, d, run))\n"
         "print([(kind, n - before) for kind, n in run.reads])\n"
     )
     assert run_on_sim(code) == str([("train", 1), ("train", 2), ("eval_start", 2), ("eval", 3), ("checkpoint", 3)])

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager, nullcontext
 from itertools import count
-from typing import TYPE_CHECKING, Any, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from vgglab.devices.hostreads import HostReads
-from vgglab.dist import interrupts
 
 if TYPE_CHECKING:
     from vgglab.devices.base import Device
+    from vgglab.runs.writer import RankWriter
+    from vgglab.settings.config import Settings
+    from vgglab.trainer import Trainer
 
 SYNC_SECONDS = 5.0  # with several ranks, the approximate time between checks for a request to stop
 
@@ -144,8 +146,9 @@ class StopCoordinator:
 
     should_stop = False
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    def __init__(self, device: Device, stop_requested: Callable[[], bool]) -> None:
+        """``stop_requested`` returns whether this rank was asked to stop."""
+        self._device, self._stop_requested = device, stop_requested
         self._steps_per_sync = 1  # communicate after the first step, to learn how long a step takes
         self._steps = 0
         self._last_sync = time.perf_counter()
@@ -154,17 +157,36 @@ class StopCoordinator:
         """Whether the ranks should communicate after this step; the same on every rank."""
         self._steps += 1
         if self._device.world_size == 1:
-            return interrupts.stop_requested()
+            return self._stop_requested()
         return self._steps >= self._steps_per_sync
 
     def sync(self, metrics: Tensor) -> tuple[list[float], list[float]]:
         """Set ``should_stop``; return the means of ``metrics (n,)`` over the ranks, and this rank's own values."""
         device = self._device
         seconds = (time.perf_counter() - self._last_sync) / max(self._steps, 1)
-        state = torch.tensor([float(interrupts.stop_requested()), seconds]).to(metrics.device)
+        state = torch.tensor([float(self._stop_requested()), seconds]).to(metrics.device)
         values = device.fetch(torch.cat([device.sum(torch.cat([state, metrics])) / device.world_size, metrics]))
         stop_fraction, mean_seconds = values[:2]
         self.should_stop = stop_fraction > 0
         self._steps_per_sync = max(1, int(SYNC_SECONDS / max(mean_seconds, 1e-6)))
         self._steps, self._last_sync = 0, time.perf_counter()
         return values[2 : 2 + len(metrics)], values[2 + len(metrics) :]
+
+
+class Pace:
+    """What ``Trainer.fit`` needs around its steps: their timing, and when all ranks stop."""
+
+    def __init__(self, config: Settings, device: Device, run: RankWriter) -> None:
+        images_per_step = config.batch_size * device.world_size
+        self.clock = Clock(images_per_step, device, run.process_started, config.timers)
+        self.coordinator = StopCoordinator(device, run.stop_requested)
+
+    @contextmanager
+    def timing_phases(self, trainer: Trainer) -> Iterator[None]:
+        """Context manager in which the device reports phases of each step to the clock (see ``TimedDevice``)."""
+        device = trainer.device
+        trainer.device = TimedDevice(device, self.clock)  # type: ignore[assignment]  # forwards everything else
+        try:
+            yield
+        finally:
+            trainer.device = device

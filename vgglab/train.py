@@ -50,7 +50,8 @@ from typing import TYPE_CHECKING, Any, Mapping, NoReturn, Sequence
 
 from vgglab.devices import import_torch, open_device
 from vgglab.dist import interrupts, ranks, slurm, spawn
-from vgglab.dist.interrupts import StopRequested, defer_ctrl_c, defer_signals
+from vgglab.dist.interrupts import StopRequested, defer_signals
+from vgglab.dist.signals import defer_ctrl_c
 from vgglab.errors import UserError, error_context
 from vgglab.runs import seeds
 from vgglab.runs.report import steadiness_warning
@@ -259,12 +260,13 @@ def _eval_key(settings: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _train_or_evaluate(trainer: Trainer, run: RankWriter) -> None:
     from vgglab.devices.memory import is_out_of_memory
+    from vgglab.pace import Pace
 
     try:
         if trainer.config.test_only:
             trainer.evaluate(run)
         else:
-            trainer.fit(run)
+            trainer.fit(run, Pace(trainer.config, trainer.device, run))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

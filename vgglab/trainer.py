@@ -7,27 +7,26 @@ the run directory, as events.
 from __future__ import annotations
 
 import math
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Iterator, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from vgglab.data.loader import eval_batches, mix_seeds, train_batches
 from vgglab.data.transform import normalised
+from vgglab.devices.collectives import broadcast_buffers, weights_agree
 from vgglab.devices.tracing import Tracer
-from vgglab.dist import interrupts
-from vgglab.dist.interrupts import StopRequested
 from vgglab.errors import NOT_FINITE_ADVICE, UserError, error_context
 from vgglab.model import build, load_pretrained
 from vgglab.optim import OPTIMIZERS, Objective, WeightAverage, build_optimizer, set_learning_rate
-from vgglab.pace import Clock, StopCoordinator, TimedDevice
 from vgglab.settings.schedule import SCHEDULES, learning_rate
 
 if TYPE_CHECKING:  # types of the trainer's arguments
     from vgglab.data.sets import DataSets
     from vgglab.devices.base import Device
+    from vgglab.pace import Pace
     from vgglab.runs.checkpoint import Checkpoint
     from vgglab.runs.writer import RankWriter
     from vgglab.settings.config import Settings
@@ -138,7 +137,7 @@ class Trainer:
             self.average.update(self.network, self.state.step)
         return result
 
-    def fit(self, run: RankWriter) -> None:
+    def fit(self, run: RankWriter, pace: Pace) -> None:
         """Train; evaluate and save every ``eval_freq`` epochs and after the last.
 
         Raises:
@@ -153,7 +152,7 @@ class Trainer:
         first_step = state.step
         num_traced = config.trace if self.device.rank == 0 else 0
         with closing(Tracer(run.path, config.skip_steps, num_traced)) as tracer:
-            loop = Loop(self, run, tracer)
+            loop = Loop(self, run, pace, tracer)
             for epoch in range(state.epoch, config.epochs):
                 rate = learning_rate(config, epoch, self.device.world_size, state.num_drops)
                 set_learning_rate(self.optimizer, rate)
@@ -167,10 +166,7 @@ class Trainer:
             run.event("warning", text=text)
 
     def _evaluate_and_save(self, run: RankWriter, epoch: int) -> None:
-        try:
-            is_best = self.evaluate(run, epoch)
-        except StopRequested:
-            self.save_and_stop(run)  # the epoch is trained, but not evaluated
+        is_best = self.evaluate(run, epoch)
         state = self.state
         state.epoch, state.images = epoch + 1, 0
         if "lr_patience" in SCHEDULES[self.config.lr_schedule].settings and epoch >= self.config.warmup:
@@ -180,12 +176,12 @@ class Trainer:
         run.save_checkpoint(self, is_best)
 
     def save_and_stop(self, run: RankWriter) -> NoReturn:
-        """Save, then raise StopRequested; on rank 0 its message says whether saving succeeded and how to continue."""
+        """Save, unless nothing is trained, and stop; say whether saving succeeded and how to continue."""
+        if self.config.test_only:
+            run.stop()
         run.save_checkpoint(self)
-        if self.device.rank != 0:
-            raise StopRequested
         saved = "but the checkpoint could not be written" if run.has_lost_checkpoints else "checkpoint saved"
-        raise StopRequested(f"after step {self.state.step}, {saved}; {run.resume_advice}")
+        run.stop(f"after step {self.state.step}, {saved}; {run.resume_advice}")
 
     def record_start(self, run: RankWriter) -> None:
         """Write the first event, which describes what the run will do, so that its progress can be shown."""
@@ -216,29 +212,29 @@ class Trainer:
         ``last_epoch`` is the last trained epoch, counted from 0. With n < 5 classes, top-5 means top-n.
 
         Raises:
-            StopRequested: a rank was asked to stop, so all ranks stop here.
+            StopRequested: a rank was asked to stop, so all ranks stop here; the epoch is trained, but not evaluated.
         """
         device, batches, state = self.device, self.held_out, self.state
         network = self.network if self.average is None else self.average.network
-        if self.ranks_agree and not _weights_agree(self.network, device):
+        if self.ranks_agree and not weights_agree(self.network, device):
             self.ranks_agree = False  # one warning is enough
             text = "the weights of the ranks differ: an update differed between ranks; rank 0's weights are saved"
             run.event("warning", text=text)
-        _broadcast_buffers(network, device)
+        broadcast_buffers(network, device)
         run.event("eval_start", epoch=last_epoch, num_batches=len(batches))
         network.eval()
         totals = torch.zeros(4)  # [loss, top-1 hits, top-5 hits, images], summed on the card
         for images, labels in device.feed(batches.epoch(0, on_skipped=run.skipped)):
-            if interrupts.stop_requested():
+            if run.stop_requested():
                 break
             with device.autocast():
                 logits = network(normalised(images, device.channels_last))
             totals = totals.to(logits.device) + _count_hits(logits.to(totals.dtype), labels)
             device.flush([totals])
-        stop_flag = torch.tensor([float(interrupts.stop_requested())]).to(totals.device)
+        stop_flag = torch.tensor([float(run.stop_requested())]).to(totals.device)
         *sums, num_stopping = device.fetch(device.sum(torch.cat([totals, stop_flag])))
         if num_stopping:
-            raise StopRequested
+            self.save_and_stop(run)
         loss_sum, top1_hits, top5_hits, num_images = sums
         if num_images == 0:
             raise UserError("--on-bad-image skip: none of the held-out images can be read; run vgglab data check")
@@ -259,25 +255,23 @@ class Trainer:
 class Loop:
     """Runs the training epochs: the steps and, between them, logging, checkpoints and checks for stop requests."""
 
-    def __init__(self, trainer: Trainer, run: RankWriter, tracer: Tracer) -> None:
-        self.trainer, self.run, self.tracer = trainer, run, tracer
+    def __init__(self, trainer: Trainer, run: RankWriter, pace: Pace, tracer: Tracer) -> None:
+        self.trainer, self.run, self.pace, self.tracer = trainer, run, pace, tracer
         config, device = trainer.config, trainer.device
         self.images_per_step = config.batch_size * device.world_size
-        self.clock = Clock(self.images_per_step, device, run.process_started, config.timers)
-        self.coordinator = StopCoordinator(device)
         # The first steps of a run are slow, even after a resume.
         self.last_skipped_step = trainer.state.step + config.skip_steps
 
     def train_epoch(self, epoch: int) -> None:
         """Train on the remaining batches of this epoch."""
-        trainer, clock, batches = self.trainer, self.clock, self.trainer.batches
+        trainer, clock, batches = self.trainer, self.pace.clock, self.trainer.batches
         assert batches is not None
         config, state = trainer.config, trainer.state
         trainer.model.train()
         clock.restart()
         first_batch = min(state.images // self.images_per_step, len(batches))
         device_batches = trainer.device.feed(batches.epoch(epoch, first_batch, self.run.skipped))
-        with self._timing_phases():
+        with self.pace.timing_phases(trainer):
             for batch, (images, labels) in clock.batches(device_batches, first_batch):
                 result = trainer.step(images, labels)
                 clock.end_step()
@@ -287,22 +281,12 @@ class Loop:
                 should_save = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
                 should_log = should_save or batch % config.print_freq == 0 or batch == len(batches)
                 should_log = should_log or state.step == self.last_skipped_step  # logging restarts the clock
-                if should_log or self.coordinator.is_due():
+                if should_log or self.pace.coordinator.is_due():
                     self._log_and_sync(epoch, result, labels, should_log)
-                if self.coordinator.should_stop:
+                if self.pace.coordinator.should_stop:
                     trainer.save_and_stop(self.run)
                 if should_save:
                     self.run.save_checkpoint(trainer)
-
-    @contextmanager
-    def _timing_phases(self) -> Iterator[None]:
-        """Context manager in which the device reports phases of each step to the clock (see ``TimedDevice``)."""
-        device = self.trainer.device
-        self.trainer.device = TimedDevice(device, self.clock)  # type: ignore[assignment]  # forwards everything else
-        try:
-            yield
-        finally:
-            self.trainer.device = device
 
     def _log_and_sync(self, epoch: int, result: StepResult, labels: Tensor, should_log: bool) -> None:
         """Average the scalars of ``result`` over the ranks and check for stop requests; log if ``should_log``."""
@@ -310,13 +294,13 @@ class Loop:
         scalars = {**result.scalars, "acc1": (result.logits.detach().argmax(1) == labels).to(dtype).mean()}
         values = torch.stack([value.detach().to(dtype) for value in scalars.values()])
         # The loop's only read from the device.
-        averaged, own = (dict(zip(scalars, numbers)) for numbers in self.coordinator.sync(values))
+        averaged, own = (dict(zip(scalars, numbers)) for numbers in self.pace.coordinator.sync(values))
         loss, acc1 = averaged.pop("loss"), averaged.pop("acc1")
         trainer, step = self.trainer, self.trainer.state.step
         if not math.isfinite(loss):
             raise UserError(f"the loss is not finite ({loss}) at step {step}; {NOT_FINITE_ADVICE}")
         if should_log:
-            self.run.rank_event(step=step, loss=own["loss"], **self.clock.own_metrics(), **trainer.device.usage())
+            self.run.rank_event(step=step, loss=own["loss"], **self.pace.clock.own_metrics(), **trainer.device.usage())
             self.run.event(
                 "train",
                 epoch=epoch,
@@ -325,28 +309,9 @@ class Loop:
                 acc1=100 * acc1,
                 lr=trainer.optimizer.param_groups[0]["lr"],
                 is_measured=step > self.last_skipped_step,
-                **self.clock.read_interval(),
+                **self.pace.clock.read_interval(),
                 **({"scalars": averaged} if averaged else {}),
             )
-
-
-def _weights_agree(network: nn.Module, device: Device) -> bool:
-    """Return whether all ranks have the same weights, judged by the first convolution and all biases."""
-    if device.world_size == 1:
-        return True
-    small = [weight for weight in network.parameters() if weight.numel() < 10_000]
-    own = torch.cat([torch.tensor(device.fetch(weight)).flatten() for weight in small])
-    own = own.nan_to_num()  # NaN does not equal itself; save_checkpoint reports it
-    of_rank_0 = device.fetch(device.sum(own if device.rank == 0 else torch.zeros_like(own)))
-    return device.true_on_all_ranks(of_rank_0 == own.tolist())
-
-
-def _broadcast_buffers(network: nn.Module, device: Device) -> None:
-    """Copy rank 0's batch-norm statistics to all ranks, so that each evaluates the network that is saved."""
-    if device.world_size > 1:
-        for buffer in network.buffers():
-            buffer.copy_(device.sum(buffer if device.rank == 0 else torch.zeros_like(buffer)))
-        device.flush(list(network.buffers()))
 
 
 def _count_hits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
 from vgglab.commands import call
-from vgglab.dist.interrupts import STOP_SIGNALS, handle_signals
+from vgglab.dist.interrupts import handle_signals
+from vgglab.dist.signals import STOP_SIGNALS
 from vgglab.errors import UserError
 from vgglab.lab.machine_speed import REFERENCE
 from vgglab.settings.flags import AT_LEAST_1, OneLineParser

@@ -21,8 +21,8 @@ from PIL import Image
 from vgglab.data.decode import SIXTEEN_BIT_MODES, open_picture
 from vgglab.data.images import FileImages
 from vgglab.data.sets import open_sets
-from vgglab.dist.interrupts import ignore_signals_in_worker
 from vgglab.dist.ranks import num_cores
+from vgglab.dist.signals import ignore_signals_in_worker
 from vgglab.errors import BadImage, UserError
 from vgglab.settings.parser import parse_flags
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vgglab.dist.interrupts import block_signals_during_start, ignore_signals_in_worker
+from vgglab.dist.signals import block_signals_during_start, ignore_signals_in_worker
 from vgglab.errors import BadImage, UserError
 
 if TYPE_CHECKING:

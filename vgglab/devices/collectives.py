@@ -1,14 +1,17 @@
-"""Sums and batch norm over all ranks, using PyTorch's process group."""
+"""Sums, batch norm and comparisons over all ranks, using PyTorch's process group."""
 
 from __future__ import annotations
 
 import time
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vgglab.devices.base import Device
 
 MAX_WAIT_SECONDS = 1.0
 
@@ -84,3 +87,22 @@ def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d  # same parameters, same buffers, same names in a checkpoint
     return model
+
+
+def weights_agree(network: nn.Module, device: Device) -> bool:
+    """Return whether all ranks have the same weights, judged by the first convolution and all biases."""
+    if device.world_size == 1:
+        return True
+    small = [weight for weight in network.parameters() if weight.numel() < 10_000]
+    own = torch.cat([torch.tensor(device.fetch(weight)).flatten() for weight in small])
+    own = own.nan_to_num()  # NaN does not equal itself; save_checkpoint reports it
+    of_rank_0 = device.fetch(device.sum(own if device.rank == 0 else torch.zeros_like(own)))
+    return device.true_on_all_ranks(of_rank_0 == own.tolist())
+
+
+def broadcast_buffers(network: nn.Module, device: Device) -> None:
+    """Copy rank 0's batch-norm statistics to all ranks, so that each evaluates the network that is saved."""
+    if device.world_size > 1:
+        for buffer in network.buffers():
+            buffer.copy_(device.sum(buffer if device.rank == 0 else torch.zeros_like(buffer)))
+        device.flush(list(network.buffers()))

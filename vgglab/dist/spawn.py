@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Sequence
 
 from vgglab.dist import ranks
-from vgglab.dist.interrupts import STOP_SIGNALS, handle_signals
+from vgglab.dist.interrupts import handle_signals
+from vgglab.dist.signals import STOP_SIGNALS
 from vgglab.errors import UserError
 
 POLL_SECONDS = 0.05

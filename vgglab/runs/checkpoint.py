@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vgglab.devices.compat import NotACheckpoint, describe_damage, load_tensors
-from vgglab.dist.interrupts import defer_ctrl_c
+from vgglab.dist.signals import defer_ctrl_c
 from vgglab.errors import NOT_FINITE_ADVICE, UserError
 from vgglab.optim import OPTIMIZERS
 from vgglab.storage.files import make_folder, nofollow_opener

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 from vgglab.dist import ranks
-from vgglab.dist.interrupts import STOP_SIGNALS, handle_signals
+from vgglab.dist.interrupts import handle_signals
+from vgglab.dist.signals import STOP_SIGNALS
 from vgglab.errors import UserError, printable
 from vgglab.runs.run import Run, is_run_dir, run_path
 from vgglab.settings.config import Request

@@ -10,9 +10,9 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, NoReturn, Sequence
 
-from vgglab.dist import ranks
+from vgglab.dist import interrupts, ranks
 from vgglab.dist.processes import identity
 from vgglab.dist.ranks import STACK_SIGNAL
 from vgglab.errors import UserError
@@ -44,6 +44,14 @@ class RankWriter:
 
     def event(self, kind: str, **values: Any) -> None:
         pass
+
+    def stop_requested(self) -> bool:
+        """Whether this rank was asked to save and stop."""
+        return interrupts.stop_requested()
+
+    def stop(self, message: str = "") -> NoReturn:
+        """Stop the run on request; rank 0 passes on what was saved and how to resume."""
+        raise interrupts.StopRequested(message if self.rank == 0 else "")
 
     def write_failed(self, what: str, warning: str) -> None:
         """Count a failed write and warn the first time; training continues."""
