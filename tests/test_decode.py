@@ -6,6 +6,7 @@ import random
 from importlib.util import find_spec
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from conftest import CLASSES, NUM_TRAIN, NUM_VAL
@@ -54,6 +55,14 @@ def jpeg(tmp_path):
         return str(tmp_path / name)
 
     return save
+
+
+def test_the_version_of_each_decoder_is_recorded(train, monkeypatch):
+    """Another version may give other pixels; env.json had only the versions of simplejpeg and Pillow."""
+    monkeypatch.setitem(DECODERS, "new", DECODERS["pil"]._replace(package="pytest"))
+    versions = train("--epochs=1").run.env["versions"]
+    assert versions["pytest"] == pytest.__version__
+    assert versions["pillow"] == PIL.__version__
 
 
 @needs_fast

@@ -153,8 +153,9 @@ def _open_jpeg(file: str) -> AnyPicture:
 
 
 class Decoder(NamedTuple):
-    """The functions that define a decoder."""
+    """What defines a decoder."""
 
+    package: str  # whose version env.json records, because it may change pixels
     why_missing: Callable[[], str]  # what it needs that is not installed, and what to do; empty if it can be used
     open_file: Callable[[str], AnyPicture]
     from_array: Callable[[Tensor], Pixels]  # converts (H, W, 3) uint8 to what the decoder returns for a file
@@ -162,8 +163,8 @@ class Decoder(NamedTuple):
 
 # In order of preference.
 DECODERS = {
-    "fast": Decoder(_why_no_simplejpeg, _open_jpeg, lambda pixels: pixels),
-    "pil": Decoder(lambda: "", Picture, lambda pixels: Image.fromarray(pixels.numpy())),
+    "fast": Decoder("simplejpeg", _why_no_simplejpeg, _open_jpeg, lambda pixels: pixels),
+    "pil": Decoder("pillow", lambda: "", Picture, lambda pixels: Image.fromarray(pixels.numpy())),
 }
 
 

@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
+from vgglab.data.decode import DECODERS
 from vgglab.dist import ranks
 from vgglab.dist.processes import identity
 from vgglab.dist.ranks import STACK_SIGNAL
@@ -271,7 +272,7 @@ def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"vgglab": __version__, "python": sys.version.split()[0]}
-    for package in ("torch", "torchvision", "numpy", "pillow", "simplejpeg"):
+    for package in ("torch", "torchvision", "numpy", *(decoder.package for decoder in DECODERS.values())):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {
