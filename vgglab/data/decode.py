@@ -14,13 +14,14 @@ import os
 import stat
 import struct
 import warnings
-from typing import Callable, Iterator, NamedTuple, Union
+from dataclasses import dataclass
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vgglab.data.transform import Pixels
+from vgglab.data.transform import AnyPicture, Pixels
 from vgglab.errors import BadImage, UserError
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for a grey image of more than 8 bits
@@ -86,12 +87,12 @@ class Picture:
         self.width, self.height = self._image.size
 
     def pixels(self, rows: int | None = None) -> Pixels:
-        """Decode at least the first ``rows`` rows (default: all) to RGB. Call this only once. Raises BadImage."""
         with _reading_with_pillow(self.file), self._image as image:
             return to_rgb(image)
 
 
-class JpegPicture(NamedTuple):
+@dataclass
+class JpegPicture:
     """An ordinary JPEG in memory: sequential, 8 bits, grey or colour, not truncated."""
 
     file: str
@@ -127,9 +128,6 @@ class ArrayPicture:
     def pixels(self, rows: int | None = None) -> Pixels:
         rgb = self._pixels if self._pixels.dim() == 3 else self._pixels[:, :, None].expand(-1, -1, 3)
         return DECODERS[self._decoder].from_array(rgb.contiguous())
-
-
-AnyPicture = Union[Picture, JpegPicture, ArrayPicture]  # what a transform takes
 
 
 def open_picture(file: str, decoder: str) -> AnyPicture:

@@ -10,14 +10,11 @@ from __future__ import annotations
 import functools
 import math
 import random
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import Any, NamedTuple, Protocol, Union
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from vgglab.data.decode import AnyPicture
 
 # Mean and standard deviation of ImageNet's training images per channel (red, green, blue), for values in [0, 1].
 CHANNEL_MEAN = (0.485, 0.456, 0.406)
@@ -26,6 +23,16 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)  # width to height of a random crop
 BILINEAR = getattr(Image, "Resampling", Image).BILINEAR  # Pillow 9.1 moved it
 
 Pixels = Union[Tensor, Image.Image]  # (H, W, 3) uint8, or an RGB Pillow image
+
+
+class AnyPicture(Protocol):
+    """An image whose header has been read; its pixels are decoded on request."""
+
+    height: int
+    width: int
+
+    def pixels(self, rows: int | None = None) -> Pixels:
+        """Decode at least the first ``rows`` rows (default: all) to RGB. Call this only once. Raises BadImage."""
 
 
 class Box(NamedTuple):
