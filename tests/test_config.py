@@ -108,7 +108,7 @@ def test_list_of_flags_is_unchanged():
 def test_choices_match_their_tables_and_others_raise(monkeypatch):
     """An unknown schedule silently became cosine, an unknown decoder Pillow."""
     from vgglab import model, optim
-    from vgglab.data import decode, named, sets
+    from vgglab.data import decode, named, transform
     from vgglab.settings import choices, schedule
 
     assert tuple(model.model_names()) == choices.MODELS
@@ -116,7 +116,7 @@ def test_choices_match_their_tables_and_others_raise(monkeypatch):
     assert set(choices.OPTIMIZERS) == set(optim.OPTIMIZERS)
     assert tuple(named.NAMED_SETS) == tuple(choices.DATA_SETS)
     assert tuple(choices.DECODERS) == tuple(decode.DECODERS)  # in the order of preference
-    assert set(choices.CROPS) == set(sets.CROPS)
+    assert set(choices.CROPS) == set(transform.CROPS)
     assert set(choices.HEADS) == {"auto", *model.HEADS}
     settings = parse_flags([])
     settings = replace(settings, warmup=0, lr_schedule="nonsense", optimizer="nonsense")

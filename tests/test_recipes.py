@@ -9,8 +9,7 @@ from conftest import TINY
 from torch import nn
 
 from vgglab.data.decode import ArrayPicture
-from vgglab.data.sets import CROPS
-from vgglab.data.transform import JitteredCrop, Preprocessing, RandomCrop, TrivialAugmentCrop
+from vgglab.data.transform import CROPS, JitteredCrop, Preprocessing, RandomCrop, TrivialAugmentCrop
 from vgglab.devices import open_device
 from vgglab.devices.compat import load_tensors
 from vgglab.lab.plan import plan_training

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from typing import Any, NamedTuple, Protocol, Union
+from typing import Any, Callable, NamedTuple, Protocol, Union
 
 import torch
 from PIL import Image
@@ -116,6 +116,13 @@ class TrivialAugmentCrop(NamedTuple):
             return as_tensor(TrivialAugmentWide()(image))
         finally:
             torch.set_rng_state(rng_state)
+
+
+CROPS: dict[str, Callable[[int, Preprocessing], Any]] = {
+    "standard": lambda size, preprocessing: RandomCrop(size, preprocessing.crop_scale, preprocessing.flip),
+    "scale-jitter": lambda size, preprocessing: JitteredCrop(size, preprocessing.flip),
+    "trivial": lambda size, preprocessing: TrivialAugmentCrop(CROPS["standard"](size, preprocessing)),
+}
 
 
 class CentreCrop(NamedTuple):
