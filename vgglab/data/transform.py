@@ -110,12 +110,9 @@ class TrivialAugmentCrop(NamedTuple):
         from torchvision.transforms import TrivialAugmentWide
 
         image = Image.fromarray(self.crop(picture, seed).numpy())
-        rng_state = torch.get_rng_state()  # torchvision uses the global generator
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every card, for each image
-        try:
+        with torch.random.fork_rng(devices=[]):  # torchvision uses the global generator
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every card, for each image
             return as_tensor(TrivialAugmentWide()(image))
-        finally:
-            torch.set_rng_state(rng_state)
 
 
 CROPS: dict[str, Callable[[int, Preprocessing], Any]] = {
