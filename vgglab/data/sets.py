@@ -74,6 +74,9 @@ def _open_sets(config: Request) -> DataSets:
         with explain_failed_download(name):
             train = None if config.test_only else source.split("train", image_size)
             val = source.split("val", image_size)
+        for split in (train or val, val):
+            if split.classes != val.classes or max(split.labels) >= len(val.classes):
+                raise UserError(f"--data-path {name}: labels and classes disagree; delete it from the cache folder")
     else:
         if source.folder is None:
             root = _existing_folder(name)
