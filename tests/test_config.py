@@ -153,6 +153,9 @@ def test_setting_without_effect_gives_a_warning():
     assert settings_warnings(config, OPTIMIZERS) == ["--end-lr has no effect with --lr-schedule step", of_sgd]
     config = replace(config, lr_schedule="cosine", optimizer="rmsprop")
     assert settings_warnings(config, OPTIMIZERS) == ["--lr-gamma has no effect with --lr-schedule cosine"]
+    assert settings_warnings(parse_flags(["--data-path=fake"]), OPTIMIZERS) == []
+    [line] = settings_warnings(parse_flags(["--data-path=fake", "--crops=trivial"]), OPTIMIZERS)
+    assert line.startswith("--crops has no effect with --data-path fake")
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
