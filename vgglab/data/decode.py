@@ -51,8 +51,7 @@ def _why_no_simplejpeg() -> str:
         import simplejpeg  # noqa: F401  # it may be installed and not fit this numpy
 
         # An older torch cannot resize uint8 tensors as Pillow resizes images.
-        image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-        nn.functional.interpolate(image, size=(4, 4), mode="bilinear", antialias=True)
+        nn.functional.interpolate(torch.zeros(1, 3, 8, 8).byte(), size=(4, 4), mode="bilinear", antialias=True)
     except (ImportError, TypeError, RuntimeError):
         return (
             "needs the simplejpeg package and torch 2.1 or newer; run pip install simplejpeg, "
@@ -132,11 +131,10 @@ class ArrayPicture:
 
 def open_picture(file: str, decoder: str) -> AnyPicture:
     """Open an image file and read its width and height. Raises BadImage, or KeyError for an unknown decoder."""
-    open_file = DECODERS[decoder].open_file
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would block
             raise bad_image(file, "not a regular file")
-        return open_file(file)
+        return DECODERS[decoder].open_file(file)
     except OSError as error:
         raise bad_image(file, reason_of(error)) from None
 

@@ -95,10 +95,9 @@ def _open_sets(config: Request) -> DataSets:
 def _existing_folder(data_path: str) -> Path:
     root = Path(data_path)
     if not root.is_dir():
-        names = ", ".join(NAMED_SETS)
         raise UserError(
             f"--data-path {data_path}: no such folder; use one that contains train/ and val/, or "
-            f"the name of a data set: {names}"
+            f"the name of a data set: {', '.join(NAMED_SETS)}"
         )
     return root
 

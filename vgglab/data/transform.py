@@ -173,8 +173,7 @@ def resize(pixels: Pixels, height: int, width: int) -> Pixels:
     if pixels.shape[:2] == (height, width):
         return pixels
     planes = pixels.permute(2, 0, 1)[None]  # (1, 3, H, W), with the same memory layout
-    options: dict[str, Any] = {"mode": "bilinear", "antialias": True}
-    return nn.functional.interpolate(planes, size=(height, width), **options)[0].permute(1, 2, 0)
+    return nn.functional.interpolate(planes, size=(height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
 
 
 def crop_to_box(pixels: Pixels, box: Box) -> Pixels:

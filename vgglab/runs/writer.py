@@ -276,10 +276,8 @@ def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {
-        "simulated": device["simulated"],
-        "device": device["device"],
-        "world_size": world_size,
         **device,
+        "world_size": world_size,
         "versions": {**versions, **device.get("versions", {})},
         "commit": _git_commit(),
         "argv": sys.argv,
