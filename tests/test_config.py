@@ -108,7 +108,7 @@ def test_list_of_flags_is_unchanged():
 def test_choices_match_their_tables_and_others_raise(monkeypatch):
     """An unknown schedule silently became cosine, an unknown decoder Pillow."""
     from vgglab import model, optim
-    from vgglab.data import decode, named, sets
+    from vgglab.data import decode, named, transform
     from vgglab.settings import choices, schedule
 
     assert tuple(model.model_names()) == choices.MODELS
@@ -116,7 +116,7 @@ def test_choices_match_their_tables_and_others_raise(monkeypatch):
     assert set(choices.OPTIMIZERS) == set(optim.OPTIMIZERS)
     assert tuple(named.NAMED_SETS) == tuple(choices.DATA_SETS)
     assert tuple(choices.DECODERS) == tuple(decode.DECODERS)  # in the order of preference
-    assert set(choices.CROPS) == set(sets.CROPS)
+    assert set(choices.CROPS) == set(transform.CROPS)
     assert set(choices.HEADS) == {"auto", *model.HEADS}
     settings = parse_flags([])
     settings = replace(settings, warmup=0, lr_schedule="nonsense", optimizer="nonsense")
@@ -153,6 +153,9 @@ def test_setting_without_effect_gives_a_warning():
     assert settings_warnings(config, OPTIMIZERS) == ["--end-lr has no effect with --lr-schedule step", of_sgd]
     config = replace(config, lr_schedule="cosine", optimizer="rmsprop")
     assert settings_warnings(config, OPTIMIZERS) == ["--lr-gamma has no effect with --lr-schedule cosine"]
+    assert settings_warnings(parse_flags(["--data-path=fake"]), OPTIMIZERS) == []
+    [line] = settings_warnings(parse_flags(["--data-path=fake", "--crops=trivial"]), OPTIMIZERS)
+    assert line.startswith("--crops has no effect with --data-path fake")
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

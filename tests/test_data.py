@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torchvision
 from conftest import CLASSES, NUM_TRAIN, NUM_VAL
 from processes import python
@@ -19,9 +20,10 @@ from torch.utils.data.distributed import DistributedSampler
 
 from vgglab.data import index, loader
 from vgglab.data.digits import digits_folder
-from vgglab.data.images import FileImages
-from vgglab.data.named import NAMED_SETS
+from vgglab.data.images import ArrayImages, FileImages, Split
+from vgglab.data.named import NAMED_SETS, NamedSet
 from vgglab.data.sets import open_sets
+from vgglab.data.transform import Preprocessing
 from vgglab.settings.parser import parse_flags
 
 
@@ -322,6 +324,19 @@ def test_fashion_mnist_is_read_without_network(tmp_path, monkeypatch, train, sou
     assert sets.val.classes[9] == "Ankle boot"
     [first, *_] = loader.eval_batches(sets, parse_flags(["--batch-size=20", "--workers=0"]), rank()).epoch(0)
     assert first.images[:, 0, 0, 0].tolist() == [25 * (number % 10) for number in range(20)]
+
+
+@pytest.mark.parametrize(("labels", "classes"), [([0, 1], ["b", "a"]), ([0, 2], ["a", "b"])])
+def test_named_set_whose_labels_and_classes_disagree_is_refused(refused, monkeypatch, labels, classes):
+    """A run with another order of classes in the held-out images ended with a wrong accuracy and no message."""
+
+    def split(name, size):
+        pixels = ArrayImages(torch.zeros(2, size, size, dtype=torch.uint8), name)
+        return Split(pixels, labels, classes) if name == "val" else Split(pixels, [0, 1], ["a", "b"])
+
+    monkeypatch.setitem(NAMED_SETS, "digits", NamedSet(Preprocessing(32), "", split=split))
+    line = refused("--batch-size=2", "--epochs=1", data="digits")
+    assert "--data-path digits: labels and classes disagree" in line
 
 
 @pytest.mark.parametrize("name", [name for name in NAMED_SETS if name not in ("digits", "fake")])

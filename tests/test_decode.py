@@ -6,6 +6,7 @@ import random
 from importlib.util import find_spec
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from conftest import CLASSES, NUM_TRAIN, NUM_VAL
@@ -14,7 +15,7 @@ from processes import python
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from vgglab.data.decode import DECODERS, JpegPicture, choose_decoder, open_picture
+from vgglab.data.decode import DECODERS, ArrayPicture, JpegPicture, choose_decoder, open_picture
 from vgglab.data.transform import (
     CHANNEL_MEAN,
     CHANNEL_STD,
@@ -54,6 +55,14 @@ def jpeg(tmp_path):
         return str(tmp_path / name)
 
     return save
+
+
+def test_the_version_of_each_decoder_is_recorded(train, monkeypatch):
+    """Another version may give other pixels; env.json had only the versions of simplejpeg and Pillow."""
+    monkeypatch.setitem(DECODERS, "new", DECODERS["pil"]._replace(package="pytest"))
+    versions = train("--epochs=1").run.env["versions"]
+    assert versions["pytest"] == pytest.__version__
+    assert versions["pillow"] == PIL.__version__
 
 
 @needs_fast
@@ -134,6 +143,15 @@ def test_tiny_crops_can_be_enlarged(jpeg, decoder):
     for height, width in ((1, 1), (1, 7), (7, 1), (2, 2)):
         pixels = crop_to_box(open_picture(file, decoder).pixels(), Box(3, 2, height, width))
         assert as_tensor(resize(pixels, 32, 32)).shape == (32, 32, 3)
+
+
+@each_decoder
+def test_pixels_from_memory_have_the_type_of_pixels_from_a_file(jpeg, decoder):
+    """Otherwise another library resizes them, and the same image gives other crops in a named data set."""
+    from_file = open_picture(jpeg(), decoder).pixels()
+    from_memory = ArrayPicture(as_tensor(from_file), decoder).pixels()
+    assert type(from_memory) is type(from_file)
+    assert torch.equal(as_tensor(from_memory), as_tensor(from_file))
 
 
 def unreadable_files(folder):

@@ -9,8 +9,7 @@ from conftest import TINY
 from torch import nn
 
 from vgglab.data.decode import ArrayPicture
-from vgglab.data.sets import CROPS
-from vgglab.data.transform import JitteredCrop, Preprocessing, RandomCrop, TrivialAugmentCrop
+from vgglab.data.transform import CROPS, JitteredCrop, Preprocessing, RandomCrop, TrivialAugmentCrop
 from vgglab.devices import open_device
 from vgglab.devices.compat import load_tensors
 from vgglab.lab.plan import plan_training
@@ -60,18 +59,20 @@ def test_recipe_is_a_command_line(recipe):
 
 
 @pytest.mark.parametrize("name", CROPS)
-def test_crop_depends_only_on_seed_and_flip(name):
+def test_crop_depends_only_on_seed_and_flip(name, monkeypatch):
     picture = ArrayPicture(
         torch.arange(48 * 40, dtype=torch.int64).reshape(48, 40).remainder(251).to(torch.uint8), "pil"
     )
     with_flip = Preprocessing(flip=True)
     crop, unflipped = CROPS[name](32, with_flip), CROPS[name](32, with_flip._replace(flip=False))
-    before = random.getstate()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)  # torch.manual_seed calls it, to seed every card
+    before, torch_before = random.getstate(), torch.random.get_rng_state()
     crops = [crop(picture, seed) for seed in range(8)]
     assert all(torch.equal(pixels, crop(picture, seed)) for seed, pixels in enumerate(crops))
     assert len({pixels.numpy().tobytes() for pixels in crops}) > 1
     assert any(not torch.equal(pixels, unflipped(picture, seed)) for seed, pixels in enumerate(crops))
     assert random.getstate() == before
+    assert torch.equal(torch.random.get_rng_state(), torch_before)
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name])

@@ -14,13 +14,14 @@ import os
 import stat
 import struct
 import warnings
-from typing import Callable, Iterator, NamedTuple, Union
+from dataclasses import dataclass
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vgglab.data.transform import Pixels
+from vgglab.data.transform import AnyPicture, Pixels
 from vgglab.errors import BadImage, UserError
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for a grey image of more than 8 bits
@@ -50,8 +51,7 @@ def _why_no_simplejpeg() -> str:
         import simplejpeg  # noqa: F401  # it may be installed and not fit this numpy
 
         # An older torch cannot resize uint8 tensors as Pillow resizes images.
-        image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-        nn.functional.interpolate(image, size=(4, 4), mode="bilinear", antialias=True)
+        nn.functional.interpolate(torch.zeros(1, 3, 8, 8).byte(), size=(4, 4), mode="bilinear", antialias=True)
     except (ImportError, TypeError, RuntimeError):
         return (
             "needs the simplejpeg package and torch 2.1 or newer; run pip install simplejpeg, "
@@ -86,12 +86,12 @@ class Picture:
         self.width, self.height = self._image.size
 
     def pixels(self, rows: int | None = None) -> Pixels:
-        """Decode at least the first ``rows`` rows (default: all) to RGB. Call this only once. Raises BadImage."""
         with _reading_with_pillow(self.file), self._image as image:
             return to_rgb(image)
 
 
-class JpegPicture(NamedTuple):
+@dataclass
+class JpegPicture:
     """An ordinary JPEG in memory: sequential, 8 bits, grey or colour, not truncated."""
 
     file: str
@@ -129,16 +129,12 @@ class ArrayPicture:
         return DECODERS[self._decoder].from_array(rgb.contiguous())
 
 
-AnyPicture = Union[Picture, JpegPicture, ArrayPicture]  # what a transform takes
-
-
 def open_picture(file: str, decoder: str) -> AnyPicture:
     """Open an image file and read its width and height. Raises BadImage, or KeyError for an unknown decoder."""
-    open_file = DECODERS[decoder].open_file
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would block
             raise bad_image(file, "not a regular file")
-        return open_file(file)
+        return DECODERS[decoder].open_file(file)
     except OSError as error:
         raise bad_image(file, reason_of(error)) from None
 
@@ -153,8 +149,9 @@ def _open_jpeg(file: str) -> AnyPicture:
 
 
 class Decoder(NamedTuple):
-    """The functions that define a decoder."""
+    """What defines a decoder."""
 
+    package: str  # whose version env.json records, because it may change pixels
     why_missing: Callable[[], str]  # what it needs that is not installed, and what to do; empty if it can be used
     open_file: Callable[[str], AnyPicture]
     from_array: Callable[[Tensor], Pixels]  # converts (H, W, 3) uint8 to what the decoder returns for a file
@@ -162,8 +159,8 @@ class Decoder(NamedTuple):
 
 # In order of preference.
 DECODERS = {
-    "fast": Decoder(_why_no_simplejpeg, _open_jpeg, lambda pixels: pixels),
-    "pil": Decoder(lambda: "", Picture, lambda pixels: Image.fromarray(pixels.numpy())),
+    "fast": Decoder("simplejpeg", _why_no_simplejpeg, _open_jpeg, lambda pixels: pixels),
+    "pil": Decoder("pillow", lambda: "", Picture, lambda pixels: Image.fromarray(pixels.numpy())),
 }
 
 

@@ -13,7 +13,8 @@ from typing import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from vgglab.data.decode import AnyPicture, ArrayPicture, open_picture
+from vgglab.data.decode import ArrayPicture, open_picture
+from vgglab.data.transform import AnyPicture
 
 
 class FileImages:

@@ -5,24 +5,18 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from vgglab.data import lists
 from vgglab.data.decode import choose_decoder
 from vgglab.data.images import FakeImages, FileImages, Split
 from vgglab.data.index import Index, read_index
 from vgglab.data.named import NAMED_SETS, NamedSet, explain_failed_download
-from vgglab.data.transform import CentreCrop, JitteredCrop, Preprocessing, RandomCrop, TrivialAugmentCrop, no_crop
+from vgglab.data.transform import CROPS, CentreCrop, Preprocessing, no_crop
 from vgglab.errors import UserError
 from vgglab.settings.config import ORIGINAL_NUM_CLASSES, Request
 
 FOLDER = NamedSet(Preprocessing(), archives="")  # the user's own folder, which needs no function
-
-CROPS: dict[str, Callable[[int, Preprocessing], Any]] = {
-    "standard": lambda size, preprocessing: RandomCrop(size, preprocessing.crop_scale, preprocessing.flip),
-    "scale-jitter": lambda size, preprocessing: JitteredCrop(size, preprocessing.flip),
-    "trivial": lambda size, preprocessing: TrivialAugmentCrop(CROPS["standard"](size, preprocessing)),
-}
 
 
 @dataclass
@@ -47,9 +41,7 @@ class DataSets:
 
     def train_transform(self) -> Any:
         """The transform for training images, from ``(picture, seed)`` to ``(image_size, image_size, 3)`` uint8."""
-        if self.is_fake:
-            return no_crop
-        return CROPS[self.crops](self.image_size, self.preprocessing)
+        return no_crop if self.is_fake else CROPS[self.crops](self.image_size, self.preprocessing)
 
     def eval_transform(self) -> Any:
         """The transform for held-out images: the same signature, but deterministic."""
@@ -82,6 +74,9 @@ def _open_sets(config: Request) -> DataSets:
         with explain_failed_download(name):
             train = None if config.test_only else source.split("train", image_size)
             val = source.split("val", image_size)
+        for split in (train or val, val):
+            if split.classes != val.classes or max(split.labels) >= len(val.classes):
+                raise UserError(f"--data-path {name}: labels and classes disagree; delete it from the cache folder")
     else:
         if source.folder is None:
             root = _existing_folder(name)
@@ -100,10 +95,9 @@ def _open_sets(config: Request) -> DataSets:
 def _existing_folder(data_path: str) -> Path:
     root = Path(data_path)
     if not root.is_dir():
-        names = ", ".join(NAMED_SETS)
         raise UserError(
             f"--data-path {data_path}: no such folder; use one that contains train/ and val/, or "
-            f"the name of a data set: {names}"
+            f"the name of a data set: {', '.join(NAMED_SETS)}"
         )
     return root
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 import functools
 import math
 import random
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import Any, Callable, NamedTuple, Protocol, Union
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from vgglab.data.decode import AnyPicture
 
 # Mean and standard deviation of ImageNet's training images per channel (red, green, blue), for values in [0, 1].
 CHANNEL_MEAN = (0.485, 0.456, 0.406)
@@ -26,6 +23,16 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)  # width to height of a random crop
 BILINEAR = getattr(Image, "Resampling", Image).BILINEAR  # Pillow 9.1 moved it
 
 Pixels = Union[Tensor, Image.Image]  # (H, W, 3) uint8, or an RGB Pillow image
+
+
+class AnyPicture(Protocol):
+    """An image whose header has been read; its pixels are decoded on request."""
+
+    height: int
+    width: int
+
+    def pixels(self, rows: int | None = None) -> Pixels:
+        """Decode at least the first ``rows`` rows (default: all) to RGB. Call this only once. Raises BadImage."""
 
 
 class Box(NamedTuple):
@@ -103,12 +110,16 @@ class TrivialAugmentCrop(NamedTuple):
         from torchvision.transforms import TrivialAugmentWide
 
         image = Image.fromarray(self.crop(picture, seed).numpy())
-        rng_state = torch.get_rng_state()  # torchvision uses the global generator
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every card, for each image
-        try:
+        with torch.random.fork_rng(devices=[]):  # torchvision uses the global generator
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every card, for each image
             return as_tensor(TrivialAugmentWide()(image))
-        finally:
-            torch.set_rng_state(rng_state)
+
+
+CROPS: dict[str, Callable[[int, Preprocessing], Any]] = {
+    "standard": lambda size, preprocessing: RandomCrop(size, preprocessing.crop_scale, preprocessing.flip),
+    "scale-jitter": lambda size, preprocessing: JitteredCrop(size, preprocessing.flip),
+    "trivial": lambda size, preprocessing: TrivialAugmentCrop(CROPS["standard"](size, preprocessing)),
+}
 
 
 class CentreCrop(NamedTuple):
@@ -162,8 +173,7 @@ def resize(pixels: Pixels, height: int, width: int) -> Pixels:
     if pixels.shape[:2] == (height, width):
         return pixels
     planes = pixels.permute(2, 0, 1)[None]  # (1, 3, H, W), with the same memory layout
-    options: dict[str, Any] = {"mode": "bilinear", "antialias": True}
-    return nn.functional.interpolate(planes, size=(height, width), **options)[0].permute(1, 2, 0)
+    return nn.functional.interpolate(planes, size=(height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
 
 
 def crop_to_box(pixels: Pixels, box: Box) -> Pixels:

@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, NoReturn, Sequence
 
+from vgglab.data.decode import DECODERS
 from vgglab.dist import interrupts, ranks
 from vgglab.dist.processes import identity
 from vgglab.dist.ranks import STACK_SIGNAL
@@ -279,14 +280,12 @@ def _environment(device: dict[str, Any], world_size: int) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"vgglab": __version__, "python": sys.version.split()[0]}
-    for package in ("torch", "torchvision", "numpy", "pillow", "simplejpeg"):
+    for package in ("torch", "torchvision", "numpy", *(decoder.package for decoder in DECODERS.values())):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {
-        "simulated": device["simulated"],
-        "device": device["device"],
-        "world_size": world_size,
         **device,
+        "world_size": world_size,
         "versions": {**versions, **device.get("versions", {})},
         "commit": _git_commit(),
         "argv": sys.argv,
