@@ -4,6 +4,7 @@ import html
 import inspect
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -212,6 +213,15 @@ def test_a_duplicate_card_and_a_capitalised_switch_are_reported(stubs):
     code, findings = diagnose(EAGER, stubs, TOPS_VISIBLE_DEVICES="0,0", TORCH_GCU_ENABLE_INT64_AND_UINT64="True")
     assert code == 1
     assert "names a card twice" in all_text(findings)
+    assert "TORCH_GCU_ENABLE_INT64_AND_UINT64=True is read as false" in all_text(findings)
+
+
+def test_a_variable_that_is_not_listed_is_checked_too(diagnose_here, monkeypatch):
+    """A check of a variable that the list of relevant ones does not match used to find nothing, without a word."""
+    monkeypatch.setattr("vgglab.devices.checkup.RELEVANT_VARIABLES", re.compile("^VGGLAB_"))
+    code, findings = diagnose_here(TORCH_GCU_ENABLE_INT64_AND_UINT64="True", VGGLAB_SIM_CARDS="2")
+    assert (code, findings["facts"]["variables"]["VGGLAB_SIM_CARDS"]) == (1, "2")
+    assert "TORCH_GCU_ENABLE_INT64_AND_UINT64" not in findings["facts"]["variables"]
     assert "TORCH_GCU_ENABLE_INT64_AND_UINT64=True is read as false" in all_text(findings)
 
 

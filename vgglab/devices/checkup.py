@@ -201,8 +201,8 @@ class Checkup:
             self.notes.append("one warning per 64-bit type is expected: the card stores these types in 32 bits")
 
     def _check_environment(self, cards: dict[str, Any]) -> None:
-        variables = {name: value for name, value in sorted(os.environ.items()) if RELEVANT_VARIABLES.search(name)}
-        self.facts["variables"] = variables
+        variables = dict(sorted(os.environ.items()))
+        self.facts["variables"] = {name: variables[name] for name in variables if RELEVANT_VARIABLES.search(name)}
         for name in BOOLEAN_VARIABLES:
             if name in variables and not re.fullmatch(r"true|false|-?\d+", variables[name]):
                 self.problem(f"{name}={variables[name]} is read as false", f"{name}: use true or false, in lower case")
