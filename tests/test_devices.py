@@ -2,6 +2,7 @@
 
 import os
 from importlib.metadata import version
+from typing import ClassVar
 
 import pytest
 import torch
@@ -327,6 +328,7 @@ class NewDevice(Device):
 
     kind = "new"
     _card_api = None
+    _versions: ClassVar = {}
     _torch_device = torch.device("cpu")
     _backend = "gloo"
 
@@ -379,12 +381,13 @@ def test_fast_and_amp_choose_the_first_type_that_a_new_device_supports(new_devic
     ] == ["bfloat16", "bfloat16", None, "float16"]
 
 
-def test_a_new_device_must_say_whether_it_has_events_and_peak_memory(new_device, monkeypatch):
-    """If it does not say so, the times of its steps would be those of submitting them."""
+@pytest.mark.parametrize("name", ["_card_api", "_versions"])
+def test_a_new_device_must_set_the_attributes_without_a_default(new_device, train, monkeypatch, name):
+    """If it did not, its step times might be those of submitting them, or env.json lacked its library's version."""
     new_device()
-    monkeypatch.delattr(NewDevice, "_card_api")
-    with pytest.raises(AttributeError, match="_card_api"):
-        open_device("cpu").open()
+    monkeypatch.delattr(NewDevice, name)
+    with pytest.raises(AttributeError, match=name):
+        train()
 
 
 def test_a_new_device_must_say_whether_it_is_available(monkeypatch):

@@ -59,6 +59,7 @@ class NativeDevice(Device):
         self.fused = self.fused and _can_fuse(kind)  # --fast requests it without knowing whether this torch can
         self._scaler = _loss_scaler() if self.amp_dtype == "float16" else None
         self._autocast = partial(torch.autocast, kind)
+        self._versions = {}
         self._backend = BACKENDS.get(kind, "")
         self._torch_device = torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
         self._card_api = torch.cuda if kind == "cuda" else None
