@@ -134,6 +134,8 @@ class Device:
             self._card_api.set_device(self.local_rank)  # before joining the ranks: eccl uses the current card
         if self.world_size > 1:
             ranks.LOST_PEER_PHRASES.add(self._backend)
+            if ranks.RENDEZVOUS in os.environ:  # all ranks are on this machine: no other needs to reach them
+                ranks.restrict_to_loopback("gloo", self._backend)  # a simulated card uses gloo, whatever its backend
             self._join_ranks()
 
     def _join_ranks(self) -> None:

@@ -158,6 +158,14 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def restrict_to_loopback(*libraries: str) -> None:
+    """Make these collective libraries listen on the loopback interface only, unless the user has named another."""
+    for _, interface in socket.if_nameindex():
+        if interface in ("lo", "lo0"):  # Linux, macOS
+            for library in libraries:
+                os.environ.setdefault(f"{library.upper()}_SOCKET_IFNAME", interface)
+
+
 def num_restarts() -> int:
     """How many times the launcher has restarted the ranks of this job."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
