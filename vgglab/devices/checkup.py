@@ -129,6 +129,9 @@ class Checkup:
         auto = self._check_torch() if has_torch else {"error": "PyTorch is not installed"}
         has_gcu = find_spec("torch_gcu") is not None
         cards = self._check_torch_gcu(has_gcu and has_torch)
+        if "error" in auto and not self.problems:  # a library without a check of its own
+            fix = "repair the driver and the library of the card, or choose another device with --device, e.g. cpu"
+            self.problem(f"--device auto fails: {auto['error']}", fix)
         self._check_environment(cards)
         self.facts["devices"] = auto.get("available", [])
         self.facts["--device auto"] = auto.get("kind") or f"error: {auto['error']}"
@@ -159,7 +162,8 @@ class Checkup:
             self.problem(f"torchvision cannot be imported: {answers['torchvision']['error']}", fix)
         plain_import = probe({"import": "import torch; facts = {}"})["import"] if has_autoload else {}
         if "error" in plain_import:
-            fix = f"set LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to run without the card"
+            repair = "set LD_LIBRARY_PATH=/opt/tops/lib" if find_spec("torch_gcu") else "repair it"
+            fix = f"{repair}, or set {AUTOLOAD}=0 to run without the card"
             self.problem(f"`import torch` fails to load the card's library: {plain_import['error']}", fix)
         return auto
 
