@@ -408,6 +408,18 @@ def test_a_new_device_must_set_the_attributes_without_a_default(new_device, trai
         train()
 
 
+def test_the_steps_of_an_asynchronous_device_without_events_are_timed_together(new_device, train):
+    """On mps, the step times were those of submitting the steps, and images/s was computed from their median."""
+    new_device()
+    run = train("--skip-steps=0", "--print-freq=100").run
+    [interval] = run.events("train")
+    assert not interval.keys() & {"step_seconds", "first_step_seconds"}
+    mean = interval["interval_seconds"] / interval["interval_steps"]
+    times = [run.report()[f"step_seconds_p{percent}"] for percent in (50, 90, 99)]
+    assert times == [pytest.approx(mean)] * 3
+    assert run.report()["num_measured_steps"] == interval["interval_steps"] > 1
+
+
 def test_a_new_device_must_say_whether_it_is_available(monkeypatch):
     """Without ``why_unavailable``, auto never chose it and the doctor did not list it."""
     monkeypatch.delattr(native, "why_unavailable")

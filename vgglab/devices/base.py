@@ -175,6 +175,11 @@ class Device:
         for batch in batches:
             yield self.move(batch.images, batch.labels)
 
+    @property
+    def times_steps(self) -> bool:
+        """Whether the marks between steps tell how long each took, rather than how long it took to submit it."""
+        return self.is_host or self._card_api is not None
+
     def mark(self) -> Any:
         """Record a timestamp on the device's clock without synchronising; on the host's if the device has none."""
         if self._card_api is None:

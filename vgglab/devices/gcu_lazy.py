@@ -31,6 +31,7 @@ class LazyGcu(Device):
     amp_dtypes = AMP_DTYPES
     _backend = "eccl"
     _card_api = None
+    times_steps = True  # by the host: recording a step ends with a request to run it
 
     def __init__(self, options: DeviceOptions, torch_gcu: Any, tf32: bool) -> None:
         super().__init__(options)
