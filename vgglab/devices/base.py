@@ -135,7 +135,9 @@ class Device:
         if self.world_size > 1:
             ranks.LOST_PEER_PHRASES.add(self._backend)
             if ranks.RENDEZVOUS in os.environ:  # all ranks are on this machine: no other needs to reach them
-                ranks.restrict_to_loopback("gloo", self._backend)  # a simulated card uses gloo, whatever its backend
+                loopback = "lo0" if sys.platform == "darwin" else "lo"
+                for library in ("gloo", self._backend):  # a simulated card uses gloo, whatever its backend
+                    os.environ.setdefault(f"{library.upper()}_SOCKET_IFNAME", loopback)
             self._join_ranks()
 
     def _join_ranks(self) -> None:

@@ -130,8 +130,7 @@ class Checkup:
         has_gcu = find_spec("torch_gcu") is not None
         cards = self._check_torch_gcu(has_gcu and has_torch)
         if "error" in auto and not self.problems:  # a library without a check of its own
-            fix = "repair the driver and the library of the card, or choose another device with --device, e.g. cpu"
-            self.problem(f"--device auto fails: {auto['error']}", fix)
+            self.problem(f"--device auto fails: {auto['error']}", "repair the card's library, or use another --device")
         self._check_environment(cards)
         self.facts["devices"] = auto.get("available", [])
         self.facts["--device auto"] = auto.get("kind") or f"error: {auto['error']}"

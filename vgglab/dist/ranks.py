@@ -158,14 +158,6 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def restrict_to_loopback(*libraries: str) -> None:
-    """Make these collective libraries listen on the loopback interface only, unless the user has named another."""
-    for _, interface in socket.if_nameindex():
-        if interface in ("lo", "lo0"):  # Linux, macOS
-            for library in libraries:
-                os.environ.setdefault(f"{library.upper()}_SOCKET_IFNAME", interface)
-
-
 def num_restarts() -> int:
     """How many times the launcher has restarted the ranks of this job."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -250,10 +242,9 @@ def report_killed(rank: int, signum: int, folder: Path) -> str:
         folder: the folder of the launch, as in ``recorded_run_dir``.
     """
     signal_name = signal.Signals(signum).name if signum in list(signal.Signals) else f"signal {signum}"
-    hint = (
-        "; if you did not kill it yourself, the machine probably ran out of memory" if signum == signal.SIGKILL else ""
-    )
-    line = f"was killed ({signal_name}){hint}"
+    line = f"was killed ({signal_name})"
+    if signum == signal.SIGKILL:
+        line += "; if you did not kill it yourself, the machine probably ran out of memory"
     launch_dir = os.environ.get(MARK)
     path = recorded_run_dir(folder) or (Path(launch_dir) if launch_dir else None)
     log = path / "log" / f"rank{rank}.txt" if path else None
