@@ -1,7 +1,9 @@
 """Devices and the simulated card, used from the command line and from Python code."""
 
 import os
+import socket
 from importlib.metadata import version
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from processes import PYTHONPATH, python, ranks
 from vgglab import Run
 from vgglab.devices import KINDS, native, open_device
 from vgglab.devices.base import MODES, Device
+from vgglab.dist import ranks as dist_ranks
 from vgglab.errors import UserError
 from vgglab.runs.report import _compute_metrics, build_report
 from vgglab.storage.schema import DOCUMENTS
@@ -86,16 +89,32 @@ def test_all_files_of_a_simulated_run_say_so_and_show_no_speed(images, tmp_path)
 @pytest.mark.parametrize("backend", ["gloo", "nccl", "eccl", "a new one"])
 def test_lost_peers_are_recognised_for_each_backend(backend, monkeypatch, tmp_path):
     """With eccl, a rank that had only lost its peers used to be reported as the cause."""
-    from vgglab.dist import ranks
-
-    monkeypatch.setattr(ranks, "LOST_PEER_PHRASES", {*ranks.LOST_PEER_PHRASES})
+    monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "0", dist_ranks.RENDEZVOUS: str(tmp_path / "store")})
+    monkeypatch.setattr(dist_ranks, "LOST_PEER_PHRASES", {*dist_ranks.LOST_PEER_PHRASES})
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
-    monkeypatch.setenv(ranks.RENDEZVOUS, str(tmp_path / "store"))
-    monkeypatch.setenv("RANK", "0")
     device = open_device("cpu", world_size=2)
     device._backend = backend
     device.open()
-    assert ranks.has_lost_peers(RuntimeError(f"{backend} error: remote process exited"))
+    assert dist_ranks.has_lost_peers(RuntimeError(f"{backend} error: remote process exited"))
+
+
+@pytest.mark.parametrize("backend", ["nccl", "eccl", "a_new_one"])
+def test_each_backend_uses_the_loopback_interface_if_vgglab_starts_all_ranks_here(backend, monkeypatch):
+    """Only gloo and NCCL did. Ranks that torchrun or Slurm starts may be on several machines."""
+
+    def interfaces(**variables):
+        monkeypatch.setattr(os, "environ", {"RANK": "0", **variables})
+        device = open_device("cpu", world_size=2)
+        device._backend, device._join_ranks = backend, lambda: None
+        device.open()
+        return [os.environ.get(f"{library}_SOCKET_IFNAME") for library in ("GLOO", backend.upper())]
+
+    [loopback] = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}  # Linux, macOS
+    started_here = {dist_ranks.RENDEZVOUS: "/a/file"}
+    assert interfaces() == [None, None]
+    assert interfaces(**started_here) == [loopback, loopback]
+    assert interfaces(**started_here, GLOO_SOCKET_IFNAME="eth0") == ["eth0", loopback]
+    assert interfaces(**started_here, **{f"{backend.upper()}_SOCKET_IFNAME": "eth0"}) == [loopback, "eth0"]
 
 
 NO_SPEED = {  # numbers in the report that do not measure speed
@@ -329,6 +348,7 @@ class NewDevice(Device):
 
     kind = "new"
     _card_api = None
+    _versions: ClassVar = {}
     _torch_device = torch.device("cpu")
     _backend = "gloo"
 
@@ -381,12 +401,25 @@ def test_fast_and_amp_choose_the_first_type_that_a_new_device_supports(new_devic
     ] == ["bfloat16", "bfloat16", None, "float16"]
 
 
-def test_a_new_device_must_say_whether_it_has_events_and_peak_memory(new_device, monkeypatch):
-    """If it does not say so, the times of its steps would be those of submitting them."""
+@pytest.mark.parametrize("name", ["_card_api", "_versions"])
+def test_a_new_device_must_set_the_attributes_without_a_default(new_device, train, monkeypatch, name):
+    """If it did not, its step times might be those of submitting them, or env.json lacked its library's version."""
     new_device()
-    monkeypatch.delattr(NewDevice, "_card_api")
-    with pytest.raises(AttributeError, match="_card_api"):
-        open_device("cpu").open()
+    monkeypatch.delattr(NewDevice, name)
+    with pytest.raises(AttributeError, match=name):
+        train()
+
+
+def test_the_steps_of_an_asynchronous_device_without_events_are_timed_together(new_device, train):
+    """On mps, the step times were those of submitting the steps, and images/s was computed from their median."""
+    new_device()
+    run = train("--skip-steps=0", "--print-freq=100").run
+    [interval] = run.events("train")
+    assert not interval.keys() & {"step_seconds", "first_step_seconds"}
+    mean = interval["interval_seconds"] / interval["interval_steps"]
+    times = [run.report()[f"step_seconds_p{percent}"] for percent in (50, 90, 99)]
+    assert times == [pytest.approx(mean)] * 3
+    assert run.report()["num_measured_steps"] == interval["interval_steps"] > 1
 
 
 def test_a_new_device_must_say_whether_it_is_available(monkeypatch):

@@ -4,6 +4,7 @@ import html
 import inspect
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -97,14 +98,14 @@ def diagnose_here(monkeypatch, capsys, stubs):
     return run_doctor
 
 
-def fake_torch_gcu(folder: Path, body: str, is_loaded_with_torch: bool = False) -> Path:
-    (folder / "torch_gcu").mkdir()
-    (folder / "torch_gcu/__init__.py").write_text(body)
+def fake_library(folder: Path, body: str, is_loaded_with_torch: bool = False, name: str = "torch_gcu") -> Path:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(body)
     if is_loaded_with_torch:
-        record = folder / "torch_gcu-2.10.0.dist-info"
+        record = folder / f"{name}-2.10.0.dist-info"
         record.mkdir()
-        (record / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_gcu\nVersion: 2.10.0\n")
-        (record / "entry_points.txt").write_text("[torch.backends]\ntorch_gcu = torch_gcu:_autoload\n")
+        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.10.0\n")
+        (record / "entry_points.txt").write_text(f"[torch.backends]\n{name} = {name}:_autoload\n")
     return folder
 
 
@@ -147,25 +148,35 @@ def test_a_broken_torch_or_torchvision_is_identified(tmp_path, package, named):
 
 def test_a_library_that_exits_is_reported_in_one_line(tmp_path):
     """It used to end the run without a message, with the library's exit code."""
-    result = train_on_gcu(tmp_path, fake_torch_gcu(tmp_path, "raise SystemExit(3)"))
+    result = train_on_gcu(tmp_path, fake_library(tmp_path, "raise SystemExit(3)"))
     assert result.returncode == 2
     assert "torch_gcu cannot be loaded (SystemExit: 3)" in result.stderr
 
 
-def test_a_device_check_that_aborts_is_not_mistaken_for_a_broken_torch(tmp_path, diagnose_here):
-    """A driver may crash when a device is opened; torch and torchvision are checked in the same process."""
-    code = "import os, vgglab.devices\nvgglab.devices.availability = lambda options: os.abort()\n"
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        ("os.abort()", "the process exited abnormally (signal 6)"),
+        ("raise vgglab.errors.UserError('--device new: libnew.so is missing')", "--device new: libnew.so is missing"),
+    ],
+)
+def test_a_device_check_that_fails_is_a_problem_of_its_own(tmp_path, diagnose_here, failure, reason):
+    """The doctor found no problems if the library had no check of its own, although training failed.
+
+    A driver may crash when a device is opened; torch and torchvision are checked in the same process.
+    """
+    code = f"import os, vgglab.devices\ndef fail(*_):\n    {failure}\nvgglab.devices.availability = fail\n"
     (tmp_path / "sitecustomize.py").write_text(code)
     code, findings = diagnose_here(tmp_path)
-    assert (code, findings["problems"]) == (0, [])
-    assert "cuda cards" in findings["facts"]
-    assert "exited abnormally" in findings["facts"]["--device auto"]
+    assert (code, findings["facts"]["--device auto"]) == (1, f"error: {reason}")
+    assert [item["problem"] for item in findings["problems"]] == [f"--device auto fails: {reason}"]
+    assert "cuda cards" in findings["facts"]  # torch is not mistaken for the cause
 
 
 @needs_sim
 def test_a_library_that_fails_to_autoload_is_reported(tmp_path, stubs):
     body = "raise OSError('libtopsrt.so: cannot open shared object file')"
-    broken = fake_torch_gcu(tmp_path, body, is_loaded_with_torch=True)
+    broken = fake_library(tmp_path, body, is_loaded_with_torch=True)
     code, findings = diagnose(broken, stubs)
     assert code == 1
     assert "libtopsrt.so" in all_text(findings)
@@ -184,14 +195,22 @@ def test_a_library_that_fails_to_autoload_is_reported(tmp_path, stubs):
     assert shell(*args, *short, env=environment(broken), cwd=tmp_path).returncode == 0
 
 
+@needs_sim
+def test_the_library_of_another_vendor_is_reported_without_advice_for_gcu(tmp_path, diagnose_here):
+    code, findings = diagnose_here(fake_library(tmp_path, "1 / 0", is_loaded_with_torch=True, name="torch_new"))
+    assert (code, len(findings["problems"])) == (1, 1)
+    assert "`import torch` fails to load the card's library" in all_text(findings)
+    assert "/opt/tops/lib" not in all_text(findings)
+
+
 def test_a_library_that_aborts_the_process_is_reported(tmp_path, diagnose_here):
-    code, findings = diagnose_here(fake_torch_gcu(tmp_path, "import os; os.abort()"))
+    code, findings = diagnose_here(fake_library(tmp_path, "import os; os.abort()"))
     assert code == 1
     assert "the process exited abnormally (signal 6)" in all_text(findings)
 
 
 def test_a_library_of_unknown_generation_is_reported(tmp_path, diagnose_here):
-    folder = fake_torch_gcu(tmp_path, "__version__ = '9'")
+    folder = fake_library(tmp_path, "__version__ = '9'")
     code, findings = diagnose_here(folder)
     assert code == 1
     assert "unknown generation of torch_gcu" in all_text(findings)
@@ -212,6 +231,15 @@ def test_a_duplicate_card_and_a_capitalised_switch_are_reported(stubs):
     code, findings = diagnose(EAGER, stubs, TOPS_VISIBLE_DEVICES="0,0", TORCH_GCU_ENABLE_INT64_AND_UINT64="True")
     assert code == 1
     assert "names a card twice" in all_text(findings)
+    assert "TORCH_GCU_ENABLE_INT64_AND_UINT64=True is read as false" in all_text(findings)
+
+
+def test_a_variable_that_is_not_listed_is_checked_too(diagnose_here, monkeypatch):
+    """A check of a variable that the list of relevant ones does not match used to find nothing, without a word."""
+    monkeypatch.setattr("vgglab.devices.checkup.RELEVANT_VARIABLES", re.compile("^VGGLAB_"))
+    code, findings = diagnose_here(TORCH_GCU_ENABLE_INT64_AND_UINT64="True", VGGLAB_SIM_CARDS="2")
+    assert (code, findings["facts"]["variables"]["VGGLAB_SIM_CARDS"]) == (1, "2")
+    assert "TORCH_GCU_ENABLE_INT64_AND_UINT64" not in findings["facts"]["variables"]
     assert "TORCH_GCU_ENABLE_INT64_AND_UINT64=True is read as false" in all_text(findings)
 
 

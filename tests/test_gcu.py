@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import fields
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +13,8 @@ from test_devices import CAN_SIMULATE, losses
 
 from vgglab import Run
 from vgglab.devices.doubles import EAGER, LAZY
+from vgglab.settings.choices import OPTIMIZERS
+from vgglab.settings.config import Request
 
 pytestmark = pytest.mark.usefixtures("narrow")
 needs_sim = pytest.mark.skipif(not CAN_SIMULATE, reason="the eager double computes on the simulated card")
@@ -118,6 +121,35 @@ def test_lazy_refuses_averaged_weights_and_supports_mixup_and_cutmix(on_gcu):
     assert (refused.code, "--ema: not supported on gcu; use --ema 0" in refused.err) == (2, True)
     flags = ("--epochs=2", "--ema=0", "--mixup=0.2", "--cutmix=1", "--label-smoothing=0.1")
     assert on_gcu(LAZY, resume, *flags).code == 0
+
+
+# The factors that are 0 by default and thus not used; each of them might change at every step.
+FACTORS = [f"--{f.name.replace('_', '-')}=0.5" for f in fields(Request) if f.type == "float" and f.default == 0]
+
+
+def graphs_of_steps(outcome):
+    """The different graphs of all steps but the first, which creates the optimizer's state."""
+    steps = [details["graph"] for details in outcome.details if details["call"] == "optimizer_step"]
+    assert len(steps) == STEPS, outcome.err
+    return {*steps[1:]}
+
+
+@pytest.mark.parametrize("flag", [*FACTORS, *(f"--optimizer={name}" for name in OPTIMIZERS)])
+def test_lazy_steps_share_one_graph_or_the_flag_is_refused(on_gcu, flag):
+    """A setting that gives each step its own graph, which the card must compile, used to be accepted without a sign."""
+    outcome = on_gcu(LAZY, flag)
+    if outcome.code == 0:
+        assert len(graphs_of_steps(outcome)) == 1
+    else:
+        assert (outcome.code, "not supported on gcu" in outcome.err) == (2, True)
+
+
+def test_a_factor_that_changes_at_every_step_gives_each_step_its_own_graph(on_gcu, tmp_path):
+    shutil.copytree(PROJECT / "vgglab", tmp_path / "changed/vgglab")
+    source = tmp_path / "changed/vgglab/devices/gcu_lazy.py"
+    source.write_text(source.read_text().replace("allows_changing_factors = False", "allows_changing_factors = True"))
+    outcome = on_gcu(LAZY, "--ema=0.5", package=tmp_path / "changed")
+    assert len(graphs_of_steps(outcome)) == STEPS - 1
 
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")

@@ -82,7 +82,9 @@ def launch(
     argv += [_as_flag(name, value) for name, value in settings.items() if value is not None]
     config = parse_flags(argv)
     ranks.grace_period_seconds()  # raises for an invalid value, before the run directory is created
-    config = replace(config, world_size=config.nproc * _check_count("nnodes", nnodes))
+    if type(nnodes) is not int or nnodes < 1:
+        raise UserError(f"nnodes: {nnodes!r} is not a whole number of at least 1")
+    config = replace(config, world_size=config.nproc * nnodes)
     if config.seeds is not None:
         if nnodes > 1 or detach:
             raise UserError(
@@ -113,12 +115,6 @@ def launch(
     if watch:
         run.watch()
     return run
-
-
-def _check_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name}: {value!r} is not a whole number of at least 1")
-    return value
 
 
 def _torchrun(python: str, config: Request, nnodes: int, node_rank: int, rendezvous: str | None) -> list[str]:

@@ -33,9 +33,8 @@ class Clock:
 
     def __init__(self, images_per_step: int, device: Device, process_started: float, has_phases: bool = False) -> None:
         self.images_per_step, self.has_phases = images_per_step, has_phases
-        self._process_started = process_started  # a value of time.monotonic()
+        self._process_started: float | None = process_started  # by time.monotonic(); None after the first interval
         self._device = device
-        self._has_timed_first_step = False
         self._reads = HostReads(device_is_host=device.is_host)
         self.restart()
 
@@ -95,12 +94,13 @@ class Clock:
             "interval_steps": self.steps,
             "interval_seconds": seconds,
             "data_seconds": self.data_seconds,
-            "step_seconds": [round(seconds_between(*pair), 7) for pair in zip(self._marks, self._marks[1:])],
         }
-        if not self._has_timed_first_step:
-            self._has_timed_first_step = True
-            later_steps = sum(interval["step_seconds"][1:])
-            interval["first_step_seconds"] = time.monotonic() - self._process_started - later_steps
+        if self._device.times_steps:
+            step_seconds = [round(seconds_between(*pair), 7) for pair in zip(self._marks, self._marks[1:])]
+            interval["step_seconds"] = step_seconds
+            if self._process_started is not None:
+                interval["first_step_seconds"] = time.monotonic() - self._process_started - sum(step_seconds[1:])
+                self._process_started = None
         if self.has_phases:
             phase_seconds = dict.fromkeys(PHASES, 0.0)
             for (_, before), (phase, after) in zip(self._phases, self._phases[1:]):

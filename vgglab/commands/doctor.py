@@ -94,10 +94,8 @@ parser.add_argument("--json", action="store_true", help="print one JSON object i
 def main(argv: Sequence[str]) -> int:
     as_json = parser.parse_args(argv).json
     diagnosis = check_machine()
-    if as_json:
-        print(json.dumps({**vars(diagnosis), "auto": diagnosis.facts["--device auto"]}))
-    else:
-        print(diagnosis)
+    fields = {**vars(diagnosis), "auto": diagnosis.facts["--device auto"]}
+    print(json.dumps(fields) if as_json else diagnosis)
     return 1 if diagnosis.problems else 0
 
 

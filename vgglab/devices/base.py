@@ -41,10 +41,10 @@ MAX_RANDOM_SEED = 2**20  # exact in float32, the type in which it is sent
 class Device:
     """One card (or the CPU) as used by one process, and the rank of that process.
 
-    Subclasses set ``kind``, ``supports``, ``amp_dtypes``, ``_torch_device``, ``_card_api``, ``_backend`` and
-    ``_autocast`` (and ``_scaler`` for float16), and define ``_hardware``. ``__init__`` reads the first three: it
-    refuses modes and data types that the device does not support, and sets ``amp_dtype`` and an attribute for each
-    mode.
+    Subclasses set ``kind``, ``supports``, ``amp_dtypes``, ``_torch_device``, ``_card_api``, ``_versions``,
+    ``_backend`` and ``_autocast`` (and ``_scaler`` for float16), call ``_set_num_cards`` if there are cards, and define
+    ``_hardware``. ``__init__`` reads the first three: it refuses modes and data types that the device does not support,
+    and sets ``amp_dtype`` and an attribute for each mode.
 
     Attributes:
         kind: the name of the device in ``config.json`` and in the report.
@@ -85,6 +85,7 @@ class Device:
     amp_dtypes: tuple[str, ...] = ()
     _torch_device: torch.device
     _card_api: Any  # torch.cuda or torch.gcu; None without events and peak memory (CPU, mps, T20)
+    _versions: dict[str, str]  # of the packages that the card needs in addition to torch; {} if there are none
     _backend: str  # of the process group
     _distributed: Any = torch.distributed  # the module with the process group
     _autocast: Callable[..., ContextManager[Any]]  # called with dtype=
@@ -133,6 +134,10 @@ class Device:
             self._card_api.set_device(self.local_rank)  # before joining the ranks: eccl uses the current card
         if self.world_size > 1:
             ranks.LOST_PEER_PHRASES.add(self._backend)
+            if ranks.RENDEZVOUS in os.environ:  # all ranks are on this machine: no other needs to reach them
+                loopback = "lo0" if sys.platform == "darwin" else "lo"
+                for library in ("gloo", self._backend):  # a simulated card uses gloo, whatever its backend
+                    os.environ.setdefault(f"{library.upper()}_SOCKET_IFNAME", loopback)
             self._join_ranks()
 
     def _join_ranks(self) -> None:
@@ -171,6 +176,11 @@ class Device:
         """Yield each batch's images and labels on the device; if possible, copy the next batch during a step."""
         for batch in batches:
             yield self.move(batch.images, batch.labels)
+
+    @property
+    def times_steps(self) -> bool:
+        """Whether the marks between steps tell how long each took, rather than how long it took to submit it."""
+        return self.is_host or self._card_api is not None
 
     def mark(self) -> Any:
         """Record a timestamp on the device's clock without synchronising; on the host's if the device has none."""
@@ -305,7 +315,7 @@ class Device:
         torch.manual_seed(seed)  # also seeds the generator of every card
 
     def describe(self) -> dict[str, Any]:
-        """Describe the device for ``env.json``: hardware, precision, other modes, and whether it is simulated."""
+        """Describe the device for ``env.json``: hardware, precision, modes, versions, and whether it is simulated."""
         return {
             "device": self.kind,
             "hardware": self._hardware(),
@@ -315,6 +325,7 @@ class Device:
             "tf32": self.tf32,
             "simulated": self.is_simulated,
             **{field: getattr(self, field) for name, field in MODES.items() if name in self.supports},
+            **({"versions": self._versions} if self._versions else {}),
         }
 
     def _hardware(self) -> str:

@@ -129,6 +129,8 @@ class Checkup:
         auto = self._check_torch() if has_torch else {"error": "PyTorch is not installed"}
         has_gcu = find_spec("torch_gcu") is not None
         cards = self._check_torch_gcu(has_gcu and has_torch)
+        if "error" in auto and not self.problems:  # a library without a check of its own
+            self.problem(f"--device auto fails: {auto['error']}", "repair the card's library, or use another --device")
         self._check_environment(cards)
         self.facts["devices"] = auto.get("available", [])
         self.facts["--device auto"] = auto.get("kind") or f"error: {auto['error']}"
@@ -159,7 +161,8 @@ class Checkup:
             self.problem(f"torchvision cannot be imported: {answers['torchvision']['error']}", fix)
         plain_import = probe({"import": "import torch; facts = {}"})["import"] if has_autoload else {}
         if "error" in plain_import:
-            fix = f"set LD_LIBRARY_PATH=/opt/tops/lib, or {AUTOLOAD}=0 to run without the card"
+            repair = "set LD_LIBRARY_PATH=/opt/tops/lib" if find_spec("torch_gcu") else "repair it"
+            fix = f"{repair}, or set {AUTOLOAD}=0 to run without the card"
             self.problem(f"`import torch` fails to load the card's library: {plain_import['error']}", fix)
         return auto
 
@@ -201,8 +204,8 @@ class Checkup:
             self.notes.append("one warning per 64-bit type is expected: the card stores these types in 32 bits")
 
     def _check_environment(self, cards: dict[str, Any]) -> None:
-        variables = {name: value for name, value in sorted(os.environ.items()) if RELEVANT_VARIABLES.search(name)}
-        self.facts["variables"] = variables
+        variables = dict(sorted(os.environ.items()))
+        self.facts["variables"] = {name: variables[name] for name in variables if RELEVANT_VARIABLES.search(name)}
         for name in BOOLEAN_VARIABLES:
             if name in variables and not re.fullmatch(r"true|false|-?\d+", variables[name]):
                 self.problem(f"{name}={variables[name]} is read as false", f"{name}: use true or false, in lower case")

@@ -27,7 +27,7 @@ class EagerGcu(Device):
     def __init__(self, options: DeviceOptions, torch_gcu: Any) -> None:
         super().__init__(options)
         self._card_api = torch.gcu  # type: ignore[attr-defined]  # added by torch_gcu
-        self._version = str(getattr(torch_gcu, "__version__", "unknown"))
+        self._versions = {"torch_gcu": str(getattr(torch_gcu, "__version__", "unknown"))}
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._set_num_cards(self._card_api.device_count())
         if self.amp_dtype == "bfloat16" and not self._card_api.is_bf16_supported():
@@ -41,9 +41,6 @@ class EagerGcu(Device):
             # By keyword: unlike in torch.amp.GradScaler, the first argument is not a device name.
             # Fused optimizers do not support this scaler.
             self._scaler = self._card_api.amp.GradScaler(**LOSS_SCALER)
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "versions": {"torch_gcu": self._version}}
 
     def _hardware(self) -> str:
         card = self._card_api.get_device_properties(self.local_rank)

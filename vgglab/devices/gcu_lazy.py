@@ -31,12 +31,14 @@ class LazyGcu(Device):
     amp_dtypes = AMP_DTYPES
     _backend = "eccl"
     _card_api = None
+    times_steps = True  # by the host: recording a step ends with a request to run it
 
     def __init__(self, options: DeviceOptions, torch_gcu: Any, tf32: bool) -> None:
         super().__init__(options)
         for module in ("amp", "distributed", "nn.parallel", "utils.data.distributed"):
             importlib.import_module(f"torch_gcu.{module}")
         self._gcu, self._distributed = torch_gcu, torch_gcu.distributed  # torch.distributed has no eccl
+        self._versions = {"torch_gcu": str(torch_gcu.get_version())}
         self.is_simulated = getattr(torch_gcu, "IS_CONTRACT_DOUBLE", False)
         self._set_num_cards(torch_gcu.device_count())
         self.tf32 = tf32  # set before torch_gcu was imported; cannot be changed now
@@ -96,9 +98,6 @@ class LazyGcu(Device):
     def seed(self, seed: int) -> None:
         super().seed(seed)  # does not seed the cards on torch 1.10
         self._gcu.manual_seed_all(seed)
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "versions": {"torch_gcu": str(self._gcu.get_version())}}
 
     def _hardware(self) -> str:
         return str(self._gcu.get_device_name(self.local_rank))

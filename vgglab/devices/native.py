@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import platform
 from collections import deque
@@ -25,18 +26,15 @@ SUPPORTED_AMP_DTYPES = {"cpu": ("bfloat16",), "cuda": AMP_DTYPES, "mps": ()}
 
 def why_unavailable(kind: str, options: DeviceOptions) -> str | None:
     """Return None if this machine has a device of this kind, otherwise "", because the reason is obvious."""
-    is_available = {"cuda": torch.cuda.is_available, "mps": _has_mps, "cpu": lambda: True}[kind]
-    return None if is_available() else ""
+    mps = getattr(torch.backends, "mps", None)  # torch >= 1.12
+    card_api = {"cpu": None, "cuda": torch.cuda, "mps": mps}[kind]
+    is_available = kind == "cpu" or (card_api is not None and card_api.is_available())
+    return None if is_available else ""
 
 
 def open_adapter(kind: str, options: DeviceOptions) -> NativeDevice:
     """Return the adapter. Raises UserError if the device is unavailable or an option is not supported."""
     return NativeDevice(kind, options)
-
-
-def _has_mps() -> bool:
-    backend = getattr(torch.backends, "mps", None)  # torch >= 1.12
-    return backend is not None and backend.is_available()
 
 
 class NativeDevice(Device):
@@ -59,6 +57,7 @@ class NativeDevice(Device):
         self.fused = self.fused and _can_fuse(kind)  # --fast requests it without knowing whether this torch can
         self._scaler = _loss_scaler() if self.amp_dtype == "float16" else None
         self._autocast = partial(torch.autocast, kind)
+        self._versions = {}
         self._backend = BACKENDS.get(kind, "")
         self._torch_device = torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
         self._card_api = torch.cuda if kind == "cuda" else None
@@ -131,11 +130,7 @@ def _fast_dtype(kind: str) -> str | None:
 
 def _cpu_has_bfloat16_instructions() -> bool:
     """Whether the CPU has AVX-512 BF16 or AMX, which multiply bfloat16 in hardware (Linux; elsewhere False)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return any(name in _cpu_info() for name in ("avx512_bf16", "amx_bf16"))
 
 
 def _can_fuse(kind: str) -> bool:
@@ -165,8 +160,12 @@ def _loss_scaler() -> Any:
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    names = [line for line in _cpu_info().splitlines() if line.startswith("model name")]
+    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+
+
+def _cpu_info() -> str:
+    """What Linux says about the CPU; elsewhere an empty string."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return ""

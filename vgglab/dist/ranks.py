@@ -242,10 +242,9 @@ def report_killed(rank: int, signum: int, folder: Path) -> str:
         folder: the folder of the launch, as in ``recorded_run_dir``.
     """
     signal_name = signal.Signals(signum).name if signum in list(signal.Signals) else f"signal {signum}"
-    hint = (
-        "; if you did not kill it yourself, the machine probably ran out of memory" if signum == signal.SIGKILL else ""
-    )
-    line = f"was killed ({signal_name}){hint}"
+    line = f"was killed ({signal_name})"
+    if signum == signal.SIGKILL:
+        line += "; if you did not kill it yourself, the machine probably ran out of memory"
     launch_dir = os.environ.get(MARK)
     path = recorded_run_dir(folder) or (Path(launch_dir) if launch_dir else None)
     log = path / "log" / f"rank{rank}.txt" if path else None

@@ -2,8 +2,8 @@
 
 On one machine this replaces torchrun, whose store listens on every network interface: anyone who can reach the machine
 can write data there, which the launcher then unpickles. Here the ranks connect through a file that only its owner can
-read, and gloo and NCCL are restricted to the loopback interface. (``torch_gcu`` on the T20 can only
-connect through ``MASTER_PORT``; which interfaces its store listens on is up to the vendor's library.)
+read, and each rank restricts its collective library to the loopback interface (``Device.open``). (``torch_gcu`` on the
+T20 can only connect through ``MASTER_PORT``; which interfaces its store listens on is up to the vendor's library.)
 
 Standard library only: the launcher does not import torch.
 """
@@ -116,15 +116,12 @@ def _exit_code_for(rank: int, code: int, was_signalled: bool, num_ranks: int, fo
 def _environment(num_ranks: int, folder: Path, attempt: int) -> dict[str, str]:
     """The environment of all ranks.
 
-    The user's environment can override two defaults: the number of threads (cores divided by ranks) and the network
-    interface of gloo and NCCL (loopback).
+    The user's environment can override the number of threads, by default cores divided by ranks.
     """
-    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
     with socket.create_server(("127.0.0.1", 0)) as server:  # on a free port
         port = server.getsockname()[1]
     return {
         "OMP_NUM_THREADS": str(max(1, ranks.num_cores() // num_ranks)),
-        **{f"{library}_SOCKET_IFNAME": name for name in loopback for library in ("GLOO", "NCCL")},
         **ranks.with_package_path(os.environ),
         **{name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
         "MASTER_ADDR": "127.0.0.1",

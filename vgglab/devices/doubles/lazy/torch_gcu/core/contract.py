@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 
 FLOAT32_STEP = ["zero_grad", "backward", "optimizer_step"]
 AMP_STEP = ["zero_grad", "scale", "backward", "scaler.step", "scaler.update", "unlazy"]
@@ -28,6 +29,7 @@ class Log:
         self.is_strict = True
         self.is_training = False  # a forward pass with gradients has been recorded since the last flush
         self.step = []  # the calls of the current step so far
+        self.graph = []  # the operations since the last flush, each with its constants
         self.scaled_loss = None
         self.tf32_at_import = None
         self._file = os.environ.get("VGGLAB_DOUBLE_LOG")
@@ -67,8 +69,8 @@ class Log:
             self.step.append(name)
             if self.step not in (FLOAT32_STEP, AMP_STEP):
                 self.violation(f"the step was {self.step}; the vendor's loop has {FLOAT32_STEP} or {AMP_STEP}")
-        self.call(name)
-        self.is_training, self.step, self.scaled_loss = False, [], None
+        self.call(name, graph=zlib.crc32(repr(self.graph).encode()))  # the card compiles each new graph
+        self.is_training, self.step, self.graph, self.scaled_loss = False, [], [], None
         self.step_number += 1
 
     def count(self, name):

@@ -80,6 +80,7 @@ def execute(func, args, kwargs):
     operands = [value for value in _leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
     if name not in MIXED_DEVICE_OPS:
         _check_same_device(operands)
+    log.graph.append((name, *(value for value in _leaves((args, kwargs)) if isinstance(value, (int, float, slice)))))
     with Plain():
         if name == "cross_entropy" and args[1].dtype is torch.int32:
             args = (args[0], args[1].long(), *args[2:])  # the card takes int32 labels, the CPU does not
@@ -100,7 +101,7 @@ def _pending(value, operands):
     result._card = card_of(on_card[0])
     result._is_computed = False
     result._step_number = log.step_number
-    known = [tensor for tensor in on_card if hasattr(tensor, "_is_computed")]
+    known = [tensor for tensor in on_card if hasattr(tensor, "_is_stale")]  # not a copy of a weight
     result._is_stale = any(t._is_stale or (not t._is_computed and t._step_number < log.step_number) for t in known)
     with Plain():
         if result.requires_grad and not result.is_leaf:
