@@ -166,7 +166,7 @@ class Book:
         return process.returncode, output
 
     def stop(self) -> None:
-        """Terminate the running jobs. Kernels end with papermill, and runs end with their kernel."""
+        """Terminate the running jobs. A kernel exits when papermill does, and a run when its kernel does."""
         with self._lock:
             self._is_stopped = True
             for process in self._processes:

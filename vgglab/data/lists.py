@@ -63,7 +63,7 @@ def _parse(line: str, location: str) -> tuple[str, int]:
     path = path.strip()
     is_number = label.isascii() and label.isdigit() and len(label) <= len(str(MAX_LABEL))
     if not path or not is_number or int(label) > MAX_LABEL:
-        raise UserError(f"{location}: {line.strip()[:80]!r} is not a path and a label (a whole number, 0 or larger)")
+        raise UserError(f"{location}: {line.strip()[:80]!r} is not a path and a label (whole number, 0 to {MAX_LABEL})")
     if path.startswith("/") or ".." in path.split("/"):
         raise UserError(f"{location}: {path!r} points outside the data set; paths are relative to its root")
     return posixpath.normpath(path), int(label)

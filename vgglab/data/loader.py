@@ -140,7 +140,7 @@ class Batches:
     def __init__(
         self, reader: BatchReader, sampler: TrainBatchSampler | list[list[Sample]], workers: int, device: Device
     ) -> None:
-        """``sampler``: the batches of one pass as a list; in training, a sampler, because they differ in each epoch."""
+        """``sampler``: the batches of one pass as a list; in training, a sampler whose batches differ in each epoch."""
         self._sampler = sampler
         # A separate generator: drawing the workers' seeds must not change the random numbers of dropout.
         options: dict[str, Any] = {"generator": torch.Generator(), "pin_memory": device.pins_memory}
