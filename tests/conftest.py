@@ -142,8 +142,11 @@ def forked(request, monkeypatch) -> Iterator[None]:
 def assert_events_can_be_read(run) -> None:
     """A field that is missing from the schema is not checked; training lines of long files are found by a pattern."""
     from vgglab.storage.events import TRAIN_LINE
-    from vgglab.storage.schema import EVENTS, OPTIONAL
+    from vgglab.storage.schema import CHECK, EVENTS, OPTIONAL, RANK_FIELDS
 
+    for file in run.path.glob("log/rank*.jsonl"):
+        fields = {name for line in file.read_text().splitlines() for name in json.loads(line)}
+        assert fields - {CHECK} - RANK_FIELDS.keys() - OPTIONAL.keys() == set()
     lines = (run.path / "events.jsonl").read_bytes().splitlines(keepends=True) if run.events() else []
     assert [line for line in lines if b'"event": "train"' in line and not TRAIN_LINE.match(line)] == []
     for event in run.events():

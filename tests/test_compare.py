@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import shell
 
 from vgglab import Run
 from vgglab.commands import call
-from vgglab.runs.compare import as_text, compare_runs
+from vgglab.runs.compare import METRICS, as_text, compare_runs
+from vgglab.trainer import Trainer
 from vgglab.view.figures import bands, curves_beside
 
 
@@ -41,6 +43,23 @@ def test_changed_setting_is_found_at_its_first_step(runs, flags, setting, step, 
     assert list(found.settings) == [setting]
     assert (found.first.step, found.first.event, found.first.figure) == (step, "train", metric)
     assert not found.is_same
+
+
+def test_scalars_of_a_step_can_be_compared(runs, monkeypatch):
+    """``vgglab compare`` found no difference, because it looked for them among the fields of the event."""
+    step = Trainer.step
+
+    def run_with_norm(value):
+        def step_with_norm(*args):
+            result = step(*args)
+            return result._replace(scalars={**result.scalars, "norm": torch.tensor(value)})
+
+        monkeypatch.setattr(Trainer, "step", step_with_norm)
+        return runs()
+
+    monkeypatch.setitem(METRICS, "train", ("loss", "norm"))
+    found = compare_runs(run_with_norm(2.0), run_with_norm(3.0))
+    assert (found.first.figure, found.first.values) == ("norm", (2.0, 3.0))
 
 
 def test_setting_missing_from_the_older_run_is_reported(runs):

@@ -358,7 +358,9 @@ def test_failed_download_explains_where_to_put_which_files(tmp_path, monkeypatch
 
 
 def test_fake_images_need_no_files_and_are_marked(train):
-    result = train("--image-size=32", "--training-step-per-epoch=3", "--eval-step-per-epoch=2", data="fake")
+    flags = ["--image-size=32", "--training-step-per-epoch=3", "--eval-step-per-epoch=2"]
+    result = train(*flags, "--crops=trivial", data="fake")
+    assert result.run.report()["warnings"][0].startswith("--crops has no effect with --data-path fake")
     report = result.run.report()
     assert (report["data_is_fake"], result.run.config["num_classes"]) == (True, 1000)
     assert result.run.events("start")[0]["num_train_images"] == 1_281_167

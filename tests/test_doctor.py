@@ -173,6 +173,16 @@ def test_a_device_check_that_fails_is_a_problem_of_its_own(tmp_path, diagnose_he
     assert "cuda cards" in findings["facts"]  # torch is not mistaken for the cause
 
 
+def test_a_library_that_finds_no_card_is_a_problem(tmp_path, diagnose_here):
+    """The doctor found no problems if the library had no check of its own, and training used the CPU."""
+    reasons = '[("new", "torch_new finds no card"), ("cpu", None)]'
+    code = f"import vgglab.devices\nvgglab.devices.availability = lambda _: iter({reasons})\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    code, findings = diagnose_here(tmp_path)
+    assert (code, findings["facts"]["--device auto"]) == (1, "cpu")
+    assert [item["problem"] for item in findings["problems"]] == ["torch_new finds no card"]
+
+
 @needs_sim
 def test_a_library_that_fails_to_autoload_is_reported(tmp_path, stubs):
     body = "raise OSError('libtopsrt.so: cannot open shared object file')"

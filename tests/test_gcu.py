@@ -124,7 +124,7 @@ def test_lazy_refuses_averaged_weights_and_supports_mixup_and_cutmix(on_gcu):
 
 
 # The factors that are 0 by default and thus not used; each of them might change at every step.
-FACTORS = [f"--{f.name.replace('_', '-')}=0.5" for f in fields(Request) if f.type == "float" and f.default == 0]
+FACTORS = [f"--{f.name.replace('_', '-')}=0.5" for f in fields(Request) if "float" in f.type and not f.default]
 
 
 def graphs_of_steps(outcome):
@@ -161,7 +161,7 @@ def test_lazy_refuses_an_optimizer_whose_factors_change_at_every_step(on_gcu, tm
     shutil.copytree(PROJECT / "vgglab", tmp_path / "changed/vgglab")
     for file, old, new in [
         ("optim.py", "OPTIMIZERS = {", f"OPTIMIZERS = {{{ADAMW}"),
-        ("settings/choices.py", 'OPTIMIZERS = ("sgd", "rmsprop")', 'OPTIMIZERS = ("sgd", "rmsprop", "adamw")'),
+        ("settings/choices.py", "OPTIMIZERS = (", 'OPTIMIZERS = ("adamw", '),
     ]:
         source = tmp_path / "changed/vgglab" / file
         assert source.read_text().count(old) == 1

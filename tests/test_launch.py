@@ -241,6 +241,25 @@ def test_ctrl_c_during_wait_stops_the_run(tiny):
     assert run.status == "interrupted"
 
 
+def test_ctrl_c_ends_only_the_watching_of_a_run_started_elsewhere(tiny):
+    run = vgglab.launch(tiny, epochs=100_000, watch=False)
+    try:
+        wait_until(lambda: run.events("train"))
+        code = f"import vgglab; vgglab.Run({str(run.path)!r}).watch()"
+        watcher = subprocess.Popen(
+            [sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        watcher.stdout.readline()
+        watcher.send_signal(signal.SIGINT)
+        _, errors = watcher.communicate(timeout=MAX_WAIT_SECONDS)
+        assert "KeyboardInterrupt" in errors
+        assert run.status == "running"
+        step = run.events("train")[-1]["step"]
+        wait_until(lambda: run.events("train")[-1]["step"] > step + 2)
+    finally:
+        run.stop()
+
+
 def test_importing_the_package_imports_neither_torch_nor_matplotlib():
     code = "import sys, vgglab; vgglab.launch; print(sorted({'torch', 'matplotlib', 'IPython'} & set(sys.modules)))"
     assert shell("python", "-c", code).stdout.strip() == "[]"

@@ -27,6 +27,7 @@ from vgglab.errors import UserError
 from vgglab.optim import OPTIMIZERS, OptimizerSpec
 from vgglab.runs import checkpoint
 from vgglab.runs.report import build_report
+from vgglab.runs.writer import RunWriter
 from vgglab.settings.config import Request
 from vgglab.trainer import Trainer
 
@@ -90,6 +91,20 @@ def test_scalars_that_a_step_adds_are_logged_and_reported(train, monkeypatch):
     assert [event["scalars"] for event in run.events("train")] == 4 * [expected]
     assert run.report()["scalars"] == build_report(run, recompute=True)["scalars"] == expected
     assert run.damage() == []
+
+
+def test_time_for_saving_a_checkpoint_belongs_to_no_step(train, monkeypatch):
+    clock, save, hours = time.perf_counter, RunWriter.save_checkpoint, []
+
+    def save_for_an_hour(*args):
+        save(*args)
+        hours.append(1)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 3600 * len(hours))
+    monkeypatch.setattr(RunWriter, "save_checkpoint", save_for_an_hour)
+    events = train("--print-freq=1", "--checkpoint-every=1").run.events("train")
+    assert len(hours) > len(events) - 1 > 0
+    assert max(max(event["interval_seconds"], *event["step_seconds"]) for event in events) < 3600
 
 
 def test_tensorboard_flag_without_the_package_is_an_error(refused, monkeypatch):

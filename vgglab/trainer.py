@@ -287,6 +287,7 @@ class Loop:
                     trainer.save_and_stop(self.run)
                 if should_save:
                     self.run.save_checkpoint(trainer)
+                    clock.restart()  # the time for saving belongs to no step
 
     def _log_and_sync(self, epoch: int, result: StepResult, labels: Tensor, should_log: bool) -> None:
         """Average the scalars of ``result`` over the ranks and check for stop requests; log if ``should_log``."""

@@ -89,7 +89,10 @@ def _open_sets(config: Request) -> DataSets:
         classes = _training_classes(root) if train is None else train.classes
         val = read_split(root, "val", classes, is_strict, warnings)
     num_classes = _num_classes(config, len(val.classes), warnings)
-    return DataSets(name, path, train, val, num_classes, image_size, preprocessing, decoder, config.crops, warnings)
+    sets = DataSets(name, path, train, val, num_classes, image_size, preprocessing, decoder, config.crops, warnings)
+    if sets.is_fake and config.crops != "standard":
+        warnings.append(f"--crops has no effect with --data-path {name}: the generated images have the right size")
+    return sets
 
 
 def _existing_folder(data_path: str) -> Path:

@@ -60,7 +60,8 @@ else:
 AUTO_PROBE = """
 from vgglab.devices import DeviceOptions, availability, open_device
 reasons = dict(availability(DeviceOptions()))
-facts = {"kind": open_device("auto").kind, "available": [kind for kind in reasons if reasons[kind] is None]}
+available = [kind for kind in reasons if reasons[kind] is None]
+facts = {"kind": open_device("auto").kind, "available": available, "reasons": [*filter(None, reasons.values())]}
 """
 
 
@@ -131,6 +132,8 @@ class Checkup:
         cards = self._check_torch_gcu(has_gcu and has_torch)
         if "error" in auto and not self.problems:  # a library without a check of its own
             self.problem(f"--device auto fails: {auto['error']}", "repair the card's library, or use another --device")
+        for reason in [] if self.problems else auto.get("reasons", []):  # a library is installed, but finds no card
+            self.problem(reason, "check the card's driver and the variables that hide cards")
         self._check_environment(cards)
         self.facts["devices"] = auto.get("available", [])
         self.facts["--device auto"] = auto.get("kind") or f"error: {auto['error']}"

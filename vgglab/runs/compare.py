@@ -68,7 +68,7 @@ def compare_runs(one: Run, other: Run, tolerance: float = 0.0) -> Comparison:
     for event, other_event in _matching_events(one, other):
         num_steps, last_common = num_steps + (event["step"] != last_common), event["step"]
         for metric in METRICS[event["event"]]:
-            values = event.get(metric), other_event.get(metric)
+            values = _value(event, metric), _value(other_event, metric)
             relative = _relative(*values)
             if metric == "loss":
                 largest = max(largest, relative)
@@ -109,6 +109,10 @@ def _metric_events(run: Run) -> Iterator[Event]:
         if event["event"] in METRICS and _position(event) > latest:
             latest = _position(event)
             yield event
+
+
+def _value(event: Event, metric: str) -> Any:
+    return event.get(metric, event.get("scalars", {}).get(metric))
 
 
 def _position(event: Event) -> tuple[int, bool]:

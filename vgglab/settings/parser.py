@@ -166,8 +166,6 @@ def settings_warnings(config: Request, optimizers: Mapping[str, Any]) -> list[st
     if (config.workers or 0) > (os.cpu_count() or 1):
         warnings.append(f"--workers {config.workers}: more than the {os.cpu_count()} cores of this machine")
     warnings += _unused_settings(config, "lr_schedule", SCHEDULES)
-    if config.data_path == "fake" and config.crops != "standard":
-        warnings.append("--crops has no effect with --data-path fake: the generated images have the right size")
     if config.cache_dataset:
         warnings.append("--cache-dataset has no effect: image folders are rescanned at every start")
     return warnings + _unused_settings(config, "optimizer", optimizers)

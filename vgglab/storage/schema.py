@@ -127,10 +127,11 @@ _ANY_EVENT: dict[str, Validator] = {"event": text, "seconds": seconds}
 _EVENT_RECORDS = {kind: record({**_ANY_EVENT, **fields}, **OPTIONAL) for kind, fields in EVENTS.items()}
 _OTHER_EVENT_RECORD = record(_ANY_EVENT, **OPTIONAL)  # an event that another version writes
 # A line with the metrics of a rank, a line about an image that it skipped, and the record of its failure.
-RANK = record({
+RANK_FIELDS: dict[str, Validator] = {
     "rank": count, "pid": integer, "time": seconds, "step": count, "loss": nullable(number),
     "interval_steps": count_from_1, "own_seconds": seconds, "interval_seconds": positive,
-}, **OPTIONAL)  # fmt: skip
+}  # fmt: skip
+RANK = record(RANK_FIELDS, **OPTIONAL)
 SKIPPED = record({"image": text, "reason": text}, **OPTIONAL)
 FAILURE = record({
     "rank": count, "time": seconds, "host": text, "error": text, "traceback": text, "exit_code": integer,

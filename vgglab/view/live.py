@@ -67,7 +67,8 @@ def _follow(run: Run, block: Any, interval_seconds: float) -> None:
             block.update()
             time.sleep(interval_seconds)
     except KeyboardInterrupt:
-        run.stop()
+        if hasattr(run, "wait"):  # started here by ``launch``; other runs go on without being watched
+            run.stop()
         raise
     finally:
         block.update()
