@@ -133,11 +133,11 @@ def test_each_heading_has_a_value_or_none_in_each_kind_of_row(images, tmp_path):
 
 
 def test_column_whose_field_has_no_type_does_not_end_the_page(images, tmp_path, monkeypatch):
-    monkeypatch.setitem(results.COLUMNS, "other", results.Column("{:.1f} KiB", False, "other", 2**-10))
+    monkeypatch.setitem(results.COLUMNS, "other", results.Column("{:,} bytes", False, "other"))
     bench = run_ranks(tmp_path, images, "cpu", 1)
     for value in ([1], {"a": 1}, 10**400, 2560):
         (bench.path / "bench.json").write_text(json.dumps({"results": [{**bench_result(bench, 1e6), "other": value}]}))
-        assert ("2.5 KiB" if value == 2560 else "?") in results.as_text(results.collect([tmp_path]))
+        assert ("2,560 bytes" if value == 2560 else "?") in results.as_text(results.collect([tmp_path]))
 
 
 def test_only_runs_on_the_same_data_hardware_and_software_are_compared():

@@ -17,6 +17,7 @@ from processes import NARROW_CODE, PYTHONPATH
 from test_devices import needs_sim
 
 from vgglab import Run
+from vgglab.runs.writer import RankWriter
 from vgglab.train import main
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -280,6 +281,26 @@ def test_resume_auto_takes_the_last_checkpoint_without_hard_links(job, tmp_path,
     (tmp_path / "copies" / "checkpoints" / "best.pt").unlink()  # it may equal last.pt
     run = job("copies", "--resume=auto", f"--epochs={EPOCHS + 1}")
     assert run.events("start")[-1]["first_epoch"] == EPOCHS
+
+
+def test_checkpoints_are_written_where_neither_links_nor_times_can_be_set(job, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", fail)
+    monkeypatch.setattr(os, "utime", fail)
+    job("copies")
+    names = ["best.pt", "last.pt", "previous.pt"]
+    assert sorted(file.name for file in (tmp_path / "copies/checkpoints").iterdir()) == names
+
+
+def test_stop_while_a_finished_run_is_only_evaluated_writes_no_checkpoint(job, images, tmp_path, monkeypatch):
+    run = job("finished")
+    before = {file.name: file.stat() for file in run.path.glob("checkpoints/*")}
+    monkeypatch.setattr(RankWriter, "stop_requested", lambda self: True)
+    flags = [*JOB, "--device=cpu", f"--data-path={images}", f"--run-dir={run.path}", "--resume=auto"]
+    assert main(flags) == EXIT_STOPPED
+    assert {file.name: file.stat() for file in run.path.glob("checkpoints/*")} == before
 
 
 def test_damaged_checkpoint_given_explicitly_is_refused_in_one_line(job, refused):

@@ -39,6 +39,7 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
+        self._reads.pop_counts()  # those of an evaluation or a checkpoint belong to no step
         self.started, self.steps = time.perf_counter(), 0
         self.data_seconds = 0.0
         self.own_seconds = 0.0  # before the backward pass, in which the ranks wait for one another

@@ -176,8 +176,8 @@ class Trainer:
         run.save_checkpoint(self, is_best)
 
     def save_and_stop(self, run: RankWriter) -> NoReturn:
-        """Save, unless nothing is trained, and stop; say whether saving succeeded and how to continue."""
-        if self.config.test_only:
+        """Save, unless the run only evaluates, and stop; say whether saving succeeded and how to continue."""
+        if self.config.test_only or self.state.epoch >= self.config.epochs:
             run.stop()
         run.save_checkpoint(self)
         saved = "but the checkpoint could not be written" if run.has_lost_checkpoints else "checkpoint saved"
@@ -212,7 +212,7 @@ class Trainer:
         ``last_epoch`` is the last trained epoch, counted from 0. With n < 5 classes, top-5 means top-n.
 
         Raises:
-            StopRequested: a rank was asked to stop, so all ranks stop here; the epoch is trained, but not evaluated.
+            StopRequested: a rank was asked to stop, so all ranks stop here; what was trained has been saved.
         """
         device, batches, state = self.device, self.held_out, self.state
         network = self.network if self.average is None else self.average.network
@@ -257,10 +257,8 @@ class Loop:
 
     def __init__(self, trainer: Trainer, run: RankWriter, pace: Pace, tracer: Tracer) -> None:
         self.trainer, self.run, self.pace, self.tracer = trainer, run, pace, tracer
-        config, device = trainer.config, trainer.device
-        self.images_per_step = config.batch_size * device.world_size
         # The first steps of a run are slow, even after a resume.
-        self.last_skipped_step = trainer.state.step + config.skip_steps
+        self.last_skipped_step = trainer.state.step + trainer.config.skip_steps
 
     def train_epoch(self, epoch: int) -> None:
         """Train on the remaining batches of this epoch."""
@@ -269,14 +267,14 @@ class Loop:
         config, state = trainer.config, trainer.state
         trainer.model.train()
         clock.restart()
-        first_batch = min(state.images // self.images_per_step, len(batches))
+        first_batch = min(state.images // clock.images_per_step, len(batches))
         device_batches = trainer.device.feed(batches.epoch(epoch, first_batch, self.run.skipped))
         with self.pace.timing_phases(trainer):
             for batch, (images, labels) in clock.batches(device_batches, first_batch):
                 result = trainer.step(images, labels)
                 clock.end_step()
                 self.tracer.end_step()
-                state.images = batch * self.images_per_step
+                state.images = batch * clock.images_per_step
 
                 should_save = config.checkpoint_every > 0 and state.step % config.checkpoint_every == 0
                 should_log = should_save or batch % config.print_freq == 0 or batch == len(batches)
@@ -287,6 +285,8 @@ class Loop:
                     trainer.save_and_stop(self.run)
                 if should_save:
                     self.run.save_checkpoint(trainer)
+                    if trainer.device.world_size > 1:
+                        trainer.device.true_on_all_ranks(True)  # wait for rank 0
                     clock.restart()  # the time for saving belongs to no step
 
     def _log_and_sync(self, epoch: int, result: StepResult, labels: Tensor, should_log: bool) -> None:
@@ -294,8 +294,8 @@ class Loop:
         dtype = torch.get_default_dtype()  # not that of the loss, which may be 16-bit with mixed precision
         scalars = {**result.scalars, "acc1": (result.logits.detach().argmax(1) == labels).to(dtype).mean()}
         values = torch.stack([value.detach().to(dtype) for value in scalars.values()])
-        # The loop's only read from the device.
-        averaged, own = (dict(zip(scalars, numbers)) for numbers in self.pace.coordinator.sync(values))
+        means, own_values = self.pace.coordinator.sync(values)  # the loop's only read from the device
+        averaged, own = dict(zip(scalars, means)), dict(zip(scalars, own_values))
         loss, acc1 = averaged.pop("loss"), averaged.pop("acc1")
         trainer, step = self.trainer, self.trainer.state.step
         if not math.isfinite(loss):

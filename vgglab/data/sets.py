@@ -76,7 +76,8 @@ def _open_sets(config: Request) -> DataSets:
             val = source.split("val", image_size)
         for split in (train or val, val):
             if split.classes != val.classes or max(split.labels) >= len(val.classes):
-                raise UserError(f"--data-path {name}: labels and classes disagree; delete it from the cache folder")
+                advice = "if it was downloaded, delete it from the cache"
+                raise UserError(f"--data-path {name}: labels and classes disagree; {advice}")
     else:
         if source.folder is None:
             root = _existing_folder(name)

@@ -130,10 +130,8 @@ class Checkup:
         auto = self._check_torch() if has_torch else {"error": "PyTorch is not installed"}
         has_gcu = find_spec("torch_gcu") is not None
         cards = self._check_torch_gcu(has_gcu and has_torch)
-        if "error" in auto and not self.problems:  # a library without a check of its own
-            self.problem(f"--device auto fails: {auto['error']}", "repair the card's library, or use another --device")
-        for reason in [] if self.problems else auto.get("reasons", []):  # a library is installed, but finds no card
-            self.problem(reason, "check the card's driver and the variables that hide cards")
+        if not self.problems:  # a library without a check of its own
+            self._check_auto(auto)
         self._check_environment(cards)
         self.facts["devices"] = auto.get("available", [])
         self.facts["--device auto"] = auto.get("kind") or f"error: {auto['error']}"
@@ -168,6 +166,12 @@ class Checkup:
             fix = f"{repair}, or set {AUTOLOAD}=0 to run without the card"
             self.problem(f"`import torch` fails to load the card's library: {plain_import['error']}", fix)
         return auto
+
+    def _check_auto(self, auto: dict[str, Any]) -> None:
+        if "error" in auto:
+            self.problem(f"--device auto fails: {auto['error']}", "repair the card's library, or use another --device")
+        for reason in auto.get("reasons", []):  # a library is installed, but finds no card
+            self.problem(reason, "check the card's driver and the variables that hide cards")
 
     def _check_torch_gcu(self, is_installed: bool) -> dict[str, Any]:
         cards = probe({"cards": CARD_PROBE}, **{AUTOLOAD: "0"})["cards"] if is_installed else {}

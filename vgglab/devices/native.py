@@ -130,7 +130,8 @@ def _fast_dtype(kind: str) -> str | None:
 
 def _cpu_has_bfloat16_instructions() -> bool:
     """Whether the CPU has AVX-512 BF16 or AMX, which multiply bfloat16 in hardware (Linux; elsewhere False)."""
-    return any(name in _cpu_info() for name in ("avx512_bf16", "amx_bf16"))
+    flags = _cpu_info()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _can_fuse(kind: str) -> bool:

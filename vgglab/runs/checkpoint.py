@@ -122,7 +122,8 @@ def _link_or_copy(source: Path, target: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(source, target)
         times = source.stat()
-        os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))  # --resume auto looks for the newest checkpoint
+        with contextlib.suppress(OSError):  # not possible for files of another owner, as on some network drives
+            os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))  # --resume auto looks for the newest checkpoint
 
 
 def _to_cpu(value: Any) -> Any:

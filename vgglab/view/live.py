@@ -67,7 +67,7 @@ def _follow(run: Run, block: Any, interval_seconds: float) -> None:
             block.update()
             time.sleep(interval_seconds)
     except KeyboardInterrupt:
-        if hasattr(run, "wait"):  # started here by ``launch``; other runs go on without being watched
+        if hasattr(run, "wait"):  # the object that ``launch`` returned; any other run continues
             run.stop()
         raise
     finally:

@@ -61,7 +61,6 @@ class Column(NamedTuple):
     form: str
     is_condition: bool  # whether only runs that agree in it can be compared; settings are compared in any case
     field: str = ""  # the field with its value, if it has the same name in a report and in a benchmark's result
-    factor: float = 1  # multiplies a number before it is shown, e.g. 2**-30 for bytes in GiB
 
 
 COLUMNS = {
@@ -213,14 +212,14 @@ def tables(results: Sequence[Row], series: Mapping[str, Sequence[Run]] | None = 
 
 
 def _table(rows: Sequence[Row], title: str, note: str = "") -> Table:
-    cells = [[_cell(row[heading], column) for heading, column in COLUMNS.items()] for row in rows]
+    cells = [[_cell(row[heading], column.form) for heading, column in COLUMNS.items()] for row in rows]
     return Table([*COLUMNS], cells, title, note)
 
 
-def _cell(value: Any, column: Column) -> str:
+def _cell(value: Any, form: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
-    return column.form.format(value * column.factor) if number(value) else "?"
+    return form.format(value) if number(value) else "?"
 
 
 def as_text(results: Sequence[Row], series: Mapping[str, Sequence[Run]] | None = None) -> str:
