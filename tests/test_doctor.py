@@ -161,7 +161,7 @@ def test_a_library_that_exits_is_reported_in_one_line(tmp_path):
     ],
 )
 def test_a_device_check_that_fails_is_a_problem_of_its_own(tmp_path, diagnose_here, failure, reason):
-    """The doctor found no problems if the library had no check of its own, although training failed.
+    """For a library that no check is written for, `vgglab doctor` reported no problem, although training failed.
 
     A driver may crash when a device is opened; torch and torchvision are checked in the same process.
     """
@@ -174,7 +174,7 @@ def test_a_device_check_that_fails_is_a_problem_of_its_own(tmp_path, diagnose_he
 
 
 def test_a_library_that_finds_no_card_is_a_problem(tmp_path, diagnose_here):
-    """The doctor found no problems if the library had no check of its own, and training used the CPU."""
+    """For a library that no check is written for, `vgglab doctor` reported no problem, and training used the CPU."""
     reasons = '[("new", "torch_new finds no card"), ("cpu", None)]'
     code = f"import vgglab.devices\nvgglab.devices.availability = lambda _: iter({reasons})\n"
     (tmp_path / "sitecustomize.py").write_text(code)

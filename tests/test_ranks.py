@@ -88,6 +88,39 @@ def test_one_and_two_ranks_agree_with_the_same_global_batch(images, tmp_path, mo
 
 WEIGHTS_DIFFER = "the weights of the ranks differ: an update differed between ranks; rank 0's weights are saved"
 # As a setting would that adds noise after the gradients have been averaged: the seed of a step depends on the rank.
+RECORD_TIMES = """
+import os, time
+import vgglab.pace as pace
+import vgglab.runs.writer as writer
+restart, save = pace.Clock.restart, writer.RunWriter.save_checkpoint
+def record(name):
+    with open(os.environ["TIMES"] + name, "a") as file:
+        print(time.monotonic(), file=file)  # the same clock in all processes
+def recorded_restart(clock):
+    restart(clock)
+    record(os.environ["RANK"])
+def slow_save(*args):
+    time.sleep(0.2)
+    save(*args)
+    record("saved")
+pace.Clock.restart, writer.RunWriter.save_checkpoint = recorded_restart, slow_save
+"""
+
+
+def test_all_ranks_exclude_the_time_for_saving(images, tmp_path):
+    """Only rank 0 did, so that the table of ranks showed it as the fastest."""
+    files = tmp_path / "times-"
+    flags = ("--epochs=1", "--checkpoint-every=1")
+    run = run_ranks(tmp_path, images, "cpu", 2, *flags, before=RECORD_TIMES, TIMES=str(files))
+    num_steps = run.events("train")[-1]["step"]
+    saved, restarted = (
+        [float(line) for line in (tmp_path / f"times-{name}").read_text().split()] for name in ("saved", "1")
+    )
+    after_saving = restarted[3::2]  # after two at the start, each step has one before and one after saving
+    assert len(after_saving) == num_steps > 1
+    assert all(later > earlier for later, earlier in zip(after_saving, saved))
+
+
 ADD_NOISE = """
 import torch
 from vgglab.devices.base import Device

@@ -153,7 +153,7 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {
 def head_for(name: str, image_size: int, requested: str = "auto") -> str:
     """The head of network ``name`` for square images of side ``image_size``: a key of ``HEADS``.
 
-    With ``auto``, a network with an entry of its own in ``HEADS`` gets that head; any other network gets
+    With ``auto``, a network that ``HEADS`` lists by name gets that head; any other network gets
     ``imagenet`` from 7 x 32 = 224 pixels up, and ``small`` below.
     """
     own_head = name.partition("_bn")[0]

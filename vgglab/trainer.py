@@ -48,7 +48,7 @@ class TrainingState:
 
 
 class StepResult(NamedTuple):
-    """Results of a training step, on the device: reading a value waits for it."""
+    """Results of a training step. They are on the device: reading a value waits until the step is done."""
 
     logits: Tensor  # (N, num_classes)
     scalars: dict[str, Tensor]  # the loss of this rank's batch and other scalars (); averaged over the ranks and logged

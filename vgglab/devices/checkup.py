@@ -130,7 +130,7 @@ class Checkup:
         auto = self._check_torch() if has_torch else {"error": "PyTorch is not installed"}
         has_gcu = find_spec("torch_gcu") is not None
         cards = self._check_torch_gcu(has_gcu and has_torch)
-        if not self.problems:  # a library without a check of its own
+        if not self.problems:  # otherwise the cause may have been reported above
             self._check_auto(auto)
         self._check_environment(cards)
         self.facts["devices"] = auto.get("available", [])
